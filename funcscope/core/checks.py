@@ -1,0 +1,60 @@
+"""Argument checks: each message names the argument, the rule, the value, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_flat(name: str, vector: Tensor, num: int) -> None:
+    """`vector` is a floating vector of shape (num,)."""
+    if tuple(vector.shape) != (num,):
+        raise ValueError(
+            f"`{name}` must be a flat vector of shape ({num},), got {tuple(vector.shape)}. "
+            "Parameter dicts become flat vectors with `net.layout.ravel(params)`."
+        )
+    if not vector.is_floating_point():
+        raise TypeError(f"`{name}` must hold floating-point numbers, got {vector.dtype}.")
+
+
+def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> None:
+    """`given` has exactly the wanted keys: functional_call would ignore the unknown ones without a word."""
+    wanted = tuple(wanted)
+    if given.keys() == set(wanted):
+        return
+    unknown = sorted(given.keys() - set(wanted))[:3]
+    missing = sorted(set(wanted) - given.keys())[:3]
+    raise ValueError(
+        f"`{what}` must have the {len(wanted)} names of `net.layout.names`; unknown: {unknown}, missing: {missing}. "
+        "Tied and frozen parameters are not among them."
+    )
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """`value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """`value` is a finite number above zero."""
+    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """`value` is an integer, and not smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def check_device(what: str, device: torch.device, other: str, other_device: torch.device) -> None:
+    """Two things that meet in one computation lie on one device."""
+    if device != other_device:
+        raise ValueError(
+            f"{what} is on {device}, {other} on {other_device}: move both to one device, for example with `.to('{device}')`."
+        )

@@ -1,0 +1,191 @@
+"""What is scored: from a batch to inputs and targets, and from the model's output to a loss per token.
+
+A `Criterion` owns the shift, the mask and the weights, so that the mean, its per-sample gradients, the Gauss-Newton
+and the Fisher operators can never disagree about which positions count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .keys import Key, uniform
+from .model import Inputs
+
+IGNORE = -100
+"""The label of a position that is not scored, as everywhere in the field."""
+
+
+class Labels(NamedTuple):
+    """One class per position, aligned with the model's output, and the weight of each (0: not scored)."""
+
+    index: Int[Tensor, "..."]
+    weight: Float[Tensor, "..."]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Four pure functions that say what is scored.
+
+    prepare: batch -> (inputs, targets).
+    token_loss: (out, targets) -> (loss, weight), two tensors of one shape whose first dimension counts sequences. The
+    objective is sum(weight * loss) / sum(weight); a loss of weight 0 is never looked at.
+    output_hessian: (out, targets, v) -> the Hessian of sum(weight * loss) with respect to `out`, times `v`.
+    sample: (out, targets, key) -> targets with labels drawn from the model's own predictive distribution.
+
+    The last two have general or refusing defaults, so that a custom criterion needs the first two only.
+    """
+
+    name: str
+    prepare: Callable[[Any], tuple[Inputs, Any]]
+    token_loss: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+    output_hessian: Callable[[Tensor, Any, Tensor], Tensor] | None = None
+    sample: Callable[[Tensor, Any, Key], Any] | None = None
+
+    def in_dtype(self, dtype: torch.dtype) -> Criterion:
+        """The same criterion with the model's output cast to `dtype` before the loss.
+
+        In float32 the loss of a confident prediction is a multiple of 6e-8, and 0 below that; float64 resolves it.
+        """
+        return replace(
+            self,
+            name=f"{self.name} in {dtype}",
+            token_loss=lambda out, targets: self.token_loss(out.to(dtype), targets),
+        )
+
+    def __repr__(self) -> str:
+        return f"Criterion({self.name})"
+
+
+def custom(token_loss: Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]], name: str = "custom") -> Criterion:
+    """A criterion from `token_loss(out, targets) -> loss` or `-> (loss, weight)`, for batches `(inputs, targets)`.
+
+    The loss keeps one entry per sequence or per token: a function that returns the mean already has thrown away the
+    weights that an exact mean over unequal batches needs.
+
+    >>> absolute = custom(lambda out, y: (out - y).abs())
+    >>> absolute.token_loss(torch.zeros(2), torch.ones(2))
+    (tensor([1., 1.]), tensor([1., 1.]))
+    """
+
+    def weighted(out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        scored = token_loss(out, targets)
+        loss, weight = scored if isinstance(scored, tuple) else (scored, torch.ones_like(scored))
+        if loss.ndim == 0 or loss.shape != weight.shape:
+            raise ValueError(
+                "a custom loss must keep its first dimension, one entry per sequence, and have weights of its own shape; "
+                f"got a loss of shape {tuple(loss.shape)} and weights of shape {tuple(weight.shape)}. "
+                "Use `reduction='none'`."
+            )
+        return loss, weight
+
+    return Criterion(name, _pair, weighted)
+
+
+def _pair(batch: Any) -> tuple[Inputs, Any]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if isinstance(batch, tuple) and len(batch) == 2:
+        return batch
+    raise ValueError("a batch must be a tuple `(inputs, targets)` or a mapping with an entry `labels`.")
+
+
+def _causal(batch: Any) -> tuple[Inputs, Labels]:
+    """Output position t is scored against token t + 1, where both are real tokens; the last position never is."""
+    inputs, ids, labels, real = _language(batch)
+    if ids.shape[1] < 2:
+        raise ValueError(
+            f"causal_lm scores token t + 1 at position t, so sequences need at least 2 tokens; got shape {tuple(ids.shape)}."
+        )
+    both = real.clone()
+    both[:, :-1] &= real[:, 1:]
+    both[:, -1] = False
+    ahead = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
+    return inputs, _labels(ahead, both)
+
+
+def _masked(batch: Any) -> tuple[Inputs, Labels]:
+    """Output position t is scored against its own label; labels are given, and -100 where the token was not masked."""
+    inputs, ids, _, real = _language(batch)
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
+        raise ValueError(
+            "masked_lm needs a batch with `labels`: the original token where one was masked, -100 elsewhere. "
+            "Without them every token would be scored at its own visible position."
+        )
+    return inputs, _labels(batch["labels"], real)
+
+
+def _classes(batch: Any) -> tuple[Inputs, Labels]:
+    inputs, labels = _pair(batch)
+    return inputs, _labels(labels, torch.ones_like(labels, dtype=torch.bool))
+
+
+def _language(batch: Any) -> tuple[Inputs, Tensor, Tensor, Tensor]:
+    """(model inputs, token ids, labels, which tokens are real) of a tokenised batch or a bare tensor of ids."""
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+        inputs: Inputs = batch["input_ids"]
+    elif isinstance(batch, Mapping) and "input_ids" in batch:
+        inputs = {name: value for name, value in batch.items() if name != "labels" and value is not None}
+    else:
+        raise ValueError("a language-model batch must be a tensor of token ids or a mapping with an entry `input_ids`.")
+    ids = batch["input_ids"]
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(f"`input_ids` must be integers of shape (batch, tokens), got {ids.dtype} {tuple(ids.shape)}.")
+    mask = batch.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(ids, dtype=torch.bool)
+    labels = batch.get("labels")
+    return inputs, ids, ids if labels is None else labels, real
+
+
+def _labels(labels: Tensor, scored: Tensor) -> Labels:
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integer classes, got {labels.dtype}; use `custom` for real-valued targets.")
+    scored = scored & (labels != IGNORE)
+    return Labels(labels.masked_fill(~scored, 0), scored.to(torch.float32))
+
+
+def _cross_entropy(out: Tensor, targets: Labels) -> tuple[Tensor, Tensor]:
+    """-log softmax(out)[label] in at least float32, nats."""
+    _check_positions(out, targets)
+    logits = out.to(torch.promote_types(out.dtype, torch.float32))
+    chosen = logits.gather(-1, targets.index[..., None])[..., 0]
+    return logits.logsumexp(-1) - chosen, targets.weight
+
+
+def _check_positions(out: Tensor, targets: Labels) -> None:
+    if out.shape[:-1] != targets.index.shape:
+        raise ValueError(
+            f"the model's output of shape {tuple(out.shape)} must be labels of shape {tuple(targets.index.shape)} "
+            "with one more dimension of classes; choose another criterion, or another `output` in `functional`."
+        )
+
+
+def _softmax_hessian(out: Tensor, targets: Labels, v: Tensor) -> Tensor:
+    """weight * (diag p - p p') v, the second derivative of the cross-entropy in the logits, whatever the label."""
+    p = out.to(torch.promote_types(out.dtype, torch.float32)).softmax(-1)
+    centred = v - (p * v).sum(-1, keepdim=True)
+    return targets.weight[..., None] * p * centred
+
+
+def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:
+    """Labels drawn from softmax(out) by inversion of the distribution function, at the same positions and weights."""
+    cumulative = out.double().softmax(-1).cumsum(-1)
+    unit = uniform(key, out[..., 0]).double() * cumulative[..., -1]
+    index = torch.searchsorted(cumulative, unit[..., None], right=True)[..., 0].clamp(max=out.shape[-1] - 1)
+    return Labels(index, targets.weight)
+
+
+causal_lm = Criterion("causal_lm", _causal, _cross_entropy, _softmax_hessian, _draw_labels)
+"""Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0."""
+
+masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _draw_labels)
+"""Cross-entropy of the masked tokens at their own positions; `labels` are -100 where nothing was masked."""
+
+classification = Criterion("classification", _classes, _cross_entropy, _softmax_hessian, _draw_labels)
+"""Cross-entropy of one class per output row, for batches `(inputs, labels)` or mappings with `labels`."""

@@ -1,0 +1,201 @@
+"""Random directions in parameter space: a leaf at a time from a key, or dense on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .checks import check_choice, check_count, check_names
+from .keys import BLOCK, Distribution, Key, draw, fill, fold_in, on_workers
+from .layout import Layout, Leaf, Params
+from .model import Functional
+
+Normalize = Literal["filter", "layer", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """The norms that the groups of a direction are given; measured once, at the unperturbed parameters."""
+
+    layout: Layout
+    distribution: Distribution
+    targets: dict[str, Tensor]
+    """By leaf: the norm of each of its filters, shaped to broadcast against it; or the norm of the leaf's group."""
+    groups: dict[str, str] | None
+    """By leaf: its group, where groups hold whole leaves; None where they are filters."""
+    norm: float
+    """The norm of every direction, by construction."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One random direction. `leaf(name)` makes one parameter's part of it; `dense()` all of it, as a flat vector."""
+
+    key: Key
+    scales: Scales
+
+    def __repr__(self) -> str:
+        return f"Direction({self.key!r}, norm={self.norm:.4g})"
+
+    @property
+    def norm(self) -> float:
+        """The norm by construction: 1, or that of the parameters that the direction moves."""
+        return self.scales.norm
+
+    def leaf(self, name: str) -> Tensor:
+        """This direction's part for one parameter, in its shape; drawn anew at each call, with the same bits."""
+        leaf, target = self.scales.layout.by_name[name], self.scales.targets[name]
+        z = self._drawn(leaf)
+        if self.scales.groups is None:
+            return _rescale(z, leaf.within_filter, target)
+        return z.mul_(target / self._drawn_norms[self.scales.groups[name]])
+
+    def dense(self) -> Float[Tensor, " p"]:
+        """The whole direction as one flat vector of shape (P,)."""
+        return stack([self])[0]
+
+    def _drawn(self, leaf: Leaf) -> Tensor:
+        z = draw(fold_in(self.key, leaf.name), leaf.numel, self.scales.distribution)
+        return z.view(leaf.shape).to(self.scales.device, self.scales.dtype)
+
+    @cached_property
+    def _drawn_norms(self) -> dict[str, float]:
+        """The norm of the raw draw of each group: one more pass over all draws, as groups span several leaves."""
+        return _group_norms(self.scales, self._drawn)
+
+
+def directions(
+    net: Functional,
+    *,
+    key: Key,
+    num: int,
+    normalize: Normalize = "filter",
+    distribution: Distribution = "normal",
+    unit_norm: bool = False,
+    zero_vectors: bool = False,
+    base: Params | None = None,
+) -> tuple[Direction, ...]:
+    r"""`num` independent random directions, scaled group by group to the parameters.
+
+    Draw z with independent standard normal (or +-1) entries, partition the coordinates into groups G, and set
+    $d_G = z_G \, \|\theta_G\| / \|z_G\|$. A group with $\|\theta_G\| = 0$ gets $d_G = 0$.
+
+    normalize: `filter`: one group per output unit (row of a weight; column of a Hugging Face Conv1D; whole vectors),
+    Li et al. (2018). `layer`: one per transformer block, embedding and head apart. `global`: $d = z / \|z\|$.
+    So $\|d\| = \|\theta\|$ for `filter` and `layer`, and 1 for `global`.
+    unit_norm: divide the whole direction by its norm: only the unit of the step changes, no ratio between groups.
+    zero_vectors: no step in biases and norm parameters (1-D leaves), Li et al.'s option; then $\|d\| < \|\theta\|$.
+    base: the parameters whose norms are used; default `net.params`. Direction i depends on `fold_in(key, i)` only.
+
+    Li, Xu, Taylor, Studer, Goldstein (2018), Visualizing the loss landscape of neural nets, section 4.
+
+    >>> from funcscope.core.keys import key
+    >>> from funcscope.core.model import functional
+    >>> net = functional(torch.nn.Linear(3, 2))
+    >>> d, = directions(net, key=key(0), num=1)
+    >>> torch.allclose(d.leaf("weight").norm(dim=1), net.params["weight"].norm(dim=1))
+    True
+    """
+    check_choice("normalize", normalize, get_args(Normalize))
+    check_choice("distribution", distribution, get_args(Distribution))
+    check_count("num", num)
+    base = net.params if base is None else base
+    check_names(base, net.layout.names, "base")
+    scales = _scales(net.layout, base, normalize, distribution, zero_vectors, unit_norm)
+    return tuple(Direction(fold_in(key, i), scales) for i in range(num))
+
+
+def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
+    """Several directions of one `directions(...)` call as rows of a matrix, prepared together."""
+    scales = directions[0].scales
+    layout = scales.layout
+    with torch.inference_mode(False):  # workers may not write to an inference tensor
+        raw = torch.empty(len(directions), layout.num)
+
+    def part(row: Tensor, key: Key) -> Callable[[], None]:
+        def job() -> None:
+            for leaf in layout.leaves:
+                fill(fold_in(key, leaf.name), row[leaf.slice], scales.distribution)
+
+        return job
+
+    on_workers(part(row, direction.key) for row, direction in zip(raw, directions, strict=True))
+    out = raw.to(scales.device, scales.dtype)
+    for leaf in layout.leaves if scales.groups is None else ():
+        part_of = out[:, leaf.slice].view(-1, *leaf.shape)
+        _rescale(part_of, tuple(dim + 1 for dim in leaf.within_filter), scales.targets[leaf.name])
+    for row in out if scales.groups is not None else ():
+        drawn = _group_norms(scales, lambda leaf, row=row: row[leaf.slice].view(leaf.shape))
+        for leaf in layout.leaves:
+            row[leaf.slice] *= scales.targets[leaf.name] / drawn[scales.groups[leaf.name]]
+    return out
+
+
+def _rescale(z: Tensor, within: tuple[int, ...], target: Tensor) -> Tensor:
+    """Each filter of z, whose own dimensions are `within`, gets its target norm; in place."""
+    drawn = _filter_norms(z, within)
+    if bool((drawn == 0).any()):  # a filter of one entry draws an exact 0 once in 2^24; it needs a direction all the same
+        z += drawn == 0
+        drawn = _filter_norms(z, within)
+    return z.mul_(target / drawn)
+
+
+def _filter_norms(z: Tensor, within: tuple[int, ...]) -> Tensor:
+    """Euclidean norms over the dimensions `within`, kept as dimensions of size 1."""
+    if not within:
+        return z.abs()
+    if within[-1] == z.ndim - 1 and len(within) == z.ndim - within[0]:
+        return torch.linalg.vector_norm(z, dim=within, keepdim=True)
+    # torch's vector_norm is some 25 times slower along columns than along rows; slabs of squares stay in the cache
+    slab = max(1, BLOCK // (z[:1].numel() if within[0] == 0 else z[0, :1].numel()))
+    return sum(part.square().sum(within, keepdim=True) for part in z.split(slab, within[0])).sqrt()
+
+
+def _group_norms(scales: Scales, part: Callable[[Leaf], Tensor]) -> dict[str, float]:
+    assert scales.groups is not None
+    squares: dict[str, float] = {}
+    for leaf in scales.layout.leaves:
+        group = scales.groups[leaf.name]
+        squares[group] = squares.get(group, 0.0) + float(torch.linalg.vector_norm(part(leaf))) ** 2
+    return {group: math.sqrt(square) for group, square in squares.items()}
+
+
+def _scales(
+    layout: Layout,
+    base: Params,
+    normalize: Normalize,
+    distribution: Distribution,
+    zero_vectors: bool,
+    unit_norm: bool,
+) -> Scales:
+    dtype = torch.promote_types(layout.dtype, torch.float32)
+    device = base[layout.names[0]].device
+    moved = {leaf.name: not zero_vectors or len(leaf.shape) > 1 for leaf in layout.leaves}
+    values = {leaf.name: base[leaf.name].detach().to(dtype) * moved[leaf.name] for leaf in layout.leaves}
+    groups = None
+    if normalize == "filter":
+        targets = {leaf.name: _filter_norms(values[leaf.name], leaf.within_filter) for leaf in layout.leaves}
+        total = sum(float(norms.double().square().sum()) for norms in targets.values())
+    else:
+        whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")
+        groups = {name: whole[name] if moved[name] else "still" for name in layout.names}
+        norms = _group_norms(Scales(layout, distribution, {}, groups, 0.0, dtype, device), lambda leaf: values[leaf.name])
+        if normalize == "global":
+            norms["all"] = 1.0
+        targets = {name: torch.tensor(norms[groups[name]], dtype=dtype, device=device) for name in layout.names}
+        total = sum(norm**2 for norm in norms.values())
+    if total == 0:
+        raise ValueError(f"every parameter is 0, so `normalize={normalize!r}` leaves no direction; use 'global'.")
+    norm = math.sqrt(total)
+    if unit_norm:
+        targets = {name: target / norm for name, target in targets.items()}
+    return Scales(layout, distribution, targets, groups, 1.0 if unit_norm else norm, dtype, device)

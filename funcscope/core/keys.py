@@ -1,0 +1,159 @@
+"""Random numbers without a global generator: a 128-bit key, children by name or index, draws by block.
+
+A draw is a pure function of (key, block, length of the block). Block `b` of a draw holds the entries
+`b * BLOCK ... (b + 1) * BLOCK`, so a long vector can be drawn whole, in part, again, or on several threads, with the
+same numbers every time. All draws are made in float32 on the CPU and then moved and cast, so that every device and
+dtype sees the same direction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Distribution = Literal["normal", "rademacher"]
+
+BLOCK = 2**16
+"""Entries per block: 256 KiB of float32 stay in a core's cache while they are drawn."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A node of the tree of random streams: 128 bits, hashable, and the root seed that it came from."""
+
+    bits: int
+    seed: int
+
+    def __repr__(self) -> str:
+        return f"Key({self.bits:032x}, seed={self.seed})"
+
+
+def key(seed: int) -> Key:
+    """The root key of an integer seed of any size and sign.
+
+    >>> key(42) == key(42), key(1) == key(1 + 2**32)
+    (True, False)
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+    return Key(_digest(b"root", str(seed).encode()), seed)
+
+
+def fold_in(key: Key, data: str | int) -> Key:
+    """The child of `key` with this name or index; children of different names, or of 1 and "1", are unrelated.
+
+    >>> fold_in(key(0), 1) == fold_in(key(0), "1")
+    False
+    """
+    tag = b"s" if isinstance(data, str) else b"i"
+    return Key(_digest(key.bits.to_bytes(16, "little"), tag + str(data).encode()), key.seed)
+
+
+def normal(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Independent standard normal numbers with the shape, dtype and device of `like`.
+
+    Box-Muller on a Mersenne Twister whose 624 state words come from Philox at 128 bits of key and the block number.
+    Equal on every machine up to the rounding of its float32 logarithm and cosine.
+
+    >>> bool((normal(key(0), torch.zeros(3)) == normal(key(0), torch.zeros(3))).all())
+    True
+    """
+    return draw(key, like.numel(), "normal").view(like.shape).to(like)
+
+
+def rademacher(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Independent random signs, -1 or +1 with probability 1/2, with the shape, dtype and device of `like`.
+
+    >>> float(rademacher(key(0), torch.zeros(1000)).abs().sum())
+    1000.0
+    """
+    return draw(key, like.numel(), "rademacher").view(like.shape).to(like)
+
+
+def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Independent numbers, uniform on the 2^24 multiples of 2^-24 in [0, 1), with the shape and device of `like`.
+
+    >>> float(uniform(key(0), torch.zeros(9)).max()) < 1
+    True
+    """
+    words = np.random.Philox(key=_words(key), counter=[0, 0, 0, 0]).random_raw(-(-like.numel() // 2)).view(np.uint32)
+    unit = (words[: like.numel()] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    return torch.from_numpy(unit).view(like.shape).to(like)
+
+
+def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None:
+    """Write the draw of `key` into a contiguous float32 vector on the CPU, on the calling thread."""
+    for block in range(-(-len(out) // BLOCK)):
+        _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
+
+
+def on_workers(jobs: Iterable[Callable[[], None]]) -> None:
+    """Run the jobs on torch's number of threads, and wait.
+
+    Worker threads carry none of the caller's function transforms or modes, so that a draw inside `vmap` is a constant
+    to it: neither mapped nor refused.
+    """
+    for done in [_pool(torch.get_num_threads()).submit(job) for job in jobs]:
+        done.result()
+
+
+def draw(key: Key, num: int, distribution: Distribution) -> Float[Tensor, " n"]:
+    """`num` entries in float32 on the CPU, drawn by the worker threads."""
+    with torch.inference_mode(False):  # workers may not write to an inference tensor
+        out = torch.empty(num)
+    blocks = -(-num // BLOCK)
+    share = max(1, -(-blocks // torch.get_num_threads()))
+
+    def part(first: int) -> Callable[[], None]:
+        def job() -> None:
+            for block in range(first, min(first + share, blocks)):
+                _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
+
+        return job
+
+    on_workers([part(first) for first in range(0, blocks, share)])
+    return out
+
+
+def _fill_block(key: Key, block: int, out: Tensor, distribution: Distribution) -> None:
+    philox = np.random.Philox(key=_words(key), counter=[0, block, 0, 0])
+    if distribution == "normal":
+        out.normal_(generator=_seeded(philox.random_raw(312)))
+    else:
+        bits = np.unpackbits(philox.random_raw(-(-len(out) // 64)).view(np.uint8), count=len(out))
+        torch.mul(torch.from_numpy(bits), 2.0, out=out).sub_(1.0)
+
+
+_local = threading.local()
+
+
+def _seeded(words: np.ndarray) -> torch.Generator:
+    """This thread's generator with these 624 words of state: `manual_seed` would keep 32 bits of a key only."""
+    if not hasattr(_local, "generator"):
+        _local.generator = torch.Generator()
+        _local.state = torch.Generator().manual_seed(0).get_state()
+    _local.state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = words.view(np.uint32)
+    return _local.generator.set_state(_local.state)
+
+
+def _words(key: Key) -> list[int]:
+    return [key.bits & (2**64 - 1), key.bits >> 64]
+
+
+def _digest(salt: bytes, data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, key=salt, digest_size=16).digest(), "little")
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="funcscope-draw")

@@ -1,0 +1,58 @@
+"""Attention masks of Hugging Face models, made outside the model: float, 4-D, added to the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
+
+    Causal where the model's attention is causal, with its sliding window where it has one; a mapping of two masks
+    where some layers slide and others do not. A float 4-D mask, or such a mapping, is passed on as it is.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()):
+        return dict(inputs)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {**inputs, "attention_mask": _masks(model, _visible(inputs), dtype)}
+
+
+def _masks(model: PreTrainedModel, visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    length = visible.shape[-1]
+    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+        return _additive(visible.expand(-1, -1, length, -1), dtype)
+    position = torch.arange(length, device=visible.device)
+    back = position[:, None] - position[None, :]
+    full = visible & (back >= 0)
+    window = getattr(model.config, "sliding_window", None)
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if not window or kinds == {"full_attention"} or getattr(model.config, "use_sliding_window", True) is False:
+        return _additive(full, dtype)
+    sliding = full & (back < window)
+    if "full_attention" in kinds:
+        return {"full_attention": _additive(full, dtype), "sliding_attention": _additive(sliding, dtype)}
+    return _additive(sliding, dtype)
+
+
+def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        return torch.ones(tokens.shape[0], 1, 1, tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    if mask.ndim not in (2, 4):
+        raise ValueError(
+            f"`attention_mask` must have shape (batch, tokens) or (batch, 1, tokens, tokens), got {tuple(mask.shape)}."
+        )
+    return mask.bool() if mask.ndim == 4 else mask.bool()[:, None, None, :]
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, hidden)

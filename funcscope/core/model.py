@@ -1,0 +1,256 @@
+"""A model becomes a pure function: `functional(model).apply(params, inputs)`; the caller's model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from .checks import check_choice, check_names
+from .layout import Layout, Params
+from .masks import with_float_mask
+
+Inputs = Tensor | tuple | Mapping[str, Any]
+LeafFn = Callable[[str, Tensor], Tensor]
+Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Functional:
+    """A model as a pure function of its parameters. Made by `functional`.
+
+    `params` share storage with the model they came from (no weight is copied): after more training of that model, call
+    `functional` again. `buffers` are private copies. `theta` is a new flat vector at each access.
+    """
+
+    params: Params
+    buffers: Params
+    layout: Layout
+    attention: str
+    _skeleton: nn.Module
+    _frozen: Params
+    _output: Callable[[Any], Tensor]
+
+    def __repr__(self) -> str:
+        return f"Functional({type(self._skeleton).__name__}, {self.layout.num:,} parameters in {len(self.params)} leaves)"
+
+    @property
+    def theta(self) -> Float[Tensor, " p"]:
+        """The trainable parameters as one new flat vector of shape (P,), in float32 at least."""
+        return self.layout.ravel(self.params, torch.promote_types(self.layout.dtype, torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    def apply(self, params: Params, inputs: Inputs) -> Tensor:
+        """The model's output at these parameters: logits, never a loss. Differentiable, mappable, without side effects."""
+        check_names(params, self.layout.names, "params")
+        constants = {**self._frozen, **self.buffers}
+        args, kwargs = _arguments(self.prepare(inputs))
+        with _kernel(self.attention):
+            return self._output(functional_call(self._skeleton, {**params, **constants}, args, kwargs))
+
+    def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
+        """The output with each parameter replaced by `leaf(name, value)` at the moment it is used.
+
+        No second set of weights exists at any time: the memory is that of the largest leaf. A tied parameter is made
+        once per call. Bit for bit equal to `apply` with a dict of the same values.
+        """
+        args, kwargs = _arguments(self.prepare(inputs))
+        with _Substitute(self, leaf), _kernel(self.attention):
+            return self._output(self._skeleton(*args, **kwargs))
+
+    def prepare(self, inputs: Inputs) -> Inputs:
+        """The inputs as the transforms need them: a Hugging Face model's attention mask made float and 4-D.
+
+        Idempotent. Boolean masks are added, not applied, by eager attention, and the 2-D ones are inspected by value
+        on the way, which `vmap` refuses.
+        """
+        if isinstance(self._skeleton, PreTrainedModel) and self.attention != "keep" and isinstance(inputs, Mapping):
+            return with_float_mask(self._skeleton, inputs)
+        return inputs
+
+
+def functional(
+    model: nn.Module,
+    *,
+    attention: Literal["eager", "math", "keep"] = "eager",
+    output: Literal["logits"] | Callable[[Any], Tensor] = "logits",
+    trainable: Trainable = None,
+) -> Functional:
+    """The model as a pure function of `(params, inputs)`; the model itself is not touched, now or later.
+
+    A private skeleton of the module tree is made on the meta device: no weight is copied, buffers and configuration
+    are private, ties survive. The skeleton is in eval mode, whatever the model is in: no dropout, and BatchNorm uses
+    its running statistics. Forward hooks are copied with the tree and run in it.
+
+    attention: the kernel of a Hugging Face model. `eager` and `math` have derivatives of every order; `keep` leaves
+    the model's own (the fused kernels have no forward-mode and no second derivatives).
+    output: how the model's return value becomes a tensor; `logits` takes `.logits`, or the tensor itself.
+    trainable: which parameters make up theta. None: those with `requires_grad`; "all"; names; or a predicate on
+    names. The others are constants outside theta.
+
+    Raises ValueError where two parameters share memory without being one object, where a parameter lies on the meta
+    device, or where nothing is trainable; TypeError where a parameter is not floating-point.
+
+    >>> net = functional(nn.Linear(3, 2))
+    >>> net.apply(net.params, torch.ones(5, 3)).shape
+    torch.Size([5, 2])
+    """
+    check_choice("attention", attention, ("eager", "math", "keep"))
+    keep = _selector(model, trainable)
+    _check_parameters(model, keep, explicit=trainable is not None)
+    layout = Layout.of(model, keep)
+    values = {name: param.detach() for name, param in model.named_parameters()}
+    if isinstance(output, str):
+        check_choice("output", output, ("logits",))
+    skeleton = _skeleton(model, attention)
+    return Functional(
+        params={name: values[name] for name in layout.names},
+        buffers=dict(skeleton.named_buffers()),
+        layout=layout,
+        attention=attention,
+        _skeleton=skeleton,
+        _frozen={name: value for name, value in values.items() if not keep(name)},
+        _output=_logits if output == "logits" else output,  # type: ignore[arg-type]
+    )
+
+
+def _selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:
+    names = {name for name, _ in model.named_parameters()}
+    if trainable is None:
+        chosen = {name for name, param in model.named_parameters() if param.requires_grad}
+    elif trainable == "all":
+        chosen = names
+    elif callable(trainable):
+        chosen = {name for name in names if trainable(name)}
+    else:
+        chosen = set(trainable)
+        if unknown := sorted(chosen - names):
+            raise ValueError(f"`trainable` names parameters that the model does not have: {unknown[:3]}.")
+    if not chosen:
+        raise ValueError(
+            f"`trainable={trainable!r}` selects none of the model's {len(names)} parameters: "
+            'theta would be empty. Pass `trainable="all"` for a model with frozen weights.'
+        )
+    return chosen.__contains__
+
+
+def _check_parameters(model: nn.Module, keep: Callable[[str], bool], explicit: bool) -> None:
+    for name, param in model.named_parameters():
+        if param.is_meta:
+            raise ValueError(f"`{name}` is on the meta device and has no values: load the weights first.")
+        if not param.is_floating_point() and (keep(name) or not explicit):
+            raise TypeError(
+                f"`{name}` is a parameter of dtype {param.dtype}; theta holds real floating-point numbers only. "
+                "Dequantise it, register it as a buffer, or name the parameters of theta by `trainable`."
+            )
+    _check_aliases(model)
+
+
+def _check_aliases(model: nn.Module) -> None:
+    """Two tensors on one memory would be two independent coordinates here and one in the caller's model."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.layout is torch.strided and tensor.numel():
+            start = tensor.storage_offset() * tensor.element_size()
+            extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            span = (start, start + extent * tensor.element_size(), name)
+            spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
+    parameters = {name for name, _ in model.named_parameters()}
+    for shared in spans.values():
+        for (_, end, first), (start, _, second) in zip(sorted(shared), sorted(shared)[1:], strict=False):
+            if start < end and {first, second} & parameters:
+                raise ValueError(
+                    f"`{first}` and `{second}` share memory without being one parameter. Tie them by assigning the same "
+                    "`nn.Parameter` object to both modules, or clone one of them."
+                )
+
+
+def _skeleton(model: nn.Module, attention: str) -> nn.Module:
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    skeleton = copy.deepcopy(model, memo).eval()
+    if isinstance(skeleton, PreTrainedModel):
+        if attention != "keep":
+            skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        if hasattr(skeleton.config, "use_cache"):
+            skeleton.config.use_cache = False
+    return skeleton
+
+
+def _kernel(attention: str) -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH) if attention == "math" else nullcontext()
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _logits(out: Any) -> Tensor:
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned a {type(out).__name__} without `.logits`; "
+            "pass `output=lambda out: ...` to `functional` to say which tensor is scored."
+        )
+    return logits
+
+
+class _Substitute(TorchFunctionMode):
+    """Replaces the skeleton's meta parameters by values at every torch call that takes one."""
+
+    METADATA = frozenset({"size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"})
+
+    def __init__(self, net: Functional, leaf: LeafFn):
+        super().__init__()
+        self.names = {id(param): name for name, param in net._skeleton.named_parameters()}
+        self.tied = {name for name, count in _uses(net._skeleton).items() if count > 1}
+        self.base = {**net.params, **net._frozen}
+        self.net, self.leaf = net, leaf
+        self.kept: dict[str, Tensor] = {}
+
+    def value(self, name: str) -> Tensor:
+        if name not in self.net.params or name in self.kept:
+            return self.kept.get(name, self.base[name])
+        made = self.leaf(name, self.base[name]).to(self.base[name].dtype)
+        if name in self.tied:
+            self.kept[name] = made
+        return made
+
+    def swap(self, x: Any, value: Callable[[str], Tensor]) -> Any:
+        if (name := self.names.get(id(x))) is not None:
+            return value(name)
+        return type(x)(self.swap(item, value) for item in x) if type(x) in (tuple, list) else x
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        kind = getattr(func, "__name__", "")
+        if kind == "__get__" or kind in self.METADATA:  # sizes, dtypes and devices are those of the base
+            out = func(*self.swap(args, self.base.__getitem__), **kwargs)
+            if not isinstance(out, Tensor):
+                return out
+        return func(*self.swap(args, self.value), **{key: self.swap(x, self.value) for key, x in kwargs.items()})
+
+
+def _uses(model: nn.Module) -> Counter[str]:
+    """How many modules hold each parameter."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    held = (param for module in model.modules() for param in module._parameters.values())
+    return Counter(names[id(param)] for param in held if param is not None)

@@ -1,0 +1,109 @@
+"""The loss on a line, a plane or a subspace, as a function phi of the coefficients.
+
+Slopes, curvatures, lines, planes and barriers are values, derivatives and vmaps of phi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .checks import check_count, check_device, check_flat, check_positive
+from .directions import Direction, stack
+from .objective import Loss, Theta
+
+LAZY_ABOVE = 2**24
+"""Directions with more numbers than this in all are made leaf by leaf while the model runs (64 MiB of float32)."""
+
+Phi = Callable[[Tensor | float], Float[Tensor, ""]]
+
+
+class Leaves(Protocol):
+    """Whatever can say, a leaf at a time, where to go; the tensor is the caller's to overwrite."""
+
+    def leaf(self, name: str) -> Tensor: ...
+
+
+def restrict(
+    loss: Loss,
+    base: Theta,
+    dirs: Tensor | Leaves | Sequence[Direction],
+    *,
+    lazy: bool | None = None,
+) -> Phi:
+    r"""$\varphi(a) = L(\theta + \sum_i a_i d_i)$, a function of k coefficients.
+
+    base: theta as a flat vector or as a dict of parameters.
+    dirs: k directions (a sequence of `Direction`, or a tensor of shape (k, P)): phi takes shape (k,). One direction
+    (a `Direction`, or shape (P,)): phi takes a scalar.
+    lazy: make each leaf of the perturbed parameters when the model uses it, at the memory of the largest leaf, and draw
+    it again at every evaluation and batch; or hold the directions densely. Default: lazy above 2^24 numbers. A lazy phi
+    of one direction takes a plain float for the least memory and time, where no derivative is wanted.
+
+    phi composes with `grad`, `jvp`, `jvp` of `jvp` and `vmap`; a `vmap` over coefficients draws each direction once.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> phi = restrict(loss, torch.tensor([3.0]), torch.tensor([1.0]))          # (3 + a)^2
+    >>> float(phi(torch.tensor(1.0))), float(torch.func.grad(phi)(torch.tensor(0.0)))
+    (16.0, 6.0)
+    """
+    single = not isinstance(dirs, Sequence) and not (isinstance(dirs, Tensor) and dirs.ndim == 2)
+    if isinstance(dirs, Tensor):
+        if lazy:
+            raise ValueError("`lazy` needs directions that can be made leaf by leaf, not a dense tensor.")
+        check_flat("dirs", dirs if single else dirs[0], loss.layout.num)
+        return _dense(loss, base, dirs)
+    listed: Sequence[Leaves] = [dirs] if single else dirs  # type: ignore[list-item, assignment]
+    if lazy is None:
+        lazy = len(listed) * loss.layout.num > LAZY_ABOVE
+    if lazy:
+        return _lazy(loss, base, listed, single)
+    rows = stack(listed)  # type: ignore[arg-type]
+    return _dense(loss, base, rows[0] if single else rows)
+
+
+def grid(num: int, *, span: float, dtype: torch.dtype = torch.float32) -> Float[Tensor, "m 2"]:
+    """The points of a num x num grid on [-span, span]^2, first coefficient slowest: reshape results to (num, num).
+
+    >>> grid(3, span=0.5)[:4].tolist()
+    [[-0.5, -0.5], [-0.5, 0.0], [-0.5, 0.5], [0.0, -0.5]]
+    """
+    check_count("num", num, least=2)
+    check_positive("span", span)
+    axis = torch.linspace(-span, span, num, dtype=dtype)
+    return torch.cartesian_prod(axis, axis)
+
+
+def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
+    theta = base if isinstance(base, Tensor) else loss.layout.ravel(base, dirs.dtype)
+    check_device("the direction", dirs.device, "theta", theta.device)
+    return lambda a: loss(theta + (a * dirs if dirs.ndim == 1 else a @ dirs))
+
+
+def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
+    params = loss.params(base)
+
+    def phi(a: Tensor | float) -> Tensor:
+        steps = [a] if single else list(a)  # type: ignore[call-overload]
+
+        def leaf(name: str, _: Tensor) -> Tensor:
+            value = params[name]
+            for step, direction in zip(steps, dirs, strict=True):
+                value = _moved(value, step, direction.leaf(name))
+            return value
+
+        return loss.at_leaves(leaf)
+
+    return phi
+
+
+def _moved(value: Tensor, step: Tensor | float, part: Tensor) -> Tensor:
+    """value + step * part; a plain number takes part in no transform, so `part` itself can hold the result."""
+    return part.mul_(step).add_(value) if isinstance(step, float) else torch.addcmul(value, step, part)

@@ -1,0 +1,317 @@
+"""The loss along random directions: `directional_losses`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
+from ..core.directions import Direction, Normalize, directions, stack
+from ..core.keys import Distribution, Key
+from ..core.layout import Params
+from ..core.objective import Loss, Theta
+from ..core.restrict import restrict
+from .samples import DirectionalLosses, Plan
+
+CHUNKED_UP_TO = 2**20
+"""Models of at most this many parameters are evaluated 8 directions at a time."""
+LAZY_FROM = 2**22
+"""Models of at least this many parameters are perturbed leaf by leaf, when the objective has one batch."""
+
+
+class Wanted(NamedTuple):
+    """What is evaluated along each direction."""
+
+    step: float
+    two_sided: bool
+    slope: Literal["gradient", "jvp"] | None
+    exact_curvature: bool
+
+
+def directional_losses(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    n_samples: int = 50,
+    span: float = 0.5,
+    normalize: Normalize = "filter",
+    distribution: Distribution = "normal",
+    relative_span: bool = False,
+    global_renorm: bool = False,
+    two_sided: bool = False,
+    compute_gradient: bool = False,
+    compute_curvature: bool = False,
+    curvature: Literal["difference", "exact"] = "difference",
+    slope: Literal["auto", "gradient", "jvp"] = "auto",
+    chunk: int | None = None,
+    lazy: bool | None = None,
+) -> DirectionalLosses:
+    r"""The loss at a step from theta along `n_samples` random directions, with slopes and curvatures.
+
+    Says how the loss changes around theta: its typical rise, its scatter over directions, its curvature. It describes
+    the loss on the given batches at the given distance; it does not by itself predict generalisation.
+
+    $$L_i^\pm = L(\theta \pm h d_i), \quad s_i = \nabla L \cdot d_i, \quad
+      c_i = \frac{L_i^+ + L_i^- - 2 L_0}{h^2} = d_i^\top H d_i + O(h^2 \|d_i\|^4).$$
+
+    Losses are in nats where the criterion is a cross-entropy; $s_i$ and $c_i$ are per unit of the coefficient h;
+    divide by $\|d\|^2$ (`rayleigh_quotients`) for curvature per unit of distance. For `global` directions
+    $E[c] = \mathrm{tr}(H)/P$, for `filter` $E[c] = \sum_f (\|\theta_f\|^2 / n_f)\, \mathrm{tr}(H_{ff})$
+    (proofs/expected_curvature.py). The error of the difference and its best step: proofs/central_difference.py.
+
+    theta: a flat vector of shape (P,), or a dict of parameters, which is not copied where `lazy` holds.
+    normalize: `filter` is the document's `use_filter_norm=True`; `global` is `use_filter_norm=False`, with or without
+    `global_renorm` (unit norm both times); `layer` is between the two. $\|d\| = \|\theta\|$ for `filter` and `layer`, so
+    that there h is a relative step already.
+    span: the step h. relative_span: the displacement $h \|d\|$ is span x $\|\theta\|$ in every mode.
+    global_renorm: make $\|d\| = 1$ after filter normalisation. This changes the unit of h and nothing else: one scalar
+    keeps every ratio between filters (the document says that it destroys them).
+    two_sided: also $L^-$. compute_gradient: slopes, exact: by one gradient and a dot product per direction, or by one
+    `jvp` per direction (`slope`; "auto" takes the gradient for two directions or more, where it is cheaper).
+    compute_curvature: from the two-sided difference, or `exact`, by `jvp` of `jvp` (some 10 forwards a direction).
+    chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
+    the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch.
+
+    Directions are independent: direction i depends on `fold_in(key, i)` and on the norms of the unperturbed theta. No
+    sample is dropped or clipped: non-finite ones are counted in the result and left out of its statistics, pair by pair
+    where two are compared. The document's thresholds on roughness (0.15, 0.25) are not provided: sd / |mean| mixes
+    slope, curvature and the level of the loss; for unit directions it tends to 0 as the model grows, and dividing by a
+    small loss makes a good model look rough.
+
+    Raises ValueError for a span that is not positive, fewer than one sample, curvature by difference without
+    `two_sided`, shapes and devices that do not fit, and where the loss at theta is not finite.
+    Warns where half precision swallows part of the step (span below 0.01), and for `global_renorm` with `filter` or
+    `layer`, with the numbers.
+
+    Li, Xu, Taylor, Studer, Goldstein (2018), Visualizing the loss landscape of neural nets.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = criterion.custom(lambda out, y: (out - y) ** 2 / 2)
+    >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
+    >>> result = directional_losses(loss, torch.tensor([3.0, 4.0]), key=keys.key(0), n_samples=4, span=0.1,
+    ...                             two_sided=True, compute_curvature=True)
+    >>> result.baseline_loss, [round(q, 3) for q in result.rayleigh_quotients.tolist()]
+    (12.5, [1.0, 1.0, 1.0, 1.0])
+    """
+    _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
+    plan = _plan(loss, chunk, lazy)
+    base = loss.params(theta)
+    dirs = directions(
+        loss.net,
+        key=key,
+        num=n_samples,
+        normalize=normalize,
+        distribution=distribution,
+        unit_norm=global_renorm and normalize != "global",
+        base=base,
+    )
+    param_norm = _norm(base)
+    step = span * param_norm / dirs[0].norm if relative_span else span
+    if global_renorm and normalize != "global":
+        _warn_renorm(normalize, span, step, param_norm)
+    _warn_half_precision(loss, base, dirs[0], step, span)
+    method = "jvp" if slope == "jvp" or (slope == "auto" and n_samples == 1) else "gradient"
+    exact = compute_curvature and curvature == "exact"
+    wanted = Wanted(step, two_sided, method if compute_gradient else None, exact)
+    with torch.no_grad():
+        baseline = _baseline(loss, theta)
+        rows = list(_sample(loss, theta, dirs, wanted, plan))
+    column = {name: torch.cat([row[name] for row in rows]).double().cpu() for name in rows[0]}
+    return DirectionalLosses(
+        baseline_loss=baseline,
+        losses=column["losses"],
+        losses_negative=column.get("losses_negative"),
+        slopes=column.get("slopes"),
+        exact_curvatures=column.get("curvatures"),
+        direction_norms=column["norms"],
+        param_norm=param_norm,
+        span=span,
+        actual_span=step,
+        normalize=normalize,
+        distribution=distribution,
+        relative_span=relative_span,
+        global_renorm=global_renorm,
+        compute_curvature=compute_curvature,
+        unit_roundoff=_roundoff(loss),
+        homogeneous_dtype=len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
+        key=key,
+        plan=plan,
+        num_forwards=1 + n_samples * (1 + two_sided),
+        num_gradients=int(wanted.slope == "gradient"),
+        num_jvps=n_samples * (wanted.slope == "jvp"),
+        num_second_jvps=n_samples * exact,
+    )
+
+
+def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk) -> None:
+    check_count("n_samples", n_samples)
+    check_positive("span", span)
+    check_choice("curvature", curvature, ("difference", "exact"))
+    check_choice("slope", slope, ("auto", "gradient", "jvp"))
+    if chunk is not None:
+        check_count("chunk", chunk)
+    if compute_curvature and curvature == "difference" and not two_sided:
+        raise ValueError(
+            "`compute_curvature` by difference needs losses on both sides: "
+            'pass `two_sided=True`, or `curvature="exact"`.'
+        )
+    if isinstance(theta, Mapping):
+        check_names(theta, loss.layout.names, "theta")
+    else:
+        check_flat("theta", theta, loss.layout.num)
+    tensor = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
+    check_device("theta", tensor.device, "the model", loss.net.device)
+
+
+def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
+    size = loss.layout.num
+    if lazy and chunk not in (None, 1):
+        raise ValueError(f"`lazy` makes one direction at a time; leave `chunk` out, or pass 1 (got {chunk}).")
+    if lazy is None:
+        lazy = chunk is None and size >= LAZY_FROM and len(loss.batches) == 1
+    if lazy:
+        return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
+    return Plan(lazy=False, chunk=chunk or (8 if size <= CHUNKED_UP_TO else 1), threads=torch.get_num_threads())
+
+
+def _baseline(loss: Loss, theta: Theta) -> float:
+    value = float(loss(theta))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+            "(a label outside the vocabulary, an attention mask of zeros, an overflow in half precision)."
+        )
+    return value
+
+
+def _sample(
+    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan
+) -> Iterator[dict[str, Tensor]]:
+    """Losses, slopes, curvatures and norms, one dict of columns per chunk of directions."""
+    if plan.lazy:
+        params = loss.params(theta)
+        gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
+        yield from (_lazy(loss, params, direction, wanted, gradient) for direction in dirs)
+        return
+    flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+    slope = grad(loss)(flat) if wanted.slope == "gradient" else None
+    for start in range(0, len(dirs), plan.chunk):
+        rows = stack(dirs[start : start + plan.chunk])
+        out = vmap(lambda row: _along(loss, flat, row, wanted))(rows) if plan.chunk > 1 else _along_one(
+            loss, flat, rows[0], wanted
+        )
+        if slope is not None:
+            out["slopes"] = rows.double() @ slope.double()
+        yield {**out, "norms": torch.linalg.vector_norm(rows, dim=1)}
+
+
+def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    """Everything that is wanted along one dense direction, as derivatives of phi; mapped over directions."""
+    phi = restrict(loss, theta, row)
+    out = {"losses": phi(wanted.step)}
+    if wanted.two_sided:
+        out["losses_negative"] = phi(-wanted.step)
+    return out | _derivatives(phi, theta.new_zeros(()), wanted)
+
+
+def _along_one(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    return {name: value[None] for name, value in _along(loss, theta, row, wanted).items()}
+
+
+def _derivatives(phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    one = torch.ones_like(zero)
+
+    def rate(a: Tensor) -> Tensor:
+        return jvp(phi, (a,), (one,))[1]
+
+    if wanted.exact_curvature:
+        slope, curvature = jvp(rate, (zero,), (one,))
+        return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
+    return {"slopes": rate(zero)} if wanted.slope == "jvp" else {}
+
+
+def _lazy(
+    loss: Loss, params: Params, direction: Direction, wanted: Wanted, gradient: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Everything that is wanted along one direction that is made leaf by leaf, and measured on its way past."""
+    tapped = _Tapped(direction, gradient)
+    phi = restrict(loss, params, tapped, lazy=True)
+    zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
+    if wanted.two_sided:  # one draw serves both signs
+        positive, negative = vmap(phi)(zero + zero.new_tensor([wanted.step, -wanted.step]))
+        out = {"losses": positive, "losses_negative": negative}
+    else:
+        out = {"losses": phi(wanted.step)}
+    if gradient is not None:
+        out["slopes"] = tapped.slope
+    out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
+    return {name: value[None] for name, value in {**out, "norms": tapped.square.sqrt()}.items()}
+
+
+class _Tapped:
+    """A direction whose norm, and dot product with the gradient, are summed while its leaves are used."""
+
+    def __init__(self, direction: Direction, gradient: Mapping[str, Tensor] | None):
+        self.direction, self.gradient = direction, gradient
+        self.seen: set[str] = set()
+        self.square = torch.zeros((), dtype=torch.float64)
+        self.slope = torch.zeros((), dtype=torch.float64)
+
+    def leaf(self, name: str) -> Float[Tensor, "..."]:
+        part = self.direction.leaf(name)
+        if name not in self.seen:
+            self.seen.add(name)
+            flat = part.flatten()
+            self.square += float(torch.dot(flat, flat))
+            if self.gradient is not None:
+                self.slope += float(torch.dot(flat, self.gradient[name].flatten().to(flat)))
+        return part
+
+
+def _norm(params: Params) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(p.detach().double())) ** 2 for p in params.values()))
+
+
+def _roundoff(loss: Loss) -> float:
+    """Half the spacing of the coarsest dtype among the parameters: the relative error of one rounding."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in loss.layout.leaves) / 2
+
+
+def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:
+    warnings.warn(
+        f"`global_renorm` after {normalize!r} normalisation divides every direction by ||theta|| = {param_norm:.4g} and "
+        f"changes nothing else: the displacement is {step:.4g} instead of {span * param_norm:.4g}, "
+        f"a relative step of {step / param_norm:.2e}. Leave it out, or use `relative_span=True`.",
+        stacklevel=3,
+    )
+
+
+def _warn_half_precision(loss: Loss, base: Params, direction: Direction, step: float, span: float) -> None:
+    """Small steps in bf16 and fp16, with the share of weights that does not move at all."""
+    half = {leaf.name for leaf in loss.layout.leaves if leaf.dtype in (torch.bfloat16, torch.float16)}
+    if not half or span >= 0.01:
+        return
+    unmoved = total = 0
+    wished = error = 0.0
+    for name in half:
+        part = direction.leaf(name) * step
+        before = base[name].to(loss.layout.by_name[name].dtype)
+        after = (base[name] + part).to(before.dtype)
+        unmoved, total = unmoved + int((after == before).sum()), total + part.numel()
+        wished += float(part.double().square().sum())
+        error += float((after.double() - before.double() - part.double()).square().sum())
+    warnings.warn(
+        f"span {span:g} in half precision: {unmoved / total:.0%} of the weights do not move at all, and the realised step "
+        f"differs from the intended one by {math.sqrt(error / wished):.0%} of its length. "
+        "Use a larger span, a float32 model, or `compute_gradient` and `curvature='exact'`, which take no step.",
+        stacklevel=3,
+    )

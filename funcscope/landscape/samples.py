@@ -1,0 +1,276 @@
+"""What `directional_losses` returns: the samples, the settings, and the statistics computed from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.estimate import Estimate
+from ..core.keys import Key
+from . import statistics
+
+LOW_CORRELATION = 0.3
+"""Below this the result carries a note on why slopes do not predict loss changes."""
+
+
+class Plan(NamedTuple):
+    """How the samples were evaluated. The same plan on the same machine gives the same bits."""
+
+    lazy: bool
+    chunk: int
+    threads: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionalLosses:
+    r"""Losses along random directions; made by `directional_losses`, whose docstring has the formulas.
+
+    Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
+    are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
+    `asdict()` gives the documented dictionary.
+    """
+
+    baseline_loss: float
+    losses: Float[Tensor, " n"]
+    losses_negative: Float[Tensor, " n"] | None
+    slopes: Float[Tensor, " n"] | None
+    exact_curvatures: Float[Tensor, " n"] | None
+    direction_norms: Float[Tensor, " n"]
+    param_norm: float
+    span: float
+    actual_span: float
+    normalize: str
+    distribution: str
+    relative_span: bool
+    global_renorm: bool
+    compute_curvature: bool
+    unit_roundoff: float
+    homogeneous_dtype: bool
+    key: Key
+    plan: Plan
+    num_forwards: int
+    num_gradients: int
+    num_jvps: int
+    num_second_jvps: int
+
+    @property
+    def n_samples(self) -> int:
+        """The number of valid samples: finite losses at +span."""
+        return int(self.losses.isfinite().sum())
+
+    @property
+    def n_nonfinite_pos(self) -> int:
+        return len(self.losses) - self.n_samples
+
+    @property
+    def n_nonfinite_neg(self) -> int:
+        return 0 if self.losses_negative is None else int((~self.losses_negative.isfinite()).sum())
+
+    @property
+    def deltas(self) -> Float[Tensor, " n"]:
+        """Loss change at +span."""
+        return self.losses - self.baseline_loss
+
+    @property
+    def curvatures(self) -> Float[Tensor, " n"] | None:
+        """Second derivative along each direction per unit of the coefficient: exact, or the two-sided difference."""
+        if not self.compute_curvature:
+            return None
+        if self.exact_curvatures is not None:
+            return self.exact_curvatures
+        assert self.losses_negative is not None
+        return central_second_difference(self.losses, self.losses_negative, self.baseline_loss, self.actual_span)
+
+    @property
+    def rayleigh_quotients(self) -> Float[Tensor, " n"] | None:
+        """Curvature per unit of distance, c / ||d||^2: comparable between modes, spans and models."""
+        return None if self.curvatures is None else self.curvatures / self.direction_norms.square()
+
+    @property
+    def curvature_noise_floor(self) -> float:
+        """How much rounding alone can move a difference curvature; see `rounding_bound`. 0 for exact ones."""
+        if self.exact_curvatures is not None:
+            return 0.0
+        level = max(abs(self.baseline_loss), *(abs(float(x)) for x in _finite(self.losses).flatten()), 0.0)
+        return rounding_bound(level, self.actual_span, self.unit_roundoff)
+
+    @property
+    def displacement(self) -> float:
+        """Distance travelled in parameter space, span x ||d||."""
+        return self.actual_span * float(self.direction_norms.mean())
+
+    @property
+    def relative_step(self) -> float:
+        """Displacement over ||theta||; the document's span / ||theta|| where ||d|| = 1."""
+        return self.displacement / self.param_norm
+
+    @property
+    def n_samples_for_corr(self) -> int:
+        """Directions where both the slope and the loss are finite."""
+        return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every sampled statistic by its documented name, with its standard error over directions."""
+        losses = _finite(self.losses)
+        found = {
+            "loss_mean": statistics.mean(losses),
+            "loss_std": statistics.spread(losses),
+            "delta_mean": statistics.mean(losses - self.baseline_loss),
+            "delta_std": statistics.spread(losses - self.baseline_loss),
+            "landscape_roughness": statistics.variation(losses),
+        }
+        if self.slopes is not None:
+            both = self.slopes.isfinite() & self.losses.isfinite()
+            found["dir_grad_mean"] = statistics.mean(_finite(self.slopes))
+            found["dir_grad_std"] = statistics.spread(_finite(self.slopes))
+            found["dir_grad_delta_corr"] = statistics.correlation(self.slopes[both], self.deltas[both])
+        if (curvatures := self.curvatures) is not None and self.rayleigh_quotients is not None:
+            finite = _finite(curvatures)
+            found["curvature_mean"] = statistics.mean(finite)
+            found["curvature_std"] = statistics.spread(finite)
+            found |= {f"curvature_p{p}": statistics.quantile(finite, p / 100) for p in (10, 50, 90)}
+            found["rayleigh_mean"] = statistics.mean(_finite(self.rayleigh_quotients))
+        if self.losses_negative is not None:
+            found["loss_mean_negative"] = statistics.mean(_finite(self.losses_negative))
+            found["loss_std_negative"] = statistics.spread(_finite(self.losses_negative))
+        return found
+
+    @property
+    def note(self) -> str | None:
+        """Why slopes do not predict the loss changes here, from the numbers; None where they do, or were not asked for."""
+        if self.slopes is None:
+            return None
+        corr = float(self.estimates["dir_grad_delta_corr"].value)
+        return None if corr >= LOW_CORRELATION else _why_low(self, corr)
+
+    def asdict(self) -> dict[str, Any]:
+        """The documented dictionary, then standard errors (`..._stderr`), settings, costs and per-direction arrays.
+
+        Plain numbers, strings and numpy arrays; keys of what was not asked for are absent, as documented.
+        """
+        finite = _finite(self.losses)
+        values: dict[str, Any] = {"baseline_loss": self.baseline_loss}
+        values["loss_max"] = float(finite.max()) if len(finite) else math.nan
+        values["loss_min"] = float(finite.min()) if len(finite) else math.nan
+        values |= {name: float(estimate.value) for name, estimate in self.estimates.items()}
+        values |= {f"{name}_stderr": float(estimate.stderr) for name, estimate in self.estimates.items()}
+        if self.slopes is not None:
+            values["n_samples_for_corr"] = self.n_samples_for_corr
+        if self.compute_curvature:
+            values["curvature_noise_floor"] = self.curvature_noise_floor
+        return values | self._settings() | self._arrays()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "n_samples": self.n_samples,
+            "n_nonfinite_pos": self.n_nonfinite_pos,
+            "n_nonfinite_neg": self.n_nonfinite_neg,
+            "actual_span": self.actual_span,
+            "displacement": self.displacement,
+            "param_norm": self.param_norm,
+            "relative_step": self.relative_step,
+            "use_filter_norm": self.normalize == "filter",
+            "global_renorm": self.global_renorm or self.normalize == "global",
+            "normalize": self.normalize,
+            "distribution": self.distribution,
+            "relative_span": self.relative_span,
+            "seed": self.key.seed,
+            "key": f"{self.key.bits:032x}",
+            "homogeneous_dtype": self.homogeneous_dtype,
+            "fast_vec_path": not self.plan.lazy,
+            "chunk": self.plan.chunk,
+            "threads": self.plan.threads,
+            "num_forwards": self.num_forwards,
+            "num_gradients": self.num_gradients,
+            "num_jvps": self.num_jvps,
+            "num_second_jvps": self.num_second_jvps,
+            "note": self.note,
+        }
+
+    def _arrays(self) -> dict[str, Any]:
+        arrays = {
+            "losses": self.losses,
+            "losses_negative": self.losses_negative,
+            "slopes": self.slopes,
+            "curvatures": self.curvatures,
+            "rayleigh_quotients": self.rayleigh_quotients,
+            "direction_norms": self.direction_norms,
+        }
+        return {name: array.numpy() for name, array in arrays.items() if array is not None}
+
+    def __str__(self) -> str:
+        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "")]
+        rows += [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
+        head = (
+            f"{self.n_samples} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
+            f"(relative step {self.relative_step:.3g}), {self.key!r}"
+        )
+        lost = self.n_nonfinite_pos + self.n_nonfinite_neg
+        tail = [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"] if lost else []
+        tail += [self.note] if self.note else []
+        return "\n".join([head, tabulate(rows, headers=("", "value", "stderr"), disable_numparse=True), *tail])
+
+    __repr__ = __str__
+
+
+def central_second_difference(
+    positive: Float[Tensor, " n"], negative: Float[Tensor, " n"], centre: float, step: float
+) -> Float[Tensor, " n"]:
+    r"""$(L^+ + L^- - 2 L_0) / h^2$, the second derivative up to $h^2 L^{(4)} / 12$; float64.
+
+    Truncation, rounding and the best step: proofs/central_difference.py.
+
+    >>> central_second_difference(torch.tensor([4.0]), torch.tensor([0.0]), 1.0, 1.0)       # (1 + a)^2
+    tensor([2.], dtype=torch.float64)
+    """
+    return (positive.double() + negative.double() - 2 * centre) / step**2
+
+
+def rounding_bound(level: float, step: float, unit_roundoff: float) -> float:
+    r"""The most that relative errors of `unit_roundoff` in three losses of size `level` do to the second difference.
+
+    $4 u |L| / h^2$. A float32 network rounds at every layer, so that its losses may be off by a few u more; averaging
+    over tokens works the other way. Take it as the order of magnitude. proofs/central_difference.py.
+
+    >>> rounding_bound(2.0, 0.5, 2.0**-24) == 8 * 2.0**-24 / 0.25
+    True
+    """
+    return 4 * unit_roundoff * abs(level) / step**2
+
+
+def _why_low(result: DirectionalLosses, corr: float) -> str:
+    assert result.slopes is not None
+    both = result.slopes.isfinite() & result.losses.isfinite()
+    num = int(both.sum())
+    lost = len(both) - num
+    if num < 3:
+        return f"gradient-delta correlation undefined: {num} directions with a finite slope and loss ({lost} without)."
+    first = result.actual_span * result.slopes[both]
+    rest = result.deltas[both] - first
+    linear, other = float(first.std()), float(rest.std())
+    reasons = []
+    if other > linear:
+        reasons.append(
+            f"over directions, the linear part of the loss change has sd {linear:.2g}, what curvature and higher orders add "
+            f"{other:.2g}: at this span the slope is not what moves the loss. In a quadratic region "
+            f"a span below {result.actual_span * linear / other:.2g} makes the linear part the larger one."
+        )
+    noise = 1 / math.sqrt(num - 1)
+    if abs(corr) < 2 * noise:
+        reasons.append(f"{num} directions leave a chance scatter of ±{noise:.2f} in the correlation: take more.")
+    if lost:
+        reasons.append(f"{lost} of {len(both)} directions have no finite loss or slope.")
+    reasons = reasons or ["the loss change is not linear in the slope at this span."]
+    return f"low gradient-delta correlation {corr:.2f}: " + " ".join(reasons)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x[x.isfinite()]

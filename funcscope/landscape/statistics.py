@@ -1,0 +1,68 @@
+"""Statistics of samples along random directions, each with its standard error over directions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from scipy.stats.mstats import mjci
+from torch import Tensor
+
+from ..core.estimate import Estimate, jackknife_stderr
+
+Samples = Float[Tensor, " n"]
+
+
+def mean(x: Samples) -> Estimate:
+    """Sample mean; standard error sd / sqrt(n)."""
+    return Estimate.of(x)
+
+
+def spread(x: Samples) -> Estimate:
+    """Sample standard deviation (n - 1); jackknife standard error; nan below 3 samples for the error, 2 for the value."""
+    if len(x) < 2:
+        return _undefined(x)
+    return Estimate(x.std(), _jackknife(lambda m, v: v.clamp(min=0).sqrt(), x), len(x))
+
+
+def variation(x: Samples) -> Estimate:
+    """Coefficient of variation sd / |mean|; jackknife standard error."""
+    if len(x) < 2:
+        return _undefined(x)
+    return Estimate(x.std() / x.mean().abs(), _jackknife(lambda m, v: v.clamp(min=0).sqrt() / m.abs(), x), len(x))
+
+
+def correlation(x: Samples, y: Samples) -> Estimate:
+    """Pearson's r; jackknife standard error; nan below 3 pairs, or where one of the two does not vary."""
+    num = len(x)
+    if num < 3:
+        return _undefined(x)
+    dx, dy = x - x.mean(), y - y.mean()
+    xx, yy, xy = (dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum()
+    if xx == 0 or yy == 0:
+        return Estimate(x.new_tensor(float("nan")), x.new_tensor(float("nan")), num)
+    share = num / (num - 1)  # leaving out sample i takes n / (n - 1) times its product of deviations from each sum
+    left_out = (xy - share * dx * dy) / ((xx - share * dx * dx) * (yy - share * dy * dy)).sqrt()
+    return Estimate(xy / (xx * yy).sqrt(), jackknife_stderr(left_out), num)
+
+
+def quantile(x: Samples, q: float) -> Estimate:
+    """Sample quantile (linear interpolation); Maritz-Jarrett standard error."""
+    if len(x) < 2:
+        return _undefined(x)
+    return Estimate(x.quantile(q), x.new_tensor(float(mjci(x.numpy(), prob=[q])[0])), len(x))
+
+
+def _jackknife(statistic, x: Samples) -> Tensor:
+    """Standard error of statistic(mean, variance) from its leave-one-out values."""
+    num = len(x)
+    if num < 3:
+        return x.new_tensor(float("nan"))
+    deviation = x - x.mean()
+    means = x.mean() - deviation / (num - 1)
+    variances = (deviation.square().sum() - deviation.square() * num / (num - 1)) / (num - 2)
+    return jackknife_stderr(statistic(means, variances))
+
+
+def _undefined(x: Samples) -> Estimate:
+    nan = x.new_tensor(float("nan"))
+    return Estimate(nan, nan, len(x))
