@@ -6,7 +6,7 @@ Slopes, curvatures, lines, planes and barriers are values, derivatives and vmaps
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ LAZY_ABOVE = 2**24
 Phi = Callable[[Tensor | float], Float[Tensor, ""]]
 
 
+@runtime_checkable
 class Leaves(Protocol):
     """Whatever can say, a leaf at a time, where to go; the tensor is the caller's to overwrite."""
 

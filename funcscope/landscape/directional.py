@@ -99,7 +99,7 @@ def directional_losses(
     >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
     >>> result = directional_losses(loss, torch.tensor([3.0, 4.0]), key=keys.key(0), n_samples=4, span=0.1,
     ...                             two_sided=True, compute_curvature=True)
-    >>> result.baseline_loss, [round(q, 3) for q in result.rayleigh_quotients.tolist()]
+    >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)

@@ -1,0 +1,5 @@
+"""Small real models that are trained here."""
+
+from . import modular
+
+__all__ = ["modular"]

@@ -1,0 +1,1 @@
+"""What runs and remembers: it feeds the pure functions and keeps their results."""
