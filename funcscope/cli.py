@@ -40,8 +40,12 @@ def _parser() -> argparse.ArgumentParser:
         "samples its loss along random directions at 24 checkpoints, prints a table, and writes a page and the numbers.",
     )
     show.add_argument("--quick", action="store_true", help="a smaller model: under 30 seconds instead of 3 minutes")
-    show.add_argument("--out", type=Path, default=Path("funcscope-demo"), metavar="DIR", help="default: ./funcscope-demo")
-    show.add_argument("--samples", type=int, metavar="N", help="random directions per checkpoint (default 50, quick 20)")
+    show.add_argument(
+        "--out", type=Path, default=Path("funcscope-demo"), metavar="DIR", help="default: ./funcscope-demo"
+    )
+    show.add_argument(
+        "--samples", type=int, metavar="N", help="random directions per checkpoint (default 50, quick 20)"
+    )
     show.add_argument("--span", type=float, metavar="H", help="relative step along each direction (default 0.1)")
     show.add_argument("--seed", type=int, metavar="S", help="another data split, initialisation and set of directions")
     show.set_defaults(run=_demo)
@@ -59,7 +63,9 @@ def _demo(args: argparse.Namespace) -> int:
         numbers = demo.run(settings, args.out)
     except KeyboardInterrupt:
         kept = len(list(demo.checkpoints(settings, args.out)))
-        print(f"\nfuncscope: interrupted; {kept} checkpoints are kept in {args.out}, the same command goes on from there.")
+        print(
+            f"\nfuncscope: interrupted; {kept} checkpoints are kept in {args.out}, the same command goes on from there."
+        )
         return 130
     page = _page(numbers)
     headers, rows = demo.table(load(numbers).meta)

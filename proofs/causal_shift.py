@@ -1,18 +1,19 @@
 """exhaustive and identity: only the shifted cross-entropy needs a model of the language
 
-Claim: Scored against the next token, the expected cross-entropy of a predictor of next tokens has its only minimum at the
-    source's conditional distribution, and a predictor that copies its input is strictly worse. Scored against the token
-    itself, copying with error e costs -log(1 - e) for every source, which tends to 0, the least value there is; the
-    true conditional costs more.
+Claim: Scored against the next token, the expected cross-entropy of a predictor of next tokens has its only minimum at
+    the source's conditional distribution, and a predictor that copies its input is strictly worse. Scored against the
+    token itself, copying with error e costs -log(1 - e) for every source, which tends to 0, the least value there is;
+    the true conditional costs more.
 Function: funcscope.core.criterion.causal_lm
-Size: vocabulary 2; all sequences of lengths 2 to 5 of one Markov source with rational probabilities; every predictor with
-    probabilities in (0, 1) that sees the prefix; errors e of 1/3, 1/8 and 1/100. The cost of copying: every Markov source.
+Size: vocabulary 2; all sequences of lengths 2 to 5 of one Markov source with rational probabilities; every predictor
+    with probabilities in (0, 1) that sees the prefix; errors e of 1/3, 1/8 and 1/100. The cost of copying: every
+    Markov source.
 Assumptions: the source does not itself repeat its last token with probability 1 - e in every state.
 Not covered: larger vocabularies, longer sequences, other sources; what training finds.
 """
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from math import lcm, log, prod
 
 import pytest
@@ -32,7 +33,7 @@ def sequences(length):
 
 
 def probability(x, start=START, step=STEP):
-    return start[x[0]] * prod(step[a][b] for a, b in zip(x, x[1:], strict=False))
+    return start[x[0]] * prod(step[a][b] for a, b in pairwise(x))
 
 
 def truth(prefix):
@@ -58,20 +59,19 @@ def better(model, other, length, shift, step=STEP):
     weights = {x: probability(x, step=step) for x in sequences(length)}
     scale = lcm(*(weight.denominator for weight in weights.values()))
     ratios = {x: likelihood(model, x, shift) / likelihood(other, x, shift) for x in weights}
-    powers = {x: int(scale * weight) for x, weight in weights.items()}
-    return prod(ratios[x].numerator ** n for x, n in powers.items()) > prod(
-        ratios[x].denominator ** n for x, n in powers.items()
-    )
+    powers = [(ratios[x], int(scale * weight)) for x, weight in weights.items()]
+    return prod(r.numerator**n for r, n in powers) > prod(r.denominator**n for r, n in powers)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_shifted_loss_has_its_only_minimum_at_the_true_conditional(length):
     prefixes = [prefix for t in range(1, length) for prefix in sequences(t)]
     ahead = {prefix: sp.Symbol("q" + "".join(map(str, prefix)), positive=True) for prefix in prefixes}
-    model = lambda prefix: (1 - ahead[prefix], ahead[prefix])
     assert sum(map(probability, sequences(length))) == 1
     loss = -sum(
-        sp.Rational(probability(x)) * sp.log(model(x[:t])[x[t]]) for x in sequences(length) for t in range(1, length)
+        sp.Rational(probability(x)) * sp.log(ahead[x[:t]] if x[t] else 1 - ahead[x[:t]])
+        for x in sequences(length)
+        for t in range(1, length)
     )
     for prefix, q in ahead.items():  # the slope in q holds no other q, and changes its sign once, from - to +
         weight, p = sp.Rational(probability(prefix)), sp.Rational(truth(prefix)[1])
@@ -127,13 +127,12 @@ def shipped_loss(criterion, batch, model, ids):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_shipped_causal_lm_is_the_enumerated_shifted_loss(length, error):
     ids = torch.tensor(sequences(length))
-    scored = [shipped_loss(causal_lm, ids, model, ids) for model in (truth, copying(error))]
-    assert scored == pytest.approx(
-        [expected_loss(model, length, shift=1) for model in (truth, copying(error))], rel=1e-13
-    )
-    assert scored[0] < scored[1]
+    models = (truth, copying(error))
+    shifted = [shipped_loss(causal_lm, ids, model, ids) for model in models]
+    assert shifted == pytest.approx([expected_loss(model, length, shift=1) for model in models], rel=1e-13)
+    assert shifted[0] < shifted[1]
     own = {"input_ids": ids, "labels": ids}  # negative control: `masked_lm` pairs each output with its own token
-    unshifted = [shipped_loss(masked_lm, own, model, ids) for model in (truth, copying(error))]
+    unshifted = [shipped_loss(masked_lm, own, model, ids) for model in models]
     assert unshifted == pytest.approx([expected_loss(truth, length, shift=0), -log(1 - error)], rel=1e-13)
     assert unshifted[0] > unshifted[1]
 
@@ -153,8 +152,7 @@ def test_shipped_weights_are_0_at_the_last_position_and_at_padding(side, filler)
     wanted[first : first + 2] = 1
     assert torch.equal(targets.weight, wanted.expand(len(ids), 5))
     loss, weight = causal_lm.token_loss(logits(truth, ids), targets)
-    bare, _ = causal_lm.token_loss(logits(truth, whole), causal_lm.prepare(whole)[1])
-    assert torch.equal((loss * weight)[:, first : first + 2], bare[:, :2])
-    assert torch.equal(
-        causal_lm.prepare(ids)[1].weight[0], torch.tensor([1.0, 1, 1, 1, 0])
-    )  # negative control: no mask
+    alone, _ = causal_lm.token_loss(logits(truth, whole), causal_lm.prepare(whole)[1])
+    assert torch.equal((loss * weight)[:, first : first + 2], alone[:, :2])
+    _, bare = causal_lm.prepare(ids)  # negative control: without the mask, padding is text
+    assert bare.weight.sum() == 4 * len(ids)

@@ -1,9 +1,9 @@
 """general and identity: truncation, rounding and best step of the central second difference
 
 Claim: For c(h) = (L(h) + L(-h) - 2 L(0)) / h^2: c(h) - L''(0) is the integral over [-h, h] of K L'''' with
-    K(t) = (h - |t|)^3 / (6 h^2) >= 0 and mass h^2/12, so |c(h) - L''(0)| <= h^2 M4 / 12, and this is sharp; up to degree
-    7, c(h) = L'' + h^2 L''''/12 + h^4 L^(6)/360. Relative errors u in three losses of size at most B move c(h) by at
-    most 4 u B / h^2, and this is sharp. The sum of both bounds has its only minimum, 2 sqrt(u B M4 / 3), at
+    K(t) = (h - |t|)^3 / (6 h^2) >= 0 and mass h^2/12, so |c(h) - L''(0)| <= h^2 M4 / 12, and this is sharp; up to
+    degree 7, c(h) = L'' + h^2 L''''/12 + h^4 L^(6)/360. Relative errors u in three losses of size at most B move c(h)
+    by at most 4 u B / h^2, and this is sharp. The sum of both bounds has its only minimum, 2 sqrt(u B M4 / 3), at
     h = (48 u B / M4)^(1/4). The slope (L(h) - L(-h)) / (2h) is off by at most h^2 M3 / 6, and this is sharp.
 Function: funcscope.landscape.samples.central_second_difference, funcscope.landscape.samples.rounding_bound,
     funcscope.landscape.directional.directional_losses
@@ -116,7 +116,9 @@ def test_shipped_difference_has_the_error_series():
 
 
 def test_shipped_difference_of_float32_losses_keeps_the_total_bound():
-    loss = lambda a: 2 + a - a**2 / 2 + a**4 / 8  # L'' = -1, M4 = 3, B = 3 where |a| < 1
+    def loss(a):
+        return 2 + a - a**2 / 2 + a**4 / 8  # L'' = -1, M4 = 3, B = 3 where |a| < 1
+
     truncations, roundings, errors = [], [], []
     for step in (Fraction(1, 2**k) for k in range(1, 13)):
         errors.append(abs(shipped(loss, step, torch.float32) + 1))

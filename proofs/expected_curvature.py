@@ -5,11 +5,11 @@ Claim: E[d'Hd] = tr(H)/P for every random unit vector d whose distribution does 
     ||theta_f|| / ||z_f||, z_f independent: E[d'Hd] = sum_f (||theta_f||^2 / n_f) tr(H_ff) and ||d|| = ||theta||. For
     random signs and a diagonal H both hold for every single draw.
 Function: funcscope.core.directions.directions, funcscope.landscape.directional.directional_losses
-Size: every symmetric H and every vector of n = 2, 3, 4 coordinates, averaged over all 2^n n! signed permutations; groups
-    of sizes (1, 2) and (2, 2). The argument uses two coordinates at a time (a flip gives E[d_i d_j] = 0, a swap
+Size: every symmetric H and every vector of n = 2, 3, 4 coordinates, averaged over all 2^n n! signed permutations;
+    groups of sizes (1, 2) and (2, 2). The argument uses two coordinates at a time (a flip gives E[d_i d_j] = 0, a swap
     E[d_i^2] = E[d_j^2]), so that no step depends on n.
-Assumptions: H symmetric; no group with theta_f = 0 (such a group has d_f = 0 and drops out of the sum). By invariance the
-    mean over draws is the mean over draws of the average over the group of signed permutations.
+Assumptions: H symmetric; no group with theta_f = 0 (such a group has d_f = 0 and drops out of the sum). By invariance
+    the mean over draws is the mean over draws of the average over the group of signed permutations.
 Not covered: the variance of d'Hd; finite steps (central_difference.py); the quality of the random numbers.
 """
 
@@ -61,13 +61,12 @@ def test_mean_over_all_signed_permutations_is_the_trace(n):
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_normal_and_random_sign_vectors_are_invariant(n):
     z = vector("z", n)
-    density = lambda v: prod(sp.exp(-(a**2) / 2) for a in v)
-    assert all(density(image) == density(z) and image.dot(image) == z.dot(z) for image in orbit(z))
+    normal, skewed = (lambda v: prod(sp.exp(-(a**2) / 2) for a in v)), (lambda v: prod(sp.exp(-a) for a in v))
+    assert all(normal(image) == normal(z) and image.dot(image) == z.dot(z) for image in orbit(z))
+    assert not all(skewed(image) == skewed(z) for image in orbit(z))  # negative control
     corners = set(product((-1, 1), repeat=n))
     images = zip(*(map(tuple, orbit(sp.Matrix(corner))) for corner in sorted(corners)), strict=True)
     assert all(set(image) == corners for image in images)
-    skewed = lambda v: prod(sp.exp(-a) for a in v)
-    assert not all(skewed(image) == skewed(z) for image in orbit(z))  # negative control
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 2)])
@@ -138,13 +137,9 @@ def formula(H, theta, normalize):
 def test_shipped_directions_have_the_norms_and_the_mean_curvature(normalize, distribution):
     net = network()
     drawn = stack(directions(net, key=key(1), num=1000, normalize=normalize, distribution=distribution))
-    wanted = (
-        torch.ones(1).double()
-        if normalize == "global"
-        else torch.stack([net.theta[f].norm() for f in blocks(normalize)])
-    )
-    norms = torch.stack([drawn[:, f].norm(dim=1) for f in blocks(normalize)], dim=1)
-    torch.testing.assert_close(norms, wanted.expand_as(norms), rtol=1e-14, atol=0)
+    for f in blocks(normalize):
+        norms, wanted = drawn[:, f].norm(dim=1), 1.0 if normalize == "global" else float(net.theta[f].norm())
+        torch.testing.assert_close(norms, torch.full_like(norms, wanted), rtol=1e-14, atol=0)
     i = torch.arange(13.0, dtype=torch.float64)
     H = torch.cos(i[:, None] * i) + torch.diag(i)
     forms = ((drawn @ H) * drawn).sum(1)

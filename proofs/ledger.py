@@ -1,4 +1,4 @@
-"""The ledger of proofs: `python proofs/ledger.py` writes README.md from the docstrings; `--check` exits 1 if it is stale.
+"""The ledger of proofs: `python proofs/ledger.py` writes README.md from the docstrings; `--check` exits 1 if stale.
 
 A proof's docstring begins with `grade: short claim`; then come its fields, `Claim: ...` and so on, each to the next.
 """
@@ -18,9 +18,9 @@ GRADES = {
 FIELDS = ("Claim", "Function", "Size", "Assumptions", "Not covered")
 HEAD = """# Proofs
 
-Written by `python proofs/ledger.py` from the docstrings of the files; run by `pytest proofs`. Every file proves a theorem,
-shows by negative controls that its checks can fail, and evaluates the functions that are shipped (oracle: exact rationals
-or float64).
+Written by `python proofs/ledger.py` from the docstrings of the files; run by `pytest proofs`. Every file proves a
+theorem, shows by negative controls that its checks can fail, and evaluates the functions that are shipped (oracle:
+exact rationals or float64).
 """
 
 
@@ -49,7 +49,7 @@ def read(path: Path) -> Proof:
         raise ValueError(
             f"{path.name}: the docstring must begin with `grade: claim`, grades {', '.join(GRADES)}; got {first!r}."
         )
-    if tuple(fields) != FIELDS:
+    if parts[0] or tuple(fields) != FIELDS:
         raise ValueError(
             f"{path.name}: the docstring must have the fields {', '.join(FIELDS)}, in this order; got {list(fields)}."
         )
@@ -69,11 +69,8 @@ def ledger(rows: list[Proof]) -> str:
     for proof in rows:
         claim, _, size, assumptions, missing = (cell.replace("|", "\\|") for cell in proof.fields.values())
         names = ", ".join(f"`{name}`" for name in proof.functions)
-        lines.append(
-            _row(
-                (f"[{proof.title}]({proof.file})", claim, names, " and ".join(proof.grades), size, assumptions, missing)
-            )
-        )
+        link, grade = f"[{proof.title}]({proof.file})", " and ".join(proof.grades)
+        lines.append(_row((link, claim, names, grade, size, assumptions, missing)))
     return "\n".join(lines) + "\n"
 
 

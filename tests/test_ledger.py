@@ -19,11 +19,12 @@ CITED = re.compile(r"proofs/\w+\.py")
 
 
 def resolve(function):
-    """(module, name inside it, object) of a fully qualified name."""
+    """(module, name inside it) of a fully qualified name; raises AttributeError where there is no such thing."""
     parts = function.split(".")
     module = max((".".join(parts[:i]) for i in range(1, len(parts)) if _is_module(".".join(parts[:i]))), key=len)
     name = function.removeprefix(f"{module}.")
-    return module, name, attrgetter(name)(importlib.import_module(module))
+    attrgetter(name)(importlib.import_module(module))
+    return module, name
 
 
 def _is_module(name):
@@ -34,7 +35,7 @@ def _is_module(name):
 
 
 def citations(source, name):
-    """The proofs cited by the module's docstring, and by the docstring of one name in it; constants have theirs below."""
+    """The proofs cited by the module's docstring and by that of one name in it; a constant has its docstring below."""
     tree = ast.parse(source)
     docs = [ast.get_docstring(tree) or ""]
     for node, after in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
@@ -57,18 +58,13 @@ def unanswered(texts, proofs):
 
 def modules():
     paths = sorted((ROOT / "funcscope").rglob("*.py"))
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text()
-        for path in paths
-    }
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths)
+    return {name: path.read_text(encoding="utf-8") for name, path in zip(names, paths, strict=True)}
 
 
-@pytest.mark.parametrize(
-    ("file", "function"), [(proof.file, function) for proof in PROOFS for function in proof.functions]
-)
+@pytest.mark.parametrize(("file", "function"), [(proof.file, name) for proof in PROOFS for name in proof.functions])
 def test_every_named_function_exists_and_cites_its_proof(file, function):
-    module, name, found = resolve(function)
-    assert found is not None
+    module, name = resolve(function)
     assert f"proofs/{file}" in citations(modules()[module], name)
 
 
@@ -92,7 +88,7 @@ def test_readme_is_up_to_date():
 def test_a_changed_claim_makes_the_readme_stale_until_it_is_written(tmp_path):  # negative control
     folder = shutil.copytree(ROOT / "proofs", tmp_path / "proofs", ignore=shutil.ignore_patterns("__pycache__"))
     proof = folder / PROOFS[0].file
-    proof.write_text(proof.read_text().replace("Claim: ", "Claim: not ", 1))
+    proof.write_text(proof.read_text(encoding="utf-8").replace("Claim: ", "Claim: not ", 1), encoding="utf-8")
     assert ledger.main(["--check"], folder) == 1
     assert ledger.main([], folder) == 0
     assert ledger.main(["--check"], folder) == 0
@@ -101,6 +97,8 @@ def test_a_changed_claim_makes_the_readme_stale_until_it_is_written(tmp_path):  
 @pytest.mark.parametrize(("old", "new"), [("general and", "certain and"), ("Size: ", "Scale: "), ("Claim: ", "")])
 def test_a_docstring_without_grade_or_field_is_refused(tmp_path, old, new):
     proof = tmp_path / "central_difference.py"
-    proof.write_text((ROOT / "proofs" / "central_difference.py").read_text().replace(old, new, 1))
+    proof.write_text(
+        (ROOT / "proofs" / "central_difference.py").read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"central_difference\.py: the docstring must"):
         ledger.read(proof)

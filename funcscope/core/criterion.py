@@ -182,7 +182,10 @@ def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:
 
 
 causal_lm = Criterion("causal_lm", _causal, _cross_entropy, _softmax_hessian, _draw_labels)
-"""Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0."""
+"""Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0.
+
+Why the shift: proofs/causal_shift.py.
+"""
 
 masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _draw_labels)
 """Cross-entropy of the masked tokens at their own positions; `labels` are -100 where nothing was masked."""

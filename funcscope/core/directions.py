@@ -64,7 +64,7 @@ class Direction:
         return stack([self])[0]
 
     def _drawn(self, leaf: Leaf) -> Tensor:
-        z = draw(fold_in(self.key, leaf.name), leaf.numel, self.scales.distribution)
+        z = _never_zero(draw(fold_in(self.key, leaf.name), leaf.numel, self.scales.distribution))
         return z.view(leaf.shape).to(self.scales.device, self.scales.dtype)
 
     @cached_property
@@ -91,7 +91,7 @@ def directions(
 
     normalize: `filter`: one group per output unit (row of a weight; column of a Hugging Face Conv1D; whole vectors),
     Li et al. (2018). `layer`: one per transformer block, embedding and head apart. `global`: $d = z / \|z\|$.
-    So $\|d\| = \|\theta\|$ for `filter` and `layer`, and 1 for `global`.
+    So $\|d\| = \|\theta\|$ for `filter` and `layer`, and 1 for `global`. Mean curvature: proofs/expected_curvature.py.
     unit_norm: divide the whole direction by its norm: only the unit of the step changes, no ratio between groups.
     zero_vectors: no step in biases and norm parameters (1-D leaves), Li et al.'s option; then $\|d\| < \|\theta\|$.
     base: the parameters whose norms are used; default `net.params`. Direction i depends on `fold_in(key, i)` only.
@@ -125,6 +125,8 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
         def job() -> None:
             for leaf in layout.leaves:
                 fill(fold_in(key, leaf.name), row[leaf.slice], scales.distribution)
+                if leaf.numel == 1:
+                    row[leaf.slice] = _never_zero(row[leaf.slice])
 
         return job
 
@@ -143,7 +145,7 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
 def _rescale(z: Tensor, within: tuple[int, ...], target: Tensor) -> Tensor:
     """Each filter of z, whose own dimensions are `within`, gets its target norm; in place."""
     drawn = _filter_norms(z, within)
-    if bool((drawn == 0).any()):  # a filter of one entry draws an exact 0 once in 2^24; it needs a direction all the same
+    if bool((drawn == 0).any()):  # filters of one entry each: see `_never_zero`
         z += drawn == 0
         drawn = _filter_norms(z, within)
     return z.mul_(target / drawn)
@@ -169,6 +171,11 @@ def _group_norms(scales: Scales, part: Callable[[Leaf], Tensor]) -> dict[str, fl
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
+def _never_zero(z: Tensor) -> Tensor:
+    """A normal draw is an exact 0 once in 2^24; alone in its group, it needs a direction all the same."""
+    return z if z.numel() > 1 or bool(z) else torch.ones_like(z)
+
+
 def _scales(
     layout: Layout,
     base: Params,
@@ -188,7 +195,9 @@ def _scales(
     else:
         whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")
         groups = {name: whole[name] if moved[name] else "still" for name in layout.names}
-        norms = _group_norms(Scales(layout, distribution, {}, groups, 0.0, dtype, device), lambda leaf: values[leaf.name])
+        norms = _group_norms(
+            Scales(layout, distribution, {}, groups, 0.0, dtype, device), lambda leaf: values[leaf.name]
+        )
         if normalize == "global":
             norms["all"] = 1.0
         targets = {name: torch.tensor(norms[groups[name]], dtype=dtype, device=device) for name in layout.names}

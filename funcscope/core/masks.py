@@ -24,7 +24,9 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     return {**inputs, "attention_mask": _masks(model, _visible(inputs), dtype)}
 
 
-def _masks(model: PreTrainedModel, visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def _masks(
+    model: PreTrainedModel, visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
     length = visible.shape[-1]
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         return _additive(visible.expand(-1, -1, length, -1), dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from .checks import check_choice, check_names
 from .layout import Layout, Params
 from .masks import with_float_mask
+from .skeleton import make_skeleton
 
 Inputs = Tensor | tuple | Mapping[str, Any]
 LeafFn = Callable[[str, Tensor], Tensor]
@@ -43,7 +43,9 @@ class Functional:
     _output: Callable[[Any], Tensor]
 
     def __repr__(self) -> str:
-        return f"Functional({type(self._skeleton).__name__}, {self.layout.num:,} parameters in {len(self.params)} leaves)"
+        return (
+            f"Functional({type(self._skeleton).__name__}, {self.layout.num:,} parameters in {len(self.params)} leaves)"
+        )
 
     @property
     def theta(self) -> Float[Tensor, " p"]:
@@ -96,8 +98,9 @@ def functional(
     are private, ties survive. The skeleton is in eval mode, whatever the model is in: no dropout, and BatchNorm uses
     its running statistics. Forward hooks are copied with the tree and run in it.
 
-    attention: the kernel of a Hugging Face model. `eager` and `math` have derivatives of every order; `keep` leaves
-    the model's own (the fused kernels have no forward-mode and no second derivatives).
+    attention: the kernel of a Hugging Face model. `eager` and `math` have derivatives of every order, and with them
+    layer norms are computed from primitives, as the fused ones have wrong nested derivatives (core/skeleton.py). `keep`
+    leaves all the model's own kernels, for values and first derivatives only; the fused attention has no others.
     output: how the model's return value becomes a tensor; `logits` takes `.logits`, or the tensor itself.
     trainable: which parameters make up theta. None: those with `requires_grad`; "all"; names; or a predicate on
     names. The others are constants outside theta.
@@ -116,7 +119,7 @@ def functional(
     values = {name: param.detach() for name, param in model.named_parameters()}
     if isinstance(output, str):
         check_choice("output", output, ("logits",))
-    skeleton = _skeleton(model, attention)
+    skeleton = make_skeleton(model, attention)
     return Functional(
         params={name: values[name] for name in layout.names},
         buffers=dict(skeleton.named_buffers()),
@@ -167,7 +170,7 @@ def _check_aliases(model: nn.Module) -> None:
     for name, tensor in tensors:
         if tensor.layout is torch.strided and tensor.numel():
             start = tensor.storage_offset() * tensor.element_size()
-            extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            extent = 1 + sum((n - 1) * step for n, step in zip(tuple(tensor.shape), tensor.stride(), strict=True))
             span = (start, start + extent * tensor.element_size(), name)
             spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
     parameters = {name for name, _ in model.named_parameters()}
@@ -178,19 +181,6 @@ def _check_aliases(model: nn.Module) -> None:
                     f"`{first}` and `{second}` share memory without being one parameter. Tie them by assigning the same "
                     "`nn.Parameter` object to both modules, or clone one of them."
                 )
-
-
-def _skeleton(model: nn.Module, attention: str) -> nn.Module:
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
-    }
-    skeleton = copy.deepcopy(model, memo).eval()
-    if isinstance(skeleton, PreTrainedModel):
-        if attention != "keep":
-            skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
-        if hasattr(skeleton.config, "use_cache"):
-            skeleton.config.use_cache = False
-    return skeleton
 
 
 def _kernel(attention: str) -> AbstractContextManager[Any]:
@@ -216,7 +206,9 @@ def _logits(out: Any) -> Tensor:
 class _Substitute(TorchFunctionMode):
     """Replaces the skeleton's meta parameters by values at every torch call that takes one."""
 
-    METADATA = frozenset({"size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"})
+    METADATA = frozenset(
+        {"size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"}
+    )
 
     def __init__(self, net: Functional, leaf: LeafFn):
         super().__init__()

@@ -45,7 +45,8 @@ def restrict(
     it again at every evaluation and batch; or hold the directions densely. Default: lazy above 2^24 numbers. A lazy phi
     of one direction takes a plain float for the least memory and time, where no derivative is wanted.
 
-    phi composes with `grad`, `jvp`, `jvp` of `jvp` and `vmap`; a `vmap` over coefficients draws each direction once.
+    phi composes with `grad`, `jvp`, `jvp` of `jvp` (outside of `no_grad`: SiLU has no second derivative inside) and
+    `vmap`; a `vmap` over coefficients draws each direction once.
 
     >>> from funcscope.core import criterion, keys, model, objective
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))

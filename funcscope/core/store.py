@@ -62,7 +62,9 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None
     else:
         raise ValueError(f"a stored file ends in .safetensors or .npz, got {path.name!r}.")
     write(path, data)
-    shapes = {name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in tensors.items()}
+    shapes = {
+        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in tensors.items()
+    }
     write(path.with_suffix(".json"), json.dumps({**head, "arrays": shapes}, indent=1).encode())
 
 
@@ -77,7 +79,9 @@ def load(path: Path) -> Stored:
         head = json.loads(text)
         plain, digest = head["meta"], head["sha256"]
     except (SafetensorError, zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as err:
-        raise Damaged(f"{path} is damaged or was not written by funcscope ({err}): delete it to have it made again.") from err
+        raise Damaged(
+            f"{path} is damaged or was not written by funcscope ({err}): delete it to have it made again."
+        ) from err
     if _digest({name: _tensor(value) for name, value in arrays.items()}, plain) != digest:
         raise Damaged(f"{path} is damaged (its checksum does not match): delete it to have it made again.")
     return Stored(arrays, plain)

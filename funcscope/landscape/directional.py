@@ -64,8 +64,8 @@ def directional_losses(
 
     Losses are in nats where the criterion is a cross-entropy; $s_i$ and $c_i$ are per unit of the coefficient h;
     divide by $\|d\|^2$ (`rayleigh_quotients`) for curvature per unit of distance. For `global` directions
-    $E[c] = \mathrm{tr}(H)/P$, for `filter` $E[c] = \sum_f (\|\theta_f\|^2 / n_f)\, \mathrm{tr}(H_{ff})$
-    (proofs/expected_curvature.py). The error of the difference and its best step: proofs/central_difference.py.
+    $E[c] = \mathrm{tr}(H)/P$, for `filter` and `layer` $E[c] = \sum_f (\|\theta_f\|^2 / n_f)\, \mathrm{tr}(H_{ff})$ over
+    their groups f (proofs/expected_curvature.py). The error of the difference and its best step: proofs/central_difference.py.
 
     theta: a flat vector of shape (P,), or a dict of parameters, which is not copied where `lazy` holds.
     normalize: `filter` is the document's `use_filter_norm=True`; `global` is `use_filter_norm=False`, with or without
@@ -206,8 +206,10 @@ def _sample(
     slope = grad(loss)(flat) if wanted.slope == "gradient" else None
     for start in range(0, len(dirs), plan.chunk):
         rows = stack(dirs[start : start + plan.chunk])
-        out = vmap(lambda row: _along(loss, flat, row, wanted))(rows) if plan.chunk > 1 else _along_one(
-            loss, flat, rows[0], wanted
+        out = (
+            vmap(lambda row: _along(loss, flat, row, wanted))(rows)
+            if plan.chunk > 1
+            else _along_one(loss, flat, rows[0], wanted)
         )
         if slope is not None:
             out["slopes"] = rows.double() @ slope.double()
@@ -234,7 +236,8 @@ def _derivatives(phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
         return jvp(phi, (a,), (one,))[1]
 
     if wanted.exact_curvature:
-        slope, curvature = jvp(rate, (zero,), (one,))
+        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+            slope, curvature = jvp(rate, (zero,), (one,))
         return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
     return {"slopes": rate(zero)} if wanted.slope == "jvp" else {}
 

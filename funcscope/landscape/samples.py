@@ -98,7 +98,8 @@ class DirectionalLosses:
         """How much rounding alone can move a difference curvature; see `rounding_bound`. 0 for exact ones."""
         if self.exact_curvatures is not None:
             return 0.0
-        level = max(abs(self.baseline_loss), *(abs(float(x)) for x in _finite(self.losses).flatten()), 0.0)
+        sides = [self.losses] if self.losses_negative is None else [self.losses, self.losses_negative]
+        level = max(abs(self.baseline_loss), *(abs(x) for side in sides for x in _finite(side).tolist()), 0.0)
         return rounding_bound(level, self.actual_span, self.unit_roundoff)
 
     @property

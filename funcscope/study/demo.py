@@ -125,9 +125,7 @@ def _profiles(settings: Settings, loss: Loss, folder: Path, steps: tuple[int, ..
     lines = []
     for step in steps:
         params = modular.checkpoint(settings.config, folder, step).params
-        dirs = directions(
-            loss.net, key=fold_in(key(settings.seed), "profiles"), num=PROFILE_DIRECTIONS, base=params
-        )
+        dirs = directions(loss.net, key=fold_in(key(settings.seed), "profiles"), num=PROFILE_DIRECTIONS, base=params)
         with torch.no_grad():
             phis = [restrict(loss, loss.layout.ravel(params), direction) for direction in dirs]
             lines.append(torch.stack([torch.func.vmap(phi, chunk_size=8)(alphas) for phi in phis]))

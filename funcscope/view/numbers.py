@@ -1,0 +1,43 @@
+"""Numbers as a reader wants them: three digits, an error with two, powers of ten where they help."""
+
+from __future__ import annotations
+
+import math
+
+UNDEFINED = "undefined"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits; "undefined" for None and nan.
+
+    >>> number(11.4838), number(17405.2), number(6.173e-8), number(None)
+    ('11.5', '17,400', '6.17 × 10⁻⁸', 'undefined')
+    """
+    if value is None or not math.isfinite(value):
+        return UNDEFINED if value is None or math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0:
+        return "0"
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    if not -4 < int(power) < 6:
+        return _minus(f"{mantissa} × 10{str(int(power)).translate(_RAISED)}")
+    return _minus(f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - int(power))}f}")
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """A value and its standard error, to two digits of the error; the value alone where the error is undefined.
+
+    >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(2.0, None)
+    ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '2.00')
+    """
+    if value is None or not math.isfinite(value) or stderr is None or not math.isfinite(stderr) or stderr <= 0:
+        return number(value)
+    power = math.floor(math.log10(max(abs(value), stderr)))
+    power = 0 if -4 < power < 6 else power
+    decimals = max(0, 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1]))
+    both = _minus(f"{value / 10.0**power:,.{decimals}f} ± {stderr / 10.0**power:,.{decimals}f}")
+    return both if power == 0 else f"({both}) × 10{str(power).translate(_RAISED)}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

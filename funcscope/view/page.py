@@ -1,0 +1,159 @@
+"""One self-contained HTML page: text, figures and tables in a column; plotly.js inside, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+from urllib.parse import quote
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+_CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
+style-src 'unsafe-inline'; img-src data: blob:">
+<title>$title</title>
+<style>$style</style>
+<script>$script</script>
+</head>
+<body>
+<main>
+<header>
+<p class="kicker">$kicker</p>
+<h1>$title</h1>
+$lede
+</header>
+$strip
+$sections
+</main>
+</body>
+</html>
+""")
+
+
+class Fact(NamedTuple):
+    """A cell of the strip below the title: what, its value, and a line that says more."""
+
+    label: str
+    value: str
+    detail: str
+
+
+class Chart(NamedTuple):
+    figure: go.Figure
+    caption: str
+    """How to read it; also its description for screen readers."""
+
+
+class Table(NamedTuple):
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Terms(NamedTuple):
+    """Terms and what is to be said of each, a paragraph per line."""
+
+    items: Sequence[tuple[str, Sequence[str]]]
+
+
+class Quote(NamedTuple):
+    text: str
+    source: str
+
+
+class Files(NamedTuple):
+    """Names of files that lie beside the page."""
+
+    names: Sequence[str]
+
+
+Block = str | Chart | Table | Terms | Quote | Files
+
+
+class Section(NamedTuple):
+    title: str
+    blocks: Sequence[Block]
+
+
+def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], sections: Sequence[Section]) -> str:
+    """The page as HTML. All text is plain text: it is escaped here, once.
+
+    >>> "a &lt; b" in render("a < b", "", [], [], [])
+    True
+    """
+    body = [
+        f"<section>\n<h2>{escape(section.title)}</h2>\n"
+        + "\n".join(_html(block, f"figure-{i}-{j}") for j, block in enumerate(section.blocks))
+        + "\n</section>"
+        for i, section in enumerate(sections, start=1)
+    ]
+    return _PAGE.substitute(
+        title=escape(title),
+        kicker=escape(kicker),
+        lede="\n".join(f'<p class="lede">{escape(text)}</p>' for text in lede),
+        strip=_strip(strip),
+        sections="\n".join(body),
+        style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        script=get_plotlyjs(),
+    )
+
+
+def _html(block: Block, name: str) -> str:
+    match block:
+        case Chart():
+            return _chart(block, name)
+        case Table():
+            return _table(block)
+        case Terms():
+            return _terms(block)
+        case Quote():
+            return f"<blockquote><p>{escape(block.text)}</p><footer>{escape(block.source)}</footer></blockquote>"
+        case Files():
+            links = (f'<a href="{escape(quote(f"./{file}"))}">{escape(file)}</a>' for file in block.names)
+            return f'<p class="files">Beside this page: {", ".join(links)}</p>'
+    return f"<p>{escape(block)}</p>"
+
+
+def _strip(facts: Sequence[Fact]) -> str:
+    cells = (
+        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd>{escape(fact.detail)}</dd></div>"
+        for fact in facts
+    )
+    return f'<dl class="strip">{"".join(cells)}</dl>'
+
+
+def _chart(chart: Chart, name: str) -> str:
+    drawn = chart.figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        config=_CONFIG,
+        div_id=name,
+        default_height=f"{chart.figure.layout.height}px",
+    )
+    caption = escape(chart.caption)
+    return f'<figure aria-label="{caption}">\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.headers)
+    rows = (
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for first, *cells in table.rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{chr(10).join(rows)}</tbody></table></div>"
+    )
+
+
+def _terms(terms: Terms) -> str:
+    items = ((term, "".join(f"<p>{escape(line)}</p>" for line in lines)) for term, lines in terms.items)
+    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{lines}</dd>" for term, lines in items) + "</dl>"

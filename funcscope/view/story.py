@@ -1,0 +1,186 @@
+"""What happened in a stored demonstration, as numbers and as sentences; every one is computed from the stored arrays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ..core.store import Stored
+from .numbers import number, with_error
+
+GENERAL = 0.99
+"""Test accuracy above which the network counts as generalising."""
+
+
+@dataclass(frozen=True, eq=False)
+class Story:
+    """The stored result of `study.demo.run`, and the phases of its training."""
+
+    stored: Stored
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.stored.meta["settings"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.settings["config"]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per checkpoint; undefined values are None."""
+        return self.stored.meta["table"]
+
+    @property
+    def num_pairs(self) -> tuple[int, int]:
+        """Pairs to train on, and all pairs."""
+        total = self.config["p"] ** 2
+        return round(self.config["train_fraction"] * total), total
+
+    def array(self, name: str) -> np.ndarray:
+        return self.stored.arrays[name]
+
+    def column(self, name: str) -> Float[np.ndarray, " k"]:
+        """A number per checkpoint, nan where it is undefined."""
+        return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
+
+    def deltas(self, name: str) -> Float[np.ndarray, "k n"]:
+        """Change of the loss (nats) at one end of the span, per checkpoint and direction."""
+        return self.array(name) - self.column("baseline_loss")[:, None]
+
+    @cached_property
+    def memorised(self) -> int | None:
+        """The first step on the curves at which every training pair is right."""
+        return self._first(self.array("curve_train_accuracy") >= 1)
+
+    @cached_property
+    def generalised(self) -> int | None:
+        """The first step on the curves at which the test accuracy is above 0.99."""
+        return self._first(self.array("curve_test_accuracy") > GENERAL)
+
+    @cached_property
+    def reference(self) -> int | None:
+        """The first checkpoint, by index, that has memorised; None where there is none before the last."""
+        if self.memorised is None:
+            return None
+        later = [i for i, row in enumerate(self.rows[:-1]) if row["step"] >= self.memorised]
+        return later[0] if later else None
+
+    @property
+    def marks(self) -> tuple[tuple[int, str], ...]:
+        """The phases, for the axis of steps."""
+        found = ((self.memorised, "memorised"), (self.generalised, "generalised"))
+        return tuple((step, name) for step, name in found if step is not None)
+
+    def _first(self, hit: Bool[np.ndarray, " n"]) -> int | None:
+        return int(self.array("curve_step")[hit][0]) if hit.any() else None
+
+
+def title(story: Story) -> str:
+    """What the network did, in a line."""
+    if story.memorised is None:
+        return "Neither memorised nor generalised" if story.generalised is None else "Generalised without memorising"
+    if story.generalised is None:
+        return "Memorised, but did not generalise"
+    return (
+        "Memorised first, generalised later"
+        if story.generalised > story.memorised
+        else "Learned and generalised together"
+    )
+
+
+def lede(story: Story) -> list[str]:
+    """The run in a few sentences, then what became of the curvature."""
+    train, total = story.num_pairs
+    return [
+        f"A one-layer transformer learns (a + b) mod {story.config['p']} from {train:,} of the {total:,} pairs. "
+        f"{_memorising(story)} {_generalising(story)}",
+        curvature_change(story),
+    ]
+
+
+def no_generalisation(story: Story) -> str:
+    return f"did not generalise within {story.config['steps']:,} steps"
+
+
+def _memorising(story: Story) -> str:
+    if story.memorised is None:
+        best = float(np.nanmax(story.array("curve_train_accuracy")))
+        return f"It never had all of them right: its best train accuracy is {best:.3f}."
+    return f"At step {story.memorised:,} it has every one of them right."
+
+
+def _generalising(story: Story) -> str:
+    accuracy = story.array("curve_test_accuracy")
+    if story.generalised is None:
+        return (
+            f"It {no_generalisation(story)}: on the other pairs its best accuracy is {float(np.nanmax(accuracy)):.3f}."
+        )
+    text = (
+        f"On the other pairs, which it never sees, its accuracy first passes {GENERAL:g} at step {story.generalised:,}"
+    )
+    if story.memorised is not None and story.generalised > story.memorised:
+        text += f", {story.generalised - story.memorised:,} steps later"
+    return f"{text} and is {accuracy[-1]:.3f} at the end."
+
+
+def curvature_ratio(story: Story) -> tuple[float, float]:
+    """Mean curvature at the first memorised checkpoint over that at the end, with its standard error.
+
+    The directions are the same draws at both, so that the error is that of pairs: sd(x - r y) / (sqrt(n) mean(y)).
+    nan where no checkpoint before the last has memorised, or a mean is not positive.
+    """
+    if story.reference is None:
+        return math.nan, math.nan
+    before, after = story.array("curvatures")[story.reference], story.array("curvatures")[-1]
+    both = np.isfinite(before) & np.isfinite(after)
+    x, y = before[both], after[both]
+    if len(x) < 2 or x.mean() <= 0 or y.mean() <= 0:
+        return math.nan, math.nan
+    ratio = x.mean() / y.mean()
+    return float(ratio), float((x - ratio * y).std(ddof=1) / math.sqrt(len(x)) / y.mean())
+
+
+def curvature_change(story: Story) -> str:
+    """The curvature at the first memorised checkpoint and at the end."""
+    ratio, _ = curvature_ratio(story)
+    if story.reference is None or math.isnan(ratio):
+        return (
+            f"At the end the mean curvature of its training loss is {curvature_at(story, -1)} nats per relative step²."
+        )
+    before, after = story.rows[story.reference], story.rows[-1]
+    return (
+        f"The mean curvature of its training loss {'falls' if ratio > 1 else 'rises'} from {curvature_at(story, story.reference)} at "
+        f"step {before['step']:,} to {curvature_at(story, -1)} at step {after['step']:,} (nats per relative step²)."
+    )
+
+
+def curvature_at(story: Story, index: int) -> str:
+    row = story.rows[index]
+    return with_error(row["curvature_mean"], row["curvature_mean_stderr"])
+
+
+def curvature_and_loss(story: Story) -> str:
+    """The curvature next to the loss that it goes to zero with."""
+    text = (
+        "A cross-entropy loses its curvature when the predictions become certain, so a fall of the curvature alone "
+        "does not show a flatter solution. The second figure divides it by the training loss."
+    )
+    per_nat = story.column("curvature_mean") / story.column("baseline_loss")
+    if story.reference is None or not np.isfinite(per_nat[[story.reference, -1]]).all():
+        return text
+    before, after = story.rows[story.reference], story.rows[-1]
+    peak = story.reference + int(np.nanargmax(per_nat[story.reference :]))
+    text += (
+        f" From step {before['step']:,} to step {after['step']:,} the training loss goes from "
+        f"{number(before['train_loss'])} to {number(after['train_loss'])} nats, and the curvature per nat from "
+        f"{number(per_nat[story.reference])} to {number(per_nat[-1])}"
+    )
+    if story.reference < peak < len(per_nat) - 1:
+        text += f"; in between it is largest, {number(per_nat[peak])}, at step {story.rows[peak]['step']:,}"
+    return text + "."

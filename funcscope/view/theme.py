@@ -1,0 +1,129 @@
+"""How figures look: a colour-blind-safe palette, a plain template, and the axis of training steps they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Real
+
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+"""Of Okabe and Ito (2008), Color universal design."""
+INK, MUTED, RULE, GRID = "#1b1b1b", "#666666", "#9a9a9a", "#ebebeb"
+
+_AXIS = {
+    "linecolor": RULE,
+    "linewidth": 1,
+    "showline": True,
+    "ticks": "outside",
+    "ticklen": 4,
+    "tickcolor": RULE,
+    "zeroline": False,
+    "fixedrange": True,
+    "exponentformat": "power",
+    "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif",
+            "size": 13,
+            "color": INK,
+        },
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 62, "r": 14, "t": 64, "b": 52},
+        "xaxis": {**_AXIS, "showgrid": False},
+        "yaxis": {**_AXIS, "gridcolor": GRID, "showline": False, "ticks": ""},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+        "hoverlabel": {"bgcolor": "white", "bordercolor": RULE, "font": {"color": INK}},
+        "hovermode": "closest",
+        "dragmode": False,
+    }
+)
+
+
+class Timeline(NamedTuple):
+    """The axis of training steps: 0 to `last` on a square-root scale, which gives the early steps room and has a zero."""
+
+    last: int
+    marks: tuple[tuple[int, str], ...] = ()
+    """Steps with a name, drawn as vertical lines."""
+
+
+def place(steps: Real[np.ndarray, " n"]) -> Real[np.ndarray, " n"]:
+    """Positions of training steps on a timeline.
+
+    >>> place(np.array([0, 25, 100])).tolist()
+    [0.0, 5.0, 10.0]
+    """
+    return np.sqrt(steps.astype(np.float64))
+
+
+def step_ticks(last: int, gap: float = 0.1) -> list[int]:
+    """0, then round steps (1, 2 or 5 times a power of ten) at least a `gap` of the axis apart.
+
+    >>> step_ticks(5000)
+    [0, 50, 200, 500, 1000, 2000, 5000]
+    """
+    rounds = (digit * 10**power for power in range(int(math.log10(max(last, 1))) + 1) for digit in (1, 2, 5))
+    ticks = [0]
+    for step in rounds:
+        if step <= last and math.sqrt(step) - math.sqrt(ticks[-1]) >= gap * math.sqrt(last):
+            ticks.append(step)
+    return ticks
+
+
+def blank(height: int, y_title: str) -> go.Figure:
+    """An empty figure in this style; height in pixels, the width is that of the page."""
+    return go.Figure(layout={"template": TEMPLATE, "height": height, "yaxis": {"title": {"text": y_title}}})
+
+
+def put_on_timeline(fig: go.Figure, timeline: Timeline, rows: Sequence[int] = (1,)) -> None:
+    """Give every row of panels the axis of steps, its title below the last one, and the timeline's marks."""
+    ticks = step_ticks(timeline.last)
+    right = math.sqrt(timeline.last)
+    for row in rows:
+        axis = fig.layout["xaxis" if row == 1 else f"xaxis{row}"]
+        axis.update(range=[-0.02 * right, 1.02 * right])
+        axis.update(tickvals=[math.sqrt(step) for step in ticks], ticktext=[f"{step:,}" for step in ticks])
+        axis.showticklabels = row == rows[-1]
+    axis.title.text = "training step (square-root scale)"
+    for step, name in timeline.marks:
+        x = math.sqrt(step)
+        fig.add_shape(
+            type="line",
+            x0=x,
+            x1=x,
+            y0=0,
+            y1=1,
+            yref="paper",
+            layer="below",
+            line={"color": RULE, "width": 1, "dash": "dot"},
+        )
+        fig.add_annotation(
+            x=x, y=1, yref="paper", text=name, showarrow=False, xanchor="left", yanchor="bottom", xshift=-4,
+            font={"size": 12, "color": MUTED},
+        )  # fmt: skip
+
+
+def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
+    """Make an axis logarithmic over the positive finite values, and return its lower end.
+
+    Without such a value the axis stays linear, and -inf is returned.
+    """
+    flat = np.concatenate([value.ravel() for value in values])
+    positive = np.log10(flat[np.isfinite(flat) & (flat > 0)])
+    if not positive.size:
+        return -math.inf
+    low, high = float(positive.min()), float(positive.max())
+    pad = 0.05 * max(high - low, 1)
+    decades = high - low + 2 * pad
+    axis.update(type="log", range=[low - pad, high + pad])
+    if decades > 2:
+        axis.dtick = math.ceil(decades / 6)
+    return float(10 ** (low - pad))
