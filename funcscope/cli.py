@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small transformer until it groks, and watch its loss landscape change",
         description="Trains a one-layer transformer on modular addition (or goes on, or reuses finished checkpoints), "
-        "samples its loss along random directions at 24 checkpoints, prints a table, and writes a page and the numbers.",
+        "samples its loss along random directions at its checkpoints, prints a table, and writes a page and the numbers.",
     )
     show.add_argument("--quick", action="store_true", help="a smaller model: under 30 seconds instead of 3 minutes")
     show.add_argument(

@@ -367,6 +367,7 @@ NORMS = {
 
 def nested(loss, theta, d):
     """The second derivative along d by every nesting of transforms."""
+
     def rate(t):
         return jvp(loss, (t,), (d,))[1]
 

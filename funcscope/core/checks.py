@@ -56,5 +56,6 @@ def check_device(what: str, device: torch.device, other: str, other_device: torc
     """Two things that meet in one computation lie on one device."""
     if device != other_device:
         raise ValueError(
-            f"{what} is on {device}, {other} on {other_device}: move both to one device, for example with `.to('{device}')`."
+            f"{what} is on {device}, {other} on {other_device}: move both to one device, "
+            f"for example with `.to('{other_device}')`."
         )

@@ -24,7 +24,7 @@ IGNORE = -100
 class Labels(NamedTuple):
     """One class per position, aligned with the model's output, and the weight of each (0: not scored)."""
 
-    index: Int[Tensor, "..."]
+    index: Int[Tensor, "..."]  # type: ignore[assignment]
     weight: Float[Tensor, "..."]
 
 
@@ -111,7 +111,7 @@ def _causal(batch: Any) -> tuple[Inputs, Labels]:
 
 def _masked(batch: Any) -> tuple[Inputs, Labels]:
     """Output position t is scored against its own label; labels are given, and -100 where the token was not masked."""
-    inputs, ids, _, real = _language(batch)
+    inputs, _, _, real = _language(batch)
     if not isinstance(batch, Mapping) or batch.get("labels") is None:
         raise ValueError(
             "masked_lm needs a batch with `labels`: the original token where one was masked, -100 elsewhere. "

@@ -117,26 +117,36 @@ def directions(
 def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
     """Several directions of one `directions(...)` call as rows of a matrix, prepared together."""
     scales = directions[0].scales
-    layout = scales.layout
+    leaves = scales.layout.leaves
     with torch.inference_mode(False):  # workers may not write to an inference tensor
-        raw = torch.empty(len(directions), layout.num)
+        raw = torch.empty(len(directions), scales.layout.num)
 
-    def part(row: Tensor, key: Key) -> Callable[[], None]:
+    def part(first: int) -> Callable[[], None]:
         def job() -> None:
-            for leaf in layout.leaves:
-                fill(fold_in(key, leaf.name), row[leaf.slice], scales.distribution)
-                if leaf.numel == 1:
-                    row[leaf.slice] = _never_zero(row[leaf.slice])
+            for row, direction in zip(raw[first : first + share], directions[first : first + share], strict=True):
+                for leaf, out in zip(leaves, row.split([leaf.numel for leaf in leaves]), strict=True):
+                    fill(fold_in(direction.key, leaf.name), out, scales.distribution)
+                    if len(out) == 1:
+                        out.copy_(_never_zero(out))
 
         return job
 
-    on_workers(part(row, direction.key) for row, direction in zip(raw, directions, strict=True))
-    out = raw.to(scales.device, scales.dtype)
-    for leaf in layout.leaves if scales.groups is None else ():
-        part_of = out[:, leaf.slice].view(-1, *leaf.shape)
-        _rescale(part_of, tuple(dim + 1 for dim in leaf.within_filter), scales.targets[leaf.name])
-    for row in out if scales.groups is not None else ():
-        drawn = _group_norms(scales, lambda leaf, row=row: row[leaf.slice].view(leaf.shape))
+    # small leaves are bound by Python: a second worker would only wait for the interpreter
+    share = 1 if scales.layout.num > BLOCK * len(leaves) else len(directions)
+    on_workers(part(first) for first in range(0, len(directions), share))
+    return _scaled(raw, scales)
+
+
+def _scaled(raw: Tensor, scales: Scales) -> Tensor:
+    """The rows of raw draws with the norms of their groups; in place where dtype and device allow."""
+    layout, out = scales.layout, raw.to(scales.device, scales.dtype)
+    if scales.groups is None:
+        for leaf in layout.leaves:
+            part = out[:, leaf.slice].view(-1, *leaf.shape)
+            _rescale(part, tuple(dim + 1 for dim in leaf.within_filter), scales.targets[leaf.name])
+        return out
+    for row in out:
+        drawn = _group_norms(scales, lambda leaf, row=row: row[leaf.slice].view(leaf.shape))  # type: ignore[misc]
         for leaf in layout.leaves:
             row[leaf.slice] *= scales.targets[leaf.name] / drawn[scales.groups[leaf.name]]
     return out

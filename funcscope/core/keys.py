@@ -86,7 +86,7 @@ def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     >>> float(uniform(key(0), torch.zeros(9)).max()) < 1
     True
     """
-    words = np.random.Philox(key=_words(key), counter=[0, 0, 0, 0]).random_raw(-(-like.numel() // 2)).view(np.uint32)
+    words = _tools().philox_at(key, 0).random_raw(-(-like.numel() // 2)).view(np.uint32)
     unit = (words[: like.numel()] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
     return torch.from_numpy(unit).view(like.shape).to(like)
 
@@ -98,7 +98,7 @@ def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None
 
 
 def on_workers(jobs: Iterable[Callable[[], None]]) -> None:
-    """Run the jobs on torch's number of threads, and wait.
+    """Run the jobs on torch's number of worker threads, and wait.
 
     Worker threads carry none of the caller's function transforms or modes, so that a draw inside `vmap` is a constant
     to it: neither mapped nor refused.
@@ -121,33 +121,50 @@ def draw(key: Key, num: int, distribution: Distribution) -> Float[Tensor, " n"]:
 
         return job
 
-    on_workers([part(first) for first in range(0, blocks, share)])
+    on_workers(part(first) for first in range(0, blocks, share))
     return out
 
 
 def _fill_block(key: Key, block: int, out: Tensor, distribution: Distribution) -> None:
-    philox = np.random.Philox(key=_words(key), counter=[0, block, 0, 0])
+    tools = _tools()
+    philox = tools.philox_at(key, block)
     if distribution == "normal":
-        out.normal_(generator=_seeded(philox.random_raw(312)))
+        out.normal_(generator=tools.seeded(philox.random_raw(312)))
     else:
         bits = np.unpackbits(philox.random_raw(-(-len(out) // 64)).view(np.uint8), count=len(out))
         torch.mul(torch.from_numpy(bits), 2.0, out=out).sub_(1.0)
 
 
-_local = threading.local()
+class _Tools(threading.local):
+    """One thread's generators, set anew for every block: making them takes several times as long."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+        self.at = self.philox.state
+        self.generator = torch.Generator()
+        self.state = torch.Generator().manual_seed(0).get_state()
+        self.words = self.state.numpy()[24 : 24 + 8 * 624].view(np.uint64)
+
+    def philox_at(self, key: Key, block: int) -> np.random.Philox:
+        """Philox with this key, its counter at the block's place: equal to `Philox(key=..., counter=[0, block, 0, 0])`."""
+        self.at["state"]["key"][:] = _words(key)
+        self.at["state"]["counter"][:] = (0, block, 0, 0)
+        self.philox.state = self.at  # with an empty buffer, as `at` was taken from a fresh one
+        return self.philox
+
+    def seeded(self, words: np.ndarray) -> torch.Generator:
+        """The generator with these 624 words of 32 bits as its state: `manual_seed` would keep 32 bits of a key only."""
+        self.words[:] = words.view(np.uint32)
+        return self.generator.set_state(self.state)
 
 
-def _seeded(words: np.ndarray) -> torch.Generator:
-    """This thread's generator with these 624 words of state: `manual_seed` would keep 32 bits of a key only."""
-    if not hasattr(_local, "generator"):
-        _local.generator = torch.Generator()
-        _local.state = torch.Generator().manual_seed(0).get_state()
-    _local.state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = words.view(np.uint32)
-    return _local.generator.set_state(_local.state)
+@cache
+def _tools() -> _Tools:
+    return _Tools()
 
 
-def _words(key: Key) -> list[int]:
-    return [key.bits & (2**64 - 1), key.bits >> 64]
+def _words(key: Key) -> np.ndarray:
+    return np.frombuffer(key.bits.to_bytes(16, "little"), np.uint64)  # of a list, numpy would make float64 at times
 
 
 def _digest(salt: bytes, data: bytes) -> int:

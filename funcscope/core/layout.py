@@ -69,7 +69,7 @@ class Layout:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, keep: Callable[[str], bool] = lambda name: True) -> Layout:
+    def of(cls, model: nn.Module, keep: Callable[[str], bool] = lambda _: True) -> Layout:
         """The layout of those parameters of `model` whose name `keep` accepts; tied parameters count once."""
         leaves, offset = [], 0
         for name, param in model.named_parameters():

@@ -56,5 +56,11 @@ def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    hidden = torch.finfo(dtype).min
+    """0 where a query may look, a large negative number elsewhere.
+
+    The query of a padding token may look at nothing; it is given everything, as a softmax over nothing is nan, and its
+    output is read by nobody. The number is one that float32 holds: some models take the softmax in float32 always.
+    """
+    allowed = allowed | ~allowed.any(-1, keepdim=True)
+    hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, hidden)

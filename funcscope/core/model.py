@@ -171,7 +171,7 @@ def _check_aliases(model: nn.Module) -> None:
         if tensor.layout is torch.strided and tensor.numel():
             start = tensor.storage_offset() * tensor.element_size()
             extent = 1 + sum((n - 1) * step for n, step in zip(tuple(tensor.shape), tensor.stride(), strict=True))
-            span = (start, start + extent * tensor.element_size(), name)
+            span = (int(start), int(start + extent * tensor.element_size()), name)
             spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
     parameters = {name for name, _ in model.named_parameters()}
     for shared in spans.values():

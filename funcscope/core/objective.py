@@ -90,10 +90,9 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
     listed = [batches] if isinstance(batches, (Mapping, Tensor, tuple)) else list(batches)
     if not listed:
         raise ValueError("`batches` is empty: a mean over nothing is undefined.")
+    for tensor in _tensors(listed):
+        check_device("the batch", tensor.device, "the model", net.device)
     prepared = tuple((net.prepare(inputs), targets) for inputs, targets in map(criterion.prepare, listed))
-    for inputs, targets in prepared:
-        for tensor in _tensors((inputs, targets)):
-            check_device("the batch", tensor.device, "the model", net.device)
     weights = [targets.weight for _, targets in prepared if hasattr(targets, "weight")]
     if weights and not any(bool(weight.any()) for weight in weights):
         raise ValueError(

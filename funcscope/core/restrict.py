@@ -86,14 +86,20 @@ def grid(num: int, *, span: float, dtype: torch.dtype = torch.float32) -> Float[
 def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
     theta = base if isinstance(base, Tensor) else loss.layout.ravel(base, dirs.dtype)
     check_device("the direction", dirs.device, "theta", theta.device)
-    return lambda a: loss(theta + (a * dirs if dirs.ndim == 1 else a @ dirs))
+
+    def phi(a: Tensor | float) -> Tensor:
+        if isinstance(a, float):
+            return loss(torch.add(theta, dirs, alpha=a))
+        return loss(theta + (a * dirs if dirs.ndim == 1 else a @ dirs))
+
+    return phi
 
 
 def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
     params = loss.params(base)
 
     def phi(a: Tensor | float) -> Tensor:
-        steps = [a] if single else list(a)  # type: ignore[call-overload]
+        steps = list(a) if isinstance(a, Tensor) and not single else [a]
 
         def leaf(name: str, _: Tensor) -> Tensor:
             value = params[name]

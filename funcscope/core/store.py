@@ -57,7 +57,8 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None
         data = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}, {META: text})
     elif path.suffix == ".npz":
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{META: np.array(text)}, **{name: t.numpy() for name, t in tensors.items()})
+        parts: dict[str, Any] = {META: np.array(text)} | {name: tensor.numpy() for name, tensor in tensors.items()}
+        np.savez_compressed(buffer, **parts)
         data = buffer.getvalue()
     else:
         raise ValueError(f"a stored file ends in .safetensors or .npz, got {path.name!r}.")
@@ -141,7 +142,8 @@ def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -147,7 +147,7 @@ def schedule(config: Config, num: int = 24) -> tuple[int, ...]:
     """Steps to keep: the start, a few while it memorises, then evenly to the end; multiples of 10.
 
     >>> schedule(Config(steps=1000), num=8)
-    (0, 20, 60, 150, 360, 570, 790, 1000)
+    (0, 20, 60, 150, 360, 570, 780, 1000)
     """
     check_count("num", num, least=6)
     early = (0, 20, 60, 150)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -102,6 +102,8 @@ def directional_losses(
     >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
+    check_choice("normalize", normalize, get_args(Normalize))
+    check_choice("distribution", distribution, get_args(Distribution))
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
     plan = _plan(loss, chunk, lazy)
     base = loss.params(theta)
@@ -119,7 +121,7 @@ def directional_losses(
     if global_renorm and normalize != "global":
         _warn_renorm(normalize, span, step, param_norm)
     _warn_half_precision(loss, base, dirs[0], step, span)
-    method = "jvp" if slope == "jvp" or (slope == "auto" and n_samples == 1) else "gradient"
+    method: Literal["gradient", "jvp"] = "jvp" if slope == "jvp" or (slope == "auto" and n_samples == 1) else "gradient"
     exact = compute_curvature and curvature == "exact"
     wanted = Wanted(step, two_sided, method if compute_gradient else None, exact)
     with torch.no_grad():
@@ -204,16 +206,20 @@ def _sample(
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
     slope = grad(loss)(flat) if wanted.slope == "gradient" else None
-    for start in range(0, len(dirs), plan.chunk):
-        rows = stack(dirs[start : start + plan.chunk])
-        out = (
-            vmap(lambda row: _along(loss, flat, row, wanted))(rows)
-            if plan.chunk > 1
-            else _along_one(loss, flat, rows[0], wanted)
-        )
+    for first in range(0, len(dirs), plan.chunk):
+        rows = stack(dirs[first : first + plan.chunk])
+        out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
         if slope is not None:
             out["slopes"] = rows.double() @ slope.double()
         yield {**out, "norms": torch.linalg.vector_norm(rows, dim=1)}
+
+
+def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    try:
+        return vmap(lambda row: _along(loss, theta, row, wanted))(rows)
+    except RuntimeError as err:
+        err.add_note("If this model cannot be mapped over directions, pass `chunk=1`: a plain loop.")
+        raise
 
 
 def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:

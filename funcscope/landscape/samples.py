@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor

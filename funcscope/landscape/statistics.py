@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from scipy.stats.mstats import mjci
 from torch import Tensor
@@ -21,7 +20,7 @@ def spread(x: Samples) -> Estimate:
     """Sample standard deviation (n - 1); jackknife standard error; nan below 3 samples for the error, 2 for the value."""
     if len(x) < 2:
         return _undefined(x)
-    return Estimate(x.std(), _jackknife(lambda m, v: v.clamp(min=0).sqrt(), x), len(x))
+    return Estimate(x.std(), _jackknife(lambda _, v: v.clamp(min=0).sqrt(), x), len(x))
 
 
 def variation(x: Samples) -> Estimate:
@@ -49,7 +48,9 @@ def quantile(x: Samples, q: float) -> Estimate:
     """Sample quantile (linear interpolation); Maritz-Jarrett standard error."""
     if len(x) < 2:
         return _undefined(x)
-    return Estimate(x.quantile(q), x.new_tensor(float(mjci(x.numpy(), prob=[q])[0])), len(x))
+    value = x.quantile(q)
+    centred = (x - value).numpy()  # the method takes a difference of squares
+    return Estimate(value, x.new_tensor(float(mjci(centred, prob=[q])[0])), len(x))
 
 
 def _jackknife(statistic, x: Samples) -> Tensor:

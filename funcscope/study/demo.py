@@ -61,8 +61,9 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Path:
             bar.set_postfix_str(f"test accuracy {point.test_accuracy:.3f}", refresh=False)
             bar.update(point.step - bar.n)
     loss = modular.objective(modular.network(config), config, "train")
-    bar = tqdm(steps, desc="sampling", unit="checkpoint", disable=quiet, dynamic_ncols=True)
-    results = [_sampled(settings, loss, folder, step) for step in bar]
+    results = []
+    for step in tqdm(list(steps), desc="sampling", unit="checkpoint", disable=quiet, dynamic_ncols=True):
+        results.append(_sampled(settings, loss, folder, step))
     curves = modular.checkpoint(config, folder, steps[-1]).curves
     path = out / f"{settings.name}.npz"
     arrays = _stacked(results, curves) | _profiles(settings, loss, folder, _phases(steps, curves))

@@ -1,1 +1,1 @@
-"""Pure renderers, result to plotly figure, and a report that puts them on one page. Needs the extra `funcscope[view]`."""
+"""Pure renderers, result to plotly figure, and a report that puts them on one page (extra `funcscope[view]`)."""

@@ -39,8 +39,8 @@ def write_page(numbers: Path) -> Path:
 
 def _strip(story: Story) -> list[Fact]:
     best = float(np.nanmax(story.array("curve_test_accuracy")))
-    never = Fact("Test accuracy above 0.99", "never", f"{told.no_generalisation(story)}; best {best:.3f}")
-    reached = Fact("Test accuracy above 0.99", f"step {story.generalised or 0:,}", "generalised")
+    never = Fact("Generalised", "never", f"{told.no_generalisation(story)}; best test accuracy {best:.3f}")
+    reached = Fact("Generalised", f"step {story.generalised or 0:,}", f"test accuracy passed {told.GENERAL:g}")
     num = len(story.rows)
     return [
         _memorised(story),
@@ -57,17 +57,18 @@ def _strip(story: Story) -> list[Fact]:
 def _memorised(story: Story) -> Fact:
     if story.memorised is None:
         best = float(np.nanmax(story.array("curve_train_accuracy")))
-        return Fact("Train accuracy 1", "never", f"within {story.config['steps']:,} steps; best {best:.3f}")
-    return Fact("Train accuracy 1", f"step {story.memorised:,}", "memorised")
+        return Fact(
+            "Memorised", "never", f"train accuracy below 1 within {story.config['steps']:,} steps, best {best:.3f}"
+        )
+    return Fact("Memorised", f"step {story.memorised:,}", "train accuracy reached 1")
 
 
 def _fallen(story: Story) -> Fact:
     ratio, stderr = told.curvature_ratio(story)
     if story.reference is None or math.isnan(ratio):
-        return Fact("Curvature, memorised to end", "undefined", f"at the end {told.curvature_at(story, -1)}")
+        detail = "at the end, in nats per relative step²"
+        return Fact("Mean curvature", told.curvature_at(story, -1), detail)
     way = "lower" if ratio > 1 else "higher"
     size, error = (ratio, stderr) if ratio > 1 else (1 / ratio, stderr / ratio**2)
     step = story.rows[story.reference]["step"]
-    return Fact(
-        "Curvature, memorised to end", f"{number(size)}× {way}", f"± {number(error, 2)}; step {step:,} against the end"
-    )
+    return Fact("Mean curvature", f"{number(size)}× {way}", f"± {number(error, 2)}; from step {step:,} to the end")

@@ -47,15 +47,15 @@ def curves(
     """
     fig = make_subplots(rows=2, cols=1, row_heights=[0.62, 0.38], vertical_spacing=0.07)
     fig.update_layout(template=TEMPLATE, height=470)
+    floors = {"nats": set_log(fig.layout.yaxis, *loss.values()), "": -math.inf}
     for row, (unit, columns) in enumerate({"nats": loss, "": accuracy}.items(), start=1):
         for colour, (name, values) in zip((BLUE, VERMILION, GREEN, PURPLE), columns.items(), strict=False):
-            line = _line(step, values, name, colour, unit)
-            fig.add_trace(line.update(showlegend=row == 1, legendgroup=name), row=row, col=1)
+            line = _line(step, values, name, colour, unit, floor=floors[unit])
+            fig.add_trace(line.update(mode="lines", showlegend=row == 1, legendgroup=name), row=row, col=1)
     values = next(iter(loss.values()))
     kept = np.isin(step, checkpoints)
     circles = _line(step[kept], values[kept], "checkpoint", BLUE, "nats")
     fig.add_trace(circles.update(mode="markers", marker={"symbol": "circle-open", "size": 7}), row=1, col=1)
-    set_log(fig.layout.yaxis, *loss.values())
     fig.layout.yaxis.title.text = "loss (nats)"
     fig.layout.yaxis2.update(title={"text": "accuracy"}, range=[-0.04, 1.04], tickvals=[0, 0.5, 1])
     put_on_timeline(fig, timeline, rows=(1, 2))
@@ -93,8 +93,8 @@ def curvature_trajectory(
     fig.add_trace(_band(step, p10, p90, "10th to 90th percentile of directions", "rgba(0,114,178,0.2)", floor))
     _add_estimate(fig, step, mean, stderr, "mean", floor)
     if noise_floor is not None:
-        line = {"dash": "dot", "width": 1.5, "color": INK}
-        fig.add_trace(_line(step, noise_floor, "rounding", INK, "").update(mode="lines", line=line))
+        dots = {"line": {"dash": "dot", "width": 1.5}, "marker": {"symbol": "line-ew-open", "size": 9}}
+        fig.add_trace(_line(step, noise_floor, "rounding", INK, "", floor=floor).update(dots))
     put_on_timeline(fig, timeline)
     return fig
 
@@ -122,15 +122,17 @@ def line_profiles(
         if level is not None:
             fig.add_hline(y=level[0], line={"color": RULE, "width": 1, "dash": "dot"}, row=1, col=panel)
     edge = float(np.abs(alpha).max())
-    fig.update_xaxes(
-        tickvals=[-edge, 0, edge], ticktext=[f"−{edge:g}", "0", f"{edge:g}"], range=[-edge * 1.04, edge * 1.04]
-    )
+    near = 0.8 * edge  # labels at the ends would run into those of the next panel
+    fig.update_xaxes(tickvals=[-near, 0, near], ticktext=[f"−{near:g}", "0", f"{near:g}"], tickangle=0)
+    fig.update_xaxes(range=[-edge, edge])
     fig.update_xaxes(title_text="relative step α", col=count // 2 + 1)
     fig.update_yaxes(rangemode="tozero")
     fig.update_yaxes(title_text="loss (nats)", col=1)
     if level is not None:
-        fig.add_annotation(x=-edge, y=level[0], text=level[1], showarrow=False, xanchor="left", yanchor="bottom",
-                           font={"size": 12, "color": MUTED}, row=1, col=1)  # fmt: skip
+        fig.add_annotation(
+            x=edge, y=level[0], text=level[1], showarrow=False, xanchor="right", yanchor="bottom",
+            font={"size": 12, "color": MUTED}, row=1, col=count,
+        )  # fmt: skip
     return fig
 
 
@@ -145,16 +147,17 @@ def delta_distribution(
     floor = set_log(fig.layout.yaxis, *deltas.values())
     shift = 0.0035 * math.sqrt(timeline.last)
     sides = np.linspace(-shift, shift, len(deltas)) if len(deltas) > 1 else np.zeros(1)
-    for side, colour, (name, values) in zip(sides, (BLUE, VERMILION, GREEN), deltas.items(), strict=False):
-        low, lower, middle, upper, high = quantiles(values, (0, 0.25, 0.5, 0.75, 1))
+    for side, colour, (name, values) in zip(sides, (BLUE, GREEN, VERMILION), deltas.items(), strict=False):
+        low, lower, middle, upper, high = quantiles(values, (0.0, 0.25, 0.5, 0.75, 1.0))
+        dots = _line(step, middle, name, colour, "nats", floor=floor)
+        dots.update(mode="markers", marker={"size": 6, "line": {"width": 1, "color": "white"}})
         shown = [
-            _whiskers(step, low, high, name, colour, 1, floor),
-            _whiskers(step, lower, upper, name, colour, 4, floor),
-            _line(step, middle, name, colour, "nats").update(mode="markers", marker={"size": 6, "line": {"width": 1, "color": "white"}}),
-            *([_below(step, middle, floor, colour)] if floor > 0 else []),
-        ]  # fmt: skip
+            _whiskers(step, bottom, top, name, colour, width, floor)
+            for bottom, top, width in ((low, high, 1.0), (lower, upper, 4.0))
+        ]
+        shown += [dots, *([_below(step, middle, floor, colour)] if floor > 0 else [])]
         for trace in shown:
-            trace.update(x=trace.x + side, legendgroup=name, showlegend=trace is shown[2])
+            trace.update(x=trace.x + side, legendgroup=name, showlegend=trace is dots)
             fig.add_trace(trace)
     put_on_timeline(fig, timeline)
     return fig
@@ -171,21 +174,25 @@ def quantiles(values: Float[np.ndarray, "n k"], at: Sequence[float]) -> Float[np
 
 
 def _add_estimate(fig: go.Figure, step: Steps, value: Column, stderr: Column, name: str, floor: float) -> None:
-    fig.add_trace(_whiskers(step, value - Z95 * stderr, value + Z95 * stderr, "95 % interval", BLUE, 1.5, floor))
-    fig.add_trace(_line(step, value, name, BLUE, "", stderr))
+    low, high = value - Z95 * stderr, value + Z95 * stderr
+    fig.add_trace(_whiskers(step, low, high, "95 % interval", BLUE, 1.5, floor).update(showlegend=False))
+    fig.add_trace(_line(step, value, name, BLUE, "", stderr, floor).update(name=f"{name} and 95 % interval"))
     if floor > 0:
         fig.add_trace(_below(step, value, floor, BLUE))
 
 
-def _line(step: Steps, values: Column, name: str, colour: str, unit: str, stderr: Column | None = None) -> go.Scatter:
-    """A line whose holes stay open; pointing at it shows the step, the value and its standard error."""
+def _line(
+    step: Steps, values: Column, name: str, colour: str, unit: str, stderr: Column | None = None,
+    floor: float = -math.inf,
+) -> go.Scatter:  # fmt: skip
+    """A line, open where a value is not finite or not above the floor; pointed at, it shows step, value and error."""
     columns = [step, values] + ([] if stderr is None else [stderr])
     error = "" if stderr is None else " ± %{customdata[2]:.2g}"
     return go.Scatter(
         x=place(step),
-        y=values,
+        y=np.where(values > floor, values, np.nan),
         customdata=np.column_stack(columns),
-        mode="lines" if len(step) > 100 else "lines+markers",
+        mode="lines+markers",
         line={"color": colour, "width": 1.8},
         marker={"color": colour, "size": 5},
         connectgaps=False,

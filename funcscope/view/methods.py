@@ -28,24 +28,24 @@ def terms(story: Story) -> Terms:
 def _model(story: Story) -> str:
     c = story.config
     return (
-        f"One attention layer with {c['num_heads']} heads and one ReLU layer of {c['d_mlp']} units on a width of {c['d_model']}, "
-        "no layer norm. The input is (a, b, =), the answer is read at “=”."
+        f"One attention layer with {c['num_heads']} heads and one ReLU layer of {c['d_mlp']} units on a width of "
+        f"{c['d_model']}, no layer norm. The input is (a, b, =), the answer is read at “=”."
     )
 
 
 def _data(story: Story) -> str:
     train, total = story.num_pairs
     return (
-        f"All {total:,} pairs below p = {story.config['p']}: a random {train:,} to train on, {total - train:,} to test. The loss is "
-        "the mean cross-entropy in nats; the landscape is that of all training pairs."
+        f"All {total:,} pairs below p = {story.config['p']}: a random {train:,} to train on, {total - train:,} to "
+        "test. The loss is the mean cross-entropy in nats; the landscape is that of all training pairs."
     )
 
 
 def _training(story: Story) -> str:
     c = story.config
     return (
-        f"{c['steps']:,} steps of full-batch AdamW, learning rate {c['learning_rate']:g}, weight decay {c['weight_decay']:g}, "
-        f"betas {c['betas'][0]:g} and {c['betas'][1]:g}, seed {c['seed']}."
+        f"{c['steps']:,} steps of full-batch AdamW, learning rate {c['learning_rate']:g}, "
+        f"weight decay {c['weight_decay']:g}, betas {c['betas'][0]:g} and {c['betas'][1]:g}, seed {c['seed']}."
     )
 
 
@@ -57,9 +57,10 @@ def _directions(story: Story) -> list[str]:
         "global": "scaled to norm 1",
     }[row["normalize"]]
     steps = story.column("relative_step")
+    low, high = number(float(steps.min())), number(float(steps.max()))
     return [
-        f"d is drawn from the {row['distribution']} distribution and {scaled}. A span of {row['actual_span']:g} moves θ by "
-        f"{number(float(steps.min()))} to {number(float(steps.max()))} of its own norm, over all checkpoints.",
+        f"d is drawn from the {row['distribution']} distribution and {scaled}. "
+        f"A span of {row['actual_span']:g} moves θ by {low if low == high else f'{low} to {high}'} of its own norm.",
         f"Seed {row['seed']}, key {row['key']}. Every checkpoint has the same draws, scaled to its own weights; "
         "the lines have draws of their own.",
     ]
@@ -78,10 +79,11 @@ def _formulas(story: Story) -> list[str]:
 
 def _errors() -> Sequence[str]:
     return [
-        "Standard errors are over directions: sd / √n for means, the jackknife for standard deviations, roughness and correlation. "
-        "± in the text is one standard error, intervals in figures are 1.96 of them. "
+        "Standard errors are over directions: sd / √n for means, the jackknife for standard deviations, roughness and "
+        "correlation. ± in the text is one standard error, intervals in figures are 1.96 of them. "
         "They do not cover another seed of the training.",
-        "The ratio of two mean curvatures x̄ / ȳ = r uses that both have the same draws: its error is sd(x − r y) / (√n ȳ).",
+        "The ratio of two mean curvatures x̄ / ȳ = r uses that both have the same draws: "
+        "its error is sd(x − r y) / (√n ȳ).",
     ]
 
 

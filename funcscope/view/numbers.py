@@ -20,23 +20,32 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     mantissa, power = f"{value:.{digits - 1}e}".split("e")
     if not -4 < int(power) < 6:
-        return _minus(f"{mantissa} × 10{str(int(power)).translate(_RAISED)}")
+        return _minus(f"{mantissa} × {power_of_ten(int(power))}")
     return _minus(f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - int(power))}f}")
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
     """A value and its standard error, to two digits of the error; the value alone where the error is undefined.
 
-    >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(2.0, None)
-    ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '2.00')
+    >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(17401.2, 2901.0)
+    ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '17,400 ± 2,900')
     """
     if value is None or not math.isfinite(value) or stderr is None or not math.isfinite(stderr) or stderr <= 0:
         return number(value)
     power = math.floor(math.log10(max(abs(value), stderr)))
     power = 0 if -4 < power < 6 else power
-    decimals = max(0, 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1]))
-    both = _minus(f"{value / 10.0**power:,.{decimals}f} ± {stderr / 10.0**power:,.{decimals}f}")
-    return both if power == 0 else f"({both}) × 10{str(power).translate(_RAISED)}"
+    decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])
+    both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))
+    return _minus(both) if power == 0 else f"({_minus(both)}) × {power_of_ten(power)}"
+
+
+def power_of_ten(power: int) -> str:
+    """A power of ten in plain characters.
+
+    >>> power_of_ten(-4), power_of_ten(0)
+    ('10⁻⁴', '1')
+    """
+    return f"10{str(power).translate(_RAISED)}" if power else "1"
 
 
 def _minus(text: str) -> str:

@@ -1,7 +1,8 @@
-"""One self-contained HTML page: text, figures and tables in a column; plotly.js inside, nothing loaded from anywhere."""
+"""One self-contained HTML page: text, figures and tables in a column; plotly.js inside, nothing loaded."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -50,7 +51,7 @@ class Fact(NamedTuple):
 class Chart(NamedTuple):
     figure: go.Figure
     caption: str
-    """How to read it; also its description for screen readers."""
+    """How to read it."""
 
 
 class Table(NamedTuple):
@@ -90,15 +91,15 @@ def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], 
     True
     """
     body = [
-        f"<section>\n<h2>{escape(section.title)}</h2>\n"
+        f"<section>\n<h2>{_text(section.title)}</h2>\n"
         + "\n".join(_html(block, f"figure-{i}-{j}") for j, block in enumerate(section.blocks))
         + "\n</section>"
         for i, section in enumerate(sections, start=1)
     ]
     return _PAGE.substitute(
-        title=escape(title),
-        kicker=escape(kicker),
-        lede="\n".join(f'<p class="lede">{escape(text)}</p>' for text in lede),
+        title=_text(title),
+        kicker=_text(kicker),
+        lede="\n".join(f'<p class="lede">{_text(text)}</p>' for text in lede),
         strip=_strip(strip),
         sections="\n".join(body),
         style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
@@ -115,16 +116,16 @@ def _html(block: Block, name: str) -> str:
         case Terms():
             return _terms(block)
         case Quote():
-            return f"<blockquote><p>{escape(block.text)}</p><footer>{escape(block.source)}</footer></blockquote>"
+            return f"<blockquote><p>{_text(block.text)}</p><footer>{_text(block.source)}</footer></blockquote>"
         case Files():
-            links = (f'<a href="{escape(quote(f"./{file}"))}">{escape(file)}</a>' for file in block.names)
+            links = (f'<a href="{escape(quote(f"./{file}"))}">{_text(file)}</a>' for file in block.names)
             return f'<p class="files">Beside this page: {", ".join(links)}</p>'
-    return f"<p>{escape(block)}</p>"
+    return f"<p>{_text(block)}</p>"
 
 
 def _strip(facts: Sequence[Fact]) -> str:
     cells = (
-        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd>{escape(fact.detail)}</dd></div>"
+        f"<div><dt>{_text(fact.label)}</dt><dd>{_text(fact.value)}</dd><dd>{_text(fact.detail)}</dd></div>"
         for fact in facts
     )
     return f'<dl class="strip">{"".join(cells)}</dl>'
@@ -138,14 +139,14 @@ def _chart(chart: Chart, name: str) -> str:
         div_id=name,
         default_height=f"{chart.figure.layout.height}px",
     )
-    caption = escape(chart.caption)
-    return f'<figure aria-label="{caption}">\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>'
+    caption = _text(chart.caption)
+    return f"<figure>\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.headers)
+    head = "".join(f'<th scope="col">{_text(text)}</th>' for text in table.headers)
     rows = (
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>'
         for first, *cells in table.rows
     )
     return (
@@ -155,5 +156,11 @@ def _table(table: Table) -> str:
 
 
 def _terms(terms: Terms) -> str:
-    items = ((term, "".join(f"<p>{escape(line)}</p>" for line in lines)) for term, lines in terms.items)
-    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{lines}</dd>" for term, lines in items) + "</dl>"
+    items = ((term, "".join(f"<p>{_text(line)}</p>" for line in lines)) for term, lines in terms.items)
+    return "<dl>" + "".join(f"<dt>{_text(term)}</dt><dd>{lines}</dd>" for term, lines in items) + "</dl>"
+
+
+def _text(text: str) -> str:
+    """Escaped, with ±, × and % kept on the line of their neighbours."""
+    kept = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", r"&nbsp;\1&nbsp;", escape(text))
+    return re.sub(r"(?<=\d) %", "&nbsp;%", kept)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from . import figures
 from . import story as told
@@ -17,102 +19,66 @@ VISIBLE_NOISE = 0.01
 """Rounding is drawn where it is at least this share of the mean curvature."""
 
 
-def _timeline(story: Story) -> Timeline:
-    return Timeline(int(story.array("curve_step")[-1]), story.marks)
-
-
 def training(story: Story) -> Section:
     """Loss and accuracy over training."""
-    step, loss = story.array("curve_step"), story.array("curve_test_loss")
-    fig = figures.curves(
-        step,
-        {"train": story.array("curve_train_loss"), "test": loss},
-        {"train": story.array("curve_train_accuracy"), "test": story.array("curve_test_accuracy")},
-        story.array("step"),
-        _timeline(story),
+    step = story.array("curve_step")
+    loss, accuracy = (
+        {split: story.array(f"curve_{split}_{name}") for split in ("train", "test")} for name in ("loss", "accuracy")
     )
-    top, bottom = int(np.nanargmax(loss)), int(np.nanargmin(loss))
-    text = (
-        f"At the end the training loss is {number(story.array('curve_train_loss')[-1])} nats and the test loss {number(loss[-1])}. "
-        f"The test loss is highest, {number(loss[top])}, at step {int(step[top]):,}, and lowest, {number(loss[bottom])}, "
-        f"at step {int(step[bottom]):,}."
-    )
+    fig = figures.curves(step, loss, accuracy, story.array("step"), _timeline(story))
+    text = f"At the end the training loss is {_nats(loss['train'][-1])} and the test loss {_nats(loss['test'][-1])}."
+    if (top := told.largest(loss["test"])) is not None and (bottom := told.largest(-loss["test"])) is not None:
+        text += (
+            f" The test loss is highest at step {int(step[top]):,}, {_nats(loss['test'][top])}, "
+            f"and lowest at step {int(step[bottom]):,}, {_nats(loss['test'][bottom])}."
+        )
     caption = "Loss and accuracy over training. Circles are the checkpoints at which the loss landscape was sampled."
     return Section("Training", [text, Chart(fig, caption)])
 
 
 def curvature(story: Story) -> Section:
-    """Mean curvature over training, then divided by the loss."""
-    names = ("curvature_mean", "curvature_mean_stderr", "curvature_p10", "curvature_p90", "curvature_noise_floor")
-    mean, stderr, p10, p90, noise = (story.column(name) for name in names)
-    step, share = story.array("step"), noise / np.abs(mean)
-    visible = np.where(share >= VISIBLE_NOISE, noise, np.nan)
-    shown = np.isfinite(visible).any()
-    fig = figures.curvature_trajectory(
-        step, mean, stderr, p10, p90, _timeline(story), noise_floor=visible if shown else None
-    )
-    worst = int(np.nanargmax(share))
+    """Mean curvature over training, and the same divided by the loss."""
+    mean, stderr, p10, p90 = (story.column(f"curvature_{name}") for name in ("mean", "mean_stderr", "p10", "p90"))
+    step, noise = story.array("step"), story.column("curvature_noise_floor")
+    share = told.ratio(noise, np.abs(mean))
+    drawn = np.where(share >= VISIBLE_NOISE, noise, np.nan) if (share >= VISIBLE_NOISE).any() else None
+    fig = figures.curvature_trajectory(step, mean, stderr, p10, p90, _timeline(story), noise_floor=drawn)
     caption = (
-        "Second derivative of the training loss along random directions. "
-        f"Rounding in float32 is of the order of {number(100 * share[worst], 2)} % of the mean at most (step {step[worst]:,})"
-        + (f"; dotted where it reaches {VISIBLE_NOISE:.0%}." if shown else ", too small to draw.")
-        + _not_on_log(step, mean, "mean")
-        + _not_on_log(step, p10, "10th percentile")
+        f"Second derivative of the training loss along random directions.{_rounding(step, share)}"
+        f"{_not_on_log(step, mean, 'mean')}{_not_on_log(step, p10, '10th percentile')}"
     )
-    base = story.column("baseline_loss")
-    per_nat = figures.trajectory_with_error(
+    relative = figures.trajectory_with_error(
         step,
-        mean / base,
-        stderr / base,
+        *told.per_nat(story),
         _timeline(story),
         name="mean",
         log=True,
         y_title="curvature / loss (per relative step²)",
     )
+    beside = Chart(relative, "Mean curvature divided by the training loss of the same checkpoint.")
     return Section(
-        "Curvature",
-        [told.curvature_change(story), Chart(fig, caption), told.curvature_and_loss(story),
-         Chart(per_nat, "Mean curvature divided by the training loss of the same checkpoint.")],
-    )  # fmt: skip
-
-
-def _not_on_log(step: np.ndarray, values: np.ndarray, name: str) -> str:
-    found = [f"{number(values[i])} at step {step[i]:,}" for i in np.flatnonzero(values <= 0)]
-    return f" Not on a logarithmic axis: the {name}, {', '.join(found)}." if found else ""
+        "Curvature", [told.curvature_peak(story), Chart(fig, caption), told.curvature_and_loss(story), beside]
+    )
 
 
 def lines(story: Story) -> Section:
     """The loss on lines through three checkpoints."""
-    alpha, losses, steps = (story.array(f"profile_{name}") for name in ("alpha", "loss", "step"))
-    phases = [_phase(story, int(step)) for step in steps]
-    uniform = math.log(story.config["p"])
-    fig = figures.line_profiles(
-        alpha.astype(np.float64),
-        losses.astype(np.float64),
-        [f"<b>{name}</b><br>step {step:,}" for name, step in zip(phases, steps, strict=True)],
-        span=story.settings["span"],
-        level=(uniform, f"ln {story.config['p']}"),
-    )
-    middle = len(alpha) // 2
-    rises = losses[:, :, [0, -1]] - losses[:, :, middle, None]
-    medians = figures.quantiles(rises.reshape(len(steps), -1).astype(np.float64), (0.5,))[0]
-    said = ", ".join(f"{number(rise)} nats at step {step:,}" for rise, step in zip(medians, steps, strict=True))
+    alpha, losses = (story.array(f"profile_{name}").astype(np.float64) for name in ("alpha", "loss"))
+    steps, span, p = story.array("profile_step"), story.settings["span"], story.config["p"]
+    titles = [f"<b>{_phase(story, int(step))}</b><br>step {step:,}" for step in steps]
+    fig = figures.line_profiles(alpha, losses, titles, span=span, level=(math.log(p), f"ln {p}"))
+    rises = losses[:, :, [0, -1]] - losses[:, :, len(alpha) // 2, None]
+    medians = figures.quantiles(rises.reshape(len(steps), -1), (0.5,))[0]
+    said = ", ".join(f"{_nats(rise)} at step {step:,}" for rise, step in zip(medians, steps, strict=True))
     lost = int((~np.isfinite(losses)).sum())
-    text = f"At a relative step of {alpha[-1]:g} the loss changes by a median of {said}."
-    text += f" {lost:,} of {losses.size:,} losses are not finite; they are holes." if lost else ""
+    text = f"At a relative step of {alpha[-1]:g} the median change of the loss is {said}."
+    text += f" {lost:,} of {losses.size:,} losses are not finite and left out." if lost else ""
     caption = (
-        f"Training loss along {losses.shape[1]} random directions through three checkpoints. Grey: the span of ±{story.settings['span']:g} "
-        f"sampled elsewhere on this page. Dotted: ln {story.config['p']} = {number(uniform)} nats, the loss of a uniform guess."
+        f"Training loss along {losses.shape[1]} random directions through three checkpoints. "
+        f"Grey: the span of ±{span:g} that is sampled in the other sections. "
+        f"Dotted: ln {p} = {_nats(math.log(p))}, the loss of a uniform guess."
     )
     return Section("The loss along lines", [text, Chart(fig, caption)])
-
-
-def _phase(story: Story, step: int) -> str:
-    if step == story.rows[0]["step"]:
-        return "start"
-    if step == story.rows[-1]["step"]:
-        return "end"
-    return "memorised" if story.memorised is not None and step >= story.memorised else "on the way"
 
 
 def distribution(story: Story) -> Section:
@@ -121,25 +87,12 @@ def distribution(story: Story) -> Section:
     sides = {f"+{span:g}": story.deltas("losses"), f"−{span:g}": story.deltas("losses_negative")}
     fig = figures.delta_distribution(step, sides, _timeline(story), y_title="loss change (nats)")
     medians = figures.quantiles(sides[f"+{span:g}"], (0.5,))[0]
-    shown = ([] if story.reference is None else [story.reference]) + [len(step) - 1]
-    said = " and ".join(f"{number(medians[i])} nats at step {step[i]:,}" for i in shown)
+    shown = [i for i in (story.reference, len(step) - 1) if i is not None]
+    said = " and ".join(f"{_nats(medians[i])} at step {step[i]:,}" for i in shown)
     caption = "Thin line: all directions. Thick line: the middle half. Dot: the median. "
-    downhill = [
-        (int(at), int((values[i] <= 0).sum()), name) for name, values in sides.items() for i, at in enumerate(step)
-    ]
-    found = [f"{count} at {name} at step {at:,}" for at, count, name in downhill if count]
-    if found:
-        caption += f"Directions that do not raise the loss, below a logarithmic axis: {', '.join(found)}. "
-    return Section(
-        f"Loss changes at a relative step of {span:g}",
-        [f"The median change at +{span:g} is {said}.", Chart(fig, caption + _lost(story))],
-    )
-
-
-def _lost(story: Story) -> str:
-    lost = [(row["step"], row["n_nonfinite_pos"], row["n_nonfinite_neg"]) for row in story.rows]
-    found = [f"step {step:,}: {pos} at + and {neg} at −" for step, pos, neg in lost if pos or neg]
-    return f"Losses that are not finite, left out: {'; '.join(found)}." if found else "Every sampled loss is finite."
+    caption += f"{_downhill(step, sides)}{_lost(story)}"
+    title = f"Loss changes at a relative step of {span:g}"
+    return Section(title, [f"The median change at +{span:g} is {said}.", Chart(fig, caption)])
 
 
 def roughness(story: Story) -> Section:
@@ -150,13 +103,15 @@ def roughness(story: Story) -> Section:
     )
     first, last = story.rows[story.reference or 0], story.rows[-1]
     text = (
-        "Roughness is the standard deviation of the loss over directions divided by the absolute value of its mean. "
-        "It rises when the mean loss falls, so it does not rank models. "
-        f"From step {first['step']:,} to step {last['step']:,} the standard deviation goes from {number(first['loss_std'])} to "
-        f"{number(last['loss_std'])} nats, the mean from {number(first['loss_mean'])} to {number(last['loss_mean'])} nats, and "
-        f"the roughness from {_of(first, 'landscape_roughness')} to {_of(last, 'landscape_roughness')}."
+        "Roughness is sd / |mean| of the loss over directions. It rises when the mean loss falls faster than the "
+        f"standard deviation, so it does not rank models. From step {first['step']:,} to step {last['step']:,} the "
+        f"standard deviation goes from {_nats(first['loss_std'])} to {_nats(last['loss_std'])}, the mean "
+        f"from {_nats(first['loss_mean'])} to {_nats(last['loss_mean'])}, and the roughness "
+        f"from {_of(first, 'landscape_roughness')} to {_of(last, 'landscape_roughness')}."
     )
-    caption = f"Losses at +{story.settings['span']:g}. Intervals are ±1.96 jackknife standard errors; a wide one may cross zero."
+    caption = f"Losses at +{story.settings['span']:g}. Intervals: 1.96 jackknife standard errors on each side."
+    if (value < figures.Z95 * stderr).any():
+        caption += " They are symmetric, so that a wide one reaches below zero."
     return Section("Roughness", [text, Chart(fig, caption)])
 
 
@@ -171,60 +126,99 @@ def correlation(story: Story) -> Section:
     text = (
         "This is the correlation, over directions, between the slope at the checkpoint and the loss change at "
         f"+{story.settings['span']:g}. Near 1 the gradient predicts the change. A low value says that at this distance "
-        "curvature and higher orders move the loss, or that there are too few directions; it does not say that the gradient is wrong."
+        "curvature and higher orders move the loss, or that there are too few directions to tell. It does not say that "
+        "the gradient is wrong."
     )
-    noted = [row for row in story.rows if row["note"] and row["dir_grad_delta_corr"] is not None]
-    lowest = min(noted, key=lambda row: row["dir_grad_delta_corr"], default=None)
-    quote = (
-        []
-        if lowest is None
-        else [Quote(lowest["note"], f"The note stored with step {lowest['step']:,}, the lowest value")]
-    )
+    noted = sum(row["note"] is not None for row in story.rows)
     caption = (
-        f"{len(noted)} of {len(story.rows)} checkpoints carry such a note."
-        if noted
-        else "No checkpoint carries a note."
+        "Grey: where 95 % of the correlations of unrelated numbers lie, for this many directions. "
+        f"{noted} of {len(story.rows)} checkpoints carry a note on their value."
     )
-    return Section("Gradient-delta correlation", [text, *quote, Chart(fig, caption)])
+    return Section("Gradient-delta correlation", [text, *_lowest_note(story), Chart(fig, caption)])
 
 
 def table(story: Story) -> Section:
     """Every checkpoint with its errors."""
-    columns: list[tuple[str, str]] = [
-        ("curvature", "curvature_mean"),
-        ("loss change", "delta_mean"),
-        ("sd of change", "delta_std"),
-        ("roughness", "landscape_roughness"),
-        ("correlation", "dir_grad_delta_corr"),
-    ]
-    plain = [("10th pct", "curvature_p10"), ("90th pct", "curvature_p90"), ("rounding", "curvature_noise_floor")]
-    headers = [
-        "step",
-        "train loss",
-        "test loss",
-        "train acc",
-        "test acc",
-        *(head for head, _ in columns + plain),
-        "not finite",
-    ]
+    measured = {
+        "curvature": "curvature_mean",
+        "loss change": "delta_mean",
+        "roughness": "landscape_roughness",
+        "correlation": "dir_grad_delta_corr",
+    }
+    plain = {"10th pct": "curvature_p10", "90th pct": "curvature_p90", "rounding": "curvature_noise_floor"}
+    headers = ["step", "train loss", "test loss", "train acc", "test acc", *measured, *plain, "not finite"]
     rows = [
         [
             f"{row['step']:,}",
-            *(number(row[name]) for name in ("train_loss", "test_loss")),
-            *(f"{row[name]:.3f}" for name in ("train_accuracy", "test_accuracy")),
-            *(_of(row, name) for _, name in columns),
-            *(number(row[name]) for _, name in plain),
+            *(number(row[f"{split}_loss"]) for split in ("train", "test")),
+            *(f"{row[f'{split}_accuracy']:.3f}" for split in ("train", "test")),
+            *(_of(row, name) for name in measured.values()),
+            *(number(row[name]) for name in plain.values()),
             f"{row['n_nonfinite_pos']} + {row['n_nonfinite_neg']}",
         ]
         for row in story.rows
     ]
     text = (
-        f"Losses in nats, curvatures in nats per relative step²; loss changes at +{story.settings['span']:g}. ± is one standard error "
-        "over directions. The percentiles are those of the curvature over directions, rounding is what float32 can do to one "
-        "curvature. Not finite: losses at + and at −."
+        f"Losses in nats, curvatures in nats per relative step², loss changes at +{story.settings['span']:g}. ± is one "
+        "standard error over directions. The percentiles are those of the curvature over directions; rounding is what "
+        "float32 can do to one curvature; not finite are the losses at + and at −."
     )
     return Section("All checkpoints", [text, Table(headers, rows)])
 
 
-def _of(row: dict, name: str) -> str:
+def _timeline(story: Story) -> Timeline:
+    return Timeline(int(story.array("curve_step")[-1]), story.marks)
+
+
+def _nats(value: float | None) -> str:
+    return f"{number(value)} nats"
+
+
+def _of(row: dict[str, Any], name: str) -> str:
     return with_error(row[name], row[f"{name}_stderr"])
+
+
+def _rounding(step: Int[np.ndarray, " k"], share: Float[np.ndarray, " k"]) -> str:
+    if (worst := told.largest(share)) is None:
+        return ""
+    text = f" Rounding in float32 is of the order of {number(100 * share[worst], 2)} % of the mean at most "
+    text += f"(step {step[worst]:,})"
+    seen = share[worst] >= VISIBLE_NOISE
+    return text + (f"; dotted where it reaches {100 * VISIBLE_NOISE:g} %." if seen else ", too small to draw.")
+
+
+def _not_on_log(step: Int[np.ndarray, " k"], values: Float[np.ndarray, " k"], name: str) -> str:
+    found = [f"{number(values[i])} at step {step[i]:,}" for i in np.flatnonzero(values <= 0)]
+    return f" Not on a logarithmic axis: the {name}, {', '.join(found)}." if found else ""
+
+
+def _phase(story: Story, step: int) -> str:
+    if step in (story.rows[0]["step"], story.rows[-1]["step"]):
+        return "start" if step == story.rows[0]["step"] else "end"
+    if story.generalised is not None and step >= story.generalised:
+        return "generalised"
+    return "memorised" if story.memorised is not None and step >= story.memorised else "on the way"
+
+
+def _downhill(step: Int[np.ndarray, " k"], sides: dict[str, Float[np.ndarray, "k n"]]) -> str:
+    """Changes that are not on the axis, counted."""
+    found = [
+        f"{int((values[i] <= 0).sum())} of {len(values[i])} at {name} at step {at:,}"
+        for i, at in enumerate(step)
+        for name, values in sides.items()
+        if (values[i] <= 0).any()
+    ]
+    return f"Directions that do not raise the loss are below a logarithmic axis: {', '.join(found)}. " if found else ""
+
+
+def _lost(story: Story) -> str:
+    lost = [(row["step"], row["n_nonfinite_pos"], row["n_nonfinite_neg"]) for row in story.rows]
+    found = [f"{pos} at + and {neg} at − at step {step:,}" for step, pos, neg in lost if pos or neg]
+    return f"Losses that are not finite, left out: {'; '.join(found)}." if found else "Every sampled loss is finite."
+
+
+def _lowest_note(story: Story) -> list[Quote]:
+    """The stored note of the lowest correlation."""
+    noted = [row for row in story.rows if row["note"] is not None and row["dir_grad_delta_corr"] is not None]
+    lowest = min(noted, key=lambda row: row["dir_grad_delta_corr"], default=None)
+    return [] if lowest is None else [Quote(lowest["note"], f"Stored with step {lowest['step']:,}, the lowest value.")]

@@ -1,4 +1,4 @@
-"""What happened in a stored demonstration, as numbers and as sentences; every one is computed from the stored arrays."""
+"""What happened in a stored demonstration, as numbers and sentences that are computed from the stored arrays."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _generalising(story: Story) -> str:
     )
     if story.memorised is not None and story.generalised > story.memorised:
         text += f", {story.generalised - story.memorised:,} steps later"
-    return f"{text} and is {accuracy[-1]:.3f} at the end."
+    return f"{text}; at the end it is {accuracy[-1]:.3f}."
 
 
 def curvature_ratio(story: Story) -> tuple[float, float]:
@@ -142,21 +142,24 @@ def curvature_ratio(story: Story) -> tuple[float, float]:
     x, y = before[both], after[both]
     if len(x) < 2 or x.mean() <= 0 or y.mean() <= 0:
         return math.nan, math.nan
-    ratio = x.mean() / y.mean()
-    return float(ratio), float((x - ratio * y).std(ddof=1) / math.sqrt(len(x)) / y.mean())
+    times = x.mean() / y.mean()
+    return float(times), float((x - times * y).std(ddof=1) / math.sqrt(len(x)) / y.mean())
 
 
 def curvature_change(story: Story) -> str:
-    """The curvature at the first memorised checkpoint and at the end."""
-    ratio, _ = curvature_ratio(story)
-    if story.reference is None or math.isnan(ratio):
+    """The curvature at the first memorised checkpoint and at the end, alone and divided by the loss."""
+    times, _ = curvature_ratio(story)
+    if story.reference is None or math.isnan(times):
         return (
-            f"At the end the mean curvature of its training loss is {curvature_at(story, -1)} nats per relative step²."
+            f"At the end the mean curvature of the training loss is {curvature_at(story, -1)} nats per relative step²."
         )
-    before, after = story.rows[story.reference], story.rows[-1]
+    before, after = (f"step {story.rows[i]['step']:,}" for i in (story.reference, -1))
+    value, stderr = per_nat(story)
+    start, end = (with_error(value[i], stderr[i]) for i in (story.reference, -1))
     return (
-        f"The mean curvature of its training loss {'falls' if ratio > 1 else 'rises'} from {curvature_at(story, story.reference)} at "
-        f"step {before['step']:,} to {curvature_at(story, -1)} at step {after['step']:,} (nats per relative step²)."
+        f"From {before}, the first checkpoint that has memorised, to {after} the mean curvature of the training loss "
+        f"{'falls' if times > 1 else 'rises'} from {curvature_at(story, story.reference)} to {curvature_at(story, -1)} "
+        f"nats per relative step². Divided by the loss it goes from {start} to {end}{_way(story)}."
     )
 
 
@@ -165,22 +168,52 @@ def curvature_at(story: Story, index: int) -> str:
     return with_error(row["curvature_mean"], row["curvature_mean_stderr"])
 
 
+def curvature_peak(story: Story) -> str:
+    """The checkpoint with the largest mean curvature."""
+    if (peak := largest(story.column("curvature_mean"))) is None:
+        return "The mean curvature is undefined at every checkpoint."
+    return (
+        f"The mean curvature is largest at step {story.rows[peak]['step']:,}, {curvature_at(story, peak)} nats per "
+        f"relative step². At the end it is {curvature_at(story, -1)}."
+    )
+
+
 def curvature_and_loss(story: Story) -> str:
-    """The curvature next to the loss that it goes to zero with."""
+    """Why the curvature is also shown next to the loss that it goes to zero with."""
     text = (
         "A cross-entropy loses its curvature when the predictions become certain, so a fall of the curvature alone "
-        "does not show a flatter solution. The second figure divides it by the training loss."
+        "does not show a flatter solution. The second figure divides it by the training loss"
     )
-    per_nat = story.column("curvature_mean") / story.column("baseline_loss")
-    if story.reference is None or not np.isfinite(per_nat[[story.reference, -1]]).all():
-        return text
+    if story.reference is None:
+        return f"{text}."
     before, after = story.rows[story.reference], story.rows[-1]
-    peak = story.reference + int(np.nanargmax(per_nat[story.reference :]))
-    text += (
-        f" From step {before['step']:,} to step {after['step']:,} the training loss goes from "
-        f"{number(before['train_loss'])} to {number(after['train_loss'])} nats, and the curvature per nat from "
-        f"{number(per_nat[story.reference])} to {number(per_nat[-1])}"
+    return (
+        f"{text}, which goes from {number(before['train_loss'])} nats at step {before['step']:,} to "
+        f"{number(after['train_loss'])} nats at step {after['step']:,}."
     )
-    if story.reference < peak < len(per_nat) - 1:
-        text += f"; in between it is largest, {number(per_nat[peak])}, at step {story.rows[peak]['step']:,}"
-    return text + "."
+
+
+def per_nat(story: Story) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Mean curvature over training loss per checkpoint, and its standard error."""
+    loss = story.column("baseline_loss")
+    return ratio(story.column("curvature_mean"), loss), ratio(story.column("curvature_mean_stderr"), loss)
+
+
+def ratio(above: Float[np.ndarray, " k"], below: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """above / below, undefined (nan) where below is 0."""
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
+
+
+def largest(values: Float[np.ndarray, " n"]) -> int | None:
+    """The index of the largest value that is not nan; None where there is none."""
+    return None if np.isnan(values).all() else int(np.nanargmax(values))
+
+
+def _way(story: Story) -> str:
+    """Where the curvature per nat is largest, if it is larger there than at both ends by more than chance."""
+    value, stderr = (column[story.reference :] for column in per_nat(story))
+    peak = largest(value)
+    if peak is None or any(value[peak] - value[i] <= 1.96 * math.hypot(stderr[peak], stderr[i]) for i in (0, -1)):
+        return ""
+    step = story.rows[(story.reference or 0) + peak]["step"]
+    return f", by way of {with_error(value[peak], stderr[peak])} at step {step:,}"

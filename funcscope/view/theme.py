@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Real
 
+from .numbers import power_of_ten
+
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 """Of Okabe and Ito (2008), Color universal design."""
 INK, MUTED, RULE, GRID = "#1b1b1b", "#666666", "#9a9a9a", "#ebebeb"
@@ -23,7 +25,6 @@ _AXIS = {
     "tickcolor": RULE,
     "zeroline": False,
     "fixedrange": True,
-    "exponentformat": "power",
     "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
 }
 
@@ -36,7 +37,7 @@ TEMPLATE = go.layout.Template(
         },
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 62, "r": 14, "t": 64, "b": 52},
+        "margin": {"l": 62, "r": 14, "t": 70, "b": 52},
         "xaxis": {**_AXIS, "showgrid": False},
         "yaxis": {**_AXIS, "gridcolor": GRID, "showline": False, "ticks": ""},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
@@ -48,7 +49,7 @@ TEMPLATE = go.layout.Template(
 
 
 class Timeline(NamedTuple):
-    """The axis of training steps: 0 to `last` on a square-root scale, which gives the early steps room and has a zero."""
+    """The axis of training steps: 0 to `last` on a square-root scale, which has a zero and gives early steps room."""
 
     last: int
     marks: tuple[tuple[int, str], ...] = ()
@@ -111,7 +112,7 @@ def put_on_timeline(fig: go.Figure, timeline: Timeline, rows: Sequence[int] = (1
         )  # fmt: skip
 
 
-def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
+def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "*shape"]) -> float:
     """Make an axis logarithmic over the positive finite values, and return its lower end.
 
     Without such a value the axis stays linear, and -inf is returned.
@@ -122,8 +123,20 @@ def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
         return -math.inf
     low, high = float(positive.min()), float(positive.max())
     pad = 0.05 * max(high - low, 1)
-    decades = high - low + 2 * pad
-    axis.update(type="log", range=[low - pad, high + pad])
-    if decades > 2:
-        axis.dtick = math.ceil(decades / 6)
+    ticks = log_ticks(low - pad, high + pad)
+    axis.update(type="log", range=[low - pad, high + pad], tickvals=list(ticks), ticktext=list(ticks.values()))
     return float(10 ** (low - pad))
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> dict[float, str]:
+    """Values and labels between two powers of ten: whole powers, or 1, 2, 5 times them where there are fewer than two.
+
+    >>> log_ticks(-4.3, 0.2), log_ticks(0.2, 0.9)
+    ({0.0001: '10⁻⁴', 0.001: '10⁻³', 0.01: '10⁻²', 0.1: '10⁻¹', 1.0: '1'}, {2.0: '2', 5.0: '5'})
+    """
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    if len(powers) < 2:
+        fine = (digit * 10.0**power for power in range(math.floor(low), math.ceil(high)) for digit in (1, 2, 5))
+        return {value: f"{value:g}" for value in fine if low <= math.log10(value) <= high}
+    stride = math.ceil(len(powers) / most)
+    return {10.0**power: power_of_ten(power) for power in powers if power % stride == 0}

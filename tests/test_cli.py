@@ -1,0 +1,172 @@
+"""The command line as a user meets it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from funcscope import cli
+from funcscope.core.store import load
+from funcscope.families import modular
+from funcscope.study import demo
+
+TINY = demo.Settings(
+    modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6), num_checkpoints=6, n_samples=4
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(demo, "QUICK", TINY)
+
+
+def test_the_demo_prints_a_table_and_writes_page_and_numbers(tiny, tmp_path, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "new" / "folder")]) == 0
+    out, err = capsys.readouterr()
+    folder = tmp_path / "new" / "folder"
+    stored = load(folder / "modular-addition-p7.npz")
+    assert stored.arrays["losses"].shape == (len(stored.arrays["step"]), 4)
+    assert "<html" in (folder / "modular-addition-p7.html").read_text()
+    beside = json.loads((folder / "modular-addition-p7.json").read_text())
+    assert [row["step"] for row in beside["meta"]["table"]] == stored.arrays["step"].tolist()
+    for row in beside["meta"]["table"]:
+        assert re.search(rf"^\s*{row['step']} .*{row['train_loss']:.3g}", out, re.MULTILINE)
+    assert "modular-addition-p7.html" in out
+    assert "training" in err  # the progress bar
+    assert "sampling" in err
+
+
+def test_a_second_run_reuses_what_is_there_and_another_setting_is_computed_anew(tiny, tmp_path, capsys):
+    for _ in range(2):
+        assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    first = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*/*.safetensors")}
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path), "--samples", "6"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*/*.safetensors")} == first
+    assert load(tmp_path / "modular-addition-p7.npz").arrays["losses"].shape[1] == 6
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path), "--seed", "5"]) == 0
+    assert len(list(tmp_path.glob("modular-addition-p7-seed*"))) == 2
+
+
+def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
+    real, calls = demo.directional_losses, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(demo, "directional_losses", interrupted)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
+    assert "interrupted; " in capsys.readouterr().out
+    assert not (tmp_path / "cut" / "modular-addition-p7.html").exists()
+    monkeypatch.setattr(demo, "directional_losses", real)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
+    for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):
+    command = [sys.executable, "-m", "funcscope", "demo", "--quick", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.rglob("step_*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    kept = sorted(tmp_path.rglob("step_*.safetensors"))
+    assert process.returncode == 130
+    assert re.search(rf"interrupted; {len(kept)} checkpoints are kept", out)
+    assert len(kept) >= 3
+    assert not list(tmp_path.rglob("*.tmp"))
+    last = load(kept[-1]).meta["step"]
+    run = modular.train(modular.QUICK, kept[0].parent.parent, modular.schedule(modular.QUICK))
+    assert [point.step for _, point in zip(range(last // 10 + 1), run, strict=False)][-1] == last
+
+
+def fails(args, capsys, message):
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(message, err)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--samples", "0"], "`samples` must be an integer of at least 1, got 0"),
+        (["--span", "0"], "`span` must be a finite number above 0, got 0.0"),
+        (["--span", "-1"], "`span` must be a finite number above 0, got -1.0"),
+        (["--span", "nan"], "`span` must be a finite number above 0, got nan"),
+    ],
+)
+def test_bad_numbers_get_one_clear_line_and_leave_nothing(tiny, tmp_path, capsys, args, message):
+    fails(["demo", "--quick", "--out", str(tmp_path / "out"), *args], capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_gets_one_clear_line(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        fails(["demo", "--quick", "--out", str(bad)], capsys, r"cannot write to .*: choose another folder with --out")
+
+
+def test_a_damaged_checkpoint_gets_one_clear_line(tiny, tmp_path, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    victim = next(tmp_path.rglob("step_00100.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"funcscope: .*step_00100.safetensors is damaged.*delete it", err.splitlines()[-1])
+    victim.unlink()
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+
+
+def test_without_plotly_the_command_says_so_before_any_work(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    fails(["demo", "--out", str(tmp_path / "out")], capsys, r"plotly.*pip install 'funcscope\[view\]'")
+
+
+def test_usage(capsys):
+    for args in ([], ["unknown"], ["demo", "--samples", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+
+
+def test_the_table_says_undefined_where_a_number_is():
+    row = dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), 0.5) | {"step": 0}
+    for name in ("landscape_roughness", "curvature_mean", "dir_grad_delta_corr"):
+        row |= {name: None, f"{name}_stderr": None}
+    assert demo.table({"table": [row]})[1][0][-3:] == ["undefined"] * 3
+
+
+def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    arrays, meta = load(tmp_path / "modular-addition-p7.npz")
+    loss = modular.objective(modular.network(TINY.config), TINY.config)
+    params = modular.checkpoint(TINY.config, tmp_path / TINY.config.name, 100).params
+    result = demo.directional_losses(
+        loss,
+        params,
+        key=demo.key(42),
+        n_samples=4,
+        span=0.1,
+        two_sided=True,
+        compute_gradient=True,
+        compute_curvature=True,
+    )
+    np.testing.assert_allclose(arrays["curvatures"][-1], result.curvatures)
+    assert meta["table"][-1]["curvature_mean"] == pytest.approx(float(result.estimates["curvature_mean"].value))

@@ -1,0 +1,401 @@
+"""`directional_losses`: against dense oracles, against what the document does, and with bad input."""
+
+import inspect
+import math
+import warnings
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import CATALOGUE, dense_hessian, loss_of, seeded, tokens
+from torch import nn
+from torch.func import grad
+from torch.testing import assert_close
+
+import funcscope as fs
+from funcscope.landscape.samples import central_second_difference
+
+FULL = {"two_sided": True, "compute_gradient": True, "compute_curvature": True}
+DOCUMENTED = """baseline_loss loss_mean loss_std loss_max loss_min delta_mean delta_std landscape_roughness n_samples
+    actual_span param_norm relative_step dir_grad_mean dir_grad_std dir_grad_delta_corr n_samples_for_corr curvature_mean
+    curvature_std curvature_p10 curvature_p50 curvature_p90 loss_mean_negative loss_std_negative use_filter_norm
+    global_renorm seed homogeneous_dtype fast_vec_path n_nonfinite_pos n_nonfinite_neg""".split()
+
+
+def bowl(diagonal, dtype=torch.float64, slope=0.0) -> fs.Loss:
+    """L(theta) = sum_i diagonal_i theta_i^2 / 2 + slope sum_i theta_i, of one parameter vector."""
+    weights = torch.tensor(diagonal, dtype=dtype)
+    criterion = fs.custom(lambda out, _: (weights * out**2 / 2 + slope * out).sum(-1))
+    net = fs.functional(Vector(len(diagonal), dtype))
+    return fs.objective(net, [(torch.ones(1, 1, dtype=dtype), torch.zeros(1))], criterion)
+
+
+class Vector(nn.Module):
+    """theta itself as the output, one row."""
+
+    def __init__(self, size, dtype=torch.float64):
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(size, 1, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.theta[:, 0]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+def test_losses_slopes_and_curvatures_are_those_of_the_dense_directions(name, normalize):
+    """Oracle: theta + h d built by hand, the dense gradient, H d by forward over reverse."""
+    loss = loss_of(name)
+    theta, key = loss.net.theta, fs.key(7)
+    result = fs.directional_losses(
+        loss, theta, key=key, n_samples=3, span=0.2, normalize=normalize, curvature="exact", **FULL
+    )
+    rows = fs.stack(fs.directions(loss.net, key=key, num=3, normalize=normalize))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name in ("llama", "qwen2") else {"rtol": 1e-9, "atol": 1e-11}
+    assert_close(result.baseline_loss, float(loss(theta)))
+    assert_close(result.losses, torch.stack([loss(theta + 0.2 * d) for d in rows]), **tolerance)
+    assert_close(result.losses_negative, torch.stack([loss(theta - 0.2 * d) for d in rows]), **tolerance)
+    assert_close(result.slopes, rows @ grad(loss)(theta), **tolerance)
+    products = [torch.func.jvp(grad(loss), (theta,), (d,))[1] @ d for d in rows]
+    assert_close(result.curvatures, torch.stack(products), rtol=1e-4, atol=1e-6)
+    assert_close(result.direction_norms, rows.norm(dim=1))
+    assert_close(result.rayleigh_quotients, result.curvatures / rows.square().sum(1))
+    assert_close(result.param_norm, float(theta.norm()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "mlp", "cnn"])
+def test_every_plan_gives_the_same_samples(name):
+    loss = loss_of(name)
+    make = {"key": fs.key(1), "n_samples": 5, "span": 0.3, **FULL}
+    first = fs.directional_losses(loss, loss.net.theta, **make)
+    for plan in (
+        {"chunk": 1},
+        {"chunk": 2},
+        {"lazy": True},
+        {"slope": "jvp"},
+        {"slope": "jvp", "lazy": True},
+        {"slope": "gradient", "chunk": 5},
+    ):
+        other = fs.directional_losses(loss, loss.net.params, **make, **plan)
+        for part in ("losses", "losses_negative", "slopes", "curvatures", "direction_norms"):
+            assert_close(getattr(first, part), getattr(other, part), rtol=1e-9, atol=1e-10)
+    again = fs.directional_losses(loss, loss.net.theta, **make)
+    assert all(torch.equal(getattr(first, p), getattr(again, p)) for p in ("losses", "slopes", "curvatures"))
+    assert first.plan == again.plan
+    more = fs.directional_losses(loss, loss.net.theta, **{**make, "n_samples": 7})
+    assert_close(more.losses[:5], first.losses)
+
+
+def test_float32_plans_agree_to_the_stated_tolerance():
+    loss = loss_of("gpt2", torch.float32)
+    make = {"key": fs.key(1), "n_samples": 9, "span": 0.3}
+    plans = [{"chunk": 8}, {"chunk": 1}, {"lazy": True}]
+    found = [fs.directional_losses(loss, loss.net.theta, **make, **plan).losses for plan in plans]
+    assert_close(found[0], found[1], rtol=1e-6, atol=0)
+    assert_close(found[0], found[2], rtol=1e-6, atol=0)
+
+
+@given(seed=st.integers(0, 99), h=st.floats(0.01, 0.2))
+def test_the_difference_curvature_converges_with_the_square_of_the_step(seed, h):
+    loss = loss_of("mlp")
+    theta = loss.net.theta
+
+    def errors(span):
+        make = {"key": fs.key(seed), "n_samples": 2, "span": span, "two_sided": True, "compute_curvature": True}
+        exact = fs.directional_losses(loss, theta, curvature="exact", **make)
+        return (fs.directional_losses(loss, theta, **make).curvatures - exact.curvatures).abs().max()
+
+    coarse, fine = errors(h), errors(h / 2)
+    assert fine <= coarse / 2 or coarse < 1e-6
+    if coarse > 1e-5 and h <= 0.05:
+        assert 3.5 < coarse / fine < 4.5
+
+
+def test_mean_curvature_estimates_what_theory_says():
+    """E[c] = tr(H) / P for unit directions, sum_f |theta_f|^2 tr(H_ff) / n_f for filters; one look, 4 standard errors."""
+    loss = loss_of("mlp")
+    theta = loss.net.theta
+    hessian = dense_hessian(loss, theta)
+    make = {"key": fs.key(11), "n_samples": 3000, "span": 0.01, "chunk": 500, "compute_curvature": True}
+    unit = fs.directional_losses(loss, theta, normalize="global", curvature="exact", **make).estimates["curvature_mean"]
+    assert abs(unit.value - hessian.trace() / len(theta)) < 4 * unit.stderr
+    filters = fs.directional_losses(loss, theta, curvature="exact", **make).estimates["curvature_mean"]
+    diagonal, wanted = loss.layout.unravel(hessian.diagonal().contiguous()), 0.0
+    for leaf, value in loss.layout.unravel(theta).items():
+        rows = [slice(None)] if value.ndim == 1 else list(range(len(value)))
+        wanted += sum(float(value[r].square().sum() * diagonal[leaf][r].mean()) for r in rows)
+    assert abs(filters.value - wanted) < 4 * filters.stderr
+    assert abs(filters.value - unit.value) > 10 * filters.stderr  # the two are different quantities
+
+
+def test_a_bowl_in_closed_form():
+    loss = bowl([1.0, 2.0, 3.0], slope=0.5)
+    theta = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    result = fs.directional_losses(loss, theta, key=fs.key(0), n_samples=6, span=0.25, **FULL)
+    rows = fs.stack(fs.directions(loss.net, key=fs.key(0), num=6, base={"theta": theta[:, None]}))
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert_close(result.curvatures, (weights * rows**2).sum(1))
+    assert_close(result.slopes, rows @ (weights * theta + 0.5))
+    assert_close(result.deltas, 0.25 * result.slopes + 0.25**2 / 2 * result.curvatures)
+
+
+# What the document's version got wrong
+
+
+def test_every_documented_key_is_there_and_plain():
+    loss = loss_of("mlp")
+    found = fs.directional_losses(loss, loss.net.theta, key=fs.key(42), n_samples=4, **FULL).asdict()
+    assert set(DOCUMENTED) <= set(found)
+    assert found["seed"] == 42
+    assert all(type(found[name]) in (float, int, bool) for name in DOCUMENTED)
+    for name in (
+        "loss_mean",
+        "loss_std",
+        "landscape_roughness",
+        "dir_grad_mean",
+        "curvature_p50",
+        "loss_mean_negative",
+    ):
+        assert math.isfinite(found[f"{name}_stderr"])
+    for name in ("losses", "losses_negative", "slopes", "curvatures", "rayleigh_quotients", "direction_norms"):
+        assert found[name].shape == (4,)
+    bare = fs.directional_losses(loss, loss.net.theta, key=fs.key(42), n_samples=4).asdict()
+    assert not {"dir_grad_mean", "curvature_mean", "loss_mean_negative", "slopes", "n_samples_for_corr"} & set(bare)
+
+
+def test_slopes_need_no_loss_function_of_ones_own():
+    """The documented `compute_gradient=True` gave no slope at all without `loss_fn`."""
+    loss = loss_of("gpt2")
+    assert (
+        "dir_grad_mean"
+        in fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=3, compute_gradient=True).asdict()
+    )
+
+
+def test_sharp_directions_are_neither_zeroed_nor_dropped():
+    """The documented code sets |curvature| > 1e6 to 0 and drops losses beyond 10 median deviations."""
+    loss = bowl([1e9, *[1e-3] * 20])
+    theta = torch.full((21,), 0.1, dtype=torch.float64)
+    result = fs.directional_losses(loss, theta, key=fs.key(0), n_samples=40, two_sided=True, compute_curvature=True)
+    assert result.curvatures.abs().max() > 1e6
+    assert result.n_samples == 40
+    far = (result.losses - result.losses.median()).abs() / (result.losses - result.losses.median()).abs().median()
+    assert far.max() > 3
+    assert float(result.estimates["loss_mean"].value) == float(result.losses.mean())
+
+
+def test_global_renorm_changes_the_unit_of_the_step_only():
+    loss = loss_of("mlp")
+    theta = loss.net.theta
+    make = {"key": fs.key(0), "n_samples": 4, **FULL}
+    plain = fs.directional_losses(loss, theta, span=0.1, **make)
+    with pytest.warns(UserWarning, match=r"divides every direction by \|\|theta\|\| = .*changes nothing else"):
+        renormed = fs.directional_losses(loss, theta, span=0.1 * plain.param_norm, global_renorm=True, **make)
+    assert_close(renormed.losses, plain.losses)
+    assert_close(renormed.rayleigh_quotients, plain.rayleigh_quotients)
+    assert_close(renormed.curvatures, plain.curvatures / plain.param_norm**2)
+    assert_close(renormed.displacement, plain.displacement)
+
+
+@given(normalize=st.sampled_from(["filter", "layer", "global"]), span=st.floats(0.05, 1))
+def test_relative_span_is_a_displacement_of_span_times_the_norm_in_every_mode(normalize, span):
+    """The documented one moved by span x ||theta||^2 under filter normalisation."""
+    loss = loss_of("mlp")
+    make = {"key": fs.key(0), "n_samples": 1, "normalize": normalize, "span": span}
+    result = fs.directional_losses(loss, loss.net.theta, relative_span=True, **make)
+    assert_close(result.displacement, span * result.param_norm)
+    assert_close(result.relative_step, span)
+    absolute = fs.directional_losses(loss, loss.net.theta, **make)
+    assert_close(absolute.relative_step, span / absolute.param_norm if normalize == "global" else span)
+
+
+def test_the_directions_do_not_depend_on_the_step():
+    """E3: the documented loop read filter norms from weights that the last draw had moved."""
+    loss = loss_of("mlp")
+    for span in (0.1, 1.0, 10.0):
+        result = fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=30, span=span)
+        assert_close(result.direction_norms, torch.full((30,), result.param_norm, dtype=torch.float64))
+
+
+# Non-finite samples
+
+
+def half_finite() -> fs.Loss:
+    """sqrt(theta_0) + theta_1^2: nan where theta_0 < 0."""
+    criterion = fs.custom(lambda out, _: out[:, 0].sqrt() + out[:, 1] ** 2)
+    return fs.objective(fs.functional(Vector(2)), [(torch.ones(1, 1).double(), torch.zeros(1))], criterion)
+
+
+def test_non_finite_samples_are_counted_and_left_out_pair_by_pair():
+    loss, theta = half_finite(), torch.tensor([0.5, 1.0], dtype=torch.float64)
+    make = {"key": fs.key(0), "n_samples": 40, "span": 1.0, "normalize": "global"}
+    result = fs.directional_losses(loss, theta, **make, **FULL)
+    bad, bad_negative = (~side.isfinite() for side in (result.losses, result.losses_negative))
+    assert 0 < bad.sum() < 40
+    assert 0 < bad_negative.sum() < 40
+    assert result.n_nonfinite_pos == bad.sum()
+    assert result.n_nonfinite_neg == bad_negative.sum()
+    assert result.n_samples == 40 - bad.sum() == result.n_samples_for_corr
+    assert_close(result.estimates["loss_mean"].value, result.losses[~bad].mean())
+    corr = np.corrcoef(result.slopes[~bad], result.deltas[~bad])[0, 1]
+    assert_close(float(result.estimates["dir_grad_delta_corr"].value), float(corr))
+    assert result.estimates["curvature_mean"].num == int((~bad & ~bad_negative).sum())
+    assert "non-finite losses" in str(result)
+    assert math.isfinite(result.asdict()["loss_max"])
+
+
+def test_where_no_sample_is_finite_the_statistics_are_undefined():
+    criterion = fs.custom(lambda out, _: (1e-9 - (out - 1).square().sum(-1)).sqrt())  # a number at theta = 1 only
+    loss = fs.objective(fs.functional(Vector(2)), [(torch.ones(1, 1).double(), torch.zeros(1))], criterion)
+    result = fs.directional_losses(
+        loss, loss.net.theta, key=fs.key(3), n_samples=4, two_sided=True, compute_curvature=True
+    )
+    assert (result.n_samples, result.n_nonfinite_pos, result.n_nonfinite_neg) == (0, 4, 4)
+    found = result.asdict()
+    for name in (
+        "loss_mean",
+        "loss_std",
+        "loss_max",
+        "delta_mean",
+        "landscape_roughness",
+        "curvature_mean",
+        "curvature_p50",
+    ):
+        assert math.isnan(found[name])
+
+
+def test_a_loss_that_is_nan_at_theta_is_refused():
+    with pytest.raises(ValueError, match=r"the loss at theta is nan: nothing around it can be measured") as caught:
+        fs.directional_losses(half_finite(), torch.tensor([-1.0, 1.0]).double(), key=fs.key(0))
+    assert "\n" not in str(caught.value)
+
+
+# Notes, noise and warnings
+
+
+def test_the_note_says_why_the_correlation_is_low():
+    flat = bowl([1.0, 5.0, 10.0, 20.0], slope=1e-3)
+    at_minimum = torch.tensor([1e-3, -1e-3, 1e-3, 1e-3], dtype=torch.float64)
+    result = fs.directional_losses(
+        flat, at_minimum, key=fs.key(1), n_samples=40, span=1.0, normalize="global", compute_gradient=True
+    )
+    assert result.estimates["dir_grad_delta_corr"].value < 0.3
+    assert "the slope is not what moves the loss" in result.note
+    below = float(result.note.split("a span below ")[1].split(" makes")[0])
+    closer = fs.directional_losses(
+        flat, at_minimum, key=fs.key(1), n_samples=40, span=below / 3, normalize="global", compute_gradient=True
+    )
+    assert closer.estimates["dir_grad_delta_corr"].value > 0.9
+    assert closer.note is None
+    few = fs.directional_losses(flat, at_minimum, key=fs.key(1), n_samples=2, compute_gradient=True)
+    assert "undefined: 2 directions" in few.note
+    assert fs.directional_losses(flat, at_minimum, key=fs.key(1), n_samples=2).note is None
+    assert result.note in str(result)
+
+
+def test_rounding_moves_a_float32_curvature_by_the_order_of_its_noise_floor():
+    """Oracle: the same model and directions in float64."""
+    narrow, wide = loss_of("gpt2", torch.float32), loss_of("gpt2", torch.float64)
+    for span in (1e-3, 1e-2):
+        make = {"key": fs.key(1), "n_samples": 20, "span": span, "two_sided": True, "compute_curvature": True}
+        a = fs.directional_losses(narrow, narrow.net.theta, **make)
+        b = fs.directional_losses(wide, narrow.net.theta.double(), **make)
+        error = (a.curvatures - b.curvatures).square().mean().sqrt()
+        assert a.curvature_noise_floor / 30 < error < 3 * a.curvature_noise_floor
+    assert b.curvature_noise_floor < 1e-6 * a.curvature_noise_floor
+    exact = fs.directional_losses(narrow, narrow.net.theta, curvature="exact", **make)
+    assert exact.curvature_noise_floor == 0
+    assert exact.num_second_jvps == 20
+
+
+def test_a_small_step_in_half_precision_warns_with_what_it_costs():
+    model = seeded(0, lambda: nn.Linear(50, 10)).to(torch.bfloat16)
+    batch = seeded(1, lambda: (torch.randn(4, 50).bfloat16(), torch.randint(0, 10, (4,))))
+    loss = fs.objective(fs.functional(model), [batch], fs.classification)
+    assert loss.net.theta.dtype == torch.float32
+    with pytest.warns(UserWarning, match=r"span 0.001 in half precision: \d\d% of the weights do not move at all"):
+        fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1, span=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1, span=0.5)
+
+
+def test_costs_are_counted():
+    loss = loss_of("mlp")
+    cost = namedtuple("cost", "forwards gradients jvps second")
+
+    def counted(**options):
+        r = fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=options.pop("n_samples", 5), **options)
+        return cost(r.num_forwards, r.num_gradients, r.num_jvps, r.num_second_jvps)
+
+    assert counted() == (6, 0, 0, 0)
+    assert counted(**FULL) == (11, 1, 0, 0)
+    assert counted(compute_gradient=True, slope="jvp") == (6, 0, 5, 0)
+    assert counted(compute_gradient=True, n_samples=1) == (2, 0, 1, 0)  # one jvp is cheaper than one gradient
+    assert counted(compute_curvature=True, curvature="exact") == (6, 0, 0, 5)
+
+
+def test_bad_requests_get_one_clear_line():
+    loss = loss_of("mlp")
+    raw = inspect.unwrap(fs.directional_losses)
+    theta, key = loss.net.theta, fs.key(0)
+    cases = [
+        ({"n_samples": 0}, r"`n_samples` must be an integer of at least 1, got 0"),
+        ({"span": 0.0}, r"`span` must be a finite number above 0, got 0.0"),
+        ({"span": -0.5}, r"`span` must be a finite number above 0, got -0.5"),
+        ({"span": math.nan}, r"`span` must be a finite number above 0, got nan"),
+        ({"normalize": "spectral"}, r"`normalize` must be one of 'filter', 'layer', 'global', got 'spectral'"),
+        ({"chunk": 0}, r"`chunk` must be an integer of at least 1, got 0"),
+        ({"chunk": 4, "lazy": True}, r"`lazy` makes one direction at a time; leave `chunk` out"),
+        ({"compute_curvature": True}, r"needs losses on both sides: pass `two_sided=True`, or `curvature=\"exact\"`"),
+        ({"curvature": "forward"}, r"`curvature` must be one of 'difference', 'exact', got 'forward'"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            raw(loss, theta, key=key, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"`theta` must be a flat vector of shape \(51,\), got \(3,\)"):
+        raw(loss, torch.zeros(3), key=key)
+    with pytest.raises(ValueError, match="theta is on meta, the model on cpu"):
+        raw(loss, theta.to("meta"), key=key)
+    with pytest.raises(TypeError, match="`theta` must hold floating-point numbers"):
+        raw(loss, torch.zeros(51, dtype=torch.long), key=key)
+
+
+def test_a_model_that_vmap_refuses_says_what_to_do():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            return out if bool((out > -100).all()) else -out
+
+    net = fs.functional(seeded(0, lambda: Branching(2, 2)))
+    loss = fs.objective(net, [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
+    with pytest.raises(RuntimeError) as caught:
+        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2)
+    assert any("chunk=1" in note for note in caught.value.__notes__)
+    assert fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, chunk=1).n_samples == 2
+
+
+@given(seed=st.integers(0, 50))
+def test_central_second_difference_of_a_parabola_is_exact(seed):
+    a, b, c = (float(x) for x in fs.normal(fs.key(seed), torch.zeros(3)))
+    f = lambda t: torch.tensor([a * t * t + b * t + c], dtype=torch.float64)  # noqa: E731
+    assert_close(central_second_difference(f(0.5), f(-0.5), c, 0.5), torch.tensor([2 * a], dtype=torch.float64))
+
+
+def test_batch_split_and_padding_change_nothing():
+    loss = loss_of("gpt2")
+    net = loss.net
+    whole = tokens(9, 4, 6, pad=2)
+    wider = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in whole.items()}
+    halves = [{name: value[part] for name, value in whole.items()} for part in (slice(0, 1), slice(1, 4))]
+    found = [
+        fs.directional_losses(fs.objective(net, batches, fs.causal_lm), net.theta, key=fs.key(0), n_samples=4, **FULL)
+        for batches in ([whole], halves, [wider])
+    ]
+    for other in found[1:]:
+        for part in ("losses", "losses_negative", "slopes", "curvatures"):
+            assert_close(getattr(found[0], part), getattr(other, part), rtol=1e-7, atol=1e-9)

@@ -1,0 +1,170 @@
+"""Random directions: their norms, their independence, and that they are the same however they are made."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import CATALOGUE, loss_of, seeded
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.testing import assert_close
+
+import funcscope as fs
+from funcscope.core import directions as module
+
+NORMALIZE = st.sampled_from(["filter", "layer", "global"])
+DISTRIBUTION = st.sampled_from(["normal", "rademacher"])
+
+
+def blockwise(layout: fs.Layout, vector: torch.Tensor, by: str) -> torch.Tensor:
+    """Oracle: the norm of every block, from the blocks themselves."""
+    leaves = layout.unravel(vector)
+    parts = layout.blocks(by).values()
+    cut = [
+        [(leaves[leaf].movedim(dim, 0)[part] if leaves[leaf].ndim else leaves[leaf]) for leaf, dim, part in p]
+        for p in parts
+    ]
+    return torch.stack([torch.cat([piece.flatten() for piece in pieces]).norm() for pieces in cut])
+
+
+class Anything(nn.Module):
+    """Parameters of given shapes, some of them with rows of zeros."""
+
+    def __init__(self, shapes, seed):
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            value = fs.normal(fs.fold_in(fs.key(seed), i), torch.zeros(shape, dtype=torch.float64))
+            if i % 2 and value.ndim:
+                value[0] = 0
+            self.register_parameter(f"p{i}", nn.Parameter(value))
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1, max_size=4),
+    seed=st.integers(0, 999),
+    distribution=DISTRIBUTION,
+)
+def test_group_norms_of_every_draw_are_those_of_theta(shapes, seed, distribution):
+    net = fs.functional(seeded(0, lambda: Anything(shapes, seed)))
+    theta = net.theta
+    if not theta.any():
+        return
+    for normalize in ("filter", "layer"):
+        dirs = fs.directions(net, key=fs.key(seed), num=2, normalize=normalize, distribution=distribution)
+        for d in fs.stack(dirs):
+            by = "filter" if normalize == "filter" else "layer"
+            assert_close(blockwise(net.layout, d, by), blockwise(net.layout, theta, by))
+            assert_close(d.norm(), theta.norm())
+    for d in fs.directions(net, key=fs.key(seed), num=2, normalize="global", distribution=distribution):
+        assert_close(d.dense().norm(), torch.ones((), dtype=torch.float64))
+        assert d.norm == 1
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_a_direction_has_the_same_bits_whole_in_leaves_and_in_any_chunk(name, normalize, distribution):
+    net = loss_of(name, torch.float32).net
+    dirs = fs.directions(net, key=fs.key(3), num=3, normalize=normalize, distribution=distribution)
+    rows = fs.stack(dirs)
+    for row, direction in zip(rows, dirs, strict=True):
+        leaves = {leaf: direction.leaf(leaf) for leaf in reversed(net.layout.names)}
+        assert torch.equal(row, net.layout.ravel(leaves))
+        assert torch.equal(row, fs.stack([direction])[0])
+        assert torch.equal(row, direction.dense())
+        assert_close(direction.norm, float(row.norm()), rtol=1e-5, atol=0)
+    more = fs.directions(net, key=fs.key(3), num=5, normalize=normalize, distribution=distribution)
+    assert torch.equal(fs.stack(more[1:3]), rows[1:])  # direction i does not depend on how many there are
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cnn"])
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+def test_a_direction_in_float32_is_the_rounded_one_of_float64(name, normalize):
+    wide, narrow = (loss_of(name, dtype).net for dtype in (torch.float64, torch.float32))
+    make = {"key": fs.key(1), "num": 1, "normalize": normalize}
+    wide_d, narrow_d = fs.directions(wide, **make)[0].dense(), fs.directions(narrow, **make)[0].dense()
+    assert ((wide_d - narrow_d).abs() <= 4 * torch.finfo(torch.float32).eps * wide_d.abs()).all()
+
+
+@given(normalize=NORMALIZE, distribution=DISTRIBUTION, seed=st.integers(0, 99))
+def test_unit_norm_changes_one_scalar_only(normalize, distribution, seed):
+    net = loss_of("mlp").net
+    make = {"key": fs.key(seed), "num": 1, "normalize": normalize, "distribution": distribution}
+    d, unit = (fs.directions(net, **make, unit_norm=u)[0] for u in (False, True))
+    assert_close(unit.dense() * d.norm, d.dense())
+    assert_close(float(unit.dense().norm()), 1.0)
+
+
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+def test_vectors_may_stand_still(normalize):
+    net = loss_of("mlp").net
+    d = fs.directions(net, key=fs.key(0), num=1, normalize=normalize, zero_vectors=True)[0]
+    assert not d.leaf("0.bias").any()
+    assert not net.layout.unravel(d.dense())["2.bias"].any()
+    moved = torch.cat([net.params[name].flatten() for name in ("0.weight", "2.weight")]).norm()
+    assert_close(d.norm, 1.0 if normalize == "global" else float(moved))
+    assert_close(float(d.dense().norm()), d.norm)
+
+
+def test_the_norms_are_those_of_the_given_base():
+    net = loss_of("mlp").net
+    doubled = {name: 2 * value for name, value in net.params.items()}
+    plain, twice = (fs.directions(net, key=fs.key(0), num=1, base=base)[0] for base in (None, doubled))
+    assert_close(twice.dense(), 2 * plain.dense())
+
+
+def documented_norms(model: nn.Module, span: float, num: int) -> list[float]:
+    """The documented loop: norms are read from the weights as the last draw left them."""
+    start = parameters_to_vector(model.parameters()).detach().clone()
+    found = []
+    with torch.no_grad():
+        for _ in range(num):
+            parts = []
+            for p in model.parameters():
+                z, rows = torch.randn_like(p), p.reshape(len(p), -1)
+                scale = rows.norm(dim=1) / z.reshape(len(p), -1).norm(dim=1)
+                parts.append((z.reshape(len(p), -1) * scale[:, None]).flatten())
+            d = torch.cat(parts)
+            found.append(float(d.norm() / start.norm()))
+            vector_to_parameters(start + span * d, model.parameters())
+    return found
+
+
+def test_every_draw_is_independent_of_the_one_before_where_the_documented_loop_drifts():
+    model = seeded(0, lambda: nn.Linear(30, 40, bias=False))
+    net = fs.functional(model)
+    ratio = [float(d.dense().norm() / net.theta.norm()) for d in fs.directions(net, key=fs.key(0), num=30)]
+    assert max(abs(r - 1) for r in ratio) < 1e-5
+    documented = seeded(1, lambda: documented_norms(model, 1.0, 30))
+    assert documented[-1] > 3  # grows like sqrt(k) at span 1
+
+
+def test_directions_have_the_moments_of_independent_ones():
+    net = loss_of("mlp").net
+    rows = fs.stack(fs.directions(net, key=fs.key(5), num=4000, normalize="global"))
+    second = rows.T @ rows / 4000 * net.layout.num
+    off = second - torch.eye(net.layout.num, dtype=torch.float64)
+    assert off.abs().max() < 6 / 4000**0.5  # E[d d'] = I / P
+    assert abs(float((rows[::2] * rows[1::2]).sum(1).mean())) < 5 / (2000 * net.layout.num) ** 0.5
+
+
+def test_bad_requests_get_one_clear_line():
+    net = loss_of("mlp").net
+    raw = inspect.unwrap(fs.directions)
+    with pytest.raises(ValueError, match=r"`normalize` must be one of 'filter', 'layer', 'global', got 'row'"):
+        raw(net, key=fs.key(0), num=1, normalize="row")
+    with pytest.raises(ValueError, match=r"`distribution` must be one of 'normal', 'rademacher', got 'cauchy'"):
+        raw(net, key=fs.key(0), num=1, distribution="cauchy")
+    with pytest.raises(ValueError, match=r"`num` must be an integer of at least 1, got 0"):
+        fs.directions(net, key=fs.key(0), num=0)
+    zeros = {name: torch.zeros_like(value) for name, value in net.params.items()}
+    with pytest.raises(ValueError, match=r"every parameter is 0.*use 'global'"):
+        fs.directions(net, key=fs.key(0), num=1, base=zeros)
+
+
+def test_a_draw_of_exactly_zero_still_has_a_direction():
+    z = torch.tensor([[0.0], [2.0]])
+    assert torch.equal(module._rescale(z, (1,), torch.tensor([[3.0], [4.0]])), torch.tensor([[3.0], [4.0]]))
+    assert float(module._never_zero(torch.zeros(1))) == 1

@@ -1,0 +1,72 @@
+"""Statistics over directions, and that their error bars cover."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch.testing import assert_close
+
+import funcscope as fs
+from funcscope.core.estimate import jackknife_stderr
+from funcscope.landscape import statistics
+
+PAIRS = st.integers(3, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 10**6)))
+
+
+def sample(n, seed, heavy=False):
+    x = fs.normal(fs.key(seed), torch.zeros(n, dtype=torch.float64))
+    return x**3 if heavy else x
+
+
+def leave_one_out(statistic, *columns):
+    """Oracle: the statistic recomputed without each sample."""
+    num = len(columns[0])
+    keep = [torch.arange(num) != i for i in range(num)]
+    return jackknife_stderr(torch.stack([statistic(*(column[k] for column in columns)) for k in keep]))
+
+
+@given(PAIRS)
+def test_jackknife_errors_are_those_of_leaving_out_one_sample(pair):
+    n, seed = pair
+    x, y = sample(n, seed, heavy=True) + 5, sample(n, seed + 1)
+    assert_close(statistics.spread(x).stderr, leave_one_out(torch.std, x))
+    assert_close(statistics.variation(x).stderr, leave_one_out(lambda v: v.std() / v.mean().abs(), x))
+    assert_close(statistics.mean(x).stderr, leave_one_out(torch.mean, x))
+    if n > 3:
+        r = statistics.correlation(x, y)
+        assert_close(float(r.value), float(stats.pearsonr(x, y).statistic))
+        assert_close(r.stderr, leave_one_out(lambda u, v: torch.corrcoef(torch.stack([u, v]))[0, 1], x, y))
+
+
+def test_too_few_samples_are_undefined_and_not_zero():
+    one = torch.tensor([2.0], dtype=torch.float64)
+    empty = one[:0]
+    for estimate in (statistics.spread(one), statistics.variation(one), statistics.correlation(one, one)):
+        assert estimate.value.isnan()
+        assert estimate.stderr.isnan()
+    assert float(statistics.mean(one).value) == 2
+    assert statistics.mean(one).stderr.isnan()
+    assert statistics.mean(empty).value.isnan()
+    assert statistics.quantile(one, 0.5).value.isnan()
+    assert statistics.spread(torch.cat([one, one + 1])).stderr.isnan()
+    constant = torch.ones(5, dtype=torch.float64)
+    assert statistics.correlation(constant, sample(5, 0)).value.isnan()
+
+
+@pytest.mark.parametrize(
+    ("estimate", "truth"),
+    [
+        (statistics.mean, 0.0),
+        (statistics.spread, 1.0),
+        (lambda x: statistics.quantile(x, 0.5), 0.0),
+        (lambda x: statistics.quantile(x, 0.9), float(stats.norm.ppf(0.9))),
+        (lambda x: statistics.correlation(x, x + 2 * sample(len(x), hash(float(x[0])) % 10**6)), 1 / 5**0.5),
+    ],
+)
+def test_two_standard_errors_cover_the_truth_as_often_as_they_should(estimate, truth):
+    """400 repetitions of 50 samples: 2 standard errors should cover in 95 %; binomial scatter is 1.1 %."""
+    found = [estimate(sample(50, 1000 + i)) for i in range(400)]
+    z = np.array([(float(e.value) - truth) / float(e.stderr) for e in found])
+    assert 0.90 <= np.mean(np.abs(z) < 2) <= 0.985
