@@ -197,17 +197,20 @@ def _scales(
     dtype = torch.promote_types(layout.dtype, torch.float32)
     device = base[layout.names[0]].device
     moved = {leaf.name: not zero_vectors or len(leaf.shape) > 1 for leaf in layout.leaves}
-    values = {leaf.name: base[leaf.name].detach().to(dtype) * moved[leaf.name] for leaf in layout.leaves}
+
+    def value(leaf: Leaf) -> Tensor:  # a leaf at a time: a second set of weights would not fit where it matters
+        return base[leaf.name].detach().to(dtype)
+
     groups = None
     if normalize == "filter":
-        targets = {leaf.name: _filter_norms(values[leaf.name], leaf.within_filter) for leaf in layout.leaves}
-        total = sum(float(norms.double().square().sum()) for norms in targets.values())
+        targets = {
+            leaf.name: _filter_norms(value(leaf), leaf.within_filter) * moved[leaf.name] for leaf in layout.leaves
+        }
+        total = sum(float(norms.cpu().double().square().sum()) for norms in targets.values())
     else:
         whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")
         groups = {name: whole[name] if moved[name] else "still" for name in layout.names}
-        norms = _group_norms(
-            Scales(layout, distribution, {}, groups, 0.0, dtype, device), lambda leaf: values[leaf.name]
-        )
+        norms = _group_norms(Scales(layout, distribution, {}, groups, 0.0, dtype, device), value) | {"still": 0.0}
         if normalize == "global":
             norms["all"] = 1.0
         targets = {name: torch.tensor(norms[groups[name]], dtype=dtype, device=device) for name in layout.names}

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype of sums: float64, or float32 where the device has no other.
+
+    >>> wide(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class _Tools(threading.local):
         self.philox = np.random.Philox(0)
         self.at = self.philox.state
         self.generator = torch.Generator()
-        self.state = torch.Generator().manual_seed(0).get_state()
+        self.state = self.generator.get_state()
         self.words = self.state.numpy()[24 : 24 + 8 * 624].view(np.uint64)
 
     def philox_at(self, key: Key, block: int) -> np.random.Philox:

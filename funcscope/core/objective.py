@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import check_device
 from .criterion import Criterion
+from .estimate import wide
 from .layout import Layout, Params
 from .model import Functional, Inputs, LeafFn
 
@@ -67,8 +68,7 @@ class Loss:
     def _terms(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
         loss, weight = self.criterion.token_loss(outputs(inputs), targets)
         scored = torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
-        wide = torch.float32 if loss.device.type == "mps" else torch.float64
-        return scored.flatten(1).sum(1, dtype=wide) if scored.ndim > 1 else scored.to(wide), _per_row(weight, wide)
+        return _per_row(scored), _per_row(weight)
 
 
 def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> Loss:
@@ -102,8 +102,9 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
     return Loss(net, prepared, criterion)
 
 
-def _per_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.flatten(1).sum(1, dtype=dtype) if weight.ndim > 1 else weight.to(dtype)
+def _per_row(x: Tensor) -> Tensor:
+    """Sums over all but the first dimension."""
+    return x.flatten(1).sum(1, dtype=wide(x.device)) if x.ndim > 1 else x.to(wide(x.device))
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
-from ..core.directions import Direction, Normalize, directions, stack
+from ..core.directions import Direction, Normalize, directions
+from ..core.estimate import wide
 from ..core.keys import Distribution, Key
 from ..core.layout import Params
 from ..core.objective import Loss, Theta
-from ..core.restrict import restrict
+from .along import Wanted, sampled
 from .samples import DirectionalLosses, Plan
 
 CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
 LAZY_FROM = 2**22
 """Models of at least this many parameters are perturbed leaf by leaf, when the objective has one batch."""
-
-
-class Wanted(NamedTuple):
-    """What is evaluated along each direction."""
-
-    step: float
-    two_sided: bool
-    slope: Literal["gradient", "jvp"] | None
-    exact_curvature: bool
 
 
 def directional_losses(
@@ -65,7 +55,7 @@ def directional_losses(
     Losses are in nats where the criterion is a cross-entropy; $s_i$ and $c_i$ are per unit of the coefficient h;
     divide by $\|d\|^2$ (`rayleigh_quotients`) for curvature per unit of distance. For `global` directions
     $E[c] = \mathrm{tr}(H)/P$, for `filter` and `layer` $E[c] = \sum_f (\|\theta_f\|^2 / n_f)\, \mathrm{tr}(H_{ff})$ over
-    their groups f (proofs/expected_curvature.py). The error of the difference and its best step: proofs/central_difference.py.
+    their groups f (proofs/expected_curvature.py). Error and best step of the difference: proofs/central_difference.py.
 
     theta: a flat vector of shape (P,), or a dict of parameters, which is not copied where `lazy` holds.
     normalize: `filter` is the document's `use_filter_norm=True`; `global` is `use_filter_norm=False`, with or without
@@ -126,8 +116,8 @@ def directional_losses(
     wanted = Wanted(step, two_sided, method if compute_gradient else None, exact)
     with torch.no_grad():
         baseline = _baseline(loss, theta)
-        rows = list(_sample(loss, theta, dirs, wanted, plan))
-    column = {name: torch.cat([row[name] for row in rows]).double().cpu() for name in rows[0]}
+        rows = list(sampled(loss, theta, dirs, wanted, plan))
+    column = {name: torch.cat([row[name] for row in rows]).cpu().double() for name in rows[0]}
     return DirectionalLosses(
         baseline_loss=baseline,
         losses=column["losses"],
@@ -195,99 +185,9 @@ def _baseline(loss: Loss, theta: Theta) -> float:
     return value
 
 
-def _sample(
-    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan
-) -> Iterator[dict[str, Tensor]]:
-    """Losses, slopes, curvatures and norms, one dict of columns per chunk of directions."""
-    if plan.lazy:
-        params = loss.params(theta)
-        gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
-        yield from (_lazy(loss, params, direction, wanted, gradient) for direction in dirs)
-        return
-    flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
-    slope = grad(loss)(flat) if wanted.slope == "gradient" else None
-    for first in range(0, len(dirs), plan.chunk):
-        rows = stack(dirs[first : first + plan.chunk])
-        out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
-        if slope is not None:
-            out["slopes"] = rows.double() @ slope.double()
-        yield {**out, "norms": torch.linalg.vector_norm(rows, dim=1)}
-
-
-def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    try:
-        return vmap(lambda row: _along(loss, theta, row, wanted))(rows)
-    except RuntimeError as err:
-        err.add_note("If this model cannot be mapped over directions, pass `chunk=1`: a plain loop.")
-        raise
-
-
-def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    """Everything that is wanted along one dense direction, as derivatives of phi; mapped over directions."""
-    phi = restrict(loss, theta, row)
-    out = {"losses": phi(wanted.step)}
-    if wanted.two_sided:
-        out["losses_negative"] = phi(-wanted.step)
-    return out | _derivatives(phi, theta.new_zeros(()), wanted)
-
-
-def _along_one(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    return {name: value[None] for name, value in _along(loss, theta, row, wanted).items()}
-
-
-def _derivatives(phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    one = torch.ones_like(zero)
-
-    def rate(a: Tensor) -> Tensor:
-        return jvp(phi, (a,), (one,))[1]
-
-    if wanted.exact_curvature:
-        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
-            slope, curvature = jvp(rate, (zero,), (one,))
-        return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
-    return {"slopes": rate(zero)} if wanted.slope == "jvp" else {}
-
-
-def _lazy(
-    loss: Loss, params: Params, direction: Direction, wanted: Wanted, gradient: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
-    """Everything that is wanted along one direction that is made leaf by leaf, and measured on its way past."""
-    tapped = _Tapped(direction, gradient)
-    phi = restrict(loss, params, tapped, lazy=True)
-    zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
-    if wanted.two_sided:  # one draw serves both signs
-        positive, negative = vmap(phi)(zero + zero.new_tensor([wanted.step, -wanted.step]))
-        out = {"losses": positive, "losses_negative": negative}
-    else:
-        out = {"losses": phi(wanted.step)}
-    if gradient is not None:
-        out["slopes"] = tapped.slope
-    out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
-    return {name: value[None] for name, value in {**out, "norms": tapped.square.sqrt()}.items()}
-
-
-class _Tapped:
-    """A direction whose norm, and dot product with the gradient, are summed while its leaves are used."""
-
-    def __init__(self, direction: Direction, gradient: Mapping[str, Tensor] | None):
-        self.direction, self.gradient = direction, gradient
-        self.seen: set[str] = set()
-        self.square = torch.zeros((), dtype=torch.float64)
-        self.slope = torch.zeros((), dtype=torch.float64)
-
-    def leaf(self, name: str) -> Float[Tensor, "..."]:
-        part = self.direction.leaf(name)
-        if name not in self.seen:
-            self.seen.add(name)
-            flat = part.flatten()
-            self.square += float(torch.dot(flat, flat))
-            if self.gradient is not None:
-                self.slope += float(torch.dot(flat, self.gradient[name].flatten().to(flat)))
-        return part
-
-
 def _norm(params: Params) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(p.detach().double())) ** 2 for p in params.values()))
+    norms = (torch.linalg.vector_norm(p.detach(), dtype=wide(p.device)) for p in params.values())
+    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
 
 
 def _roundoff(loss: Loss) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -215,7 +216,7 @@ class DirectionalLosses:
         )
         lost = self.n_nonfinite_pos + self.n_nonfinite_neg
         tail = [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"] if lost else []
-        tail += [self.note] if self.note else []
+        tail += [textwrap.fill(self.note, 100)] if self.note else []
         return "\n".join([head, tabulate(rows, headers=("", "value", "stderr"), disable_numparse=True), *tail])
 
     __repr__ = __str__
@@ -228,6 +229,7 @@ def central_second_difference(
 
     Truncation, rounding and the best step: proofs/central_difference.py.
 
+    >>> import torch
     >>> central_second_difference(torch.tensor([4.0]), torch.tensor([0.0]), 1.0, 1.0)       # (1 + a)^2
     tensor([2.], dtype=torch.float64)
     """

@@ -1,0 +1,118 @@
+"""What is evaluated along each direction, by the plan that was chosen: mapped in chunks, one at a time, or lazily."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from ..core.directions import Direction, stack
+from ..core.estimate import wide
+from ..core.layout import Params
+from ..core.objective import Loss, Theta
+from ..core.restrict import Phi, restrict
+from .samples import Plan
+
+
+class Wanted(NamedTuple):
+    """What is evaluated along each direction."""
+
+    step: float
+    two_sided: bool
+    slope: Literal["gradient", "jvp"] | None
+    exact_curvature: bool
+
+
+def sampled(
+    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan
+) -> Iterator[dict[str, Tensor]]:
+    """Losses, slopes, curvatures and norms, one dict of columns per chunk of directions."""
+    if plan.lazy:
+        params = loss.params(theta)
+        gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
+        yield from (_lazy(loss, params, direction, wanted, gradient) for direction in dirs)
+        return
+    flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+    slope = grad(loss)(flat) if wanted.slope == "gradient" else None
+    for first in range(0, len(dirs), plan.chunk):
+        rows = stack(dirs[first : first + plan.chunk])
+        out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
+        if slope is not None:
+            out["slopes"] = rows.to(wide(rows.device)) @ slope.to(wide(rows.device))
+        yield {**out, "norms": torch.linalg.vector_norm(rows, dim=1)}
+
+
+def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    try:
+        return vmap(lambda row: _along(loss, theta, row, wanted))(rows)
+    except RuntimeError as err:
+        err.add_note("If this model cannot be mapped over directions, pass `chunk=1`: a plain loop.")
+        raise
+
+
+def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    """Everything that is wanted along one dense direction, as derivatives of phi; mapped over directions."""
+    phi = restrict(loss, theta, row)
+    out = {"losses": phi(wanted.step)}
+    if wanted.two_sided:
+        out["losses_negative"] = phi(-wanted.step)
+    return out | _derivatives(phi, theta.new_zeros(()), wanted)
+
+
+def _along_one(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    return {name: value[None] for name, value in _along(loss, theta, row, wanted).items()}
+
+
+def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+    one = torch.ones_like(zero)
+
+    def rate(a: Tensor) -> Tensor:
+        return jvp(phi, (a,), (one,))[1]
+
+    if wanted.exact_curvature:
+        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+            slope, curvature = jvp(rate, (zero,), (one,))
+        return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
+    return {"slopes": rate(zero)} if wanted.slope == "jvp" else {}
+
+
+def _lazy(
+    loss: Loss, params: Params, direction: Direction, wanted: Wanted, gradient: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Everything that is wanted along one direction that is made leaf by leaf, and measured on its way past."""
+    tapped = _Tapped(direction, gradient)
+    phi = restrict(loss, params, tapped, lazy=True)
+    zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
+    if wanted.two_sided:  # one draw serves both signs
+        positive, negative = vmap(phi)(zero + zero.new_tensor([wanted.step, -wanted.step]))
+        out = {"losses": positive, "losses_negative": negative}
+    else:
+        out = {"losses": phi(wanted.step)}
+    if gradient is not None:
+        out["slopes"] = tapped.slope
+    out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
+    return {name: value[None] for name, value in {**out, "norms": tapped.square.sqrt()}.items()}
+
+
+class _Tapped:
+    """A direction whose norm, and dot product with the gradient, are summed while its leaves are used."""
+
+    def __init__(self, direction: Direction, gradient: Mapping[str, Tensor] | None):
+        self.direction, self.gradient = direction, gradient
+        self.seen: set[str] = set()
+        self.square = torch.zeros((), dtype=torch.float64)
+        self.slope = torch.zeros((), dtype=torch.float64)
+
+    def leaf(self, name: str) -> Float[Tensor, "..."]:
+        part = self.direction.leaf(name)
+        if name not in self.seen:
+            self.seen.add(name)
+            flat = part.flatten()
+            self.square += float(torch.dot(flat, flat))
+            if self.gradient is not None:
+                self.slope += float(torch.dot(flat, self.gradient[name].flatten().to(flat)))
+        return part
