@@ -61,13 +61,13 @@ def _demo(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         numbers = demo.run(settings, args.out)
+        page = _page(numbers)
     except KeyboardInterrupt:
         kept = len(list(demo.checkpoints(settings, args.out)))
         print(
             f"\nfuncscope: interrupted; {kept} checkpoints are kept in {args.out}, the same command goes on from there."
         )
         return 130
-    page = _page(numbers)
     headers, rows = demo.table(load(numbers).meta)
     print(tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
     print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")

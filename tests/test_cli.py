@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from funcscope import cli
-from funcscope.core.store import load
+from funcscope.core.store import load, save
 from funcscope.families import modular
 from funcscope.study import demo
 
@@ -91,6 +91,20 @@ def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(t
     assert [point.step for _, point in zip(range(last // 10 + 1), run, strict=False)][-1] == last
 
 
+def test_landscapes_of_other_weights_are_not_reused(tiny, tmp_path, capsys):
+    """A checkpoint that was made again, elsewhere or otherwise, makes its landscape again."""
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    first = load(tmp_path / "modular-addition-p7.npz").arrays["losses"]
+    run = tmp_path / TINY.config.name
+    step = modular.path(run, 100)
+    arrays, meta, _ = load(step)
+    save(step, {name: value * 1.01 for name, value in arrays.items()}, meta)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    again = load(tmp_path / "modular-addition-p7.npz").arrays["losses"]
+    assert np.array_equal(first[:-1], again[:-1])
+    assert not np.array_equal(first[-1], again[-1])
+
+
 def fails(args, capsys, message):
     assert cli.main(args) == 2
     out, err = capsys.readouterr()
@@ -155,7 +169,7 @@ def test_the_table_says_undefined_where_a_number_is():
 
 def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    arrays, meta = load(tmp_path / "modular-addition-p7.npz")
+    arrays, meta, _ = load(tmp_path / "modular-addition-p7.npz")
     loss = modular.objective(modular.network(TINY.config), TINY.config)
     params = modular.checkpoint(TINY.config, tmp_path / TINY.config.name, 100).params
     result = demo.directional_losses(

@@ -318,6 +318,8 @@ def test_a_small_step_in_half_precision_warns_with_what_it_costs():
     assert loss.net.theta.dtype == torch.float32
     with pytest.warns(UserWarning, match=r"span 0.001 in half precision: \d\d% of the weights do not move at all"):
         fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1, span=1e-3)
+    with pytest.warns(UserWarning, match="do not move at all"):  # a large span of a small direction
+        fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1, span=0.015, normalize="global")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1, span=0.5)
@@ -331,11 +333,11 @@ def test_costs_are_counted():
         r = fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=options.pop("n_samples", 5), **options)
         return cost(r.num_forwards, r.num_gradients, r.num_jvps, r.num_second_jvps)
 
-    assert counted() == (6, 0, 0, 0)
-    assert counted(**FULL) == (11, 1, 0, 0)
-    assert counted(compute_gradient=True, slope="jvp") == (6, 0, 5, 0)
-    assert counted(compute_gradient=True, n_samples=1) == (2, 0, 1, 0)  # one jvp is cheaper than one gradient
-    assert counted(compute_curvature=True, curvature="exact") == (6, 0, 0, 5)
+    assert counted() == (7, 0, 0, 0)  # the baseline twice: a forward that changes something is found out
+    assert counted(**FULL) == (12, 1, 0, 0)
+    assert counted(compute_gradient=True, slope="jvp") == (7, 0, 5, 0)
+    assert counted(compute_gradient=True, n_samples=1) == (3, 0, 1, 0)  # one jvp is cheaper than one gradient
+    assert counted(compute_curvature=True, curvature="exact") == (7, 0, 0, 5)
 
 
 def test_bad_requests_get_one_clear_line():
@@ -351,11 +353,12 @@ def test_bad_requests_get_one_clear_line():
         ({"chunk": 0}, r"`chunk` must be an integer of at least 1, got 0"),
         ({"chunk": 4, "lazy": True}, r"`lazy` makes one direction at a time; leave `chunk` out"),
         ({"compute_curvature": True}, r"needs losses on both sides: pass `two_sided=True`, or `curvature=\"exact\"`"),
+        ({"key": 42}, r"`key` must be a key, got 42: write `key=fs.key\(42\)`"),
         ({"curvature": "forward"}, r"`curvature` must be one of 'difference', 'exact', got 'forward'"),
     ]
     for options, message in cases:
-        with pytest.raises(ValueError, match=message) as caught:
-            raw(loss, theta, key=key, **options)
+        with pytest.raises((ValueError, TypeError), match=message) as caught:
+            raw(loss, theta, **({"key": key} | options))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"`theta` must be a flat vector of shape \(51,\), got \(3,\)"):
         raw(loss, torch.zeros(3), key=key)
@@ -377,6 +380,63 @@ def test_a_model_that_vmap_refuses_says_what_to_do():
         fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2)
     assert any("chunk=1" in note for note in caught.value.__notes__)
     assert fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, chunk=1).n_samples == 2
+
+
+class Drifting(nn.Linear):
+    """Counts its calls in a buffer, and uses the count."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + 0.01 * self.calls)
+
+
+@pytest.mark.parametrize("make", [Drifting, lambda: nn.Sequential(nn.Linear(2, 2), AlwaysDropping())])
+def test_a_forward_pass_that_is_no_function_of_theta_is_refused(make):
+    model = seeded(0, make)
+    loss = fs.objective(fs.functional(model), [(torch.ones(8, 2), torch.zeros(8).long())], fs.classification)
+    with pytest.raises(ValueError, match="is no function of theta"):
+        seeded(1, lambda: fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=2))
+
+
+class AlwaysDropping(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(2, 2), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_parameter_that_the_model_never_uses_counts_in_every_plan():
+    loss = fs.objective(
+        fs.functional(seeded(0, Unused)), [(torch.ones(1, 2), torch.zeros(1).long())], fs.classification
+    )
+    dense, lazy = (
+        fs.directional_losses(loss, loss.net.params, key=fs.key(0), n_samples=3, lazy=lazy, **FULL)
+        for lazy in (False, True)
+    )
+    assert_close(dense.direction_norms, lazy.direction_norms)
+    assert_close(dense.rayleigh_quotients, lazy.rayleigh_quotients, rtol=1e-3, atol=1e-4)
+
+
+def test_at_theta_zero_shares_of_its_norm_are_undefined():
+    loss = loss_of("mlp")
+    result = fs.directional_losses(loss, 0 * loss.net.theta, key=fs.key(0), n_samples=3, normalize="global")
+    assert math.isnan(result.relative_step)
+    assert "nan" in str(result)
+    with pytest.raises(ValueError, match="which is 0 here"):
+        fs.directional_losses(
+            loss, 0 * loss.net.theta, key=fs.key(0), n_samples=3, normalize="global", relative_span=True
+        )
 
 
 @given(seed=st.integers(0, 50))

@@ -168,3 +168,28 @@ def test_a_draw_of_exactly_zero_still_has_a_direction():
     z = torch.tensor([[0.0], [2.0]])
     assert torch.equal(module._rescale(z, (1,), torch.tensor([[3.0], [4.0]])), torch.tensor([[3.0], [4.0]]))
     assert float(module._never_zero(torch.zeros(1))) == 1
+
+
+def test_directions_of_different_kinds_may_be_stacked():
+    net = loss_of("mlp").net
+    mixed = [fs.directions(net, key=fs.key(i), num=1, normalize=kind)[0] for i, kind in enumerate(("filter", "global"))]
+    assert_close(fs.stack(mixed), torch.stack([d.dense() for d in mixed]))
+    assert_close(float(fs.stack(mixed)[1].norm()), 1.0)
+
+
+def test_long_vectors_have_their_norm():
+    """torch's float32 norm of 17 million entries is off by 6e-4."""
+    x = fs.normal(fs.key(0), torch.empty(17_000_000))
+    exact = float(x.double().square().sum())
+    assert abs(module.dot(x, x) / exact - 1) < 1e-7
+    assert abs(module.dot(x[:10], x[:10]) / float(x[:10].double().square().sum()) - 1) < 1e-6
+
+
+def test_where_nothing_may_move_there_is_no_direction():
+    class Vectors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(ValueError, match="leaves nothing to move"):
+        fs.directions(fs.functional(Vectors()), key=fs.key(0), num=1, normalize="global", zero_vectors=True)

@@ -353,6 +353,17 @@ class Normalised(nn.Module):
         return self.norm(torch.sin(self.first(x))).flatten(1)
 
 
+class Called(nn.Module):
+    """A function of torch that is no module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 NORMS = {
     "layer": lambda: nn.LayerNorm(5),
     "layer of two dimensions, no bias": lambda: nn.LayerNorm((4, 5), bias=False),
@@ -362,6 +373,8 @@ NORMS = {
     "batch with running statistics": lambda: nn.BatchNorm1d(4),
     "group": lambda: nn.GroupNorm(2, 4),
     "rms": lambda: nn.RMSNorm(5),
+    "layer, called as a function": lambda: Called(lambda x: nn.functional.layer_norm(x, (5,))),
+    "instance, called as a function": lambda: Called(nn.functional.instance_norm),
 }
 
 
@@ -417,3 +430,69 @@ def test_embeddings_have_the_gradient_of_their_values(options):
 def test_an_embedding_that_rewrites_its_weights_is_refused():
     with pytest.raises(ValueError, match=r"`0` is an embedding with `max_norm`.*set `max_norm=None`"):
         fs.functional(seeded(0, lambda: nn.Sequential(nn.Embedding(3, 3, max_norm=1.0))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_from_primitives_neither_overflow_nor_lose_digits_in_half_precision(dtype):
+    model = nn.LayerNorm(8).to(dtype)
+    x = seeded(0, lambda: torch.randn(4, 8)).to(dtype)
+    x[:, 0] = 500
+    net = fs.functional(model)
+    assert_close(net.apply(net.params, x), model(x), rtol=0, atol=2 * float(torch.finfo(dtype).eps) * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_half_precision_logits_are_the_untouched_models(name, dtype):
+    model, batches, criterion = problem(name, dtype)
+    inputs, _ = criterion.prepare(batches[0])
+    net = fs.functional(model)
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        ours, theirs = net.apply(net.params, inputs)[seen], model.eval()(**inputs).logits[seen]
+    assert_close(ours, theirs, rtol=0, atol=8 * float(torch.finfo(dtype).eps) * float(theirs.abs().max()))
+
+
+def test_torchs_own_attention_modules_have_all_derivatives_in_every_plan():
+    make = lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.3), nn.Linear(4, 3))  # noqa: E731
+    model = seeded(0, make).double()
+    x, y = seeded(1, lambda: (torch.randn(2, 5, 4).double(), torch.randint(0, 3, (2, 5))))
+    net = fs.functional(model)
+    assert_close(net.apply(net.params, x), model.eval()(x))
+    assert torch.equal(net.apply(net.params, x), net.apply_leaves(lambda _, value: value, x))
+    loss = fs.objective(net, [(x, y)], fs.classification)
+    d = fs.normal(fs.key(2), net.theta)
+    d /= d.norm()
+    ways = nested(loss, net.theta, d)
+    for way, value in ways.items():
+        assert_close(value, ways["jvp of grad"], msg=lambda text, way=way: f"{way}: {text}")
+
+
+def test_functions_that_hold_the_callers_model_are_refused():
+    model = seeded(0, lambda: nn.Linear(2, 2))
+    old = model.forward
+    model.forward = lambda x: 2 * old(x)
+    with pytest.raises(ValueError, match=r"`.forward` is a function that holds a part of the model in its closure"):
+        fs.functional(model)
+
+
+def test_a_model_that_cannot_be_copied_says_why():
+    model = seeded(0, lambda: nn.Linear(2, 2))
+    model.last = model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="such as a stored activation") as caught:
+        fs.functional(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_shapes_do_not_broadcast():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match=r"`params\['bias'\]` must have shape \(2,\), got \(1,\)"):
+        net.apply({**net.params, "bias": torch.zeros(1)}, torch.ones(1, 3))
+
+
+def test_families_whose_masks_are_not_known_are_refused_with_the_remedy():
+    model = seeded(0, gpt2)
+    model.config.model_type = "t5"
+    with pytest.raises(ValueError, match=r"how 't5' masks its attention is not known here.*attention=\"keep\""):
+        net = fs.functional(model)
+        net.apply(net.params, tokens(1, 2, 4))

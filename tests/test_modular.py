@@ -73,6 +73,17 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_byte_for_byte(tmp_path
     assert stored(tmp_path / "whole") == before
 
 
+def test_checkpoints_off_the_grid_of_ten_and_missing_ones_are_made_with_the_same_bits(tmp_path):
+    config = dataclasses.replace(TINY, steps=25)
+    curves = list(modular.train(config, tmp_path, (0, 15, 25)))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert list(modular.train(config, tmp_path, (0, 15, 25))) == curves
+    modular.path(tmp_path, 15).unlink()
+    assert list(modular.train(config, tmp_path, (0, 15, 25))) == curves
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+    assert modular.checkpoint(config, tmp_path, 15).step == 15
+
+
 def test_a_checkpoint_is_the_model_at_that_step(tmp_path):
     curves = list(modular.train(TINY, tmp_path, STEPS))
     net = modular.network(TINY)
@@ -99,7 +110,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
 def test_the_moments_of_the_optimiser_have_no_denormal_numbers(tmp_path):
     config = dataclasses.replace(TINY, steps=400, weight_decay=2.0)
     list(modular.train(config, tmp_path, (400,)))
-    arrays, _ = load(modular.path(tmp_path, 400))
+    arrays = load(modular.path(tmp_path, 400)).arrays
     moments = torch.cat([value.abs().flatten() for name, value in arrays.items() if name.startswith("exp")])
     assert not ((moments > 0) & (moments < 1e-30)).any()
 

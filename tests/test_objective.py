@@ -127,7 +127,9 @@ def test_float64_losses_resolve_what_float32_cannot():
     fine = fs.classification.in_dtype(torch.float64)
     assert_close(fine.token_loss(out, targets)[0][0], exact, rtol=5e-2, atol=0)
     v = torch.tensor([[1.0, 0.0]])
-    assert_close(fine.output_hessian(out, targets, v), fs.classification.output_hessian(out, targets, v))
+    p = 1 - exact
+    assert_close(fine.output_hessian(out, targets, v)[0, 0], p * (1 - p), rtol=1e-2, atol=0)
+    assert float(fs.classification.output_hessian(out, targets, v)[0, 0]) == 0
 
 
 def test_a_custom_criterion_keeps_one_loss_per_sequence():
@@ -153,9 +155,45 @@ def test_a_loss_of_weight_zero_is_never_looked_at():
     assert torch.isfinite(loss(torch.tensor([1.0, 0.0]).double()))
 
 
+def test_negative_weights_count_on_both_sides_of_the_mean():
+    criterion = fs.custom(lambda out, t: (out[:, 0], t))
+    net = fs.functional(seeded(0, lambda: nn.Linear(1, 1, bias=False)))
+    loss = fs.objective(net, [(torch.tensor([[1.0], [4.0]]), torch.tensor([1.0, -0.5]))], criterion)
+    assert_close(float(loss(torch.ones(1))), (1 - 0.5 * 4) / 0.5)
+
+
+def test_sampled_labels_of_a_bf16_model_are_not_rounded_to_the_last_class():
+    out = torch.zeros(100_000, 3, dtype=torch.bfloat16)
+    out[:, 2] = -8.0
+    drawn = fs.classification.sample(
+        out, Labels(torch.zeros(100_000, dtype=torch.long), torch.ones(100_000)), fs.key(0)
+    )
+    p = float(out[0].double().softmax(0)[2])
+    assert abs(float((drawn.index == 2).double().mean()) - p) < 5 * (p / 100_000) ** 0.5
+
+
+def test_labels_of_eight_bits_are_not_taken_for_ignored_ones():
+    _, targets = fs.classification.prepare((torch.ones(2, 1), torch.tensor([156, 3], dtype=torch.uint8)))
+    assert targets.weight.tolist() == [1, 1]
+    assert targets.index.tolist() == [156, 3]
+
+
+def test_a_tuple_of_batches_is_a_list_of_batches():
+    net = fs.functional(seeded(0, gpt2))
+    batches = tokens(1, 2, 4), tokens(2, 3, 5)
+    assert_close(
+        fs.objective(net, batches, fs.causal_lm)(net.theta), fs.objective(net, list(batches), fs.causal_lm)(net.theta)
+    )
+
+
 BAD = {
     "one-token sequences": (lambda: fs.causal_lm.prepare(tokens(1, 2, 1)), ValueError, "at least 2 tokens"),
     "no ids": (lambda: fs.causal_lm.prepare({"x": torch.ones(1)}), ValueError, "an entry `input_ids`"),
+    "a 4-D mask without labels": (
+        lambda: fs.causal_lm.prepare({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 1, 3, 3)}),
+        ValueError,
+        "does not say which tokens are padding",
+    ),
     "float ids": (lambda: fs.causal_lm.prepare(torch.ones(2, 3)), ValueError, "integers of shape"),
     "no labels for masked lm": (
         lambda: fs.masked_lm.prepare(tokens(1, 2, 3)),

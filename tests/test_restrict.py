@@ -89,6 +89,16 @@ def test_a_plane_by_vmap_over_the_grid():
             assert_close(plane[i, j], loss(loss.net.theta + a * rows[0] + b * rows[1]))
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_coefficients_may_be_numbers_of_any_kind(lazy):
+    loss = loss_of("mlp", torch.float32)
+    dirs = fs.directions(loss.net, key=fs.key(1), num=2)
+    line, plane = (fs.restrict(loss, loss.net.theta, d, lazy=lazy) for d in (dirs[0], dirs))
+    assert_close(line(1), line(torch.tensor(1.0, dtype=torch.float64)), rtol=1e-6, atol=0)
+    wide = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    assert_close(plane(wide), plane(wide.float()), rtol=1e-6, atol=0)
+
+
 def test_bad_requests_get_one_clear_line():
     loss = loss_of("mlp")
     theta = loss.net.theta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> N
     )
 
 
+def check_params(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """`given` has exactly these names and shapes: a wrong shape might broadcast."""
+    check_names(given, shapes, what)
+    for name, shape in shapes.items():
+        if tuple(given[name].shape) != shape:
+            raise ValueError(f"`{what}[{name!r}]` must have shape {shape}, got {tuple(given[name].shape)}.")
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """`value` is one of the choices."""
     if value not in choices:
@@ -42,13 +51,13 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 def check_positive(name: str, value: float) -> None:
     """`value` is a finite number above zero."""
-    if not (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """`value` is an integer, and not smaller than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 

@@ -52,10 +52,13 @@ class Criterion:
 
         In float32 the loss of a confident prediction is a multiple of 6e-8, and 0 below that; float64 resolves it.
         """
+        hessian, sample = self.output_hessian, self.sample
         return replace(
             self,
             name=f"{self.name} in {dtype}",
             token_loss=lambda out, targets: self.token_loss(out.to(dtype), targets),
+            output_hessian=hessian and (lambda out, targets, v: hessian(out.to(dtype), targets, v.to(dtype))),
+            sample=sample and (lambda out, targets, key: sample(out.to(dtype), targets, key)),
         )
 
     def __repr__(self) -> str:
@@ -138,6 +141,11 @@ def _language(batch: Any) -> tuple[Inputs, Tensor, Tensor, Tensor]:
     if ids.ndim != 2 or ids.is_floating_point():
         raise ValueError(f"`input_ids` must be integers of shape (batch, tokens), got {ids.dtype} {tuple(ids.shape)}.")
     mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim != 2 and batch.get("labels") is None:
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} does not say which tokens are padding: "
+            "pass `labels` with -100 there."
+        )
     real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(ids, dtype=torch.bool)
     labels = batch.get("labels")
     return inputs, ids, ids if labels is None else labels, real
@@ -146,6 +154,7 @@ def _language(batch: Any) -> tuple[Inputs, Tensor, Tensor, Tensor]:
 def _labels(labels: Tensor, scored: Tensor) -> Labels:
     if labels.is_floating_point():
         raise ValueError(f"labels must be integer classes, got {labels.dtype}; use `custom` for real-valued targets.")
+    labels = labels.long()
     scored = scored & (labels != IGNORE)
     return Labels(labels.masked_fill(~scored, 0), scored.to(torch.float32))
 
@@ -176,7 +185,7 @@ def _softmax_hessian(out: Tensor, targets: Labels, v: Tensor) -> Tensor:
 def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:
     """Labels drawn from softmax(out) by inversion of the distribution function, at the same positions and weights."""
     cumulative = out.double().softmax(-1).cumsum(-1)
-    unit = uniform(key, out[..., 0]).double() * cumulative[..., -1]
+    unit = uniform(key, cumulative[..., 0]) * cumulative[..., -1]
     index = torch.searchsorted(cumulative, unit[..., None], right=True)[..., 0].clamp(max=out.shape[-1] - 1)
     return Labels(index, targets.weight)
 

@@ -49,6 +49,12 @@ def key(seed: int) -> Key:
     return Key(_digest(b"root", str(seed).encode()), seed)
 
 
+def check_key(key: object) -> None:
+    """`key` is a key and not a bare seed."""
+    if not isinstance(key, Key):
+        raise TypeError(f"`key` must be a key, got {key!r}: write `key=fs.key({key!r})`.")
+
+
 def fold_in(key: Key, data: str | int) -> Key:
     """The child of `key` with this name or index; children of different names, or of 1 and "1", are unrelated.
 
@@ -81,7 +87,9 @@ def rademacher(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Independent numbers, uniform on the 2^24 multiples of 2^-24 in [0, 1), with the shape and device of `like`.
+    """Independent numbers, uniform on the 2^24 multiples of 2^-24 in [0, 1), with shape, dtype and device of `like`.
+
+    A dtype narrower than float32 rounds some of them up to 1.
 
     >>> float(uniform(key(0), torch.zeros(9)).max()) < 1
     True

@@ -88,6 +88,10 @@ class Layout:
     def by_name(self) -> dict[str, Leaf]:
         return {leaf.name: leaf for leaf in self.leaves}
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {leaf.name: leaf.shape for leaf in self.leaves}
+
     @property
     def num(self) -> int:
         """The number of parameters, P."""

@@ -10,6 +10,11 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
+KNOWN = frozenset(
+    {"gpt2", "llama", "qwen2", "bert", "roberta", "distilbert", "electra", "mistral", "gpt_neo", "gpt_neox", "olmo"}
+)
+"""Model types whose logits under these masks were compared with the untouched model's."""
+
 
 def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
@@ -20,6 +25,13 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()):
         return dict(inputs)
+    if not {"input_ids", "inputs_embeds"} & inputs.keys():
+        return dict(inputs)  # no tokens: images, say
+    if model.config.model_type not in KNOWN:
+        raise ValueError(
+            f"how {model.config.model_type!r} masks its attention is not known here: pass a float mask of shape "
+            '(batch, 1, tokens, tokens), or `attention="keep"` to `functional` for values and first derivatives.'
+        )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {**inputs, "attention_mask": _masks(model, _visible(inputs), dtype)}
 
@@ -28,6 +40,8 @@ def _masks(
     model: PreTrainedModel, visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
     length = visible.shape[-1]
+    if visible.shape[-2] > 1:  # a boolean mask of four dimensions says all
+        return _additive(visible, dtype)
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         return _additive(visible.expand(-1, -1, length, -1), dtype)
     position = torch.arange(length, device=visible.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .checks import check_choice, check_names
+from .checks import check_choice, check_params
 from .layout import Layout, Params
 from .masks import with_float_mask
-from .skeleton import make_skeleton
+from .skeleton import TrueDerivatives, make_skeleton
 
 Inputs = Tensor | tuple | Mapping[str, Any]
 LeafFn = Callable[[str, Tensor], Tensor]
@@ -58,10 +58,10 @@ class Functional:
 
     def apply(self, params: Params, inputs: Inputs) -> Tensor:
         """The model's output at these parameters: logits, never a loss. Differentiable, mappable, without side effects."""
-        check_names(params, self.layout.names, "params")
+        check_params(params, self.layout.shapes, "params")
         constants = {**self._frozen, **self.buffers}
         args, kwargs = _arguments(self.prepare(inputs))
-        with _kernel(self.attention):
+        with _derivatives(self.attention):
             return self._output(functional_call(self._skeleton, {**params, **constants}, args, kwargs))
 
     def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
@@ -71,7 +71,7 @@ class Functional:
         once per call. Bit for bit equal to `apply` with a dict of the same values.
         """
         args, kwargs = _arguments(self.prepare(inputs))
-        with _Substitute(self, leaf), _kernel(self.attention):
+        with _derivatives(self.attention), _Substitute(self, leaf):
             return self._output(self._skeleton(*args, **kwargs))
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -98,9 +98,9 @@ def functional(
     are private, ties survive. The skeleton is in eval mode, whatever the model is in: no dropout, and BatchNorm uses
     its running statistics. Forward hooks are copied with the tree and run in it.
 
-    attention: the kernel of a Hugging Face model. `eager` and `math` have derivatives of every order, and with them
-    layer norms are computed from primitives, as the fused ones have wrong nested derivatives (core/skeleton.py). `keep`
-    leaves all the model's own kernels, for values and first derivatives only; the fused attention has no others.
+    attention: the kernel of a Hugging Face model. With `eager` and `math`, attention has derivatives of every order, and
+    layer, batch and instance norms are computed from primitives, as the fused ones have wrong nested derivatives
+    (core/skeleton.py). `keep` leaves all the model's own kernels, for values and first derivatives only.
     output: how the model's return value becomes a tensor; `logits` takes `.logits`, or the tensor itself.
     trainable: which parameters make up theta. None: those with `requires_grad`; "all"; names; or a predicate on
     names. The others are constants outside theta.
@@ -137,6 +137,8 @@ def _selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:
         chosen = {name for name, param in model.named_parameters() if param.requires_grad}
     elif trainable == "all":
         chosen = names
+    elif isinstance(trainable, str):
+        raise TypeError(f'`trainable` takes "all", a list of names or a predicate, got the string {trainable!r}.')
     elif callable(trainable):
         chosen = {name for name in names if trainable(name)}
     else:
@@ -152,6 +154,9 @@ def _selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:
 
 
 def _check_parameters(model: nn.Module, keep: Callable[[str], bool], explicit: bool) -> None:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"the model is spread over {', '.join(sorted(map(str, devices)))}: move it to one device.")
     for name, param in model.named_parameters():
         if param.is_meta:
             raise ValueError(f"`{name}` is on the meta device and has no values: load the weights first.")
@@ -183,8 +188,14 @@ def _check_aliases(model: nn.Module) -> None:
                 )
 
 
-def _kernel(attention: str) -> AbstractContextManager[Any]:
-    return sdpa_kernel(SDPBackend.MATH) if attention == "math" else nullcontext()
+@contextmanager
+def _derivatives(attention: str) -> Iterator[None]:
+    """Kernels that have all derivatives, and norms that have the right ones; also outside of Hugging Face's models."""
+    if attention == "keep":
+        yield
+    else:
+        with sdpa_kernel(SDPBackend.MATH), TrueDerivatives():
+            yield
 
 
 def _arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:

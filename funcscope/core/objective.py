@@ -67,7 +67,7 @@ class Loss:
 
     def _terms(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
         loss, weight = self.criterion.token_loss(outputs(inputs), targets)
-        scored = torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
+        scored = torch.where(weight != 0, loss, torch.zeros_like(loss)) * weight
         return _per_row(scored), _per_row(weight)
 
 
@@ -87,7 +87,8 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
     >>> round(float(loss({name: 0 * value for name, value in net.params.items()})), 4)      # ln 2
     0.6931
     """
-    listed = [batches] if isinstance(batches, (Mapping, Tensor, tuple)) else list(batches)
+    one = isinstance(batches, (Mapping, Tensor)) or (isinstance(batches, tuple) and isinstance(batches[0], Tensor))
+    listed = [batches] if one else list(batches)
     if not listed:
         raise ValueError("`batches` is empty: a mean over nothing is undefined.")
     for tensor in _tensors(listed):

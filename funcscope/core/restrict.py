@@ -19,7 +19,7 @@ from .objective import Loss, Theta
 LAZY_ABOVE = 2**24
 """Directions with more numbers than this in all are made leaf by leaf while the model runs (64 MiB of float32)."""
 
-Phi = Callable[[Tensor | float], Float[Tensor, ""]]
+Phi = Callable[[Tensor | float | int], Float[Tensor, ""]]
 
 
 @runtime_checkable
@@ -63,6 +63,7 @@ def restrict(
         check_flat("dirs", dirs if single else dirs[0], loss.layout.num)
         return _dense(loss, base, dirs)
     listed: Sequence[Leaves] = [dirs] if single else dirs  # type: ignore[list-item, assignment]
+    check_count("the number of directions", len(listed))
     if lazy is None:
         lazy = len(listed) * loss.layout.num > LAZY_ABOVE
     if lazy:
@@ -87,9 +88,10 @@ def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
     theta = base if isinstance(base, Tensor) else loss.layout.ravel(base, dirs.dtype)
     check_device("the direction", dirs.device, "theta", theta.device)
 
-    def phi(a: Tensor | float) -> Tensor:
-        if isinstance(a, float):
-            return loss(torch.add(theta, dirs, alpha=a))
+    def phi(a: Tensor | float | int) -> Tensor:
+        if not isinstance(a, Tensor):
+            return loss(torch.add(theta, dirs, alpha=float(a)))
+        a = a.to(dirs.dtype)
         return loss(theta + (a * dirs if dirs.ndim == 1 else a @ dirs))
 
     return phi
@@ -98,7 +100,7 @@ def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
 def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
     params = loss.params(base)
 
-    def phi(a: Tensor | float) -> Tensor:
+    def phi(a: Tensor | float | int) -> Tensor:
         steps = list(a) if isinstance(a, Tensor) and not single else [a]
 
         def leaf(name: str, _: Tensor) -> Tensor:
@@ -112,6 +114,8 @@ def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
     return phi
 
 
-def _moved(value: Tensor, step: Tensor | float, part: Tensor) -> Tensor:
+def _moved(value: Tensor, step: Tensor | float | int, part: Tensor) -> Tensor:
     """value + step * part; a plain number takes part in no transform, so `part` itself can hold the result."""
-    return part.mul_(step).add_(value) if isinstance(step, float) else torch.addcmul(value, step, part)
+    if not isinstance(step, Tensor):
+        return part.mul_(float(step)).add_(value)
+    return torch.addcmul(value.to(part.dtype), step.to(part.dtype), part)

@@ -12,13 +12,13 @@ Two things in torch are right as values and wrong as functions to differentiate:
 from __future__ import annotations
 
 import copy
-from types import MethodType
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
@@ -31,12 +31,20 @@ def make_skeleton(model: nn.Module, attention: str) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
     }
-    skeleton = copy.deepcopy(model, memo).eval()
+    _check_closures(model)
+    try:
+        skeleton = copy.deepcopy(model, memo).eval()
+    except RuntimeError as err:
+        raise ValueError(
+            f"the module tree cannot be copied ({str(err).splitlines()[0]}): a module keeps a tensor that was computed, "
+            "such as a stored activation or the weight of the old `nn.utils.weight_norm`. Delete it, or use "
+            "`nn.utils.parametrizations`."
+        ) from err
     for name, module in skeleton.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _use_true_gradient(name, module)
-        if attention != "keep":
-            _use_primitives(module)
+        elif isinstance(module, NewGELUActivation) and attention != "keep":
+            module.forward = nn.GELU("tanh").forward  # type: ignore[method-assign]  # eight passes over memory in one
     if isinstance(skeleton, PreTrainedModel):
         if attention != "keep":
             skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
@@ -56,45 +64,64 @@ def _use_true_gradient(name: str, module: nn.Embedding | nn.EmbeddingBag) -> Non
     module.scale_grad_by_freq = module.sparse = False
 
 
-def _use_primitives(module: nn.Module) -> None:
-    forward = type(module).forward
-    if forward is nn.LayerNorm.forward:
-        module.forward = MethodType(_layer_norm, module)  # type: ignore[method-assign]
-    elif forward in (_BatchNorm.forward, _InstanceNorm.forward) and module.running_mean is None:
-        module.forward = MethodType(_statistics_norm, module)  # type: ignore[method-assign]
-    elif forward is NewGELUActivation.forward:  # eight passes over memory, and their derivatives, in place of one
-        module.forward = MethodType(_gelu_tanh, module)  # type: ignore[method-assign]
+def _check_closures(model: nn.Module) -> None:
+    """A function is shared with the copy, and what it closes over would stay the caller's."""
+    own = {id(module) for module in model.modules()} | {id(param) for param in model.parameters()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            function = getattr(value, "__func__", value)
+            cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
+            held = [cell.cell_contents for cell in cells]
+            if any(id(x) in own or id(getattr(x, "__self__", None)) in own for x in held):
+                raise ValueError(
+                    f"`{name}.{attribute}` is a function that holds a part of the model in its closure, so that a copy of "
+                    "the model would go on using the original. Make it a method of the module's class."
+                )
 
 
-def _gelu_tanh(_: nn.Module, x: Tensor) -> Tensor:
-    return gelu(x, approximate="tanh")
+class TrueDerivatives(TorchFunctionMode):
+    """While a model runs: norms from primitives, which torch can differentiate again and again."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
-def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    unit = _standardised(x, tuple(range(-len(module.normalized_shape), 0)), module.eps)
-    return _affine(unit, module.weight, module.bias)
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return _affine(_standardised(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias, input)
 
 
-def _statistics_norm(module: _BatchNorm | _InstanceNorm, x: Tensor) -> Tensor:
-    batched = x.ndim == 2 + _spatial(module) or (isinstance(module, nn.BatchNorm1d) and x.ndim == 2)
-    spatial = tuple(range(1 + batched, x.ndim))
-    unit = _standardised(x, spatial if isinstance(module, _InstanceNorm) else (0, *spatial), module.eps)
-    if module.weight is None:
-        return unit
-    shape = (-1, *[1] * len(spatial))
-    return _affine(unit, module.weight.view(shape), module.bias.view(shape))
+def _batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    if not training and running_mean is not None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    unit = _standardised(input, (0, *range(2, input.ndim)), eps)
+    return _affine(unit, _per_channel(weight, input), _per_channel(bias, input), input)
 
 
-def _spatial(module: _BatchNorm | _InstanceNorm) -> int:
-    return int(type(module).__name__[-2])  # BatchNorm1d, InstanceNorm3d, ...
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    unit = _standardised(input, tuple(range(2, input.ndim)), eps)
+    return _affine(unit, _per_channel(weight, input), _per_channel(bias, input), input)
+
+
+_REPLACED = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16; the fused kernels widen too
     centred = x - x.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
 
 
-def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None:
-        return unit
-    return unit * weight if bias is None else bias.addcmul(unit, weight)
+def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
+    if weight is not None:
+        unit = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
+    return unit.to(like.dtype)
+
+
+def _per_channel(x: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if x is None else x.view(-1, *[1] * (like.ndim - 2))

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +38,15 @@ class Stored(NamedTuple):
     arrays: dict[str, Any]
     """Tensors from `.safetensors`, numpy arrays from `.npz`."""
     meta: dict[str, Any]
+    sha256: str
+    """Checksum of the arrays and the settings: what tells one result from another of the same name."""
+
+
+_UNREADABLE = (
+    SafetensorError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError,
+    KeyError, TypeError, ValueError, NotImplementedError, EOFError, OSError,
+)  # fmt: skip
+"""What the parsers raise for bytes that are not theirs."""
 
 
 def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -49,6 +60,8 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None
     ...     load(Path(folder) / "a.npz").meta, sorted(os.listdir(folder))
     ({'step': 7}, ['a.json', 'a.npz'])
     """
+    if taken := {META, "file"} & arrays.keys():
+        raise ValueError(f"an array cannot be named {taken.pop()!r}: the format uses that name.")
     plain = to_json(meta)
     tensors = {name: _tensor(value) for name, value in arrays.items()}
     head = {"version": VERSION, "sha256": _digest(tensors, plain), "meta": plain}
@@ -79,13 +92,13 @@ def load(path: Path) -> Stored:
         arrays, text = _parse(path, data)
         head = json.loads(text)
         plain, digest = head["meta"], head["sha256"]
-    except (SafetensorError, zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as err:
+    except _UNREADABLE as err:
         raise Damaged(
             f"{path} is damaged or was not written by funcscope ({err}): delete it to have it made again."
         ) from err
     if _digest({name: _tensor(value) for name, value in arrays.items()}, plain) != digest:
         raise Damaged(f"{path} is damaged (its checksum does not match): delete it to have it made again.")
-    return Stored(arrays, plain)
+    return Stored(arrays, plain, digest)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -133,8 +146,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], str]:
 
 
 def _tensor(value: Any) -> Tensor:
-    tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
-    return tensor.contiguous()
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)  # two names may share one memory
+    return torch.from_numpy(np.array(value, order="C"))
 
 
 def _digest(tensors: Mapping[str, Tensor], meta: Any) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -144,7 +145,7 @@ def objective(net: Functional, config: Config, split: Split = "train") -> Loss:
 
 
 def schedule(config: Config, num: int = 24) -> tuple[int, ...]:
-    """Steps to keep: the start, a few while it memorises, then evenly to the end; multiples of 10.
+    """Steps to keep: the start, a few while it memorises, then evenly to the end; multiples of 10 but for the last.
 
     >>> schedule(Config(steps=1000), num=8)
     (0, 20, 60, 150, 360, 570, 780, 1000)
@@ -159,9 +160,9 @@ def schedule(config: Config, num: int = 24) -> tuple[int, ...]:
 def train(config: Config, folder: Path, steps: Sequence[int]) -> Iterator[Point]:
     """Train by full-batch AdamW, keeping checkpoints at `steps` in `folder`; yields a point of the curves as it goes.
 
-    Goes on from the last checkpoint in the folder, with the same bits as an uninterrupted run on the same machine and
-    number of threads; stored points are yielded first. A checkpoint holds parameters, optimiser state, configuration
-    and curves.
+    Goes on from the last checkpoint before the first that is missing, with the same bits as an uninterrupted run on the
+    same machine and number of threads; stored points are yielded first. A checkpoint holds parameters,
+    optimiser state, configuration and curves.
 
     Raises Damaged for a checkpoint that cannot be read, ValueError for one of another configuration.
     """
@@ -175,16 +176,16 @@ def train(config: Config, folder: Path, steps: Sequence[int]) -> Iterator[Point]
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
         }
-    done = [step for step in steps if path(folder, step).exists()]
-    curves = _restore(model, optimiser, config, path(folder, max(done))) if done else []
+    done = list(takewhile(lambda step: path(folder, step).exists(), sorted(steps)))
+    curves = _restore(model, optimiser, config, path(folder, done[-1])) if done else []
     yield from curves
     splits = data(config, "train"), data(config, "test")
-    start = curves[-1].step if curves else -1
-    for step in range(start + 1, max(steps) + 1):
+    for step in range(done[-1] + 1 if done else 0, max(steps) + 1):
         if step > 0:
             _advance(model, optimiser, *splits[0])
         if step % EVERY == 0:
             _drop_denormals(optimiser)
+        if step % EVERY == 0 or step in steps:
             curves.append(_point(model, step, *splits))
             yield curves[-1]
         if step in steps:
@@ -198,7 +199,7 @@ def path(folder: Path, step: int) -> Path:
 
 def checkpoint(config: Config, folder: Path, step: int) -> Checkpoint:
     """One checkpoint of a run. Raises FileNotFoundError, Damaged, or ValueError for another configuration."""
-    arrays, meta = load(path(folder, step))
+    arrays, meta, _ = load(path(folder, step))
     _check_config(config, meta, path(folder, step))
     params = {name.removeprefix("param."): value for name, value in arrays.items() if name.startswith("param.")}
     return Checkpoint(step, params, [Point(*point) for point in meta["curves"]])
@@ -248,7 +249,7 @@ def _keep(
 
 
 def _restore(model: nn.Module, optimiser: torch.optim.Optimizer, config: Config, path: Path) -> list[Point]:
-    arrays, meta = load(path)
+    arrays, meta, _ = load(path)
     _check_config(config, meta, path)
     with torch.no_grad():
         for name, param in model.named_parameters():

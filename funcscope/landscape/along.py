@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from ..core.directions import Direction, stack
+from ..core.directions import Direction, dot, stack
 from ..core.estimate import wide
 from ..core.layout import Params
 from ..core.objective import Loss, Theta
@@ -37,19 +37,21 @@ def sampled(
         yield from (_lazy(loss, params, direction, wanted, gradient) for direction in dirs)
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
-    slope = grad(loss)(flat) if wanted.slope == "gradient" else None
+    slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
     for first in range(0, len(dirs), plan.chunk):
         rows = stack(dirs[first : first + plan.chunk])
         out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
         if slope is not None:
-            out["slopes"] = rows.to(wide(rows.device)) @ slope.to(wide(rows.device))
-        yield {**out, "norms": torch.linalg.vector_norm(rows, dim=1)}
+            out["slopes"] = rows.to(wide(rows.device)) @ slope
+        yield {**out, "norms": torch.tensor([dot(row, row) ** 0.5 for row in rows], dtype=torch.float64)}
 
 
 def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     try:
         return vmap(lambda row: _along(loss, theta, row, wanted))(rows)
     except RuntimeError as err:
+        if isinstance(err, NotImplementedError):  # a derivative that torch does not have: no matter of the plan
+            raise
         err.add_note("If this model cannot be mapped over directions, pass `chunk=1`: a plain loop.")
         raise
 
@@ -92,6 +94,7 @@ def _lazy(
         out = {"losses": positive, "losses_negative": negative}
     else:
         out = {"losses": phi(wanted.step)}
+    tapped.rest()
     if gradient is not None:
         out["slopes"] = tapped.slope
     out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
@@ -111,8 +114,13 @@ class _Tapped:
         part = self.direction.leaf(name)
         if name not in self.seen:
             self.seen.add(name)
-            flat = part.flatten()
-            self.square += float(torch.dot(flat, flat))
+            self.square += dot(part, part)
             if self.gradient is not None:
-                self.slope += float(torch.dot(flat, self.gradient[name].flatten().to(flat)))
+                self.slope += dot(part, self.gradient[name].to(part))
         return part
+
+    def rest(self) -> None:
+        """Take in the leaves that the model never used: the direction has them all the same."""
+        for name in self.direction.scales.layout.names:
+            if name not in self.seen:
+                self.leaf(name)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
-from ..core.directions import Direction, Normalize, directions
-from ..core.estimate import wide
-from ..core.keys import Distribution, Key
+from ..core.directions import Direction, Normalize, directions, dot
+from ..core.keys import Distribution, Key, check_key
 from ..core.layout import Params
 from ..core.objective import Loss, Theta
 from .along import Wanted, sampled
@@ -57,7 +56,9 @@ def directional_losses(
     $E[c] = \mathrm{tr}(H)/P$, for `filter` and `layer` $E[c] = \sum_f (\|\theta_f\|^2 / n_f)\, \mathrm{tr}(H_{ff})$ over
     their groups f (proofs/expected_curvature.py). Error and best step of the difference: proofs/central_difference.py.
 
-    theta: a flat vector of shape (P,), or a dict of parameters, which is not copied where `lazy` holds.
+    theta: a flat vector of shape (P,), or a dict of parameters, which is not copied where `lazy` holds. The document's
+    `model`, `data_batch` and `loss_fn` are `loss` with its net, batches and criterion; its `seed` is `key`, its
+    `batch_config` is `chunk` and the list of batches.
     normalize: `filter` is the document's `use_filter_norm=True`; `global` is `use_filter_norm=False`, with or without
     `global_renorm` (unit norm both times); `layer` is between the two. $\|d\| = \|\theta\|$ for `filter` and `layer`, so
     that there h is a relative step already.
@@ -77,8 +78,8 @@ def directional_losses(
     small loss makes a good model look rough.
 
     Raises ValueError for a span that is not positive, fewer than one sample, curvature by difference without
-    `two_sided`, shapes and devices that do not fit, and where the loss at theta is not finite.
-    Warns where half precision swallows part of the step (span below 0.01), and for `global_renorm` with `filter` or
+    `two_sided`, shapes and devices that do not fit, and where the loss at theta is not finite or not the same twice.
+    Warns where half precision swallows part of the step (below 0.01 of ||theta||), and for `global_renorm` with `filter` or
     `layer`, with the numbers.
 
     Li, Xu, Taylor, Studer, Goldstein (2018), Visualizing the loss landscape of neural nets.
@@ -92,6 +93,7 @@ def directional_losses(
     >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
+    check_key(key)
     check_choice("normalize", normalize, get_args(Normalize))
     check_choice("distribution", distribution, get_args(Distribution))
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
@@ -107,10 +109,12 @@ def directional_losses(
         base=base,
     )
     param_norm = _norm(base)
-    step = span * param_norm / dirs[0].norm if relative_span else span
+    step = span * param_norm / dirs[0].norm if relative_span else float(span)
+    if step == 0:
+        raise ValueError("`relative_span` is a share of ||theta||, which is 0 here: leave it out.")
     if global_renorm and normalize != "global":
         _warn_renorm(normalize, span, step, param_norm)
-    _warn_half_precision(loss, base, dirs[0], step, span)
+    _warn_half_precision(loss, base, dirs[0], step, span, param_norm)
     method: Literal["gradient", "jvp"] = "jvp" if slope == "jvp" or (slope == "auto" and n_samples == 1) else "gradient"
     exact = compute_curvature and curvature == "exact"
     wanted = Wanted(step, two_sided, method if compute_gradient else None, exact)
@@ -137,7 +141,7 @@ def directional_losses(
         homogeneous_dtype=len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
         key=key,
         plan=plan,
-        num_forwards=1 + n_samples * (1 + two_sided),
+        num_forwards=2 + n_samples * (1 + two_sided),
         num_gradients=int(wanted.slope == "gradient"),
         num_jvps=n_samples * (wanted.slope == "jvp"),
         num_second_jvps=n_samples * exact,
@@ -176,18 +180,22 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
 
 
 def _baseline(loss: Loss, theta: Theta) -> float:
-    value = float(loss(theta))
+    value, again = float(loss(theta)), float(loss(theta))
     if not math.isfinite(value):
         raise ValueError(
             f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
-            "(a label outside the vocabulary, an attention mask of zeros, an overflow in half precision)."
+            "(an attention mask of zeros, an overflow in half precision)."
+        )
+    if abs(again - value) > 1e-5 * abs(value):
+        raise ValueError(
+            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
+            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
         )
     return value
 
 
 def _norm(params: Params) -> float:
-    norms = (torch.linalg.vector_norm(p.detach(), dtype=wide(p.device)) for p in params.values())
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+    return math.sqrt(sum(dot(p.detach(), p.detach()) for p in params.values()))
 
 
 def _roundoff(loss: Loss) -> float:
@@ -204,10 +212,12 @@ def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) ->
     )
 
 
-def _warn_half_precision(loss: Loss, base: Params, direction: Direction, step: float, span: float) -> None:
+def _warn_half_precision(
+    loss: Loss, base: Params, direction: Direction, step: float, span: float, param_norm: float
+) -> None:
     """Small steps in bf16 and fp16, with the share of weights that does not move at all."""
     half = {leaf.name for leaf in loss.layout.leaves if leaf.dtype in (torch.bfloat16, torch.float16)}
-    if not half or span >= 0.01:
+    if not half or step * direction.norm >= 0.01 * param_norm:
         return
     unmoved = total = 0
     wished = error = 0.0

@@ -110,7 +110,7 @@ class DirectionalLosses:
     @property
     def relative_step(self) -> float:
         """Displacement over ||theta||; the document's span / ||theta|| where ||d|| = 1."""
-        return self.displacement / self.param_norm
+        return self.displacement / self.param_norm if self.param_norm else math.nan
 
     @property
     def n_samples_for_corr(self) -> int:
@@ -255,6 +255,8 @@ def _why_low(result: DirectionalLosses, corr: float) -> str:
     lost = len(both) - num
     if num < 3:
         return f"gradient-delta correlation undefined: {num} directions with a finite slope and loss ({lost} without)."
+    if math.isnan(corr):
+        return "gradient-delta correlation undefined: over directions, the slope or the loss change does not vary."
     first = result.actual_span * result.slopes[both]
     rest = result.deltas[both] - first
     linear, other = float(first.std()), float(rest.std())

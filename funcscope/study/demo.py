@@ -93,7 +93,10 @@ def table(meta: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _sampled(settings: Settings, loss: Loss, folder: Path, step: int) -> Stored:
     """The directional losses at one checkpoint: stored ones where the settings are the same."""
     path = folder / "directional" / f"step_{step:05d}.npz"
-    wanted = to_json({**asdict(settings), "step": step, "metric": "directional_losses", "version": 1})
+    weights = load(modular.path(folder, step)).sha256
+    wanted = to_json(
+        {**asdict(settings), "step": step, "checkpoint": weights, "metric": "directional_losses", "version": 1}
+    )
     if path.exists() and (stored := load(path)).meta["settings"] == wanted:
         return stored
     theta = loss.layout.ravel(modular.checkpoint(settings.config, folder, step).params)
