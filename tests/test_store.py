@@ -1,5 +1,6 @@
 """Results on disk: whole or not at all, checked, never pickled."""
 
+import contextlib
 import json
 import os
 
@@ -106,10 +107,8 @@ def test_a_flipped_byte_is_damage_and_nothing_else(tmp_path_factory, place, byte
     good = path.read_bytes()
     place %= len(good)
     path.write_bytes(good[:place] + bytes([byte]) + good[place + 1 :])
-    try:
+    with contextlib.suppress(Damaged):
         assert load(path).meta == {"step": 1}  # a byte that says nothing: the same one, or zip's own book-keeping
-    except Damaged as err:
-        assert "delete it" in str(err)
 
 
 def test_unknown_kinds_are_refused(tmp_path):

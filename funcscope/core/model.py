@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .checks import check_choice, check_params
 from .layout import Layout, Params
 from .masks import with_float_mask
-from .skeleton import TrueDerivatives, make_skeleton
+from .skeleton import TrueDerivatives, make_skeleton, replaced
 
 Inputs = Tensor | tuple | Mapping[str, Any]
 LeafFn = Callable[[str, Tensor], Tensor]
@@ -61,7 +61,7 @@ class Functional:
         check_params(params, self.layout.shapes, "params")
         constants = {**self._frozen, **self.buffers}
         args, kwargs = _arguments(self.prepare(inputs))
-        with _derivatives(self.attention):
+        with _kernel(self.attention), nullcontext() if self.attention == "keep" else TrueDerivatives():
             return self._output(functional_call(self._skeleton, {**params, **constants}, args, kwargs))
 
     def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
@@ -71,7 +71,7 @@ class Functional:
         once per call. Bit for bit equal to `apply` with a dict of the same values.
         """
         args, kwargs = _arguments(self.prepare(inputs))
-        with _derivatives(self.attention), _Substitute(self, leaf):
+        with _kernel(self.attention), _Substitute(self, leaf):
             return self._output(self._skeleton(*args, **kwargs))
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -188,14 +188,8 @@ def _check_aliases(model: nn.Module) -> None:
                 )
 
 
-@contextmanager
-def _derivatives(attention: str) -> Iterator[None]:
-    """Kernels that have all derivatives, and norms that have the right ones; also outside of Hugging Face's models."""
-    if attention == "keep":
-        yield
-    else:
-        with sdpa_kernel(SDPBackend.MATH), TrueDerivatives():
-            yield
+def _kernel(attention: str) -> AbstractContextManager[Any]:
+    return nullcontext() if attention == "keep" else sdpa_kernel(SDPBackend.MATH)
 
 
 def _arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
@@ -227,6 +221,7 @@ class _Substitute(TorchFunctionMode):
         self.tied = {name for name, count in _uses(net._skeleton).items() if count > 1}
         self.base = {**net.params, **net._frozen}
         self.net, self.leaf = net, leaf
+        self.replaced = replaced if net.attention != "keep" else lambda func: func
         self.kept: dict[str, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
@@ -243,13 +238,13 @@ class _Substitute(TorchFunctionMode):
         return type(x)(self.swap(item, value) for item in x) if type(x) in (tuple, list) else x
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         kind = getattr(func, "__name__", "")
         if kind == "__get__" or kind in self.METADATA:  # sizes, dtypes and devices are those of the base
-            out = func(*self.swap(args, self.base.__getitem__), **kwargs)
+            out = func(*self.swap(args, self.base.__getitem__), **(kwargs or {}))
             if not isinstance(out, Tensor):
                 return out
-        return func(*self.swap(args, self.value), **{key: self.swap(x, self.value) for key, x in kwargs.items()})
+        func, args = self.replaced(func), self.swap(args, self.value)
+        return func(*args, **{key: self.swap(x, self.value) for key, x in kwargs.items()}) if kwargs else func(*args)
 
 
 def _uses(model: nn.Module) -> Counter[str]:

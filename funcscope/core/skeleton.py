@@ -12,6 +12,7 @@ Two things in torch are right as values and wrong as functions to differentiate:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -83,7 +84,8 @@ class TrueDerivatives(TorchFunctionMode):
     """While a model runs: norms from primitives, which torch can differentiate again and again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        func = _REPLACED.get(func, func)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -108,7 +110,16 @@ def _instance_norm(
     return _affine(unit, _per_channel(weight, input), _per_channel(bias, input), input)
 
 
-_REPLACED = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
+def replaced(func: Callable) -> Callable:
+    """What takes the place of a function of torch while a model runs: another one, or itself."""
+    return _REPLACED.get(func, func)
+
+
+_REPLACED: dict[Callable, Callable] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -30,7 +30,7 @@ class Wanted(NamedTuple):
 def sampled(
     loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan
 ) -> Iterator[dict[str, Tensor]]:
-    """Losses, slopes, curvatures and norms, one dict of columns per chunk of directions."""
+    """Losses, slopes and curvatures, one dict of columns per chunk of directions."""
     if plan.lazy:
         params = loss.params(theta)
         gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
@@ -43,7 +43,7 @@ def sampled(
         out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
-        yield {**out, "norms": torch.tensor([dot(row, row) ** 0.5 for row in rows], dtype=torch.float64)}
+        yield out
 
 
 def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 def _lazy(
     loss: Loss, params: Params, direction: Direction, wanted: Wanted, gradient: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Everything that is wanted along one direction that is made leaf by leaf, and measured on its way past."""
-    tapped = _Tapped(direction, gradient)
+    """Everything that is wanted along one direction that is made leaf by leaf."""
+    tapped = _Tapped(direction, gradient or {})
     phi = restrict(loss, params, tapped, lazy=True)
     zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
     if wanted.two_sided:  # one draw serves both signs
@@ -94,33 +94,21 @@ def _lazy(
         out = {"losses": positive, "losses_negative": negative}
     else:
         out = {"losses": phi(wanted.step)}
-    tapped.rest()
     if gradient is not None:
-        out["slopes"] = tapped.slope
+        out["slopes"] = torch.tensor(tapped.slope, dtype=torch.float64)
     out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
-    return {name: value[None] for name, value in {**out, "norms": tapped.square.sqrt()}.items()}
+    return {name: value[None] for name, value in out.items()}
 
 
 class _Tapped:
-    """A direction whose norm, and dot product with the gradient, are summed while its leaves are used."""
+    """A direction whose dot product with the gradient is summed while its leaves are used: no draw of its own."""
 
-    def __init__(self, direction: Direction, gradient: Mapping[str, Tensor] | None):
-        self.direction, self.gradient = direction, gradient
-        self.seen: set[str] = set()
-        self.square = torch.zeros((), dtype=torch.float64)
-        self.slope = torch.zeros((), dtype=torch.float64)
+    def __init__(self, direction: Direction, gradient: Mapping[str, Tensor]):
+        self.direction, self.gradient = direction, dict(gradient)
+        self.slope = 0.0
 
     def leaf(self, name: str) -> Float[Tensor, "..."]:
         part = self.direction.leaf(name)
-        if name not in self.seen:
-            self.seen.add(name)
-            self.square += dot(part, part)
-            if self.gradient is not None:
-                self.slope += dot(part, self.gradient[name].to(part))
+        if name in self.gradient:  # once, also where a leaf is used by several batches; never used: its gradient is 0
+            self.slope += dot(part, self.gradient.pop(name).to(part))
         return part
-
-    def rest(self) -> None:
-        """Take in the leaves that the model never used: the direction has them all the same."""
-        for name in self.direction.scales.layout.names:
-            if name not in self.seen:
-                self.leaf(name)

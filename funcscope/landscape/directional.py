@@ -128,7 +128,7 @@ def directional_losses(
         losses_negative=column.get("losses_negative"),
         slopes=column.get("slopes"),
         exact_curvatures=column.get("curvatures"),
-        direction_norms=column["norms"],
+        direction_norms=torch.tensor([direction.norm for direction in dirs], dtype=torch.float64),
         param_norm=param_norm,
         span=span,
         actual_span=step,

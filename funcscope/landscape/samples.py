@@ -34,6 +34,7 @@ class DirectionalLosses:
 
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
     are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
+    Direction norms are those by construction: 1, or that of the parameters that move.
     `asdict()` gives the documented dictionary.
     """
 
