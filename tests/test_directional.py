@@ -378,7 +378,10 @@ def test_a_model_that_vmap_refuses_says_what_to_do():
     loss = fs.objective(net, [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
     with pytest.raises(RuntimeError) as caught:
         fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2)
-    assert any("chunk=1" in note for note in caught.value.__notes__)
+    assert any("pass `chunk=1`" in note for note in caught.value.__notes__)
+    with pytest.raises(RuntimeError) as caught:
+        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, lazy=True, two_sided=True)
+    assert any("pass `lazy=False, chunk=1`" in note for note in caught.value.__notes__)
     assert fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, chunk=1).n_samples == 2
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,19 +40,23 @@ def sampled(
     slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
     for first in range(0, len(dirs), plan.chunk):
         rows = stack(dirs[first : first + plan.chunk])
-        out = _mapped(loss, flat, rows, wanted) if plan.chunk > 1 else _along_one(loss, flat, rows[0], wanted)
+        if plan.chunk > 1:
+            out = _mapped(lambda row: _along(loss, flat, row, wanted), rows, "chunk=1")
+        else:
+            out = _along_one(loss, flat, rows[0], wanted)
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
         yield out
 
 
-def _mapped(loss: Loss, theta: Tensor, rows: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
+    """`vmap`, and what to do instead where a model refuses it."""
     try:
-        return vmap(lambda row: _along(loss, theta, row, wanted))(rows)
+        return vmap(function)(over)
+    except NotImplementedError:  # a derivative that torch does not have: no matter of the plan
+        raise
     except RuntimeError as err:
-        if isinstance(err, NotImplementedError):  # a derivative that torch does not have: no matter of the plan
-            raise
-        err.add_note("If this model cannot be mapped over directions, pass `chunk=1`: a plain loop.")
+        err.add_note(f"If this model cannot be mapped over its parameters, pass `{remedy}`: a plain loop.")
         raise
 
 
@@ -90,7 +94,8 @@ def _lazy(
     phi = restrict(loss, params, tapped, lazy=True)
     zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
     if wanted.two_sided:  # one draw serves both signs
-        positive, negative = vmap(phi)(zero + zero.new_tensor([wanted.step, -wanted.step]))
+        signs = zero.new_tensor([wanted.step, -wanted.step])
+        positive, negative = _mapped(phi, signs, "lazy=False, chunk=1")
         out = {"losses": positive, "losses_negative": negative}
     else:
         out = {"losses": phi(wanted.step)}
