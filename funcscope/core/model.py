@@ -57,7 +57,10 @@ class Functional:
         return next(iter(self.params.values())).device
 
     def apply(self, params: Params, inputs: Inputs) -> Tensor:
-        """The model's output at these parameters: logits, never a loss. Differentiable, mappable, without side effects."""
+        """The model's output at these parameters: logits, never a loss. Differentiable, mappable.
+
+        The caller's model is never written to. A forward pass that writes to a buffer writes to the private copy.
+        """
         check_params(params, self.layout.shapes, "params")
         constants = {**self._frozen, **self.buffers}
         args, kwargs = _arguments(self.prepare(inputs))

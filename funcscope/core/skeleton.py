@@ -84,7 +84,7 @@ class TrueDerivatives(TorchFunctionMode):
     """While a model runs: norms from primitives, which torch can differentiate again and again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = _REPLACED.get(func, func)
+        func = replaced(func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -92,9 +92,7 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return _affine(_standardised(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias, input)
 
 
-def _batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):  # fmt: skip
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training and running_mean is not None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     unit = _standardised(input, (0, *range(2, input.ndim)), eps)

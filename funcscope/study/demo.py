@@ -157,7 +157,7 @@ def _described(settings: Settings, results: list[Stored], curves: list[modular.P
 
 def _with_error(row: dict[str, Any], name: str) -> str:
     value, stderr = row[name], row[f"{name}_stderr"]
-    return "undefined" if value is None else f"{value:.3g}" + ("" if stderr is None else f" ± {stderr:.1g}")
+    return "undefined" if value is None else f"{value:.3g} ± " + ("undefined" if stderr is None else f"{stderr:.1g}")
 
 
 def adjusted(
