@@ -5,7 +5,7 @@ values, its derivatives, its samples. Nothing is edited in place, so nothing has
 """
 
 from . import landscape
-from .core.criterion import Criterion, causal_lm, classification, custom, masked_lm
+from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
 from .core.keys import Key, fold_in, key, normal, rademacher
@@ -28,6 +28,7 @@ __all__ = [
     "Loss",
     "causal_lm",
     "classification",
+    "criterion_of",
     "custom",
     "directional_losses",
     "directions",
@@ -41,5 +42,6 @@ __all__ = [
     "objective",
     "rademacher",
     "restrict",
+    "seq2seq_lm",
     "stack",
 ]

@@ -13,10 +13,16 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import funcscope as fs
@@ -56,6 +62,20 @@ def masked(batch: dict[str, torch.Tensor], every: int = 3) -> dict[str, torch.Te
     return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, 0), "labels": labels}
 
 
+def translated(batch: dict[str, torch.Tensor], seed: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch for an encoder-decoder: the same inputs, random labels, the last row with two of them not scored."""
+    labels = tokens(seed, len(batch["input_ids"]), length)["input_ids"]
+    labels[-1, -2:] = -100
+    return {**batch, "labels": labels}
+
+
+def seen(inputs: Any) -> Any:
+    """The positions of the output that are read: those of real tokens; a decoder's scored ones."""
+    if not isinstance(inputs, dict):
+        return slice(None)
+    return inputs["labels"] != -100 if "labels" in inputs else inputs["attention_mask"].bool()
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(n_layer=2, n_embd=12, n_head=2, vocab_size=VOCAB, n_positions=16, bos_token_id=1, eos_token_id=1)
@@ -77,6 +97,33 @@ def qwen2(**changes: Any) -> nn.Module:
             hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             vocab_size=VOCAB, max_position_embeddings=16, bos_token_id=1, eos_token_id=1, tie_word_embeddings=True,
             **changes,
+        )
+    )  # fmt: skip
+
+
+def mistral(**changes: Any) -> nn.Module:
+    return MistralForCausalLM(
+        MistralConfig(
+            hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=VOCAB, max_position_embeddings=16, bos_token_id=1, eos_token_id=1, sliding_window=4, **changes,
+        )
+    )  # fmt: skip
+
+
+def gpt_neox() -> nn.Module:
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCAB,
+            max_position_embeddings=16, bos_token_id=1, eos_token_id=1, rotary_pct=0.5,
+        )
+    )  # fmt: skip
+
+
+def t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, vocab_size=VOCAB, decoder_start_token_id=0,
+            pad_token_id=0, relative_attention_num_buckets=8, feed_forward_proj="gated-gelu",
         )
     )  # fmt: skip
 
@@ -107,15 +154,21 @@ def _points(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 _CAUSAL = [tokens(1, 3, 8, pad=3), tokens(2, 2, 5)]
 _MASKED = [masked(batch) for batch in _CAUSAL]
+_TRANSLATED = [translated(batch, seed, 4) for seed, batch in enumerate(_CAUSAL)]
 CATALOGUE: dict[str, tuple[Callable[[], nn.Module], list[Any], fs.Criterion]] = {
     "gpt2": (gpt2, _CAUSAL, fs.causal_lm),
     "llama": (llama, _CAUSAL, fs.causal_lm),
     "qwen2": (qwen2, _CAUSAL, fs.causal_lm),
+    "mistral": (mistral, _CAUSAL, fs.causal_lm),
+    "gpt_neox": (gpt_neox, _CAUSAL, fs.causal_lm),
     "bert": (bert, _MASKED, fs.masked_lm),
+    "t5": (t5, _TRANSLATED, fs.seq2seq_lm),
     "mlp": (mlp, [_points(3, 5, 4), _points(4, 2, 4)], fs.classification),
     "cnn": (cnn, [_points(5, 4, 1, 5, 5)], fs.classification),
 }
-LANGUAGE = ("gpt2", "llama", "qwen2", "bert")
+LANGUAGE = ("gpt2", "llama", "qwen2", "mistral", "gpt_neox", "bert", "t5")
+IN_FLOAT32 = ("llama", "qwen2", "mistral", "gpt_neox", "t5")
+"""Families that compute norms and softmax in float32 whatever the dtype, so that differences carry its noise."""
 
 
 def problem(name: str, dtype: torch.dtype = torch.float64) -> Problem:

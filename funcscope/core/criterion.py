@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .keys import Key, uniform
 from .model import Inputs
@@ -123,6 +123,15 @@ def _masked(batch: Any) -> tuple[Inputs, Labels]:
     return inputs, _labels(batch["labels"], real)
 
 
+def _translated(batch: Any) -> tuple[Inputs, Labels]:
+    """Decoder position t is scored against label t: the decoder's inputs are the labels moved one step to the right."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        raise ValueError("seq2seq_lm needs a batch with `input_ids` for the encoder and `labels` for the decoder.")
+    given = batch.get("decoder_input_ids") is not None
+    inputs = {name: x for name, x in batch.items() if x is not None and not (given and name == "labels")}
+    return inputs, _labels(batch["labels"], torch.ones_like(batch["labels"], dtype=torch.bool))
+
+
 def _classes(batch: Any) -> tuple[Inputs, Labels]:
     inputs, labels = _pair(batch)
     return inputs, _labels(labels, torch.ones_like(labels, dtype=torch.bool))
@@ -201,3 +210,37 @@ masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _d
 
 classification = Criterion("classification", _classes, _cross_entropy, _softmax_hessian, _draw_labels)
 """Cross-entropy of one class per output row, for batches `(inputs, labels)` or mappings with `labels`."""
+
+seq2seq_lm = Criterion("seq2seq_lm", _translated, _cross_entropy, _softmax_hessian, _draw_labels)
+"""Cross-entropy of an encoder-decoder's labels (-100: not scored), each at the decoder position that predicts it.
+
+Without `decoder_input_ids`, the labels stay among the inputs, and the model's door makes the decoder's inputs of them.
+"""
+
+_BY_CLASS = (
+    ("ForMaskedLM", masked_lm),
+    ("ForSequenceClassification", classification),
+    ("ForImageClassification", classification),
+    ("ForConditionalGeneration", seq2seq_lm),
+    ("ForCausalLM", causal_lm),
+    ("LMHeadModel", causal_lm),
+)
+
+
+def criterion_of(model: nn.Module) -> Criterion:
+    """The criterion that the class name of a Hugging Face model stands for, `...ForMaskedLM` for example.
+
+    Raises ValueError where the name says nothing: pass a criterion by hand then.
+
+    >>> class TinyForCausalLM(nn.Module): ...
+    >>> criterion_of(TinyForCausalLM())
+    Criterion(causal_lm)
+    """
+    name = type(model).__name__
+    for ending, criterion in _BY_CLASS:
+        if name.endswith(ending):
+            return criterion
+    raise ValueError(
+        f"the class name {name!r} does not say what the model is trained for; choose a criterion: "
+        "causal_lm, masked_lm, seq2seq_lm, classification or custom."
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,16 @@ from .layout import Layout, Leaf, Params
 from .model import Functional
 
 Normalize = Literal["filter", "layer", "global"]
+
+PART = 2**20
+"""Entries of a leaf that are made at a time: 4 MiB of float32 pass from one operation to the next in the cache."""
+
+
+class Part(NamedTuple):
+    """Some rows of a leaf: `leaf[rows]`."""
+
+    rows: slice
+    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +63,33 @@ class Direction:
 
     def leaf(self, name: str) -> Tensor:
         """This direction's part for one parameter, in its shape; drawn anew at each call, with the same bits."""
+        return joined(self.parts(name))
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """The same, some 4 MiB of rows at a time: each part is the caller's to overwrite, and no more is in memory."""
         leaf, target = self.scales.layout.by_name[name], self.scales.targets[name]
-        z = self._drawn(leaf)
-        if self.scales.groups is None:
-            return _rescale(z, leaf.within_filter, target)
-        return z.mul_(target / self._drawn_norms[self.scales.groups[name]])
+        for rows, z in self._drawn(leaf):
+            if self.scales.groups is None:
+                yield Part(rows, _rescale(z, leaf.within_filter, target[rows] if target.ndim else target))
+            else:
+                yield Part(rows, z.mul_(target / self._drawn_norms[self.scales.groups[name]]))
 
     def dense(self) -> Float[Tensor, " p"]:
         """The whole direction as one flat vector of shape (P,)."""
         return stack([self])[0]
 
-    def _drawn(self, leaf: Leaf) -> Tensor:
-        z = _never_zero(draw(fold_in(self.key, leaf.name), leaf.numel, self.scales.distribution))
-        return z.view(leaf.shape).to(self.scales.device, self.scales.dtype)
+    def _drawn(self, leaf: Leaf) -> Iterator[Part]:
+        key, stride = fold_in(self.key, leaf.name), leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
+        for rows in row_slices(leaf):
+            span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
+            z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span))
+            shape = (-1, *leaf.shape[1:]) if leaf.shape else ()
+            yield Part(rows, z.view(shape).to(self.scales.device, self.scales.dtype))
 
     @cached_property
     def _drawn_norms(self) -> dict[str, float]:
         """The norm of the raw draw of each group: one more pass over all draws, as groups span several leaves."""
-        return _group_norms(self.scales, self._drawn)
+        return _group_norms(self.scales, lambda leaf: (z for _, z in self._drawn(leaf)))
 
 
 def directions(
@@ -140,6 +159,26 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
     return _scaled(raw, scales)
 
 
+def row_slices(leaf: Leaf) -> list[slice]:
+    """The rows of a leaf in parts of about `PART` entries, on borders of blocks where that is possible.
+
+    One part where a filter runs across the rows: its norm needs them all.
+    """
+    if leaf.filter_dim != 0 or leaf.numel <= PART:
+        return [slice(0, leaf.shape[0] if leaf.shape else 1)]
+    row = leaf.numel // leaf.shape[0]
+    whole = BLOCK // math.gcd(BLOCK, row)  # rows after which a block ends, too
+    step = max(1, PART // row)
+    step = max(whole, step // whole * whole) if whole * row <= 2 * PART else step
+    return [slice(first, min(first + step, leaf.shape[0])) for first in range(0, leaf.shape[0], step)]
+
+
+def joined(parts: Iterable[Part]) -> Tensor:
+    """The leaf that the parts make up."""
+    values = [part.values for part in parts]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
 def _scaled(raw: Tensor, scales: Scales) -> Tensor:
     """The rows of raw draws with the norms of their groups; in place where dtype and device allow."""
     layout, out = scales.layout, raw.to(scales.device, scales.dtype)
@@ -149,7 +188,7 @@ def _scaled(raw: Tensor, scales: Scales) -> Tensor:
             _rescale(part, tuple(dim + 1 for dim in leaf.within_filter), scales.targets[leaf.name])
         return out
     for row in out:
-        drawn = _group_norms(scales, lambda leaf, row=row: row[leaf.slice].view(leaf.shape))  # type: ignore[misc]
+        drawn = _group_norms(scales, lambda leaf, row=row: [row[leaf.slice].view(leaf.shape)])  # type: ignore[misc]
         for leaf in layout.leaves:
             row[leaf.slice] *= scales.targets[leaf.name] / drawn[scales.groups[leaf.name]]
     return out
@@ -175,13 +214,12 @@ def _filter_norms(z: Tensor, within: tuple[int, ...]) -> Tensor:
     return sum(part.square().sum(within, keepdim=True) for part in z.split(slab, within[0])).sqrt()
 
 
-def _group_norms(scales: Scales, part: Callable[[Leaf], Tensor]) -> dict[str, float]:
+def _group_norms(scales: Scales, parts: Callable[[Leaf], Iterable[Tensor]]) -> dict[str, float]:
     assert scales.groups is not None
     squares: dict[str, float] = {}
     for leaf in scales.layout.leaves:
         group = scales.groups[leaf.name]
-        x = part(leaf)
-        squares[group] = squares.get(group, 0.0) + dot(x, x)
+        squares[group] = squares.get(group, 0.0) + sum(dot(x, x) for x in parts(leaf))
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
@@ -213,23 +251,25 @@ def _scales(
     device = base[layout.names[0]].device
     moved = {leaf.name: not zero_vectors or len(leaf.shape) > 1 for leaf in layout.leaves}
 
-    def value(leaf: Leaf) -> Tensor:  # a leaf at a time: a second set of weights would not fit where it matters
-        return base[leaf.name].detach().to(dtype)
+    def values(leaf: Leaf) -> Iterator[Tensor]:  # a part at a time: a second set of weights would not fit
+        whole = base[leaf.name].detach()
+        return ((whole[rows] if whole.ndim else whole).to(dtype) for rows in row_slices(leaf))
 
     groups = None
     if normalize == "filter":
-        targets = {
-            leaf.name: _filter_norms(value(leaf), leaf.within_filter) * moved[leaf.name] for leaf in layout.leaves
-        }
+        targets = {}
+        for leaf in layout.leaves:
+            norms = [_filter_norms(part, leaf.within_filter) for part in values(leaf)]
+            targets[leaf.name] = (norms[0] if len(norms) == 1 else torch.cat(norms)) * moved[leaf.name]
         total = sum(float(norms.cpu().double().square().sum()) for norms in targets.values())
     else:
         whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")
         groups = {name: whole[name] if moved[name] else "still" for name in layout.names}
-        norms = _group_norms(Scales(layout, distribution, {}, groups, 0.0, dtype, device), value) | {"still": 0.0}
+        sizes = _group_norms(Scales(layout, distribution, {}, groups, 0.0, dtype, device), values) | {"still": 0.0}
         if normalize == "global":
-            norms["all"] = 1.0
-        targets = {name: torch.tensor(norms[groups[name]], dtype=dtype, device=device) for name in layout.names}
-        total = sum(norm**2 for norm in norms.values())
+            sizes["all"] = 1.0
+        targets = {name: torch.tensor(sizes[groups[name]], dtype=dtype, device=device) for name in layout.names}
+        total = sum(size**2 for size in sizes.values())
     if not any(moved.values()):
         raise ValueError("`zero_vectors` leaves nothing to move: every parameter is a vector.")
     if total == 0:

@@ -115,22 +115,27 @@ def on_workers(jobs: Iterable[Callable[[], None]]) -> None:
         done.result()
 
 
-def draw(key: Key, num: int, distribution: Distribution) -> Float[Tensor, " n"]:
-    """`num` entries in float32 on the CPU, drawn by the worker threads."""
+def draw(
+    key: Key, num: int, distribution: Distribution, start: int = 0, stop: int | None = None
+) -> Float[Tensor, " m"]:
+    """Entries `start` to `stop` of a draw of `num`, in float32 on the CPU, drawn by the worker threads."""
+    stop = num if stop is None else stop
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    origin = first * BLOCK
     with torch.inference_mode(False):  # workers may not write to an inference tensor
-        out = torch.empty(num)
-    blocks = -(-num // BLOCK)
-    share = max(1, -(-blocks // torch.get_num_threads()))
+        out = torch.empty(min(last * BLOCK, num) - origin)
+    share = max(1, -(-(last - first) // torch.get_num_threads()))
 
-    def part(first: int) -> Callable[[], None]:
+    def part(begin: int) -> Callable[[], None]:
         def job() -> None:
-            for block in range(first, min(first + share, blocks)):
-                _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
+            for block in range(begin, min(begin + share, last)):
+                at = block * BLOCK - origin
+                _fill_block(key, block, out[at : at + BLOCK], distribution)
 
         return job
 
-    on_workers(part(first) for first in range(0, blocks, share))
-    return out
+    on_workers(part(begin) for begin in range(first, last, share))
+    return out[start - origin : stop - origin]
 
 
 def _fill_block(key: Key, block: int, out: Tensor, distribution: Distribution) -> None:

@@ -69,14 +69,20 @@ class Layout:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, keep: Callable[[str], bool] = lambda _: True) -> Layout:
-        """The layout of those parameters of `model` whose name `keep` accepts; tied parameters count once."""
+    def of(
+        cls, model: nn.Module, keep: Callable[[str], bool] = lambda _: True, dtype: torch.dtype | None = None
+    ) -> Layout:
+        """The layout of those parameters of `model` whose name `keep` accepts, in their own dtype or the one given.
+
+        Tied parameters count once.
+        """
         leaves, offset = [], 0
         for name, param in model.named_parameters():
             if keep(name):
                 owner = model.get_submodule(name.rpartition(".")[0])
                 shape = tuple(param.shape)
-                leaves.append(Leaf(name, shape, param.dtype, offset, type(owner).__name__, _filter_dim(owner, shape)))
+                filter_dim = _filter_dim(owner, shape)
+                leaves.append(Leaf(name, shape, dtype or param.dtype, offset, type(owner).__name__, filter_dim))
                 offset += param.numel()
         return cls(tuple(leaves))
 

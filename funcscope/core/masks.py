@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 KNOWN = frozenset(
-    {"gpt2", "llama", "qwen2", "bert", "roberta", "distilbert", "electra", "mistral", "gpt_neo", "gpt_neox", "olmo"}
+    {"gpt2", "llama", "qwen2", "bert", "roberta", "distilbert", "electra", "mistral", "gpt_neo", "gpt_neox", "olmo", "t5"}
 )
 """Model types whose logits under these masks were compared with the untouched model's."""
 
@@ -20,8 +20,14 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
 
     Causal where the model's attention is causal, with its sliding window where it has one; a mapping of two masks
-    where some layers slide and others do not. A float 4-D mask, or such a mapping, is passed on as it is.
+    where some layers slide and others do not. Position ids that start again inside a row, without a mask, are sequences
+    packed into one row, which do not see each other. An encoder-decoder gets the decoder's inputs, made of `labels`
+    where they are not given, and a mask for each side. A float 4-D mask, or such a mapping, is passed on as it is.
     """
+    if model.config.is_encoder_decoder:
+        inputs = _with_decoder(model, inputs)
+    elif "labels" in inputs:
+        raise ValueError("`labels` are no input of the model: they belong to the criterion, which scores its output.")
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()):
         return dict(inputs)
@@ -32,21 +38,35 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
             f"how {model.config.model_type!r} masks its attention is not known here: pass a float mask of shape "
             '(batch, 1, tokens, tokens), or `attention="keep"` to `functional` for values and first derivatives.'
         )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {**inputs, "attention_mask": _masks(model, _visible(inputs), dtype)}
+    return {**inputs, "attention_mask": _masks(model, inputs, _visible(inputs), _dtype(model))}
+
+
+def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's inputs (the labels moved right by one, the start token first) and its causal mask."""
+    rest = {name: x for name, x in inputs.items() if name != "labels"}
+    if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
+        if inputs.get("labels") is None:
+            raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
+        rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+    mask = rest.get("decoder_attention_mask")
+    if model.config.model_type in KNOWN and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
+        visible = _visible(given)
+        rest["decoder_attention_mask"] = _additive(visible & (_back(visible) >= 0), _dtype(model))
+    return rest
 
 
 def _masks(
-    model: PreTrainedModel, visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype
+    model: PreTrainedModel, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    length = visible.shape[-1]
     if visible.shape[-2] > 1:  # a boolean mask of four dimensions says all
         return _additive(visible, dtype)
+    if model.config.is_encoder_decoder:
+        return _additive(visible, dtype)  # one row for all queries: those of the encoder and those of the decoder
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
-        return _additive(visible.expand(-1, -1, length, -1), dtype)
-    position = torch.arange(length, device=visible.device)
-    back = position[:, None] - position[None, :]
-    full = visible & (back >= 0)
+        return _additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
+    back = _back(visible)
+    full = visible & _same_sequence(inputs) & (back >= 0)
     window = getattr(model.config, "sliding_window", None)
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if not window or kinds == {"full_attention"} or getattr(model.config, "use_sliding_window", True) is False:
@@ -67,6 +87,25 @@ def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
             f"`attention_mask` must have shape (batch, tokens) or (batch, 1, tokens, tokens), got {tuple(mask.shape)}."
         )
     return mask.bool() if mask.ndim == 4 else mask.bool()[:, None, None, :]
+
+
+def _same_sequence(inputs: Mapping[str, Any]) -> Bool[Tensor, "*b 1 t t"] | bool:
+    """Which positions belong to one sequence, where several are packed into a row: a step other than 1 starts a new one."""
+    position = inputs.get("position_ids")
+    if position is None or inputs.get("attention_mask") is not None:
+        return True
+    sequence = (position.diff(dim=-1, prepend=position[:, :1] - 1) != 1).cumsum(-1)
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+
+
+def _back(visible: Tensor) -> Int[Tensor, "t t"]:
+    """How far position k lies before position q."""
+    position = torch.arange(visible.shape[-1], device=visible.device)
+    return position[:, None] - position[None, :]
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

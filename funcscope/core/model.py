@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,11 @@ class Functional:
         """The trainable parameters as one new flat vector of shape (P,), in float32 at least."""
         return self.layout.ravel(self.params, torch.promote_types(self.layout.dtype, torch.float32))
 
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each parameter is used in, frozen ones included."""
+        return {name: param.dtype for name, param in self._skeleton.named_parameters()}
+
     @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
@@ -62,10 +68,10 @@ class Functional:
         The caller's model is never written to. A forward pass that writes to a buffer writes to the private copy.
         """
         check_params(params, self.layout.shapes, "params")
-        constants = {**self._frozen, **self.buffers}
+        values = {name: value.to(self._dtypes[name]) for name, value in {**params, **self._frozen}.items()}
         args, kwargs = _arguments(self.prepare(inputs))
         with _kernel(self.attention), nullcontext() if self.attention == "keep" else TrueDerivatives():
-            return self._output(functional_call(self._skeleton, {**params, **constants}, args, kwargs))
+            return self._output(functional_call(self._skeleton, {**values, **self.buffers}, args, kwargs))
 
     def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
         """The output with each parameter replaced by `leaf(name, value)` at the moment it is used.
@@ -94,6 +100,7 @@ def functional(
     attention: Literal["eager", "math", "keep"] = "eager",
     output: Literal["logits"] | Callable[[Any], Tensor] = "logits",
     trainable: Trainable = None,
+    dtype: torch.dtype | None = None,
 ) -> Functional:
     """The model as a pure function of `(params, inputs)`; the model itself is not touched, now or later.
 
@@ -107,6 +114,8 @@ def functional(
     output: how the model's return value becomes a tensor; `logits` takes `.logits`, or the tensor itself.
     trainable: which parameters make up theta. None: those with `requires_grad`; "all"; names; or a predicate on
     names. The others are constants outside theta.
+    dtype: compute in this one, each parameter cast where it is used, while `params` stay as they are stored: float32 for
+    the exact function of bfloat16 weights, at the memory of one leaf where it is perturbed leaf by leaf. None: as stored.
 
     Raises ValueError where two parameters share memory without being one object, where a parameter lies on the meta
     device, or where nothing is trainable; TypeError where a parameter is not floating-point.
@@ -118,11 +127,13 @@ def functional(
     check_choice("attention", attention, ("eager", "math", "keep"))
     keep = _selector(model, trainable)
     _check_parameters(model, keep, explicit=trainable is not None)
-    layout = Layout.of(model, keep)
+    layout = Layout.of(model, keep, dtype)
     values = {name: param.detach() for name, param in model.named_parameters()}
     if isinstance(output, str):
         check_choice("output", output, ("logits",))
-    skeleton = make_skeleton(model, attention)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}.")
+    skeleton = make_skeleton(model, attention, dtype)
     return Functional(
         params={name: values[name] for name in layout.names},
         buffers=dict(skeleton.named_buffers()),
@@ -222,18 +233,23 @@ class _Substitute(TorchFunctionMode):
         super().__init__()
         self.names = {id(param): name for name, param in net._skeleton.named_parameters()}
         self.tied = {name for name, count in _uses(net._skeleton).items() if count > 1}
-        self.base = {**net.params, **net._frozen}
+        self.base, self.dtypes = {**net.params, **net._frozen}, net._dtypes
         self.net, self.leaf = net, leaf
         self.replaced = replaced if net.attention != "keep" else lambda func: func
         self.kept: dict[str, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
-        if name not in self.net.params or name in self.kept:
-            return self.kept.get(name, self.base[name])
-        made = self.leaf(name, self.base[name]).to(self.base[name].dtype)
+        if name in self.kept:
+            return self.kept[name]
+        if name not in self.net.params:
+            return self.base[name].to(self.dtypes[name])
+        made = self.leaf(name, self.base[name]).to(self.dtypes[name])
         if name in self.tied:
             self.kept[name] = made
         return made
+
+    def dtype_of(self, x: Any) -> torch.dtype | None:
+        return None if (name := self.names.get(id(x))) is None else self.dtypes[name]
 
     def swap(self, x: Any, value: Callable[[str], Tensor]) -> Any:
         if (name := self.names.get(id(x))) is not None:
@@ -242,7 +258,9 @@ class _Substitute(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kind = getattr(func, "__name__", "")
-        if kind == "__get__" or kind in self.METADATA:  # sizes, dtypes and devices are those of the base
+        if kind == "__get__" or kind in self.METADATA:  # sizes and devices are those of the base
+            if func == Tensor.dtype.__get__ and (dtype := self.dtype_of(args[0])) is not None:  # type: ignore[attr-defined]
+                return dtype
             out = func(*self.swap(args, self.base.__getitem__), **(kwargs or {}))
             if not isinstance(out, Tensor):
                 return out

@@ -5,7 +5,7 @@ Slopes, curvatures, lines, planes and barriers are values, derivatives and vmaps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_count, check_device, check_flat, check_positive
-from .directions import Direction, stack
+from .directions import Direction, Part, stack
 from .objective import Loss, Theta
 
 LAZY_ABOVE = 2**24
@@ -24,9 +24,9 @@ Phi = Callable[[Tensor | float | int], Float[Tensor, ""]]
 
 @runtime_checkable
 class Leaves(Protocol):
-    """Whatever can say, a leaf at a time, where to go; the tensor is the caller's to overwrite."""
+    """Whatever can say where to go, some rows of a leaf at a time (`directions.row_slices`); they are the caller's."""
 
-    def leaf(self, name: str) -> Tensor: ...
+    def parts(self, name: str) -> Iterator[Part]: ...
 
 
 def restrict(
@@ -41,8 +41,8 @@ def restrict(
     base: theta as a flat vector or as a dict of parameters.
     dirs: k directions (a sequence of `Direction`, or a tensor of shape (k, P)): phi takes shape (k,). One direction
     (a `Direction`, or shape (P,)): phi takes a scalar.
-    lazy: make each leaf of the perturbed parameters when the model uses it, at the memory of the largest leaf, and draw
-    it again at every evaluation and batch; or hold the directions densely. Default: lazy above 2^24 numbers. A lazy phi
+    lazy: make each leaf of the perturbed parameters when the model uses it, at the memory of the largest leaf in the
+    dtype that the model computes in, and draw it again at every evaluation and batch; or hold the directions densely. Default: lazy above 2^24 numbers. A lazy phi
     of one direction takes a plain float for the least memory and time, where no derivative is wanted.
 
     phi composes with `grad`, `jvp`, `jvp` of `jvp` (outside of `no_grad`: SiLU has no second derivative inside) and
@@ -104,17 +104,33 @@ def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
         steps = list(a) if isinstance(a, Tensor) and not single else [a]
 
         def leaf(name: str, _: Tensor) -> Tensor:
-            value = params[name]
-            for step, direction in zip(steps, dirs, strict=True):
-                value = _moved(value, step, direction.leaf(name))
-            return value
+            return _moved(params[name], steps, [d.parts(name) for d in dirs], loss.layout.by_name[name].dtype)
 
         return loss.at_leaves(leaf)
 
     return phi
 
 
-def _moved(value: Tensor, step: Tensor | float | int, part: Tensor) -> Tensor:
+def _moved(
+    value: Tensor, steps: Sequence[Tensor | float | int], dirs: Sequence[Iterator[Part]], dtype: torch.dtype
+) -> Tensor:
+    """value + sum of step * direction in `dtype`, computed in the directions' own, a few rows at a time."""
+    out = None
+    for parts in zip(*dirs, strict=True):
+        rows = parts[0].rows
+        moved = value[rows] if value.ndim else value
+        for step, part in zip(steps, parts, strict=True):
+            moved = _stepped(moved, step, part.values)
+        if moved.shape == value.shape:
+            return moved.to(dtype)
+        if out is None:
+            out = moved.new_empty(value.shape, dtype=dtype)  # of `moved`, as it is mapped and differentiated like it
+        out[rows] = moved
+    assert out is not None
+    return out
+
+
+def _stepped(value: Tensor, step: Tensor | float | int, part: Tensor) -> Tensor:
     """value + step * part; a plain number takes part in no transform, so `part` itself can hold the result."""
     if not isinstance(step, Tensor):
         return part.mul_(float(step)).add_(value)

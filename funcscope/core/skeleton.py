@@ -24,13 +24,15 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 
-def make_skeleton(model: nn.Module, attention: str) -> nn.Module:
+def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of the module tree in eval mode, with parameters on the meta device and buffers of its own.
 
-    No weight is copied, ties survive, and configuration, modes and kernels of the copy are private.
+    No weight is copied, ties survive, and configuration, modes and kernels of the copy are private. dtype: what real
+    parameters and buffers become; None leaves each its own.
     """
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+        id(p): nn.Parameter(p.detach().to("meta", _real(p, dtype)), requires_grad=p.requires_grad)
+        for p in model.parameters()
     }
     _check_closures(model)
     try:
@@ -42,6 +44,9 @@ def make_skeleton(model: nn.Module, attention: str) -> nn.Module:
             "`nn.utils.parametrizations`."
         ) from err
     for name, module in skeleton.named_modules():
+        for buffer, value in module._buffers.items():
+            if value is not None and (wider := torch.promote_types(value.dtype, _real(value, dtype))) != value.dtype:
+                module._buffers[buffer] = value.to(wider)  # tables of angles keep their float32 in a bfloat16 model
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _use_true_gradient(name, module)
         elif isinstance(module, NewGELUActivation) and attention != "keep":
@@ -52,6 +57,10 @@ def make_skeleton(model: nn.Module, attention: str) -> nn.Module:
         if hasattr(skeleton.config, "use_cache"):
             skeleton.config.use_cache = False
     return skeleton
+
+
+def _real(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def _use_true_gradient(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:

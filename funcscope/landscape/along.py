@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from ..core.directions import Direction, dot, stack
+from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
 from ..core.layout import Params
 from ..core.objective import Loss, Theta
@@ -93,12 +93,12 @@ def _lazy(
     tapped = _Tapped(direction, gradient or {})
     phi = restrict(loss, params, tapped, lazy=True)
     zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
-    if wanted.two_sided:  # one draw serves both signs
+    if wanted.two_sided and loss.net.attention != "keep":  # one draw serves both signs
         signs = zero.new_tensor([wanted.step, -wanted.step])
         positive, negative = _mapped(phi, signs, "lazy=False, chunk=1")
         out = {"losses": positive, "losses_negative": negative}
     else:
-        out = {"losses": phi(wanted.step)}
+        out = {"losses": phi(wanted.step)} | ({"losses_negative": phi(-wanted.step)} if wanted.two_sided else {})
     if gradient is not None:
         out["slopes"] = torch.tensor(tapped.slope, dtype=torch.float64)
     out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
@@ -112,8 +112,9 @@ class _Tapped:
         self.direction, self.gradient = direction, dict(gradient)
         self.slope = 0.0
 
-    def leaf(self, name: str) -> Float[Tensor, "..."]:
-        part = self.direction.leaf(name)
-        if name in self.gradient:  # once, also where a leaf is used by several batches; never used: its gradient is 0
-            self.slope += dot(part, self.gradient.pop(name).to(part))
-        return part
+    def parts(self, name: str) -> Iterator[Part]:
+        gradient = self.gradient.pop(name, None)  # once, also where a leaf is used by several batches
+        for rows, values in self.direction.parts(name):
+            if gradient is not None:
+                self.slope += dot(values, (gradient[rows] if gradient.ndim else gradient).to(values))
+            yield Part(rows, values)

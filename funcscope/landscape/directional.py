@@ -176,7 +176,8 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
         lazy = chunk is None and size >= LAZY_FROM and len(loss.batches) == 1
     if lazy:
         return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
-    return Plan(lazy=False, chunk=chunk or (8 if size <= CHUNKED_UP_TO else 1), threads=torch.get_num_threads())
+    mapped = size <= CHUNKED_UP_TO and loss.net.attention != "keep"  # torch maps fused attention by a loop of its own
+    return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
 
 
 def _baseline(loss: Loss, theta: Theta) -> float:

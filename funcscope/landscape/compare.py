@@ -1,0 +1,374 @@
+"""Two models along the same random directions: paired differences with intervals, a signed-rank test, effect sizes."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy import stats
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.estimate import Estimate, jackknife_stderr
+from ..core.keys import Key
+from . import statistics
+from .samples import DirectionalLosses
+
+Samples = Float[Tensor, " n"]
+OfMoments = Callable[[Tensor, Tensor], Tensor]
+"""A statistic as a function of mean and variance."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of a quantity that every direction has of its own, beyond its mean."""
+
+    correlation: Estimate
+    """Pearson's r between the two models' samples: what pairing takes out of the difference."""
+    wilcoxon: float
+    """The smaller of the two signed rank sums."""
+    p_value: float
+    rank_biserial: Estimate
+    cohen_dz: Estimate
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One statistic of two models, and its difference, second - first, over the pairs that are finite in both."""
+
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    interval: tuple[float, float]
+    num_lost: int
+    """Pairs left out because the quantity is not finite in one of the two, or in both."""
+    pairs: Pairs | None
+    """None for the statistics that are no means over directions."""
+
+    @property
+    def num_pairs(self) -> int:
+        return self.difference.num
+
+    @property
+    def pairing_gain(self) -> float:
+        """Variance of the difference if the two were sampled apart, over that of the paired one; inf where that is 0.
+
+        So many times the directions would be needed without pairing; nan where both variances are 0 or undefined.
+        """
+        apart = self.first.stderr.square() + self.second.stderr.square()
+        return float(apart / self.difference.stderr.square())
+
+    def asdict(self) -> dict[str, float | int]:
+        """Plain numbers by short names."""
+        found: dict[str, float | int] = {}
+        for name in ("first", "second", "difference"):
+            found |= _plain(name, getattr(self, name))
+        found |= {"difference_low": self.interval[0], "difference_high": self.interval[1]}
+        found |= {"pairing_gain": self.pairing_gain, "n_pairs": self.num_pairs, "n_lost": self.num_lost}
+        if self.pairs is not None:
+            found |= {"wilcoxon": self.pairs.wilcoxon, "p_value": self.pairs.p_value}
+            for name in ("rank_biserial", "cohen_dz", "correlation"):
+                found |= _plain(name, getattr(self.pairs, name))
+        return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Two models along the same directions; made by `compare_directional`, whose docstring says what the numbers mean.
+
+    `differences` has one entry per statistic, by its documented name.
+    """
+
+    names: tuple[str, str]
+    level: float
+    differences: dict[str, Difference]
+    baseline_losses: tuple[float, float]
+    num_directions: int
+    normalize: str
+    distribution: str
+    span: float
+    key: Key
+
+    @property
+    def num_tests(self) -> int:
+        """How many p values there are, none of them corrected for the others."""
+        return sum(difference.pairs is not None for difference in self.differences.values())
+
+    def asdict(self) -> dict[str, Any]:
+        """A flat dictionary: `delta_mean_first`, `..._second`, `..._difference`, each with `_stderr`, and so on.
+
+        Plain numbers and strings; statistics that one of the two results does not have are absent.
+        """
+        values: dict[str, Any] = {"name_first": self.names[0], "name_second": self.names[1], "level": self.level}
+        values |= {"baseline_loss_first": self.baseline_losses[0], "baseline_loss_second": self.baseline_losses[1]}
+        for statistic, difference in self.differences.items():
+            values |= {f"{statistic}_{name}": value for name, value in difference.asdict().items()}
+        return values | {
+            "n_directions": self.num_directions,
+            "n_tests": self.num_tests,
+            "normalize": self.normalize,
+            "distribution": self.distribution,
+            "span": self.span,
+            "seed": self.key.seed,
+            "key": f"{self.key.bits:032x}",
+        }
+
+    def __str__(self) -> str:
+        table = tabulate(list(self._rows()), headers=self._headers(), disable_numparse=True)
+        return "\n".join([self._head(), table, *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        table = tabulate(list(self._rows()), headers=self._headers(), tablefmt="html", disable_numparse=True)
+        head, *notes = (f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._notes()))
+        return "\n".join([head, str(table), *notes])
+
+    def _head(self) -> str:
+        first, second = self.names
+        return (
+            f"{second} - {first}, paired over {self.num_directions} {self.normalize}-normalised {self.distribution} "
+            f"directions at span {self.span:g}, {self.key!r}"
+        )
+
+    def _headers(self) -> tuple[str, ...]:
+        return ("", *self.names, "difference", "stderr", f"{100 * self.level:g} % interval", "p", "rank-biserial")
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for name, found in self.differences.items():
+            means = (f"{float(found.first.value):.5g}", f"{float(found.second.value):.5g}")
+            gap = (f"{float(found.difference.value):.4g}", f"{float(found.difference.stderr):.2g}")
+            interval = "{:.4g} to {:.4g}".format(*found.interval)
+            test = ("", "")
+            if found.pairs is not None:
+                test = (f"{found.pairs.p_value:.2g}", f"{float(found.pairs.rank_biserial.value):.2f}")
+            yield (name, *means, *gap, interval, *test)
+
+    def _notes(self) -> list[str]:
+        lost = {name: found.num_lost for name, found in self.differences.items() if found.num_lost}
+        notes = [f"p: Wilcoxon's signed-rank test, not corrected for {self.num_tests} quantities tested."]
+        if lost:
+            notes += ["pairs lost to non-finite values: " + ", ".join(f"{name} {num}" for name, num in lost.items())]
+        return notes
+
+
+def compare_directional(
+    first: DirectionalLosses,
+    second: DirectionalLosses,
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    level: float = 0.95,
+) -> Comparison:
+    r"""How the loss around one model differs from that around another, direction by direction: second - first.
+
+    Both results come from `directional_losses` with one key, so that sample i of the one and sample i of the other
+    belong to the same draw, and the scatter over directions that the two have in common cancels. With `filter` and
+    `layer` normalisation the draw is scaled to each model's own weights: the same relative step. With `global` it is the
+    same vector. `actual_span` may differ, where `relative_span` makes it.
+
+    For $x_i, y_i$ = loss, loss change at +span (`delta_mean`), mean change of both sides $(L_i^+ + L_i^-)/2 - L_0$
+    (`delta_two_sided_mean`), slope (`dir_grad_mean`) and curvature, as far as both results have them, with
+    $d_i = y_i - x_i$ over the n pairs that are finite in both:
+
+    $$\bar d \pm t_{n-1} \frac{s_d}{\sqrt n}, \qquad d_z = \frac{\bar d}{s_d}, \qquad
+      r = \frac{R^+ - R^-}{n (n + 1) / 2}.$$
+
+    $R^\pm$ are the sums of the ranks of |d| over positive and negative differences. The p value is that of Wilcoxon's
+    signed-rank test, two-sided (scipy: exact up to 50 pairs, up to 13 where there are zeros or ties; else normal with
+    continuity correction). A difference of exactly 0 is ranked and then left out of both sums (Pratt). r is the
+    matched-pairs rank-biserial correlation, the favourable share of all ranks minus the unfavourable one: +1 where the
+    second is larger along every direction; zeros pull it towards 0. The test asks whether d lies symmetrically around 0,
+    the interval where its mean lies: for skewed d they may disagree. `pairing_gain` is $(s_x^2 + s_y^2) / s_d^2$.
+
+    For `loss_std`, `landscape_roughness` and `curvature_std`, which are no means over directions, the standard error of
+    the difference is a paired jackknife: direction i is left out of both. Its t interval is approximate, and there is no
+    test. Errors of r and $d_z$ are jackknives over pairs.
+
+    What it does not say. An interval over directions is about other directions of the same two models on the same
+    batches: it says nothing about other data or other training seeds. Several quantities are tested, and the p values
+    are not corrected for that. They are not independent either: `loss_mean` and `delta_mean` differ by the constant
+    difference of the baselines, and a curvature by difference is 2 / h^2 times the two-sided change. The
+    document's Mann-Whitney test is for samples that are not paired: it throws the pairing away, and most of the power
+    with it. That both have one architecture and one list of batches is for the caller to see to.
+
+    nan: errors, intervals, tests and effect sizes below 2 pairs, jackknife errors and the correlation below 3; $d_z$, its
+    error and `pairing_gain` where 0 is divided by 0. Where every difference is 0, Wilcoxon's statistic is 0, p is 1 (all
+    assignments of signs give that statistic) and r is 0.
+
+    Raises ValueError for results that are not paired: another key, number, span, normalisation, distribution,
+    `relative_span` or `global_renorm`, or a curvature by difference in the one and exact in the other; for a level
+    outside (0, 1), and for names that are not two different ones.
+
+    Wilcoxon (1945), doi:10.2307/3001968. Pratt (1959), doi:10.1080/01621459.1959.10501526. Kerby (2014),
+    doi:10.2466/11.IT.3.1. $d_z$: Cohen (1988), Statistical power analysis for the behavioral sciences, section 2.3.5.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> from funcscope.landscape.directional import directional_losses
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = criterion.custom(lambda out, y: (out - y) ** 2 / 2)
+    >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
+    >>> near, far = (directional_losses(loss, scale * torch.tensor([3.0, 4.0]), key=keys.key(0), n_samples=6, span=0.1,
+    ...              compute_curvature=True, curvature="exact") for scale in (1, 2))
+    >>> found = compare_directional(near, far).differences["curvature_mean"]        # |theta|^2 along every direction
+    >>> round(float(found.first.value), 3), round(float(found.second.value), 3), found.pairs.p_value   # 2 / 2^6
+    (25.0, 100.0, 0.03125)
+    """
+    _check(first, second, names, level)
+    ours, theirs = _columns(first), _columns(second)
+    shared = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+    differences = {f"{name}_mean": _of_means(*pair, level) for name, pair in shared.items()}
+    for name, quantity, estimate, of_moments in _SPREADS:
+        if quantity in shared:
+            differences[name] = _of_spreads(*shared[quantity], estimate, of_moments, level)
+    return Comparison(
+        names=names,
+        level=level,
+        differences=differences,
+        baseline_losses=(first.baseline_loss, second.baseline_loss),
+        num_directions=len(first.losses),
+        normalize=first.normalize,
+        distribution=first.distribution,
+        span=first.span,
+        key=first.key,
+    )
+
+
+def _check(first: DirectionalLosses, second: DirectionalLosses, names: tuple[str, str], level: float) -> None:
+    settings = _settings(second)
+    for name, one in _settings(first).items():
+        other = settings[name]
+        if one != other and None not in (one, other):
+            raise ValueError(
+                f"`{name}` must be the same in both results for sample i of the one to be the partner of sample i of the "
+                f"other, got {one!r} and {other!r}: sample both models with one `{name}`."
+            )
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level!r}: 0.95 for a 95 % interval.")
+    if len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"`names` must be two different names, got {names!r}: one for each result, in their order.")
+
+
+def _settings(result: DirectionalLosses) -> dict[str, Any]:
+    """What makes samples partners; None for what was not asked for."""
+    curvature = "difference" if result.exact_curvatures is None else "exact"
+    return {
+        "key": result.key,
+        "n_samples": len(result.losses),
+        "span": result.span,
+        "normalize": result.normalize,
+        "distribution": result.distribution,
+        "relative_span": result.relative_span,
+        "global_renorm": result.global_renorm,
+        "curvature": curvature if result.compute_curvature else None,
+    }
+
+
+def _columns(result: DirectionalLosses) -> dict[str, Tensor]:
+    """The samples of every quantity that the result has."""
+    negative = result.losses_negative
+    found = {
+        "loss": result.losses,
+        "delta": result.deltas,
+        "delta_two_sided": None if negative is None else (result.losses + negative) / 2 - result.baseline_loss,
+        "dir_grad": result.slopes,
+        "curvature": result.curvatures,
+    }
+    return {name: samples for name, samples in found.items() if samples is not None}
+
+
+def _of_means(x: Samples, y: Samples, level: float) -> Difference:
+    x, y, num_lost = _both_finite(x, y)
+    d = y - x
+    difference = statistics.mean(d)
+    statistic, p_value = _signed_rank_test(d)
+    pairs = Pairs(statistics.correlation(x, y), statistic, p_value, _rank_biserial(d), _standardised_mean(d))
+    interval = _t_interval(difference, level)
+    return Difference(statistics.mean(x), statistics.mean(y), difference, interval, num_lost, pairs)
+
+
+def _of_spreads(
+    x: Samples, y: Samples, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
+) -> Difference:
+    x, y, num_lost = _both_finite(x, y)
+    first, second = estimate(x), estimate(y)
+    difference = _jackknifed(
+        second.value - first.value, lambda: of_moments(*_left_out(y)) - of_moments(*_left_out(x)), x
+    )
+    return Difference(first, second, difference, _t_interval(difference, level), num_lost, None)
+
+
+_SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] = (
+    ("loss_std", "loss", statistics.spread, lambda _, v: v.sqrt()),
+    ("landscape_roughness", "loss", statistics.variation, lambda m, v: v.sqrt() / m.abs()),
+    ("curvature_std", "curvature", statistics.spread, lambda _, v: v.sqrt()),
+)
+
+
+def _both_finite(x: Samples, y: Samples) -> tuple[Samples, Samples, int]:
+    both = x.isfinite() & y.isfinite()
+    return x[both], y[both], int((~both).sum())
+
+
+def _t_interval(difference: Estimate, level: float) -> tuple[float, float]:
+    if difference.num < 2:
+        return math.nan, math.nan
+    half = float(stats.t.ppf((1 + level) / 2, difference.num - 1)) * float(difference.stderr)
+    return float(difference.value) - half, float(difference.value) + half
+
+
+def _signed_rank_test(d: Samples) -> tuple[float, float]:
+    """Wilcoxon's statistic and its two-sided p value."""
+    if len(d) < 2:
+        return math.nan, math.nan
+    if not d.any():  # the conditional distribution has one point; scipy would divide 0 by 0
+        return 0.0, 1.0
+    found = stats.wilcoxon(d.numpy(), zero_method="pratt", correction=True)
+    return float(found.statistic), float(found.pvalue)
+
+
+def _rank_biserial(d: Samples) -> Estimate:
+    r"""$(R^+ - R^-)$ over all ranks: the mean sign of $d_i + d_j$, $i \le j$, ties and zeros included.
+
+    Tukey's form of the signed rank sum; it gives every leave-one-out value by one search.
+    """
+    num = len(d)
+    if num < 2:
+        return Estimate(d.new_tensor(math.nan), d.new_tensor(math.nan), num)
+    ordered = d.sort().values
+    above = num - torch.searchsorted(ordered, -d, right=True)
+    signs = (above - torch.searchsorted(ordered, -d)).to(d)  # over j, of the sign of d_i + d_j
+    total = (signs.sum() + d.sign().sum()) / 2
+    left_out = (total - signs) / (num * (num - 1) / 2)
+    return _jackknifed(total / (num * (num + 1) / 2), lambda: left_out, d)
+
+
+def _standardised_mean(d: Samples) -> Estimate:
+    def left_out() -> Tensor:
+        means, variances = _left_out(d)
+        return means / variances.sqrt()
+
+    value = d.mean() / d.std() if len(d) > 1 else d.new_tensor(math.nan)
+    return _jackknifed(value, left_out, d)
+
+
+def _jackknifed(value: Tensor, left_out: Callable[[], Tensor], x: Samples) -> Estimate:
+    """The value with the error that its leave-one-out values give; nan below 3 samples."""
+    return Estimate(value, jackknife_stderr(left_out()) if len(x) > 2 else x.new_tensor(math.nan), len(x))
+
+
+def _left_out(x: Samples) -> tuple[Tensor, Tensor]:
+    """Mean and variance without each sample, from deviations: differences of raw sums of squares would cancel."""
+    num = len(x)
+    deviation = x - x.mean()
+    squares = deviation.square()
+    variances = (squares.sum() - squares * num / (num - 1)) / (num - 2)
+    return x.mean() - deviation / (num - 1), variances.clamp(min=0)
+
+
+def _plain(name: str, estimate: Estimate) -> dict[str, float | int]:
+    return {name: float(estimate.value), f"{name}_stderr": float(estimate.stderr)}

@@ -1,0 +1,221 @@
+"""Models and tokenizers from local Hugging Face folders: nothing is downloaded, and no code of theirs is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import __version__ as transformers_version
+
+from ...core.checks import check_choice
+from .folder import json_object, local_folder, settings, stored_dtype, weight_files
+from .quiet import one_line, quiet
+
+Task = Literal["causal", "masked", "classification"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+_BY_CLASS: tuple[tuple[str, Task], ...] = (
+    ("ForCausalLM", "causal"),
+    ("LMHeadModel", "causal"),
+    ("ForMaskedLM", "masked"),
+    ("ForSequenceClassification", "classification"),
+)
+_AUTO: dict[Task, tuple[Any, Any]] = {
+    "causal": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    "classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+}
+_VOCABULARY = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tiktoken.model",
+)  # fmt: skip
+
+
+def load_model(
+    folder: str | Path, *, task: Task | None = None, dtype: DType = "auto", allow_pickle: bool = False
+) -> PreTrainedModel:
+    """The model of a local Hugging Face folder, on the CPU and in eval mode.
+
+    task: what it is trained for; None reads it from the architecture in `config.json`.
+    dtype: "auto" keeps the dtype that the weights are stored in (the widest, where there are several).
+    allow_pickle: also read `pytorch_model.bin`, as tensors only; otherwise weights are safetensors, whole or in shards.
+
+    Weights that keep their dtype are mapped from their files, so that they occupy memory once, when they are first
+    used. While the model is in use its files must not be overwritten in place; to replace them, as `save_pretrained`
+    does, is safe. Tensors of the folder that belong to a head of another task are left out. The global random generator
+    is not used.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError, in one line, for a folder that holds no such model, or
+    a damaged or incomplete one: no weight is ever made up.
+    """
+    check_choice("dtype", dtype, get_args(DType))
+    path = local_folder("folder", folder)
+    config = _config(path)
+    task = _task(path, config, task)
+    files = weight_files(path, allow_pickle=allow_pickle)
+    stored = stored_dtype(files)
+    with quiet(), torch.random.fork_rng(devices=[]), one_line(f"the model in {path} cannot be loaded"):
+        model, report = _AUTO[task][0].from_pretrained(
+            path,
+            config=config,
+            dtype=stored if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=files[0].suffix == ".safetensors",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_complete(path, model, report)
+    return model.eval()
+
+
+def task_of(model: PreTrainedModel) -> Task:
+    """The task that the class of a model stands for, `...ForMaskedLM` for example; ValueError where it says none."""
+    name = type(model).__name__
+    if (task := _named(name)) is None:
+        raise ValueError(f"a {name} has none of the tasks {_choices()}: load the model with `load_model`.")
+    return task
+
+
+def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local Hugging Face folder, for this model.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError, in one line, for a folder without a tokenizer, a
+    damaged one, one that is made by code of its own, and one with more tokens than the model has embeddings.
+    """
+    path = local_folder("folder", folder)
+    _check_vocabulary(path)
+    with quiet(), one_line(f"the tokenizer in {path} cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=model.config, local_files_only=True, trust_remote_code=False
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model's input embedding {rows} rows: it is another "
+            f"model's tokenizer, or the embedding must grow with `model.resize_token_embeddings({len(tokenizer)})`."
+        )
+    return tokenizer
+
+
+def _config(path: Path) -> PretrainedConfig:
+    content = settings(path)
+    family = content.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        if "auto_map" in content:
+            raise ValueError(
+                f"the model in {path} is made by code of its own (`auto_map`), which is not run: "
+                "only the families that transformers itself has are read."
+            )
+        raise ValueError(
+            f"{path / 'config.json'} has the model type {family!r}, which transformers {transformers_version} does not "
+            "know: check `model_type`, or install a transformers that has it."
+        )
+    with quiet(), one_line(f"{path / 'config.json'} has settings that cannot be"):
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _task(path: Path, config: PretrainedConfig, given: Task | None) -> Task:
+    """The task, after all that can be said about it before weights are read."""
+    if given is not None:
+        check_choice("task", given, get_args(Task))
+    architecture = next(iter(config.architectures or ()), None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{path} holds a {architecture or config.model_type}, an encoder-decoder: from files there are {_choices()}; "
+            "make its batches in Python and score them with `fs.seq2seq_lm`."
+        )
+    named = _named(architecture or "")
+    if given is None and named is None:
+        raise ValueError(
+            f"{path} holds a {architecture or config.model_type}, which says no task: pass `task`, one of {_choices()}."
+        )
+    if given and named and given != named:
+        raise ValueError(f"`task` is {given!r}, and {path} holds a {architecture}: pass {named!r}, or another folder.")
+    task = given or named
+    assert task is not None
+    _check_task(path, config, task)
+    return task
+
+
+def _check_task(path: Path, config: PretrainedConfig, task: Task) -> None:
+    if type(config) not in _AUTO[task][1]:
+        raise ValueError(f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}.")
+    if task == "causal" and not getattr(config, "is_decoder", True):
+        raise ValueError(
+            f"the attention of the {config.model_type} model in {path} sees the tokens that a causal model predicts: "
+            "`is_decoder` is false in its config.json. Pass a decoder, or the task 'masked'."
+        )
+    if task == "classification" and (
+        config.num_labels < 2 or config.problem_type not in (None, "single_label_classification")
+    ):
+        raise ValueError(
+            f"the classifier in {path} must choose one of two or more classes, it has {config.num_labels} "
+            f"(problem_type {config.problem_type!r}): score it in Python with `fs.custom`."
+        )
+
+
+def _named(architecture: str) -> Task | None:
+    return next((task for ending, task in _BY_CLASS if architecture.endswith(ending)), None)
+
+
+def _choices() -> str:
+    return ", ".join(map(repr, get_args(Task)))
+
+
+def _check_complete(path: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Nothing was made up, and nothing that the settings leave out: transformers would only log it."""
+    name = type(model).__name__
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of a {name}, which would be random numbers: {_first(missing)}. "
+            "Pass a complete checkpoint of that kind."
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        shapes = [f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in mismatched]
+        raise ValueError(f"{path} has {len(shapes)} weights of another shape than its config.json says: {_first(shapes)}.")
+    wanted = {_pattern(key) for key in model.state_dict()}
+    if more := sorted(key for key in report["unexpected_keys"] if _pattern(key) in wanted):
+        raise ValueError(f"{path} has {len(more)} weights of layers that its config.json leaves out: {_first(more)}.")
+
+
+def _pattern(key: str) -> str:
+    """The name of a weight whatever the layer."""
+    return re.sub(r"\d+", "#", key)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Without these files transformers makes a tokenizer of one token for some families, and says nothing."""
+    present = {name for name in _VOCABULARY if (path / name).is_file()}
+    if not present:
+        raise FileNotFoundError(
+            f"{path} has no tokenizer: tokenizer.json or a vocabulary is looked for. Save the tokenizer there with "
+            "`save_pretrained`, or pass the folder that has it."
+        )
+    if present == {"vocab.json"} and not (path / "merges.txt").is_file():
+        raise FileNotFoundError(f"{path} has the vocab.json of a tokenizer without its merges.txt: copy that there too.")
+    if "tokenizer.json" in present:
+        json_object(path / "tokenizer.json")
+    file = path / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in json_object(file) and "tokenizer.json" not in present:
+        raise ValueError(f"the tokenizer in {path} is made by code of its own (`auto_map`), which is not run.")

@@ -1,0 +1,68 @@
+"""Other libraries at the door: their errors become one line of ours, their warnings and progress bars stay silent."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pickle import UnpicklingError
+from types import TracebackType
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging as hf_logging
+
+_UNREADABLE = (
+    SafetensorError, StrictDataclassError, UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError,
+    ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What parsers and constructors raise for files that are not theirs, or that say what cannot be."""
+
+
+class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
+    """Raises `ValueError("what (cause)")`, in one line, for what a library says about a file that it cannot read.
+
+    Programming errors of other kinds, an interrupt and a lack of memory pass. So does nothing that is of the bare class
+    `Exception`: the tokenizers library raises that one.
+
+    >>> with one_line("x.json is not JSON"):
+    ...     raise ValueError("line one\\nline two")
+    Traceback (most recent call last):
+    ValueError: x.json is not JSON (line one).
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if err is not None and (kind is Exception or isinstance(err, _UNREADABLE)):
+            raise ValueError(f"{self.what} ({first_line(err)}).") from err
+
+
+def first_line(err: BaseException) -> str:
+    """The first line of an error's message, shortened, without a full stop; the name of its class where it has none."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+    text = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+    return text.rstrip(".:")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log line, warning or progress bar of transformers inside; afterwards everything is as it was."""
+    level, hook = hf_logging.get_verbosity(), hf_logging.set_tqdm_hook(_disabled)
+    hf_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub)\b")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        hf_logging.set_tqdm_hook(hook)
+
+
+def _disabled(make: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    return make(*args, **{**settings, "disable": True})
