@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core import directions as module
+from funcscope.core.directions import norm, row_slices
+from funcscope.core.keys import BLOCK
 
 NORMALIZE = st.sampled_from(["filter", "layer", "global"])
 DISTRIBUTION = st.sampled_from(["normal", "rademacher"])
@@ -193,3 +195,35 @@ def test_where_nothing_may_move_there_is_no_direction():
 
     with pytest.raises(ValueError, match="leaves nothing to move"):
         fs.directions(fs.functional(Vectors()), key=fs.key(0), num=1, normalize="global", zero_vectors=True)
+
+
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+@pytest.mark.parametrize("part", [2**16, 100_000, 2**20])
+def test_a_leaf_made_in_parts_is_the_leaf_made_whole(normalize, part, monkeypatch):
+    """Rows of 96 end on a border of blocks every 2,048; rows of 1,001 never do before the leaf ends."""
+    model = seeded(0, lambda: nn.Sequential(nn.Embedding(3000, 96), nn.Linear(1001, 300), nn.Linear(2, 1)))
+    net = fs.functional(model)
+    (whole,) = fs.directions(net, key=fs.key(1), num=1, normalize=normalize)
+    wanted = {name: whole.leaf(name) for name in net.layout.names}
+    monkeypatch.setattr("funcscope.core.directions.PART", part)
+    (cut,) = fs.directions(net, key=fs.key(1), num=1, normalize=normalize)
+    for name in net.layout.names:
+        parts = list(cut.parts(name))
+        assert [p.rows.start for p in parts] == [0, *(p.rows.stop for p in parts[:-1])]
+        assert parts[-1].rows.stop == net.params[name].shape[0]
+        assert len(parts) == 1 or part < 2**20
+        assert_close(torch.cat([p.values for p in parts]), wanted[name], rtol=1e-6, atol=0)
+    assert_close(cut.dense(), whole.dense(), rtol=1e-6, atol=0)
+
+
+def test_parts_end_on_borders_of_blocks_where_they_can():
+    net = fs.functional(seeded(0, lambda: nn.Embedding(30_000, 96)))
+    slices = row_slices(net.layout.leaves[0])
+    assert len(slices) > 1 and all(rows.stop * 96 % BLOCK == 0 for rows in slices[:-1])
+    transposed = net.layout.leaves[0]._replace(filter_dim=1)
+    assert row_slices(transposed) == [slice(0, 30_000)]  # a column needs all rows
+
+
+def test_the_norm_of_all_parameters_is_exact_in_half_precision():
+    params = {"a": torch.full((3_000_000,), 1.0078125, dtype=torch.bfloat16), "b": torch.ones(5)}
+    assert norm(params) == pytest.approx((3_000_000 * 1.0078125**2 + 5) ** 0.5, rel=1e-6)

@@ -13,8 +13,10 @@ def rate(phi):
     return lambda a: jvp(phi, (a,), (torch.ones_like(a),))[1]
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
-def test_lazy_and_dense_agree_with_the_definition_under_every_transform(name):
+@pytest.mark.parametrize(("name", "part"), [(name, None) for name in CATALOGUE] + [("gpt2", 24), ("qwen2", 24), ("cnn", 24)])
+def test_lazy_and_dense_agree_with_the_definition_under_every_transform(name, part, monkeypatch):
+    if part is not None:  # leaves are made a row or two at a time
+        monkeypatch.setattr("funcscope.core.directions.PART", part)
     loss = loss_of(name)
     theta = loss.net.theta
     dirs = fs.directions(loss.net, key=fs.key(1), num=2)

@@ -234,6 +234,16 @@ def dot(x: Tensor, y: Tensor) -> float:
     return float(rows.cpu().double().sum()) + float(torch.dot(x[whole:], y[whole:]))
 
 
+def norm(params: Params) -> float:
+    """The Euclidean norm of all parameters together."""
+    total = 0.0
+    for value in params.values():
+        wide = torch.promote_types(value.dtype, torch.float32)
+        flat = value.detach().reshape(-1)
+        total += sum(dot(part.to(wide), part.to(wide)) for part in flat.split(PART))
+    return math.sqrt(total)
+
+
 def _never_zero(z: Tensor) -> Tensor:
     """A normal draw is an exact 0 once in 2^24; alone in its group, it needs a direction all the same."""
     return z if z.numel() > 1 or bool(z) else torch.ones_like(z)
@@ -259,8 +269,11 @@ def _scales(
     if normalize == "filter":
         targets = {}
         for leaf in layout.leaves:
-            norms = [_filter_norms(part, leaf.within_filter) for part in values(leaf)]
-            targets[leaf.name] = (norms[0] if len(norms) == 1 else torch.cat(norms)) * moved[leaf.name]
+            kept = tuple(1 if dim in leaf.within_filter else size for dim, size in enumerate(leaf.shape))
+            norms = torch.empty(kept, dtype=dtype, device=device)  # first: kept between the parts it would scatter them
+            for rows, part in zip(row_slices(leaf), values(leaf), strict=True):
+                norms[rows if 0 not in leaf.within_filter and kept else ...] = _filter_norms(part, leaf.within_filter)
+            targets[leaf.name] = norms * moved[leaf.name]
         total = sum(float(norms.cpu().double().square().sum()) for norms in targets.values())
     else:
         whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")
@@ -274,7 +287,7 @@ def _scales(
         raise ValueError("`zero_vectors` leaves nothing to move: every parameter is a vector.")
     if total == 0:
         raise ValueError(f"every parameter is 0, so `normalize={normalize!r}` leaves no direction; use 'global'.")
-    norm = math.sqrt(total)
+    size = math.sqrt(total)
     if unit_norm:
-        targets = {name: target / norm for name, target in targets.items()}
-    return Scales(layout, distribution, targets, groups, 1.0 if unit_norm else norm, dtype, device)
+        targets = {name: target / size for name, target in targets.items()}
+    return Scales(layout, distribution, targets, groups, 1.0 if unit_norm else size, dtype, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -82,6 +83,12 @@ class Functional:
         args, kwargs = _arguments(self.prepare(inputs))
         with _kernel(self.attention), _Substitute(self, leaf):
             return self._output(self._skeleton(*args, **kwargs))
+
+    def in_dtype(self, dtype: torch.dtype) -> Functional:
+        """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
+        skeleton = make_skeleton(self._skeleton, self.attention, dtype)
+        layout = Layout(tuple(leaf._replace(dtype=dtype) for leaf in self.layout.leaves))
+        return replace(self, layout=layout, buffers=dict(skeleton.named_buffers()), _skeleton=skeleton)
 
     def prepare(self, inputs: Inputs) -> Inputs:
         """The inputs as the transforms need them: a Hugging Face model's attention mask made float and 4-D.
@@ -265,6 +272,8 @@ class _Substitute(TorchFunctionMode):
             if not isinstance(out, Tensor):
                 return out
         func, args = self.replaced(func), self.swap(args, self.value)
+        if func is F.embedding:  # `vmap` over weights copies them all to look up a few rows; indexing does not
+            return args[1][args[0]]
         return func(*args, **{key: self.swap(x, self.value) for key, x in kwargs.items()}) if kwargs else func(*args)
 
 

@@ -187,7 +187,7 @@ def compare_directional(
 
     For `loss_std`, `landscape_roughness` and `curvature_std`, which are no means over directions, the standard error of
     the difference is a paired jackknife: direction i is left out of both. Its t interval is approximate, and there is no
-    test. Errors of r and $d_z$ are jackknives over pairs.
+    test. Errors of r and $d_z$ are jackknives over pairs; that of r is 0, and says nothing, where all signs are equal.
 
     What it does not say. An interval over directions is about other directions of the same two models on the same
     batches: it says nothing about other data or other training seeds. Several quantities are tested, and the p values
@@ -238,7 +238,7 @@ def compare_directional(
     )
 
 
-def _check(first: DirectionalLosses, second: DirectionalLosses, names: tuple[str, str], level: float) -> None:
+def _check(first: DirectionalLosses, second: DirectionalLosses, names, level) -> None:
     settings = _settings(second)
     for name, one in _settings(first).items():
         other = settings[name]
@@ -281,7 +281,7 @@ def _columns(result: DirectionalLosses) -> dict[str, Tensor]:
     return {name: samples for name, samples in found.items() if samples is not None}
 
 
-def _of_means(x: Samples, y: Samples, level: float) -> Difference:
+def _of_means(x: Tensor, y: Tensor, level: float) -> Difference:
     x, y, num_lost = _both_finite(x, y)
     d = y - x
     difference = statistics.mean(d)
@@ -292,7 +292,7 @@ def _of_means(x: Samples, y: Samples, level: float) -> Difference:
 
 
 def _of_spreads(
-    x: Samples, y: Samples, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
+    x: Tensor, y: Tensor, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
 ) -> Difference:
     x, y, num_lost = _both_finite(x, y)
     first, second = estimate(x), estimate(y)
@@ -309,7 +309,7 @@ _SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] 
 )
 
 
-def _both_finite(x: Samples, y: Samples) -> tuple[Samples, Samples, int]:
+def _both_finite(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     both = x.isfinite() & y.isfinite()
     return x[both], y[both], int((~both).sum())
 

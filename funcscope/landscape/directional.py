@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
-from ..core.directions import Direction, Normalize, directions, dot
+from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
-from ..core.layout import Params
 from ..core.objective import Loss, Theta
 from .along import Wanted, sampled
+from .precision import is_half, loss_error, realised, warn_if_swallowed
 from .samples import DirectionalLosses, Plan
 
 CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
 LAZY_FROM = 2**22
 """Models of at least this many parameters are perturbed leaf by leaf, when the objective has one batch."""
+GRADIENT_UP_TO = 2**28
+"""Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
 
 
 def directional_losses(
@@ -66,7 +70,8 @@ def directional_losses(
     global_renorm: make $\|d\| = 1$ after filter normalisation. This changes the unit of h and nothing else: one scalar
     keeps every ratio between filters (the document says that it destroys them).
     two_sided: also $L^-$. compute_gradient: slopes, exact: by one gradient and a dot product per direction, or by one
-    `jvp` per direction (`slope`; "auto" takes the gradient for two directions or more, where it is cheaper).
+    `jvp` per direction (`slope`; "auto" takes the gradient for two directions or more, where it is cheaper, up to 2^28
+    parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
     compute_curvature: from the two-sided difference, or `exact`, by `jvp` of `jvp` (some 10 forwards a direction).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
     the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch.
@@ -80,7 +85,9 @@ def directional_losses(
     Raises ValueError for a span that is not positive, fewer than one sample, curvature by difference without
     `two_sided`, shapes and devices that do not fit, and where the loss at theta is not finite or not the same twice.
     Warns where half precision swallows part of the step (below 0.01 of ||theta||), and for `global_renorm` with `filter` or
-    `layer`, with the numbers.
+    `layer`, with the numbers. Half precision: the step that is realised is measured on the first direction (`realised`),
+    rounding enters `curvature_noise_floor`, and `precision_note` says where it may decide the sign of a curvature;
+    `functional(model, dtype=torch.float32)` computes exactly at the stored weights, at the memory of one leaf more.
 
     Li, Xu, Taylor, Studer, Goldstein (2018), Visualizing the loss landscape of neural nets.
 
@@ -93,12 +100,86 @@ def directional_losses(
     >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
+    return prepare(
+        loss,
+        theta,
+        key=key,
+        n_samples=n_samples,
+        span=span,
+        normalize=normalize,
+        distribution=distribution,
+        relative_span=relative_span,
+        global_renorm=global_renorm,
+        two_sided=two_sided,
+        compute_gradient=compute_gradient,
+        compute_curvature=compute_curvature,
+        curvature=curvature,
+        slope=slope,
+        chunk=chunk,
+        lazy=lazy,
+    ).run()
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """One call of `directional_losses`, checked and ready: to be evaluated in one go, or row by row by who watches.
+
+    `rows(first)` are the columns of direction `first` and on, chunk by chunk; `result(rows)` is what they amount to.
+    """
+
+    loss: Loss
+    theta: Theta
+    dirs: tuple[Direction, ...]
+    wanted: Wanted
+    plan: Plan
+    settings: dict[str, Any]
+    """The fields of the result that are known beforehand."""
+
+    def run(self) -> DirectionalLosses:
+        return self.result(list(self.rows()))
+
+    def rows(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Columns of losses, slopes and curvatures on the CPU in float64: one dict per chunk of directions."""
+        with torch.no_grad():
+            for row in sampled(self.loss, self.theta, self.dirs[first:], self.wanted, self.plan):
+                yield {name: values.cpu().double() for name, values in row.items()}
+
+    def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
+        column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return DirectionalLosses(
+            losses=column["losses"],
+            losses_negative=column.get("losses_negative"),
+            slopes=column.get("slopes"),
+            exact_curvatures=column.get("curvatures"),
+            **self.settings,
+        )
+
+
+def prepare(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Any,
+    n_samples: int,
+    span: float,
+    normalize: Any,
+    distribution: Any,
+    relative_span: bool,
+    global_renorm: bool,
+    two_sided: bool,
+    compute_gradient: bool,
+    compute_curvature: bool,
+    curvature: str,
+    slope: str,
+    chunk: int | None,
+    lazy: bool | None,
+) -> Sampling:
+    """Everything of `directional_losses` that comes before the first sample: checks, directions, plan, baseline."""
     check_key(key)
     check_choice("normalize", normalize, get_args(Normalize))
     check_choice("distribution", distribution, get_args(Distribution))
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
-    plan = _plan(loss, chunk, lazy)
-    base = loss.params(theta)
+    plan, base = _plan(loss, chunk, lazy), loss.params(theta)
     dirs = directions(
         loss.net,
         key=key,
@@ -108,44 +189,48 @@ def directional_losses(
         unit_norm=global_renorm and normalize != "global",
         base=base,
     )
-    param_norm = _norm(base)
+    param_norm = norm(base)
     step = span * param_norm / dirs[0].norm if relative_span else float(span)
     if step == 0:
         raise ValueError("`relative_span` is a share of ||theta||, which is 0 here: leave it out.")
     if global_renorm and normalize != "global":
         _warn_renorm(normalize, span, step, param_norm)
-    _warn_half_precision(loss, base, dirs[0], step, span, param_norm)
-    method: Literal["gradient", "jvp"] = "jvp" if slope == "jvp" or (slope == "auto" and n_samples == 1) else "gradient"
     exact = compute_curvature and curvature == "exact"
-    wanted = Wanted(step, two_sided, method if compute_gradient else None, exact)
+    wanted = Wanted(step, two_sided, _slope(loss, plan, slope, n_samples) if compute_gradient else None, exact)
     with torch.no_grad():
-        baseline = _baseline(loss, theta)
-        rows = list(sampled(loss, theta, dirs, wanted, plan))
-    column = {name: torch.cat([row[name] for row in rows]).cpu().double() for name in rows[0]}
-    return DirectionalLosses(
-        baseline_loss=baseline,
-        losses=column["losses"],
-        losses_negative=column.get("losses_negative"),
-        slopes=column.get("slopes"),
-        exact_curvatures=column.get("curvatures"),
-        direction_norms=torch.tensor([direction.norm for direction in dirs], dtype=torch.float64),
-        param_norm=param_norm,
-        span=span,
-        actual_span=step,
-        normalize=normalize,
-        distribution=distribution,
-        relative_span=relative_span,
-        global_renorm=global_renorm,
-        compute_curvature=compute_curvature,
-        unit_roundoff=_roundoff(loss),
-        homogeneous_dtype=len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
-        key=key,
-        plan=plan,
-        num_forwards=2 + n_samples * (1 + two_sided),
-        num_gradients=int(wanted.slope == "gradient"),
-        num_jvps=n_samples * (wanted.slope == "jvp"),
-        num_second_jvps=n_samples * exact,
-    )
+        baseline = _baseline(loss, theta, plan)
+        off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
+        found = realised(loss.layout, base, dirs[0], step, off)
+    warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
+    settings = {
+        "baseline_loss": baseline,
+        "direction_norms": torch.tensor([direction.norm for direction in dirs], dtype=torch.float64),
+        "param_norm": param_norm,
+        "span": span,
+        "actual_span": step,
+        "normalize": normalize,
+        "distribution": distribution,
+        "relative_span": relative_span,
+        "global_renorm": global_renorm,
+        "compute_curvature": compute_curvature,
+        "unit_roundoff": _roundoff(loss),
+        "homogeneous_dtype": len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
+        "realised": found,
+        "key": key,
+        "plan": plan,
+        "num_forwards": 2 + n_samples * (1 + two_sided) + 2 * math.isfinite(off),
+        "num_gradients": int(wanted.slope == "gradient"),
+        "num_jvps": n_samples * (wanted.slope == "jvp"),
+        "num_second_jvps": n_samples * exact,
+    }
+    return Sampling(loss, theta, dirs, wanted, plan, settings)
+
+
+def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradient", "jvp"]:
+    """One gradient serves all directions, but it is another set of weights."""
+    if slope == "auto":
+        return "jvp" if n_samples == 1 or (plan.lazy and loss.layout.num > GRADIENT_UP_TO) else "gradient"
+    return "jvp" if slope == "jvp" else "gradient"
 
 
 def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk) -> None:
@@ -180,8 +265,10 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
 
 
-def _baseline(loss: Loss, theta: Theta) -> float:
-    value, again = float(loss(theta)), float(loss(theta))
+def _baseline(loss: Loss, theta: Theta, plan: Plan) -> float:
+    params = loss.params(theta)
+    at = partial(loss.at_leaves, lambda name, _: params[name]) if plan.lazy else partial(loss, theta)
+    value, again = float(at()), float(at())
     if not math.isfinite(value):
         raise ValueError(
             f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
@@ -195,10 +282,6 @@ def _baseline(loss: Loss, theta: Theta) -> float:
     return value
 
 
-def _norm(params: Params) -> float:
-    return math.sqrt(sum(dot(p.detach(), p.detach()) for p in params.values()))
-
-
 def _roundoff(loss: Loss) -> float:
     """Half the spacing of the coarsest dtype among the parameters: the relative error of one rounding."""
     return max(torch.finfo(leaf.dtype).eps for leaf in loss.layout.leaves) / 2
@@ -209,29 +292,5 @@ def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) ->
         f"`global_renorm` after {normalize!r} normalisation divides every direction by ||theta|| = {param_norm:.4g} and "
         f"changes nothing else: the displacement is {step:.4g} instead of {span * param_norm:.4g}, "
         f"a relative step of {step / param_norm:.2e}. Leave it out, or use `relative_span=True`.",
-        stacklevel=3,
-    )
-
-
-def _warn_half_precision(
-    loss: Loss, base: Params, direction: Direction, step: float, span: float, param_norm: float
-) -> None:
-    """Small steps in bf16 and fp16, with the share of weights that does not move at all."""
-    half = {leaf.name for leaf in loss.layout.leaves if leaf.dtype in (torch.bfloat16, torch.float16)}
-    if not half or step * direction.norm >= 0.01 * param_norm:
-        return
-    unmoved = total = 0
-    wished = error = 0.0
-    for name in half:
-        part = direction.leaf(name) * step
-        before = base[name].to(loss.layout.by_name[name].dtype)
-        after = (base[name] + part).to(before.dtype)
-        unmoved, total = unmoved + int((after == before).sum()), total + part.numel()
-        wished += float(part.double().square().sum())
-        error += float((after.double() - before.double() - part.double()).square().sum())
-    warnings.warn(
-        f"span {span:g} in half precision: {unmoved / total:.0%} of the weights do not move at all, and the realised step "
-        f"differs from the intended one by {math.sqrt(error / wished):.0%} of its length. "
-        "Use a larger span, a float32 model, or `compute_gradient` and `curvature='exact'`, which take no step.",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.estimate import Estimate
 from ..core.keys import Key
 from . import statistics
+from .precision import Realised
 
 LOW_CORRELATION = 0.3
 """Below this the result carries a note on why slopes do not predict loss changes."""
@@ -54,6 +55,8 @@ class DirectionalLosses:
     compute_curvature: bool
     unit_roundoff: float
     homogeneous_dtype: bool
+    realised: Realised | None
+    """What rounding to half precision makes of the step, measured on the first direction; None in full precision."""
     key: Key
     plan: Plan
     num_forwards: int
@@ -96,12 +99,38 @@ class DirectionalLosses:
 
     @property
     def curvature_noise_floor(self) -> float:
-        """How much rounding alone can move a difference curvature; see `rounding_bound`. 0 for exact ones."""
+        r"""How much rounding alone can move a difference curvature; 0 for exact ones. An order of magnitude.
+
+        In full precision `rounding_bound`. In half precision it is measured: $\sqrt6\,\epsilon / h^2$ for an error
+        $\epsilon$ of each loss (`realised.loss_error`), and rms(s) a / h for two steps that are not quite opposite, which
+        let the slope s in (a is `realised.asymmetry`, s the two-sided slopes).
+        """
         if self.exact_curvatures is not None:
             return 0.0
+        if self.realised is not None and self.losses_negative is not None and math.isfinite(self.realised.loss_error):
+            h = self.actual_span
+            slopes = _finite(self.losses - self.losses_negative) / (2 * h)
+            steps = float(slopes.square().mean().sqrt()) * self.realised.asymmetry / h
+            return math.sqrt(6) * self.realised.loss_error / h**2 + steps
         sides = [self.losses] if self.losses_negative is None else [self.losses, self.losses_negative]
         level = max(abs(self.baseline_loss), *(abs(x) for side in sides for x in _finite(side).tolist()), 0.0)
         return rounding_bound(level, self.actual_span, self.unit_roundoff)
+
+    @property
+    def n_curvatures_undecided(self) -> int:
+        """Directions whose curvature has a sign that rounding may have decided: |c| below the noise floor."""
+        return 0 if self.curvatures is None else int((_finite(self.curvatures).abs() < self.curvature_noise_floor).sum())
+
+    @property
+    def precision_note(self) -> str | None:
+        """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
+        if not (few := self.n_curvatures_undecided) or self.curvatures is None:
+            return None
+        return (
+            f"rounding may decide the sign of {few} of {len(self.curvatures)} curvatures: it moves each by about "
+            f"{self.curvature_noise_floor:.2g}. Take a larger span, `curvature='exact'`, or compute in a wider dtype "
+            f"(`functional(model, dtype={'torch.float32' if self.realised else 'torch.float64'})`)."
+        )
 
     @property
     def displacement(self) -> float:
@@ -168,6 +197,10 @@ class DirectionalLosses:
             values["n_samples_for_corr"] = self.n_samples_for_corr
         if self.compute_curvature:
             values["curvature_noise_floor"] = self.curvature_noise_floor
+            values["n_curvatures_undecided"] = self.n_curvatures_undecided
+            values["precision_note"] = self.precision_note
+        if self.realised is not None:
+            values |= {f"realised_{name}": value for name, value in self.realised._asdict().items()}
         return values | self._settings() | self._arrays()
 
     def _settings(self) -> dict[str, Any]:
@@ -217,10 +250,18 @@ class DirectionalLosses:
         )
         lost = self.n_nonfinite_pos + self.n_nonfinite_neg
         tail = [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"] if lost else []
-        tail += [textwrap.fill(self.note, 100)] if self.note else []
+        tail += [self._rounded()] if self.realised else []
+        tail += [textwrap.fill(note, 100) for note in (self.note, self.precision_note) if note]
         return "\n".join([head, tabulate(rows, headers=("", "value", "stderr"), disable_numparse=True), *tail])
 
     __repr__ = __str__
+
+    def _rounded(self) -> str:
+        assert self.realised is not None
+        return (
+            f"half precision: asked to move by {self.displacement:.4g}, moves by {self.realised.displacement:.4g} "
+            f"(error {self.realised.error:.1%} of the step, {self.realised.unmoved:.1%} of the weights do not move)"
+        )
 
 
 def central_second_difference(

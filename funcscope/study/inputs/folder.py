@@ -21,19 +21,20 @@ from transformers.utils import (
 from .quiet import one_line
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CONSTANT = "rotary_emb.inv_freq"  # float32 in old checkpoints of any dtype, and read from none
 
 
-def local_folder(name: str, folder: str | Path) -> Path:
+def local_folder(folder: str | Path) -> Path:
     """The folder as a path. Raises NotADirectoryError for a file, FileNotFoundError where there is nothing."""
     path = Path(folder)
     if path.is_dir():
         return path
     if path.exists():
         raise NotADirectoryError(
-            f"`{name}` must be a local Hugging Face folder, and {str(folder)!r} is a file: pass the folder that holds it."
+            f"`folder` must be a local Hugging Face folder, and {str(folder)!r} is a file: pass the folder that holds it."
         )
     raise FileNotFoundError(
-        f"`{name}` must be a local Hugging Face folder, and there is no {str(folder)!r}: only local folders are read, "
+        f"`folder` must be a local Hugging Face folder, and there is no {str(folder)!r}: only local folders are read, "
         "names on the hub and names with `..` are not resolved. Download the model first and pass the path of its folder."
     )
 
@@ -96,7 +97,9 @@ def _shards(index: Path, suffix: str) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(suffix):
             raise ValueError(f"{index} names the shard {name!r}: shards are {suffix} files in the folder of the index.")
         if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index} names the shard {name!r}, which is not there: the checkpoint is incomplete.")
+            raise FileNotFoundError(
+                f"{index} names the shard {name!r}, which is not there: the checkpoint is incomplete."
+            )
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
@@ -110,7 +113,9 @@ def stored_dtype(files: list[Path]) -> torch.dtype:
         with one_line(f"{file} is damaged or cut short: copy or download it again"):
             stored = set(_safe_dtypes(file) if file.suffix == ".safetensors" else _pickle_dtypes(file))
         if quantised := sorted(str(dtype) for dtype in stored if isinstance(dtype, str)):
-            raise ValueError(f"{file} holds weights in {quantised[0]}, which have no derivatives: pass unquantised ones.")
+            raise ValueError(
+                f"{file} holds weights in {quantised[0]}, which have no derivatives: pass unquantised ones."
+            )
         found |= {dtype for dtype in stored if isinstance(dtype, torch.dtype)}
     if not found:
         raise ValueError(f"{files[0]} holds no floating-point weights: it is no checkpoint of a model.")
@@ -118,15 +123,15 @@ def stored_dtype(files: list[Path]) -> torch.dtype:
 
 
 def _safe_dtypes(file: Path) -> Iterator[torch.dtype | str]:
-    """The floating dtypes of a file; the name of one that is not known here."""
+    """The floating dtypes in a file; as a string where it is one that no model computes in."""
     with safe_open(file, framework="pt") as content:
         for name in content.offset_keys():
             stored = content.get_slice(name).get_dtype()
-            if not name.endswith("inv_freq") and stored.startswith(("F", "BF")):  # a constant, float32 in any checkpoint
+            if stored.startswith(("F", "BF")) and not name.endswith(_CONSTANT):
                 yield _DTYPES.get(stored, stored)
 
 
 def _pickle_dtypes(file: Path) -> Iterator[torch.dtype | str]:
     for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
-        if tensor.is_floating_point() and not name.endswith("inv_freq"):
+        if tensor.is_floating_point() and not name.endswith(_CONSTANT):
             yield tensor.dtype if tensor.dtype in _DTYPES.values() else str(tensor.dtype)

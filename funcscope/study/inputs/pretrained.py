@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +26,7 @@ from transformers import __version__ as transformers_version
 from ...core.checks import check_choice
 from .folder import json_object, local_folder, settings, stored_dtype, weight_files
 from .quiet import one_line, quiet
+from .tokens import embedding_rows
 
 Task = Literal["causal", "masked", "classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -65,7 +66,9 @@ def load_model(
     a damaged or incomplete one: no weight is ever made up.
     """
     check_choice("dtype", dtype, get_args(DType))
-    path = local_folder("folder", folder)
+    if task is not None:
+        check_choice("task", task, get_args(Task))
+    path = local_folder(folder)
     config = _config(path)
     task = _task(path, config, task)
     files = weight_files(path, allow_pickle=allow_pickle)
@@ -99,13 +102,13 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
     Raises FileNotFoundError, NotADirectoryError or ValueError, in one line, for a folder without a tokenizer, a
     damaged one, one that is made by code of its own, and one with more tokens than the model has embeddings.
     """
-    path = local_folder("folder", folder)
+    path = local_folder(folder)
     _check_vocabulary(path)
     with quiet(), one_line(f"the tokenizer in {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             path, config=model.config, local_files_only=True, trust_remote_code=False
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model's input embedding {rows} rows: it is another "
@@ -114,7 +117,7 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
     return tokenizer
 
 
-def _config(path: Path) -> PretrainedConfig:
+def _config(path: Path) -> PreTrainedConfig:
     content = settings(path)
     family = content.get("model_type")
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
@@ -131,10 +134,8 @@ def _config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def _task(path: Path, config: PretrainedConfig, given: Task | None) -> Task:
+def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
     """The task, after all that can be said about it before weights are read."""
-    if given is not None:
-        check_choice("task", given, get_args(Task))
     architecture = next(iter(config.architectures or ()), None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -142,19 +143,17 @@ def _task(path: Path, config: PretrainedConfig, given: Task | None) -> Task:
             "make its batches in Python and score them with `fs.seq2seq_lm`."
         )
     named = _named(architecture or "")
-    if given is None and named is None:
+    if (task := given or named) is None:
         raise ValueError(
             f"{path} holds a {architecture or config.model_type}, which says no task: pass `task`, one of {_choices()}."
         )
     if given and named and given != named:
         raise ValueError(f"`task` is {given!r}, and {path} holds a {architecture}: pass {named!r}, or another folder.")
-    task = given or named
-    assert task is not None
     _check_task(path, config, task)
     return task
 
 
-def _check_task(path: Path, config: PretrainedConfig, task: Task) -> None:
+def _check_task(path: Path, config: PreTrainedConfig, task: Task) -> None:
     if type(config) not in _AUTO[task][1]:
         raise ValueError(f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}.")
     if task == "causal" and not getattr(config, "is_decoder", True):
@@ -189,7 +188,9 @@ def _check_complete(path: Path, model: PreTrainedModel, report: dict[str, Any]) 
         )
     if mismatched := sorted(report["mismatched_keys"]):
         shapes = [f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in mismatched]
-        raise ValueError(f"{path} has {len(shapes)} weights of another shape than its config.json says: {_first(shapes)}.")
+        raise ValueError(
+            f"{path} has {len(shapes)} weights of another shape than its config.json says: {_first(shapes)}."
+        )
     wanted = {_pattern(key) for key in model.state_dict()}
     if more := sorted(key for key in report["unexpected_keys"] if _pattern(key) in wanted):
         raise ValueError(f"{path} has {len(more)} weights of layers that its config.json leaves out: {_first(more)}.")
@@ -213,7 +214,9 @@ def _check_vocabulary(path: Path) -> None:
             "`save_pretrained`, or pass the folder that has it."
         )
     if present == {"vocab.json"} and not (path / "merges.txt").is_file():
-        raise FileNotFoundError(f"{path} has the vocab.json of a tokenizer without its merges.txt: copy that there too.")
+        raise FileNotFoundError(
+            f"{path} has the vocab.json of a tokenizer without its merges.txt: copy that there too."
+        )
     if "tokenizer.json" in present:
         json_object(path / "tokenizer.json")
     file = path / "tokenizer_config.json"

@@ -24,8 +24,8 @@ _UNREADABLE = (
 class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
     """Raises `ValueError("what (cause)")`, in one line, for what a library says about a file that it cannot read.
 
-    Programming errors of other kinds, an interrupt and a lack of memory pass. So does nothing that is of the bare class
-    `Exception`: the tokenizers library raises that one.
+    That includes errors of the bare class `Exception`, which the tokenizers library raises; an interrupt and a lack of
+    memory pass.
 
     >>> with one_line("x.json is not JSON"):
     ...     raise ValueError("line one\\nline two")

@@ -1,0 +1,104 @@
+"""What half precision makes of a step and of a loss: how far the parameters really move, how far the loss is off."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ..core.directions import Direction
+from ..core.layout import Layout, Params
+from ..core.objective import Loss
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Realised(NamedTuple):
+    """The steps +h d and -h d after rounding to the dtypes of the parameters; measured on one direction."""
+
+    displacement: float
+    r"""$\|[\theta + h d] - \theta\|$, where [.] rounds."""
+    error: float
+    r"""$\|[\theta + h d] - \theta - h d\| / \|h d\|$."""
+    asymmetry: float
+    r"""$\|[\theta + h d] + [\theta - h d] - 2 \theta\| / \|h d\|$: 0 where the two steps are opposite."""
+    unmoved: float
+    """Share of the parameters that do not move at all."""
+    loss_error: float
+    """How far rounding inside the model moves the loss at theta, against the same weights in float32; nan: not measured."""
+
+
+def realised(
+    layout: Layout, base: Params, direction: Direction, step: float, loss_error: float = math.nan
+) -> Realised | None:
+    """How the parameters move when they are asked to move by `step` along `direction`; None in full precision.
+
+    >>> from funcscope.core import directions, keys, model
+    >>> net = model.functional(torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16))
+    >>> d, = directions.directions(net, key=keys.key(0), num=1)
+    >>> realised(net.layout, net.params, d, 0.1).error < 0.05 < realised(net.layout, net.params, d, 1e-4).error
+    True
+    """
+    if not is_half(layout):
+        return None
+    moved = wished = error = asymmetry = 0.0
+    still = 0
+    for leaf in layout.leaves:
+        for rows, values in direction.parts(leaf.name):
+            asked = values * step
+            at = base[leaf.name][rows] if leaf.shape else base[leaf.name]
+            before = at.to(leaf.dtype).to(asked.dtype)
+            plus, minus = ((at + sign * asked).to(leaf.dtype).to(asked.dtype) - before for sign in (1, -1))
+            moved += _square(plus)
+            wished += _square(asked)
+            error += _square(plus - asked)
+            asymmetry += _square(plus + minus)
+            still += int((plus == 0).sum())
+    if wished == 0:
+        return None
+    roots = (math.sqrt(moved), math.sqrt(error / wished), math.sqrt(asymmetry / wished))
+    return Realised(*roots, unmoved=still / layout.num, loss_error=loss_error)
+
+
+def loss_error(loss: Loss, base: Params) -> float:
+    r"""The larger of $|\bar\delta|$ and rms(delta) / sqrt(n) over scored tokens, delta the rounding error of a token's loss.
+
+    The first is the error of the loss itself, which may be small by chance; the second what independent errors of that
+    size leave of it.
+    """
+    wide = loss.net.in_dtype(torch.float32)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for inputs, targets in loss.batches:
+        half, weight = loss.criterion.token_loss(loss.net.apply_leaves(lambda name, _: base[name], inputs), targets)
+        full, _ = loss.criterion.token_loss(wide.apply_leaves(lambda name, _: base[name], _widened(inputs)), targets)
+        delta = torch.where(weight != 0, (half.float() - full.float()) * weight, 0.0).cpu().double()
+        sums += torch.stack([delta.sum(), delta.square().sum(), weight.cpu().double().sum()])
+    total, squares, weights = sums.tolist()
+    return max(abs(total), math.sqrt(squares)) / weights
+
+
+def is_half(layout: Layout) -> bool:
+    return any(leaf.dtype in HALF for leaf in layout.leaves)
+
+
+def warn_if_swallowed(found: Realised | None, span: float, relative_step: float) -> None:
+    """Steps below 0.01 of ||theta|| are lost in half precision: by how much, and what to do."""
+    if found is None or relative_step >= 0.01:
+        return
+    warnings.warn(
+        f"span {span:g} in half precision: {found.unmoved:.0%} of the weights do not move at all, and the realised step "
+        f"differs from the intended one by {found.error:.0%} of its length. Use a larger span, "
+        "`dtype=torch.float32` in `functional`, or `compute_gradient` and `curvature='exact'`, which take no step.",
+        stacklevel=4,
+    )
+
+
+def _widened(inputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
+
+
+def _square(x: torch.Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64 if x.device.type != "mps" else None))

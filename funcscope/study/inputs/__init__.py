@@ -1,0 +1,18 @@
+"""From files to batches: a local Hugging Face folder becomes a model and a tokenizer, a file of texts becomes `Data`."""
+
+from .batches import Data, make_batches
+from .pretrained import DType, Task, load_model, load_tokenizer, task_of
+from .text import Example, Unit, read_texts
+
+__all__ = [
+    "DType",
+    "Data",
+    "Example",
+    "Task",
+    "Unit",
+    "load_model",
+    "load_tokenizer",
+    "make_batches",
+    "read_texts",
+    "task_of",
+]

@@ -1,0 +1,168 @@
+"""Texts from files, one at a time: plain text, JSON lines and parquet, each with the place that it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from ...core.checks import check_choice
+from .quiet import first_line
+
+Unit = Literal["line", "paragraph", "document"]
+
+_ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_ERRORS = (OSError, ValueError, RuntimeError)  # pyarrow's own are kinds of these
+_ROWS = 64
+"""Rows of a parquet file that are held at once."""
+
+
+class Example(NamedTuple):
+    """A text, its label where there is one (a class index or name), and where it was found, for messages."""
+
+    text: str
+    label: int | str | None = None
+    where: str = ""
+
+
+def read_texts(
+    path: str | Path, *, field: str = "text", label_field: str | None = None, unit: Unit = "paragraph"
+) -> Iterator[Example]:
+    """The texts of a file, in its order, read as they are asked for.
+
+    `.txt`: UTF-8, cut by `unit`: its lines, its paragraphs (between blank lines) or the whole document; no text is blank.
+    `.jsonl`, `.ndjson`: one JSON object per line, the text in `field`, the label in `label_field`; blank lines are skipped.
+    `.parquet`: one text per row, with the columns `field` and `label_field`; needs pyarrow.
+
+    Raises, in one line: FileNotFoundError, IsADirectoryError, ValueError for another ending and for `label_field` with a
+    `.txt`, ImportError for a missing pyarrow, at once; ValueError, with file and line or row, for whatever in the file is
+    not as described above, when it is reached; and ValueError at the end of a file without any text.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "a.jsonl"
+    ...     _ = path.write_text('{"text": "one", "y": 1}')
+    ...     list(read_texts(path, label_field="y"))
+    [Example(text='one', label=1, where='line 1')]
+    """
+    check_choice("unit", unit, get_args(Unit))
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"`path` must be a file of texts, and {str(path)!r} is a folder: pass one of its files."
+        )
+    if not file.exists():
+        raise FileNotFoundError(f"`path` must be a file of texts, and there is no {str(path)!r}.")
+    ending = file.suffix.lower()
+    if ending not in _ENDINGS:
+        raise ValueError(f"`path` must end in {', '.join(_ENDINGS)}, got {file.name!r}: no other format is read.")
+    if ending == ".txt":
+        if label_field is not None:
+            raise ValueError(
+                f"`label_field` is {label_field!r}, and {file} is plain text without labels: use `.jsonl`."
+            )
+        return _some(file, _units(file, unit))
+    rows = _parquet(file, field, label_field) if ending == ".parquet" else _objects(file)
+    return _some(file, (_example(file, row, where, field, label_field) for where, row in rows))
+
+
+def _some(file: Path, examples: Iterable[Example]) -> Iterator[Example]:
+    found = False
+    for example in examples:
+        found = True
+        yield example
+    if not found:
+        raise ValueError(f"{file} is empty: there is no text in it.")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and content of each line, without its end. Read as bytes: a decoder's buffer would not know the line."""
+    with file.open("rb") as content:
+        for number, line in enumerate(content, start=1):
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as err:
+                raise ValueError(f"{file}, line {number}: not UTF-8 ({err.reason}); save the file as UTF-8.") from err
+
+
+def _units(file: Path, unit: Unit) -> Iterator[Example]:
+    if unit == "line":
+        yield from (Example(line, None, f"line {number}") for number, line in _lines(file) if line.strip())
+    elif unit == "paragraph":
+        for blank, group in groupby(_lines(file), key=lambda numbered: not numbered[1].strip()):
+            if not blank:
+                numbers, lines = zip(*group, strict=True)
+                yield Example("\n".join(lines), None, f"line {numbers[0]}")
+    else:
+        text = "\n".join(line for _, line in _lines(file))
+        if text.strip():
+            yield Example(text, None, "the document")
+
+
+def _objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise ValueError(f"{file}, line {number}: not JSON ({first_line(err)}).") from err
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}, line {number}: must be a JSON object, got a {type(value).__name__}.")
+        yield f"line {number}", value
+
+
+def _parquet(file: Path, *fields: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The named columns, row by row. The file is opened at once, its rows are read as they are asked for."""
+    try:
+        import pyarrow.parquet as pq  # type: ignore[import]
+    except ImportError as err:
+        raise ImportError(f"{file} needs pyarrow: install it with `pip install 'funcscope[parquet]'`.") from err
+    columns = [name for name in fields if name is not None]
+    try:
+        content = pq.ParquetFile(file, pre_buffer=False)
+    except _PARQUET_ERRORS as err:
+        raise ValueError(f"{file} is damaged or no parquet file ({first_line(err)}).") from err
+    for name in columns:
+        if name not in content.schema_arrow.names:
+            raise ValueError(_lacking(file, "its columns", name, content.schema_arrow.names))
+    return _rows(file, content, columns)
+
+
+def _rows(file: Path, content: Any, columns: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    with content:
+        try:
+            for batch in content.iter_batches(_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+        except _PARQUET_ERRORS as err:
+            raise ValueError(f"{file} is damaged after row {number} ({first_line(err)}).") from err
+
+
+def _example(file: Path, row: Mapping[str, Any], where: str, field: str, label_field: str | None) -> Example:
+    for name in (field, label_field):
+        if name is not None and name not in row:
+            raise ValueError(_lacking(file, where, name, row))
+    text, label = row[field], row[label_field] if label_field is not None else None
+    if not isinstance(text, str):
+        raise ValueError(f"{file}, {where}: `{field}` must be a string, got a {type(text).__name__}.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise ValueError(f"{file}, {where}: `{field}` holds half of a surrogate pair, which is no character.") from err
+    if label_field is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+        raise ValueError(
+            f"{file}, {where}: the label `{label_field}` must be a class index or name, got a {type(label).__name__}."
+        )
+    return Example(text, label, where)
+
+
+def _lacking(file: Path, where: str, name: str, present: Iterable[str]) -> str:
+    return f"{file}, {where}: no field {name!r}; it has {', '.join(map(repr, sorted(present)[:8])) or 'none'}."
