@@ -7,21 +7,26 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args
 
 from tabulate import tabulate
 
 from . import __version__
 from .core.store import load
-from .study import demo
+from .study import demo, directional
+from .study.inputs import DType, Task, Unit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it worked, 2 for input that cannot be used, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _warnings_in_a_line():
+            return args.run(args)
     except (ValueError, TypeError, OSError) as err:
         print(f"funcscope: {_one_line(err)}", file=sys.stderr)
         return 2
@@ -33,6 +38,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_directional(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
     show = commands.add_parser(
         "demo",
         help="train a small transformer until it groks, and watch its loss landscape change",
@@ -49,19 +60,72 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--span", type=float, metavar="H", help="relative step along each direction (default 0.1)")
     show.add_argument("--seed", type=int, metavar="S", help="another data split, initialisation and set of directions")
     show.set_defaults(run=_demo)
-    return parser
+
+
+def _add_directional(commands: Any) -> None:
+    d = directional.Settings("")
+    show = commands.add_parser(
+        "directional",
+        help="losses, slopes and curvatures of your own model along random directions",
+        description="Reads a local Hugging Face folder and a file of texts, samples the loss along random directions on "
+        "both sides, prints a table, and writes a page and the numbers. An interrupted call goes on where it was.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    show.add_argument("model", type=Path, metavar="MODEL", help="a local folder as `save_pretrained` writes it")
+    show.add_argument("--data", required=True, metavar="FILE", help="texts: .txt, .jsonl or .parquet")
+    show.add_argument(
+        "--compare",
+        type=Path,
+        metavar="MODEL2",
+        help="a second model of the same shape, on the same directions and texts",
+    )
+    show.add_argument("--out", type=Path, default=Path("funcscope-directional"), metavar="DIR", help="where to write")
+    show.add_argument("--quiet", action="store_true", help="no progress bar")
+    texts = show.add_argument_group("texts")
+    texts.add_argument(
+        "--task", choices=get_args(Task), help="what the model is trained for, if config.json does not say"
+    )
+    texts.add_argument("--field", default=d.field, metavar="NAME", help="field or column that holds the text")
+    texts.add_argument("--label-field", metavar="NAME", help="field or column that holds the class")
+    texts.add_argument("--unit", choices=get_args(Unit), default=d.unit, help="what one text of a .txt file is")
+    texts.add_argument("--num-samples", type=int, default=d.num_samples, metavar="N", help="texts that are scored")
+    texts.add_argument("--max-seq-length", type=int, default=d.max_seq_length, metavar="T", help="tokens kept of each")
+    texts.add_argument("--batch-size", type=int, default=d.batch_size, metavar="B", help="texts per forward pass")
+    texts.add_argument("--packing", action="store_true", help="cut the joined texts into full blocks, without padding")
+    sampling = show.add_argument_group("sampling")
+    sampling.add_argument(
+        "--samples", dest="n_samples", type=int, default=d.n_samples, metavar="N", help="random directions"
+    )
+    sampling.add_argument("--span", type=float, default=d.span, metavar="H", help="step along each direction")
+    sampling.add_argument("--normalize", choices=["filter", "layer", "global"], default=d.normalize, help="scale of d")
+    sampling.add_argument("--distribution", choices=["normal", "rademacher"], default=d.distribution, help="draws")
+    sampling.add_argument(
+        "--curvature", choices=get_args(directional.Curvature), default=d.curvature, help="of the loss"
+    )
+    sampling.add_argument("--no-slopes", dest="slopes", action="store_false", help="leave the gradient out")
+    sampling.add_argument("--seed", type=int, default=d.seed, metavar="S", help="of the directions and masked tokens")
+    computing = show.add_argument_group("computing")
+    computing.add_argument("--dtype", choices=get_args(DType), default=d.dtype, help="of the weights; auto: as stored")
+    computing.add_argument(
+        "--compute-dtype", choices=get_args(DType), default=d.compute_dtype, help="weights are cast where they are used"
+    )
+    computing.add_argument("--attention", choices=["eager", "math", "keep"], default=d.attention, help="the kernel")
+    computing.add_argument("--device", default=d.device, metavar="NAME", help="cpu, cuda, cuda:1, mps")
+    computing.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin, as tensors only")
+    show.set_defaults(run=_directional)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("plotly") is None:
-        raise ValueError("the page needs plotly, which is not installed: pip install 'funcscope[view]'")
+    _check_plotly()
     settings = demo.QUICK if args.quick else demo.FULL
     settings = demo.adjusted(settings, n_samples=args.samples, span=args.span, seed=args.seed)
     _check_writable(args.out)
     started = time.perf_counter()
     try:
         numbers = demo.run(settings, args.out)
-        page = _page(numbers)
+        from .view.demo import write_page  # plotly takes a second to import, and is an extra
+
+        page = write_page(numbers)
     except KeyboardInterrupt:
         kept = len(list(demo.checkpoints(settings, args.out)))
         print(
@@ -71,14 +135,41 @@ def _demo(args: argparse.Namespace) -> int:
     headers, rows = demo.table(load(numbers).meta)
     print(tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
     print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")
-    print(f"page     {page}\nnumbers  {numbers} and {numbers.with_suffix('.json').name}")
+    _print_files(page, numbers)
     return 0
 
 
-def _page(numbers: Path) -> Path:
-    from .view.demo import write_page  # plotly takes a second to import, and is an extra
+def _directional(args: argparse.Namespace) -> int:
+    _check_plotly()
+    known = directional.Settings.__dataclass_fields__
+    settings = directional.Settings(**{name: value for name, value in vars(args).items() if name in known})
+    _check_writable(args.out)
+    started = time.perf_counter()
+    try:
+        study = directional.run(settings, args.model, args.out, other=args.compare, quiet=args.quiet)
+        from .view.directional import write_page
 
-    return write_page(numbers)
+        page = write_page(study.numbers)
+    except KeyboardInterrupt:
+        print(f"\nfuncscope: interrupted; samples are kept in {args.out}, the same command goes on from there.")
+        return 130
+    print(study.data)
+    for result in study.results:
+        print(f"\n{result}")
+    if study.comparison is not None:
+        print(f"\n{study.comparison}")
+    print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")
+    _print_files(page, study.numbers)
+    return 0
+
+
+def _print_files(page: Path, numbers: Path) -> None:
+    print(f"page     {page}\nnumbers  {numbers} and {numbers.with_suffix('.json').name}")
+
+
+def _check_plotly() -> None:
+    if importlib.util.find_spec("plotly") is None:
+        raise ValueError("the page needs plotly, which is not installed: pip install 'funcscope[view]'")
 
 
 def _check_writable(folder: Path) -> None:
@@ -91,5 +182,23 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another folder with --out.") from err
 
 
-def _one_line(err: Exception) -> str:
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Our own warnings as a line on stderr, without the line of code that raised them."""
+    before = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, UserWarning) and __name__.partition(".")[0] in filename:
+            print(f"funcscope: {_one_line(message)}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _one_line(err: object) -> str:
     return " ".join(str(err).split())

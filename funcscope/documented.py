@@ -20,7 +20,7 @@ from .core.criterion import Criterion, classification, criterion_of, custom
 from .core.keys import key
 from .core.model import functional
 from .core.objective import Loss, objective
-from .landscape.directional import LAZY_FROM, directional_losses
+from .landscape.directional import directional_losses
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -78,7 +78,6 @@ def sample_directional_losses(
     (4, 42, 0.5, ['actual_span', 'baseline_loss'])
     """
     loss = _loss(model, data_batch, loss_fn, batch_config)
-    small = loss.layout.num < LAZY_FROM
     result = directional_losses(
         loss,
         loss.net.params,
@@ -91,8 +90,7 @@ def sample_directional_losses(
         two_sided=two_sided,
         compute_gradient=compute_gradient,
         compute_curvature=compute_curvature,
-        slope="auto" if loss_fn is None else "gradient",
-        chunk=1 if loss_fn is not None and small else None,  # not all code that has a gradient can be mapped
+        slope="auto" if loss_fn is None else "gradient",  # fused attention has no jvp
     )
     if loss_fn is not None and not result.deltas.any():
         warnings.warn(
@@ -118,7 +116,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, batch_config: An
     if loss_fn is None:
         if not _lengths(batch):
             raise ValueError('`data_batch` holds no tensors: call the tokenizer with `return_tensors="pt"`.')
-        return objective(functional(model), parts, _criterion(model, batch))
+        return objective(functional(model), [batch], _criterion(model, batch))
     if len(parts) > 1:
         raise ValueError(
             "`batch_config` cuts the batch, and only `loss_fn` knows how its value on the whole follows from the parts: "
@@ -152,7 +150,8 @@ class _Scored(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: LossFn):
         super().__init__()
         self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
-        self._model_and_loss_fn = (model, loss_fn)  # in a tuple: no child, and neither is a `loss_fn` that is a module
+        # in a tuple, the model is no child; in a function, what `loss_fn` holds is neither a child nor copied with this
+        self._model_and_loss_fn = (model, lambda *args: loss_fn(*args))
 
     def forward(self, batch: Any) -> Tensor:
         model, loss_fn = self._model_and_loss_fn

@@ -21,7 +21,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 import funcscope as fs
-from funcscope import documented
 from funcscope.documented import ICLRMetrics, sample_directional_losses
 from funcscope.landscape import directional
 
@@ -405,7 +404,6 @@ def test_a_loss_function_that_is_the_default_gives_the_same_losses_and_slopes(ma
 def test_slopes_of_a_loss_function_are_those_of_finite_differences(make, big, monkeypatch):
     """(L(h) - L(-h)) / 2h along every direction, in both plans."""
     if big:
-        monkeypatch.setattr(documented, "LAZY_FROM", 1)
         monkeypatch.setattr(directional, "LAZY_FROM", 1)
     model, batch = seeded(0, make).double(), tokens(1, 3, 8, pad=3)
 
@@ -414,10 +412,31 @@ def test_slopes_of_a_loss_function_are_those_of_finite_differences(make, big, mo
 
     call = functools.partial(sample_directional_losses, model, batch, n_samples=3, seed=1, loss_fn=penalised)
     slopes, h = call(compute_gradient=True)["slopes"], 1e-3
-    sides = [call(span=h * scale)["losses"] - call()["baseline_loss"] for scale in (1, 2)]
+    base = call()
+    sides = [call(span=h * scale)["losses"] - base["baseline_loss"] for scale in (1, 2)]
     assert np.allclose((4 * sides[0] - sides[1]) / (2 * h), slopes, rtol=1e-4, atol=1e-5)
-    assert call()["fast_vec_path"] is not big
+    assert base["fast_vec_path"] is not big
     assert abs(slopes).min() > 1e-4
+
+
+def test_a_loss_function_of_a_model_in_half_precision():
+    """Its copy in float32, for the error of the loss, scores with the same function, which is not copied."""
+    reference = seeded(5, gpt2).eval()(**tokens(1, 3, 8)).logits  # a computed tensor, which `deepcopy` refuses
+    model, batch = seeded(0, gpt2).to(torch.bfloat16), tokens(1, 3, 8)
+
+    class Distance:
+        def __init__(self):
+            self.reference = reference
+
+        def __call__(self, model, batch):
+            return (model(**batch).logits.float() - self.reference.detach()).square().mean()
+
+    options = {"n_samples": 3, "seed": 1, "two_sided": True, "compute_gradient": True, "compute_curvature": True}
+    found = sample_directional_losses(model, batch, loss_fn=Distance(), **options)
+    full = sample_directional_losses(model.float(), batch, loss_fn=Distance(), **options)
+    assert np.allclose(found["losses"], full["losses"], rtol=0.02)
+    assert np.allclose(found["slopes"], full["slopes"], rtol=0.2, atol=0.02)
+    assert found["homogeneous_dtype"]
 
 
 def test_a_loss_function_sees_the_model_at_its_own_place():

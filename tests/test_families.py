@@ -82,7 +82,9 @@ def test_logits_loss_and_gradient_are_the_untouched_models(name, kind):
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_ragged_batches_are_the_mean_over_all_scored_tokens(name):
     model, _, criterion = problem(name)
-    batches = [labelled(name, tokens(seed, rows, length, pad=pad)) for seed, rows, length, pad in [(1, 3, 9, 4), (2, 1, 5, 2)]]
+    batches = [
+        labelled(name, tokens(seed, rows, length, pad=pad)) for seed, rows, length, pad in [(1, 3, 9, 4), (2, 1, 5, 2)]
+    ]
     losses = [model.eval()(**batch).loss for batch in batches]
     counts = [(batch["labels"] != -100)[:, int(criterion is fs.causal_lm) :].sum() for batch in batches]
     wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
@@ -172,8 +174,13 @@ def test_the_door_of_an_encoder_decoder():
         net.apply(net.params, {"input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"seq2seq_lm needs a batch with `input_ids`.*`labels`"):
         fs.seq2seq_lm.prepare({"input_ids": batch["input_ids"]})
-    given = {**batch, "decoder_input_ids": torch.cat([torch.zeros(3, 1).long(), batch["labels"][:, :-1].clamp(min=0)], 1)}
-    assert_close(fs.objective(net, [given], fs.seq2seq_lm)(net.theta), fs.objective(net, [batch], fs.seq2seq_lm)(net.theta))
+    given = {
+        **batch,
+        "decoder_input_ids": torch.cat([torch.zeros(3, 1).long(), batch["labels"][:, :-1].clamp(min=0)], 1),
+    }
+    assert_close(
+        fs.objective(net, [given], fs.seq2seq_lm)(net.theta), fs.objective(net, [batch], fs.seq2seq_lm)(net.theta)
+    )
     other = {**given, "decoder_input_ids": given["decoder_input_ids"].flip(1)}  # negative control: they are read
     assert fs.objective(net, [other], fs.seq2seq_lm)(net.theta) != fs.objective(net, [given], fs.seq2seq_lm)(net.theta)
     hidden = {**batch, "decoder_attention_mask": torch.ones(3, 4).long()}

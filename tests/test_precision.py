@@ -146,7 +146,9 @@ def test_large_models_take_slopes_without_a_second_set_of_weights(monkeypatch):
     loss = fs.objective(fs.functional(model), batches[:1], criterion)
 
     def costs(**options):
-        result = fs.directional_losses(loss, loss.net.params, key=fs.key(0), n_samples=3, compute_gradient=True, **options)
+        result = fs.directional_losses(
+            loss, loss.net.params, key=fs.key(0), n_samples=3, compute_gradient=True, **options
+        )
         return result.num_gradients, result.num_jvps
 
     assert costs(lazy=True) == (1, 0)
@@ -154,5 +156,3 @@ def test_large_models_take_slopes_without_a_second_set_of_weights(monkeypatch):
     assert costs(lazy=True) == (0, 3)
     assert costs(lazy=False) == (1, 0)
     assert costs(lazy=True, slope="gradient") == (1, 0)
-
-

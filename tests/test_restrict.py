@@ -13,7 +13,9 @@ def rate(phi):
     return lambda a: jvp(phi, (a,), (torch.ones_like(a),))[1]
 
 
-@pytest.mark.parametrize(("name", "part"), [(name, None) for name in CATALOGUE] + [("gpt2", 24), ("qwen2", 24), ("cnn", 24)])
+@pytest.mark.parametrize(
+    ("name", "part"), [(name, None) for name in CATALOGUE] + [("gpt2", 24), ("qwen2", 24), ("cnn", 24)]
+)
 def test_lazy_and_dense_agree_with_the_definition_under_every_transform(name, part, monkeypatch):
     if part is not None:  # leaves are made a row or two at a time
         monkeypatch.setattr("funcscope.core.directions.PART", part)

@@ -11,7 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 KNOWN = frozenset(
-    {"gpt2", "llama", "qwen2", "bert", "roberta", "distilbert", "electra", "mistral", "gpt_neo", "gpt_neox", "olmo", "t5"}
+    {
+        "gpt2",
+        "llama",
+        "qwen2",
+        "bert",
+        "roberta",
+        "distilbert",
+        "electra",
+        "mistral",
+        "gpt_neo",
+        "gpt_neox",
+        "olmo",
+        "t5",
+    }
 )
 """Model types whose logits under these masks were compared with the untouched model's."""
 

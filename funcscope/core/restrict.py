@@ -42,8 +42,9 @@ def restrict(
     dirs: k directions (a sequence of `Direction`, or a tensor of shape (k, P)): phi takes shape (k,). One direction
     (a `Direction`, or shape (P,)): phi takes a scalar.
     lazy: make each leaf of the perturbed parameters when the model uses it, at the memory of the largest leaf in the
-    dtype that the model computes in, and draw it again at every evaluation and batch; or hold the directions densely. Default: lazy above 2^24 numbers. A lazy phi
-    of one direction takes a plain float for the least memory and time, where no derivative is wanted.
+    dtype that the model computes in, and draw it again at every evaluation and batch; or hold the directions densely.
+    Default: lazy above 2^24 numbers. A lazy phi of one direction takes a plain float for the least memory and time, where
+    no derivative is wanted.
 
     phi composes with `grad`, `jvp`, `jvp` of `jvp` (outside of `no_grad`: SiLU has no second derivative inside) and
     `vmap`; a `vmap` over coefficients draws each direction once.

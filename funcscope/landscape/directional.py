@@ -74,7 +74,8 @@ def directional_losses(
     parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
     compute_curvature: from the two-sided difference, or `exact`, by `jvp` of `jvp` (some 10 forwards a direction).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
-    the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch.
+    the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch, and above
+    2^28 in any case.
 
     Directions are independent: direction i depends on `fold_in(key, i)` and on the norms of the unperturbed theta. No
     sample is dropped or clipped: non-finite ones are counted in the result and left out of its statistics, pair by pair
@@ -229,7 +230,8 @@ def prepare(
 def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradient", "jvp"]:
     """One gradient serves all directions, but it is another set of weights."""
     if slope == "auto":
-        return "jvp" if n_samples == 1 or (plan.lazy and loss.layout.num > GRADIENT_UP_TO) else "gradient"
+        large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
+        return "jvp" if (n_samples == 1 or large) and loss.net.attention != "keep" else "gradient"
     return "jvp" if slope == "jvp" else "gradient"
 
 
@@ -258,7 +260,8 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     if lazy and chunk not in (None, 1):
         raise ValueError(f"`lazy` makes one direction at a time; leave `chunk` out, or pass 1 (got {chunk}).")
     if lazy is None:
-        lazy = chunk is None and size >= LAZY_FROM and len(loss.batches) == 1
+        once = len(loss.batches) == 1  # each batch draws anew: worth it where a second set of weights would not fit
+        lazy = chunk is None and (size > GRADIENT_UP_TO or (size >= LAZY_FROM and once))
     if lazy:
         return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
     mapped = size <= CHUNKED_UP_TO and loss.net.attention != "keep"  # torch maps fused attention by a loop of its own

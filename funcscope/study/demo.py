@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from ..core.restrict import restrict
 from ..core.store import Stored, load, save, to_json
 from ..families import modular
 from ..landscape import directional_losses
+from .record import versions
 
 PROFILE_POINTS = 41
 PROFILE_DIRECTIONS = 8
@@ -151,8 +150,7 @@ def _stacked(results: list[Stored], curves: list[modular.Point]) -> dict[str, np
 def _described(settings: Settings, results: list[Stored], curves: list[modular.Point]) -> dict[str, Any]:
     by_step = {point.step: point._asdict() for point in curves}
     rows = [{**by_step[stored.meta["settings"]["step"]], **stored.meta["values"]} for stored in results]
-    packages = {name: version(name) for name in ("funcscope", "torch", "transformers", "numpy")}
-    return {"settings": asdict(settings), "table": rows, "versions": {"python": platform.python_version(), **packages}}
+    return {"settings": asdict(settings), "table": rows, "versions": versions()}
 
 
 def _with_error(row: dict[str, Any], name: str) -> str:
