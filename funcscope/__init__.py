@@ -13,11 +13,12 @@ from .core.layout import Layout
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
 from .core.restrict import grid, restrict
-from .landscape import DirectionalLosses, directional_losses
+from .landscape import Comparison, DirectionalLosses, compare_directional, directional_losses
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Criterion",
     "Direction",
     "DirectionalLosses",
@@ -28,6 +29,7 @@ __all__ = [
     "Loss",
     "causal_lm",
     "classification",
+    "compare_directional",
     "criterion_of",
     "custom",
     "directional_losses",

@@ -90,7 +90,6 @@ def sample_directional_losses(
         two_sided=two_sided,
         compute_gradient=compute_gradient,
         compute_curvature=compute_curvature,
-        slope="auto" if loss_fn is None else "gradient",  # fused attention has no jvp
     )
     if loss_fn is not None and not result.deltas.any():
         warnings.warn(
@@ -116,7 +115,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, batch_config: An
     if loss_fn is None:
         if not _lengths(batch):
             raise ValueError('`data_batch` holds no tensors: call the tokenizer with `return_tensors="pt"`.')
-        return objective(functional(model), [batch], _criterion(model, batch))
+        return objective(functional(model), parts, _criterion(model, batch))
     if len(parts) > 1:
         raise ValueError(
             "`batch_config` cuts the batch, and only `loss_fn` knows how its value on the whole follows from the parts: "

@@ -543,17 +543,23 @@ def by_a_global(model, batch):
     return MODEL(batch[0]).square().mean()
 
 
-class Mapped(nn.Sequential):
+class Scoring(nn.Sequential):
     def score(self, model, batch):
         return self(batch[0]).square().mean()
+
+
+class Scorer:
+    def score(self, model, batch):
+        return MODEL(batch[0]).square().mean()
 
 
 def test_a_loss_function_that_uses_another_handle_on_the_model_is_refused():
     """Its weights would not move, and every loss would be the baseline."""
     batch = seeded(1, lambda: (torch.randn(5, 4), torch.randint(0, 3, (5,))))
-    closed, bound = seeded(0, mlp), seeded(0, lambda: Mapped(nn.Linear(4, 3)))
+    closed, bound = seeded(0, mlp), seeded(0, lambda: Scoring(nn.Linear(4, 3)))
     for model, loss_fn, message in [
         (MODEL, by_a_global, "`loss_fn` takes 'MODEL' from outside, with weights that never move"),
+        (MODEL, Scorer().score, "takes 'MODEL' from outside"),
         (closed, lambda m, b: closed(b[0]).square().mean(), "takes 'closed' from outside"),
         (bound, bound.score, "takes the object that it is a method of from outside"),
         (

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers as hf
@@ -104,6 +105,16 @@ def llama():
     return seeded(0, lambda: hf.LlamaForCausalLM(config)).eval()
 
 
+def gpt_neox():
+    """A decoder with an `is_decoder` of false in its settings, which it does not read."""
+    config = hf.GPTNeoXConfig(
+        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, vocab_size=300,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    assert config.is_decoder is False
+    return seeded(0, lambda: hf.GPTNeoXForCausalLM(config)).eval()
+
+
 def bert(kind=hf.BertForMaskedLM, **changes):
     config = hf.BertConfig(
         hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, vocab_size=300,
@@ -120,6 +131,7 @@ def t5():
 MODELS = {
     "gpt2": (gpt2, "causal"),
     "llama": (llama, "causal"),
+    "gpt_neox": (gpt_neox, "causal"),
     "bert": (bert, "masked"),
     "bert decoder": (partial(bert, hf.BertLMHeadModel, is_decoder=True), "causal"),
     "bert classifier": (partial(bert, hf.BertForSequenceClassification, num_labels=3), "classification"),
@@ -335,7 +347,8 @@ DAMAGES = {
     "no family": (_config(model_type=None), ValueError, ["model type None", "does not know"]),
     "unknown family": (_config(model_type="zork"), ValueError, ["'zork'", "does not know", hf.__version__]),
     "remote code": (_config(model_type="zork", auto_map={"AutoConfig": "evil.C"}), ValueError, ["auto_map", "not run"]),
-    "a word for a number": (_config(n_layer="two"), ValueError, ["config.json", "n_layer"]),
+    "no architectures": (_config(architectures=3), ValueError, ["`architectures`", "3"]),
+    "a word for a number": (_config(n_layer="two"), ValueError, ["config.json", "n_layer", "expected int", "'two'"]),
     "heads that do not fit": (_config(n_head=5), ValueError, ["cannot be loaded", "divisible"]),
     "quantised": (_config(quantization_config={"quant_method": "gptq", "bits": 4}), ValueError, ["quantised"]),
     "own file name": (_config(transformers_weights="x.safetensors"), ValueError, ["transformers_weights"]),
@@ -345,16 +358,16 @@ DAMAGES = {
     "empty weights": (_write("model.safetensors", b""), ValueError, ["model.safetensors", "damaged"]),
     "garbage": (_write("model.safetensors", b"garbage " * 99), ValueError, ["model.safetensors", "damaged"]),
     "cut short": (_cut("model.safetensors"), ValueError, ["model.safetensors", "cut short"]),
-    "a weight is missing": (_weights(lambda w: w.pop(LAST)), ValueError, ["lacks 1 weights", LAST, "random"]),
+    "a weight is missing": (_weights(lambda w: w.pop(LAST)), ValueError, ["lacks 1 of the weights", LAST, "random"]),
     "many are missing": (
         _weights(lambda w: [w.pop(name) for name in [*w] if ".h.1." in name]), ValueError,
-        ["lacks 12 weights", ".h.1.attn.c_attn.bias", ", ..."],
+        ["lacks 12 of the weights", ".h.1.attn.c_attn.bias", ", ..."],
     ),
     "another shape": (
         _weights(lambda w: w.update({WTE: torch.zeros(8, 12)})), ValueError,
-        ["1 weights of another shape", WTE, "(8, 12) for (300, 12)"],
+        ["another shape", "(1 in all)", WTE, "(8, 12) for (300, 12)"],
     ),
-    "fewer layers": (_config(n_layer=1), ValueError, ["weights of layers", "leaves out", "transformer.h.1."]),
+    "fewer layers": (_config(n_layer=1), ValueError, ["layers", "leaves out", "transformer.h.1."]),
     "integers only": (
         _weights(lambda w: w.update({name: w[name].to(torch.int8) for name in w})), ValueError,
         ["no floating-point weights"],
@@ -405,7 +418,7 @@ def test_only_local_folders_are_read(name, tmp_path, monkeypatch):
 # fmt: off
 CLASSES = hf.BertForSequenceClassification
 REFUSED = {
-    "encoder-decoder": (t5, None, ["T5ForConditionalGeneration", "fs.seq2seq_lm", "'causal', 'masked'"]),
+    "encoder-decoder": (t5, None, ["T5ForConditionalGeneration", "encoder-decoders", "fs.seq2seq_lm", "'causal', 'masked'"]),
     "no head": (partial(bert, hf.BertModel), None, ["BertModel", "no task", "'causal', 'masked', 'classification'"]),
     "no head, with a task": (partial(bert, hf.BertModel), "masked", ["lacks", "cls.predictions"]),
     "another task": (gpt2, "classification", ["`task` is 'classification'", "GPT2LMHeadModel", "'causal'"]),
@@ -736,8 +749,9 @@ def test_the_classifiers_objective_is_the_mean_over_single_texts(lengths, batch_
 
 
 @given(
-    lengths=LENGTHS, length=st.integers(2, 40), num=st.integers(1, 6), batch_size=st.integers(1, 4), eos=st.booleans()
+    lengths=LENGTHS, length=st.integers(2, 40), num=st.integers(1, 60), batch_size=st.integers(1, 4), eos=st.booleans()
 )
+@hypothesis.example(lengths=[9, 0, 9], length=10, num=40, batch_size=2, eos=True)
 def test_packed_blocks_reassemble_the_stream(lengths, length, num, batch_size, eos):
     tokenizer, examples = bpe(eos), texts_of(lengths)
     data = make_batches(

@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from scipy import stats
 from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
 from ..core.keys import Key
-from . import statistics
+from . import paired, statistics
 from .samples import DirectionalLosses
+from .statistics import Samples
 
-Samples = Float[Tensor, " n"]
 OfMoments = Callable[[Tensor, Tensor], Tensor]
 """A statistic as a function of mean and variance."""
 
@@ -285,8 +283,10 @@ def _of_means(x: Tensor, y: Tensor, level: float) -> Difference:
     x, y, num_lost = _both_finite(x, y)
     d = y - x
     difference = statistics.mean(d)
-    statistic, p_value = _signed_rank_test(d)
-    pairs = Pairs(statistics.correlation(x, y), statistic, p_value, _rank_biserial(d), _standardised_mean(d))
+    statistic, p_value = paired.signed_rank_test(d)
+    pairs = Pairs(
+        statistics.correlation(x, y), statistic, p_value, paired.rank_biserial(d), paired.standardised_mean(d)
+    )
     interval = _t_interval(difference, level)
     return Difference(statistics.mean(x), statistics.mean(y), difference, interval, num_lost, pairs)
 
@@ -296,8 +296,8 @@ def _of_spreads(
 ) -> Difference:
     x, y, num_lost = _both_finite(x, y)
     first, second = estimate(x), estimate(y)
-    difference = _jackknifed(
-        second.value - first.value, lambda: of_moments(*_left_out(y)) - of_moments(*_left_out(x)), x
+    difference = paired.jackknifed(
+        second.value - first.value, lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x)), x
     )
     return Difference(first, second, difference, _t_interval(difference, level), num_lost, None)
 
@@ -319,55 +319,6 @@ def _t_interval(difference: Estimate, level: float) -> tuple[float, float]:
         return math.nan, math.nan
     half = float(stats.t.ppf((1 + level) / 2, difference.num - 1)) * float(difference.stderr)
     return float(difference.value) - half, float(difference.value) + half
-
-
-def _signed_rank_test(d: Samples) -> tuple[float, float]:
-    """Wilcoxon's statistic and its two-sided p value."""
-    if len(d) < 2:
-        return math.nan, math.nan
-    if not d.any():  # the conditional distribution has one point; scipy would divide 0 by 0
-        return 0.0, 1.0
-    found = stats.wilcoxon(d.numpy(), zero_method="pratt", correction=True)
-    return float(found.statistic), float(found.pvalue)
-
-
-def _rank_biserial(d: Samples) -> Estimate:
-    r"""$(R^+ - R^-)$ over all ranks: the mean sign of $d_i + d_j$, $i \le j$, ties and zeros included.
-
-    Tukey's form of the signed rank sum; it gives every leave-one-out value by one search.
-    """
-    num = len(d)
-    if num < 2:
-        return Estimate(d.new_tensor(math.nan), d.new_tensor(math.nan), num)
-    ordered = d.sort().values
-    above = num - torch.searchsorted(ordered, -d, right=True)
-    signs = (above - torch.searchsorted(ordered, -d)).to(d)  # over j, of the sign of d_i + d_j
-    total = (signs.sum() + d.sign().sum()) / 2
-    left_out = (total - signs) / (num * (num - 1) / 2)
-    return _jackknifed(total / (num * (num + 1) / 2), lambda: left_out, d)
-
-
-def _standardised_mean(d: Samples) -> Estimate:
-    def left_out() -> Tensor:
-        means, variances = _left_out(d)
-        return means / variances.sqrt()
-
-    value = d.mean() / d.std() if len(d) > 1 else d.new_tensor(math.nan)
-    return _jackknifed(value, left_out, d)
-
-
-def _jackknifed(value: Tensor, left_out: Callable[[], Tensor], x: Samples) -> Estimate:
-    """The value with the error that its leave-one-out values give; nan below 3 samples."""
-    return Estimate(value, jackknife_stderr(left_out()) if len(x) > 2 else x.new_tensor(math.nan), len(x))
-
-
-def _left_out(x: Samples) -> tuple[Tensor, Tensor]:
-    """Mean and variance without each sample, from deviations: differences of raw sums of squares would cancel."""
-    num = len(x)
-    deviation = x - x.mean()
-    squares = deviation.square()
-    variances = (squares.sum() - squares * num / (num - 1)) / (num - 2)
-    return x.mean() - deviation / (num - 1), variances.clamp(min=0)
 
 
 def _plain(name: str, estimate: Estimate) -> dict[str, float | int]:

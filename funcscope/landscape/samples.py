@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor
@@ -15,10 +17,10 @@ from torch import Tensor
 from ..core.estimate import Estimate
 from ..core.keys import Key
 from . import statistics
+from .notes import half_precision, low_correlation, undecided_signs
 from .precision import Realised
 
-LOW_CORRELATION = 0.3
-"""Below this the result carries a note on why slopes do not predict loss changes."""
+HEADERS = ("", "value", "stderr")
 
 
 class Plan(NamedTuple):
@@ -119,18 +121,17 @@ class DirectionalLosses:
     @property
     def n_curvatures_undecided(self) -> int:
         """Directions whose curvature has a sign that rounding may have decided: |c| below the noise floor."""
-        return 0 if self.curvatures is None else int((_finite(self.curvatures).abs() < self.curvature_noise_floor).sum())
+        return (
+            0 if self.curvatures is None else int((_finite(self.curvatures).abs() < self.curvature_noise_floor).sum())
+        )
 
     @property
     def precision_note(self) -> str | None:
         """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
         if not (few := self.n_curvatures_undecided) or self.curvatures is None:
             return None
-        return (
-            f"rounding may decide the sign of {few} of {len(self.curvatures)} curvatures: it moves each by about "
-            f"{self.curvature_noise_floor:.2g}. Take a larger span, `curvature='exact'`, or compute in a wider dtype "
-            f"(`functional(model, dtype={'torch.float32' if self.realised else 'torch.float64'})`)."
-        )
+        wider = torch.float32 if self.realised else torch.float64
+        return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, wider)
 
     @property
     def displacement(self) -> float:
@@ -180,7 +181,7 @@ class DirectionalLosses:
         if self.slopes is None:
             return None
         corr = float(self.estimates["dir_grad_delta_corr"].value)
-        return None if corr >= LOW_CORRELATION else _why_low(self, corr)
+        return low_correlation(corr, self.deltas, self.slopes, self.actual_span)
 
     def asdict(self) -> dict[str, Any]:
         """The documented dictionary, then standard errors (`..._stderr`), settings, costs and per-direction arrays.
@@ -242,26 +243,35 @@ class DirectionalLosses:
         return {name: array.numpy() for name, array in arrays.items() if array is not None}
 
     def __str__(self) -> str:
-        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "")]
-        rows += [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
-        head = (
-            f"{self.n_samples} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
-            f"(relative step {self.relative_step:.3g}), {self.key!r}"
-        )
-        lost = self.n_nonfinite_pos + self.n_nonfinite_neg
-        tail = [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"] if lost else []
-        tail += [self._rounded()] if self.realised else []
-        tail += [textwrap.fill(note, 100) for note in (self.note, self.precision_note) if note]
-        return "\n".join([head, tabulate(rows, headers=("", "value", "stderr"), disable_numparse=True), *tail])
+        table = tabulate(self._rows(), headers=HEADERS, disable_numparse=True)
+        return "\n".join([self._head(), table, *(textwrap.fill(text, 100) for text in self._tail())])
 
     __repr__ = __str__
 
-    def _rounded(self) -> str:
-        assert self.realised is not None
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        table = tabulate(self._rows(), headers=HEADERS, tablefmt="html", disable_numparse=True)
+        paragraphs = [f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._tail())]
+        return "\n".join([paragraphs[0], str(table), *paragraphs[1:]])
+
+    def _head(self) -> str:
         return (
-            f"half precision: asked to move by {self.displacement:.4g}, moves by {self.realised.displacement:.4g} "
-            f"(error {self.realised.error:.1%} of the step, {self.realised.unmoved:.1%} of the weights do not move)"
+            f"{self.n_samples} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
+            f"(relative step {self.relative_step:.3g}), {self.key!r}"
         )
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "")]
+        return rows + [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
+
+    def _tail(self) -> list[str]:
+        """What the table does not say: lost samples, what half precision does, and notes."""
+        tail = []
+        if self.n_nonfinite_pos + self.n_nonfinite_neg:
+            tail += [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"]
+        if self.realised is not None:
+            tail += [half_precision(self.displacement, self.realised)]
+        return tail + [note for note in (self.note, self.precision_note) if note]
 
 
 def central_second_difference(
@@ -288,34 +298,6 @@ def rounding_bound(level: float, step: float, unit_roundoff: float) -> float:
     True
     """
     return 4 * unit_roundoff * abs(level) / step**2
-
-
-def _why_low(result: DirectionalLosses, corr: float) -> str:
-    assert result.slopes is not None
-    both = result.slopes.isfinite() & result.losses.isfinite()
-    num = int(both.sum())
-    lost = len(both) - num
-    if num < 3:
-        return f"gradient-delta correlation undefined: {num} directions with a finite slope and loss ({lost} without)."
-    if math.isnan(corr):
-        return "gradient-delta correlation undefined: over directions, the slope or the loss change does not vary."
-    first = result.actual_span * result.slopes[both]
-    rest = result.deltas[both] - first
-    linear, other = float(first.std()), float(rest.std())
-    reasons = []
-    if other > linear:
-        reasons.append(
-            f"over directions, the linear part of the loss change has sd {linear:.2g}, what curvature and higher orders add "
-            f"{other:.2g}: at this span the slope is not what moves the loss. In a quadratic region "
-            f"a span below {result.actual_span * linear / other:.2g} makes the linear part the larger one."
-        )
-    noise = 1 / math.sqrt(num - 1)
-    if abs(corr) < 2 * noise:
-        reasons.append(f"{num} directions leave a chance scatter of ±{noise:.2f} in the correlation: take more.")
-    if lost:
-        reasons.append(f"{lost} of {len(both)} directions have no finite loss or slope.")
-    reasons = reasons or ["the loss change is not linear in the slope at this span."]
-    return f"low gradient-delta correlation {corr:.2f}: " + " ".join(reasons)
 
 
 def _finite(x: Tensor) -> Tensor:

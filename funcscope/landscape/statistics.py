@@ -20,14 +20,14 @@ def spread(x: Samples) -> Estimate:
     """Sample standard deviation (n - 1); jackknife standard error; nan below 3 samples for the error, 2 for the value."""
     if len(x) < 2:
         return _undefined(x)
-    return Estimate(x.std(), _jackknife(lambda _, v: v.clamp(min=0).sqrt(), x), len(x))
+    return Estimate(x.std(), _jackknife(lambda _, v: v.sqrt(), x), len(x))
 
 
 def variation(x: Samples) -> Estimate:
     """Coefficient of variation sd / |mean|; jackknife standard error."""
     if len(x) < 2:
         return _undefined(x)
-    return Estimate(x.std() / x.mean().abs(), _jackknife(lambda m, v: v.clamp(min=0).sqrt() / m.abs(), x), len(x))
+    return Estimate(x.std() / x.mean().abs(), _jackknife(lambda m, v: v.sqrt() / m.abs(), x), len(x))
 
 
 def correlation(x: Samples, y: Samples) -> Estimate:
@@ -53,15 +53,18 @@ def quantile(x: Samples, q: float) -> Estimate:
     return Estimate(value, x.new_tensor(float(mjci(centred, prob=[q])[0])), len(x))
 
 
+def left_out(x: Samples) -> tuple[Tensor, Tensor]:
+    """Mean and variance without each sample, from deviations: differences of raw sums of squares would cancel."""
+    num = len(x)
+    deviation = x - x.mean()
+    squares = deviation.square()
+    variances = (squares.sum() - squares * num / (num - 1)) / (num - 2)
+    return x.mean() - deviation / (num - 1), variances.clamp(min=0)
+
+
 def _jackknife(statistic, x: Samples) -> Tensor:
     """Standard error of statistic(mean, variance) from its leave-one-out values."""
-    num = len(x)
-    if num < 3:
-        return x.new_tensor(float("nan"))
-    deviation = x - x.mean()
-    means = x.mean() - deviation / (num - 1)
-    variances = (deviation.square().sum() - deviation.square() * num / (num - 1)) / (num - 2)
-    return jackknife_stderr(statistic(means, variances))
+    return jackknife_stderr(statistic(*left_out(x))) if len(x) > 2 else x.new_tensor(float("nan"))
 
 
 def _undefined(x: Samples) -> Estimate:

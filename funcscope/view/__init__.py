@@ -1,1 +1,24 @@
 """Pure renderers, result to plotly figure, and a report that puts them on one page (extra `funcscope[view]`)."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.store import load
+
+if TYPE_CHECKING:
+    from .page import Page
+
+
+def show(numbers: str | PathLike[str]) -> Page:
+    """Write the page of stored numbers next to their `.npz`, and return it: in a notebook it shows itself.
+
+    Raises FileNotFoundError, and core.store.Damaged for a file that cannot be read.
+    """
+    from . import demo, directional, page  # plotly takes a second to import
+
+    path = Path(numbers)
+    write_page = directional.write_page if "kind" in load(path).meta else demo.write_page
+    return page.Page(write_page(path))

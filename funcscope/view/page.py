@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -13,6 +14,8 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+FRAME_HEIGHT = 760
+"""Of a page in a notebook, in pixels."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -82,6 +85,30 @@ Block = str | Chart | Table | Terms | Quote | Files
 class Section(NamedTuple):
     title: str
     blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page on disk, good for a path. As the last value of a notebook's cell it shows itself there, in a frame.
+
+    The frame has the page inside, so that the notebook shows it on other machines too. It runs the page's own script
+    and is cut off from the notebook: links to the files beside the page work only in the page itself.
+    """
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="{escape(self.path.name)}" sandbox="allow-scripts" loading="lazy" '
+            f'style="width: 100%; height: {FRAME_HEIGHT}px; border: 1px solid #dcdcdc" '
+            f'srcdoc="{escape(self.path.read_text(encoding="utf-8"))}"></iframe>'
+        )
 
 
 def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], sections: Sequence[Section]) -> str:

@@ -140,3 +140,38 @@ def log_ticks(low: float, high: float, most: int = 6) -> dict[float, str]:
         return {value: f"{value:g}" for value in fine if low <= math.log10(value) <= high}
     stride = math.ceil(len(powers) / most)
     return {10.0**power: power_of_ten(power) for power in powers if power % stride == 0}
+
+
+def set_linear(axis: go.layout.XAxis | go.layout.YAxis, name: str, unit: str, low: float, high: float) -> None:
+    """Give an axis the range from low to high with some air, round ticks, and a title with its unit.
+
+    Where the ticks would be very large or small, the title has their power of ten.
+    """
+    wide = high - low > 1e-9 * max(abs(low), abs(high))
+    pad = 0.05 * (high - low) if wide else 0.05 * abs(high) or 1.0
+    ticks = round_ticks(low - pad, high + pad)
+    power = _common_power(ticks)
+    decimals = max(0, power - math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    labels = [f"{tick / 10.0**power:.{decimals}f}".replace("-", "−") for tick in ticks]
+    unit = unit if power == 0 else f"{power_of_ten(power)} {unit}".rstrip()
+    title = f"{name} ({unit})" if unit else name
+    axis.update(range=[low - pad, high + pad], tickvals=ticks, ticktext=labels, title={"text": title})
+
+
+def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten between low and high: at most `most`, and two at least.
+
+    >>> round_ticks(-0.13, 0.31), round_ticks(2e7, 9e7)
+    ([-0.1, 0.0, 0.1, 0.2, 0.3], [20000000.0, 40000000.0, 60000000.0, 80000000.0])
+    """
+    power = math.floor(math.log10((high - low) / most))
+    for step in (digit * 10.0 ** (power + more) for more in (0, 1) for digit in (1, 2, 5)):
+        places = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(places) <= most:
+            break
+    return [float(f"{place * step:.12g}") for place in places]
+
+
+def _common_power(ticks: Sequence[float]) -> int:
+    power = math.floor(math.log10(max(map(abs, ticks))))
+    return 0 if -4 < power < 5 else power

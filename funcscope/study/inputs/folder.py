@@ -44,6 +44,8 @@ def settings(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG_NAME}: a Hugging Face folder has one beside its weights.")
     config = json_object(path / CONFIG_NAME)
+    if not isinstance(config.get("architectures") or [], list):
+        raise ValueError(f"{path / CONFIG_NAME} must list its `architectures`, got {config['architectures']!r}.")
     if "transformers_weights" in config:
         raise ValueError(
             f"{path / CONFIG_NAME} chooses its own file of weights (`transformers_weights`), which is not followed: "
@@ -63,7 +65,7 @@ def json_object(file: Path) -> dict[str, Any]:
     with one_line(f"{file} is not JSON: it is damaged or another kind of file"):
         value = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object, got a {type(value).__name__}: it is another kind of file.")
+        raise ValueError(f"{file} must hold a JSON object, got {type(value).__name__}: it is another kind of file.")
     return value
 
 

@@ -139,8 +139,8 @@ def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
     architecture = next(iter(config.architectures or ()), None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{path} holds a {architecture or config.model_type}, an encoder-decoder: from files there are {_choices()}; "
-            "make its batches in Python and score them with `fs.seq2seq_lm`."
+            f"{path} holds a {architecture or config.model_type}: encoder-decoders are available from Python "
+            f"(`fs.seq2seq_lm`), not from files, where the tasks are {_choices()}."
         )
     named = _named(architecture or "")
     if (task := given or named) is None:
@@ -156,7 +156,8 @@ def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
 def _check_task(path: Path, config: PreTrainedConfig, task: Task) -> None:
     if type(config) not in _AUTO[task][1]:
         raise ValueError(f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}.")
-    if task == "causal" and not getattr(config, "is_decoder", True):
+    either = type(config) in _AUTO["masked"][1]  # of the others, some have the attribute and never read it
+    if task == "causal" and either and not getattr(config, "is_decoder", True):
         raise ValueError(
             f"the attention of the {config.model_type} model in {path} sees the tokens that a causal model predicts: "
             "`is_decoder` is false in its config.json. Pass a decoder, or the task 'masked'."
@@ -183,17 +184,19 @@ def _check_complete(path: Path, model: PreTrainedModel, report: dict[str, Any]) 
     name = type(model).__name__
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{path} lacks {len(missing)} weights of a {name}, which would be random numbers: {_first(missing)}. "
+            f"{path} lacks {len(missing)} of the weights of a {name}, which would be random numbers: {_first(missing)}. "
             "Pass a complete checkpoint of that kind."
         )
     if mismatched := sorted(report["mismatched_keys"]):
         shapes = [f"{key} {tuple(stored)} for {tuple(wanted)}" for key, stored, wanted in mismatched]
         raise ValueError(
-            f"{path} has {len(shapes)} weights of another shape than its config.json says: {_first(shapes)}."
+            f"weights in {path} have another shape than its config.json says ({len(shapes)} in all): {_first(shapes)}."
         )
     wanted = {_pattern(key) for key in model.state_dict()}
     if more := sorted(key for key in report["unexpected_keys"] if _pattern(key) in wanted):
-        raise ValueError(f"{path} has {len(more)} weights of layers that its config.json leaves out: {_first(more)}.")
+        raise ValueError(
+            f"weights in {path} belong to layers that its config.json leaves out ({len(more)} in all): {_first(more)}."
+        )
 
 
 def _pattern(key: str) -> str:

@@ -44,10 +44,10 @@ class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
 
 
 def first_line(err: BaseException) -> str:
-    """The first line of an error's message, shortened, without a full stop; the name of its class where it has none."""
+    """What an error says, in one line without a full stop: its first line, and the next where that is its heading."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-    text = lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
-    return text.rstrip(".:")
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return (text if len(text) <= 160 else text[:157] + "...").rstrip(".:")
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except (ValueError, RecursionError) as err:
             raise ValueError(f"{file}, line {number}: not JSON ({first_line(err)}).") from err
         if not isinstance(value, dict):
-            raise ValueError(f"{file}, line {number}: must be a JSON object, got a {type(value).__name__}.")
+            raise ValueError(f"{file}, line {number}: must be a JSON object, got {type(value).__name__}.")
         yield f"line {number}", value
 
 
@@ -152,14 +152,14 @@ def _example(file: Path, row: Mapping[str, Any], where: str, field: str, label_f
             raise ValueError(_lacking(file, where, name, row))
     text, label = row[field], row[label_field] if label_field is not None else None
     if not isinstance(text, str):
-        raise ValueError(f"{file}, {where}: `{field}` must be a string, got a {type(text).__name__}.")
+        raise ValueError(f"{file}, {where}: `{field}` must be a string, got {type(text).__name__}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as err:
         raise ValueError(f"{file}, {where}: `{field}` holds half of a surrogate pair, which is no character.") from err
     if label_field is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
         raise ValueError(
-            f"{file}, {where}: the label `{label_field}` must be a class index or name, got a {type(label).__name__}."
+            f"{file}, {where}: the label `{label_field}` must be a class index or name, got {type(label).__name__}."
         )
     return Example(text, label, where)
 
