@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 import torch
 import transformers as hf
+from folders import folder
+from folders import tokenizer as words
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import seeded
@@ -496,6 +498,15 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(damage, tmp_path):
     spoil(folder)
     with complaint(*words, kind=kind):
         load_tokenizer(folder, gpt2())
+
+
+def test_a_tokenizer_that_transformers_rereads_in_its_own_way_is_reported(tmp_path):
+    """Words as tokens, in the folder of a Qwen2: transformers makes a byte-level tokenizer of the vocabulary."""
+    model = folder(tmp_path / "model", "qwen2")
+    load_tokenizer(model, load_model(model))
+    words().save_pretrained(model)
+    with pytest.warns(UserWarning, match=r"as a Qwen2Tokenizer, which makes other tokens of a text"):
+        load_tokenizer(model, load_model(model))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ..core.directions import Direction
+from ..core.directions import Direction, dot
 from ..core.layout import Layout, Params
 from ..core.objective import Loss
 
@@ -52,10 +52,10 @@ def realised(
             at = base[leaf.name][rows] if leaf.shape else base[leaf.name]
             before = at.to(leaf.dtype).to(asked.dtype)
             plus, minus = ((at + sign * asked).to(leaf.dtype).to(asked.dtype) - before for sign in (1, -1))
-            moved += _square(plus)
-            wished += _square(asked)
-            error += _square(plus - asked)
-            asymmetry += _square(plus + minus)
+            moved += dot(plus, plus)
+            wished += dot(asked, asked)
+            error += dot(plus - asked, plus - asked)
+            asymmetry += dot(plus + minus, plus + minus)
             still += int((plus == 0).sum())
     if wished == 0:
         return None
@@ -98,7 +98,3 @@ def warn_if_swallowed(found: Realised | None, span: float, relative_step: float)
 
 def _widened(inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
-
-
-def _square(x: torch.Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64 if x.device.type != "mps" else None))

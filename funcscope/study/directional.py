@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -249,7 +250,7 @@ def _resumed(settings: Settings, sampling: Sampling, partial: Path) -> Iterator[
     wanted = to_json(
         {"settings": asdict(settings), "plan": sampling.plan, "baseline": sampling.settings["baseline_loss"]}
     )
-    rows = _left(partial, wanted)
+    rows = _left(partial, wanted, max(1e-6, sampling.settings["unit_roundoff"]))
     yield from rows
     saved = time.monotonic()
     try:
@@ -264,13 +265,17 @@ def _resumed(settings: Settings, sampling: Sampling, partial: Path) -> Iterator[
         raise
 
 
-def _left(partial: Path, wanted: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """Samples of the same model, data and settings: the loss at theta, bit for bit, speaks for the first two."""
+def _left(partial: Path, wanted: dict[str, Any], tolerance: float) -> list[dict[str, Tensor]]:
+    """Samples of the same model, data and settings: the loss at theta, up to rounding, speaks for the first two."""
     try:
         stored = load(partial)
     except (FileNotFoundError, Damaged):
         return []
-    return [{name: torch.from_numpy(x) for name, x in stored.arrays.items()}] if stored.meta == wanted else []
+    if stored.meta | {"baseline": 0} != wanted | {"baseline": 0}:
+        return []
+    if not math.isclose(stored.meta["baseline"], wanted["baseline"], rel_tol=tolerance):
+        return []
+    return [{name: torch.from_numpy(x) for name, x in stored.arrays.items()}]
 
 
 def _keep(partial: Path, rows: list[dict[str, Tensor]], wanted: dict[str, Any]) -> None:

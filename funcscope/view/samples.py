@@ -46,7 +46,9 @@ def strips(
     fig.layout.xaxis.showgrid = False
     edges = fig.layout.xaxis.range
     _add_zero(fig, edges, band)
-    for row, (colour, (label, values)) in enumerate(zip((BLUE, GREEN, VERMILION, PURPLE), samples.items(), strict=False)):
+    for row, (colour, (label, values)) in enumerate(
+        zip((BLUE, GREEN, VERMILION, PURPLE), samples.items(), strict=False)
+    ):
         for trace in (
             _swarm(values, -row, edges, name, unit, colour),
             *_middle_half(values, -row, colour),
@@ -145,9 +147,7 @@ def plain(text: str) -> str:
     return escape(text, quote=False)
 
 
-def _swarm(
-    values: Column, row: int, edges: tuple[float, float], name: str, unit: str, colour: str
-) -> go.Scatter:
+def _swarm(values: Column, row: int, edges: tuple[float, float], name: str, unit: str, colour: str) -> go.Scatter:
     seen = np.isfinite(values)
     hover = f"direction %{{customdata}}<br>{name} %{{x:.4g}} {unit}<extra></extra>"
     dots = _dots(values, values, seen, "a direction", hover)

@@ -90,7 +90,10 @@ def make_batches(
     else:
         chosen = _separate(texts, row_of, num_samples)
     if not chosen.rows:
-        raise ValueError(f"no text is left for the task {task!r}: {chosen.num_too_short} were too short to be scored.")
+        needs = {"causal": "two tokens", "masked": "a token that is not special", "classification": "a token"}[task]
+        raise ValueError(
+            f"no text is left for the task {task!r}: {chosen.num_too_short} were too short to be scored, which takes {needs}."
+        )
     types = "token_type_ids" in tokenizer.model_input_names and bool(getattr(model.config, "type_vocab_size", 0))
     pad = _padding(task, tokenizer, model, several=min(batch_size, len(chosen.rows)) > 1)
     return _collated(chosen, batch_size, pad, types)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -46,6 +48,10 @@ _VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tiktoken.model",
 )  # fmt: skip
+
+
+PROBE = "Two words, 3 numbers (12, 1234) and a line.\n    x = y_0 + 1\tTab's end"
+"""A text on which tokenizers that split differently differ."""
 
 
 def load_model(
@@ -100,7 +106,9 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
     """The tokenizer of a local Hugging Face folder, for this model.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, in one line, for a folder without a tokenizer, a
-    damaged one, one that is made by code of its own, and one with more tokens than the model has embeddings.
+    damaged one, one that is made by code of its own, and one with more tokens than the model has embeddings. Warns where
+    transformers makes other tokens than the tokenizer.json of the folder. Warns where
+    transformers makes other tokens of a text than the folder's tokenizer.json says.
     """
     path = local_folder(folder)
     _check_vocabulary(path)
@@ -114,7 +122,26 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the model's input embedding {rows} rows: it is another "
             f"model's tokenizer, or the embedding must grow with `model.resize_token_embeddings({len(tokenizer)})`."
         )
+    _warn_if_reread(path, tokenizer)
     return tokenizer
+
+
+def _warn_if_reread(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """For some families transformers takes the vocabulary of tokenizer.json, and splits text in a way of its own."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    with one_line(f"the tokenizer in {path} cannot be loaded"):
+        stored = Tokenizer.from_file(str(file))
+    stored.no_truncation()
+    stored.no_padding()
+    ours = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if ours != stored.encode(PROBE, add_special_tokens=False).ids:
+        warnings.warn(
+            f"transformers reads the tokenizer in {path} as a {type(tokenizer).__name__}, which makes other tokens of a text "
+            "than its tokenizer.json says. If the model was trained with that file, the losses are those of garbled text.",
+            stacklevel=3,
+        )
 
 
 def _config(path: Path) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy import stats
 
 from ..core.store import Stored
@@ -19,7 +19,7 @@ Column = Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
-class Sampled:
+class Result:
     """What `DirectionalLosses.asdict` has said of one model, after a round trip through the store."""
 
     model: dict[str, Any]
@@ -108,12 +108,12 @@ class Sampled:
         return mark(*self.of(name), _count(self.column(samples)))
 
 
-def read(stored: Stored) -> tuple[Sampled, ...]:
+def read(stored: Stored) -> tuple[Result, ...]:
     """The models of a stored result: one, or two of which the arrays are told apart by their first word."""
     models = stored.meta["models"]
     prefixes = ("",) if len(models) == 1 else ("first_", "second_")
     return tuple(
-        Sampled(model, {name.removeprefix(prefix): x for name, x in stored.arrays.items() if name.startswith(prefix)})
+        Result(model, {name.removeprefix(prefix): x for name, x in stored.arrays.items() if name.startswith(prefix)})
         for model, prefix in zip(models, prefixes, strict=True)
     )
 
@@ -154,9 +154,5 @@ def lost(columns: dict[str, Column], what: str) -> str:
     return f"Not finite, not drawn and left out of every statistic: {many}."
 
 
-def finite(values: Column) -> Bool[np.ndarray, " n"]:
-    return np.isfinite(values)
-
-
 def _count(values: Column) -> int:
-    return int(finite(values).sum())
+    return int(np.isfinite(values).sum())

@@ -1,0 +1,204 @@
+"""The sections of one model's page: what is said of its directional losses, and the figure that shows it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from . import samples
+from .numbers import number, with_error
+from .page import Chart, Quote, Section, Table, Terms
+from .result import Result, lost
+from .samples import Mark
+
+VISIBLE = 0.004
+"""The rounding band is drawn where it is at least this share of the axis wide on each side of zero."""
+NO_RANK = "Roughness rises when the mean loss falls faster than the standard deviation, so it does not rank models."
+_DOTS = (
+    "A dot is a direction; its height only keeps dots apart. Bar and tick: the middle half of the directions and the "
+    "median. Diamond: the mean with its 95 % interval. "
+)
+_UNITS = {"loss": "nats", "delta": "nats", "dir_grad": "nats per {}", "curvature": "nats per {}²"}
+_PLAIN = (
+    "loss_min", "loss_max", "curvature_noise_floor", "n_curvatures_undecided", "n_samples", "n_samples_for_corr",
+    "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm", "relative_step",
+)  # fmt: skip
+"""Stored numbers that are no estimates."""
+
+
+def loss_changes(result: Result) -> Section:
+    """The distribution of loss changes over directions, at both ends of the step."""
+    changes, means = result.changes, result.mean_changes
+    said = [f"{_middle(values, side)} {_downhill(values)}" for side, values in changes.items()]
+    blocks: list[str | Chart] = [" ".join(said)]
+    if any(np.isfinite(values).any() for values in changes.values()):
+        fig = samples.strips(changes, means, name="loss change", unit="nats")
+        caption = f"{_DOTS}{_off_axis(changes, means)}{lost(changes, 'sampled loss')}"
+        blocks.append(Chart(fig, caption))
+    return Section(f"Loss changes at {result.step}", [*blocks, _roughness(result)])
+
+
+def curvature(result: Result) -> Section:
+    """The distribution of curvatures, and what rounding can do to them."""
+    values, unit = result.column("curvatures"), f"nats per {result.unit}²"
+    how = "a second derivative, exact" if result.is_exact else "the second difference of the three losses"
+    half_square = with_error(*(result.span**2 / 2 * x for x in result.of("curvature_mean")))
+    text = (
+        f"The curvature along a direction is {how}. Its mean is {result.said('curvature_mean')} {unit}, its standard "
+        f"deviation over directions {result.said('curvature_std')}; {_negative(values)}. "
+        f"The mean alone, h² c / 2, makes {half_square} nats of the loss change; "
+        f"per unit of distance in parameter space it is {result.said('rayleigh_mean')} nats."
+    )
+    blocks: list[str | Chart | Quote] = [text]
+    note = result.values["precision_note"]
+    blocks += [] if note is None else [Quote(f"{note[0].upper()}{note[1:]}", "Stored with the result.")]
+    if np.isfinite(values).any():
+        shown, means = {"": values}, {"": result.mean("curvature_mean", "curvatures")}
+        band = _visible_band(result, samples.extent(shown, means))
+        fig = samples.strips(shown, means, name="curvature", unit=unit, band=band)
+        caption = f"{_DOTS}{_off_axis(shown, means)}{_rounding(result, band)}{lost(shown, 'curvature')}"
+        blocks.append(Chart(fig, caption))
+    return Section("Curvature", blocks)
+
+
+def slopes(result: Result) -> Section:
+    """Slopes against loss changes: how much of the change the gradient predicts."""
+    slope, change = result.column("slopes"), result.changes[result.side]
+    linear, quadratic = result.span * slope, None
+    both = np.isfinite(slope) & np.isfinite(change)
+    text = (
+        f"Over directions, the slope at the weights and the loss change at {result.side} have a correlation of "
+        f"{result.said('dir_grad_delta_corr')}. Near 1 the gradient predicts which direction changes the loss more. A low "
+        "value says that at this distance curvature and higher orders move the loss, or that there are too few "
+        "directions to tell. It does not say that the gradient is wrong."
+    )
+    caption = (
+        f"A dot is a direction. Line: the change that the slope alone predicts, h s with h = {number(result.span)}. "
+    )
+    if result.has("curvatures"):
+        quadratic = linear + result.span**2 / 2 * result.column("curvatures")
+        caption += f"Rings: slope and curvature, h s + h² c / 2.{_borrowed(result)} "
+    caption += f"Root mean square distance from the dots: line {_distance(change - linear)}"
+    caption += f", rings {_distance(change - quadratic)}. " if quadratic is not None else ". "
+    caption += _unseen(int(both.sum()), len(both), "slope and loss")
+    note = result.values["note"]
+    blocks: list[str | Chart | Quote] = [text]
+    blocks += [] if note is None else [Quote(f"{note[0].upper()}{note[1:]}", "Stored with the result.")]
+    if both.any():
+        unit = f"nats per {result.unit}"
+        fig = samples.predictions(slope, change, result.span, quadratic=quadratic, slope_unit=unit)
+        blocks.append(Chart(fig, caption))
+    return Section("Slopes and loss changes", blocks)
+
+
+def half_precision(result: Result) -> Section:
+    """What rounding to half precision leaves of the step, measured on the first direction."""
+    of = {name: result.of(f"realised_{name}")[0] for name in ("displacement", "error", "asymmetry", "unmoved")}
+    off = result.of("realised_loss_error")[0]
+    dtype = result.model["compute_dtype"].removeprefix("torch.")
+    text = (
+        f"The model computes in {dtype}: weights can only move from one number of that type to the next. Measured on "
+        "the first direction:"
+    )
+    items = [
+        ("Length", [f"Asked to move by {number(result.values['displacement'])}, the weights move by "
+                    f"{number(of['displacement'])}."]),
+        ("Error", [f"The step that is taken differs from the one asked for by {_percent(of['error'])} of its length."]),
+        ("Still", [f"{_percent(of['unmoved'])} of the weights do not move at all."]),
+        ("Opposite", [f"The steps at + and at − fail to be opposite by {_percent(of['asymmetry'])} of their length."]),
+    ]  # fmt: skip
+    if not math.isnan(off):
+        items.append(("Loss", [f"Rounding inside the model moves the loss by about {number(off)} nats."]))
+    return Section("Half precision", [text, Terms(items)])
+
+
+def _roughness(result: Result) -> str:
+    """Roughness, and why it does not rank models."""
+    value = result.said("landscape_roughness")
+    return f"Roughness, sd / |mean| of the losses at {result.side}, is {value}. {NO_RANK}"
+
+
+def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
+    """Every stored statistic by its documented name, with its standard error, a column per model."""
+    values = results[0].values
+    estimates = [name for name in values if f"{name}_stderr" in values]
+    names = [*estimates, *(name for name in _PLAIN if name in values)]
+    rows = [["baseline_loss", *(number(result.values["baseline_loss"], 6) for result in results), "nats"]]
+    for name in names:
+        cells = (result.said(name) if name in estimates else _exactly(result.values.get(name)) for result in results)
+        rows.append([name, *cells, _unit(name, results[0])])
+    return Table(["statistic", *headers, "unit"], rows)
+
+
+def _exactly(value: float | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else number(value, 5)
+
+
+def _unit(name: str, result: Result) -> str:
+    if name in ("displacement", "param_norm", "landscape_roughness", "dir_grad_delta_corr", "relative_step"):
+        return ""
+    if name == "rayleigh_mean":
+        return "nats per unit of distance²"
+    if name == "actual_span":
+        return result.unit
+    return next((unit.format(result.unit) for first, unit in _UNITS.items() if name.startswith(first)), "")
+
+
+def _middle(values: samples.Column, side: str) -> str:
+    finite = values[np.isfinite(values)]
+    if finite.size < 2:
+        return f"At {side} " + ("no loss is finite." if not finite.size else f"the change is {number(finite[0])} nats.")
+    lower, middle, upper = (number(float(x)) for x in np.quantile(finite, (0.25, 0.5, 0.75)))
+    return f"At {side} the median change is {middle} nats and the middle half lies between {lower} and {upper}."
+
+
+def _downhill(values: samples.Column) -> str:
+    few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
+    if not num:
+        return ""
+    return "No direction lowers the loss." if not few else f"{few} of {num} directions lower the loss."
+
+
+def _negative(values: samples.Column) -> str:
+    few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
+    return f"{few} of {num} are negative" if few else "none is negative"
+
+
+def _off_axis(shown: dict[str, samples.Column], means: dict[str, Mark]) -> str:
+    return "" if samples.shows_zero(shown, means) else "Zero is not on the axis. "
+
+
+def _visible_band(result: Result, extent: tuple[float, float]) -> float | None:
+    low, high = extent
+    floor = result.of("curvature_noise_floor")[0]
+    return floor if low <= floor and high >= -floor and floor >= VISIBLE * (high - low) > 0 else None
+
+
+def _rounding(result: Result, band: float | None) -> str:
+    """What rounding does to a curvature, and whether it is drawn."""
+    if result.is_exact:
+        return ""
+    floor, few = result.of("curvature_noise_floor")[0], result.values["n_curvatures_undecided"]
+    if band is None:
+        return f"Rounding moves a curvature by about {number(floor, 2)}, too little to draw. "
+    return f"Grey: within {number(floor, 2)} of zero rounding may decide the sign, as for {few} of them. "
+
+
+def _borrowed(result: Result) -> str:
+    if result.is_exact:
+        return ""
+    return " c has the measured loss in it, so that rings are off by odd orders only, from the third on."
+
+
+def _distance(residual: samples.Column) -> str:
+    finite = residual[np.isfinite(residual)]
+    return f"{number(float(np.sqrt(np.mean(finite**2))))} nats" if finite.size else "undefined"
+
+
+def _unseen(seen: int, num: int, what: str) -> str:
+    return "" if seen == num else f"{num - seen} of {num} directions have no finite {what}, and are not drawn."
+
+
+def _percent(share: float) -> str:
+    return "undefined" if math.isnan(share) else f"{number(100 * share, 2)} %"
