@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, IN_FLOAT32, dense_hessian, loss_of, seeded, tokens
+from problems import CATALOGUE, IN_FLOAT32, dense_hessian, loss_of, problem, seeded, tokens
 from torch import nn
 from torch.func import grad
 from torch.testing import assert_close
@@ -462,3 +462,30 @@ def test_batch_split_and_padding_change_nothing():
     for other in found[1:]:
         for part in ("losses", "losses_negative", "slopes", "curvatures"):
             assert_close(getattr(found[0], part), getattr(other, part), rtol=1e-7, atol=1e-9)
+
+
+def test_a_result_shows_itself_in_a_notebook():
+    loss = loss_of("mlp")
+    result = fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=4, compute_gradient=True)
+    page = result._repr_html_()
+    assert page.count("<table>") == 1
+    for name, estimate in result.estimates.items():
+        assert name in page and f"{float(estimate.value):.5g}" in page
+    assert "directions at span 0.5" in page and str(result.n_samples) in page
+
+
+def test_kernels_that_sum_in_another_order_are_no_reason_to_refuse(monkeypatch):
+    """bfloat16 losses may differ between two calls by less than a rounding; more than that is another function."""
+    model, batches, criterion = problem("gpt2", torch.bfloat16)
+    loss = fs.objective(fs.functional(model), batches[:1], criterion)
+    calls, shift, once = [], [1e-3], type(loss).__call__
+
+    def drifting(self, theta):
+        calls.append(1)
+        return once(self, theta) * (1 + shift[0] * (len(calls) % 2))
+
+    monkeypatch.setattr(type(loss), "__call__", drifting)
+    fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1)
+    shift[0] = 1e-2
+    with pytest.raises(ValueError, match="is no function of theta"):
+        fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1)

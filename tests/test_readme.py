@@ -4,14 +4,35 @@ import re
 from pathlib import Path
 
 import pytest
+from folders import folder, texts
 from problems import problem
+
+from funcscope import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
+    """With folders of those names, and then the code that shows the page in a notebook."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-model", "base", "finetuned"):
+        folder(tmp_path / name, scale=1.2 if name == "finetuned" else 1.0)
+    texts(tmp_path / "texts.jsonl")
+    commands = re.findall(r"^funcscope (directional .*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert cli.main([*command.split(), "--samples", "3", "--max-seq-length", "8", "--quiet"]) == 0
+    assert "paired over 3" in capsys.readouterr().out
+    (shown,) = [block for block in BLOCKS if "show(" in block]
+    scope: dict = {}
+    exec(shown.replace("\nshow(", "\npage = show("), scope)
+    assert "<iframe" in scope["page"]._repr_html_()
 
 
 def test_the_code_runs_from_top_to_bottom(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = [block for block in BLOCKS if "show(" not in block]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}

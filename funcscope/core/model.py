@@ -272,9 +272,14 @@ class _Substitute(TorchFunctionMode):
             if not isinstance(out, Tensor):
                 return out
         func, args = self.replaced(func), self.swap(args, self.value)
-        if func is F.embedding:  # `vmap` over weights copies them all to look up a few rows; indexing does not
-            return args[1][args[0]]
+        if func is F.embedding:
+            func = _embedding
         return func(*args, **{key: self.swap(x, self.value) for key, x in kwargs.items()}) if kwargs else func(*args)
+
+
+def _embedding(input, weight, padding_idx=None, max_norm=None, *rest: Any, **options: Any) -> Tensor:
+    """Rows of the weight: `vmap` over weights would copy them all to look up a few."""
+    return weight[input] if max_norm is None else F.embedding(input, weight, padding_idx, max_norm, *rest, **options)
 
 
 def _uses(model: nn.Module) -> Counter[str]:

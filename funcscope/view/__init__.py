@@ -17,8 +17,9 @@ def show(numbers: str | PathLike[str]) -> Page:
 
     Raises FileNotFoundError, and core.store.Damaged for a file that cannot be read.
     """
-    from . import demo, directional, page  # plotly takes a second to import
+    from .demo import write_page as write_demo  # plotly takes a second to import
+    from .directional import write_page
+    from .page import Page
 
     path = Path(numbers)
-    write_page = directional.write_page if "kind" in load(path).meta else demo.write_page
-    return page.Page(write_page(path))
+    return Page(write_page(path) if "kind" in load(path).meta else write_demo(path))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..core.store import Stored, load, write
 from . import comparison, directional_methods
 from . import directional_sections as sections
-from .numbers import number
+from .numbers import counted, number, with_error
 from .page import Fact, Files, Section, render
 from .result import Result, is_resolved, read
 
@@ -75,17 +76,25 @@ def lede(result: Result) -> list[str]:
 
 def strip(result: Result, data: dict[str, Any]) -> list[Fact]:
     """The four numbers that come first."""
-    bent = (
-        Fact("Mean curvature", result.said("curvature_mean"), f"nats per {result.unit}²")
-        if result.has("curvatures")
-        else Fact("Spread", result.said("delta_std"), "sd of the loss change over directions, in nats")
-    )
-    scored = {"causal": "tokens", "masked": "masked tokens", "classification": "texts"}[data["task"]]
+    at = f"nats at {result.step}"
+    change, bent = result.of("delta_mean"), result.of("curvature_mean")
+    spread = result.of("delta_std")
+    scored, _ = directional_methods.scored(data["task"])
     return [
-        Fact("Baseline loss", f"{number(result.values['baseline_loss'], 4)} nats", f"mean over {scored}"),
-        Fact("Mean loss change", result.said("delta_mean"), f"nats at {result.step}; ± one standard error"),
-        bent,
-        Fact("Sampling", f"{data['num_scored']:,} × {result.num:,}", f"{scored} scored × directions"),
+        Fact(
+            "Baseline loss",
+            number(result.values["baseline_loss"], 4),
+            f"nats, mean over {data['num_scored']:,} {scored}",
+        ),
+        sections.estimated("Mean loss change", *change, at),
+        sections.estimated("Mean curvature", *bent, f"nats per {result.unit}²")
+        if result.has("curvatures")
+        else sections.estimated("Standard deviation", *spread, f"{at}, over directions"),
+        Fact(
+            "Sampling",
+            counted(result.num, "direction"),
+            f"{'both sides' if result.has('losses_negative') else 'one side'}, seed {result.values['seed']}",
+        ),
     ]
 
 
@@ -95,7 +104,7 @@ def _way(change: float) -> str:
 
 def _size(result: Result) -> str:
     value, stderr = result.of("delta_mean")
-    return sections.with_error(abs(value), stderr)
+    return with_error(abs(value), stderr)
 
 
 def _directions(result: Result) -> str:
@@ -106,8 +115,6 @@ def _directions(result: Result) -> str:
 
 def _digits(level: float, change: float) -> int:
     """Enough digits of a loss to see its change."""
-    import math
-
     if not change or not level:
         return 4
     return min(9, max(4, 3 + math.floor(math.log10(abs(level))) - math.floor(math.log10(abs(change)))))
@@ -116,12 +123,15 @@ def _digits(level: float, change: float) -> int:
 def _shape(result: Result) -> list[str]:
     """What the curvature and the slopes say, where they are there."""
     said = []
+    unit = f"nats per {result.unit}²"
     if result.has("curvatures") and result.values["curvature_mean"] is not None:
         bent = result.mean("curvature_mean", "curvatures")
         few = result.values["n_curvatures_undecided"]
+        if result.num == 1:
+            return [f"Its curvature is {number(bent.value)} {unit}."]
         sign = ("upward" if bent.value > 0 else "downward") + " on average"
         way = f"bends {sign}" if is_resolved(bent) else "has no mean curvature that can be told from zero"
-        text = f"Along these directions it {way}, {result.said('curvature_mean')} nats per {result.unit}²"
+        text = f"Along these directions it {way}, {result.said('curvature_mean')} {unit}"
         said.append(f"{text}; rounding may decide the sign of {few} of {result.num} curvatures." if few else f"{text}.")
     if result.has("slopes") and result.values["dir_grad_delta_corr"] is not None:
         said.append(f"Slope and loss change have a correlation of {result.said('dir_grad_delta_corr')}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.store import Stored
-from .numbers import number
+from .numbers import counted, number, setting
 from .page import Terms
 from .result import Result
 
@@ -24,7 +24,7 @@ _SCORED = {
 def terms(stored: Stored, results: tuple[Result, ...]) -> Terms:
     """The block that a reader needs to make the numbers again."""
     meta = stored.meta
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in meta["settings"].items())
+    settings = ", ".join(f"{name} {_plain(value)}" for name, value in meta["settings"].items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
     return Terms(
         [
@@ -40,6 +40,11 @@ def terms(stored: Stored, results: tuple[Result, ...]) -> Terms:
     )
 
 
+def scored(task: str) -> tuple[str, str]:
+    """What the loss is a mean over, and how it is scored."""
+    return _SCORED.get(task, ("positions", "as the task has it"))
+
+
 def _model(result: Result) -> str:
     model = result.model
     stored, computed = (model[name].removeprefix("torch.") for name in ("dtype", "compute_dtype"))
@@ -53,7 +58,7 @@ def _model(result: Result) -> str:
 
 def _texts(meta: dict[str, Any]) -> list[str]:
     data, settings = meta["data"], meta["settings"]
-    what, how = _SCORED[data["task"]]
+    what, how = scored(data["task"])
     pieces = "blocks of joined texts" if settings.get("packing") else "texts"
     return [
         f"{data['path']}: {data['num_samples']:,} {pieces} in {data['num_batches']:,} batches, "
@@ -66,7 +71,7 @@ def _texts(meta: dict[str, Any]) -> list[str]:
 
 def _directions(results: tuple[Result, ...]) -> list[str]:
     values = results[0].values
-    moves = " and ".join(dict.fromkeys(number(result.values["relative_step"]) for result in results))
+    moves = " and ".join(dict.fromkeys(setting(result.values["relative_step"]) for result in results))
     scaled = _SCALED[values["normalize"]]
     if values["global_renorm"] and values["normalize"] != "global":
         scaled += ", then to norm 1"
@@ -75,7 +80,7 @@ def _directions(results: tuple[Result, ...]) -> list[str]:
         same = " Both models have the same directions."
     return [
         f"{results[0].num:,} directions d, drawn from the {values['distribution']} distribution and {scaled}. "
-        f"A step of h = {number(results[0].span)} moves θ by {moves} of its own norm.{same}",
+        f"A step of h = {setting(results[0].span)} moves θ by {moves} of its own norm.{same}",
         f"Seed {values['seed']}, key {values['key']}; direction i depends on the key, on i and on the norms of θ only.",
     ]
 
@@ -83,7 +88,7 @@ def _directions(results: tuple[Result, ...]) -> list[str]:
 def _formulas(results: tuple[Result, ...]) -> list[str]:
     result = results[0]
     lines = [
-        f"h = {number(result.span)}, L₀ = L(θ), L₊ = L(θ + h d), L₋ = L(θ − h d)",
+        f"h = {setting(result.span)}, L₀ = L(θ), L₊ = L(θ + h d), L₋ = L(θ − h d)",
         "loss change: L₊ − L₀; roughness: sd(L₊) / |mean(L₊)|",
     ]
     if result.has("slopes"):
@@ -117,12 +122,16 @@ def _errors(results: tuple[Result, ...]) -> list[str]:
 
 def _cost(result: Result, models: int) -> str:
     values = result.values
-    counts = {"forward passes": "num_forwards", "gradients": "num_gradients", "directional derivatives": "num_jvps",
-              "second directional derivatives": "num_second_jvps"}  # fmt: skip
-    used = ", ".join(f"{values[name]:,} {what}" for what, name in counts.items() if values[name])
-    path = "leaf by leaf" if not values["fast_vec_path"] else f"{values['chunk']} directions at a time"
+    counts = {
+        "evaluation": values["num_forwards"],
+        "gradient": values["num_gradients"],
+        "directional derivative": values["num_jvps"],
+        "second directional derivative": values["num_second_jvps"],
+    }
+    used = ", ".join(counted(num, what) for what, num in counts.items() if num)
+    path = f"{values['chunk']} directions at a time" if values["fast_vec_path"] else "weights perturbed leaf by leaf"
     whose = f"{result.name}: " if models > 1 else ""
-    return f"{whose}{used}, each over all texts; {path}, {values['threads']} threads."
+    return f"{whose}{used} of the loss over all texts; {path}, {counted(values['threads'], 'thread')}."
 
 
 def _time(meta: dict[str, Any]) -> str:
@@ -130,4 +139,6 @@ def _time(meta: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

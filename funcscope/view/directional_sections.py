@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
 from . import samples
-from .numbers import number, with_error
-from .page import Chart, Quote, Section, Table, Terms
+from .numbers import number, setting, with_error
+from .page import Chart, Fact, Quote, Section, Table, Terms
 from .result import Result, lost
 from .samples import Mark
 
 VISIBLE = 0.004
 """The rounding band is drawn where it is at least this share of the axis wide on each side of zero."""
 NO_RANK = "Roughness rises when the mean loss falls faster than the standard deviation, so it does not rank models."
+MANY = 200
+"""Rings around more dots than these would hide them."""
 _DOTS = (
     "A dot is a direction; its height only keeps dots apart. Bar and tick: the middle half of the directions and the "
     "median. Diamond: the mean with its 95 % interval. "
@@ -42,22 +45,13 @@ def loss_changes(result: Result) -> Section:
 def curvature(result: Result) -> Section:
     """The distribution of curvatures, and what rounding can do to them."""
     values, unit = result.column("curvatures"), f"nats per {result.unit}²"
-    how = "a second derivative, exact" if result.is_exact else "the second difference of the three losses"
-    half_square = with_error(*(result.span**2 / 2 * x for x in result.of("curvature_mean")))
-    text = (
-        f"The curvature along a direction is {how}. Its mean is {result.said('curvature_mean')} {unit}, its standard "
-        f"deviation over directions {result.said('curvature_std')}; {_negative(values)}. "
-        f"The mean alone, h² c / 2, makes {half_square} nats of the loss change; "
-        f"per unit of distance in parameter space it is {result.said('rayleigh_mean')} nats."
-    )
-    blocks: list[str | Chart | Quote] = [text]
-    note = result.values["precision_note"]
-    blocks += [] if note is None else [Quote(f"{note[0].upper()}{note[1:]}", "Stored with the result.")]
+    blocks: list[str | Chart | Quote] = [_bend(result, unit), *note(result.values["precision_note"])]
     if np.isfinite(values).any():
         shown, means = {"": values}, {"": result.mean("curvature_mean", "curvatures")}
-        band = _visible_band(result, samples.extent(shown, means))
+        extent = samples.extent(shown, means)
+        band = _visible_band(result, extent)
         fig = samples.strips(shown, means, name="curvature", unit=unit, band=band)
-        caption = f"{_DOTS}{_off_axis(shown, means)}{_rounding(result, band)}{lost(shown, 'curvature')}"
+        caption = f"{_DOTS}{_off_axis(shown, means)}{_rounding(result, band, extent)}{lost(shown, 'curvature')}"
         blocks.append(Chart(fig, caption))
     return Section("Curvature", blocks)
 
@@ -65,29 +59,27 @@ def curvature(result: Result) -> Section:
 def slopes(result: Result) -> Section:
     """Slopes against loss changes: how much of the change the gradient predicts."""
     slope, change = result.column("slopes"), result.changes[result.side]
-    linear, quadratic = result.span * slope, None
-    both = np.isfinite(slope) & np.isfinite(change)
-    text = (
-        f"Over directions, the slope at the weights and the loss change at {result.side} have a correlation of "
-        f"{result.said('dir_grad_delta_corr')}. Near 1 the gradient predicts which direction changes the loss more. A low "
-        "value says that at this distance curvature and higher orders move the loss, or that there are too few "
-        "directions to tell. It does not say that the gradient is wrong."
-    )
-    caption = (
-        f"A dot is a direction. Line: the change that the slope alone predicts, h s with h = {number(result.span)}. "
-    )
+    predicted = {"slope alone": result.span * slope}
     if result.has("curvatures"):
-        quadratic = linear + result.span**2 / 2 * result.column("curvatures")
-        caption += f"Rings: slope and curvature, h s + h² c / 2.{_borrowed(result)} "
-    caption += f"Root mean square distance from the dots: line {_distance(change - linear)}"
-    caption += f", rings {_distance(change - quadratic)}. " if quadratic is not None else ". "
-    caption += _unseen(int(both.sum()), len(both), "slope and loss")
-    note = result.values["note"]
-    blocks: list[str | Chart | Quote] = [text]
-    blocks += [] if note is None else [Quote(f"{note[0].upper()}{note[1:]}", "Stored with the result.")]
-    if both.any():
+        predicted["slope and curvature"] = result.span * slope + result.span**2 / 2 * result.column("curvatures")
+    text = (
+        "The correlation over directions, between the slope at the weights and the loss change at "
+        f"{result.side}, is {result.said('dir_grad_delta_corr')}. Near 1 the gradient predicts which direction changes the "
+        "loss more. A low value says that at this distance curvature and higher orders move the loss, or that there are "
+        "too few directions to tell. It does not say that the gradient is wrong."
+    )
+    blocks: list[str | Chart | Quote] = [text, *note(result.values["note"])]
+    seen = int(np.isfinite(slope + change).sum())
+    if seen:
+        quadratic = predicted.get("slope and curvature") if seen <= MANY else None
         unit = f"nats per {result.unit}"
         fig = samples.predictions(slope, change, result.span, quadratic=quadratic, slope_unit=unit)
+        far = "; ".join(f"{name} {_distance(change - values)}" for name, values in predicted.items())
+        caption = (
+            f"A dot is a direction. Line: the change that the slope alone predicts, h s with h = {setting(result.span)}. "
+            f"{_rings(result, quadratic is not None)}Root mean square distance of the predictions from the dots: {far}."
+            f"{_unseen(seen, len(slope))}"
+        )
         blocks.append(Chart(fig, caption))
     return Section("Slopes and loss changes", blocks)
 
@@ -119,6 +111,36 @@ def _roughness(result: Result) -> str:
     return f"Roughness, sd / |mean| of the losses at {result.side}, is {value}. {NO_RANK}"
 
 
+def _bend(result: Result, unit: str) -> str:
+    values = result.column("curvatures")
+    if not np.isfinite(values).any():
+        return "No curvature is finite."
+    how = "a second derivative, exact" if result.is_exact else "the second difference of the three losses"
+    half_square = with_error(*(result.span**2 / 2 * x for x in result.of("curvature_mean")))
+    text = (
+        f"The curvature along a direction is {how}. Its mean is {result.said('curvature_mean')} {unit}, its standard "
+        f"deviation over directions {result.said('curvature_std')}; {_negative(values)}. "
+        f"The mean alone, h² c / 2, makes {half_square} nats of the loss change."
+    )
+    if result.is_relative:
+        text += f" Per squared unit of distance in parameter space it is {result.said('rayleigh_mean')} nats."
+    return text
+
+
+def note(text: str | None, source: str = "the result") -> list[Quote]:
+    """What the result itself says of its numbers."""
+    return [] if text is None else [Quote(f"{text[0].upper()}{text[1:]}", f"Stored with {source}.")]
+
+
+def estimated(label: str, value: float, stderr: float, detail: str) -> Fact:
+    """A fact with its standard error in the line below."""
+    found = re.fullmatch(r"\(?([^(]+) ± ([^)]+)\)?( × .+)?", with_error(value, stderr))
+    if found is None:
+        return Fact(label, number(value), f"{detail}; error undefined" if math.isnan(stderr) else detail)
+    shown, error, power = found.groups(default="")
+    return Fact(label, f"{shown}{power}", f"± {error}{power} {detail}")
+
+
 def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
     """Every stored statistic by its documented name, with its standard error, a column per model."""
     values = results[0].values
@@ -128,11 +150,13 @@ def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
     for name in names:
         cells = (result.said(name) if name in estimates else _exactly(result.values.get(name)) for result in results)
         rows.append([name, *cells, _unit(name, results[0])])
-    return Table(["statistic", *headers, "unit"], rows)
+    return Table(["statistic", *headers, "unit"], rows, "listed")
 
 
 def _exactly(value: float | None) -> str:
-    return f"{value:,}" if isinstance(value, int) else number(value, 5)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return number(value) if value is None else setting(value)
 
 
 def _unit(name: str, result: Result) -> str:
@@ -157,12 +181,14 @@ def _downhill(values: samples.Column) -> str:
     few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
     if not num:
         return ""
-    return "No direction lowers the loss." if not few else f"{few} of {num} directions lower the loss."
+    if not few:
+        return "No direction lowers the loss."
+    return f"{few} of {num} directions {'lowers' if few == 1 else 'lower'} the loss."
 
 
 def _negative(values: samples.Column) -> str:
     few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
-    return f"{few} of {num} are negative" if few else "none is negative"
+    return f"{few} of {num} {'is' if few == 1 else 'are'} negative" if few else "none is negative"
 
 
 def _off_axis(shown: dict[str, samples.Column], means: dict[str, Mark]) -> str:
@@ -175,20 +201,30 @@ def _visible_band(result: Result, extent: tuple[float, float]) -> float | None:
     return floor if low <= floor and high >= -floor and floor >= VISIBLE * (high - low) > 0 else None
 
 
-def _rounding(result: Result, band: float | None) -> str:
+def _rounding(result: Result, band: float | None, extent: tuple[float, float]) -> str:
     """What rounding does to a curvature, and whether it is drawn."""
     if result.is_exact:
         return ""
     floor, few = result.of("curvature_noise_floor")[0], result.values["n_curvatures_undecided"]
     if band is None:
         return f"Rounding moves a curvature by about {number(floor, 2)}, too little to draw. "
-    return f"Grey: within {number(floor, 2)} of zero rounding may decide the sign, as for {few} of them. "
+    low, high = extent
+    grey = "Grey, the whole axis here" if floor >= max(-low, high) else "Grey"
+    return (
+        f"{grey}: within {number(floor, 2)} of zero rounding may decide the sign of a curvature, as for {few} of them. "
+    )
 
 
-def _borrowed(result: Result) -> str:
-    if result.is_exact:
+def _rings(result: Result, drawn: bool) -> str:
+    """The prediction with the curvature, and how much it owes to the losses that it predicts."""
+    if not result.has("curvatures"):
         return ""
-    return " c has the measured loss in it, so that rings are off by odd orders only, from the third on."
+    own = (
+        ""
+        if result.is_exact
+        else ", where c has the measured losses in it and leaves out the odd orders from the third"
+    )
+    return f"{'Rings' if drawn else 'Not drawn'}: slope and curvature, h s + h² c / 2{own}. "
 
 
 def _distance(residual: samples.Column) -> str:
@@ -196,8 +232,8 @@ def _distance(residual: samples.Column) -> str:
     return f"{number(float(np.sqrt(np.mean(finite**2))))} nats" if finite.size else "undefined"
 
 
-def _unseen(seen: int, num: int, what: str) -> str:
-    return "" if seen == num else f"{num - seen} of {num} directions have no finite {what}, and are not drawn."
+def _unseen(seen: int, num: int) -> str:
+    return "" if seen == num else f" {num - seen} of {num} directions have no finite slope and loss, and are not drawn."
 
 
 def _percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 UNDEFINED = "undefined"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -27,16 +28,42 @@ def number(value: float | None, digits: int = 3) -> str:
 def with_error(value: float | None, stderr: float | None) -> str:
     """A value and its standard error, to two digits of the error; the value alone where the error is undefined.
 
+    So it is where the error is below 10⁻⁹ of the value, which is rounding in the computation of either.
+
     >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(17401.2, 2901.0)
     ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '17,400 ± 2,900')
     """
-    if value is None or not math.isfinite(value) or stderr is None or not math.isfinite(stderr) or stderr <= 0:
+    if (
+        value is None
+        or not math.isfinite(value)
+        or stderr is None
+        or not math.isfinite(stderr)
+        or stderr <= 1e-9 * abs(value)
+    ):
         return number(value)
     power = math.floor(math.log10(max(abs(value), stderr)))
     power = 0 if -4 < power < 6 else power
     decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])
     both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))
     return _minus(both) if power == 0 else f"({_minus(both)}) × {power_of_ten(power)}"
+
+
+def setting(value: float) -> str:
+    """A number that somebody has chosen: as short as it is, six digits at most.
+
+    >>> setting(0.1), setting(0.09999999941), setting(2e-5), setting(1500.0)
+    ('0.1', '0.1', '2 × 10⁻⁵', '1,500')
+    """
+    return re.sub(r"(\.\d*?)0+(?!\d)", r"\1", number(value, 6)).replace(". ", " ").removesuffix(".")
+
+
+def counted(num: int, what: str) -> str:
+    """A count and its noun, which takes an s where there is not one.
+
+    >>> counted(1, "gradient"), counted(1024, "gradient")
+    ('1 gradient', '1,024 gradients')
+    """
+    return f"{num:,} {what}" + ("" if num == 1 else "s")
 
 
 def power_of_ten(power: int) -> str:

@@ -60,6 +60,8 @@ class Chart(NamedTuple):
 class Table(NamedTuple):
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
+    style: str = ""
+    """"named" where rows start with words, "listed" where they end with words, too, and fit the column of text."""
 
 
 class Terms(NamedTuple):
@@ -177,7 +179,7 @@ def _table(table: Table) -> str:
         for first, *cells in table.rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f'<div class="{f"scroll {table.style}".strip()}" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>{chr(10).join(rows)}</tbody></table></div>"
     )
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from ..core.store import Stored
-from .numbers import number, with_error
+from .numbers import setting, with_error
 from .samples import Mark
 
 Column = Float[np.ndarray, " n"]
@@ -54,8 +54,8 @@ class Result:
     def step(self) -> str:
         """How far the weights move, for a sentence."""
         if self.is_relative or self.values["relative_span"]:
-            return f"a relative step of {number(self.values['relative_step'])}"
-        return f"a distance of {number(self.span)}"
+            return f"a relative step of {setting(self.values['relative_step'])}"
+        return f"a distance of {setting(self.span)}"
 
     @property
     def unit(self) -> str:
@@ -65,7 +65,7 @@ class Result:
     @property
     def side(self) -> str:
         """The name of the end L(theta + h d)."""
-        return f"+{number(self.span)}"
+        return f"+{setting(self.span)}"
 
     @property
     def is_exact(self) -> bool:
@@ -75,7 +75,7 @@ class Result:
     @cached_property
     def changes(self) -> dict[str, Column]:
         """Loss changes in nats, by the end of the step: +h, and -h where it was asked for."""
-        ends = {self.side: "losses", f"−{number(self.span)}": "losses_negative"}
+        ends = {self.side: "losses", f"−{setting(self.span)}": "losses_negative"}
         base = self.values["baseline_loss"]
         return {side: self.column(name) - base for side, name in ends.items() if name in self.arrays}
 
@@ -89,7 +89,9 @@ class Result:
         return {side: mark(*found, _count(values)) for (side, values), found in both}
 
     def column(self, name: str) -> Column:
-        return self.arrays[name].astype(np.float64)
+        """Samples of every direction; nan where they are not finite."""
+        values = self.arrays[name].astype(np.float64)
+        return np.where(np.isfinite(values), values, np.nan)
 
     def has(self, name: str) -> bool:
         return name in self.arrays

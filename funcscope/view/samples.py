@@ -19,7 +19,7 @@ Column = Float[np.ndarray, " n"]
 
 NEAR = 2.0
 """Zero is put on the axis of a distribution where it is at most so many times its extent away."""
-_COLUMNS, _HEIGHT = 72, 0.6
+_COLUMNS, _HEIGHT = 56, 0.6
 _DOT = {"size": 6, "line": {"width": 0.5, "color": "white"}}
 
 
@@ -41,11 +41,12 @@ def strips(
     line, where it is on the axis: see `shows_zero`.
     """
     low, high = extent(samples, means)
-    fig = blank(104 + 128 * len(samples), "")
+    fig = blank(122 + 124 * len(samples), "").update_layout(legend={"xref": "container"})
     set_linear(fig.layout.xaxis, name, unit, low, high)
     fig.layout.xaxis.showgrid = False
     edges = fig.layout.xaxis.range
     _add_zero(fig, edges, band)
+    explained = next((row for row, values in enumerate(samples.values()) if np.isfinite(values).any()), 0)
     for row, (colour, (label, values)) in enumerate(
         zip((BLUE, GREEN, VERMILION, PURPLE), samples.items(), strict=False)
     ):
@@ -54,10 +55,12 @@ def strips(
             *_middle_half(values, -row, colour),
             _mean(means[label], -row, interval),
         ):
-            fig.add_trace(trace.update(showlegend=row == 0 and trace.name is not None))
+            fig.add_trace(trace.update(showlegend=row == explained and trace.name is not None))
     places = [-float(row) for row in range(len(samples))]
-    fig.layout.yaxis.update(tickvals=places, ticktext=[plain(label) for label in samples], showgrid=False)
-    fig.layout.yaxis.range = [places[-1] - 0.72, 0.42]
+    fig.layout.yaxis.update(
+        tickvals=places, ticktext=[plain(label) for label in samples], showgrid=False, automargin=True
+    )
+    fig.layout.yaxis.range = [places[-1] - 0.76, 0.42]
     return fig
 
 
@@ -89,19 +92,19 @@ def predictions(
     edges = _ends(slope[both])
     line = step * np.array(edges)
     near = [change[both], line] + ([] if quadratic is None else [quadratic[both]])
-    fig = blank(400, "")
+    fig = blank(400, "").update_layout(legend={"xref": "container"})
     set_linear(fig.layout.xaxis, "slope", slope_unit, *edges)
     set_linear(fig.layout.yaxis, "loss change", "nats", *_ends(np.concatenate(near)))
     _add_axes(fig)
     style = {"color": INK, "width": 1.3}
-    fig.add_trace(go.Scatter(x=edges, y=line, mode="lines", line=style, name="step × slope", hoverinfo="skip"))
+    fig.add_trace(go.Scatter(x=edges, y=line, mode="lines", line=style, name="slope alone", hoverinfo="skip"))
     hover = "direction %{customdata}<br>slope %{x:.4g}<br>loss change %{y:.4g} nats<extra></extra>"
     fig.add_trace(_dots(slope, change, both, "measured", hover))
     if quadratic is not None:
         ring = {"symbol": "circle-open", "size": 10, "color": VERMILION, "line": {"width": 1.2}}
         hover = "direction %{customdata}<br>predicted %{y:.4g} nats<extra></extra>"
         known = both & np.isfinite(quadratic)
-        fig.add_trace(_dots(slope, quadratic, known, "with the curvature", hover).update(marker=ring))
+        fig.add_trace(_dots(slope, quadratic, known, "slope and curvature", hover).update(marker=ring))
     return fig
 
 
@@ -112,15 +115,15 @@ def pairs(first: Column, second: Column, names: tuple[str, str], *, name: str, u
     """
     both = np.isfinite(first) & np.isfinite(second)
     edges = _ends(np.concatenate([first[both], second[both]]))
-    fig = blank(430, "")
+    fig = blank(420, "").update_layout(showlegend=False, margin={"t": 20})
     for axis, whose in zip((fig.layout.xaxis, fig.layout.yaxis), names, strict=True):
-        set_linear(axis, f"{plain(whose)}: {name}", unit, *edges)
+        set_linear(axis, f"{plain(whose)}<br>{name}", unit, *edges)
     fig.layout.xaxis.constrain = "domain"
     fig.layout.yaxis.update(scaleanchor="x", constrain="domain")
     _add_axes(fig)
     line = {"color": INK, "width": 1.3}
     ends = list(fig.layout.xaxis.range)
-    fig.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line, name="equal in both", hoverinfo="skip"))
+    fig.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line, name="equal", hoverinfo="skip"))
     hover = f"direction %{{customdata}}<br>%{{x:.4g}} and %{{y:.4g}} {unit}<extra></extra>"
     fig.add_trace(_dots(first, second, both, "a direction", hover))
     return fig
@@ -143,8 +146,8 @@ def swarm(values: Column, low: float, high: float) -> Column:
 
 
 def plain(text: str) -> str:
-    """Text that plotly shows as it is: it takes tags for markup otherwise."""
-    return escape(text, quote=False)
+    """Text that plotly shows as it is: it takes tags for markup otherwise, and what is between dollars for TeX."""
+    return escape(text, quote=False).replace("$", "&#36;")
 
 
 def _swarm(values: Column, row: int, edges: tuple[float, float], name: str, unit: str, colour: str) -> go.Scatter:

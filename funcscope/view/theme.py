@@ -155,7 +155,7 @@ def set_linear(axis: go.layout.XAxis | go.layout.YAxis, name: str, unit: str, lo
     labels = [f"{tick / 10.0**power:.{decimals}f}".replace("-", "−") for tick in ticks]
     unit = unit if power == 0 else f"{power_of_ten(power)} {unit}".rstrip()
     title = f"{name} ({unit})" if unit else name
-    axis.update(range=[low - pad, high + pad], tickvals=ticks, ticktext=labels, title={"text": title})
+    axis.update(range=[low - pad, high + pad], tickvals=ticks, ticktext=labels, title={"text": title}, automargin=True)
 
 
 def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -174,4 +174,4 @@ def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def _common_power(ticks: Sequence[float]) -> int:
     power = math.floor(math.log10(max(map(abs, ticks))))
-    return 0 if -4 < power < 5 else power
+    return 0 if -3 < power < 5 else power

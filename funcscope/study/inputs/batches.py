@@ -39,7 +39,7 @@ class Data:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_samples} sequences in {len(self.batches)} batches: {self.num_tokens} tokens, "
+            f"{self.num_samples} sequences in {_counted(len(self.batches), 'batch', 'batches')}: {self.num_tokens} tokens, "
             f"{self.num_scored} scored; {self.num_too_short} too short, {self.num_truncated} truncated"
         )
 
@@ -97,6 +97,10 @@ def make_batches(
     types = "token_type_ids" in tokenizer.model_input_names and bool(getattr(model.config, "type_vocab_size", 0))
     pad = _padding(task, tokenizer, model, several=min(batch_size, len(chosen.rows)) > 1)
     return _collated(chosen, batch_size, pad, types)
+
+
+def _counted(num: int, one: str, several: str) -> str:
+    return f"{num} {one if num == 1 else several}"
 
 
 class _Chosen(NamedTuple):
