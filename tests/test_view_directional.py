@@ -4,13 +4,18 @@ import html
 import math
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from problems import loss_of
 from scipy import stats
+from test_view import stored as stored_demo
 
 import funcscope as fs
 from funcscope.core.store import load, save
@@ -19,7 +24,7 @@ from funcscope.landscape.precision import Realised
 from funcscope.landscape.samples import DirectionalLosses, Plan
 from funcscope.view import comparison_sections, directional, directional_sections, page, samples, show, theme
 from funcscope.view.pairing import Comparison
-from funcscope.view.result import is_resolved, mark, read, short
+from funcscope.view.result import is_resolved, mark, read
 
 NAN = math.nan
 HOSTILE = "<script>alert(1)</script>"
@@ -69,3 +74,417 @@ def stored(folder, *results, names=("base", "longer"), stem="run", task="causal"
     path = folder / f"{stem}.npz"
     save(path, arrays, meta)
     return path
+
+
+def paired(folder, *results, **options):
+    found = load(stored(folder, *results, **options))
+    return Comparison(*read(found), found.meta["comparison"])
+
+
+def written(path):
+    """The text that a reader sees on the page of these numbers."""
+    return visible(directional.write_page(path).read_text(encoding="utf-8"))
+
+
+def visible(text):
+    text = re.sub(r"<(script|style).*?</\1>", "", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
+
+
+def changed(path, change):
+    """The same file after `change(meta, arrays)`."""
+    found = load(path)
+    arrays, meta = {name: np.array(x) for name, x in found.arrays.items()}, found.meta
+    change(meta, arrays)
+    save(path, arrays, meta)
+    return path
+
+
+def charts(section):
+    return [block.figure for block in section.blocks if isinstance(block, page.Chart)]
+
+
+def traces(fig, name):
+    return [trace for trace in fig.data if trace.name is not None and trace.name.startswith(name)]
+
+
+def lossy(result, *at):
+    """The result with losses at + that are nan, and one that is infinite."""
+    losses = result.losses.clone()
+    losses[list(at)] = NAN
+    losses[at[0]] = math.inf
+    return replace(result, losses=losses)
+
+
+# Figures hold the data
+
+
+def test_every_finite_sample_is_a_dot_and_the_mean_has_its_interval():
+    values = {"+": np.array([1.0, NAN, 3.0, 5.0]), "-": np.array([0.5, 0.25, np.inf, -0.5])}
+    fig = samples.strips(
+        values, {"+": mark(3.0, 0.5, 3), "-": samples.Mark(0.1, -0.2, 0.4)}, name="change", unit="nats"
+    )
+    dots = traces(fig, "a direction")
+    assert [sorted(trace.x) for trace in dots] == [[1.0, 3.0, 5.0], [-0.5, 0.25, 0.5]]
+    assert [list(trace.customdata) for trace in dots] == [[0, 2, 3], [0, 1, 3]]
+    ends = [
+        (trace.x[0] - trace.error_x.arrayminus[0], trace.x[0] + trace.error_x.array[0]) for trace in traces(fig, "mean")
+    ]
+    np.testing.assert_allclose(ends, [stats.t.interval(0.95, 2, 3.0, 0.5), (-0.2, 0.4)])
+    assert [tuple(trace.x) for trace in traces(fig, "middle half")] == [(2.0, 4.0), (-0.125, 0.375)]
+    assert fig.layout.xaxis.range[0] < -0.5 < 5.0 < fig.layout.xaxis.range[1]
+    assert fig.layout.xaxis.title.text == "change (nats)"
+
+
+def test_an_interval_is_that_of_student_and_tends_to_196_standard_errors():
+    np.testing.assert_allclose(mark(2.0, 0.5, 3)[1:], stats.t.interval(0.95, 2, 2.0, 0.5))
+    np.testing.assert_allclose(mark(2.0, 0.5, 10**6)[1:], (2 - 0.98, 2 + 0.98), rtol=1e-4)
+    assert math.isnan(mark(2.0, NAN, 1).low)
+    assert is_resolved(mark(2.0, 0.5, 50))
+    assert not is_resolved(mark(2.0, 0.5, 3))  # four errors from zero, with two degrees of freedom
+    assert not is_resolved(mark(2.0, NAN, 1))
+
+
+def test_zero_is_on_the_axis_where_it_is_near_and_the_rounding_band_is_drawn():
+    shown = {"": np.array([1.0, 2.0])}
+    means = {"": samples.Mark(1.5, 1.2, 1.8)}
+    fig = samples.strips(shown, means, name="c", unit="", band=1.1)
+    band, zero = fig.layout.shapes
+    assert (band.x0, band.x1) == (fig.layout.xaxis.range[0], 1.1)
+    assert zero.x0 == zero.x1 == 0
+    wide = samples.strips({"": np.array([-3.0, 2.0])}, {"": samples.Mark(0.0, -1.0, 1.0)}, name="c", unit="", band=1.1)
+    assert (wide.layout.shapes[0].x0, wide.layout.shapes[0].x1) == (-1.1, 1.1)
+    far = {"": shown[""] + 10}
+    assert not samples.shows_zero(far, {"": samples.Mark(11.5, 11.2, 11.8)})
+    assert samples.extent(far, {"": samples.Mark(NAN, NAN, NAN)}) == (11.0, 12.0)
+    assert not samples.strips(far, {"": samples.Mark(11.5, 11.2, 11.8)}, name="c", unit="").layout.shapes
+
+
+def test_dots_of_equal_value_are_apart_and_in_the_row_of_their_name():
+    values = {"+": np.ones(5), "-": np.ones(400)}
+    means = dict.fromkeys(values, samples.Mark(1.0, NAN, NAN))
+    for row, trace in enumerate(traces(samples.strips(values, means, name="c", unit=""), "a direction")):
+        assert len(set(trace.y)) == len(trace.x)
+        assert np.abs(np.array(trace.y) + row).max() <= 0.3
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.floats(1e-3, 1e6))
+def test_a_swarm_stays_in_its_row_and_stacks_no_dot_on_another(values, width):
+    x = np.array(values)
+    y = samples.swarm(x, float(x.min()), float(x.min()) + width)
+    assert np.abs(y).max() <= 0.3
+    assert len({*zip(x, y, strict=True)}) == len(x)
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-12, 1e12))
+def test_ticks_are_few_inside_and_labelled_with_their_value(low, width):
+    axis = go.layout.XAxis()
+    theme.set_linear(axis, "x", "nats", low, low + width)
+    ticks = axis.tickvals
+    assert 2 <= len(ticks) <= 6
+    assert all(
+        axis.range[0] <= tick * (1 + 1e-9) + 1e-15 and tick <= axis.range[1] + abs(tick) * 1e-9 for tick in ticks
+    )
+    power = re.search(r"10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)", axis.title.text)
+    unit = 10.0 ** int(power[1].translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))) if power else 1.0
+    said = [float(label.replace("−", "-")) * unit for label in axis.ticktext]
+    np.testing.assert_allclose(said, ticks, rtol=1e-6, atol=1e-9 * max(map(abs, ticks)))
+
+
+def test_the_line_is_step_times_slope_and_rings_are_what_the_curvature_adds(tmp_path):
+    (result,) = read(load(stored(tmp_path, lossy(made(20), 3, 7))))
+    (fig,) = charts(directional_sections.slopes(result))
+    (line,), (dots,), (rings,) = (traces(fig, name) for name in ("slope alone", "measured", "slope and"))
+    np.testing.assert_allclose(line.y, 0.1 * np.array(line.x))
+    kept = np.delete(np.arange(20), [3, 7])
+    np.testing.assert_array_equal(dots.customdata, kept)
+    np.testing.assert_array_equal(dots.x, result.arrays["slopes"][kept])
+    np.testing.assert_allclose(dots.y, result.arrays["losses"][kept] - 2.0)
+    quadratic = 0.1 * result.arrays["slopes"] + 0.1**2 / 2 * result.arrays["curvatures"]
+    np.testing.assert_allclose(rings.y, quadratic[kept])
+
+
+def test_pairs_lie_on_equal_axes_with_the_diagonal():
+    x, y = np.array([1.0, 2.0, NAN, 4.0]), np.array([2.0, 1.0, 3.0, 7.0])
+    fig = samples.pairs(x, y, ("<b>a</b> $x$", "b"), name="change", unit="nats")
+    line, dots = fig.data
+    assert list(line.x) == list(line.y) == list(fig.layout.xaxis.range)
+    assert fig.layout.xaxis.range == fig.layout.yaxis.range
+    assert (list(dots.x), list(dots.y), list(dots.customdata)) == ([1, 2, 4], [2, 1, 7], [0, 1, 3])
+    assert fig.layout.xaxis.title.text.startswith("&lt;b&gt;a&lt;/b&gt; &#36;x&#36;<br>change")
+
+
+# One model
+
+
+def test_the_distributions_hold_changes_curvatures_and_the_stored_means(tmp_path):
+    source = lossy(made(30), 2)
+    (result,) = read(load(stored(tmp_path, source)))
+    (fig,) = charts(directional_sections.loss_changes(result))
+    positive, negative = traces(fig, "a direction")
+    np.testing.assert_allclose(positive.x, np.delete(source.losses.numpy(), 2) - 2.0)
+    np.testing.assert_allclose(negative.x, source.losses_negative.numpy() - 2.0)
+    means = [(trace.x[0], trace.error_x.array[0]) for trace in traces(fig, "mean")]
+    stderr = [float(source.estimates[name].stderr) for name in ("delta_mean", "loss_mean_negative")]
+    half = [stats.t.ppf(0.975, num - 1) * error for num, error in zip((29, 30), stderr, strict=True)]
+    np.testing.assert_allclose(means, [*zip((float(positive.x.mean()), float(negative.x.mean())), half, strict=True)])
+    (fig,) = charts(directional_sections.curvature(result))
+    (dots,) = traces(fig, "a direction")
+    np.testing.assert_allclose(dots.x, np.delete(source.curvatures.numpy(), 2))
+
+
+def test_what_was_found_is_the_title(tmp_path):
+    def title(result):
+        return directional.title(*read(load(stored(tmp_path, result))))
+
+    rise = made(50)
+    value, stderr = (float(getattr(rise.estimates["delta_mean"], name)) for name in ("value", "stderr"))
+    assert title(rise) == f"The loss rises by {value:.4f} ± {stderr:.4f} nats at a relative step of 0.1"
+    assert title(made(50, rise=-0.1)).startswith("The loss falls by 0.")
+    assert title(made(50, rise=1e-3)) == "The mean loss change at a relative step of 0.1 cannot be told from zero"
+    assert title(made(1)).startswith("Along one random direction, the loss rises by 0.106 nats")
+    assert title(lossy(made(3), 0, 1, 2)) == "No loss at a relative step of 0.1 is finite"
+    distance = made(50, normalize="global", actual_span=0.5, direction_norms=torch.ones(50, dtype=torch.float64))
+    assert title(distance).endswith("at a distance of 0.5")
+
+
+def test_the_table_has_every_stored_statistic(tmp_path):
+    path = stored(tmp_path, made(12))
+    (result,) = read(load(path))
+    table = directional_sections.table((result,), ("value",))
+    rows = {name: cell for name, cell, _ in table.rows}
+    numbers = {name for name, x in result.values.items() if isinstance(x, float) and not name.endswith("_stderr")}
+    assert numbers <= rows.keys()
+    for name in numbers:
+        changed(path, lambda meta, _, name=name: meta["models"][0]["values"].update({name: 765.4321}))
+        cell = dict(row[:2] for row in directional_sections.table(read(load(path)), ("value",)).rows)[name]
+        assert cell != rows[name]
+        assert cell.startswith("765")
+
+
+@pytest.mark.parametrize("name", ["delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss"])
+def test_a_stored_number_that_changes_changes_the_page(tmp_path, name):
+    path = stored(tmp_path, made(12))
+    before = written(path)
+    new = {name: 0.7654321, f"{name}_stderr": 0.00111}
+    after = written(changed(path, lambda meta, _: meta["models"][0]["values"].update(new)))
+    assert "0.765" not in before
+    assert after.count("0.765") >= 2  # in the text, in the table
+
+
+def test_a_stored_sample_that_changes_moves_its_dot(tmp_path):
+    path = changed(stored(tmp_path, made(12)), lambda _, arrays: arrays["losses"].__setitem__(4, 2.75))
+    (fig,) = charts(directional_sections.loss_changes(*read(load(path))))
+    assert traces(fig, "a direction")[0].x[4] == 0.75
+
+
+def test_what_is_not_finite_is_counted_and_not_drawn(tmp_path):
+    text = written(stored(tmp_path, lossy(made(10), 1, 4)))
+    assert "2 of 10 losses there are not finite and left out of every mean" in text
+    assert "left out of every statistic: 2 of 10 at +0.1." in text
+    assert "left out of every statistic: 2 of 10." in text  # curvatures
+    assert "2 of 10 directions have no finite slope and loss" in text
+    assert not re.search(r"\b(?:nan|None|inf)\b", text)
+
+
+def test_what_was_not_asked_for_has_no_section(tmp_path):
+    full = ["Loss changes at", "Curvature", "Slopes and loss changes", "All statistics", "How these numbers were made"]
+    text = directional.write_page(stored(tmp_path, made(12))).read_text(encoding="utf-8")
+    assert [found.startswith(name) for found, name in zip(re.findall("<h2>(.*?)</h2>", text), full, strict=True)]
+    bare = made(12, two_sided=False, slopes=False, bent=False)
+    text = directional.write_page(stored(tmp_path, bare)).read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", text)[1:] == full[3:]
+    assert "Half precision" not in text
+    assert "curvature:" not in visible(text)
+    assert "−0.1" not in visible(text)
+
+
+def test_roughness_is_said_not_to_rank_models(tmp_path):
+    assert "so it does not rank models" in written(stored(tmp_path, made(12)))
+
+
+def test_half_precision_is_told_with_what_rounding_decides(tmp_path):
+    source = made(30, rise=0.003, scale=0.02, realised=REALISED)
+    (result,) = read(load(stored(tmp_path, source)))
+    section = directional_sections.curvature(result)
+    (note,) = (block for block in section.blocks if isinstance(block, page.Quote))
+    assert note.text[1:] == source.precision_note[1:]
+    (fig,) = charts(section)
+    band = fig.layout.shapes[0]
+    assert band.x1 == min(source.curvature_noise_floor, fig.layout.xaxis.range[1])
+    text = written(stored(tmp_path, source))
+    assert "Asked to move by 3.00, the weights move by 3.40." in text
+    assert "by 31 % of its length" in text
+    assert "41 % of the weights do not move" in text
+    assert "computed in bfloat16" in text
+
+
+def test_a_small_rounding_error_is_said_and_not_drawn(tmp_path):
+    (result,) = read(load(stored(tmp_path, made(30))))
+    section = directional_sections.curvature(result)
+    (chart,) = (block for block in section.blocks if isinstance(block, page.Chart))
+    assert [shape.x0 for shape in chart.figure.layout.shapes] == [0]
+    assert "too little to draw" in chart.caption
+
+
+def test_many_directions_are_all_drawn_without_rings(tmp_path):
+    path = stored(tmp_path, made(2000))
+    (result,) = read(load(path))
+    assert len(charts(directional_sections.slopes(result))[0].data) == 2
+    (fig,) = charts(directional_sections.loss_changes(result))
+    assert [len(trace.x) for trace in traces(fig, "a direction")] == [2000, 2000]
+    assert directional.write_page(path).stat().st_size < 6.5e6
+
+
+def test_the_page_says_how_the_numbers_were_made(tmp_path):
+    text = written(stored(tmp_path, made(12)))
+    for said in (
+        "1,234,567 parameters of norm 30.00 in float32", "3,021 tokens", "3 were too short to be scored and skipped",
+        "15 were cut off at 128 tokens", f"key {fs.key(42).bits:032x}", "26 evaluations, 1 gradient", "torch 2.13",
+    ):  # fmt: skip
+        assert said in text
+    assert "3,021 texts" in written(stored(tmp_path, made(12), task="classification"))
+
+
+@pytest.mark.parametrize("name", ["mlp", "qwen2"])
+def test_a_real_run_makes_a_page(tmp_path, name):
+    loss = loss_of(name)
+    options = {"two_sided": True, "compute_gradient": True, "compute_curvature": True, "curvature": "exact"}
+    result = fs.directional_losses(loss, loss.net.theta, key=fs.key(1), n_samples=4, span=0.05, **options)
+    text = written(stored(tmp_path, result))
+    assert "a second derivative, exact" in text
+    assert f"{float(result.estimates['curvature_mean'].value):.3g}"[:4] in text
+
+
+# Two models
+
+
+def test_the_difference_and_its_interval_are_the_title_where_it_is_resolved(tmp_path):
+    first, second = made(40), made(40, rise=0.13)
+    c = paired(tmp_path, first, second)
+    found = compare_directional(first, second, names=("base", "longer")).differences["delta_two_sided_mean"]
+    low, high = found.interval
+    text = written(stored(tmp_path, first, second))
+    value = float(found.difference.value)
+    assert f"The loss of longer rises by {value:.4f} nats ({low:.4f} to {high:.4f}) more than that of base" in text
+    assert c.gap(c.headline) == pytest.approx((value, low, high))
+    assert "rises by" in text
+    assert "less than that of base" in written(stored(tmp_path, second, first))
+    assert "below that of base" in written(stored(tmp_path, first, made(40, rise=-0.1)))
+    assert "falls by" in written(stored(tmp_path, made(40, rise=-0.1), made(40, rise=-0.2)))
+
+
+def test_a_difference_that_is_not_resolved_is_said_not_to_be(tmp_path):
+    text = written(stored(tmp_path, made(20), made(20, seed=1)))
+    assert "The loss changes of base and longer at a relative step of 0.1 cannot be told apart" in text
+    assert "Mann-Whitney test would ignore the pairing" in text
+    assert "nothing about other data, and nothing about other training seeds" in text
+    assert "5 quantities are tested, and their p values are not corrected" in text
+
+
+def test_paired_figures_hold_both_models_and_their_differences(tmp_path):
+    first, second = lossy(made(20), 3), made(20, rise=0.2)
+    c = paired(tmp_path, first, second)
+    kept = np.delete(np.arange(20), 3)
+    scatter, strip = charts(comparison_sections.changes(c))
+    np.testing.assert_allclose(scatter.data[1].x, first.losses.numpy()[kept] - 2.0)
+    np.testing.assert_allclose(scatter.data[1].y, second.losses.numpy()[kept] - 2.0)
+    both, one = traces(strip, "a direction")
+    np.testing.assert_allclose(one.x, (second.losses - first.losses).numpy()[kept])
+    sides = [(r.losses + r.losses_negative).numpy()[kept] / 2 for r in (first, second)]
+    np.testing.assert_allclose(both.x, sides[1] - sides[0])
+    means = [(t.x[0], t.x[0] - t.error_x.arrayminus[0], t.x[0] + t.error_x.array[0]) for t in traces(strip, "mean")]
+    found = compare_directional(first, second).differences
+    for got, name in zip(means, ("delta_two_sided_mean", "delta_mean"), strict=True):
+        np.testing.assert_allclose(got, (float(found[name].difference.value), *found[name].interval))
+    scatter, strip = charts(comparison_sections.curvature(c))
+    np.testing.assert_allclose(scatter.data[1].y - scatter.data[1].x, traces(strip, "a direction")[0].x)
+    assert "1 of 20 pairs are not finite" in written(stored(tmp_path, first, second))
+
+
+def test_the_comparison_is_told_in_full(tmp_path):
+    first, second = made(20), made(20, rise=0.2)
+    c = paired(tmp_path, first, second)
+    table = comparison_sections.table(c).blocks[1]
+    rows = {row[0]: row for row in table.rows}
+    assert set(rows) == set(compare_directional(first, second).differences)
+    assert all(len(row) == len(table.headers) for row in table.rows)
+    p = c.values["curvature_mean_p_value"]
+    assert 1e-6 < p < 2e-6  # 2^-19: every difference of 20 has one sign
+    assert rows["curvature_mean"][table.headers.index("p")] == "1.9 × 10⁻⁶"
+    assert rows["loss_std"][table.headers.index("p")] == ""
+    path = stored(tmp_path, first, second)
+    before = written(path)
+    after = written(changed(path, lambda meta, _: meta["comparison"].update(delta_mean_difference=0.7654)))
+    assert "0.765" in after
+    assert "0.765" not in before
+
+
+def test_a_comparison_without_curvatures_and_of_equal_models(tmp_path):
+    bare = [made(12, rise=rise, two_sided=False, slopes=False, bent=False) for rise in (0.1, 0.3)]
+    text = written(stored(tmp_path, *bare))
+    assert "Curvature" not in text
+    assert "both sides" not in text
+    text = written(stored(tmp_path, made(12), made(12)))
+    assert "cannot be told apart" in text
+    assert "undefined×" not in text
+    assert "p values are not corrected for that. With 3 pairs the test cannot give a p value below 0.25." in written(
+        stored(tmp_path, made(3), made(3, rise=0.2))
+    )
+
+
+# Text, files, notebooks
+
+
+def test_names_are_escaped_and_nothing_is_loaded(tmp_path):
+    for path in (
+        stored(tmp_path, made(5), names=(HOSTILE,), stem="one"),
+        stored(tmp_path, made(5), made(5, rise=0.2), names=(HOSTILE, '"><img src=x onerror=alert(1)>'), stem="two"),
+    ):
+        text = directional.write_page(path).read_text(encoding="utf-8")
+        assert text.count("plotly.js v") == 1
+        assert "default-src 'none'" in text
+        assert not re.findall(r"<script>alert|<img src=x|</script>alert|<b>texts", text)
+        assert html.escape(HOSTILE) in text
+        scripts = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
+        assert re.findall(r"<script[^>]*\s(?:src|href)", text) == []
+        assert (
+            re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|<link|@import|url\(""", scripts.sub("", text)) == []
+        )
+        assert path.with_suffix(".html").stat().st_size < 6e6
+
+
+def test_long_names_are_whole_in_the_text_and_told_apart_in_figures(tmp_path):
+    first, second = ("x" * 60, "x" * 59 + "y")
+    c = paired(tmp_path, made(5), made(5, rise=0.2), names=(first, second))
+    assert c.short_names[0] != c.short_names[1]
+    assert all(len(name) <= 24 for name in c.short_names)
+    same = paired(tmp_path, made(5), made(5, rise=0.2), names=("a" * 30 + "b" + "a" * 30, "a" * 30 + "c" + "a" * 30))
+    assert same.short_names[0] != same.short_names[1]
+    assert first in written(stored(tmp_path, made(5), made(5, rise=0.2), names=(first, second)))
+
+
+class Frames(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_a_page_shows_itself_in_a_sandboxed_frame(tmp_path):
+    shown = show(stored(tmp_path, made(5), names=(HOSTILE,)))
+    text = shown.path.read_text(encoding="utf-8")
+    frames = Frames()
+    frames.feed(shown._repr_html_())
+    ((tag, attributes),) = frames.found  # one element, whatever is in the page
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == text
+    assert attributes["sandbox"] == "allow-scripts"
+    assert Path(shown) == shown.path
+    assert str(shown) == str(shown.path)
+
+
+def test_show_knows_the_demonstration(tmp_path):
+    assert "generalised" in show(stored_demo(tmp_path)).path.read_text(encoding="utf-8")

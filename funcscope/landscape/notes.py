@@ -22,7 +22,7 @@ def low_correlation(corr: float, deltas: Float[Tensor, " n"], slopes: Float[Tens
     num = int(both.sum())
     lost = len(both) - num
     if num < 3:
-        return f"gradient-delta correlation undefined: {num} directions with a finite slope and loss ({lost} without)."
+        return f"gradient-delta correlation undefined: directions with a finite slope and loss: {num}, without: {lost}."
     if math.isnan(corr):
         return "gradient-delta correlation undefined: over directions, the slope or the loss change does not vary."
     reasons = _reasons(corr, deltas[both], slopes[both], span)

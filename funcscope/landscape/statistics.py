@@ -31,7 +31,10 @@ def variation(x: Samples) -> Estimate:
 
 
 def correlation(x: Samples, y: Samples) -> Estimate:
-    """Pearson's r; jackknife standard error; nan below 3 pairs, or where one of the two does not vary."""
+    """Pearson's r; jackknife standard error; nan below 3 pairs, or where one of the two does not vary.
+
+    The error is nan below 4 pairs: each of the leave-one-out values would be +1 or -1.
+    """
     num = len(x)
     if num < 3:
         return _undefined(x)
@@ -41,7 +44,9 @@ def correlation(x: Samples, y: Samples) -> Estimate:
         return Estimate(x.new_tensor(float("nan")), x.new_tensor(float("nan")), num)
     share = num / (num - 1)  # leaving out sample i takes n / (n - 1) times its product of deviations from each sum
     left_out = (xy - share * dx * dy) / ((xx - share * dx * dx) * (yy - share * dy * dy)).sqrt()
-    return Estimate(xy / (xx * yy).sqrt(), jackknife_stderr(left_out), num)
+    return Estimate(
+        xy / (xx * yy).sqrt(), jackknife_stderr(left_out) if num > 3 else left_out.new_tensor(float("nan")), num
+    )
 
 
 def quantile(x: Samples, q: float) -> Estimate:

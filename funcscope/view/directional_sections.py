@@ -153,7 +153,7 @@ def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
     return Table(["statistic", *headers, "unit"], rows, "listed")
 
 
-def _exactly(value: float | None) -> str:
+def _exactly(value: float | int | None) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return number(value) if value is None else setting(value)

@@ -42,7 +42,7 @@ class Comparison:
 
     def of(self, name: str) -> float:
         value = self.values.get(name)
-        return math.nan if value is None else value
+        return math.nan if value is None else float(value)
 
     def gap(self, statistic: str) -> Mark:
         """The difference, second - first, and its interval."""

@@ -43,7 +43,7 @@ class Result:
     @property
     def span(self) -> float:
         """The step h that was taken, in the unit of the coefficient."""
-        return self.values["actual_span"]
+        return float(self.values["actual_span"])
 
     @property
     def is_relative(self) -> bool:
@@ -99,7 +99,7 @@ class Result:
     def of(self, name: str) -> tuple[float, float]:
         """A stored statistic and its standard error; nan where undefined or absent."""
         value, stderr = self.values.get(name), self.values.get(f"{name}_stderr")
-        return math.nan if value is None else value, math.nan if stderr is None else stderr
+        return math.nan if value is None else float(value), math.nan if stderr is None else float(stderr)
 
     def said(self, name: str) -> str:
         """A stored statistic with its standard error, as text."""
