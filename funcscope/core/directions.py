@@ -19,8 +19,8 @@ from .model import Functional
 
 Normalize = Literal["filter", "layer", "global"]
 
-PART = 2**20
-"""Entries of a leaf that are made at a time: 4 MiB of float32 pass from one operation to the next in the cache."""
+PART = 2**19
+"""Entries of a leaf that are made at a time: 2 MiB of float32 pass from one operation to the next in the cache."""
 
 
 class Part(NamedTuple):
@@ -66,7 +66,7 @@ class Direction:
         return joined(self.parts(name))
 
     def parts(self, name: str) -> Iterator[Part]:
-        """The same, some 4 MiB of rows at a time: each part is the caller's to overwrite, and no more is in memory."""
+        """The same, some 2 MiB of rows at a time: each part is the caller's to overwrite, and no more is in memory."""
         leaf, target = self.scales.layout.by_name[name], self.scales.targets[name]
         for rows, z in self._drawn(leaf):
             if self.scales.groups is None:
@@ -273,7 +273,7 @@ def _scales(
             norms = torch.empty(kept, dtype=dtype, device=device)  # first: kept between the parts it would scatter them
             for rows, part in zip(row_slices(leaf), values(leaf), strict=True):
                 norms[rows if 0 not in leaf.within_filter and kept else ...] = _filter_norms(part, leaf.within_filter)
-            targets[leaf.name] = norms * moved[leaf.name]
+            targets[leaf.name] = norms.mul_(moved[leaf.name])
         total = sum(float(norms.cpu().double().square().sum()) for norms in targets.values())
     else:
         whole = layout.group_of("layer") if normalize == "layer" else dict.fromkeys(layout.names, "all")

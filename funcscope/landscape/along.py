@@ -12,6 +12,7 @@ from torch.func import grad, jvp, vmap
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
 from ..core.layout import Params
+from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from .samples import Plan
@@ -33,7 +34,9 @@ def sampled(
     if plan.lazy:
         params = loss.params(theta)
         gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
-        yield from (_lazy(loss, params, direction, wanted, gradient) for direction in dirs)
+        for direction in dirs:
+            hand_back()
+            yield _lazy(loss, params, direction, wanted, gradient)
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
     slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
 from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
+from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from .along import Wanted, sampled
 from .precision import is_half, loss_error, realised, warn_if_swallowed
@@ -198,6 +199,8 @@ def prepare(
         _warn_renorm(normalize, span, step, param_norm)
     exact = compute_curvature and curvature == "exact"
     wanted = Wanted(step, two_sided, _slope(loss, plan, slope, n_samples) if compute_gradient else None, exact)
+    if plan.lazy:
+        hand_back()
     with torch.no_grad():
         baseline = _baseline(loss, theta, plan)
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
