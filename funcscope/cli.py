@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_in_a_line():
             return args.run(args)
-    except (ValueError, TypeError, OSError) as err:
-        print(f"funcscope: {_one_line(err)}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as err:
+        print(f"funcscope: {_with_flags(_one_line(err))}", file=sys.stderr)
         return 2
 
 
@@ -89,7 +89,9 @@ def _add_directional(commands: Any) -> None:
     texts.add_argument("--label-field", metavar="NAME", help="field or column that holds the class")
     texts.add_argument("--unit", choices=get_args(Unit), default=d.unit, help="what one text of a .txt file is")
     texts.add_argument("--num-samples", type=int, default=d.num_samples, metavar="N", help="texts that are scored")
-    texts.add_argument("--max-seq-length", type=int, default=d.max_seq_length, metavar="T", help="tokens kept of each")
+    texts.add_argument(
+        "--max-seq-length", type=int, metavar="T", help="tokens kept of each: 128, or as many positions as there are"
+    )
     texts.add_argument("--batch-size", type=int, default=d.batch_size, metavar="B", help="texts per forward pass")
     texts.add_argument("--packing", action="store_true", help="cut the joined texts into full blocks, without padding")
     sampling = show.add_argument_group("sampling")
@@ -151,7 +153,10 @@ def _directional(args: argparse.Namespace) -> int:
 
         page = write_page(study.numbers)
     except KeyboardInterrupt:
-        print(f"\nfuncscope: interrupted; samples are kept in {args.out}, the same command goes on from there.")
+        left = (
+            f"samples are kept in {args.out}, the same command goes on from there" if directional.kept(args.out) else ""
+        )
+        print(f"\nfuncscope: interrupted; {left or 'nothing was sampled yet'}.")
         return 130
     print(study.data)
     for result in study.results:
@@ -201,4 +206,14 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _one_line(err: object) -> str:
-    return " ".join(str(err).split())
+    """The message, with the notes that were added to it on the way; the kind of error where it has none."""
+    notes = getattr(err, "__notes__", [])
+    return " ".join(" ".join([str(err) or type(err).__name__, *notes]).split())
+
+
+def _with_flags(text: str) -> str:
+    """Arguments of Python by the names that they have here."""
+    names = {name: name for name in directional.Settings.__dataclass_fields__} | {"n_samples": "samples"}
+    for name, flag in names.items():
+        text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
+    return text

@@ -219,7 +219,8 @@ def test_a_leaf_made_in_parts_is_the_leaf_made_whole(normalize, part, monkeypatc
 def test_parts_end_on_borders_of_blocks_where_they_can():
     net = fs.functional(seeded(0, lambda: nn.Embedding(30_000, 96)))
     slices = row_slices(net.layout.leaves[0])
-    assert len(slices) > 1 and all(rows.stop * 96 % BLOCK == 0 for rows in slices[:-1])
+    assert len(slices) > 1
+    assert all(rows.stop * 96 % BLOCK == 0 for rows in slices[:-1])
     transposed = net.layout.leaves[0]._replace(filter_dim=1)
     assert row_slices(transposed) == [slice(0, 30_000)]  # a column needs all rows
 
@@ -227,3 +228,14 @@ def test_parts_end_on_borders_of_blocks_where_they_can():
 def test_the_norm_of_all_parameters_is_exact_in_half_precision():
     params = {"a": torch.full((3_000_000,), 1.0078125, dtype=torch.bfloat16), "b": torch.ones(5)}
     assert norm(params) == pytest.approx((3_000_000 * 1.0078125**2 + 5) ** 0.5, rel=1e-6)
+
+
+def test_leaves_without_entries_are_no_obstacle():
+    model = seeded(0, lambda: nn.Linear(3, 2))
+    model.empty, model.none = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(0))
+    loss = fs.objective(fs.functional(model), [(torch.ones(2, 3), torch.tensor([0, 1]))], fs.classification)
+    dense, lazy = (
+        fs.directional_losses(loss, loss.net.params, key=fs.key(0), n_samples=3, lazy=plan).losses
+        for plan in (False, True)
+    )
+    assert_close(dense, lazy)

@@ -32,8 +32,11 @@ BATCHES = {
     "a row of padding": with_a_row_of_padding,
     "position ids, right padding": lambda: with_position_ids(left=False),
     "position ids, left padding": lambda: with_position_ids(left=True),
-    "shifted position ids, no mask": lambda: {"input_ids": tokens(7, 2, 8)["input_ids"], "position_ids": torch.arange(3, 11)[None].repeat(2, 1)},
-}  # fmt: skip
+    "shifted position ids, no mask": lambda: {
+        "input_ids": tokens(7, 2, 8)["input_ids"],
+        "position_ids": torch.arange(3, 11)[None].repeat(2, 1),
+    },
+}
 
 
 def without_empty_rows(batch):
@@ -96,7 +99,8 @@ def test_ragged_batches_are_the_mean_over_all_scored_tokens(name):
 @pytest.mark.parametrize("name", [name for name in LANGUAGE if name not in ("bert", "t5")])
 def test_sequences_packed_into_a_row_do_not_see_each_other(name):
     model, _, _ = problem(name, torch.float32)
-    packed = {"input_ids": tokens(7, 2, 9)["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], list(range(9))])}  # fmt: skip
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], list(range(9))])
+    packed = {"input_ids": tokens(7, 2, 9)["input_ids"], "position_ids": positions}
     net = fs.functional(model)
     with torch.no_grad():
         ours = net.apply(net.params, packed)
@@ -157,10 +161,11 @@ def test_fused_kernels_are_kept_for_values_and_first_derivatives(name):
     model, batches, criterion = problem(name, torch.float32)
     kept, eager = (fs.objective(fs.functional(model, attention=a), batches, criterion) for a in ("keep", "eager"))
     assert kept.net._skeleton.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    asked = {"key": fs.key(0), "n_samples": 3, "two_sided": True, "compute_gradient": True}
     results = [
-        fs.directional_losses(loss, loss.net.params, key=fs.key(0), n_samples=3, two_sided=True, compute_gradient=True, **plan)
+        fs.directional_losses(loss, loss.net.params, **asked, **plan)
         for loss, plan in [(eager, {}), (kept, {}), (kept, {"lazy": True})]
-    ]  # fmt: skip
+    ]
     for other in results[1:]:
         assert_close(other.losses, results[0].losses, rtol=1e-5, atol=1e-6)
         assert_close(other.losses_negative, results[0].losses_negative, rtol=1e-5, atol=1e-6)
@@ -207,3 +212,21 @@ def test_the_class_name_says_what_is_scored(name):
 def test_a_class_name_that_says_nothing():
     with pytest.raises(ValueError, match=r"'Linear' does not say.*choose a criterion: causal_lm"):
         fs.criterion_of(seeded(0, lambda: torch.nn.Linear(2, 2)))
+
+
+def test_a_boolean_4d_mask_of_the_decoder_is_applied_and_not_added():
+    model, batches, criterion = problem("t5")
+    net = fs.functional(model)
+    causal = torch.ones(4, 4).tril().bool().expand(3, 1, 4, 4)
+    with torch.no_grad():
+        plain = net.apply(net.params, criterion.prepare(batches[0])[0])
+        masked_too = net.apply(net.params, {**batches[0], "decoder_attention_mask": causal})
+    assert_close(masked_too, plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_negative_ids_are_refused_in_every_plan(name):
+    model, batches, criterion = problem(name)
+    harmed = {**batches[0], "input_ids": batches[0]["input_ids"].masked_fill(batches[0]["attention_mask"] == 0, -100)}
+    with pytest.raises(ValueError, match=r"`input_ids` holds the negative id -100: -100 belongs into `labels` only"):
+        fs.objective(fs.functional(model), [harmed], criterion)

@@ -53,8 +53,10 @@ def test_the_numbers_are_those_of_the_model_on_the_texts(model, data, tmp_path, 
     for name in ("losses", "losses_negative", "slopes", "curvatures"):
         assert_close(torch.from_numpy(stored.arrays[name]), getattr(wanted, name), rtol=1e-4, atol=2e-3)
     assert stored.meta["models"][0]["values"]["baseline_loss"] == pytest.approx(wanted.baseline_loss, rel=1e-6)
-    assert stored.meta["kind"] == "directional" and study.comparison is None
-    assert stored.meta["data"]["num_samples"] == 8 and stored.meta["data"]["num_batches"] == 3
+    assert stored.meta["kind"] == "directional"
+    assert study.comparison is None
+    assert stored.meta["data"]["num_samples"] == 8
+    assert stored.meta["data"]["num_batches"] == 3
     assert stored.meta["models"][0]["class"] == "GPT2LMHeadModel"
     assert json.loads(study.numbers.with_suffix(".json").read_text())["meta"] == stored.meta
 
@@ -76,7 +78,8 @@ def test_other_families_run_from_their_folder(name, data, tmp_path):
 def test_half_precision_and_the_compute_dtype_reach_the_result(model, data, tmp_path):
     half = run(Settings(data, dtype="bfloat16", **FEW), model, tmp_path / "half", quiet=True).results[0]
     wide = run(Settings(data, dtype="bfloat16", compute_dtype="float32", **FEW), model, tmp_path / "wide", quiet=True)
-    assert half.realised is not None and wide.results[0].realised is None
+    assert half.realised is not None
+    assert wide.results[0].realised is None
     described = load(wide.numbers).meta["models"][0]
     assert (described["dtype"], described["compute_dtype"]) == ("torch.bfloat16", "torch.float32")
     assert_close(half.losses, wide.results[0].losses, rtol=1e-2, atol=1e-2)
@@ -136,9 +139,56 @@ def test_samples_of_another_model_in_the_same_place_are_not_taken_over(model, da
     assert watched.firsts == [0, 0]
 
 
+def test_a_model_that_is_hard_to_tell_apart_is_not_taken_over(model, data, tmp_path, monkeypatch):
+    """In half precision another model may have the same loss up to rounding: its files tell."""
+    monkeypatch.setattr(landscape, "CHUNKED_UP_TO", 0)
+    watched = Interrupted(monkeypatch, after=2)
+    settings = Settings(data, dtype="bfloat16", **FEW)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, model, tmp_path / "out", quiet=True)
+    watched.after = None
+    shutil.rmtree(model)
+    folder(model, scale=1.0001)
+    run(settings, model, tmp_path / "out", quiet=True)
+    assert watched.firsts == [0, 0]
+
+
+def test_an_interrupt_in_the_second_model_keeps_the_first(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(landscape, "CHUNKED_UP_TO", 0)
+    other = folder(tmp_path / "scaled", scale=1.5)
+    watched = Interrupted(monkeypatch, after=None)
+    sampled = directional._sampled
+
+    def second(*args):
+        watched.after = 2 if args[4] == "scaled" else None
+        return sampled(*args)
+
+    monkeypatch.setattr(directional, "_sampled", second)
+    with pytest.raises(KeyboardInterrupt):
+        run(Settings(data, **FEW), model, tmp_path / "out", other=other, quiet=True)
+    monkeypatch.setattr(directional, "_sampled", sampled)
+    watched.after = None
+    run(Settings(data, **FEW), model, tmp_path / "out", other=other, quiet=True)
+    assert watched.firsts == [0, 0, 5, 2]
+
+
+def test_padding_ids_may_differ_between_paired_models_and_labels_may_not(data, tmp_path):
+    first, second = folder(tmp_path / "a", pad_token_id=0), folder(tmp_path / "b", scale=1.2, pad_token_id=1)
+    words = tokenizer()
+    words.pad_token = "[EOS]"
+    words.save_pretrained(second)
+    assert run(Settings(data, **FEW), first, tmp_path / "out", other=second, quiet=True).comparison is not None
+    one, two = (folder(tmp_path / name, "bert") for name in ("c", "d"))
+    words = tokenizer()
+    words.mask_token = "[UNK]"
+    words.save_pretrained(two)
+    with pytest.raises(ValueError, match=r"make different tokens"):
+        run(Settings(data, **FEW), one, tmp_path / "out", other=two, quiet=True)
+
+
 def test_a_damaged_rest_of_an_interrupted_study_is_made_again(model, data, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "gpt2.gpt2.unfinished.npz").write_bytes(b"PK\x03\x04 cut short")
+    (tmp_path / "out" / "gpt2.1.unfinished.npz").write_bytes(b"PK\x03\x04 cut short")
     assert run(Settings(data, **FEW), model, tmp_path / "out", quiet=True).results[0].n_samples == 5
 
 
@@ -168,7 +218,8 @@ def test_names_are_safe_and_different(tmp_path):
     assert directional._names([first, second]) == ["a-model", "b-model"]
     assert directional._names([first, first]) == ["a-model-1", "a-model-2"]
     assert directional._names([first / ".." / ".." / "b" / "model"]) == ["model"]
-    assert file_stem("x/../../etc/passwd") == "x-..-..-etc-passwd" and "/" not in file_stem("a\x00/\\b")
+    assert file_stem("x/../../etc/passwd") == "x-..-..-etc-passwd"
+    assert "/" not in file_stem("a\x00/\\b")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -192,7 +243,8 @@ SMALL = ["--num-samples", 8, "--max-seq-length", 8, "--samples", 4, "--quiet"]
 def test_the_command_prints_a_table_and_writes_page_and_numbers(model, data, tmp_path, capsys):
     assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL) == 0
     printed = capsys.readouterr().out
-    assert "curvature_mean" in printed and "8 sequences in 1 batch" in printed
+    assert "curvature_mean" in printed
+    assert "8 sequences in 1 batch" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpt2.npz", "gpt2.json", "gpt2.html"}
 
 
@@ -200,7 +252,8 @@ def test_the_command_compares(model, data, tmp_path, capsys):
     other = folder(tmp_path / "scaled", scale=1.5)
     assert command(model, "--data", data, "--compare", other, "--out", tmp_path / "out", *SMALL) == 0
     printed = capsys.readouterr().out
-    assert "scaled - gpt2, paired over 4" in printed and "Wilcoxon" in printed
+    assert "scaled - gpt2, paired over 4" in printed
+    assert "Wilcoxon" in printed
     assert (tmp_path / "out" / "gpt2-vs-scaled.html").exists()
 
 
@@ -209,14 +262,16 @@ def test_progress_is_shown_and_an_interrupt_says_what_is_kept(model, data, tmp_p
     Interrupted(monkeypatch, after=2)
     assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL[:-1]) == 130
     printed = capsys.readouterr()
-    assert "2/4" in printed.err and "the same command goes on from there" in printed.out
-    assert (tmp_path / "out" / "gpt2.gpt2.unfinished.npz").exists()
+    assert "2/4" in printed.err
+    assert "the same command goes on from there" in printed.out
+    assert (tmp_path / "out" / "gpt2.1.unfinished.npz").exists()
 
 
 def test_a_warning_is_a_line_without_code(model, data, tmp_path, capsys):
     assert command(model, "--data", data, "--out", tmp_path, "--dtype", "bfloat16", "--span", 0.001, *SMALL) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "half precision" in line]
-    assert len(lines) == 1 and lines[0].startswith("funcscope: span 0.001 in half precision")
+    assert len(lines) == 1
+    assert lines[0].startswith("funcscope: span 0.001 in half precision")
 
 
 def _without(pattern):
@@ -272,7 +327,9 @@ def test_bad_input_is_one_clear_line(mistake, model, data, tmp_path, capsys):
     harm(model, tmp_path / "texts.jsonl")
     assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("funcscope: ")
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("funcscope: ")
     assert word in printed.err, printed.err
 
 
@@ -280,18 +337,47 @@ def test_bad_input_is_one_clear_line(mistake, model, data, tmp_path, capsys):
     ("words", "said"),
     [
         (["no/such/../model"], ".."),
-        (["--samples", "0"], "`n_samples` must be an integer of at least 1"),
-        (["--span", "-1", "--max-seq-length", "8"], "`span` must be a finite number above 0"),
+        (["--samples", "0"], "`--samples` must be an integer of at least 1"),
+        (["--span", "-1", "--max-seq-length", "8"], "`--span` must be a finite number above 0"),
         (["--device", "cuda:7"], "the device 'cuda:7' cannot be used"),
         (["--attention", "keep", "--curvature", "exact"], "no second derivative"),
-        (["--max-seq-length", "1000"], "has 16 positions: pass at most 16"),
+        (["--max-seq-length", "1000"], "`--max-seq-length` is 1000, and the GPT2LMHeadModel has 16 positions"),
+        (["--span", "1e-200"], "`--span` must have a square that is not 0"),
     ],
 )
 def test_bad_options_are_one_clear_line(words, said, model, data, tmp_path, capsys):
     first = [] if not words[0].startswith("--") else [model]
     assert command(*first, *words, "--data", data, "--out", tmp_path / "out", "--quiet") == 2
     printed = capsys.readouterr()
-    assert said in printed.err and printed.err.count("\n") == 1, printed.err
+    assert said in printed.err
+    assert printed.err.count("\n") == 1, printed.err
+
+
+def test_a_model_shorter_than_the_default_needs_no_option(model, data, tmp_path, capsys):
+    assert command(model, "--data", data, "--out", tmp_path / "out", "--samples", 2, "--quiet") == 0
+    assert "24 sequences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ImportError("no pyarrow"), RuntimeError("out of\nmemory"), MemoryError()])
+def test_what_goes_wrong_inside_is_a_line_too(error, model, data, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        error.add_note("take a smaller batch")
+        raise error
+
+    monkeypatch.setattr(directional, "run", fail)
+    assert command(model, "--data", data, "--out", tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "take a smaller batch" in printed
+
+
+def test_an_interrupt_before_the_first_sample_says_so(model, data, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(directional, "run", interrupt)
+    assert command(model, "--data", data, "--out", tmp_path / "out") == 130
+    assert "nothing was sampled yet" in capsys.readouterr().out
 
 
 def test_a_family_whose_masks_are_not_known_is_told_what_to_pass(model, data, tmp_path, capsys, monkeypatch):

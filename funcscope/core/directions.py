@@ -83,7 +83,7 @@ class Direction:
         for rows in row_slices(leaf):
             span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
             z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span))
-            shape = (-1, *leaf.shape[1:]) if leaf.shape else ()
+            shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
             yield Part(rows, z.view(shape).to(self.scales.device, self.scales.dtype))
 
     @cached_property
@@ -246,7 +246,7 @@ def norm(params: Params) -> float:
 
 def _never_zero(z: Tensor) -> Tensor:
     """A normal draw is an exact 0 once in 2^24; alone in its group, it needs a direction all the same."""
-    return z if z.numel() > 1 or bool(z) else torch.ones_like(z)
+    return z if z.numel() != 1 or bool(z) else torch.ones_like(z)
 
 
 def _scales(

@@ -113,11 +113,11 @@ class Layout:
         check_names(params, self.names, "params")
         return torch.cat([params[name].reshape(-1).to(dtype or self.dtype) for name in self.names])
 
-    def unravel(self, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
+    def unravel(self, theta: Float[Tensor, " p"], *, cast: bool = True) -> dict[str, Tensor]:
         """The parameters as views of theta; cast to a leaf's own dtype where it differs, inside autodiff."""
         check_flat("theta", theta, self.num)
-        parts = theta.split(self._sizes)
-        return {leaf.name: part.view(leaf.shape).to(leaf.dtype) for leaf, part in zip(self.leaves, parts, strict=True)}
+        parts = zip(self.leaves, theta.split(self._sizes), strict=True)
+        return {leaf.name: part.view(leaf.shape).to(leaf.dtype if cast else part.dtype) for leaf, part in parts}
 
     def blocks(self, by: By) -> dict[str, tuple[View, ...]]:
         """Named groups of views that cover every coordinate once.

@@ -29,6 +29,10 @@ KNOWN = frozenset(
 """Model types whose logits under these masks were compared with the untouched model's."""
 
 
+CLEAN = frozenset({"gpt2", "bert", "roberta", "distilbert", "electra"})
+"""Of these, the ones that compute in the dtype of their parameters; the others take norms or softmax in float32."""
+
+
 def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
 
@@ -62,10 +66,12 @@ def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
             raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
         rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
     mask = rest.get("decoder_attention_mask")
-    if model.config.model_type in KNOWN and not (isinstance(mask, Tensor) and mask.ndim == 4):
+    as_it_is = isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()
+    if model.config.model_type in KNOWN and not as_it_is:
         given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
         visible = _visible(given)
-        rest["decoder_attention_mask"] = _additive(visible & (_back(visible) >= 0), _dtype(model))
+        causal = visible if visible.shape[-2] > 1 else visible & (_back(visible) >= 0)
+        rest["decoder_attention_mask"] = _additive(causal, _dtype(model))
     return rest
 
 

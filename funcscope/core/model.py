@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_choice, check_params
 from .layout import Layout, Params
-from .masks import with_float_mask
+from .masks import CLEAN, with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton, replaced
 
 Inputs = Tensor | tuple | Mapping[str, Any]
@@ -58,6 +58,17 @@ class Functional:
     def _dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that each parameter is used in, frozen ones included."""
         return {name: param.dtype for name, param in self._skeleton.named_parameters()}
+
+    @property
+    def unit_roundoff(self) -> float:
+        """The relative error of one rounding: half the spacing of the coarsest dtype that the model computes in.
+
+        That of float32 at best for a Hugging Face model that takes norms or softmax in float32 whatever its dtype.
+        """
+        dtypes = {leaf.dtype for leaf in self.layout.leaves}
+        if isinstance(self._skeleton, PreTrainedModel) and self._skeleton.config.model_type not in CLEAN:
+            dtypes.add(torch.float32)
+        return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
     @property
     def device(self) -> torch.device:

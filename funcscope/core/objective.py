@@ -60,6 +60,10 @@ class Loss:
         """The dict of parameters that `theta` stands for; a dict is passed through."""
         return theta if isinstance(theta, Mapping) else self.layout.unravel(theta)
 
+    def leaves(self, theta: Theta) -> Params:
+        """The same in theta's own dtype: to be moved before they are rounded to the dtype that they are used in."""
+        return theta if isinstance(theta, Mapping) else self.layout.unravel(theta, cast=False)
+
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
         parts = [self._terms(outputs, *batch) for batch in self.batches]
         total = torch.stack([sums.sum() for sums, _ in parts]).sum()
@@ -93,7 +97,7 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
         raise ValueError("`batches` is empty: a mean over nothing is undefined.")
     for tensor in _tensors(listed):
         check_device("the batch", tensor.device, "the model", net.device)
-    prepared = tuple((net.prepare(inputs), targets) for inputs, targets in map(criterion.prepare, listed))
+    prepared = tuple((_checked(net.prepare(inputs)), targets) for inputs, targets in map(criterion.prepare, listed))
     weights = [targets.weight for _, targets in prepared if hasattr(targets, "weight")]
     if weights and not any(bool(weight.any()) for weight in weights):
         raise ValueError(
@@ -101,6 +105,14 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
             "Check `labels` and `attention_mask`; the mean over no token is undefined."
         )
     return Loss(net, prepared, criterion)
+
+
+def _checked(inputs: Inputs) -> Inputs:
+    """Negative ids would be taken from the end of the embedding."""
+    for name, ids in inputs.items() if isinstance(inputs, Mapping) else ():
+        if name in ("input_ids", "decoder_input_ids") and isinstance(ids, Tensor) and bool((ids < 0).any()):
+            raise ValueError(f"`{name}` holds the negative id {int(ids.min())}: -100 belongs into `labels` only.")
+    return inputs
 
 
 def _per_row(x: Tensor) -> Tensor:

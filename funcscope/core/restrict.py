@@ -99,7 +99,7 @@ def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
 
 
 def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
-    params = loss.params(base)
+    params = loss.leaves(base)
 
     def phi(a: Tensor | float | int) -> Tensor:
         steps = list(a) if isinstance(a, Tensor) and not single else [a]
@@ -132,7 +132,7 @@ def _moved(
 
 
 def _stepped(value: Tensor, step: Tensor | float | int, part: Tensor) -> Tensor:
-    """value + step * part; a plain number takes part in no transform, so `part` itself can hold the result."""
+    """value + step * part, in the dtype of the part."""
     if not isinstance(step, Tensor):
-        return part.mul_(float(step)).add_(value)
+        return torch.add(value.to(part.dtype), part, alpha=float(step))
     return torch.addcmul(value.to(part.dtype), step.to(part.dtype), part)

@@ -32,8 +32,8 @@ def sampled(
 ) -> Iterator[dict[str, Tensor]]:
     """Losses, slopes and curvatures, one dict of columns per chunk of directions."""
     if plan.lazy:
-        params = loss.params(theta)
-        gradient = grad(loss)(dict(params)) if wanted.slope == "gradient" else None
+        params = loss.leaves(theta)
+        gradient = grad(loss)(_computed(loss, params)) if wanted.slope == "gradient" else None
         for direction in dirs:
             hand_back()
             yield _lazy(loss, params, direction, wanted, gradient)
@@ -49,6 +49,11 @@ def sampled(
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
         yield out
+
+
+def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
+    """The parameters in the dtypes that the model computes in: a gradient has the dtype of what it is taken for."""
+    return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
 def _mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:

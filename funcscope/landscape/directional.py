@@ -142,6 +142,8 @@ class Sampling:
 
     def rows(self, first: int = 0) -> Iterator[dict[str, Tensor]]:
         """Columns of losses, slopes and curvatures on the CPU in float64: one dict per chunk of directions."""
+        if first >= len(self.dirs):
+            return
         with torch.no_grad():
             for row in sampled(self.loss, self.theta, self.dirs[first:], self.wanted, self.plan):
                 yield {name: values.cpu().double() for name, values in row.items()}
@@ -181,7 +183,7 @@ def prepare(
     check_choice("normalize", normalize, get_args(Normalize))
     check_choice("distribution", distribution, get_args(Distribution))
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
-    plan, base = _plan(loss, chunk, lazy), loss.params(theta)
+    plan, base = _plan(loss, chunk, lazy), loss.leaves(theta)
     dirs = directions(
         loss.net,
         key=key,
@@ -217,7 +219,7 @@ def prepare(
         "relative_span": relative_span,
         "global_renorm": global_renorm,
         "compute_curvature": compute_curvature,
-        "unit_roundoff": _roundoff(loss),
+        "unit_roundoff": loss.net.unit_roundoff,
         "homogeneous_dtype": len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
         "realised": found,
         "key": key,
@@ -241,6 +243,8 @@ def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradi
 def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk) -> None:
     check_count("n_samples", n_samples)
     check_positive("span", span)
+    if span * span < 1e-300:
+        raise ValueError(f"`span` must have a square that is not 0, got {span!r}: curvatures are divided by it.")
     check_choice("curvature", curvature, ("difference", "exact"))
     check_choice("slope", slope, ("auto", "gradient", "jvp"))
     if chunk is not None:
@@ -272,7 +276,7 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
 
 
 def _baseline(loss: Loss, theta: Theta, plan: Plan) -> float:
-    params = loss.params(theta)
+    params = loss.leaves(theta)
     at = partial(loss.at_leaves, lambda name, _: params[name]) if plan.lazy else partial(loss, theta)
     value, again = float(at()), float(at())
     if not math.isfinite(value):
@@ -280,17 +284,12 @@ def _baseline(loss: Loss, theta: Theta, plan: Plan) -> float:
             f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
             "(an attention mask of zeros, an overflow in half precision)."
         )
-    if abs(again - value) > max(1e-5, _roundoff(loss)) * abs(value):  # bfloat16 kernels may sum in another order
+    if abs(again - value) > max(1e-5, loss.net.unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
         raise ValueError(
             f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
             "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
         )
     return value
-
-
-def _roundoff(loss: Loss) -> float:
-    """Half the spacing of the coarsest dtype among the parameters: the relative error of one rounding."""
-    return max(torch.finfo(leaf.dtype).eps for leaf in loss.layout.leaves) / 2
 
 
 def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,11 +49,12 @@ def _reasons(corr: float, deltas: Float[Tensor, " n"], slopes: Float[Tensor, " n
     return reasons
 
 
-def undecided_signs(few: int, num: int, floor: float, wider: torch.dtype) -> str:
+def undecided_signs(few: int, num: int, floor: float, *, half: bool) -> str:
     """That rounding may decide signs of curvatures, and what to do."""
+    remedy = "compute in float32 (`functional(model, dtype=torch.float32)`)" if half else "pass `curvature='exact'`"
     return (
         f"rounding may decide the sign of {few} of {num} curvatures: it moves each by about {floor:.2g}. Take a larger "
-        f"span, `curvature='exact'`, or compute in a wider dtype (`functional(model, dtype={wider})`)."
+        f"span, or {remedy}."
     )
 
 

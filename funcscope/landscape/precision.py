@@ -26,7 +26,7 @@ class Realised(NamedTuple):
     asymmetry: float
     r"""$\|[\theta + h d] + [\theta - h d] - 2 \theta\| / \|h d\|$: 0 where the two steps are opposite."""
     unmoved: float
-    """Share of the parameters that do not move at all."""
+    """Share that does not move at all, of the parameters that are asked to."""
     loss_error: float
     """How far rounding inside the model moves the loss at theta, against the same weights in float32; nan: not measured."""
 
@@ -45,7 +45,7 @@ def realised(
     if not is_half(layout):
         return None
     moved = wished = error = asymmetry = 0.0
-    still = 0
+    still = asked_to = 0
     for leaf in layout.leaves:
         for rows, values in direction.parts(leaf.name):
             asked = values * step
@@ -56,11 +56,12 @@ def realised(
             wished += dot(asked, asked)
             error += dot(plus - asked, plus - asked)
             asymmetry += dot(plus + minus, plus + minus)
-            still += int((plus == 0).sum())
+            still += int(((plus == 0) & (asked != 0)).sum())
+            asked_to += int((asked != 0).sum())
     if wished == 0:
         return None
     roots = (math.sqrt(moved), math.sqrt(error / wished), math.sqrt(asymmetry / wished))
-    return Realised(*roots, unmoved=still / layout.num, loss_error=loss_error)
+    return Realised(*roots, unmoved=still / asked_to, loss_error=loss_error)
 
 
 def loss_error(loss: Loss, base: Params) -> float:
@@ -71,9 +72,13 @@ def loss_error(loss: Loss, base: Params) -> float:
     """
     wide = loss.net.in_dtype(torch.float32)
     sums = torch.zeros(3, dtype=torch.float64)
+
+    def at(name: str, _: torch.Tensor) -> torch.Tensor:
+        return base[name].to(loss.layout.by_name[name].dtype)
+
     for inputs, targets in loss.batches:
-        half, weight = loss.criterion.token_loss(loss.net.apply_leaves(lambda name, _: base[name], inputs), targets)
-        full, _ = loss.criterion.token_loss(wide.apply_leaves(lambda name, _: base[name], _widened(inputs)), targets)
+        half, weight = loss.criterion.token_loss(loss.net.apply_leaves(at, inputs), targets)
+        full, _ = loss.criterion.token_loss(wide.apply_leaves(at, _widened(inputs)), targets)
         delta = torch.where(weight != 0, (half.float() - full.float()) * weight, 0.0).cpu().double()
         sums += torch.stack([delta.sum(), delta.square().sum(), weight.cpu().double().sum()])
     total, squares, weights = sums.tolist()

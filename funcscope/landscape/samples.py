@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor
@@ -101,14 +100,15 @@ class DirectionalLosses:
 
     @property
     def curvature_noise_floor(self) -> float:
-        r"""How much rounding alone can move a difference curvature; 0 for exact ones. An order of magnitude.
+        r"""How much rounding alone can move a curvature, an order of magnitude; 0 for exact ones in full precision.
 
         In full precision `rounding_bound`. In half precision it is measured: $\sqrt6\,\epsilon / h^2$ for an error
         $\epsilon$ of each loss (`realised.loss_error`), and rms(s) a / h for two steps that are not quite opposite, which
-        let the slope s in (a is `realised.asymmetry`, s the two-sided slopes).
+        let the slope s in (a is `realised.asymmetry`, s the two-sided slopes). nan for exact curvatures in half
+        precision: rounding inside the model moves them too, by an amount that is not measured.
         """
         if self.exact_curvatures is not None:
-            return 0.0
+            return 0.0 if self.realised is None else math.nan
         if self.realised is not None and self.losses_negative is not None and math.isfinite(self.realised.loss_error):
             h = self.actual_span
             slopes = _finite(self.losses - self.losses_negative) / (2 * h)
@@ -130,8 +130,8 @@ class DirectionalLosses:
         """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
         if not (few := self.n_curvatures_undecided) or self.curvatures is None:
             return None
-        wider = torch.float32 if self.realised else torch.float64
-        return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, wider)
+        half = self.realised is not None
+        return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
 
     @property
     def displacement(self) -> float:
@@ -256,7 +256,7 @@ class DirectionalLosses:
 
     def _head(self) -> str:
         return (
-            f"{self.n_samples} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
+            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
             f"(relative step {self.relative_step:.3g}), {self.key!r}"
         )
 

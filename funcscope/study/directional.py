@@ -26,6 +26,7 @@ from ..landscape.compare import Comparison, compare_directional
 from ..landscape.directional import Sampling, prepare
 from ..landscape.samples import DirectionalLosses
 from .inputs import Data, DType, Task, Unit, load_model, load_tokenizer, make_batches, read_texts, task_of
+from .inputs.tokens import max_positions
 from .record import file_stem, versions
 
 Curvature = Literal["difference", "exact", "none"]
@@ -45,7 +46,8 @@ class Settings:
     unit: Unit = "paragraph"
     task: Task | None = None
     num_samples: int = 64
-    max_seq_length: int = 128
+    max_seq_length: int | None = None
+    """None: 128, or as many positions as the model has."""
     batch_size: int = 8
     packing: bool = False
     n_samples: int = 50
@@ -97,10 +99,10 @@ def run(
     names = _names(folders)
     stem = "-vs-".join(names)
     started, results, described = time.perf_counter(), [], []
-    for folder, name in zip(folders, names, strict=True):
+    for number, (folder, name) in enumerate(zip(folders, names, strict=True), start=1):
         opened = _open(settings, folder)
-        partial = out / f"{stem}.{name}.unfinished.npz"
-        results.append(_sampled(settings, opened.loss, partial, name, quiet))
+        partial, files = _partial(out, stem, number), _files(folder, Path(settings.data))
+        results.append(_sampled(settings, opened.loss, partial, files, name, quiet))
         described.append({"name": name, **opened.described, "values": _scalars(results[-1])})
         data = opened.data
         del opened  # before the next model is loaded
@@ -115,10 +117,25 @@ def run(
     }
     numbers = out / f"{stem}.npz"
     save(numbers, _arrays(results), meta | ({"comparison": comparison.asdict()} if comparison else {}))
-    for name in names:
+    for number in range(1, len(folders) + 1):
         for ending in (".npz", ".json"):
-            (out / f"{stem}.{name}.unfinished{ending}").unlink(missing_ok=True)
+            _partial(out, stem, number).with_suffix(ending).unlink(missing_ok=True)
     return Study(numbers, tuple(results), comparison, data)
+
+
+def kept(out: Path) -> list[Path]:
+    """The samples of interrupted studies in a folder."""
+    return sorted(out.glob("*.unfinished.npz"))
+
+
+def _partial(out: Path, stem: str, number: int) -> Path:
+    return out / f"{stem}.{number}.unfinished.npz"
+
+
+def _files(folder: Path, data: Path) -> list[tuple[str, int, int]]:
+    """What tells one model and one set of texts from another: names, sizes and times of their files."""
+    files = [*sorted(path for path in folder.resolve().iterdir() if path.is_file()), data.resolve()]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _check(settings: Settings) -> None:
@@ -126,7 +143,8 @@ def _check(settings: Settings) -> None:
     for name, allowed in (("curvature", Curvature), ("normalize", Normalize), ("distribution", Distribution)):
         check_choice(name, getattr(settings, name), get_args(allowed))
     for name in ("n_samples", "num_samples", "max_seq_length", "batch_size"):
-        check_count(name, getattr(settings, name))
+        if getattr(settings, name) is not None:
+            check_count(name, getattr(settings, name))
     if settings.attention == "keep" and settings.curvature == "exact":
         raise ValueError(
             "fused attention has no second derivative: `curvature` 'exact' needs `attention` 'eager' or 'math'."
@@ -152,7 +170,7 @@ def _open(settings: Settings, folder: Path) -> _Opened:
         model,
         task=task,
         num_samples=settings.num_samples,
-        max_seq_length=settings.max_seq_length,
+        max_seq_length=settings.max_seq_length or min(128, max_positions(model) or 128),
         batch_size=settings.batch_size,
         packing=settings.packing,
         key=fold_in(key(settings.seed), "masked tokens"),
@@ -186,10 +204,15 @@ def _check_alike(settings: Settings, folders: list[Path]) -> None:
             f"{folders[0]} and {folders[1]} cannot be paired: {_first_difference(*shapes)}. "
             "Models of different shape have no directions in common; run the command once for each."
         )
-    if not _same(*tokens):
+    if not _same([_tokens(batch) for batch in tokens[0]], [_tokens(batch) for batch in tokens[1]]):
         raise ValueError(
             f"the tokenizers of {folders[0]} and {folders[1]} make different tokens of {settings.data!r}, so that their "
             "losses are about different things: give both folders the same tokenizer."
+        )
+    if not _same(*([{"labels": batch["labels"]} for batch in batches] for batches in tokens)):
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} have different labels for the texts of {settings.data!r}: give both the same "
+            "mask token, and the same `label2id` in config.json."
         )
 
 
@@ -198,6 +221,12 @@ def _first_difference(first: dict[str, tuple[int, ...]], second: dict[str, tuple
         return f"{len(only)} parameters are in one of them only, {only[0]!r} for example"
     name = next(name for name in first if first[name] != second[name])
     return f"{name!r} has shape {first[name]} in one and {second[name]} in the other"
+
+
+def _tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Real tokens and where they are: the id that stands at padding is each model's own affair."""
+    mask = batch["attention_mask"]
+    return {"attention_mask": mask, "input_ids": batch["input_ids"].masked_fill(mask == 0, 0)}
 
 
 def _same(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bool:
@@ -218,7 +247,9 @@ def _names(folders: list[Path]) -> list[str]:
     return names
 
 
-def _sampled(settings: Settings, loss: Loss, partial: Path, name: str, quiet: bool) -> DirectionalLosses:
+def _sampled(
+    settings: Settings, loss: Loss, partial: Path, files: list[Any], name: str, quiet: bool
+) -> DirectionalLosses:
     sampling = prepare(
         loss,
         loss.net.params,
@@ -239,16 +270,23 @@ def _sampled(settings: Settings, loss: Loss, partial: Path, name: str, quiet: bo
     )
     with tqdm(total=settings.n_samples, desc=name, unit="direction", disable=quiet, dynamic_ncols=True) as bar:
         rows = []
-        for row in _resumed(settings, sampling, partial):
+        for row in _resumed(settings, sampling, partial, files):
             rows.append(row)
             bar.update(len(row["losses"]))
     return sampling.result(rows)
 
 
-def _resumed(settings: Settings, sampling: Sampling, partial: Path) -> Iterator[dict[str, Tensor]]:
-    """The rows that an earlier call has left, then new ones; all of them are on disk when this is interrupted."""
+def _resumed(settings: Settings, sampling: Sampling, partial: Path, files: list[Any]) -> Iterator[dict[str, Tensor]]:
+    """The rows that an earlier call has left, then new ones; all are on disk when this ends or is interrupted."""
+    baseline = sampling.settings["baseline_loss"]
     wanted = to_json(
-        {"settings": asdict(settings), "plan": sampling.plan, "baseline": sampling.settings["baseline_loss"]}
+        {
+            "settings": asdict(settings),
+            "plan": sampling.plan,
+            "files": files,
+            "versions": versions(),
+            "baseline": baseline,
+        }
     )
     rows = _left(partial, wanted, max(1e-6, sampling.settings["unit_roundoff"]))
     yield from rows
@@ -260,13 +298,12 @@ def _resumed(settings: Settings, sampling: Sampling, partial: Path) -> Iterator[
             if time.monotonic() - saved > KEEP_EVERY:
                 _keep(partial, rows, wanted)
                 saved = time.monotonic()
-    except (KeyboardInterrupt, GeneratorExit):
+    finally:
         _keep(partial, rows, wanted)
-        raise
 
 
 def _left(partial: Path, wanted: dict[str, Any], tolerance: float) -> list[dict[str, Tensor]]:
-    """Samples of the same model, data and settings: the loss at theta, up to rounding, speaks for the first two."""
+    """Samples of the same files and settings; the loss at theta, up to rounding, must be the same too."""
     try:
         stored = load(partial)
     except (FileNotFoundError, Damaged):

@@ -14,9 +14,10 @@ def versions() -> dict[str, str]:
 
 
 def file_stem(name: str) -> str:
-    """A name as part of a file's name: letters, digits, dot, dash and underscore only, and no leading dot.
+    """A name as part of a file's name: letters, digits, dot, dash, underscore, 60 bytes.
 
     >>> file_stem("../my model"), file_stem("...")
     ('my-model', 'model')
     """
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-")[:80] or "model"
+    cleaned = re.sub(r"[^\w.-]+", "-", name).strip(".-")
+    return cleaned.encode()[:60].decode(errors="ignore") or "model"

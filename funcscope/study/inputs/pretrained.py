@@ -107,7 +107,6 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, in one line, for a folder without a tokenizer, a
     damaged one, one that is made by code of its own, and one with more tokens than the model has embeddings. Warns where
-    transformers makes other tokens than the tokenizer.json of the folder. Warns where
     transformers makes other tokens of a text than the folder's tokenizer.json says.
     """
     path = local_folder(folder)
