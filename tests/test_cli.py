@@ -117,9 +117,9 @@ def fails(args, capsys, message):
     ("args", "message"),
     [
         (["--samples", "0"], "`samples` must be an integer of at least 1, got 0"),
-        (["--span", "0"], "`span` must be a finite number above 0, got 0.0"),
-        (["--span", "-1"], "`span` must be a finite number above 0, got -1.0"),
-        (["--span", "nan"], "`span` must be a finite number above 0, got nan"),
+        (["--span", "0"], "`--span` must be a finite number above 0, got 0.0"),
+        (["--span", "-1"], "`--span` must be a finite number above 0, got -1.0"),
+        (["--span", "nan"], "`--span` must be a finite number above 0, got nan"),
     ],
 )
 def test_bad_numbers_get_one_clear_line_and_leave_nothing(tiny, tmp_path, capsys, args, message):

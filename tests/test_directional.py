@@ -291,7 +291,7 @@ def test_the_note_says_why_the_correlation_is_low():
     assert closer.estimates["dir_grad_delta_corr"].value > 0.9
     assert closer.note is None
     few = fs.directional_losses(flat, at_minimum, key=fs.key(1), n_samples=2, compute_gradient=True)
-    assert "undefined: 2 directions" in few.note
+    assert "undefined: directions with a finite slope and loss: 2, without: 0" in few.note
     assert fs.directional_losses(flat, at_minimum, key=fs.key(1), n_samples=2).note is None
     assert result.note in " ".join(str(result).split())
 

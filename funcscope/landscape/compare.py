@@ -205,6 +205,7 @@ def compare_directional(
     Wilcoxon (1945), doi:10.2307/3001968. Pratt (1959), doi:10.1080/01621459.1959.10501526. Kerby (2014),
     doi:10.2466/11.IT.3.1. $d_z$: Cohen (1988), Statistical power analysis for the behavioral sciences, section 2.3.5.
 
+    >>> import torch
     >>> from funcscope.core import criterion, keys, model, objective
     >>> from funcscope.landscape.directional import directional_losses
     >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
