@@ -17,6 +17,9 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from .samples import Plan
 
+GRADIENT_UP_TO = 2**28
+"""Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
+
 
 class Wanted(NamedTuple):
     """What is evaluated along each direction."""
@@ -35,7 +38,8 @@ def sampled(
         params = loss.leaves(theta)
         gradient = grad(loss)(_computed(loss, params)) if wanted.slope == "gradient" else None
         for direction in dirs:
-            hand_back()
+            if loss.layout.num > GRADIENT_UP_TO:  # what is handed back costs time to get again
+                hand_back()
             yield _lazy(loss, params, direction, wanted, gradient)
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)

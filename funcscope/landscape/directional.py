@@ -17,7 +17,7 @@ from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
-from .along import Wanted, sampled
+from .along import GRADIENT_UP_TO, Wanted, sampled
 from .precision import is_half, loss_error, realised, warn_if_swallowed
 from .samples import DirectionalLosses, Plan
 
@@ -25,8 +25,6 @@ CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
 LAZY_FROM = 2**22
 """Models of at least this many parameters are perturbed leaf by leaf, when the objective has one batch."""
-GRADIENT_UP_TO = 2**28
-"""Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
 
 
 def directional_losses(
@@ -201,7 +199,7 @@ def prepare(
         _warn_renorm(normalize, span, step, param_norm)
     exact = compute_curvature and curvature == "exact"
     wanted = Wanted(step, two_sided, _slope(loss, plan, slope, n_samples) if compute_gradient else None, exact)
-    if plan.lazy:
+    if plan.lazy and loss.layout.num > GRADIENT_UP_TO:
         hand_back()
     with torch.no_grad():
         baseline = _baseline(loss, theta, plan)
