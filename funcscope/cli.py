@@ -163,7 +163,9 @@ def _directional(args: argparse.Namespace) -> int:
         print(f"\n{result}")
     if study.comparison is not None:
         print(f"\n{study.comparison}")
-    print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s. Directions: {settings.n_samples}; errors are standard errors over them."
+    )
     _print_files(page, study.numbers)
     return 0
 

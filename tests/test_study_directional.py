@@ -213,6 +213,16 @@ def test_models_without_common_directions_or_tokens_are_refused(model, data, tmp
         run(Settings(data, **FEW), model, tmp_path / "out", other=folder(tmp_path / "moved", shift=5), quiet=True)
 
 
+def test_results_of_another_folder_of_the_same_name_are_not_overwritten(data, tmp_path):
+    first, second = folder(tmp_path / "a" / "model"), folder(tmp_path / "b" / "model", scale=1.5)
+    made = [
+        run(Settings(data, **FEW), one, tmp_path / "out", quiet=True).numbers for one in (first, second, first, second)
+    ]
+    assert [path.name for path in made] == ["model.npz", "model-2.npz"] * 2
+    sources = [load(path).meta["models"][0]["folder"] for path in made[:2]]
+    assert sources == [str(first.resolve()), str(second.resolve())]
+
+
 def test_names_are_safe_and_different(tmp_path):
     first, second = folder(tmp_path / "a" / "model"), folder(tmp_path / "b" / "model")
     assert directional._names([first, second]) == ["a-model", "b-model"]

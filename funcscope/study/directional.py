@@ -97,7 +97,7 @@ def run(
     if len(folders) == 2:
         _check_alike(settings, folders)
     names = _names(folders)
-    stem = "-vs-".join(names)
+    stem = _free_stem(out, names, folders)
     started, results, described = time.perf_counter(), [], []
     for number, (folder, name) in enumerate(zip(folders, names, strict=True), start=1):
         opened = _open(settings, folder)
@@ -245,6 +245,24 @@ def _names(folders: list[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return names
+
+
+def _free_stem(out: Path, names: list[str], folders: list[Path]) -> str:
+    """The name of the files: another number behind it where results of other folders have it already."""
+    stem, number = "-vs-".join(names), 1
+    wanted = [str(folder.resolve()) for folder in folders]
+    while _sources(out / f"{stem}.npz") not in ([], wanted):
+        number += 1
+        stem = f"{'-vs-'.join(names)}-{number}"
+    return stem
+
+
+def _sources(numbers: Path) -> list[str]:
+    """The folders that stored numbers come from; none where there is nothing that can be read."""
+    try:
+        return [model["folder"] for model in load(numbers).meta.get("models", [])]
+    except (FileNotFoundError, Damaged):
+        return []
 
 
 def _sampled(
