@@ -6,7 +6,7 @@ Claim: For c(h) = (L(h) + L(-h) - 2 L(0)) / h^2: c(h) - L''(0) is the integral o
     by at most 4 u B / h^2, and this is sharp. The sum of both bounds has its only minimum, 2 sqrt(u B M4 / 3), at
     h = (48 u B / M4)^(1/4). The slope (L(h) - L(-h)) / (2h) is off by at most h^2 M3 / 6, and this is sharp.
 Function: funcscope.landscape.samples.central_second_difference, funcscope.landscape.samples.rounding_bound,
-    funcscope.landscape.directional.directional_losses
+    funcscope.landscape.directional.directional_losses, funcscope.landscape.quadratic.difference_step
 Size: every C^4 loss (for the slope C^3) and every h > 0; the series for every polynomial of degree 7.
 Assumptions: L is the loss along the direction, M4 (M3) the maximum of |L''''| (|L'''|) on [-h, h]. Not proved here: the
     fundamental theorem of calculus, |int K f| <= max |f| int K for K >= 0, and that a function of degree 1 in each of
@@ -23,10 +23,12 @@ import sympy as sp
 import torch
 
 from funcscope.core.criterion import custom
+from funcscope.core.directions import directions
 from funcscope.core.keys import key
 from funcscope.core.model import functional
 from funcscope.core.objective import objective
 from funcscope.landscape.directional import directional_losses
+from funcscope.landscape.quadratic import difference_step
 from funcscope.landscape.samples import central_second_difference, rounding_bound
 
 h, t, r, u, B, M = sp.symbols("h t r u B M", positive=True)
@@ -145,3 +147,13 @@ def test_shipped_directional_losses_are_off_by_h2_m4_over_12_on_a_quartic():
     theta, step = torch.ones(1, dtype=torch.float64), 0.125  # along d = +-1 the loss is (1 +- a)^4
     found = directional_losses(loss, theta, key=key(0), n_samples=2, span=step, two_sided=True, compute_curvature=True)
     assert found.curvatures.tolist() == [12 + step**2 * 24 / 12] * 2
+
+
+def test_shipped_step_is_the_minimum_of_the_bound_on_a_quartic():
+    line = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    loss = objective(functional(line), [(ones, 0 * ones)], custom(lambda out, _: 1 + out.square().square() / 8))
+    direction = directions(loss.net, key=key(0), num=1, normalize="global")[0]
+    found = difference_step(loss, torch.zeros(1, dtype=torch.float64), direction)  # L'''' = 3, B = 1 up to h^4 / 8
+    assert abs(found.step / (48 * 2.0**-53 / 3) ** 0.25 - 1) < 1e-2
+    assert abs(found.error / (2 * 2.0**-26.5) - 1) < 2e-2

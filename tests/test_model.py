@@ -508,3 +508,30 @@ def test_families_whose_masks_are_not_known_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"how 'bloom' masks its attention is not known here.*attention=\"keep\""):
         net = fs.functional(model)
         net.apply(net.params, tokens(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_output_is_the_readout_of_the_hidden_states_where_a_head_is_known(name):
+    loss = loss_of(name)
+    net, params = loss.net, loss.net.params
+    assert (net.head is not None) == (name not in ("bert", "t5"))
+    if net.head is None:
+        with pytest.raises(ValueError, match="its output exists as a whole only"):
+            net.hidden(params, loss.batches[0][0])
+        return
+    other = {key: value + 0.1 for key, value in params.items()}
+    for inputs, _ in loss.batches:
+        hidden = net.hidden(other, inputs)
+        assert hidden.shape[-1] == 12
+        torch.testing.assert_close(net.readout(other, hidden), net.apply(other, inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_head_is_a_head_and_an_output_of_ones_own_has_none():
+    model, _, _ = problem("llama")
+    frozen = fs.functional(model, trainable=lambda name: "lm_head" not in name)
+    ids = tokens(1, 2, 5)
+    assert frozen.head.weight == "lm_head.weight"
+    torch.testing.assert_close(
+        frozen.readout(frozen.params, frozen.hidden(frozen.params, ids)), frozen.apply(frozen.params, ids)
+    )
+    assert fs.functional(model, output=lambda out: out.logits * 2).head is None

@@ -225,3 +225,13 @@ def test_bad_objectives_get_one_clear_line():
     with pytest.raises(ValueError, match="must be labels of shape"):
         loss = fs.objective(net, [({"input_ids": batch["input_ids"]}, torch.tensor([0, 1]))], fs.classification)
         loss(net.theta)
+
+
+def test_softmax_hessian_is_the_same_in_parts():
+    """More entries than are worked on at a time, classes that do not divide them, and weights of 0."""
+    out, v = seeded(1, lambda: (torch.randn(3, 7, 10007), torch.randn(3, 7, 10007)))
+    weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 0.5]).expand(3, 7)
+    found = fs.causal_lm.output_hessian(out, Labels(torch.zeros(3, 7, dtype=torch.long), weight), v)
+    p = out.double().softmax(-1)
+    wanted = weight[..., None] * (p * v - p * (p * v).sum(-1, keepdim=True))
+    assert_close(found.double(), wanted, rtol=1e-5, atol=1e-9)

@@ -1,7 +1,8 @@
 """What is scored: from a batch to inputs and targets, and from the model's output to a loss per token.
 
 A `Criterion` owns the shift, the mask and the weights, so that the mean, its per-sample gradients, the Gauss-Newton
-and the Fisher operators can never disagree about which positions count.
+and the Fisher operators can never disagree about which positions count. The second derivative of the cross-entropy:
+proofs/softmax_hessian.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from .model import Inputs
 
 IGNORE = -100
 """The label of a position that is not scored, as everywhere in the field."""
+
+
+ROWS_ENTRIES = 2**16
+"""Entries of the logits that are worked on at a time in closed forms: 256 KiB of float32."""
 
 
 class Labels(NamedTuple):
@@ -185,10 +190,24 @@ def _check_positions(out: Tensor, targets: Labels) -> None:
 
 
 def _softmax_hessian(out: Tensor, targets: Labels, v: Tensor) -> Tensor:
-    """weight * (diag p - p p') v, the second derivative of the cross-entropy in the logits, whatever the label."""
-    p = out.to(torch.promote_types(out.dtype, torch.float32)).softmax(-1)
-    centred = v - (p * v).sum(-1, keepdim=True)
-    return targets.weight[..., None] * p * centred
+    """weight * (diag p - p p') v, the second derivative of the cross-entropy in the logits, whatever the label.
+
+    A few rows at a time: what lies between the logits and the result stays in the cache.
+    """
+    wide = torch.promote_types(out.dtype, torch.float32)
+    classes = out.shape[-1]
+    rows = max(1, ROWS_ENTRIES // classes)
+    parts = []
+    for z, dz, weight in zip(
+        out.reshape(-1, classes).split(rows),
+        v.reshape(-1, classes).split(rows),
+        targets.weight.reshape(-1, 1).split(rows),
+        strict=True,
+    ):
+        p = z.to(wide).softmax(-1)
+        moved = p * dz
+        parts.append(torch.addcmul(moved, p, moved.sum(-1, keepdim=True), value=-1) * weight)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(v.shape)
 
 
 def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:

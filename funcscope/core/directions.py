@@ -224,14 +224,15 @@ def _group_norms(scales: Scales, parts: Callable[[Leaf], Iterable[Tensor]]) -> d
 
 
 def dot(x: Tensor, y: Tensor) -> float:
-    """Inner product of two tensors of one shape; rows of 4,096 entries in their dtype, their sum in float64.
+    """Inner product of two tensors of one shape; parts of 16,384 entries in their dtype, their sum in float64.
 
-    torch's own norm of a long float32 vector is off by 1e-4 at 4 million entries and by 1e-2 at 100 million.
+    torch's own norm of a long float32 vector is off by 1e-4 at 4 million entries and by 1e-2 at 100 million. Parts stay in
+    the cache; a device with many cores takes longer ones.
     """
     x, y = x.reshape(-1), y.reshape(-1)
-    whole = len(x) // 4096 * 4096
-    rows = torch.linalg.vecdot(x[:whole].view(-1, 4096), y[:whole].view(-1, 4096))
-    return float(rows.cpu().double().sum()) + float(torch.dot(x[whole:], y[whole:]))
+    step = 2**14 if x.device.type == "cpu" else 2**20
+    parts = [torch.dot(a, b) for a, b in zip(x.split(step), y.split(step), strict=True)]
+    return float(torch.stack(parts).cpu().double().sum())
 
 
 def norm(params: Params) -> float:

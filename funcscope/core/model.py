@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,17 @@ from .skeleton import TrueDerivatives, make_skeleton, replaced
 Inputs = Tensor | tuple | Mapping[str, Any]
 LeafFn = Callable[[str, Tensor], Tensor]
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
+
+
+LINEAR_HEAD = frozenset({"gpt2", "llama", "qwen2", "mistral", "gpt_neox", "olmo"})
+"""Model types whose causal logits were compared with one linear map of the last hidden states."""
+
+
+class Head(NamedTuple):
+    """Names of the last linear layer's parameters, as in `Layout.names` unless they are frozen."""
+
+    weight: str
+    bias: str | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,11 +90,59 @@ class Functional:
 
         The caller's model is never written to. A forward pass that writes to a buffer writes to the private copy.
         """
+        return self._output(self._call(self._skeleton, "", self._values(params), inputs))
+
+    @cached_property
+    def head(self) -> Head | None:
+        """The names of the last linear layer's parameters, where the output is known to be that layer and nothing else.
+
+        Then `apply(params, inputs)` is `readout(params, hidden(params, inputs))`, and the logits of a large vocabulary
+        can be made a few tokens at a time. None for other models: their output exists as a whole only.
+        """
+        module = self._skeleton
+        if not (isinstance(module, PreTrainedModel) and module.config.model_type in LINEAR_HEAD):
+            return None
+        last = module.get_output_embeddings()
+        if type(last) is not nn.Linear or self._output is not _logits or _kind_of(module) != "causal":
+            return None
+        names = {id(param): name for name, param in module.named_parameters()}
+        return Head(names[id(last.weight)], None if last.bias is None else names[id(last.bias)])
+
+    def hidden(self, params: Params, inputs: Inputs) -> Tensor:
+        """What the last linear layer reads; for models with a `head`."""
+        self._check_head()
+        return self._call(_Body(self._skeleton), "whole.", self._values(params), inputs)
+
+    def readout(self, params: Params, hidden: Tensor) -> Tensor:
+        """The output from what the last linear layer reads; for models with a `head`."""
+        return F.linear(hidden, *self.head_values(params))
+
+    def head_values(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) or None of the last linear layer."""
+        head = self._check_head()
+        values = {**params, **self._frozen}
+
+        def value(name: str) -> Tensor:
+            return values[name].to(self._dtypes[name])
+
+        return value(head.weight), None if head.bias is None else value(head.bias)
+
+    def _check_head(self) -> Head:
+        if self.head is None:
+            raise ValueError(
+                f"body and head of {type(self._skeleton).__name__} are not known apart: its output exists as a whole only."
+            )
+        return self.head
+
+    def _values(self, params: Params) -> Params:
         check_params(params, self.layout.shapes, "params")
-        values = {name: value.to(self._dtypes[name]) for name, value in {**params, **self._frozen}.items()}
+        return {name: value.to(self._dtypes[name]) for name, value in {**params, **self._frozen}.items()}
+
+    def _call(self, module: nn.Module, prefix: str, values: Params, inputs: Inputs) -> Any:
         args, kwargs = _arguments(self.prepare(inputs))
+        replacing = {f"{prefix}{name}": value for name, value in {**values, **self.buffers}.items()}
         with _kernel(self.attention), nullcontext() if self.attention == "keep" else TrueDerivatives():
-            return self._output(functional_call(self._skeleton, {**values, **self.buffers}, args, kwargs))
+            return functional_call(module, replacing, args, kwargs)
 
     def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
         """The output with each parameter replaced by `leaf(name, value)` at the moment it is used.
@@ -100,6 +159,23 @@ class Functional:
         skeleton = make_skeleton(self._skeleton, self.attention, dtype)
         layout = Layout(tuple(leaf._replace(dtype=dtype) for leaf in self.layout.leaves))
         return replace(self, layout=layout, buffers=dict(skeleton.named_buffers()), _skeleton=skeleton)
+
+    def only(self, names: Collection[str], params: Params) -> Functional:
+        """The same function of some of the parameters, the others constants at `params`."""
+        check_params(params, self.layout.shapes, "params")
+        if unknown := sorted(set(names) - set(self.layout.names)):
+            raise ValueError(f"`names` holds parameters that are not among `net.layout.names`: {unknown[:3]}.")
+        leaves, offset = [], 0
+        for leaf in self.layout.leaves:
+            if leaf.name in names:
+                leaves.append(leaf._replace(offset=offset))
+                offset += leaf.numel
+        return replace(
+            self,
+            params={leaf.name: params[leaf.name] for leaf in leaves},
+            layout=Layout(tuple(leaves)),
+            _frozen={**self._frozen, **{name: value for name, value in params.items() if name not in names}},
+        )
 
     def prepare(self, inputs: Inputs) -> Inputs:
         """The inputs as the transforms need them: a Hugging Face model's attention mask made float and 4-D.
@@ -228,6 +304,21 @@ def _arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+class _Body(nn.Module):
+    """A Hugging Face model without its head."""
+
+    def __init__(self, whole: PreTrainedModel):
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.whole.base_model(*args, **kwargs).last_hidden_state
+
+
+def _kind_of(model: PreTrainedModel) -> str:
+    return "causal" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "other"
 
 
 def _logits(out: Any) -> Tensor:

@@ -2,6 +2,16 @@
 
 from .compare import Comparison, compare_directional
 from .directional import directional_losses
+from .quadratic import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .samples import DirectionalLosses
 
-__all__ = ["Comparison", "DirectionalLosses", "compare_directional", "directional_losses"]
+__all__ = [
+    "Comparison",
+    "DifferenceStep",
+    "DirectionalCurvatures",
+    "DirectionalLosses",
+    "compare_directional",
+    "difference_step",
+    "directional_curvatures",
+    "directional_losses",
+]

@@ -1,0 +1,34 @@
+#!/bin/sh
+# The libraries that bench/curvature.py compares with, into the virtual environment of funcscope.
+#
+#     sh bench/install_peers.sh VENV
+#
+# VENV is made where it does not exist, with funcscope of this checkout. The peers come without their dependencies, as
+# those bring torchvision, which breaks transformers here; what they import besides torch, numpy and scipy is named below.
+set -eu
+
+venv=${1:?"usage: sh bench/install_peers.sh VENV"}
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+python="$venv/bin/python"
+"$python" -c "import funcscope, torch, transformers" 2>/dev/null || "$python" -m pip install --quiet -e "$root"
+
+"$python" -m pip install --quiet --no-deps --pre \
+    "curvlinops-for-pytorch==3.0.1" "hessian-eigenthings==1.0.0a5" "pyhessian==0.1"
+# curvlinops imports these three; linear_operator imports jaxtyping, mpmath and scipy, which torch and funcscope bring
+"$python" -m pip install --quiet --no-deps "einops>=0.8" "einconv==0.1.0" "linear_operator==0.6.1"
+
+"$python" - <<'CHECK'
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import transformers
+from transformers import GPT2LMHeadModel  # noqa: F401
+
+import curvlinops, hessian_eigenthings, pyhessian  # noqa: E401, F401
+
+if find_spec("torchvision"):
+    raise SystemExit("torchvision is installed: transformers is broken by it here; `pip uninstall torchvision`.")
+names = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "torch", "transformers")
+print(", ".join(f"{name} {version(name)}" for name in names))
+CHECK

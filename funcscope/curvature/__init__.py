@@ -1,0 +1,40 @@
+"""Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
+
+from .asam import asam_sharpness
+from .average_sharpness import AverageSharpness, average_sharpness
+from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
+from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
+from .ggn import ggn
+from .hessian import hessian, hessian_difference
+from .per_sample import gradient_chunks, per_sample_gradients
+from .sam import SamSharpness, sam_sharpness
+from .sam_comparison import compare_sharpness
+from .sam_micro import m_sharpness
+from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
+
+__all__ = [
+    "AverageSharpness",
+    "CriticalSharpness",
+    "FisherDiagonal",
+    "SamSharpness",
+    "asam_sharpness",
+    "average_sharpness",
+    "block_slices",
+    "compare_sharpness",
+    "critical_sharpness",
+    "empirical_fisher",
+    "exact_fisher",
+    "fisher_diagonal_mc",
+    "fisher_mc",
+    "ggn",
+    "gradient_chunks",
+    "hessian",
+    "hessian_block_eigenvalues",
+    "hessian_block_traces",
+    "hessian_difference",
+    "hessian_summary",
+    "m_sharpness",
+    "per_sample_gradients",
+    "relative_critical_sharpness",
+    "sam_sharpness",
+]

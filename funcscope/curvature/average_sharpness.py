@@ -1,0 +1,197 @@
+"""Average-case sharpness: the mean rise of the loss over random steps, in pairs of opposite ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from scipy.stats import chi2
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count, check_positive
+from ..core.directions import Direction, Part, directions
+from ..core.estimate import Estimate
+from ..core.keys import Key, check_key, fold_in, uniform
+from ..core.layout import Params
+from ..core.objective import Loss, Theta
+from ..core.restrict import LAZY_ABOVE, Phi, restrict
+
+Steps = Literal["sphere", "normal", "relative"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AverageSharpness:
+    r"""Losses after random steps and their opposites; made by `average_sharpness`.
+
+    `positive` and `negative` have one entry per pair, float64 on the CPU, non-finite ones included. Nats.
+    """
+
+    loss: float
+    r"""$L(\theta)$."""
+    positive: Float[Tensor, " n"]
+    r"""$L(\theta + d_i)$."""
+    negative: Float[Tensor, " n"]
+    r"""$L(\theta - d_i)$."""
+    distribution: str
+    epsilon: float
+    num_parameters: int
+    trace: Estimate | None
+    """What the caller passed: the trace, or for `relative` the trace weighted by squared parameters."""
+    unit_roundoff: float
+    key: Key
+
+    @property
+    def values(self) -> Float[Tensor, " n"]:
+        """The mean rise of each pair; odd orders of the loss cancel in it."""
+        return (self.positive - self.loss + (self.negative - self.loss)) / 2
+
+    @property
+    def num_nonfinite(self) -> int:
+        """Pairs with a loss that is not finite; they are in `values`, and in no mean."""
+        return int((~self.values.isfinite()).sum())
+
+    @property
+    def estimate(self) -> Estimate:
+        """The sharpness with its standard error over finite pairs: biased downwards where `num_nonfinite` is not 0."""
+        return Estimate.of(self.values[self.values.isfinite()])
+
+    @property
+    def predicted(self) -> Estimate | None:
+        r"""The second order, $\epsilon^2 \operatorname{tr} H / 2P$, from the trace that was passed; None without one."""
+        if self.trace is None:
+            return None
+        factor = self.epsilon**2 / 2 / (1 if self.distribution == "relative" else self.num_parameters)
+        return Estimate(self.trace.value * factor, self.trace.stderr * factor, self.trace.num)
+
+    @property
+    def rounding(self) -> float:
+        r"""The order of what rounding of the losses does to each value: $2 u |L|$, u the model's unit roundoff."""
+        return 2 * self.unit_roundoff * abs(self.loss)
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes over all batches."""
+        return 2 * len(self.positive) + 1
+
+    def __str__(self) -> str:
+        second = "" if self.predicted is None else f"; second order {self.predicted}"
+        lost = f"; {self.num_nonfinite} pairs not finite" if self.num_nonfinite else ""
+        return (
+            f"average sharpness, {self.distribution} steps, epsilon {self.epsilon:.4g}: {self.estimate}{second}{lost}"
+        )
+
+    __repr__ = __str__
+
+
+def average_sharpness(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    num: int = 20,
+    epsilon: float = 0.01,
+    distribution: Steps = "sphere",
+    trace: float | Estimate | None = None,
+) -> AverageSharpness:
+    r"""The mean rise of the loss over random steps d, from `num` pairs of opposite ones.
+
+    $$\mathbb E_d\, L(\theta + d) - L(\theta) = \frac{\epsilon^2}{2P} \operatorname{tr} H + O(\epsilon^4).$$
+
+    Nats; theta is a flat vector (P,) or a dict of parameters. Unbiased; a pair cancels the gradient exactly, which a single
+    step would carry as noise of size $\epsilon \|g\| / \sqrt P$.
+
+    distribution: `sphere`, uniform with $\|d\| = \epsilon$. `normal`, $d \sim N(0, \epsilon^2 I / P)$, of the same mean
+    square length; a given $\sigma$ is $\epsilon = \sigma \sqrt P$. `relative`, $d_i = \epsilon |\theta_i| z_i$ with z
+    standard normal: the same after rescaling of ReLU layers, with second order
+    $\tfrac{\epsilon^2}{2} \sum_i \theta_i^2 H_{ii}$.
+    trace: an estimate of $\operatorname{tr} H$ (of $\sum_i \theta_i^2 H_{ii}$ for `relative`), for `predicted`.
+
+    The second order needs a loss with four derivatives. With ReLU the Hessian of autodiff lacks the kinks, which enter at
+    the same order: the mean is no measure of the trace there, except for very small epsilon. A step of epsilon moves each
+    weight by some $\epsilon / \sqrt P$: in half precision most of that is lost to rounding; compute in float32.
+
+    Raises ValueError for a loss that is not finite at theta, and for `relative` where theta is 0.
+
+    Andriushchenko and Flammarion (2022), Towards understanding sharpness-aware minimization, arXiv 2206.06232.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> average_sharpness(loss, torch.tensor([3.0]), key=keys.key(0), num=2, epsilon=0.5, trace=2.0)   # tr H = 2
+    average sharpness, sphere steps, epsilon 0.5: 0.25 ± 0 (n = 2); second order 0.25 ± nan (n = 0)
+    """
+    check_key(key)
+    check_count("num", num)
+    check_positive("epsilon", epsilon)
+    check_choice("distribution", distribution, get_args(Steps))
+    params = loss.leaves(theta)
+    with torch.no_grad():
+        centre = float(loss(theta))
+        if not math.isfinite(centre):
+            raise ValueError(
+                f"the loss at theta is {centre}: there is no sharpness around it. Check weights and batch."
+            )
+        if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
+            raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
+        drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
+        losses = [_pair(loss, theta, params, d, distribution, epsilon) for d in drawn]
+    positive, negative = torch.tensor(losses, dtype=torch.float64).T
+    return AverageSharpness(
+        loss=centre,
+        positive=positive,
+        negative=negative,
+        distribution=distribution,
+        epsilon=epsilon,
+        num_parameters=loss.layout.num,
+        trace=_known(trace),
+        unit_roundoff=loss.net.unit_roundoff,
+        key=key,
+    )
+
+
+@dataclass(frozen=True)
+class _Stretched:
+    """A direction times |theta|, a few rows of a leaf at a time."""
+
+    direction: Direction
+    params: Params
+
+    def parts(self, name: str) -> Iterator[Part]:
+        value = self.params[name]
+        for rows, step in self.direction.parts(name):
+            yield Part(rows, step.mul_((value[rows] if value.ndim else value).abs()))
+
+
+def _pair(
+    loss: Loss, theta: Theta, params: Params, direction: Direction, distribution: Steps, epsilon: float
+) -> tuple[float, float]:
+    """The losses after a step and its opposite: a unit vector times an independent length."""
+    num = loss.layout.num
+    if distribution == "sphere":
+        length = epsilon
+    else:  # a normal vector is a uniform direction times a chi variable; half a step keeps the quantile inside (0, 1)
+        unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
+        length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
+    phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
+    return float(phi(length)), float(phi(-length))
+
+
+def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, stretched: bool) -> Phi:
+    if loss.layout.num > LAZY_ABOVE:
+        return restrict(loss, theta, _Stretched(direction, params) if stretched else direction, lazy=True)
+    row = direction.dense()
+    if stretched:
+        row *= loss.layout.ravel(params, row.dtype).abs()
+    return restrict(loss, theta, row)
+
+
+def _known(trace: float | Estimate | None) -> Estimate | None:
+    if trace is None or isinstance(trace, Estimate):
+        return trace
+    both = torch.tensor([float(trace), math.nan], dtype=torch.float64)
+    return Estimate(both[0], both[1], 0)

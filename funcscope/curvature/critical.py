@@ -1,0 +1,211 @@
+"""Critical sharpness: two over the smallest learning rate at which a step along an update raises the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from ..core.checks import check_count, check_positive
+from ..core.objective import Loss, Theta
+from .critical_search import Bracket, bracket
+from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, ratio_stderr, slope_along, terms_at
+
+Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
+
+
+@dataclass(frozen=True)
+class CriticalSharpness:
+    r"""The critical learning rate of a loss along an update; made by `critical_sharpness`.
+
+    Sharpness is in nats per squared unit of theta where the update is a gradient: $2 / \eta$ for the learning rate $\eta$.
+    """
+
+    value: float
+    r"""$\lambda_c = 2 / \eta_c$; nan where `status` is neither `found` nor `not narrowed`."""
+    interval: tuple[float, float]
+    """Between these lies the sharpness: the loss has risen at the learning rate of the one and not at that of the other."""
+    stderr: float
+    """Over sequences, with the update held fixed; nan for one sequence."""
+    status: Status
+    learning_rate: float
+    r"""$\eta_c$."""
+    learning_rate_interval: tuple[float, float]
+    slope: float
+    r"""$g^\top u$: how fast the loss falls along the update."""
+    loss: float
+    rounding: float
+    """The relative error of the value that rounding of two losses may make."""
+    num_forwards: int
+    """Passes over all batches, beside the one gradient (or the one `jvp` along a given update)."""
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        known = (
+            f"{self.value:.4g} ± {self.stderr:.2g} in [{low:.4g}, {high:.4g}]" if math.isfinite(self.value) else "nan"
+        )
+        return f"critical sharpness {known} ({self.status}, {self.num_forwards} forward passes)"
+
+
+def critical_sharpness(
+    loss: Loss,
+    theta: Theta,
+    direction: Theta | None = None,
+    *,
+    start: float | None = None,
+    tolerance: float = 0.05,
+    max_forwards: int = 24,
+) -> CriticalSharpness:
+    r"""Two over the smallest learning rate at which one step along the update u raises the loss.
+
+    $$\lambda_c = \frac{2}{\eta_c}, \qquad \eta_c = \inf\{\eta > 0 : L(\theta - \eta u) > L(\theta)\}; \qquad
+        \text{quadratic } L: \ \eta_c = \frac{2\, g^\top u}{u^\top H u},\ \ \lambda_c = \frac{u^\top H u}{g^\top u}.$$
+
+    For u = g on a quadratic this is the curvature along the gradient, a mean of the eigenvalues weighted by the gradient's
+    squared parts: at most the largest eigenvalue, and equal to it where g is its eigenvector.
+
+    direction: the update u that a learning rate would multiply (theta becomes theta - eta u): the gradient by default; a
+    flat vector or a dict, Adam's update for example. start: the first learning rate that is tried; by default the smaller of
+    $L / g^\top u$, where the tangent of the loss reaches 0, and a step of 1 % of $\|\theta\|$. tolerance: the interval
+    ends at a ratio of 1 + tolerance. max_forwards: passes after which the search ends whatever is known.
+
+    Cost: one gradient (one `jvp` for a given direction) and 3 passes where the loss is a parabola, otherwise 6 to 12, mostly
+    below 10. The slope at 0 is used, so that one trial already predicts the crossing; Kalra et al. double or halve and then
+    bisect, for the same quantity. The search finds *a* crossing: the loss may have risen and fallen between two trials,
+    above all where `start` is far beyond the first crossing. The value is where a secant in the interval crosses.
+
+    Status and nan: `ascent direction`, $g^\top u < 0$, so that any step raises the loss and $\eta_c$ is 0;
+    `flat direction`, $g^\top u = 0$; `never rises`, at no learning rate that was tried, up to the upper end of
+    `learning_rate_interval`; `always rises`, down to the lower end. `not narrowed` has a value with a wider interval. Where
+    `rounding` is not far below `tolerance`, the signs are decided by rounding: compute in a wider dtype.
+
+    Raises ValueError for a direction of other shape, and a loss or gradient at theta that is not finite.
+
+    Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller, Shvartsman (2026), arXiv 2601.16979.
+
+    >>> import torch
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> print(critical_sharpness(loss, torch.tensor([3.0])))                                # L'' = 2 at every point
+    critical sharpness 2 ± nan in [1.956, 2.044] (found, 3 forward passes)
+    """
+    at = leaves_of(loss, theta)
+    if direction is not None:
+        return _along(loss, at, leaves_of(loss, direction, "direction"), start, tolerance, max_forwards)
+    update, terms = gradient_at(loss, at)
+    return _searched(loss, at, update, inner(update, update), terms, start, tolerance, max_forwards)
+
+
+def relative_critical_sharpness(
+    loss_1: Loss,
+    loss_2: Loss,
+    theta: Theta,
+    direction: Theta | None = None,
+    *,
+    start: float | None = None,
+    tolerance: float = 0.05,
+    max_forwards: int = 24,
+) -> CriticalSharpness:
+    r"""Two over the smallest learning rate at which a step of loss 1's optimiser raises loss 2.
+
+    $$\lambda_c^{1 \to 2} = \frac{2}{\eta_c^{1 \to 2}}, \qquad
+        \eta_c^{1 \to 2} = \inf\{\eta > 0 : L_2(\theta - \eta u_1) > L_2(\theta)\},$$
+
+    on a quadratic $u_1^\top H_2 u_1 / g_2^\top u_1$: large where what is learned is soon undone elsewhere, fine-tuning that
+    forgets, say. direction: $u_1$, by default the gradient of loss 1. Other arguments, units, cost, assumptions and errors
+    are those of `critical_sharpness`, for loss 2; `ascent direction` says that every step for loss 1 raises loss 2.
+
+    Raises ValueError also where the two losses have parameters of other names or shapes.
+
+    Kalra et al. (2026), arXiv 2601.16979.
+
+    >>> import torch
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> one, two = (objective.objective(net, [(torch.ones(1, 1), torch.full((1, 1), y))], square) for y in (0.0, 4.0))
+    >>> relative_critical_sharpness(one, two, torch.tensor([3.0])).status
+    'ascent direction'
+    """
+    if loss_1.layout.shapes != loss_2.layout.shapes:
+        raise ValueError("`loss_1` and `loss_2` must be losses of the same parameters; their names or shapes differ.")
+    at = leaves_of(loss_2, theta)
+    update = gradient_at(loss_1, at)[0] if direction is None else leaves_of(loss_1, direction, "direction")
+    return _along(loss_2, at, update, start, tolerance, max_forwards)
+
+
+def _along(
+    loss: Loss, at: Leaves, update: Leaves, start: float | None, tolerance: float, max_forwards: int
+) -> CriticalSharpness:
+    """Along a given update: its slope is one `jvp`."""
+    terms = terms_at(loss, at)
+    slope = slope_along(loss, at, update, float(terms.weights.sum()))
+    if not math.isfinite(terms.mean) or not math.isfinite(slope):
+        raise ValueError(
+            f"the loss at theta is {terms.mean} and its slope along the update {slope}: both must be finite. Check the "
+            "weights, the batch and the update."
+        )
+    found = _searched(loss, at, update, slope, terms, start, tolerance, max_forwards - 1)
+    return replace(found, num_forwards=found.num_forwards + 1)
+
+
+def _searched(
+    loss: Loss, at: Leaves, update: Leaves, slope: float, terms: Terms, start: float | None, tolerance: float, most: int
+) -> CriticalSharpness:
+    """The search from known terms at theta, and what its bracket says."""
+    check_positive("tolerance", tolerance)
+    check_count("max_forwards", most, least=2)
+    if start is not None:
+        check_positive("start", start)
+    if slope <= 0:
+        return _without("ascent direction" if slope < 0 else "flat direction", slope, terms.mean)
+    rises: dict[float, Tensor] = {}
+
+    def rise(eta: float) -> float:
+        after = terms_at(loss, moved(at, update, -eta))
+        rises[eta] = after.sums - terms.sums
+        return float(rises[eta].sum() / terms.weights.sum())
+
+    first = _start(at, update, slope, terms.mean) if start is None else start
+    found = bracket(rise, slope, first, ratio=1 + tolerance, max_trials=most)
+    if not found.closed:
+        status: Status = "never rises" if found.low.eta else "always rises"
+        ends = (found.low.eta, found.high.eta)
+        return replace(_without(status, slope, terms.mean), learning_rate_interval=ends, num_forwards=found.num)
+    return _found(loss, found, rises, slope, terms, tolerance)
+
+
+def _found(
+    loss: Loss, found: Bracket, rises: dict[float, Tensor], slope: float, terms: Terms, tolerance: float
+) -> CriticalSharpness:
+    (low, f_low), (high, f_high) = found.low, found.high
+    eta = found.crossing
+    scored = terms.weights != 0
+    spread = ratio_stderr(rises[low][scored], terms.weights[scored])
+    return CriticalSharpness(
+        value=2 / eta,
+        interval=(2 / high, 2 / low),
+        stderr=2 / eta**3 * spread * (high - low) / (f_high - f_low),  # d eta = d rise / (eta d rate)
+        status="found" if high <= (1 + tolerance) * low else "not narrowed",
+        learning_rate=eta,
+        learning_rate_interval=(low, high),
+        slope=slope,
+        loss=terms.mean,
+        rounding=2 * loss.net.unit_roundoff * abs(terms.mean) / (slope * eta),
+        num_forwards=found.num,
+    )
+
+
+def _start(at: Leaves, update: Leaves, slope: float, level: float) -> float:
+    """The smaller of two: where the tangent of the loss reaches 0, and a step of a hundredth of theta's norm."""
+    steps = [level / slope, 0.01 * norm(at) / norm(update)]
+    return min((step for step in steps if 0 < step < math.inf), default=1.0)
+
+
+def _without(status: Status, slope: float, level: float) -> CriticalSharpness:
+    nan = math.nan
+    return CriticalSharpness(nan, (nan, nan), nan, status, nan, (nan, nan), slope, level, nan, 0)

@@ -1,0 +1,217 @@
+"""The Fisher information of a model's predictions: exact, sampled, and empirical. Three matrices, three names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad
+from torch.utils._pytree import tree_map
+
+from ..core.checks import check_choice, check_count
+from ..core.criterion import Criterion
+from ..core.keys import Key, check_key, fold_in
+from ..core.objective import Loss, Theta
+from ..linalg.matvec import Matvec
+from .ggn import ggn
+from .outputs import Outputs, Outs, total_weight, whole
+from .pullbacks import flat, sandwich
+
+
+def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
+    r"""v -> F v with the exact (true, type-2) Fisher information per scored token, labels summed over in closed form.
+
+    $$F = \frac1W \sum_t w_t\, \mathbb E_{y \sim p_t}\big[s_t s_t^\top\big], \qquad
+      s_t = \nabla_\theta \log p_\theta(y \mid x_{\le t}).$$
+
+    For cross-entropy this is the generalised Gauss-Newton matrix, and computed as such (proofs/gauss_newton_fisher.py).
+    The data's labels do not enter. Per sequence it is T times as large (cross terms vanish in expectation).
+
+    Raises ValueError for a criterion that has no predictive distribution (`sample`), as `custom` ones.
+
+    Martens (2020), arXiv:1412.1193; Kunstner, Balles, Hennig (2019), arXiv:1905.12558, for the three meanings.
+    """
+    _check_distribution(loss.criterion)
+    return ggn(loss, theta, keep=keep, head_chunk=head_chunk)
+
+
+def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = True) -> Matvec:
+    r"""v -> F v with `num` labels per token drawn from the model: unbiased for `exact_fisher`, of rank <= num * tokens.
+
+    $$\hat F = \frac{1}{W m} \sum_{t,i} w_t\, s_{ti} s_{ti}^\top, \qquad y_{ti} \sim p_\theta(\cdot \mid x_{\le t}).$$
+
+    Position t is scored against its own draw: a draw that is moved by one, as labels are, has a score whose mean is not 0.
+    The draws are made here, once, one stream per sequence, so that the matvec is one fixed symmetric matrix and batching
+    changes nothing; another key is another matrix. Its mean over keys: proofs/gauss_newton_fisher.py.
+
+    Raises as `exact_fisher` does.
+    """
+    check_key(key)
+    check_count("num", num)
+    _check_distribution(loss.criterion)
+    theta = flat(loss, theta)
+    drawn = _draws(loss, theta, key, num)
+    batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
+    targets = dict(zip(map(id, batches), drawn, strict=True))
+
+    def middle(batch: Outputs, outs: Outs, moved: Outs) -> Outs:
+        terms = (_by_token(loss.criterion, outs[0], labels, moved[0]) for labels in targets[id(batch)])
+        return (sum(terms),)  # type: ignore[return-value]
+
+    return sandwich(loss, theta, batches, middle, 1 / (num * total_weight(loss, theta)), keep)
+
+
+def empirical_fisher(
+    loss: Loss, theta: Theta, *, unit: Literal["sequence", "token"] = "sequence", keep: bool = True
+) -> Matvec:
+    r"""v -> E v, the uncentred second moment of the gradients at the data's own labels: not a Fisher information.
+
+    `token`: $E = \frac1W \sum_t w_t\, g_t g_t^\top$ with $g_t = \nabla \ell_t$. `sequence`: $E = \frac1n \sum_b g_b g_b^\top$
+    with $g_b = \sum_{t \in b} w_t g_t$, over the n sequences that have a scored position. The unit is part of the result:
+    sums over T tokens make the second about T times the first, and more where a sequence's gradients agree.
+
+    Equal to the Fisher information in expectation only where the data come from the model (proofs/gauss_newton_fisher.py). No
+    gradient is stored: one product is J' of the scores times their own inner product with J v.
+
+    Kunstner, Balles, Hennig (2019), arXiv:1905.12558.
+
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 2, bias=False))
+    >>> data = [(torch.ones(1, 1), torch.tensor([0]))]
+    >>> loss = objective.objective(net, data, criterion.classification)
+    >>> empirical_fisher(loss, torch.zeros(2))(torch.tensor([1.0, 0.0]))      # g = (-1/2, 1/2)
+    tensor([ 0.2500, -0.2500])
+    """
+    check_choice("unit", unit, ("sequence", "token"))
+    theta = flat(loss, theta)
+    batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
+    targets = {id(batch): targets for batch, (_, targets) in zip(batches, loss.batches, strict=True)}
+    by = _by_token if unit == "token" else _by_sequence
+
+    def middle(batch: Outputs, outs: Outs, moved: Outs) -> Outs:
+        return (by(loss.criterion, outs[0], targets[id(batch)], moved[0]),)
+
+    scale = total_weight(loss, theta) if unit == "token" else float(_scored_sequences(loss, theta))
+    return sandwich(loss, theta, batches, middle, 1 / scale, keep)
+
+
+@dataclass(frozen=True, eq=False)
+class FisherDiagonal:
+    """The diagonal of the Fisher information, estimated from `num` draws of all labels."""
+
+    value: Float[Tensor, " p"] = field(repr=False)
+    stderr: Float[Tensor, " p"] = field(repr=False)
+    """Of each entry, over the draws; nan for one draw."""
+    num: int
+
+    @property
+    def trace(self) -> Float[Tensor, ""]:
+        return self.value.double().sum()
+
+
+def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> FisherDiagonal:
+    r"""The diagonal of `exact_fisher`, unbiased, by one forward and one backward pass over the data per draw.
+
+    $$\widehat{\mathrm{diag} F} = \frac{1}{W} \sum_b \Big(\sum_{t \in b} \sqrt{w_t}\, s_t\Big)^2, \qquad y_t \sim p_t,$$
+
+    squared coordinate by coordinate, b over batches: with weights of 0 and 1, sum T_b^2 gbar_b^2 / sum T_b. Scores of labels
+    that were drawn from the model are uncorrelated with mean 0, so that the cross terms vanish in expectation; those of the
+    data's labels are not, and the same formula with them is no Fisher information (proofs/sampled_fisher.py). The standard
+    error is that over draws.
+
+    Raises as `exact_fisher` does.
+    """
+    check_key(key)
+    check_count("num", num)
+    _check_distribution(loss.criterion)
+    theta = flat(loss, theta)
+    scale = total_weight(loss, theta)
+    mean, scatter = torch.zeros_like(theta), torch.zeros_like(theta)
+    for i in range(num):
+        draw = _squares(loss, theta, fold_in(key, i)) / scale
+        step = draw - mean
+        mean += step / (i + 1)
+        scatter += step * (draw - mean)
+    stderr = (scatter / (num * (num - 1))).sqrt() if num > 1 else torch.full_like(mean, float("nan"))
+    return FisherDiagonal(mean, stderr, num)
+
+
+def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
+    """Sum over batches of the squared sum of sqrt(w) s."""
+    out = torch.zeros_like(theta)
+    for (inputs, _), labels in zip(loss.batches, _draws(loss, theta, key, 1), strict=True):
+
+        def rooted(t: Tensor, inputs=inputs, labels=labels[0]) -> Tensor:
+            losses, weight = loss.criterion.token_loss(loss.net.apply(loss.params(t), inputs), labels)
+            return (torch.where(weight != 0, losses, torch.zeros_like(losses)) * weight.sqrt()).sum()
+
+        out += grad(rooted)(theta).square()
+    return out
+
+
+def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
+    """Per batch, `num` targets with drawn labels. Draw i of sequence r comes from the child (i, r) of the key."""
+    params, first, found = loss.params(theta), 0, []
+    for inputs, targets in loss.batches:
+        with torch.no_grad():
+            out = loss.net.apply(params, inputs)
+        draws = []
+        for i in range(num):
+            rows = [
+                loss.criterion.sample(out[r : r + 1], _row(targets, r), fold_in(fold_in(key, i), first + r))  # type: ignore[misc]
+                for r in range(len(out))
+            ]
+            draws.append(tree_map(lambda *leaves: torch.cat(leaves), *rows))
+        first += len(out)
+        found.append(draws)
+    return found
+
+
+def _row(targets: Any, r: int) -> Any:
+    return tree_map(lambda x: x[r : r + 1], targets)
+
+
+def _by_token(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
+    """sum over positions of w s (s . v)."""
+    score, weight = _scores(criterion, out, targets)
+    inner = (score * v).flatten(weight.ndim).sum(-1) if score.ndim > weight.ndim else score * v
+    return score * _over(inner * weight, score)
+
+
+def _by_sequence(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
+    """sum over sequences of (sum of w s) times its inner product with v."""
+    score, weight = _scores(criterion, out, targets)
+    score = score * _over(weight, score)
+    return score * _over((score * v).reshape(len(score), -1).sum(-1), score)
+
+
+def _scores(criterion: Criterion, out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of every position's loss in its own outputs, and the weights; 0 where nothing is scored."""
+
+    def losses(z: Tensor) -> tuple[Tensor, Tensor]:
+        loss, weight = criterion.token_loss(z, targets)
+        return torch.where(weight != 0, loss, torch.zeros_like(loss)).sum(), weight
+
+    return grad(losses, has_aux=True)(out)
+
+
+def _over(x: Tensor, like: Tensor) -> Tensor:
+    """x with as many dimensions as `like`, new ones last."""
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)).to(like.dtype)
+
+
+def _scored_sequences(loss: Loss, theta: Tensor) -> int:
+    with torch.no_grad():
+        return int((loss.terms(theta)[1] != 0).sum())
+
+
+def _check_distribution(criterion: Criterion) -> None:
+    if criterion.sample is None:
+        raise ValueError(
+            f"the Fisher information needs the model's predictive distribution, and {criterion!r} has no `sample`: take "
+            "`ggn` for the curvature of the loss, `empirical_fisher` for the second moment of its gradients, or a "
+            "criterion with both `sample` and `output_hessian`."
+        )

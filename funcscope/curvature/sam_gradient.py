@@ -1,0 +1,192 @@
+"""What every sharpness needs of a loss at one point: terms per sequence, gradient, derivatives along a line.
+
+All are sums over the batches, one batch at a time, so that the memory is that of one batch however many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+from ..core.directions import PART, dot
+from ..core.estimate import jackknife_stderr
+from ..core.objective import Loss, Theta
+
+Leaves = Mapping[str, Tensor]
+"""One tensor per parameter: a point, a gradient or a step."""
+
+
+class Terms(NamedTuple):
+    """The loss per sequence, float64 on the CPU: the weighted sum of its token losses, and the sum of its weights."""
+
+    sums: Tensor
+    weights: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The loss: the ratio of the totals."""
+        return float(self.sums.sum() / self.weights.sum())
+
+
+def leaves_of(loss: Loss, theta: Theta, name: str = "theta") -> dict[str, Tensor]:
+    """The leaves of a flat vector or a dict of parameters, in float32 at least: a step is made before any rounding.
+
+    Raises ValueError for another length, other names or other shapes than those of the layout.
+    """
+    leaves = loss.leaves(theta)
+    if {k: tuple(v.shape) for k, v in leaves.items()} != loss.layout.shapes:
+        raise ValueError(
+            f"`{name}` must have the names and shapes of `net.layout`: a flat vector of shape ({loss.layout.num},) or a "
+            "dict like `net.params`."
+        )
+    return {k: leaves[k].detach().to(torch.promote_types(leaves[k].dtype, torch.float32)) for k in loss.layout.names}
+
+
+def terms_at(loss: Loss, leaves: Leaves) -> Terms:
+    """One forward pass over all batches."""
+    with torch.no_grad():
+        return _gathered([one.terms(leaves) for one in _one_by_one(loss)])
+
+
+def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
+    """The gradient, in the dtypes of the leaves, and the terms of the same pass.
+
+    Raises ValueError where the loss or an entry of the gradient is not finite.
+    """
+    total: dict[str, Tensor] = {}
+    parts = []
+    for one in _one_by_one(loss):
+
+        def summed(at: Leaves, one: Loss = one) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            sums, weights = one.terms(at)
+            return sums.sum(), (sums, weights)
+
+        with torch.enable_grad():
+            found, terms = grad(summed, has_aux=True)(dict(leaves))
+        total = {k: total[k].add_(v) for k, v in found.items()} if total else found
+        parts.append(terms)
+    terms = _gathered(parts)
+    scored = float(terms.weights.sum())
+    _check_finite(total, terms.mean)
+    return {k: v.div_(scored) for k, v in total.items()}, terms
+
+
+def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
+    r"""$v^\top H v$ exactly, as a `jvp` of a `jvp`: no graph of a backward pass is held. `weight`: that of all tokens.
+
+    Raises ValueError where the model keeps kernels of its own, which have no reliable second derivatives.
+    """
+    _check_kernels(loss)
+    return sum(_along(one, leaves, v, order=2) for one in _one_by_one(loss)) / weight
+
+
+def slope_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
+    r"""$g^\top v$ by one `jvp`; by the gradient where the model keeps kernels that have no forward derivative."""
+    if loss.net.attention == "keep":
+        return inner(gradient_at(loss, leaves)[0], v)
+    return sum(_along(one, leaves, v, order=1) for one in _one_by_one(loss)) / weight
+
+
+def inner(a: Leaves, b: Leaves) -> float:
+    """The inner product of two sets of leaves."""
+    return sum(dot(x, y.to(x.dtype)) for k in a for x, y in _parts(a[k], b[k]))
+
+
+def norm(a: Leaves) -> float:
+    """The Euclidean norm of all leaves together."""
+    return math.sqrt(inner(a, a))
+
+
+def scaled(a: Leaves, factor: float) -> dict[str, Tensor]:
+    """factor * a."""
+    return {k: x * factor for k, x in a.items()}
+
+
+def moved(leaves: Leaves, step: Leaves, factor: float = 1.0) -> dict[str, Tensor]:
+    """theta + factor * step, in theta's own dtype; the model rounds to the dtype that it computes in."""
+    return {k: torch.add(x, step[k].to(x.dtype), alpha=factor) for k, x in leaves.items()}
+
+
+def realised_norm(loss: Loss, leaves: Leaves, at: Leaves) -> float:
+    """The distance of two points after rounding to the dtypes that the model computes in."""
+    used = {leaf.name: leaf.dtype for leaf in loss.layout.leaves}
+    return norm({k: at[k].to(used[k]).to(x.dtype) - x.to(used[k]).to(x.dtype) for k, x in leaves.items()})
+
+
+def rounding_of_difference(loss: Loss, leaves: Leaves, gradient: Leaves, level: float) -> float:
+    r"""What rounding may do to a difference of two losses: $2 u |L| + \sum_i u_i |g_i \theta_i|$.
+
+    u is the unit roundoff of the model (`Functional.unit_roundoff`): a loss per token carries a relative error of that
+    size, and a few more from its layers, so that this is the order of magnitude and no bound for a deep model. $u_i$ is
+    that of the narrower of theta's dtype and the one that the model casts it to; to first order, this half is a bound.
+    """
+    used = {leaf.name: leaf.dtype for leaf in loss.layout.leaves}
+    total = 2 * loss.net.unit_roundoff * abs(level)
+    for k, x in leaves.items():
+        roundoff = max(torch.finfo(used[k]).eps, torch.finfo(x.dtype).eps) / 2
+        total += roundoff * sum(dot(g.abs().to(t.dtype), t.abs()) for g, t in _parts(gradient[k], x))
+    return total
+
+
+def ratio_stderr(numerator: Tensor, denominator: Tensor) -> float:
+    r"""Jackknife standard error of $\sum a_i / \sum b_i$ over sequences; nan below two of them."""
+    if len(numerator) < 2:
+        return math.nan
+    left_out = (numerator.sum() - numerator) / (denominator.sum() - denominator)
+    return float(jackknife_stderr(left_out))
+
+
+def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Terms:
+    sums, weights = zip(*parts, strict=True)
+    return Terms(torch.cat(sums).detach().cpu().double(), torch.cat(weights).detach().cpu().double())
+
+
+def _one_by_one(loss: Loss) -> Iterator[Loss]:
+    return (Loss(loss.net, (batch,), loss.criterion) for batch in loss.batches)
+
+
+def _along(one: Loss, leaves: Leaves, v: Leaves, *, order: int) -> float:
+    """The first or second derivative along v of the sum of the token losses of one batch."""
+    some = next(iter(leaves.values()))
+    zero, unit = some.new_zeros(()), some.new_ones(())
+
+    def line(a: Tensor) -> Tensor:
+        at = {k: torch.addcmul(x, a.to(x.dtype), v[k].to(x.dtype)) for k, x in leaves.items()}
+        return one.terms(at)[0].sum()
+
+    def slope(a: Tensor) -> Tensor:
+        return jvp(line, (a,), (unit,))[1]
+
+    with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+        return float(slope(zero) if order == 1 else jvp(slope, (zero,), (unit,))[1])
+
+
+def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both flat, some 2 MiB at a time: no second copy of a large leaf."""
+    return zip(a.reshape(-1).split(PART), b.reshape(-1).split(PART), strict=True)
+
+
+def _check_finite(gradient: Leaves, level: float) -> None:
+    if not math.isfinite(level):
+        raise ValueError(
+            f"the loss at theta is {level}: there is no sharpness around it. Check the weights and the batch."
+        )
+    bad = sum(int((~x.isfinite()).sum()) for x in gradient.values())
+    if bad:
+        raise ValueError(
+            f"the gradient at theta has {bad} entries that are not finite: compute in a wider dtype (`dtype` of "
+            "`functional`), or check the weights and the batch."
+        )
+
+
+def _check_kernels(loss: Loss) -> None:
+    if loss.net.attention == "keep":
+        raise ValueError(
+            'the net was made with `attention="keep"`: its own kernels have no reliable second derivatives. Make it with '
+            '`attention="eager"`, or pass `curvature=False`.'
+        )

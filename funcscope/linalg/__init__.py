@@ -1,0 +1,41 @@
+"""Matrix-free algorithms over any symmetric matvec: they know nothing of networks."""
+
+from .algebra import added, dense, masked, principal, projected, scaled, shifted, to_scipy
+from .cg import Solution, conjugate_gradient
+from .diagonal import DiagonalEstimate, hutchinson_diagonal, xdiag
+from .eigen import Eigenpairs, eigenpairs
+from .matvec import Matvec, NonFinite, asymmetry
+from .quadrature import SpectralDensity, spectral_density
+from .summary import SpectrumSummary, spectrum_summary
+from .trace import BlockTraces, TraceEstimate, block_traces, hutchinson_trace, hutchpp_trace, xtrace
+
+__all__ = [
+    "BlockTraces",
+    "DiagonalEstimate",
+    "Eigenpairs",
+    "Matvec",
+    "NonFinite",
+    "Solution",
+    "SpectralDensity",
+    "SpectrumSummary",
+    "TraceEstimate",
+    "added",
+    "asymmetry",
+    "block_traces",
+    "conjugate_gradient",
+    "dense",
+    "eigenpairs",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "masked",
+    "principal",
+    "projected",
+    "scaled",
+    "shifted",
+    "spectral_density",
+    "spectrum_summary",
+    "to_scipy",
+    "xdiag",
+    "xtrace",
+]

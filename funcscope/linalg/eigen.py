@@ -1,0 +1,237 @@
+"""Eigenvalues of a symmetric matrix from products alone: both ends, the largest magnitude, with residuals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count, check_positive
+from ..core.keys import Key, check_key, fold_in
+from .krylov import Krylov, check_vector
+from .matvec import Matvec, Products, check_symmetric
+
+Which = Literal["magnitude", "largest", "smallest", "both"]
+
+BASIS = 100
+"""Basis vectors that are kept before a restart, unless more are asked for."""
+CHEAP = 2**15
+"""Up to this P a look at the projected matrix may cost more than a product: it is taken every few products."""
+NAMES = {
+    "magnitude": "of largest magnitude",
+    "largest": "largest",
+    "smallest": "smallest",
+    "both": "from both ends",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenpairs:
+    """Some eigenvalues in descending order, each with the norm of its residual; prints itself as a table."""
+
+    values: Float[Tensor, " k"]
+    """Ritz values in float64."""
+    residuals: Float[Tensor, " k"]
+    """||A y - theta y||, up to rounding: an eigenvalue of A lies within this distance of theta."""
+    converged: Bool[Tensor, " k"]
+    """Residual at most `tol` times the largest |theta| seen."""
+    vectors: Float[Tensor, "k p"] | None
+    """Unit vectors, one per value, where they were asked for."""
+    num_matvecs: int
+    which: Which
+    tol: float
+    key: Key
+
+    def __repr__(self) -> str:
+        return (
+            f"Eigenpairs({len(self.values)} {NAMES[self.which]}, {self.num_matvecs} products, "
+            f"{int(self.converged.sum())} converged)"
+        )
+
+    def __str__(self) -> str:
+        rows = [
+            (f"{value:.6g}", f"{residual:.1g}", "yes" if done else "no")
+            for value, residual, done in zip(self.values, self.residuals, self.converged, strict=True)
+        ]
+        table = tabulate(rows, headers=("eigenvalue", "residual", "converged"), disable_numparse=True)
+        return f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)\n{table}"
+
+
+def eigenpairs(
+    matvec: Matvec,
+    like: Float[Tensor, " p"],
+    *,
+    key: Key,
+    num: int = 5,
+    which: Which = "magnitude",
+    tol: float = 1e-3,
+    max_matvecs: int | None = None,
+    max_basis: int | None = None,
+    block: int = 1,
+    vectors: bool = False,
+    check: bool = False,
+) -> Eigenpairs:
+    r"""The `num` eigenvalues of a symmetric A that are largest in magnitude, largest, smallest, or at each end.
+
+    Ritz values $\theta$ of A on a Krylov space of a random start, with unit vectors y and residuals $\|Ay - \theta y\|$.
+    The search ends at the first look at which every wanted residual is at most `tol` $\max|\theta|$ (a look after every
+    product, or every few where products are cheap: P up to 32,768), at `max_matvecs` products (default: 100 and 20
+    per wanted value), or where the space is exhausted and all is exact.
+
+    like: a vector of shape (P,), float32 or float64, for dtype and device. Values have the unit of A, in float64.
+    Memory: up to `max_basis` vectors (default: 100, or twice the wanted values and blocks), allocated as the basis grows,
+    and `block` more; a smaller basis restarts (thick restart) and takes more products.
+
+    A residual r guarantees an eigenvalue within r of $\theta$; not that no larger one was missed, nor that the value
+    itself is accurate to less than the rounding of the products. Where the budget ends the search, `converged` says
+    which values are not found yet. A block of one shows one copy of each eigenvalue: copies of a multiple one need a
+    `block` of its multiplicity, or appear where the Krylov space closes (a residual of `tol` for all of it): the search
+    then goes on from new random vectors, until one has changed nothing.
+
+    Raises ValueError for `num` above P ("both": P / 2), `block` above P, `max_basis` too small, an unknown `which`,
+    and, with `check=True` (two more products), a matvec that is not symmetric; NonFinite for a product that is not
+    finite.
+
+    Krylov spaces: Paige (1972), doi:10.1093/imamat/10.3.373; restart: Wu and Simon (2000),
+    doi:10.1137/S0895479898334605.
+
+    >>> from funcscope.core.keys import key
+    >>> found = eigenpairs(lambda v: torch.arange(-9.0, 6.0) * v, torch.zeros(15), key=key(0), num=2)
+    >>> [round(value, 2) for value in found.values.tolist()]     # of -9, -8, ..., 5
+    [-8.0, -9.0]
+    """
+    check_key(key)
+    check_vector(like)
+    wanted = _check_request(len(like), num, which, tol, block, max_matvecs)
+    limit = _basis_limit(max_basis, wanted, block, len(like))
+    products = Products(matvec)
+    if check:
+        check_symmetric(products, like, key=fold_in(key, "check"))
+    budget = products.num + (100 + 20 * wanted if max_matvecs is None else max_matvecs)
+    space = Krylov(products, like, key=fold_in(key, "start"), block=block)
+    search = _Search(space, wanted, which, tol)
+    while not search.over(budget):
+        if min(space.basis.num + block, space.num) > limit:
+            search.restart(wanted + (limit - 2 * block - wanted) // 2)
+        space.expand()
+    return search.found(products.num, vectors, key)
+
+
+class _Closed(NamedTuple):
+    """When the space was last closed: its size, the length of its last part, and the wanted values.
+
+    Each part is the Krylov space of a new random vector, and shows one more copy of every multiple eigenvalue.
+    """
+
+    size: int
+    length: int
+    values: Tensor
+
+    def unchanged(self, values: Tensor, S: Tensor, residuals: Tensor, allowed: float) -> bool:
+        """The part that came since has found its own most wanted value, and no wanted one differs for it."""
+        new = residuals[S[self.size :].square().sum(0) > 0.5][:1]
+        same = (values[: len(self.values)] - self.values).abs() <= allowed
+        return bool(same.all()) and bool((new <= allowed).all())
+
+
+class _Search:
+    """Looks at the Ritz values of a growing space, and says when the wanted ones are found."""
+
+    def __init__(self, space: Krylov, wanted: int, which: Which, tol: float):
+        self.space, self.wanted, self.which, self.tol = space, wanted, which, tol
+        self.bound = 0.0
+        """The largest |theta| seen."""
+        self.closed: _Closed | None = None
+        self.next = wanted
+
+    def over(self, budget: int) -> bool:
+        space = self.space
+        if space.whole:
+            return True
+        if space.size >= self.next or (space.size >= self.wanted and space.left <= self.tol * self.bound):
+            self.next = space.size + (1 if space.num > CHEAP else 1 + space.size // 64)
+            if self._settled():
+                return True
+        return space.products.num + space.basis.num - space.size > budget
+
+    def restart(self, num: int) -> None:
+        values, S, _ = self._look(num)
+        self.space.restart(values, S)
+        self.next, self.closed = 0, None
+
+    def found(self, num_matvecs: int, vectors: bool, key: Key) -> Eigenpairs:
+        values, S, residuals = self._look(self.wanted)
+        down = values.argsort(descending=True)
+        return Eigenpairs(
+            values[down],
+            residuals[down],
+            (residuals <= self.tol * self.bound)[down],
+            self.space.basis.combined(S[:, down]) if vectors else None,
+            num_matvecs,
+            self.which,
+            self.tol,
+            key,
+        )
+
+    def _settled(self) -> bool:
+        """The wanted residuals are small; if the space was closed, what came after it has been heard out, too."""
+        values, S, residuals = self._look(self.space.size)
+        allowed, size, before = self.tol * self.bound, self.space.size, self.closed
+        if before and size - before.size > before.length:
+            before = self.closed = None  # longer than the part before: R was small by chance
+        good = bool((residuals[: self.wanted] <= allowed).all())
+        if self.space.left <= allowed:
+            self.closed = _Closed(size, size - (before.size if before else 0), values[: self.wanted])
+        elif not before:
+            return good
+        return good and before is not None and before.unchanged(values, S, residuals, allowed)
+
+    def _look(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `num` Ritz values, vectors (columns) and residuals, the most wanted first."""
+        values, S, residuals = self.space.ritz()
+        self.bound = max(self.bound, float(values.abs().max()))
+        first = _order(values, self.which)[:num]
+        return values[first], S[:, first], residuals[first]
+
+
+def _order(values: Tensor, which: Which) -> Tensor:
+    """Indices of ascending values, the most wanted first; for both ends in turns."""
+    if which == "magnitude":
+        return values.abs().argsort(descending=True, stable=True)
+    up = torch.arange(len(values))
+    if which == "smallest":
+        return up
+    if which == "largest":
+        return up.flip(0)
+    return torch.stack([up.flip(0), up], 1).flatten()[: len(values)]
+
+
+def _check_request(num_rows: int, num: int, which: str, tol: float, block: int, max_matvecs: int | None) -> int:
+    """How many values are wanted in all."""
+    check_choice("which", which, get_args(Which))
+    check_count("num", num)
+    check_count("block", block)
+    check_positive("tol", tol)
+    wanted = 2 * num if which == "both" else num
+    if wanted > num_rows:
+        ends = " at each of both ends" if which == "both" else ""
+        raise ValueError(
+            f"`num` = {num}{ends} asks for {wanted} eigenvalues of a matrix that has {num_rows}: ask for fewer."
+        )
+    if block > num_rows:
+        raise ValueError(f"`block` must be at most P = {num_rows}, got {block}.")
+    if max_matvecs is not None:
+        check_count("max_matvecs", max_matvecs, min(num_rows, -(-wanted // block) * block))
+    return wanted
+
+
+def _basis_limit(max_basis: int | None, wanted: int, block: int, num_rows: int) -> int:
+    least = min(num_rows, wanted + 2 * block)
+    if max_basis is None:
+        return max(least, BASIS, 2 * (wanted + block))
+    check_count("max_basis", max_basis, least)
+    return max_basis

@@ -1,0 +1,222 @@
+"""Block Krylov spaces of a symmetric matrix, with full orthogonalisation and thick restart.
+
+The basis is the memory and the passes over it the time, beside the products: each new block costs two readings of the
+basis (project, subtract), and two more only where the first removed a noticeable part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_flat
+from ..core.keys import Key, fold_in, normal
+from .matvec import Products
+
+SLAB = 2**16
+"""Columns that are multiplied at a time: partial sums stay short, so that their float64 sum is exact to rounding."""
+PANEL = 16
+"""Rows that are allocated at a time, 4 where a row is longer than 64 million: growth copies nothing."""
+NOTICEABLE = 0.7
+"""A pass that leaves less than this share of a vector is followed by another one."""
+
+
+def check_vector(like: Float[Tensor, " p"]) -> None:
+    """`like` is a flat vector of float32 or float64, the dtypes in which a basis stays orthogonal, of one entry at least."""
+    check_flat("like", like, like.numel())
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: pass a float32 one, cast in the matvec.")
+    if len(like) == 0:
+        raise ValueError("`like` must have at least one entry, got none.")
+
+
+class Basis:
+    """Rows of one length in panels; `remove` is the pass that everything else is made of."""
+
+    def __init__(self, like: Float[Tensor, " p"]):
+        self.like = like
+        self.num = 0
+        self._panels: list[Tensor] = []
+        self._rows = PANEL if len(like) <= 2**26 else 4
+        self._slab = SLAB if like.device.type == "cpu" else 64 * SLAB
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._panels[index // self._rows][index % self._rows]
+
+    def append(self, vector: Float[Tensor, " p"], size: float) -> None:
+        """The vector divided by `size` becomes the last row."""
+        if self.num == len(self._panels) * self._rows:
+            self._panels.append(self.like.new_empty(self._rows, len(self.like)))
+        self.num += 1
+        torch.div(vector, size, out=self[self.num - 1])
+
+    def remove(self, W: Float[Tensor, "b p"], first: int, last: int) -> tuple[Tensor, list[float]]:
+        """W - (W Q') Q in place, for rows `first` to `last` of Q; returns Q W' in float64 and the norms that are left."""
+        parts = list(self._between(first, last))
+        found = []
+        for rows in parts:  # classical: every projection is of the same W
+            sums = [rows[:, at] @ W[:, at].T for at in self._slabs(self._slab)]
+            found.append(torch.stack(sums).cpu().double().sum(0))
+        for rows, share in zip(parts, found, strict=True):
+            weights = share.T.to(W).contiguous()
+            for at in self._slabs(self._slab):
+                W[:, at].addmm_(weights, rows[:, at], alpha=-1)
+        return torch.cat(found), self.norms(W)
+
+    def norms(self, W: Float[Tensor, "b p"]) -> list[float]:
+        """The norm of every row, summed in float64; squares do not leave the cache."""
+        squares = [torch.linalg.vecdot(part, part) for part in W.split(self._slab // 4, 1)]
+        return torch.stack(squares).cpu().double().sum(0).sqrt().tolist()
+
+    def combined(self, M: Float[Tensor, "k m"]) -> Float[Tensor, "m p"]:
+        """M' Q of the first k rows, new in memory."""
+        out = self.like.new_empty(M.shape[1], len(self.like))
+        for at, part in self._rotated(M):
+            out[:, at] = part
+        return out
+
+    def rotate(self, M: Float[Tensor, "k m"]) -> None:
+        """Q becomes M' Q, slab by slab in place: there is no second copy of the basis."""
+        for at, part in self._rotated(M):
+            for panel, rows in zip(self._panels, part.split(self._rows), strict=False):
+                panel[: len(rows), at] = rows
+        self.num = M.shape[1]
+
+    def _rotated(self, M: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        weights = M.T.to(self.like)
+        for at in self._slabs(self._slab // 8):  # all rows of a slab are in the cache at a time
+            yield at, weights @ torch.cat([rows[:, at] for rows in self._between(0, len(M))])
+
+    def _between(self, first: int, last: int) -> Iterator[Tensor]:
+        for index, panel in enumerate(self._panels):
+            rows = panel[max(0, first - index * self._rows) : max(0, last - index * self._rows)]
+            if len(rows):
+                yield rows
+
+    def _slabs(self, width: int) -> list[slice]:
+        return [slice(start, start + width) for start in range(0, len(self.like), width)]
+
+
+class Krylov:
+    r"""The space spanned by a random block B, A B, A^2 B, ..., and the matrix T = Q A Q' of A on it.
+
+    `expand` takes the products of the newest rows, completes T by their full projections (in float64: rows and
+    columns need no special form, also after a restart), and appends what is left, orthonormalised:
+    $A Q^\top = Q^\top T + Q_{new}^\top R\,E_{last}^\top$, so that the residual of a Ritz pair is $\|R\,s_{last}\|$.
+
+    A vector of which nothing but rounding is left closes an invariant space. A new random one, orthogonal to the basis,
+    takes its place with coupling 0: an eigenvalue then appears again only if it is a multiple one.
+    Daniel, Gragg, Kaufman and Stewart (1976), doi:10.2307/2005398, on the second pass; Wu and Simon (2000),
+    doi:10.1137/S0895479898334605, on the restart.
+    """
+
+    def __init__(self, products: Products, like: Float[Tensor, " p"], *, key: Key, block: int = 1):
+        self.products = products
+        self.key = key
+        self.basis = Basis(like)
+        self.num = len(like)
+        self._work = like.new_empty(min(block, self.num), self.num)
+        self.begin()
+        for _ in range(min(block, self.num)):
+            self._append_random()
+
+    def begin(self, start: Float[Tensor, " p"] | None = None) -> None:
+        """Forget everything but the memory; the space of one start vector, where one is given."""
+        self.basis.num = self._drawn = self.size = self._before = 0
+        self.scale = 0.0
+        """The largest ||A q|| seen: a lower bound of the norm of A."""
+        self.T = torch.zeros(0, 0, dtype=torch.float64)
+        self.R = torch.zeros(0, 0, dtype=torch.float64)
+        if start is not None:
+            self.basis.append(start, *self.basis.norms(start[None]))
+
+    @property
+    def whole(self) -> bool:
+        """The products of a basis of the whole space are known: T has all eigenvalues."""
+        return self.size == self.num
+
+    @property
+    def rounding(self) -> float:
+        """Norms up to this one are rounding."""
+        return 4 * torch.finfo(self.basis.like.dtype).eps * self.scale
+
+    @property
+    def left(self) -> float:
+        """Norm of R: a bound on all residuals; 0 where the space is invariant."""
+        return float(torch.linalg.matrix_norm(self.R)) if self.R.numel() else 0.0
+
+    def expand(self) -> None:
+        """One product for each of the newest rows; the basis grows by as many rows, as far as the space has them."""
+        first, last = self.size, self.basis.num
+        W = self._work[: last - first]
+        for w, row in zip(W, range(first, last), strict=True):
+            w.copy_(self.products(self.basis[row]).detach())  # its own memory: a product may be its argument
+        sizes = self.basis.norms(W)
+        self.scale = max(self.scale, *sizes)
+        H = torch.zeros(last, last - first, dtype=torch.float64)
+        near = max(0, first - self._before)
+        if near:  # in exact arithmetic all there is to remove: a cheap pass, after which one full pass is enough
+            found, sizes = self.basis.remove(W, near, last)
+            H[near:] += found
+        found, left = self.basis.remove(W, 0, last)
+        H += found
+        self.R = self._append(W, sizes, left, H)
+        T = torch.zeros(last, last, dtype=torch.float64)
+        T[:first, :first] = self.T
+        T[:, first:], T[first:, :] = H, H.T
+        T[first:, first:] = (H[first:] + H[first:].T) / 2
+        self.T, self.size, self._before = T, last, last - first
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values in ascending order, their vectors in the basis as columns, and their residuals."""
+        values, S = torch.linalg.eigh(self.T)
+        tail = S[self.size - self.R.shape[1] :] if self.R.numel() else S[:0]
+        return values, S, (self.R @ tail if len(tail) else S.new_zeros(1, self.size)).square().sum(0).sqrt()
+
+    def restart(self, values: Float[Tensor, " m"], S: Float[Tensor, "k m"]) -> None:
+        """Keep these Ritz pairs and the rows whose products are not known yet; give up the rest of the space."""
+        kept, new = len(values), self.basis.num - self.size
+        self.basis.rotate(torch.block_diag(S, torch.eye(new, dtype=torch.float64)))
+        self.T = torch.diag(values)
+        self.size = self._before = kept  # the new rows couple to every kept one
+
+    def _append(self, W: Tensor, sizes: list[float], left: list[float], H: Tensor) -> Tensor:
+        """Append what is left of W, orthonormalised; returns R and adds to H what further passes removed."""
+        last, width = H.shape
+        R = torch.zeros(width, width, dtype=torch.float64)
+        for i in range(width):
+            w, size, rest, new = W[i : i + 1], sizes[i], left[i], self.basis.num - last
+            if new:
+                found, (rest,) = self.basis.remove(w, last, last + new)
+                R[:new, i] += found[:, 0]
+            while self.rounding < rest < NOTICEABLE * size:
+                size = rest
+                found, (rest,) = self.basis.remove(w, 0, last + new)
+                H[:, i] += found[:last, 0]
+                R[:new, i] += found[last:, 0]
+            if self.basis.num == self.num:
+                continue
+            if rest > self.rounding:
+                R[new, i] = rest
+                self.basis.append(w[0], rest)
+            else:
+                self._append_random()
+        return R[: self.basis.num - last]
+
+    def _append_random(self) -> None:
+        if self.basis.num == self.num:
+            return
+        w = normal(fold_in(self.key, self._drawn), self.basis.like)[None]
+        self._drawn += 1
+        (size,), before = self.basis.norms(w), math.inf
+        while self.basis.num and size < NOTICEABLE * before:
+            before = size
+            _, (size,) = self.basis.remove(w, 0, self.basis.num)
+        if size == 0:  # a draw is an exact 0 once in 2^24: in a space of one dimension, once in 2^24 times
+            self._append_random()
+        else:
+            self.basis.append(w[0], size)

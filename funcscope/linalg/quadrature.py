@@ -1,0 +1,267 @@
+"""Stochastic Lanczos quadrature: the spectral density of a symmetric matrix and every trace of a function of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count, check_positive
+from ..core.directions import dot
+from ..core.estimate import Estimate, jackknife_stderr
+from ..core.keys import Distribution, Key, check_key, fold_in, normal, rademacher
+from .krylov import Krylov, check_vector
+from .matvec import Matvec, Products, check_symmetric
+
+Scale = Literal["linear", "symlog"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity:
+    r"""Quadrature nodes and weights of every probe, and what they say about the spectrum.
+
+    Every number is an `Estimate`: a mean over probes with its standard error, which holds what is left to chance in
+    the probes, not the error of few `steps`. Polynomials up to degree 2 `steps` - 1 have none (proofs/lanczos_quadrature.py);
+    steps and logarithms are slow in `steps`.
+    """
+
+    nodes: Float[Tensor, "n m"]
+    """Ritz values of each probe, ascending, in float64; where a Krylov space ends early, its first one again."""
+    weights: Float[Tensor, "n m"]
+    """Squared first components; rows sum to 1, and a node that only fills a row has weight 0."""
+    num_parameters: int
+    num_matvecs: int
+    steps: int
+    rounding: float
+    """The square root of the epsilon of the products' dtype: what is smaller, relative to the largest node, may be noise."""
+    key: Key
+
+    @property
+    def num_probes(self) -> int:
+        return len(self.nodes)
+
+    def __repr__(self) -> str:
+        return f"SpectralDensity({self.num_probes} probes, {self.steps} steps, {self.num_matvecs} products)"
+
+    def __str__(self) -> str:
+        rows = {
+            "trace": self.trace,
+            "trace of the square": self.trace_squared,
+            "effective rank": self.effective_rank,
+            "negative fraction": self.negative_fraction(),
+        }
+        low, high = self.range
+        head = f"{self.num_parameters} eigenvalues, nodes from {low:.4g} to {high:.4g} ({self.num_matvecs} products)"
+        return "\n".join([head, *(f"{name:20} {value}" for name, value in rows.items())])
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest node; both lie inside the spectrum."""
+        return float(self.nodes.min()), float(self.nodes.max())
+
+    @property
+    def trace(self) -> Estimate:
+        """tr A, unbiased whatever the steps."""
+        return self.function(lambda x: x)
+
+    @property
+    def trace_squared(self) -> Estimate:
+        """tr A^2 = ||A||_F^2, unbiased from 2 steps on."""
+        return self.function(torch.square)
+
+    def function(self, f: Callable[[Tensor], Tensor]) -> Estimate:
+        """tr f(A), the sum of f over the eigenvalues; f maps a tensor entry by entry, and is called at nodes only."""
+        return Estimate.of(self.num_parameters * self._means(f))
+
+    def log_determinant(self, damping: float) -> Estimate:
+        """log det(A + damping I); nan where a node is at or below -damping: no logarithm of that matrix exists."""
+        return self.function(lambda x: (x + damping).clamp_min(0).log() if self.range[0] > -damping else x * math.nan)
+
+    def negative_fraction(self, tol: float | None = None) -> Estimate:
+        """The share of eigenvalues below -`tol` max|node|; `tol` is `rounding` unless given (3.5e-4 in float32).
+
+        Rounding of the products gives half of a singular matrix's zeros a negative sign: a smaller `tol` counts them.
+        """
+        edge = -(self.rounding if tol is None else tol) * float(self.nodes.abs().max())
+        return self.mass_between(-math.inf, edge)
+
+    def mass_between(self, low: float, high: float) -> Estimate:
+        """The share of eigenvalues in low <= lambda < high."""
+        if not low < high:
+            raise ValueError(f"`low` must be below `high`, got {low!r} and {high!r}.")
+        return Estimate.of(self._means(lambda x: ((x >= low) & (x < high)).double()))
+
+    @property
+    def effective_rank(self) -> Estimate:
+        r"""$e^H$, H the entropy of |lambda| / sum |lambda|: 1 for one eigenvalue, r for r equal ones; nan for A = 0.
+
+        A smooth function of two means, its error by the jackknife. Roy and Vetterli (2007).
+        """
+        size = self._means(torch.abs)
+        logs = self._means(lambda x: torch.special.xlogy(x.abs(), x.abs()))
+
+        def rank(rows: Tensor) -> Tensor:
+            mean = rows @ size / rows.sum(-1)
+            return self.num_parameters * mean * torch.exp(-(rows @ logs / rows.sum(-1)) / mean)
+
+        return self._of_means(rank)
+
+    @property
+    def participation_ratio(self) -> Estimate:
+        """tr(A)^2 / tr(A^2): r for r equal eigenvalues; a rank for A >= 0 only, as signs cancel in the trace.
+
+        tr^2 from pairs of different probes, which has no bias; may be negative where the trace is lost in its error.
+        nan for A = 0 and one probe; the jackknife's error needs three.
+        """
+        traces, squares = (self.num_parameters * self._means(f) for f in (lambda x: x, torch.square))
+
+        def ratio(rows: Tensor) -> Tensor:
+            num = rows.sum(-1)
+            pairs = ((rows @ traces).square() - rows @ traces.square()) / (num * (num - 1))
+            return pairs / (rows @ squares / num)
+
+        return self._of_means(ratio)
+
+    def density(
+        self, grid: Float[Tensor, " g"], width: float | None = None
+    ) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"]]:
+        """Mean and standard error over probes of the density, each node a Gaussian of standard deviation `width`.
+
+        In units of 1 / eigenvalue; it integrates to 1. `width`: `self.width` unless given.
+        """
+        width = self.width if width is None else width
+        check_positive("width", width)
+        scaled = (grid.double().cpu()[:, None, None] - self.nodes) / width  # (g, n, m)
+        bumps = torch.exp(-scaled.square() / 2) / (width * math.sqrt(2 * math.pi))
+        rows = (bumps * self.weights).sum(-1)
+        nan = rows.new_full(rows.shape[:1], math.nan)
+        return rows.mean(1), rows.std(1) / self.num_probes**0.5 if self.num_probes > 1 else nan
+
+    @property
+    def width(self) -> float:
+        """A hundredth of the range of the nodes; where they are all one, of its size, or 0.01 at 0."""
+        low, high = self.range
+        spread = high - low
+        return 0.01 * (spread if spread > self.rounding * abs(high) else abs(high) or 1.0)
+
+    def grid(self, num: int = 1000, width: float | None = None, scale: Scale = "linear") -> Float[Tensor, " g"]:
+        """Points for `density`: even ones, 5 widths beyond the nodes; "symlog" (for plots): even in sinh-like steps."""
+        check_choice("scale", scale, get_args(Scale))
+        width = self.width if width is None else width
+        ends = torch.tensor(self.range, dtype=torch.float64) + torch.tensor([-5.0, 5.0], dtype=torch.float64) * width
+        if scale == "symlog":
+            ends = ends.sign() * torch.log1p(ends.abs() / width)
+        points = torch.linspace(float(ends[0]), float(ends[1]), num, dtype=torch.float64)
+        return points if scale == "linear" else points.sign() * torch.expm1(points.abs()) * width
+
+    def _means(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """One quadrature per probe."""
+        return (self.weights * f(self.nodes)).sum(1)
+
+    def _of_means(self, statistic: Callable[[Tensor], Tensor]) -> Estimate:
+        """A statistic of all probes, which are chosen by rows of 0 and 1, with its jackknife error."""
+        every = self.weights.new_ones(1, self.num_probes)
+        left_out = every - torch.eye(self.num_probes, dtype=every.dtype)
+        return Estimate(statistic(every)[0], jackknife_stderr(statistic(left_out)), self.num_probes)
+
+
+def spectral_density(
+    matvec: Matvec,
+    like: Float[Tensor, " p"],
+    *,
+    key: Key,
+    num_probes: int = 8,
+    steps: int = 40,
+    distribution: Distribution = "normal",
+    reorthogonalize: bool = True,
+    check: bool = False,
+) -> SpectralDensity:
+    r"""The distribution of the eigenvalues of a symmetric A, from `num_probes` times `steps` products.
+
+    For a random v, $v^\top f(A)\,v / v^\top v = \sum_k f(\lambda_k)\,\langle v, u_k\rangle^2 / v^\top v$ is an integral over
+    the spectrum with mean $\mathrm{tr} f(A) / P$. `steps` products give its Gauss quadrature: nodes are the eigenvalues
+    of the tridiagonal Lanczos matrix, weights the squared first components of its eigenvectors,
+    $\mathrm{tr} f(A) \approx P\,\mathrm{mean}_v \sum_i w_i f(\theta_i)$.
+
+    like: a vector of shape (P,), float32 or float64, for dtype and device. Starts are independent over all coordinates.
+    Exact in f of degree up to 2 `steps` - 1 for each probe; a probe whose Krylov space ends before (as it does at P)
+    is exact for every f, and takes fewer products. Memory: `steps` vectors; with `reorthogonalize=False` three and no
+    time beside the products: copies of converged nodes then appear, which share their weight, so that the density stays
+    accurate (Greenbaum 1989) but nodes must not be counted as eigenvalues.
+
+    Raises ValueError for no probes or steps and, with `check=True` (two more products), for a matvec that is not
+    symmetric; NonFinite for a product that is not finite.
+
+    Golub and Welsch (1969), doi:10.1090/S0025-5718-69-99647-1; Ubaru, Chen and Saad (2017), doi:10.1137/16M1104974;
+    Greenbaum (1989), doi:10.1016/0024-3795(89)90285-1. Degree 2 `steps` - 1: proofs/lanczos_quadrature.py.
+
+    >>> from funcscope.core.keys import key
+    >>> halves = torch.tensor([1.0, 3.0]).repeat(500)             # 500 ones, 500 threes
+    >>> found = spectral_density(lambda v: halves * v, halves, key=key(0), steps=2)
+    >>> [round(node, 4) for node in found.nodes[0].tolist()]
+    [1.0, 3.0]
+    >>> abs(float(found.trace.value) - 2000) < 3 * float(found.trace.stderr)
+    True
+    """
+    check_key(key)
+    check_vector(like)
+    check_count("num_probes", num_probes)
+    check_count("steps", steps)
+    check_choice("distribution", distribution, get_args(Distribution))
+    products = Products(matvec)
+    if check:
+        check_symmetric(products, like, key=fold_in(key, "check"))
+    draw = normal if distribution == "normal" else rademacher
+    starts = (draw(fold_in(key, i), like) for i in range(num_probes))
+    run = _orthogonal(products, like, key) if reorthogonalize else _three_term(products)
+    nodes, weights = (torch.stack(rows) for rows in zip(*(_rule(run(v, steps), steps) for v in starts), strict=True))
+    rounding = torch.finfo(like.dtype).eps ** 0.5
+    return SpectralDensity(nodes, weights, len(like), products.num, steps, rounding, key)
+
+
+def _orthogonal(products: Products, like: Tensor, key: Key) -> Callable[[Tensor, int], Tensor]:
+    """start, steps -> the Lanczos matrix, with full orthogonalisation; one basis for all probes."""
+    space = Krylov(products, like, key=fold_in(key, "basis"))
+
+    def run(start: Tensor, steps: int) -> Tensor:
+        space.begin(start)
+        space.expand()
+        while space.left and space.size < min(steps, len(start)):
+            space.expand()
+        return space.T
+
+    return run
+
+
+def _three_term(products: Products) -> Callable[[Tensor, int], Tensor]:
+    """The same by Paige's three-term recurrence, on three vectors."""
+
+    def run(start: Tensor, steps: int) -> Tensor:
+        old, new, beta, scale = torch.zeros_like(start), start / math.sqrt(dot(start, start)), 0.0, 0.0
+        diagonal, beside = [], []
+        while True:
+            w = old.mul_(-beta).add_(products(new))
+            diagonal.append(dot(w, new))
+            old, new = new, w.sub_(new, alpha=diagonal[-1])
+            beta, scale = math.sqrt(dot(new, new)), max(scale, abs(diagonal[-1]) + beta)
+            if len(diagonal) == min(steps, len(start)) or beta <= 4 * torch.finfo(start.dtype).eps * scale:
+                break
+            beside.append(beta)
+            new.div_(beta)
+        side = torch.tensor(beside, dtype=torch.float64)
+        return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(side, 1) + torch.diag(side, -1)
+
+    return run
+
+
+def _rule(T: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Gauss's nodes and weights; what is missing of `steps` nodes is filled with the first one, at weight 0."""
+    nodes, S = torch.linalg.eigh(T)
+    weights = S[0].square()
+    missing = steps - len(nodes)
+    return torch.cat([nodes, nodes[:1].expand(missing)]), torch.nn.functional.pad(weights / weights.sum(), (0, missing))

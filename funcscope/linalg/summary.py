@@ -1,0 +1,208 @@
+"""What a symmetric matrix's spectrum is like, in one table: both ends, trace, shape of the density, each with its error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.checks import check_positive
+from ..core.estimate import Estimate
+from ..core.keys import Key, check_key, fold_in
+from .eigen import Eigenpairs, eigenpairs
+from .matvec import Matvec
+from .quadrature import SpectralDensity, spectral_density
+from .trace import TraceEstimate, xtrace
+
+_PLAIN = (
+    "max_eigenvalue", "min_eigenvalue", "spectral_norm", "spectral_gap", "condition_number", "damping",
+    "has_negative_eigenvalues", "negative_curvature_ratio", "converged", "lanczos_iterations", "num_matvecs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectrumSummary:
+    """Eigenvalues from both ends, a trace, and a spectral density of one matrix; prints itself as a table."""
+
+    ends: Eigenpairs
+    """`num` eigenvalues from each end, in descending order."""
+    trace: TraceEstimate
+    density: SpectralDensity
+    damping: float
+    num_parameters: int
+    key: Key
+
+    @property
+    def top_eigenvalues(self) -> Float[Tensor, " k"]:
+        """The largest ones, in descending order."""
+        return self.ends.values[: len(self.ends.values) // 2]
+
+    @property
+    def bottom_eigenvalues(self) -> Float[Tensor, " k"]:
+        """The smallest ones, in descending order: the last is the smallest of all."""
+        return self.ends.values[len(self.ends.values) // 2 :]
+
+    @property
+    def max_eigenvalue(self) -> float:
+        return float(self.ends.values[0])
+
+    @property
+    def min_eigenvalue(self) -> float:
+        """The smallest Ritz value: no eigenvalue found lies below, and the true smallest is at most this."""
+        return float(self.ends.values[-1])
+
+    @property
+    def spectral_norm(self) -> float:
+        """The largest |eigenvalue|."""
+        return float(self.ends.values.abs().max())
+
+    @property
+    def spectral_gap(self) -> float:
+        """The largest eigenvalue minus the second; nan where one was asked for. 0 of a multiple eigenvalue is not seen."""
+        top = self.top_eigenvalues
+        return float(top[0] - top[1]) if len(top) > 1 else math.nan
+
+    @property
+    def condition_number(self) -> float:
+        r"""$(\lambda_{max} + \delta) / (\max(\lambda_{min}, 0) + \delta)$, with the stated `damping` $\delta$.
+
+        That of the damped matrix where it is positive semidefinite. An indefinite or singular matrix has none of its own:
+        the ratio is then that of an optimiser that leaves negative directions to the damping. nan where no eigenvalue is
+        positive.
+        """
+        if self.max_eigenvalue <= 0:
+            return math.nan
+        return (self.max_eigenvalue + self.damping) / (max(self.min_eigenvalue, 0.0) + self.damping)
+
+    @property
+    def has_negative_eigenvalues(self) -> bool:
+        """The smallest Ritz value, which the smallest eigenvalue never exceeds, is below what rounding explains."""
+        return self.min_eigenvalue < -self.density.rounding * self.spectral_norm
+
+    @property
+    def negative_curvature_ratio(self) -> float:
+        """-lambda_min / lambda_max; nan where no eigenvalue is positive."""
+        return -self.min_eigenvalue / self.max_eigenvalue if self.max_eigenvalue > 0 else math.nan
+
+    @property
+    def negative_fraction(self) -> Estimate:
+        """The share of negative eigenvalues: those below -`density.rounding` times the largest node."""
+        return self.density.negative_fraction()
+
+    @property
+    def effective_rank(self) -> Estimate:
+        """exp of the entropy of |lambda| / sum |lambda| (Roy and Vetterli)."""
+        return self.density.effective_rank
+
+    @property
+    def participation_ratio(self) -> Estimate:
+        """tr(A)^2 / tr(A^2); a rank for positive semidefinite matrices only."""
+        return self.density.participation_ratio
+
+    @property
+    def residuals(self) -> Float[Tensor, " k"]:
+        """Of all eigenvalues, top and bottom."""
+        return self.ends.residuals
+
+    @property
+    def converged(self) -> bool:
+        """Every residual is at most `tol` times the largest |eigenvalue|."""
+        return bool(self.ends.converged.all())
+
+    @property
+    def lanczos_iterations(self) -> int:
+        """Products that the eigenvalues took."""
+        return self.ends.num_matvecs
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products in all."""
+        return self.ends.num_matvecs + self.trace.num_matvecs + self.density.num_matvecs
+
+    def asdict(self) -> dict[str, Any]:
+        """Everything by its documented name; standard errors under `<name>_stderr`, arrays as numpy."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        for name in ("trace", "negative_fraction", "effective_rank", "participation_ratio"):
+            estimate = getattr(self, name)
+            found[name], found[f"{name}_stderr"] = float(estimate.value), float(estimate.stderr)
+        arrays = ("top_eigenvalues", "bottom_eigenvalues", "residuals")
+        return found | {name: getattr(self, name).numpy() for name in arrays}
+
+    def __repr__(self) -> str:
+        return (
+            f"SpectrumSummary(max_eigenvalue={self.max_eigenvalue:.4g}, min_eigenvalue={self.min_eigenvalue:.4g}, "
+            f"trace={self.trace}, {self.num_matvecs} products)"
+        )
+
+    def __str__(self) -> str:
+        num = len(self.top_eigenvalues)
+        rows = [
+            ("largest eigenvalues", _listed(self.top_eigenvalues), _worst(self.residuals[:num])),
+            ("smallest eigenvalues", _listed(self.bottom_eigenvalues), _worst(self.residuals[num:])),
+            ("spectral gap", f"{self.spectral_gap:.4g}", ""),
+            ("trace", str(self.trace), "XTrace"),
+            ("negative fraction", str(self.negative_fraction), f"quadrature, {self.density.steps} steps"),
+            ("effective rank", str(self.effective_rank), f"of {self.num_parameters:,}"),
+            ("condition number", f"{self.condition_number:.4g}", f"damping {self.damping:.2g}"),
+        ]
+        state = "all converged" if self.converged else "NOT all converged: raise `max_matvecs`"
+        return f"{tabulate(rows, disable_numparse=True)}\n{self.num_matvecs} products; eigenvalues {state}"
+
+
+def spectrum_summary(
+    matvec: Matvec,
+    like: Float[Tensor, " p"],
+    *,
+    key: Key,
+    num: int = 5,
+    tol: float = 1e-3,
+    num_probes: int = 8,
+    steps: int = 40,
+    trace_matvecs: int = 64,
+    damping: float | None = None,
+    max_matvecs: int | None = None,
+    check: bool = False,
+) -> SpectrumSummary:
+    r"""Both ends of the spectrum of a symmetric A, its trace, and its density.
+
+    num: eigenvalues from each end, to a residual of `tol` times the largest |eigenvalue| (`eigenpairs`), in at most
+    `max_matvecs` products. num_probes, steps: of the quadrature (`spectral_density`), for the negative fraction and the
+    ranks. trace_matvecs: products of `xtrace`. damping: of the condition number, an absolute number; default: `tol` times
+    the largest |eigenvalue|, below which no eigenvalue is resolved here.
+
+    Raises as these three do; ValueError for 2 `num` above P.
+
+    >>> from funcscope.core.keys import key
+    >>> A = torch.linspace(-1, 9, 41)
+    >>> found = spectrum_summary(lambda v: A * v, torch.zeros(41), key=key(0), num=2)
+    >>> [round(value, 3) for value in found.top_eigenvalues.tolist()], found.has_negative_eigenvalues
+    ([9.0, 8.75], True)
+    """
+    check_key(key)
+    ends = eigenpairs(
+        matvec, like, key=fold_in(key, "ends"), num=num, which="both", tol=tol, max_matvecs=max_matvecs, check=check
+    )
+    if damping is None:
+        damping = tol * float(ends.values.abs().max())
+    else:
+        check_positive("damping", damping)
+    return SpectrumSummary(
+        ends,
+        xtrace(matvec, like, key=fold_in(key, "trace"), num=trace_matvecs),
+        spectral_density(matvec, like, key=fold_in(key, "density"), num_probes=num_probes, steps=steps),
+        damping,
+        len(like),
+        key,
+    )
+
+
+def _listed(values: Tensor) -> str:
+    return "  ".join(f"{value:.4g}" for value in values.tolist())
+
+
+def _worst(residuals: Tensor) -> str:
+    return f"residuals up to {float(residuals.max()):.1g}"
