@@ -11,7 +11,7 @@ venv=${1:?"usage: sh bench/install_peers.sh VENV"}
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 python="$venv/bin/python"
-"$python" -c "import funcscope, torch, transformers" 2>/dev/null || "$python" -m pip install --quiet -e "$root"
+"$python" -c "import funcscope, torch, transformers" 2>/dev/null || "$python" -m pip install --quiet torch==2.13.0 -e "$root"
 
 "$python" -m pip install --quiet --no-deps --pre \
     "curvlinops-for-pytorch==3.0.1" "hessian-eigenthings==1.0.0a5" "pyhessian==0.1"

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from funcscope import cli
 from funcscope.core.store import load, save
+from funcscope.curvature import hessian
 from funcscope.families import modular
-from funcscope.study import demo
+from funcscope.linalg import dense
+from funcscope.study import demo, demo_curvature
 
 TINY = demo.Settings(
     modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6), num_checkpoints=6, n_samples=4
@@ -71,6 +74,42 @@ def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny,
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
     for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, tmp_path, monkeypatch, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
+    real, calls = demo_curvature.sam_sharpness, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(demo_curvature, "sam_sharpness", interrupted)
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
+    steps = len(load(tmp_path / "whole" / "modular-addition-p7.npz").arrays["step"])
+    assert len(calls) == steps + 1  # the two that were done are not done again
+    for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut"), "--samples", "6"]) == 0
+    assert len(calls) == steps + 1  # curvature does not depend on the directions
+
+
+def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_path, capsys):
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    rows = load(tmp_path / "modular-addition-p7.npz").meta["table"]
+    loss = modular.objective(modular.network(TINY.config), TINY.config)
+    for row in rows[:: len(rows) - 1]:
+        theta = loss.layout.ravel(modular.checkpoint(TINY.config, tmp_path / TINY.config.name, row["step"]).params)
+        values = torch.linalg.eigvalsh(dense(hessian(loss, theta), theta))
+        found, residual = row["hessian_max_eigenvalue"], row["hessian_max_eigenvalue_residual"]
+        assert abs(found - float(values[-1])) <= residual + 1e-4 * found
+        assert abs(row["hessian_trace"] - float(values.sum())) < 5 * row["hessian_trace_stderr"]
+        wanted = demo_curvature.sam_sharpness(loss, theta, epsilon=0.01)
+        assert row["sam_relative"] == pytest.approx(wanted.relative)
+        assert row["sam_relative_stderr"] == pytest.approx(wanted.relative_stderr)
 
 
 def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):

@@ -117,6 +117,20 @@ def test_all_ways_to_a_hessian_product_agree(name):
     assert relative(hessian_difference(loss, theta, step=1e-4 if rough < 1e-3 else 1e-2)(v), wanted) < rough
 
 
+def test_a_head_with_a_bias_is_differentiated_in_it_too():
+    model = seeded(0, CATALOGUE["llama"][0])
+    model.lm_head = seeded(1, lambda: nn.Linear(12, 40))
+    loss = fs.objective(fs.functional(model.double()), CATALOGUE["llama"][1], fs.causal_lm)
+    assert loss.net.head.bias == "lm_head.bias"
+    theta = loss.net.theta
+    v = probes(theta, 1)[0]
+    wanted = hessian(loss, theta, keep=False)(v)
+    gauss_newton = ggn(loss, theta, keep=False)(v)
+    for chunk in (None, 3):
+        assert relative(hessian(loss, theta, head_chunk=chunk)(v), wanted) < tolerance("llama")
+        assert relative(ggn(loss, theta, head_chunk=chunk)(v), gauss_newton) < tolerance("llama")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mlp", "cnn"])
 def test_gauss_newton_is_the_dense_one(name):
     loss = small_gpt2() if name == "gpt2" else loss_of(name)

@@ -25,6 +25,10 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     for command in commands:
         assert cli.main([*command.split(), "--samples", "3", "--max-seq-length", "8", "--quiet"]) == 0
     assert "paired over 3" in capsys.readouterr().out
+    (command,) = re.findall(r"^funcscope (curvature .*)$", README, re.MULTILINE)
+    few = "--num 2 --steps 4 --trace-products 4 --no-blocks --max-seq-length 8 --quiet"
+    assert cli.main([*command.split(), *few.split()]) == 0
+    assert "trace" in capsys.readouterr().out
     (shown,) = [block for block in BLOCKS if "show(" in block]
     scope: dict = {}
     exec(shown.replace("\nshow(", "\npage = show("), scope)

@@ -17,7 +17,7 @@ from funcscope import cli
 from funcscope.core.store import load
 from funcscope.landscape import directional as landscape
 from funcscope.landscape.directional import Sampling
-from funcscope.study import directional
+from funcscope.study import directional, opening
 from funcscope.study.directional import Settings, run
 from funcscope.study.record import file_stem
 
@@ -225,9 +225,9 @@ def test_results_of_another_folder_of_the_same_name_are_not_overwritten(data, tm
 
 def test_names_are_safe_and_different(tmp_path):
     first, second = folder(tmp_path / "a" / "model"), folder(tmp_path / "b" / "model")
-    assert directional._names([first, second]) == ["a-model", "b-model"]
-    assert directional._names([first, first]) == ["a-model-1", "a-model-2"]
-    assert directional._names([first / ".." / ".." / "b" / "model"]) == ["model"]
+    assert opening.names_of([first, second]) == ["a-model", "b-model"]
+    assert opening.names_of([first, first]) == ["a-model-1", "a-model-2"]
+    assert opening.names_of([first / ".." / ".." / "b" / "model"]) == ["model"]
     assert file_stem("x/../../etc/passwd") == "x-..-..-etc-passwd"
     assert "/" not in file_stem("a\x00/\\b")
 
@@ -391,7 +391,7 @@ def test_an_interrupt_before_the_first_sample_says_so(model, data, tmp_path, cap
 
 
 def test_a_family_whose_masks_are_not_known_is_told_what_to_pass(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(directional, "KNOWN", frozenset({"llama"}))
+    monkeypatch.setattr(opening, "KNOWN", frozenset({"llama"}))
     assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL) == 2
     assert "--attention keep" in capsys.readouterr().err
     assert command(model, "--data", data, "--out", tmp_path / "out", "--attention", "keep", *SMALL) == 0

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import pytest
 
 from funcscope.core.store import save
-from funcscope.view import demo, figures, page, theme
+from funcscope.view import demo, figures, page, sections, theme
 from funcscope.view.story import Story, curvature_ratio, ratio
 from funcscope.view.theme import Timeline, place
 
@@ -59,6 +59,10 @@ def row(step, base, losses, curvatures, train, test):
         "n_samples_for_corr": len(good), "actual_span": 0.1, "relative_step": 0.1, "normalize": "filter",
         "distribution": "normal", "seed": 42, "key": "00ff", "num_forwards": 13, "num_gradients": 1,
         "note": None if good.size else "undefined <because> & so on",
+        "hessian_max_eigenvalue": 3 * base, "hessian_max_eigenvalue_residual": 0.01 * base, "hessian_trace": 50 * base,
+        "hessian_trace_stderr": 2 * base, "hessian_products": 24, "sam_absolute": 0.02 * base, "sam_stderr": 0.001 * base,
+        "sam_relative": 0.02 + step / 1000, "sam_relative_stderr": 0.001, "sam_first_order": 0.019 * base,
+        "sam_rounding": 1e-9,
     }  # fmt: skip
 
 
@@ -90,6 +94,24 @@ def test_a_curvature_below_zero_is_marked_and_not_put_on_a_log_axis():
     band = trace(fig, "10th to 90th percentile of directions")
     assert np.nanmin(band.y) == pytest.approx(10 ** fig.layout.yaxis.range[0])  # an interval through 0 ends there
     assert place(np.array([10]))[0] not in band.x
+
+
+def test_hessian_and_sharpness_carry_the_numbers_and_their_bars():
+    top, trace_, sam = np.array([2.0, -1.0, 0.5, 0.1]), np.array([9.0, 5.0, NAN, 0.4]), np.array([0.1, 0.2, 0.3, 0.4])
+    errors = tuple(0.1 * np.abs(x) for x in (top, trace_, sam))
+    fig = figures.hessian_and_sharpness(STEP, (top, trace_, sam), errors, LINE)
+    np.testing.assert_array_equal(trace(fig, "largest eigenvalue").y, [2.0, NAN, 0.5, 0.1])
+    np.testing.assert_array_equal(trace(fig, "trace").y, trace_)
+    np.testing.assert_array_equal(trace(fig, "relative sharpness").y, sam)
+    np.testing.assert_array_equal(trace(fig, "zero or below").customdata[:, :2], [[10, -1.0]])
+    np.testing.assert_allclose(trace(fig, "trace, bar").y, [8.1, 9.9, NAN, 4.5, 5.5, NAN, 0.36, 0.44, NAN])
+    assert trace(fig, "relative sharpness").yaxis == "y2"
+    assert fig.layout.yaxis.type == fig.layout.yaxis2.type == "log"
+    np.testing.assert_array_equal(trace(fig, "trace").x, place(STEP))  # the axis of the training curves
+    curves = figures.curves(STEP, {"train": sam}, {"train": sam}, STEP, LINE)
+    for axis in ("xaxis", "xaxis2"):
+        assert fig.layout[axis].range == curves.layout[axis].range
+        assert fig.layout[axis].tickvals == curves.layout[axis].tickvals
 
 
 def test_an_axis_without_a_positive_value_stays_linear():
@@ -138,6 +160,35 @@ def test_what_happened_is_said(tmp_path):
     assert "Memorised first, generalised later" in text
     assert "first passes 0.99 at step 30, 20 steps later" in text
     assert text.count("did not generalise") == 0
+
+
+def test_sharpness_over_training_is_said(tmp_path):
+    path = stored(tmp_path)
+    text = demo.write_page(path).read_text(encoding="utf-8")
+    assert "Hessian and sharpness" in text
+    assert "the largest eigenvalue of the Hessian falls from 1.20 to 0.00300" in text
+    assert "its trace falls from 20.00&nbsp;±&nbsp;0.80 to 0.0500&nbsp;±&nbsp;0.0020" in text
+    assert "3.00&nbsp;±&nbsp;0.10&nbsp;% of itself at first and by 5.00&nbsp;±&nbsp;0.10&nbsp;% at the end" in text
+    assert "this is the Hessian of its linear pieces" in text
+    assert "96 products in all" in text
+    found = demo.load(path)
+    (chart,) = (block for block in sections.sharpness(Story(found)).blocks if isinstance(block, page.Chart))
+    ends = trace(chart.figure, "trace, bar").y.reshape(-1, 3)
+    np.testing.assert_allclose(
+        ends[:, 1] - ends[:, 0], [2 * 1.96 * r["hessian_trace_stderr"] for r in found.meta["table"]]
+    )
+    for row in found.meta["table"]:
+        row["sam_relative"] = row["sam_relative_stderr"] = None  # no gradient
+    save(path, found.arrays, found.meta)
+    assert "raises the loss by an undefined share of itself" in demo.write_page(path).read_text(encoding="utf-8")
+
+
+def test_numbers_without_curvature_have_a_page(tmp_path):
+    path = stored(tmp_path)
+    found = demo.load(path)
+    rows = [{k: v for k, v in row.items() if not k.startswith(("sam_", "hessian_"))} for row in found.meta["table"]]
+    save(path, found.arrays, found.meta | {"table": rows})
+    assert "Hessian and sharpness" not in demo.write_page(path).read_text(encoding="utf-8")
 
 
 def test_a_run_that_never_generalises_says_so_and_counts_lost_losses(tmp_path):

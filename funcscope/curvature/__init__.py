@@ -8,15 +8,18 @@ from .ggn import ggn
 from .hessian import hessian, hessian_difference
 from .per_sample import gradient_chunks, per_sample_gradients
 from .sam import SamSharpness, sam_sharpness
-from .sam_comparison import compare_sharpness
-from .sam_micro import m_sharpness
+from .sam_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
+from .sam_micro import MSharpness, m_sharpness, micro_batches
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 
 __all__ = [
     "AverageSharpness",
     "CriticalSharpness",
+    "Eigenvalue",
     "FisherDiagonal",
+    "MSharpness",
     "SamSharpness",
+    "SharpnessComparison",
     "asam_sharpness",
     "average_sharpness",
     "block_slices",
@@ -34,6 +37,7 @@ __all__ = [
     "hessian_difference",
     "hessian_summary",
     "m_sharpness",
+    "micro_batches",
     "per_sample_gradients",
     "relative_critical_sharpness",
     "sam_sharpness",

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_flat
+from ..core.directions import dot
 from ..core.keys import Key, fold_in, normal
 from .matvec import Products
 
@@ -68,9 +69,8 @@ class Basis:
         return torch.cat(found), self.norms(W)
 
     def norms(self, W: Float[Tensor, "b p"]) -> list[float]:
-        """The norm of every row, summed in float64; squares do not leave the cache."""
-        squares = [torch.linalg.vecdot(part, part) for part in W.split(self._slab // 4, 1)]
-        return torch.stack(squares).cpu().double().sum(0).sqrt().tolist()
+        """The norm of every row, summed in float64."""
+        return [math.sqrt(dot(w, w)) for w in W]
 
     def combined(self, M: Float[Tensor, "k m"]) -> Float[Tensor, "m p"]:
         """M' Q of the first k rows, new in memory."""

@@ -178,7 +178,7 @@ def spectral_density(
     num_probes: int = 8,
     steps: int = 40,
     distribution: Distribution = "normal",
-    reorthogonalize: bool = True,
+    reorthogonalize: bool = False,
     check: bool = False,
 ) -> SpectralDensity:
     r"""The distribution of the eigenvalues of a symmetric A, from `num_probes` times `steps` products.
@@ -190,9 +190,10 @@ def spectral_density(
 
     like: a vector of shape (P,), float32 or float64, for dtype and device. Starts are independent over all coordinates.
     Exact in f of degree up to 2 `steps` - 1 for each probe; a probe whose Krylov space ends before (as it does at P)
-    is exact for every f, and takes fewer products. Memory: `steps` vectors; with `reorthogonalize=False` three and no
-    time beside the products: copies of converged nodes then appear, which share their weight, so that the density stays
-    accurate (Greenbaum 1989) but nodes must not be counted as eigenvalues.
+    is exact for every f, and takes fewer products. Memory: three vectors, and hardly any time beside the products: copies
+    of converged nodes appear by rounding, which share their weight, so that sums over the spectrum stay accurate (Greenbaum
+    1989), but nodes must not be counted as eigenvalues. reorthogonalize: keep `steps` vectors and make each new one
+    orthogonal to all of them: nodes are Ritz values then, at up to as much time again as the products.
 
     Raises ValueError for no probes or steps and, with `check=True` (two more products), for a matvec that is not
     symmetric; NonFinite for a product that is not finite.

@@ -176,6 +176,7 @@ def spectrum_summary(
 
     Raises as these three do; ValueError for 2 `num` above P.
 
+    >>> import torch
     >>> from funcscope.core.keys import key
     >>> A = torch.linspace(-1, 9, 41)
     >>> found = spectrum_summary(lambda v: A * v, torch.zeros(41), key=key(0), num=2)

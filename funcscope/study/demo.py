@@ -19,6 +19,7 @@ from ..core.restrict import restrict
 from ..core.store import Stored, load, save, to_json
 from ..families import modular
 from ..landscape import directional_losses
+from .demo_curvature import curvature_at
 from .record import versions
 
 PROFILE_POINTS = 41
@@ -60,13 +61,14 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Path:
             bar.set_postfix_str(f"test accuracy {point.test_accuracy:.3f}", refresh=False)
             bar.update(point.step - bar.n)
     loss = modular.objective(modular.network(config), config, "train")
-    results = []
+    results, bent = [], []
     for step in tqdm(list(steps), desc="sampling", unit="checkpoint", disable=quiet, dynamic_ncols=True):
         results.append(_sampled(settings, loss, folder, step))
+        bent.append(curvature_at(config, settings.seed, loss, folder, step))
     curves = modular.checkpoint(config, folder, steps[-1]).curves
     path = out / f"{settings.name}.npz"
     arrays = _stacked(results, curves) | _profiles(settings, loss, folder, _phases(steps, curves))
-    save(path, arrays, _described(settings, results, curves))
+    save(path, arrays, _described(settings, results, bent, curves))
     return path
 
 
@@ -147,9 +149,14 @@ def _stacked(results: list[Stored], curves: list[modular.Point]) -> dict[str, np
     return {"step": steps, **samples, **traced}
 
 
-def _described(settings: Settings, results: list[Stored], curves: list[modular.Point]) -> dict[str, Any]:
+def _described(
+    settings: Settings, results: list[Stored], bent: list[dict[str, float | None]], curves: list[modular.Point]
+) -> dict[str, Any]:
     by_step = {point.step: point._asdict() for point in curves}
-    rows = [{**by_step[stored.meta["settings"]["step"]], **stored.meta["values"]} for stored in results]
+    rows = [
+        {**by_step[stored.meta["settings"]["step"]], **stored.meta["values"], **more}
+        for stored, more in zip(results, bent, strict=True)
+    ]
     return {"settings": asdict(settings), "table": rows, "versions": versions()}
 
 

@@ -17,9 +17,9 @@ def show(numbers: str | PathLike[str]) -> Page:
 
     Raises FileNotFoundError, and core.store.Damaged for a file that cannot be read.
     """
-    from .demo import write_page as write_demo  # plotly takes a second to import
-    from .directional import write_page
+    from . import curvature, demo, directional  # plotly takes a second to import
     from .page import Page
 
     path = Path(numbers)
-    return Page(write_page(path) if "kind" in load(path).meta else write_demo(path))
+    kind = load(path).meta.get("kind", "demo")
+    return Page({"demo": demo, "curvature": curvature}.get(kind, directional).write_page(path))

@@ -25,6 +25,7 @@ def write_page(numbers: Path) -> Path:
     body = [
         sections.training(story),
         sections.curvature(story),
+        *([sections.sharpness(story)] if "sam_relative" in story.rows[0] else []),
         sections.lines(story),
         sections.distribution(story),
         sections.roughness(story),

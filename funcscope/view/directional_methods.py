@@ -60,12 +60,13 @@ def _texts(meta: dict[str, Any]) -> list[str]:
     data, settings = meta["data"], meta["settings"]
     what, how = scored(data["task"])
     pieces = "blocks of joined texts" if settings.get("packing") else "texts"
+    length = settings.get("max_seq_length") or meta["models"][0].get("max_seq_length")
     return [
         f"{data['path']}: {data['num_samples']:,} {pieces} in {data['num_batches']:,} batches, "
         f"{data['num_tokens']:,} tokens. Scored are {data['num_scored']:,} {what}, {how}; the loss is their mean "
         "cross-entropy in nats, each with the same weight.",
         f"{data['num_too_short']:,} were too short to be scored and skipped; {data['num_truncated']:,} were cut off at "
-        f"{settings.get('max_seq_length')} tokens.",
+        f"{length} tokens.",
     ]
 
 

@@ -99,6 +99,32 @@ def curvature_trajectory(
     return fig
 
 
+def hessian_and_sharpness(
+    step: Steps, values: tuple[Column, Column, Column], errors: tuple[Column, Column, Column], timeline: Timeline
+) -> go.Figure:
+    """Largest eigenvalue and trace of a Hessian above a relative sharpness, all on log axes, over training.
+
+    values, errors: of the largest eigenvalue, the trace and the sharpness; errors are half-widths of their bars.
+    """
+    fig = make_subplots(rows=2, cols=1, row_heights=[0.6, 0.4], vertical_spacing=0.07)
+    fig.update_layout(template=TEMPLATE, height=470)
+    told = (("largest eigenvalue", VERMILION, 1), ("trace", BLUE, 1), ("relative sharpness", GREEN, 2))
+    for row, axis in enumerate((fig.layout.yaxis, fig.layout.yaxis2), start=1):
+        shown = [i for i, (_, _, at) in enumerate(told) if at == row]
+        floor = set_log(axis, *(values[i] + sign * errors[i] for i in shown for sign in (-1, 0, 1)))
+        for i in shown:
+            name, colour, _ = told[i]
+            low, high = values[i] - errors[i], values[i] + errors[i]
+            bars = _whiskers(step, low, high, f"{name}, bar", colour, 1.5, floor).update(showlegend=False)
+            drawn = [bars, _line(step, values[i], name, colour, "", errors[i], floor)]
+            drawn += [_below(step, values[i], floor, colour)] if floor > 0 else []
+            fig.add_traces(drawn, rows=row, cols=1)
+    fig.layout.yaxis.title.text = "nats per unit<br>of distance²"
+    fig.layout.yaxis2.title.text = "rise of the loss<br>/ loss"
+    put_on_timeline(fig, timeline, rows=(1, 2))
+    return fig
+
+
 def line_profiles(
     alpha: Float[np.ndarray, " m"], losses: Float[np.ndarray, "k n m"], titles: Sequence[str], *,
     span: float | None = None, level: tuple[float, str] | None = None,

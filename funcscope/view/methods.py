@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .numbers import number
 from .page import Terms
-from .story import Story
+from .story import SAM_STEP, Story
 
 
 def terms(story: Story) -> Terms:
@@ -74,6 +74,16 @@ def _formulas(story: Story) -> list[str]:
         "roughness: sd(L₊) / |mean(L₊)|",
         "gradient-delta correlation: Pearson’s r of ∇L · d and L₊ − L₀",
         "rounding: 4 u max|L| / h², with u = 2⁻²⁴ the relative rounding error of float32; an order of magnitude",
+        *(_hessian(story) if "sam_relative" in story.rows[0] else []),
+    ]
+
+
+def _hessian(story: Story) -> list[str]:
+    return [
+        "largest eigenvalue of ∇²L: Lanczos, to a residual of 1 % of it; trace: the mean of zᵀ∇²L z over random signs z, the "
+        f"same at every checkpoint; {sum(row['hessian_products'] for row in story.rows):,} products in all, of about 6 "
+        "forward passes each",
+        f"relative sharpness: (L(θ + ε g / ‖g‖) − L₀) / L₀ with g = ∇L and ε = {SAM_STEP:g}, a distance",
     ]
 
 

@@ -61,6 +61,27 @@ def curvature(story: Story) -> Section:
     )
 
 
+def sharpness(story: Story) -> Section:
+    """Largest eigenvalue and trace of the Hessian, and SAM's sharpness relative to the loss."""
+    step = story.array("step")
+    top, trace, sam = (story.column(name) for name in ("hessian_max_eigenvalue", "hessian_trace", "sam_relative"))
+    errors = (
+        story.column("hessian_max_eigenvalue_residual"),
+        figures.Z95 * story.column("hessian_trace_stderr"),
+        figures.Z95 * story.column("sam_relative_stderr"),
+    )
+    fig = figures.hessian_and_sharpness(step, (top, trace, sam), errors, _timeline(story))
+    caption = (
+        "Above: trace and largest eigenvalue of the Hessian of the training loss, in nats per unit of distance². Below: the "
+        f"rise of that loss in a step of {told.SAM_STEP:g} up its gradient, divided by the loss. Bars: 1.96 standard errors, "
+        "over random signs for the trace and over training pairs for the sharpness; the residual for the eigenvalue. Most "
+        "are smaller than the dots. The network has ReLU units: this is the Hessian of its linear pieces, and the kinks "
+        f"between them, which a finite step crosses, are not in it.{_not_on_log(step, top, 'largest eigenvalue')}"
+        f"{_not_on_log(step, trace, 'trace')}{_not_on_log(step, sam, 'sharpness')}"
+    )
+    return Section("Hessian and sharpness", [told.sharpness_change(story), Chart(fig, caption)])
+
+
 def lines(story: Story) -> Section:
     """The loss on lines through three checkpoints."""
     alpha, losses = (story.array(f"profile_{name}").astype(np.float64) for name in ("alpha", "loss"))

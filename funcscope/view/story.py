@@ -15,6 +15,8 @@ from .numbers import number, with_error
 
 GENERAL = 0.99
 """Test accuracy above which the network counts as generalising."""
+SAM_STEP = 0.01
+"""Length of the step of SAM's sharpness, as `study.demo_curvature` takes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +165,22 @@ def curvature_change(story: Story) -> str:
     )
 
 
+def sharpness_change(story: Story) -> str:
+    """Hessian and sharpness at the first memorised checkpoint (or the first of all) and at the end, alone and per loss."""
+    first = story.reference or 0
+    top, trace, loss = (story.column(name) for name in ("hessian_max_eigenvalue", "hessian_trace", "baseline_loss"))
+    traces = [with_error(trace[i], story.column("hessian_trace_stderr")[i]) for i in (first, -1)]
+    rises = [_rise(story.rows[i]) for i in (first, -1)]
+    per = ratio(top, loss)
+    return (
+        f"From step {story.rows[first]['step']:,} to step {story.rows[-1]['step']:,} the largest eigenvalue of the Hessian "
+        f"{_moves(top[first], top[-1])} from {number(top[first])} to {number(top[-1])} nats per unit of distance², and its "
+        f"trace {_moves(trace[first], trace[-1])} from {traces[0]} to {traces[1]}. Divided by the loss the eigenvalue "
+        f"{_moves(per[first], per[-1])} from {number(per[first])} to {number(per[-1])}; a step of {SAM_STEP:g} up the "
+        f"gradient raises the loss by {rises[0]} of itself at first and by {rises[1]} at the end."
+    )
+
+
 def curvature_at(story: Story, index: int) -> str:
     row = story.rows[index]
     return with_error(row["curvature_mean"], row["curvature_mean_stderr"])
@@ -207,6 +225,18 @@ def ratio(above: Float[np.ndarray, " k"], below: Float[np.ndarray, " k"]) -> Flo
 def largest(values: Float[np.ndarray, " n"]) -> int | None:
     """The index of the largest value that is not nan; None where there is none."""
     return None if np.isnan(values).all() else int(np.nanargmax(values))
+
+
+def _rise(row: dict[str, Any]) -> str:
+    """A relative sharpness; without one where there is no gradient to climb."""
+    if row["sam_relative"] is None:
+        return "an undefined share"
+    stderr = row["sam_relative_stderr"]
+    return f"{with_error(100 * row['sam_relative'], None if stderr is None else 100 * stderr)} %"
+
+
+def _moves(before: float, after: float) -> str:
+    return "falls" if after < before else "rises" if after > before else "goes"
 
 
 def _way(story: Story) -> str:

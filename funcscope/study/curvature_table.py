@@ -1,0 +1,99 @@
+"""The printed form of a curvature study: eigenvalues, shape of the spectrum, blocks, sharpness and what it all took."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from ..core.estimate import Estimate
+from ..core.store import Stored
+from ..linalg.summary import SpectrumSummary
+
+MATRICES = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}
+_PARTS = ("absolute", "stderr", "relative", "first_order", "second_order", "remainder")
+
+
+def text(summary: SpectrumSummary, stored: Stored) -> str:
+    """Everything that was measured, as tables for a terminal. `summary` and `stored` are of one study."""
+    meta = stored.meta
+    parts = [
+        f"{MATRICES[meta['settings']['matrix']]}, {summary.ends}",
+        _shape(summary),
+        *([_blocks(stored)] if "block_traces" in meta["stages"] else []),
+        _sharpness(meta["stages"]["sharpness"], summary),
+        cost(meta),
+    ]
+    return "\n\n".join(parts)
+
+
+def cost(meta: dict[str, Any]) -> str:
+    """Products, their price in forward passes, and time."""
+    stages, forward = meta["cost"]["stages"], meta["cost"]["forward_seconds"]
+    spent = [stage for stage in stages.values() if stage["products"]]
+    products = sum(stage["products"] for stage in spent)
+    each = sum(stage["seconds"] for stage in spent) / products
+    return (
+        f"{products} products in {each * products:.0f} s, {each:.2g} s each: {each / forward:.1f} forward passes over all "
+        f"texts (graph and algorithm included); sharpness {stages['sharpness']['seconds']:.1f} s."
+    )
+
+
+def _shape(summary: SpectrumSummary) -> str:
+    rows = [
+        ("trace", str(summary.trace), {"xtrace": "XTrace", "exact": "exact"}.get(summary.trace.method, "Hutchinson")),
+        ("negative fraction", str(summary.negative_fraction), f"quadrature, {summary.density.steps} steps"),
+        ("effective rank", str(summary.effective_rank), f"of {summary.num_parameters:,}"),
+        ("spectral gap", f"{summary.spectral_gap:.4g}", ""),
+        ("condition number", f"{summary.condition_number:.4g}", f"damping {summary.damping:.2g}"),
+    ]
+    return tabulate(rows, disable_numparse=True)
+
+
+def _blocks(stored: Stored) -> str:
+    arrays = stored.arrays
+    rows = []
+    for i, name in enumerate(stored.meta["stages"]["block_traces"]["names"]):
+        samples = arrays["block_trace_samples"][i]
+        rows.append(
+            [
+                name,
+                f"{arrays['block_sizes'][i]:,}",
+                _estimate(Estimate.of(torch.from_numpy(samples))),
+                f"{arrays['block_eigenvalues'][i]:.4g}",
+                f"{arrays['block_residuals'][i]:.1g}",
+            ]
+        )
+    headers = ("block", "parameters", "trace", "largest eigenvalue", "residual")
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *4 * ("right",)))
+
+
+def _sharpness(found: dict[str, Any], summary: SpectrumSummary) -> str:
+    rows, notes = [], []
+    for name, title in (("sam", "SAM"), ("asam", "ASAM"), ("average", "average case")):
+        if "undefined" in found[name]:
+            notes.append(f"{title}: undefined. {found[name]['undefined']}")
+        else:
+            rows.append([title, *(_cell(found[name].get(part)) for part in ("epsilon", *_PARTS))])
+    table = tabulate(rows, headers=("sharpness", "epsilon", *_PARTS), disable_numparse=True) if rows else "sharpness"
+    known = found["critical"]
+    if "undefined" in known or known["value"] is None:
+        line = f"critical sharpness undefined: {known.get('undefined') or known['status']}"
+    else:
+        line = (
+            f"critical sharpness {known['value']:.4g} ± {_cell(known['stderr'])} in [{known['low']:.4g}, "
+            f"{known['high']:.4g}], learning rate {known['learning_rate']:.4g}"
+        )
+    top = summary.max_eigenvalue
+    bound = f"2 / lambda_max {2 / top:.4g}" if top > 0 else "no positive eigenvalue"
+    return "\n".join([table, *notes, f"{line}; {bound}; gradient norm {found['gradient_norm']:.4g}"])
+
+
+def _estimate(found: Estimate) -> str:
+    return f"{float(found.value):.4g} ± {float(found.stderr):.2g}"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"
