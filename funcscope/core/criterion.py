@@ -43,7 +43,7 @@ class Criterion:
     output_hessian: (out, targets, v) -> the Hessian of sum(weight * loss) with respect to `out`, times `v`.
     sample: (out, targets, key) -> targets with labels drawn from the model's own predictive distribution.
 
-    The last two have general or refusing defaults, so that a custom criterion needs the first two only.
+    The other fields have general or refusing defaults, so that a custom criterion needs the first two only.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Criterion:
     token_loss: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
     output_hessian: Callable[[Tensor, Any, Tensor], Tensor] | None = None
     sample: Callable[[Tensor, Any, Key], Any] | None = None
+    positionwise: bool = False
+    """The targets are `Labels`, weighted by their `weight`, and each loss looks at the output of its own position only."""
 
     def in_dtype(self, dtype: torch.dtype) -> Criterion:
         """The same criterion with the model's output cast to `dtype` before the loss.
@@ -218,19 +220,21 @@ def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:
     return Labels(index, targets.weight)
 
 
-causal_lm = Criterion("causal_lm", _causal, _cross_entropy, _softmax_hessian, _draw_labels)
+causal_lm = Criterion("causal_lm", _causal, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
 """Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0.
 
 Why the shift: proofs/causal_shift.py.
 """
 
-masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _draw_labels)
+masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
 """Cross-entropy of the masked tokens at their own positions; `labels` are -100 where nothing was masked."""
 
-classification = Criterion("classification", _classes, _cross_entropy, _softmax_hessian, _draw_labels)
+classification = Criterion(
+    "classification", _classes, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True
+)
 """Cross-entropy of one class per output row, for batches `(inputs, labels)` or mappings with `labels`."""
 
-seq2seq_lm = Criterion("seq2seq_lm", _translated, _cross_entropy, _softmax_hessian, _draw_labels)
+seq2seq_lm = Criterion("seq2seq_lm", _translated, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
 """Cross-entropy of an encoder-decoder's labels (-100: not scored), each at the decoder position that predicts it.
 
 Without `decoder_input_ids`, the labels stay among the inputs, and the model's door makes the decoder's inputs of them.

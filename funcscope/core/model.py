@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .checks import check_choice, check_params
 from .layout import Layout, Params
 from .masks import CLEAN, with_float_mask
-from .skeleton import TrueDerivatives, make_skeleton, replaced
+from .skeleton import TrueDerivatives, make_skeleton
+from .substitute import LeafFn, Substitute
 
 Inputs = Tensor | tuple | Mapping[str, Any]
-LeafFn = Callable[[str, Tensor], Tensor]
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
 
 
@@ -65,6 +63,11 @@ class Functional:
         """The trainable parameters as one new flat vector of shape (P,), in float32 at least."""
         return self.layout.ravel(self.params, torch.promote_types(self.layout.dtype, torch.float32))
 
+    @property
+    def frozen(self) -> Params:
+        """The parameters outside theta."""
+        return self._frozen
+
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that each parameter is used in, frozen ones included."""
@@ -100,10 +103,10 @@ class Functional:
         can be made a few tokens at a time. None for other models: their output exists as a whole only.
         """
         module = self._skeleton
-        if not (isinstance(module, PreTrainedModel) and module.config.model_type in LINEAR_HEAD):
+        if not isinstance(module, PreTrainedModel) or module.config.model_type not in LINEAR_HEAD:
             return None
         last = module.get_output_embeddings()
-        if type(last) is not nn.Linear or self._output is not _logits or _kind_of(module) != "causal":
+        if type(last) is not nn.Linear or self._output is not _logits or not _is_as_compared(module, last):
             return None
         names = {id(param): name for name, param in module.named_parameters()}
         return Head(names[id(last.weight)], None if last.bias is None else names[id(last.bias)])
@@ -151,8 +154,12 @@ class Functional:
         once per call. Bit for bit equal to `apply` with a dict of the same values.
         """
         args, kwargs = _arguments(self.prepare(inputs))
-        with _kernel(self.attention), _Substitute(self, leaf):
+        with _kernel(self.attention), self._substitute(leaf):
             return self._output(self._skeleton(*args, **kwargs))
+
+    def _substitute(self, leaf: LeafFn) -> Substitute:
+        fused = self.attention == "keep"
+        return Substitute(self._skeleton, self.params, self._frozen, self._dtypes, leaf, fused=fused)
 
     def in_dtype(self, dtype: torch.dtype) -> Functional:
         """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
@@ -317,8 +324,13 @@ class _Body(nn.Module):
         return self.whole.base_model(*args, **kwargs).last_hidden_state
 
 
-def _kind_of(model: PreTrainedModel) -> str:
-    return "causal" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else "other"
+def _is_as_compared(model: PreTrainedModel, head: nn.Module) -> bool:
+    """A causal model of transformers itself, with nothing hooked to it that may change its output on the way."""
+    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    own = type(model).__module__.startswith("transformers.models.")
+    parts = (model, model.base_model, head)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+    return causal and own and not hooked
 
 
 def _logits(out: Any) -> Tensor:
@@ -329,63 +341,3 @@ def _logits(out: Any) -> Tensor:
             "pass `output=lambda out: ...` to `functional` to say which tensor is scored."
         )
     return logits
-
-
-class _Substitute(TorchFunctionMode):
-    """Replaces the skeleton's meta parameters by values at every torch call that takes one."""
-
-    METADATA = frozenset(
-        {"size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"}
-    )
-
-    def __init__(self, net: Functional, leaf: LeafFn):
-        super().__init__()
-        self.names = {id(param): name for name, param in net._skeleton.named_parameters()}
-        self.tied = {name for name, count in _uses(net._skeleton).items() if count > 1}
-        self.base, self.dtypes = {**net.params, **net._frozen}, net._dtypes
-        self.net, self.leaf = net, leaf
-        self.replaced = replaced if net.attention != "keep" else lambda func: func
-        self.kept: dict[str, Tensor] = {}
-
-    def value(self, name: str) -> Tensor:
-        if name in self.kept:
-            return self.kept[name]
-        if name not in self.net.params:
-            return self.base[name].to(self.dtypes[name])
-        made = self.leaf(name, self.base[name]).to(self.dtypes[name])
-        if name in self.tied:
-            self.kept[name] = made
-        return made
-
-    def dtype_of(self, x: Any) -> torch.dtype | None:
-        return None if (name := self.names.get(id(x))) is None else self.dtypes[name]
-
-    def swap(self, x: Any, value: Callable[[str], Tensor]) -> Any:
-        if (name := self.names.get(id(x))) is not None:
-            return value(name)
-        return type(x)(self.swap(item, value) for item in x) if type(x) in (tuple, list) else x
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kind = getattr(func, "__name__", "")
-        if kind == "__get__" or kind in self.METADATA:  # sizes and devices are those of the base
-            if func == Tensor.dtype.__get__ and (dtype := self.dtype_of(args[0])) is not None:  # type: ignore[attr-defined]
-                return dtype
-            out = func(*self.swap(args, self.base.__getitem__), **(kwargs or {}))
-            if not isinstance(out, Tensor):
-                return out
-        func, args = self.replaced(func), self.swap(args, self.value)
-        if func is F.embedding:
-            func = _embedding
-        return func(*args, **{key: self.swap(x, self.value) for key, x in kwargs.items()}) if kwargs else func(*args)
-
-
-def _embedding(input, weight, padding_idx=None, max_norm=None, *rest: Any, **options: Any) -> Tensor:
-    """Rows of the weight: `vmap` over weights would copy them all to look up a few."""
-    return weight[input] if max_norm is None else F.embedding(input, weight, padding_idx, max_norm, *rest, **options)
-
-
-def _uses(model: nn.Module) -> Counter[str]:
-    """How many modules hold each parameter."""
-    names = {id(param): name for name, param in model.named_parameters()}
-    held = (param for module in model.modules() for param in module._parameters.values())
-    return Counter(names[id(param)] for param in held if param is not None)

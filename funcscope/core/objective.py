@@ -64,6 +64,10 @@ class Loss:
         """The same in theta's own dtype: to be moved before they are rounded to the dtype that they are used in."""
         return theta if isinstance(theta, Mapping) else self.layout.unravel(theta, cast=False)
 
+    def tensors(self) -> Iterable[Tensor]:
+        """Every tensor of the batches."""
+        return _tensors(self.batches)
+
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
         parts = [self._terms(outputs, *batch) for batch in self.batches]
         total = torch.stack([sums.sum() for sums, _ in parts]).sum()

@@ -158,7 +158,7 @@ def _searched(
 ) -> CriticalSharpness:
     """The search from known terms at theta, and what its bracket says."""
     check_positive("tolerance", tolerance)
-    check_count("max_forwards", most, least=2)
+    check_count("max_forwards", most + 1, least=3)
     if start is not None:
         check_positive("start", start)
     if slope <= 0:

@@ -17,7 +17,8 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
 from .ggn import ggn
-from .outputs import Outputs, Outs, total_weight, whole
+from .head import Outs, total_of
+from .outputs import Outputs, total_weight, whole
 from .pullbacks import flat, sandwich
 
 
@@ -53,6 +54,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     check_count("num", num)
     _check_distribution(loss.criterion)
     theta = flat(loss, theta)
+    _check_apart(loss, theta)
     drawn = _draws(loss, theta, key, num)
     batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
     targets = dict(zip(map(id, batches), drawn, strict=True))
@@ -90,6 +92,8 @@ def empirical_fisher(
     batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
     targets = {id(batch): targets for batch, (_, targets) in zip(batches, loss.batches, strict=True)}
     by = _by_token if unit == "token" else _by_sequence
+    if unit == "token":
+        _check_apart(loss, theta)
 
     def middle(batch: Outputs, outs: Outs, moved: Outs) -> Outs:
         return (by(loss.criterion, outs[0], targets[id(batch)], moved[0]),)
@@ -113,7 +117,7 @@ class FisherDiagonal:
 
 
 def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> FisherDiagonal:
-    r"""The diagonal of `exact_fisher`, unbiased, by one forward and one backward pass over the data per draw.
+    r"""The diagonal of `exact_fisher`, unbiased, by two forward and one backward pass over the data per draw.
 
     $$\widehat{\mathrm{diag} F} = \frac{1}{W} \sum_b \Big(\sum_{t \in b} \sqrt{w_t}\, s_t\Big)^2, \qquad y_t \sim p_t,$$
 
@@ -128,6 +132,9 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     check_count("num", num)
     _check_distribution(loss.criterion)
     theta = flat(loss, theta)
+    with torch.no_grad():
+        if bool((loss.terms(theta)[1] < 0).any()):
+            raise ValueError("weights must be at least 0: their square roots are those of the scores.")
     scale = total_weight(loss, theta)
     mean, scatter = torch.zeros_like(theta), torch.zeros_like(theta)
     for i in range(num):
@@ -183,17 +190,34 @@ def _by_token(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Ten
 
 def _by_sequence(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
     """sum over sequences of (sum of w s) times its inner product with v."""
-    score, weight = _scores(criterion, out, targets)
-    score = score * _over(weight, score)
+    score = grad(lambda z: total_of(criterion, z, targets))(out)
     return score * _over((score * v).reshape(len(score), -1).sum(-1), score)
 
 
-def _scores(criterion: Criterion, out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+def _check_apart(loss: Loss, theta: Tensor) -> None:
+    """Each loss looks at its own outputs only: weights on the losses are then weights on their gradients."""
+    for inputs, targets in loss.batches if not loss.criterion.positionwise else ():
+        with torch.no_grad():
+            out = loss.net.apply(loss.params(theta), inputs)
+        score, weight = _scores(loss.criterion, out, targets)
+        factor = 1 + torch.arange(weight.numel(), device=out.device).reshape(weight.shape) / max(1, weight.numel())
+        apart = weight.shape == out.shape[: weight.ndim]
+        if not apart or not torch.allclose(
+            score * _over(factor, score), _scores(loss.criterion, out, targets, factor)[0]
+        ):
+            raise ValueError(
+                f"losses of shape {tuple(weight.shape)} from outputs of shape {tuple(out.shape)} are not one per position: "
+                "single positions have no scores of their own. Give the criterion outputs of the losses' shape and one "
+                'more dimension of classes, or take `empirical_fisher(unit="sequence")`.'
+            )
+
+
+def _scores(criterion: Criterion, out: Tensor, targets: Any, factor: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """The gradient of every position's loss in its own outputs, and the weights; 0 where nothing is scored."""
 
     def losses(z: Tensor) -> tuple[Tensor, Tensor]:
         loss, weight = criterion.token_loss(z, targets)
-        return torch.where(weight != 0, loss, torch.zeros_like(loss)).sum(), weight
+        return (torch.where(weight != 0, loss, torch.zeros_like(loss)) * factor).sum(), weight
 
     return grad(losses, has_aux=True)(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +15,12 @@ from ..core.directions import dot
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
-from .outputs import Outputs, check_head, normalised, outputs_of, total_of
+from .head import total_of
+from .outputs import Outputs, check_head, normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
-from .pullbacks import flat, named_if_missing, summed
+from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing, summed, unchanged
 
 _NEEDS = "the Hessian needs second derivatives"
-_REMEDY = (
-    'Make the functional with attention="eager", or take `hessian_difference`, which needs gradients only, or `ggn`.'
-)
 
 
 def hessian(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
@@ -35,8 +34,8 @@ def hessian(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | No
     head_chunk: for causal language models with a large vocabulary (needs keep=True): the logits of so many tokens exist at
     a time, made again in every product.
 
-    The graph holds theta and the batches as they are now. A product costs less under `torch.no_grad()`, which every
-    algorithm of `linalg` uses; without it, it can itself be differentiated in v.
+    The graph holds theta and the batches: a product after one of them was changed in place raises RuntimeError. It costs
+    less under `torch.no_grad()`, which every algorithm of `linalg` uses; without it, reverse mode can differentiate it in v.
 
     Raises ValueError, in the first product at the latest, where a kernel has no second derivative.
 
@@ -56,7 +55,8 @@ def hessian(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | No
         if not keep:
             raise ValueError("`head_chunk` needs keep=True: the closed form of the head is one of reverse mode.")
     loss, scale = normalised(loss, theta)
-    with named_if_missing(loss, _NEEDS, _REMEDY):
+    check = unchanged(loss, theta)
+    with named_if_missing(loss, _NEEDS):
         if keep:
             kept = outputs_of(loss, head_chunk=head_chunk, kept_at=loss.params(theta))
             maps = [_kept(loss, theta, batch) for batch in kept]
@@ -65,7 +65,8 @@ def hessian(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | No
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         check_flat("v", v, len(theta))
-        with named_if_missing(loss, _NEEDS, _REMEDY):
+        check()
+        with named_if_missing(loss, _NEEDS):
             return summed(maps, v, scale)
 
     return matvec
@@ -95,10 +96,15 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
     if step is None:
         step = loss.net.unit_roundoff ** (1 / 3) * max(dot(theta, theta) ** 0.5, 1.0)
     check_positive("step", step)
-    slope = grad(loss)
+    check, scale = unchanged(loss, theta), 1 / total_weight(loss, theta)
+
+    def slope(t: Tensor) -> Tensor:  # batch by batch: one graph at a time
+        with ONE_AT_A_TIME:
+            return summed([grad(_total(loss, *batch)) for batch in loss.batches], t, scale)
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         check_flat("v", v, len(theta))
+        check()
         length = torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32))
         unit = torch.where(length > 0, v / length, v)  # the product with 0 is 0
         difference = slope(theta + step * unit) - slope(theta - step * unit)
@@ -113,12 +119,17 @@ def _kept(loss: Loss, theta: Tensor, batch: Outputs) -> Matvec:
     return lambda v: pull(v)[0]
 
 
+def _total(loss: Loss, inputs: Inputs, targets: Any) -> Callable[[Tensor], Tensor]:
+    """One batch's sum of losses as a function of theta."""
+    return lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)
+
+
 def _rebuilt(loss: Loss, theta: Tensor, inputs: Inputs, targets: Any) -> Matvec:
-    def total(t: Tensor) -> Tensor:
-        return total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)
+    total = _total(loss, inputs, targets)
 
     def matvec(v: Tensor) -> Tensor:
-        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+        # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+        with torch.enable_grad(), ONE_AT_A_TIME:
             return jvp(grad(total), (theta,), (v,))[1]
 
     return matvec

@@ -8,22 +8,20 @@ tokens at a time if need be.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.func import grad, vjp
+from torch.func import grad
 
 from ..core.criterion import Criterion, Labels
 from ..core.layout import Params
 from ..core.model import Functional, Inputs
 from ..core.objective import Loss, Theta
-
-Outs = tuple[Tensor, ...]
+from .head import Head, Outs, hessian_of, total_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,8 +63,8 @@ def outputs_of(loss: Loss, *, head_chunk: int | None = None, kept_at: Params | N
 
 def has_head(loss: Loss) -> bool:
     """Can the logits be made apart from the body, and does the loss look at each of them alone?"""
-    closed = loss.criterion.output_hessian is not None
-    return closed and loss.net.head is not None and all(isinstance(targets, Labels) for _, targets in loss.batches)
+    criterion = loss.criterion
+    return criterion.positionwise and criterion.output_hessian is not None and loss.net.head is not None
 
 
 def check_head(loss: Loss) -> None:
@@ -79,19 +77,20 @@ def check_head(loss: Loss) -> None:
 
 def total_weight(loss: Loss, theta: Theta) -> float:
     """What the objective's sum is divided by; a constant, as weights do not depend on the parameters."""
-    given = [targets.weight for _, targets in loss.batches if hasattr(targets, "weight")]
+    if loss.criterion.positionwise:
+        return float(sum(targets.weight.double().sum() for _, targets in loss.batches))
     with torch.no_grad():
-        weights = given if len(given) == len(loss.batches) else [loss.terms(theta)[1]]
-    return float(sum(weight.double().sum() for weight in weights))
+        return float(loss.terms(theta)[1].double().sum())
 
 
 def normalised(loss: Loss, theta: Tensor) -> tuple[Loss, float]:
-    """The same sums with weights that add up to 1, and what is left to multiply: 1, but for targets of other kinds.
+    """The same sums with weights that add up to 1, and what is left to multiply: 1, but for criteria of other kinds.
 
-    A factor on the weights costs nothing; on the vectors it is a pass over all parameters.
+    A factor on the weights costs nothing; on the products it is a pass over all parameters. In float16 it is left to the
+    products, as small weights vanish.
     """
     scale = 1 / total_weight(loss, theta)
-    if not all(isinstance(targets, Labels) for _, targets in loss.batches):
+    if not loss.criterion.positionwise or any(leaf.dtype == torch.float16 for leaf in loss.layout.leaves):
         return loss, scale
     batches = tuple(
         (inputs, targets._replace(weight=targets.weight.to(theta.dtype) * scale)) for inputs, targets in loss.batches
@@ -117,20 +116,6 @@ def whole(net: Functional, criterion: Criterion, inputs: Inputs, targets: Any) -
     )
 
 
-def total_of(criterion: Criterion, out: Tensor, targets: Any) -> Tensor:
-    """sum(weight * loss) over all positions, where a position of weight 0 is never looked at."""
-    loss, weight = criterion.token_loss(out, targets)
-    wide = torch.promote_types(loss.dtype, torch.float32)
-    return (torch.where(weight != 0, loss, torch.zeros_like(loss)) * weight).sum(dtype=wide)
-
-
-def hessian_of(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
-    """The Hessian of `total_of` in the output, times v: in closed form where the criterion has one."""
-    if criterion.output_hessian is not None:
-        return criterion.output_hessian(out, targets, v).to(v.dtype)
-    return vjp(grad(lambda z: total_of(criterion, z, targets)), out)[1](v)[0]
-
-
 def _split(
     net: Functional,
     criterion: Criterion,
@@ -148,112 +133,11 @@ def _split(
         hidden = net.hidden(params, inputs).flatten(0, -2)[scored]
         return (hidden, weight) if bias is None else (hidden, weight, bias)
 
-    head = _Head(criterion, labels, chunk or max(1, len(scored)))
+    head = Head(criterion, labels, chunk or max(1, len(scored)))
     if chunk is None and kept_at is not None:
         with torch.no_grad():
             head.keep(of(kept_at))
     return Outputs(of, head.total, head.residual, head.hessian, head.gauss_newton)
-
-
-class _Head:
-    """The loss of a linear head, in closed form, `rows` tokens at a time.
-
-    With tangents (h', W', b'): z' = h' W^T + h W'^T + b', and with M the loss's Hessian in z, r its gradient:
-    Gauss-Newton (M z' W, (M z')^T h, sum M z'), and the Hessian adds (r W', r^T h', 0).
-    """
-
-    def __init__(self, criterion: Criterion, labels: Labels, rows: int):
-        self.criterion, self.labels, self.rows = criterion, labels, rows
-        self.logits: Tensor | None = None
-        self.slopes: Tensor | None = None
-
-    def keep(self, outs: Outs) -> None:
-        """From now on the outputs are these: logits are not made again, nor their gradients once they were used."""
-        self.logits = _logits(outs)
-
-    def total(self, outs: Outs) -> Tensor:
-        return torch.stack([total_of(self.criterion, z, labels) for _, labels, z in self._chunks(outs)]).sum()
-
-    def residual(self, outs: Outs) -> Outs:
-        sums = _Sums(len(outs))
-        for rows, labels, z in self._chunks(outs):
-            r = self._slope(rows, labels, z)
-            sums.add(r @ outs[1], r.T, outs[0][rows])
-        return sums.found()
-
-    def gauss_newton(self, outs: Outs, tangents: Outs) -> Outs:
-        sums = _Sums(len(outs))
-        for rows, labels, z in self._chunks(outs):
-            u = self._bent(outs, tangents, rows, labels, z)
-            sums.add(u @ outs[1], u.T, outs[0][rows])
-        return sums.found()
-
-    def hessian(self, outs: Outs, tangents: Outs) -> Outs:
-        sums = _Sums(len(outs))
-        for rows, labels, z in self._chunks(outs):
-            u, r = self._bent(outs, tangents, rows, labels, z), self._slope(rows, labels, z)
-            sums.add(_plus(u @ outs[1], r, tangents[1]), u.T, outs[0][rows])
-            sums.add_to_weight(r.T, tangents[0][rows])
-        return sums.found()
-
-    def _bent(self, outs: Outs, tangents: Outs, rows: slice, labels: Labels, z: Tensor) -> Tensor:
-        """M z' for some rows."""
-        moved = _plus(tangents[0][rows] @ outs[1].T, outs[0][rows], tangents[1].T)
-        if len(tangents) == 3:
-            moved = moved + tangents[2]
-        return hessian_of(self.criterion, z, labels, moved)
-
-    def _chunks(self, outs: Outs) -> Iterator[tuple[slice, Labels, Tensor]]:
-        """Rows, their labels, their logits."""
-        for first in range(0, max(1, len(outs[0])), self.rows):
-            rows = slice(first, first + self.rows)
-            labels = Labels(self.labels.index[rows], self.labels.weight[rows])
-            z = _logits((outs[0][rows], *outs[1:])) if self.logits is None else self.logits[rows]
-            yield rows, labels, z
-
-    def _slope(self, rows: slice, labels: Labels, z: Tensor) -> Tensor:
-        if self.logits is None:
-            return grad(lambda z: total_of(self.criterion, z, labels))(z)
-        if self.slopes is None:
-            self.slopes = grad(lambda z: total_of(self.criterion, z, self.labels))(self.logits)
-        return self.slopes[rows]
-
-
-class _Sums:
-    """What the chunks of a head amount to: hidden states one after the other, weight and bias added up in place."""
-
-    def __init__(self, num: int):
-        self.with_bias = num == 3
-        self.hidden: list[Tensor] = []
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def add(self, hidden: Tensor, left: Tensor, right: Tensor) -> None:
-        """hidden, and left @ right for the weight; the bias is the sum of the columns of left."""
-        self.hidden.append(hidden)
-        self.add_to_weight(left, right)
-        if self.with_bias:
-            bias = left.sum(1)
-            self.bias = bias if self.bias is None else self.bias + bias
-
-    def add_to_weight(self, left: Tensor, right: Tensor) -> None:
-        self.weight = left @ right if self.weight is None else _plus(self.weight, left, right)
-
-    def found(self) -> Outs:
-        hidden = self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden)
-        assert self.weight is not None
-        return (hidden, self.weight) if self.bias is None else (hidden, self.weight, self.bias)
-
-
-def _logits(outs: Outs) -> Tensor:
-    return torch.nn.functional.linear(*outs)
-
-
-def _plus(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out + a b, written into `out`: a copy of the weight of a large vocabulary is a tenth of the product."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")  # under `vmap`: as slow as a loop, and right
-        return out.addmm_(a, b)
 
 
 class _Total(Function):

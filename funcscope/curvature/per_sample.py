@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_leaves
 
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
-from .outputs import total_of
+from .head import total_of
 from .pullbacks import flat
 
 Reduction = Literal["sum", "mean"]
@@ -26,7 +27,8 @@ def per_sample_gradients(
     `sum`: $g_b = \sum_{t \in b} w_t \nabla \ell_t$, so that the rows add up to $W \nabla L$. `mean`: $g_b / W_b$, with nan
     for a sequence without a scored position. n P numbers are in memory; `gradient_chunks` gives them a few at a time.
 
-    chunk_size: sequences whose gradients are computed at once.
+    chunk_size: sequences whose gradients are computed at once. Tensors of a batch whose first dimension is the number of
+    sequences are taken to have one entry per sequence; all others are shared.
 
     >>> from funcscope.core import criterion, model, objective
     >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
@@ -46,7 +48,7 @@ def gradient_chunks(
     check_count("chunk_size", chunk_size)
     theta = flat(loss, theta)
     for inputs, targets in loss.batches:
-        rows = len(targets[0]) if isinstance(targets, tuple) else len(targets)
+        rows = next(len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim)
         yield from _of_batch(loss, theta, inputs, targets, rows, reduction, chunk_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,12 @@ from torch.func import jvp, vjp
 from ..core.checks import check_flat
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
-from .outputs import Outputs, Outs
+from .head import Outs
+from .outputs import Outputs
+
+ONE_AT_A_TIME = threading.RLock()
+"""For products that run the model: its skeleton holds one set of values, and torch has one level of forward mode."""
+_MISSING = ("is not implemented", "not implemented for", "does not support it", "Trying to use forward AD with")
 
 AtOutputs = Callable[[Outputs, Outs, Outs], Outs]
 """(batch, outputs, tangent) -> cotangent: a symmetric linear map of the tangent."""
@@ -23,30 +29,49 @@ def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
     """Theta as one vector, in float32 at least: a constant to whoever differentiates later."""
     if isinstance(theta, Tensor):
         check_flat("theta", theta, loss.layout.num)
-        return theta.detach()
+        return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
     return loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32)).detach()
+
+
+def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
+    """A check that raises once theta, a frozen parameter or a batch was written to: the graph would mix old and new."""
+    tensors = {"theta": [theta], "a frozen parameter": list(loss.net.frozen.values()), "a batch": list(loss.tensors())}
+    seen = [(what, x, x._version) for what, xs in tensors.items() for x in xs if not x.is_inference()]
+
+    def check() -> None:
+        for what, x, version in seen:
+            if x._version != version:
+                raise RuntimeError(
+                    f"{what} was changed in place since this operator was made, which holds it and a graph of what it was. "
+                    "Make the operator again, or give it a clone."
+                )
+
+    return check
 
 
 def sandwich(
     loss: Loss, theta: Float[Tensor, " p"], batches: list[Outputs], middle: AtOutputs, scale: float, keep: bool
 ) -> Matvec:
     """v -> scale * sum over batches of J' middle(J v), J the Jacobian of a batch's outputs at theta."""
-    maps = [(_kept if keep else _rebuilt)(loss, theta, batch, middle) for batch in batches]
+    with named_if_missing(loss, "J v and J'u need derivatives in both modes"):
+        maps = [(_kept if keep else _rebuilt)(loss, theta, batch, middle) for batch in batches]
+    check = unchanged(loss, theta)
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         check_flat("v", v, len(theta))
-        return summed(maps, v, scale)
+        check()
+        with named_if_missing(loss, "J v and J'u need derivatives in both modes"):
+            return summed(maps, v, scale)
 
     return matvec
 
 
 def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
     """The sum of what the maps make of one vector, times the scale."""
-    v = v if scale == 1 else v * scale
     out = maps[0](v)
     for other in maps[1:]:
         out = out + other(v)
-    return out
+    return out if scale == 1 else out * scale
 
 
 def _kept(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
@@ -62,7 +87,7 @@ def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Ma
         def of(t: Tensor) -> Outs:
             return batch.of(loss.params(t))
 
-        with torch.enable_grad():  # the graph of the pullback, whatever the caller's mode
+        with torch.enable_grad(), ONE_AT_A_TIME:  # the graph of the pullback, whatever the caller's mode
             outs, pull = vjp(of, theta)
             _, moved = jvp(of, (theta,), (v,))
         return pull(middle(batch, outs, moved))[0]
@@ -71,15 +96,16 @@ def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Ma
 
 
 @contextmanager
-def named_if_missing(loss: Loss, needs: str, remedy: str) -> Iterator[None]:
+def named_if_missing(loss: Loss, needs: str) -> Iterator[None]:
     """A derivative that torch does not have becomes an error that says what to do."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as err:
         reason = str(err).splitlines()[0]
-        if "derivative" not in reason and "forward AD" not in reason:
+        if not any(words in reason for words in _MISSING):
             raise
         raise ValueError(
             f"{needs}, and torch has none for a kernel of this model ({reason[:150]}): {loss!r} was made with "
-            f"attention={loss.net.attention!r}. {remedy}"
+            f'attention={loss.net.attention!r}. Make the functional with attention="eager", or take '
+            "`hessian_difference`, which needs gradients only."
         ) from err

@@ -24,12 +24,19 @@ _MATRICES = {"hessian": hessian, "ggn": ggn}
 
 
 def hessian_summary(
-    loss: Loss, theta: Theta, *, key: Key, matrix: Matrix = "hessian", keep: bool = True, **options: Any
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    matrix: Matrix = "hessian",
+    keep: bool = True,
+    head_chunk: int | None = None,
+    **options: Any,
 ) -> SpectrumSummary:
     """Both ends of the Hessian's spectrum, its trace and its density, with residuals and standard errors.
 
     matrix: `ggn` for the Gauss-Newton matrix instead, the Fisher information where the loss is a cross-entropy.
-    keep: keep the graph; see `hessian`. options: those of `linalg.spectrum_summary`: num, tol, num_probes, steps,
+    keep, head_chunk: see `hessian`. options: those of `linalg.spectrum_summary`: num, tol, num_probes, steps,
     trace_matvecs, damping, max_matvecs, check.
 
     Raises as `hessian` and `spectrum_summary` do.
@@ -47,7 +54,7 @@ def hessian_summary(
     check_key(key)
     check_choice("matrix", matrix, _MATRICES)
     theta = flat(loss, theta)
-    return spectrum_summary(_MATRICES[matrix](loss, theta, keep=keep), theta, key=key, **options)
+    return spectrum_summary(_MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
 
 def block_slices(layout: Layout, by: By) -> dict[str, list[slice]]:
@@ -94,6 +101,7 @@ def hessian_block_eigenvalues(
     num: int = 1,
     which: Which = "magnitude",
     matrix: Matrix = "hessian",
+    keep: bool = True,
     **options: Any,
 ) -> dict[str, Eigenpairs]:
     """The extreme eigenvalues of every diagonal block H_bb, block by block.
@@ -111,9 +119,16 @@ def hessian_block_eigenvalues(
     for block in dict.fromkeys(groups.values()):
         part = only(loss, theta, [name for name, group in groups.items() if group == block])
         at = part.net.theta.to(theta)
-        num_here = min(num, len(at) // 2 if which == "both" else len(at))
-        matvec = _MATRICES[matrix](part, at)
-        found[block] = eigenpairs(matvec, at, key=fold_in(key, block), num=num_here, which=which, **options)
+        single = which == "both" and len(at) == 1  # one value, which is both ends
+        num_here = min(num, len(at) // 2 if which == "both" and not single else len(at))
+        found[block] = eigenpairs(
+            _MATRICES[matrix](part, at, keep=keep),
+            at,
+            key=fold_in(key, block),
+            num=num_here,
+            which="magnitude" if single else which,
+            **options,
+        )
     return found
 
 

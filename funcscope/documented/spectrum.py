@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.checks import check_count
 from ..core.keys import key
 from ..curvature.summary import hessian_summary
 from .scoring import loss_of
@@ -35,4 +36,6 @@ def compute_hessian_eigenvalues_lanczos(
     """
     loss = loss_of(model, batch)
     num = min(k, loss.layout.num // 2)
+    if max_iter is not None:
+        check_count("max_iter", max_iter, least=2 * num)
     return hessian_summary(loss, loss.net.theta, key=key(seed), num=num, tol=tol, max_matvecs=max_iter).asdict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -100,7 +100,8 @@ class DifferenceStep:
     """The coefficient that the stencil went out to, on both sides."""
     num_forwards: int
     status: Literal["resolved", "flat", "non-finite"]
-    """`flat`: no fourth derivative above rounding within `largest`, which is then the step. `non-finite`: a loss was."""
+    """`flat`: no fourth derivative above rounding as far as losses are finite; the step is the largest that was tried.
+    `non-finite`: no stencil had finite losses."""
 
 
 def difference_step(loss: Loss, theta: Theta, direction: Direction, *, largest: float = 0.5) -> DifferenceStep:
@@ -131,7 +132,9 @@ def difference_step(loss: Loss, theta: Theta, direction: Direction, *, largest: 
             h = share * largest / 3
             sides = [float(phi(k * h)) for k in (-3, -2, -1, 1, 2, 3)]
             num += 6
-            found = _read([*sides[:3], middle, *sides[3:]], h, largest, loss.net.unit_roundoff, num)
+            last, found = found, _read([*sides[:3], middle, *sides[3:]], h, largest, loss.net.unit_roundoff, num)
+            if found.status == "non-finite" and last is not None:
+                return replace(last, step=last.reach, num_forwards=num)  # as far as losses are finite
             if found.status != "flat":
                 return found
     assert found is not None

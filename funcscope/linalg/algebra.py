@@ -194,7 +194,7 @@ def dense(
     eye = torch.eye(len(like)).to(like)
     if chunk is None:
         products = Products(matvec)
-        return torch.stack([products(e) for e in eye], dim=1)
+        return torch.stack([products(e).clone() for e in eye], dim=1)  # a matvec may write to one buffer again
     check_count("chunk", chunk)
     with torch.no_grad():
         columns = torch.func.vmap(matvec, chunk_size=chunk)(eye)
@@ -216,7 +216,7 @@ def to_scipy(matvec: Matvec, like: Float[Tensor, " p"]) -> LinearOperator:
     products = Products(matvec)
 
     def product(x: np.ndarray) -> np.ndarray:
-        return products(torch.tensor(x.reshape(-1)).to(like)).cpu().numpy().reshape(x.shape)
+        return products(torch.tensor(x.reshape(-1)).to(like)).cpu().numpy().reshape(x.shape).copy()
 
     dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
     return LinearOperator((len(like), len(like)), matvec=product, rmatvec=product, dtype=dtype)

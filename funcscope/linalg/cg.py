@@ -83,6 +83,11 @@ def conjugate_gradient(
     check_count("max_steps", steps := min(10 * len(b), 1000) if max_steps is None else max_steps)
     start = torch.zeros_like(b) if x0 is None else x0
     check_flat("x0", start, len(b))
+    for name, vector in (("b", b), ("x0", start)):
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(
+                f"`{name}` must be finite: it has {int((~torch.isfinite(vector)).sum())} entries that are not."
+            )
     products = Products(matvec)
 
     def damped(v: Tensor) -> Tensor:

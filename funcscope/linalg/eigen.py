@@ -36,7 +36,7 @@ class Eigenpairs:
     values: Float[Tensor, " k"]
     """Ritz values in float64."""
     residuals: Float[Tensor, " k"]
-    """||A y - theta y||, up to rounding: an eigenvalue of A lies within this distance of theta."""
+    """||A y - theta y||, at least what rounding of the products explains: an eigenvalue lies within it of theta."""
     converged: Bool[Tensor, " k"]
     """Residual at most `tol` times the largest |theta| seen."""
     vectors: Float[Tensor, "k p"] | None
@@ -168,8 +168,8 @@ class _Search:
         down = values.argsort(descending=True)
         return Eigenpairs(
             values[down],
-            residuals[down],
-            (residuals <= self.tol * self.bound)[down],
+            residuals[down].clamp_min(self.space.rounding),
+            (residuals.clamp_min(self.space.rounding) <= self.tol * self.bound)[down],
             self.space.basis.combined(S[:, down]) if vectors else None,
             num_matvecs,
             self.which,

@@ -189,7 +189,7 @@ def spectral_density(
     $\mathrm{tr} f(A) \approx P\,\mathrm{mean}_v \sum_i w_i f(\theta_i)$.
 
     like: a vector of shape (P,), float32 or float64, for dtype and device. Starts are independent over all coordinates.
-    Exact in f of degree up to 2 `steps` - 1 for each probe; a probe whose Krylov space ends before (as it does at P)
+    Exact in f of degree up to 2 `steps` - 1 for each probe; a probe whose Krylov space ends before
     is exact for every f, and takes fewer products. Memory: three vectors, and hardly any time beside the products: copies
     of converged nodes appear by rounding, which share their weight, so that sums over the spectrum stay accurate (Greenbaum
     1989), but nodes must not be counted as eigenvalues. reorthogonalize: keep `steps` vectors and make each new one
