@@ -90,7 +90,8 @@ def eigenpairs(
     itself is accurate to less than the rounding of the products. Where the budget ends the search, `converged` says
     which values are not found yet. A block of one shows one copy of each eigenvalue: copies of a multiple one need a
     `block` of its multiplicity, or appear where the Krylov space closes (a residual of `tol` for all of it): the search
-    then goes on from new random vectors, until one has changed nothing.
+    then goes on from new random vectors, until one has changed nothing. A larger block goes on only where all its columns
+    close together. In float32, scale a matrix of norm below 1e-15 first: squares of its products vanish.
 
     Raises ValueError for `num` above P ("both": P / 2), `block` above P, `max_basis` too small, an unknown `which`,
     and, with `check=True` (two more products), a matvec that is not symmetric; NonFinite for a product that is not
