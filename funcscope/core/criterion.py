@@ -54,6 +54,11 @@ class Criterion:
     positionwise: bool = False
     """The targets are `Labels`, weighted by their `weight`, and each loss looks at the output of its own position only."""
 
+    def scored(self, out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """`token_loss` with 0 for every loss of weight 0, whatever it was, and the weights."""
+        loss, weight = self.token_loss(out, targets)
+        return torch.where(weight != 0, loss, torch.zeros_like(loss)), weight
+
     def in_dtype(self, dtype: torch.dtype) -> Criterion:
         """The same criterion with the model's output cast to `dtype` before the loss.
 

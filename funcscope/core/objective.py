@@ -74,9 +74,8 @@ class Loss:
         return total / torch.stack([weights.sum() for _, weights in parts]).sum()
 
     def _terms(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
-        loss, weight = self.criterion.token_loss(outputs(inputs), targets)
-        scored = torch.where(weight != 0, loss, torch.zeros_like(loss)) * weight
-        return _per_row(scored), _per_row(weight)
+        loss, weight = self.criterion.scored(outputs(inputs), targets)
+        return _per_row(loss * weight), _per_row(weight)
 
 
 def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +18,9 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
 from .ggn import ggn
-from .head import Outs, total_of
+from .head import total_of
 from .outputs import Outputs, total_weight, whole
-from .pullbacks import flat, sandwich
+from .pullbacks import AtOutputs, flat, sandwich
 
 
 def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
@@ -56,14 +57,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     theta = flat(loss, theta)
     _check_apart(loss, theta)
     drawn = _draws(loss, theta, key, num)
-    batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
-    targets = dict(zip(map(id, batches), drawn, strict=True))
-
-    def middle(batch: Outputs, outs: Outs, moved: Outs) -> Outs:
-        terms = (_by_token(loss.criterion, outs[0], labels, moved[0]) for labels in targets[id(batch)])
-        return (sum(terms),)  # type: ignore[return-value]
-
-    return sandwich(loss, theta, batches, middle, 1 / (num * total_weight(loss, theta)), keep)
+    return sandwich(loss, theta, _scored_by(_by_token, loss, drawn), 1 / (num * total_weight(loss, theta)), keep)
 
 
 def empirical_fisher(
@@ -89,17 +83,12 @@ def empirical_fisher(
     """
     check_choice("unit", unit, ("sequence", "token"))
     theta = flat(loss, theta)
-    batches = [whole(loss.net, loss.criterion, *batch) for batch in loss.batches]
-    targets = {id(batch): targets for batch, (_, targets) in zip(batches, loss.batches, strict=True)}
     by = _by_token if unit == "token" else _by_sequence
     if unit == "token":
         _check_apart(loss, theta)
-
-    def middle(batch: Outputs, outs: Outs, moved: Outs) -> Outs:
-        return (by(loss.criterion, outs[0], targets[id(batch)], moved[0]),)
-
     scale = total_weight(loss, theta) if unit == "token" else float(_scored_sequences(loss, theta))
-    return sandwich(loss, theta, batches, middle, 1 / scale, keep)
+    parts = _scored_by(by, loss, [[targets] for _, targets in loss.batches])
+    return sandwich(loss, theta, parts, 1 / scale, keep)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +141,8 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     for (inputs, _), labels in zip(loss.batches, _draws(loss, theta, key, 1), strict=True):
 
         def rooted(t: Tensor, inputs=inputs, labels=labels[0]) -> Tensor:
-            losses, weight = loss.criterion.token_loss(loss.net.apply(loss.params(t), inputs), labels)
-            return (torch.where(weight != 0, losses, torch.zeros_like(losses)) * weight.sqrt()).sum()
+            losses, weight = loss.criterion.scored(loss.net.apply(loss.params(t), inputs), labels)
+            return (losses * weight.sqrt()).sum()
 
         out += grad(rooted)(theta).square()
     return out
@@ -179,6 +168,20 @@ def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
 
 def _row(targets: Any, r: int) -> Any:
     return tree_map(lambda x: x[r : r + 1], targets)
+
+
+def _scored_by(
+    by: Callable[[Criterion, Tensor, Any, Tensor], Tensor], loss: Loss, targets: list[list[Any]]
+) -> list[tuple[Outputs, AtOutputs]]:
+    """Every batch with the sum of what `by` makes of its targets, several of which a batch may have."""
+
+    def middle(several: list[Any]) -> AtOutputs:
+        return lambda outs, moved: (sum(by(loss.criterion, outs[0], one, moved[0]) for one in several),)  # type: ignore[return-value]
+
+    return [
+        (whole(loss.net, loss.criterion, *batch), middle(several))
+        for batch, several in zip(loss.batches, targets, strict=True)
+    ]
 
 
 def _by_token(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
@@ -216,8 +219,8 @@ def _scores(criterion: Criterion, out: Tensor, targets: Any, factor: Tensor | fl
     """The gradient of every position's loss in its own outputs, and the weights; 0 where nothing is scored."""
 
     def losses(z: Tensor) -> tuple[Tensor, Tensor]:
-        loss, weight = criterion.token_loss(z, targets)
-        return (torch.where(weight != 0, loss, torch.zeros_like(loss)) * factor).sum(), weight
+        loss, weight = criterion.scored(z, targets)
+        return (loss * factor).sum(), weight
 
     return grad(losses, has_aux=True)(out)
 

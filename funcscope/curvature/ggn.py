@@ -42,8 +42,7 @@ def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None =
     return sandwich(
         loss,
         theta,
-        batches,
-        lambda batch, outs, moved: batch.gauss_newton(outs, moved),
+        [(batch, batch.gauss_newton) for batch in batches],
         scale,
         keep,
     )

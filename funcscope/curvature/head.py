@@ -16,9 +16,8 @@ Outs = tuple[Tensor, ...]
 
 def total_of(criterion: Criterion, out: Tensor, targets: Any) -> Tensor:
     """sum(weight * loss) over all positions, where a position of weight 0 is never looked at."""
-    loss, weight = criterion.token_loss(out, targets)
-    wide = torch.promote_types(loss.dtype, torch.float32)
-    return (torch.where(weight != 0, loss, torch.zeros_like(loss)) * weight).sum(dtype=wide)
+    loss, weight = criterion.scored(out, targets)
+    return (loss * weight).sum(dtype=torch.promote_types(loss.dtype, torch.float32))
 
 
 def hessian_of(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ ONE_AT_A_TIME = threading.RLock()
 """For products that run the model: its skeleton holds one set of values, and torch has one level of forward mode."""
 _MISSING = ("is not implemented", "not implemented for", "does not support it", "Trying to use forward AD with")
 
-AtOutputs = Callable[[Outputs, Outs, Outs], Outs]
-"""(batch, outputs, tangent) -> cotangent: a symmetric linear map of the tangent."""
+AtOutputs = Callable[[Outs, Outs], Outs]
+"""(outputs, tangent) -> cotangent: a symmetric linear map of the tangent."""
 
 
 def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
@@ -50,11 +50,11 @@ def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
 
 
 def sandwich(
-    loss: Loss, theta: Float[Tensor, " p"], batches: list[Outputs], middle: AtOutputs, scale: float, keep: bool
+    loss: Loss, theta: Float[Tensor, " p"], parts: list[tuple[Outputs, AtOutputs]], scale: float, keep: bool
 ) -> Matvec:
     """v -> scale * sum over batches of J' middle(J v), J the Jacobian of a batch's outputs at theta."""
     with named_if_missing(loss, "J v and J'u need derivatives in both modes"):
-        maps = [(_kept if keep else _rebuilt)(loss, theta, batch, middle) for batch in batches]
+        maps = [(_kept if keep else _rebuilt)(loss, theta, batch, middle) for batch, middle in parts]
     check = unchanged(loss, theta)
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
@@ -79,7 +79,7 @@ def _kept(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matve
     with torch.enable_grad():
         outs, pull = vjp(lambda t: batch.of(loss.params(t)), theta)
         _, push = vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))
-    return lambda v: pull(middle(batch, outs, push(v)))[0]
+    return lambda v: pull(middle(outs, push(v)))[0]
 
 
 def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
@@ -90,7 +90,7 @@ def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Ma
         with torch.enable_grad(), ONE_AT_A_TIME:  # the graph of the pullback, whatever the caller's mode
             outs, pull = vjp(of, theta)
             _, moved = jvp(of, (theta,), (v,))
-        return pull(middle(batch, outs, moved))[0]
+        return pull(middle(outs, moved))[0]
 
     return matvec
 

@@ -83,7 +83,7 @@ def _sharpness(found: dict[str, Any], summary: SpectrumSummary) -> str:
         line = f"critical sharpness undefined: {known.get('undefined') or known['status']}"
     else:
         line = (
-            f"critical sharpness {known['value']:.4g} ± {_cell(known['stderr'])} in [{known['low']:.4g}, "
+            f"critical sharpness {known['value']:.4g} ± {_cell(known['stderr']) or 'undefined'} in [{known['low']:.4g}, "
             f"{known['high']:.4g}], learning rate {known['learning_rate']:.4g}"
         )
     top = summary.max_eigenvalue

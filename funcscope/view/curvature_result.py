@@ -86,10 +86,6 @@ class Curvature:
         """The size of an eigenvalue that may be rounding."""
         return self.summary.density.rounding * self.summary.spectral_norm
 
-    @property
-    def is_trace_resolved(self) -> bool:
-        return is_resolved(self.trace)
-
     @cached_property
     def blocks(self) -> list[Block]:
         """In the order of the model; empty where they were not asked for."""
