@@ -49,10 +49,10 @@ _UNREADABLE = (
 """What the parsers raise for bytes that are not theirs."""
 
 
-def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy: bool = True) -> None:
     """Write arrays and settings to `path` (`.safetensors` or `.npz`), and the settings to a `.json` beside it.
 
-    meta: anything JSON can say; non-finite numbers become null there (arrays keep them).
+    meta: anything JSON can say; non-finite numbers become null there (arrays keep them). copy: write the `.json`, too.
     Raises OSError where the folder cannot be written, and leaves what was there before.
 
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +76,8 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None
     else:
         raise ValueError(f"a stored file ends in .safetensors or .npz, got {path.name!r}.")
     write(path, data)
+    if not copy:
+        return
     shapes = {
         name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in tensors.items()
     }

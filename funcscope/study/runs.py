@@ -1,0 +1,177 @@
+"""The folder of a run: variants of trained models, their checkpoints, and what analyzers found at each of them.
+
+    RUN/VARIANT/variant.json                               family, variant, configuration
+    RUN/VARIANT/curves.npz                                 step, train_loss, test_loss, train_accuracy, test_accuracy
+    RUN/VARIANT/checkpoints/step_00100.safetensors
+    RUN/VARIANT/artifacts/ANALYZER/epoch_00100.npz         one checkpoint's numbers, with the settings inside
+    RUN/VARIANT/artifacts/ANALYZER/summary.npz             one row per checkpoint; nan where there is none
+    RUN/VARIANT/artifacts/ANALYZER/times.jsonl             how long each checkpoint took
+
+Reading is lazy: a question opens the one file that answers it. Training is full batch, so a step is an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.store import Damaged, load, save, write
+
+HEAD = "variant.json"
+_EPOCH = re.compile(r"epoch_(\d{5,})\.npz")
+_STEP = re.compile(r"step_(\d{5,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A run folder, or the folder of a single variant."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{str(self.path)!r} is not a folder: `funcscope demo` or `funcscope train` make one.")
+        if not self.variants():
+            raise ValueError(
+                f"{str(self.path)!r} holds no variant (a folder with a {HEAD}): "
+                "`funcscope train --out` and `funcscope demo --out` write them."
+            )
+
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants, sorted."""
+        if (self.path / HEAD).is_file():
+            return (self.path.resolve().name,)
+        return tuple(sorted(path.parent.name for path in self.path.glob(f"*/{HEAD}")))
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name. Raises ValueError for one that is not among them, whatever path it may name."""
+        if name not in self.variants():
+            raise ValueError(f"no variant {name!r} in this run: it has {', '.join(self.variants())}.")
+        return Variant(self.path if (self.path / HEAD).is_file() else self.path / name)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One trained model with its checkpoints and artifacts."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def head(self) -> dict[str, Any]:
+        """What `variant.json` says."""
+        try:
+            head = json.loads((self.path / HEAD).read_text(encoding="utf-8"))
+            return {"family": str(head["family"]), "variant": str(head["variant"]), "config": dict(head["config"])}
+        except (ValueError, KeyError, TypeError) as err:
+            raise Damaged(f"{self.path / HEAD} is damaged or was not written by funcscope ({err}).") from err
+
+    @property
+    def family(self) -> str:
+        return self.head["family"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.head["config"]
+
+    def checkpoints(self) -> tuple[int, ...]:
+        """Steps that have a checkpoint."""
+        return _numbers(self.path / "checkpoints", _STEP)
+
+    def curves(self) -> dict[str, np.ndarray] | None:
+        """Losses and accuracies over training; None before training ended."""
+        path = self.path / "curves.npz"
+        return load(path).arrays if path.is_file() else None
+
+    def analyzers(self) -> tuple[str, ...]:
+        """Names of the analyzers that have stored something."""
+        folders = (path for path in (self.path / "artifacts").glob("*") if path.is_dir())
+        return tuple(sorted(path.name for path in folders if self.epochs(path.name)))
+
+    def epochs(self, analyzer: str) -> tuple[int, ...]:
+        """Epochs that have an artifact of that analyzer."""
+        return _numbers(self.folder(analyzer), _EPOCH)
+
+    def folder(self, analyzer: str) -> Path:
+        """Where an analyzer's artifacts lie."""
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", analyzer):
+            raise ValueError(f"an analyzer is named by small letters, digits and underscores, got {analyzer!r}.")
+        return self.path / "artifacts" / analyzer
+
+    def artifact(self, analyzer: str, epoch: int) -> Path:
+        return self.folder(analyzer) / f"epoch_{int(epoch):05d}.npz"
+
+    def load(self, analyzer: str, epoch: int) -> dict[str, Any]:
+        """Arrays, numbers and strings of one artifact.
+
+        Raises FileNotFoundError, and core.store.Damaged for a file that is not one of ours.
+        """
+        return read(self.artifact(analyzer, epoch))
+
+    def summary(self, analyzer: str) -> dict[str, np.ndarray] | None:
+        """One row per checkpoint: `epochs`, and the analyzer's summary keys; None where it was not written yet."""
+        path = self.folder(analyzer) / "summary.npz"
+        return load(path).arrays if path.is_file() else None
+
+    def settings(self, analyzer: str) -> dict[str, Any]:
+        """The settings of the summary, with what the analyzer wrote beside them; empty without one."""
+        path = self.folder(analyzer) / "summary.npz"
+        return load(path).meta["settings"] if path.is_file() else {}
+
+    def times(self, analyzer: str) -> list[dict[str, Any]]:
+        """One entry per checkpoint that was analysed, in the order of time; a line that was cut short is left out."""
+        path = self.folder(analyzer) / "times.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [entry for line in lines if isinstance(entry := _parsed(line), dict)]
+
+
+def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> Variant:
+    """The folder of a variant, made where it is not there. Raises ValueError where it belongs to another one."""
+    wanted = json.loads(json.dumps({"family": family, "variant": variant, "config": dict(config)}))
+    if (path / HEAD).is_file():
+        if Variant(path).head != wanted:
+            raise ValueError(f"{path} belongs to another variant, {Variant(path).head}: choose another folder.")
+    else:
+        write(path / HEAD, json.dumps(wanted, indent=1).encode())
+    return Variant(path)
+
+
+def keep(path: Path, values: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Store one artifact: numbers and arrays as arrays, anything else beside the settings."""
+    arrays = {name: np.asarray(value) for name, value in values.items() if _numeric(value)}
+    other = {name: value for name, value in values.items() if name not in arrays}
+    save(path, arrays, {"settings": settings, "values": other}, copy=False)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `keep` stored: numbers as numbers again."""
+    stored = load(path)
+    numbers = {name: value.item() if not value.ndim else value for name, value in stored.arrays.items()}
+    return numbers | stored.meta.get("values", {})
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic)) or (isinstance(value, np.ndarray) and value.dtype.kind in "bifu")
+
+
+def _numbers(folder: Path, pattern: re.Pattern[str]) -> tuple[int, ...]:
+    names = (pattern.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return tuple(sorted(int(found[1]) for found in names if found))
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
