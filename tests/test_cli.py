@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_gets_one_clear_line(tiny, tmp_path, capsys):
 
 
 def test_without_plotly_the_command_says_so_before_any_work(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.shared.importlib.util, "find_spec", lambda name: None)
     fails(["demo", "--out", str(tmp_path / "out")], capsys, r"plotly.*pip install 'funcscope\[view\]'")
 
 

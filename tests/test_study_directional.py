@@ -399,6 +399,6 @@ def test_a_family_whose_masks_are_not_known_is_told_what_to_pass(model, data, tm
 
 def test_plotly_is_asked_for_before_any_work(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.shared.importlib.util, "find_spec", lambda name: None)
     assert command(tmp_path, "--data", "x.txt") == 2
     assert "pip install 'funcscope[view]'" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""Small real models that are trained here."""
+"""Small real models that are trained here, and the registry of families: your own as well."""
 
 from . import modular
+from .family import Family, Kept, Setup, family, register
 
-__all__ = ["modular"]
+__all__ = ["Family", "Kept", "Setup", "family", "modular", "register"]

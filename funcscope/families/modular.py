@@ -25,8 +25,9 @@ from ..core.model import Functional, functional
 from ..core.objective import Loss
 from ..core.objective import objective as mean_loss
 from ..core.store import load, save
+from .family import SPLITS, Family, Kept, Setup, register
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "probe"]
 
 CRITERION: Criterion = classification.in_dtype(torch.float64)
 """Cross-entropy of float64 logits: in float32 the confident network's gradient vanishes, and its training slips."""
@@ -47,6 +48,7 @@ class Config:
     d_model: int = 64
     num_heads: int = 4
     d_mlp: int = 256
+    biases: bool = True
     steps: int = 5000
     learning_rate: float = 3e-3
     weight_decay: float = 1.0
@@ -63,6 +65,11 @@ class Config:
 QUICK = Config(p=37, d_mlp=128, steps=2000, learning_rate=1e-2, weight_decay=2.0, seed=3)
 """A smaller run, of a few seconds."""
 
+P113 = Config(
+    p=113, train_fraction=0.3, d_model=128, d_mlp=512, biases=False, steps=25_000, learning_rate=1e-3, seed=999
+)
+"""The published size: 226,048 weights, no biases. The initialisation is that of `make`. Half an hour on two cores."""
+
 
 class Point(NamedTuple):
     """One point of the curves: mean cross-entropy in nats, share of right answers."""
@@ -78,6 +85,7 @@ class Checkpoint(NamedTuple):
     step: int
     params: dict[str, Tensor]
     curves: list[Point]
+    sha256: str
 
 
 class ModularAddition(nn.Module):
@@ -90,8 +98,8 @@ class ModularAddition(nn.Module):
         self.embed = nn.Embedding(config.p + 1, width)
         self.position = nn.Parameter(torch.empty(3, width))
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.mlp_in = nn.Linear(width, config.d_mlp)
-        self.mlp_out = nn.Linear(config.d_mlp, width)
+        self.mlp_in = nn.Linear(width, config.d_mlp, bias=config.biases)
+        self.mlp_out = nn.Linear(config.d_mlp, width, bias=config.biases)
         self.unembed = nn.Linear(width, config.p, bias=False)
 
     def forward(self, tokens: Int[Tensor, "b 3"]) -> Float[Tensor, "b p"]:
@@ -124,17 +132,22 @@ def make(config: Config) -> ModularAddition:
 
 
 def data(config: Config, split: Split) -> tuple[Int[Tensor, "n 3"], Int[Tensor, " n"]]:
-    """Tokens (a, b, p) and answers (a + b) mod p of a random share of all p^2 pairs, or of the rest.
+    """Tokens (a, b, p) and answers (a + b) mod p of a random share of all p^2 pairs, of the rest, or of all in order.
 
     >>> tokens, answers = data(Config(p=5), "train")
     >>> len(answers), bool((tokens[:, :2].sum(1) % 5 == answers).all())
     (10, True)
     """
-    check_choice("split", split, ("train", "test"))
+    check_choice("split", split, SPLITS)
     p = config.p
+    if split == "probe":
+        return _pairs(torch.arange(p * p), p)
     order = uniform(fold_in(key(config.seed), "split"), torch.empty(p * p)).argsort(stable=True)
     cut = round(config.train_fraction * p * p)
-    chosen = order[:cut] if split == "train" else order[cut:]
+    return _pairs(order[:cut] if split == "train" else order[cut:], p)
+
+
+def _pairs(chosen: Tensor, p: int) -> tuple[Tensor, Tensor]:
     a, b = chosen // p, chosen % p
     return torch.stack([a, b, torch.full_like(a, p)], dim=1), (a + b) % p
 
@@ -199,10 +212,10 @@ def path(folder: Path, step: int) -> Path:
 
 def checkpoint(config: Config, folder: Path, step: int) -> Checkpoint:
     """One checkpoint of a run. Raises FileNotFoundError, Damaged, or ValueError for another configuration."""
-    arrays, meta, _ = load(path(folder, step))
+    arrays, meta, sha256 = load(path(folder, step))
     _check_config(config, meta, path(folder, step))
     params = {name.removeprefix("param."): value for name, value in arrays.items() if name.startswith("param.")}
-    return Checkpoint(step, params, [Point(*point) for point in meta["curves"]])
+    return Checkpoint(step, params, [Point(*point) for point in meta["curves"]], sha256)
 
 
 def network(config: Config) -> Functional:
@@ -265,3 +278,32 @@ def _check_config(config: Config, meta: dict, path: Path) -> None:
     wanted = json.loads(json.dumps(asdict(config)))
     if meta.get("config") != wanted:
         raise ValueError(f"{path} belongs to another run: its configuration is {meta.get('config')}, wanted {wanted}.")
+
+
+def _published(last: int) -> tuple[int, ...]:
+    """Checkpoints every 100 steps where the network changes fast, every 500 elsewhere."""
+    dense = (*range(0, 1500, 100), *range(1500, 9000, 500), *range(9000, 13000, 100), *range(13000, last, 500), last)
+    return tuple(step for step in dense if step <= last)
+
+
+def _kept(config: Config, folder: Path, step: int) -> Kept:
+    found = checkpoint(config, folder, step)
+    return Kept(found.params, found.sha256)
+
+
+FAMILY = register(
+    Family(
+        name="modular_addition",
+        variants={
+            "p53": Setup(Config(), schedule(Config(), 30)),
+            "p37": Setup(QUICK, schedule(QUICK)),
+            "p113": Setup(P113, _published(P113.steps)),
+        },
+        config=Config,
+        network=network,
+        batches=lambda config, split: [data(config, split)],
+        criterion=CRITERION,
+        train=train,
+        checkpoint=_kept,
+    )
+)

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from ..core.checks import check_count, check_positive
-from ..core.directions import directions
-from ..core.keys import fold_in, key
-from ..core.objective import Loss
-from ..core.restrict import restrict
-from ..core.store import Stored, load, save, to_json
+from ..core.store import save
 from ..families import modular
-from ..landscape import directional_losses
-from .demo_curvature import curvature_at
+from ..families.family import Setup
+from .analysis import analyse
+from .analyzer import Analyzer
+from .analyzers import (
+    DIRECTIONAL_LOSSES,
+    EFFECTIVE_DIMENSIONALITY,
+    HESSIAN_CURVATURE,
+    LANDSCAPE_FLATNESS,
+    LOSS_PLANE,
+    PHASE_LINES,
+    PHASE_PATH,
+    TRAJECTORY_PLANE,
+)
+from .phases import phases
 from .record import versions
+from .runs import Variant
+from .training import trained
 
-PROFILE_POINTS = 41
-PROFILE_DIRECTIONS = 8
+EPSILON, MORE_EPSILONS = 0.1, (0.01, 0.03, 0.3, 1.0)
+"""Lengths of the steps of flatness, distances in parameter space."""
+PLANE_SPAN = 0.5
+"""Of the planes at the phases: half of the weights' norm to each side."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Settings:
     n_samples: int = 50
     span: float = 0.1
     seed: int = 42
+    plane_points: int = 25
 
     @property
     def name(self) -> str:
@@ -47,29 +58,38 @@ QUICK = Settings(modular.QUICK, n_samples=20)
 
 
 def run(settings: Settings, out: Path, *, quiet: bool = False) -> Path:
-    """Train (or go on, or reuse), sample at every checkpoint, and write the numbers; returns the path of the `.npz`.
+    """Train (or go on, or reuse), analyse every checkpoint, and write the numbers; returns the path of the `.npz`.
 
     Everything is kept as it is made, under `out/<run>/`: an interrupted call loses at most the steps since the last
     checkpoint, and the next one goes on from there. Results made with other settings are made again.
     """
     config = settings.config
-    folder = out / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = modular.schedule(config, settings.num_checkpoints)
-    with tqdm(total=config.steps, desc="training", unit="step", disable=quiet, dynamic_ncols=True) as bar:
-        for point in modular.train(config, folder, steps):
-            bar.set_postfix_str(f"test accuracy {point.test_accuracy:.3f}", refresh=False)
-            bar.update(point.step - bar.n)
-    loss = modular.objective(modular.network(config), config, "train")
-    results, bent = [], []
-    for step in tqdm(list(steps), desc="sampling", unit="checkpoint", disable=quiet, dynamic_ncols=True):
-        results.append(_sampled(settings, loss, folder, step))
-        bent.append(curvature_at(config, settings.seed, loss, folder, step))
-    curves = modular.checkpoint(config, folder, steps[-1]).curves
+    setup = Setup(config, modular.schedule(config, settings.num_checkpoints))
+    variant = trained(modular.FAMILY, setup, out, name=settings.name, quiet=quiet)
+    analyse(variant, analyzers_of(settings), epochs=None, quiet=quiet)
     path = out / f"{settings.name}.npz"
-    arrays = _stacked(results, curves) | _profiles(settings, loss, folder, _phases(steps, curves))
-    save(path, arrays, _described(settings, results, bent, curves))
+    arrays = _stacked(variant, setup.checkpoints) | _landscape(variant)
+    save(
+        path, arrays, {"settings": asdict(settings), "table": _rows(variant, setup.checkpoints), "versions": versions()}
+    )
     return path
+
+
+def analyzers_of(settings: Settings) -> tuple[Analyzer, ...]:
+    """What is measured, all of it on the training loss: the landscape that the optimiser sees."""
+    common = {"split": "train", "seed": settings.seed}
+    return (
+        DIRECTIONAL_LOSSES.configured(n_samples=settings.n_samples, span=settings.span, **common),
+        HESSIAN_CURVATURE.configured(**common),
+        LANDSCAPE_FLATNESS.configured(
+            n_directions=settings.n_samples, epsilon=EPSILON, more_epsilons=MORE_EPSILONS, **common
+        ),
+        EFFECTIVE_DIMENSIONALITY,
+        LOSS_PLANE.configured(span=PLANE_SPAN, num=settings.plane_points, **common),
+        PHASE_LINES.configured(**common),
+        TRAJECTORY_PLANE.configured(num=settings.plane_points, split="train"),
+        PHASE_PATH.configured(split="train"),
+    )
 
 
 def table(meta: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -91,73 +111,44 @@ def table(meta: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def _sampled(settings: Settings, loss: Loss, folder: Path, step: int) -> Stored:
-    """The directional losses at one checkpoint: stored ones where the settings are the same."""
-    path = folder / "directional" / f"step_{step:05d}.npz"
-    weights = load(modular.path(folder, step)).sha256
-    wanted = to_json(
-        {**asdict(settings), "step": step, "checkpoint": weights, "metric": "directional_losses", "version": 1}
-    )
-    if path.exists() and (stored := load(path)).meta["settings"] == wanted:
-        return stored
-    theta = loss.layout.ravel(modular.checkpoint(settings.config, folder, step).params)
-    result = directional_losses(
-        loss,
-        theta,
-        key=key(settings.seed),  # the same draws at every step: differences over training are not noise of the draw
-        n_samples=settings.n_samples,
-        span=settings.span,
-        two_sided=True,
-        compute_gradient=True,
-        compute_curvature=True,
-    ).asdict()
-    arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
-    values = {name: value for name, value in result.items() if name not in arrays}
-    save(path, arrays, {"settings": wanted, "values": values})
-    return load(path)
-
-
-def _phases(steps: tuple[int, ...], curves: list[modular.Point]) -> tuple[int, ...]:
-    """The start, the last checkpoint that has memorised without generalising, and the end."""
-    by_step = {point.step: point for point in curves}
-    memorised = [s for s in steps if by_step[s].train_accuracy > 0.99 and by_step[s].test_accuracy < 0.5]
-    return (steps[0], memorised[len(memorised) // 2] if memorised else steps[len(steps) // 2], steps[-1])
-
-
-def _profiles(settings: Settings, loss: Loss, folder: Path, steps: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The loss on lines through three checkpoints, a few directions each."""
-    alphas = torch.linspace(-0.5, 0.5, PROFILE_POINTS)
-    lines = []
-    for step in steps:
-        params = modular.checkpoint(settings.config, folder, step).params
-        dirs = directions(loss.net, key=fold_in(key(settings.seed), "profiles"), num=PROFILE_DIRECTIONS, base=params)
-        with torch.no_grad():
-            phis = [restrict(loss, loss.layout.ravel(params), direction) for direction in dirs]
-            lines.append(torch.stack([torch.func.vmap(phi, chunk_size=8)(alphas) for phi in phis]))
-    return {
-        "profile_alpha": alphas.numpy(),
-        "profile_step": np.array(steps),
-        "profile_loss": torch.stack(lines).numpy(),
+def _stacked(variant: Variant, steps: Sequence[int]) -> dict[str, np.ndarray]:
+    """Samples of the directional losses, a row per checkpoint, and the curves."""
+    results = [variant.load(DIRECTIONAL_LOSSES.name, step) for step in steps]
+    samples = {
+        name: np.stack([found[name] for found in results])
+        for name, value in results[0].items()
+        if isinstance(value, np.ndarray)
     }
+    curves = variant.curves() or {}
+    return {"step": np.array(steps), **samples, **{f"curve_{name}": values for name, values in curves.items()}}
 
 
-def _stacked(results: list[Stored], curves: list[modular.Point]) -> dict[str, np.ndarray]:
-    samples = {name: np.stack([stored.arrays[name] for stored in results]) for name in results[0].arrays}
-    columns = np.array(curves, dtype=np.float64).T
-    traced = {f"curve_{name}": column for name, column in zip(modular.Point._fields, columns, strict=True)}
-    steps = np.array([stored.meta["settings"]["step"] for stored in results])
-    return {"step": steps, **samples, **traced}
+def _landscape(variant: Variant) -> dict[str, np.ndarray]:
+    """Flatness and dimensionality over training, planes at its phases, the plane and the path through it."""
+    found: dict[str, Any] = {}
+    for prefix, name in (("flatness", LANDSCAPE_FLATNESS.name), ("dimensionality", EFFECTIVE_DIMENSIONALITY.name)):
+        found |= {f"{prefix}_{key}": value for key, value in (variant.summary(name) or {}).items()}
+    for prefix, name in (
+        ("profile", PHASE_LINES.name), ("trajectory", TRAJECTORY_PLANE.name), ("path", PHASE_PATH.name)
+    ):  # fmt: skip
+        found |= {f"{prefix}_{key}": value for key, value in (variant.cross(name) or {}).items()}
+    for step in phases(variant.checkpoints(), variant.curves()):
+        found |= {f"plane_{step}_{key}": value for key, value in variant.load(LOSS_PLANE.name, step).items()}
+        flat = variant.load(LANDSCAPE_FLATNESS.name, step)
+        found |= {f"flatness_{step}_{key}": flat[key] for key in ("delta_losses", "delta_losses_negative")}
+    return {name: np.asarray(value) for name, value in found.items() if not isinstance(value, (str, list, type(None)))}
 
 
-def _described(
-    settings: Settings, results: list[Stored], bent: list[dict[str, float | None]], curves: list[modular.Point]
-) -> dict[str, Any]:
-    by_step = {point.step: point._asdict() for point in curves}
-    rows = [
-        {**by_step[stored.meta["settings"]["step"]], **stored.meta["values"], **more}
-        for stored, more in zip(results, bent, strict=True)
-    ]
-    return {"settings": asdict(settings), "table": rows, "versions": versions()}
+def _rows(variant: Variant, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """The table: the point of the curves, and every number that was found, at each checkpoint."""
+    curves = variant.curves() or {}
+    places = {int(step): i for i, step in enumerate(curves["step"])}
+    rows = []
+    for step in steps:
+        point = {name: values[places[step]].item() for name, values in curves.items()} | {"step": step}
+        found = variant.load(DIRECTIONAL_LOSSES.name, step) | variant.load(HESSIAN_CURVATURE.name, step)
+        rows.append(point | {name: value for name, value in found.items() if not isinstance(value, np.ndarray)})
+    return rows
 
 
 def _with_error(row: dict[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@
     RUN/VARIANT/checkpoints/step_00100.safetensors
     RUN/VARIANT/artifacts/ANALYZER/epoch_00100.npz         one checkpoint's numbers, with the settings inside
     RUN/VARIANT/artifacts/ANALYZER/summary.npz             one row per checkpoint; nan where there is none
+    RUN/VARIANT/artifacts/ANALYZER/cross_epoch.npz         what concerns all checkpoints together
     RUN/VARIANT/artifacts/ANALYZER/times.jsonl             how long each checkpoint took
 
 Reading is lazy: a question opens the one file that answers it. Training is full batch, so a step is an epoch.
@@ -24,7 +25,7 @@ import numpy as np
 
 from ..core.store import Damaged, load, save, write
 
-HEAD = "variant.json"
+HEAD, CROSS = "variant.json", "cross_epoch.npz"
 _EPOCH = re.compile(r"epoch_(\d{5,})\.npz")
 _STEP = re.compile(r"step_(\d{5,})\.safetensors")
 
@@ -38,7 +39,9 @@ class Runs:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
         if not self.path.is_dir():
-            raise FileNotFoundError(f"{str(self.path)!r} is not a folder: `funcscope demo` or `funcscope train` make one.")
+            raise FileNotFoundError(
+                f"{str(self.path)!r} is not a folder: `funcscope demo` or `funcscope train` make one."
+            )
         if not self.variants():
             raise ValueError(
                 f"{str(self.path)!r} holds no variant (a folder with a {HEAD}): "
@@ -97,7 +100,7 @@ class Variant:
     def analyzers(self) -> tuple[str, ...]:
         """Names of the analyzers that have stored something."""
         folders = (path for path in (self.path / "artifacts").glob("*") if path.is_dir())
-        return tuple(sorted(path.name for path in folders if self.epochs(path.name)))
+        return tuple(sorted(path.name for path in folders if self.epochs(path.name) or (path / CROSS).is_file()))
 
     def epochs(self, analyzer: str) -> tuple[int, ...]:
         """Epochs that have an artifact of that analyzer."""
@@ -123,6 +126,11 @@ class Variant:
         """One row per checkpoint: `epochs`, and the analyzer's summary keys; None where it was not written yet."""
         path = self.folder(analyzer) / "summary.npz"
         return load(path).arrays if path.is_file() else None
+
+    def cross(self, analyzer: str) -> dict[str, Any] | None:
+        """What an analyzer found across all checkpoints; None where it was not run."""
+        path = self.folder(analyzer) / CROSS
+        return read(path) if path.is_file() else None
 
     def settings(self, analyzer: str) -> dict[str, Any]:
         """The settings of the summary, with what the analyzer wrote beside them; empty without one."""

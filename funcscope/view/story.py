@@ -16,7 +16,7 @@ from .numbers import number, with_error
 GENERAL = 0.99
 """Test accuracy above which the network counts as generalising."""
 SAM_STEP = 0.01
-"""Length of the step of SAM's sharpness, as `study.demo_curvature` takes it."""
+"""Length of the step of SAM's sharpness, as `study.analyzers.curvature` takes it."""
 
 
 @dataclass(frozen=True, eq=False)

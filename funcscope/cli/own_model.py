@@ -1,74 +1,27 @@
-"""The commands: parse, call `study` or `view`, print."""
+"""Commands for the user's own model: `directional` and `curvature`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from tabulate import tabulate
+from ..core.store import load
+from ..study import curvature, directional
+from ..study.curvature_stages import STAGES
+from ..study.curvature_stages import Settings as CurvatureSettings
+from ..study.curvature_table import text as curvature_text
+from ..study.inputs import DType, Task, Unit
+from ..study.opening import Source
+from ..study.unfinished import kept
+from .shared import check_plotly, check_writable, print_files
 
-from . import __version__
-from .core.store import load
-from .study import curvature, demo, directional
-from .study.curvature_stages import STAGES
-from .study.curvature_stages import Settings as CurvatureSettings
-from .study.curvature_table import text as curvature_text
-from .study.inputs import DType, Task, Unit
-from .study.opening import Source
-from .study.unfinished import kept
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it worked, 2 for input that cannot be used, 130 when interrupted."""
-    args = _parser().parse_args(argv)
-    try:
-        with _warnings_in_a_line():
-            return args.run(args)
-    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, MemoryError, RuntimeError) as err:
-        print(f"funcscope: {_with_flags(_one_line(err))}", file=sys.stderr)
-        return 2
+FIELDS = directional.Settings.__dataclass_fields__ | CurvatureSettings.__dataclass_fields__
+"""Settings that are arguments of Python and options here."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="funcscope", description="A microscope for trained networks, made of pure functions."
-    )
-    parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_directional(commands)
-    _add_curvature(commands)
-    return parser
-
-
-def _add_demo(commands: Any) -> None:
-    show = commands.add_parser(
-        "demo",
-        help="train a small transformer until it groks, and watch its loss landscape change",
-        description="Trains a one-layer transformer on modular addition (or goes on, or reuses finished checkpoints), "
-        "samples its loss along random directions at its checkpoints, prints a table, and writes a page and the numbers.",
-    )
-    show.add_argument("--quick", action="store_true", help="a smaller model: under 30 seconds instead of 3 minutes")
-    show.add_argument(
-        "--out", type=Path, default=Path("funcscope-demo"), metavar="DIR", help="default: ./funcscope-demo"
-    )
-    show.add_argument(
-        "--samples", type=int, metavar="N", help="random directions per checkpoint (default 50, quick 20)"
-    )
-    show.add_argument("--span", type=float, metavar="H", help="relative step along each direction (default 0.1)")
-    show.add_argument("--seed", type=int, metavar="S", help="another data split, initialisation and set of directions")
-    show.set_defaults(run=_demo)
-
-
-def _add_directional(commands: Any) -> None:
+def add_directional(commands: Any) -> None:
     d = directional.Settings("")
     show = commands.add_parser(
         "directional",
@@ -104,7 +57,7 @@ def _add_directional(commands: Any) -> None:
     show.set_defaults(run=_directional)
 
 
-def _add_curvature(commands: Any) -> None:
+def add_curvature(commands: Any) -> None:
     d = CurvatureSettings("")
     show = commands.add_parser(
         "curvature",
@@ -180,38 +133,14 @@ def _add_computing(show: argparse.ArgumentParser, d: Source) -> Any:
     return computing
 
 
-def _demo(args: argparse.Namespace) -> int:
-    _check_plotly()
-    settings = demo.QUICK if args.quick else demo.FULL
-    settings = demo.adjusted(settings, n_samples=args.samples, span=args.span, seed=args.seed)
-    _check_writable(args.out)
-    started = time.perf_counter()
-    try:
-        numbers = demo.run(settings, args.out)
-        from .view.demo import write_page  # plotly takes a second to import, and is an extra
-
-        page = write_page(numbers)
-    except KeyboardInterrupt:
-        kept = len(list(demo.checkpoints(settings, args.out)))
-        print(
-            f"\nfuncscope: interrupted; {kept} checkpoints are kept in {args.out}, the same command goes on from there."
-        )
-        return 130
-    headers, rows = demo.table(load(numbers).meta)
-    print(tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
-    print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")
-    _print_files(page, numbers)
-    return 0
-
-
 def _directional(args: argparse.Namespace) -> int:
-    _check_plotly()
+    check_plotly()
     settings = directional.Settings(**_given(args, directional.Settings))
-    _check_writable(args.out)
+    check_writable(args.out)
     started = time.perf_counter()
     try:
         study = directional.run(settings, args.model, args.out, other=args.compare, quiet=args.quiet)
-        from .view.directional import write_page
+        from ..view.directional import write_page
 
         page = write_page(study.numbers)
     except KeyboardInterrupt:
@@ -226,17 +155,17 @@ def _directional(args: argparse.Namespace) -> int:
     print(
         f"\n{time.perf_counter() - started:.0f} s. Directions: {settings.n_samples}; errors are standard errors over them."
     )
-    _print_files(page, study.numbers)
+    print_files(page, study.numbers)
     return 0
 
 
 def _curvature(args: argparse.Namespace) -> int:
-    _check_plotly()
+    check_plotly()
     settings = CurvatureSettings(**_given(args, CurvatureSettings))
-    _check_writable(args.out)
+    check_writable(args.out)
     try:
         study = curvature.run(settings, args.model, args.out, quiet=args.quiet)
-        from .view.curvature import write_page
+        from ..view.curvature import write_page
 
         page = write_page(study.numbers)
     except KeyboardInterrupt:
@@ -247,62 +176,10 @@ def _curvature(args: argparse.Namespace) -> int:
         return 130
     print(study.data)
     print(f"\n{curvature_text(study.summary, load(study.numbers))}")
-    _print_files(page, study.numbers)
+    print_files(page, study.numbers)
     return 0
 
 
 def _given(args: argparse.Namespace, settings: type[Source]) -> dict[str, Any]:
     """What was said on the command line, for these settings."""
     return {name: value for name, value in vars(args).items() if name in settings.__dataclass_fields__}
-
-
-def _print_files(page: Path, numbers: Path) -> None:
-    print(f"page     {page}\nnumbers  {numbers} and {numbers.with_suffix('.json').name}")
-
-
-def _check_plotly() -> None:
-    if importlib.util.find_spec("plotly") is None:
-        raise ValueError("the page needs plotly, which is not installed: pip install 'funcscope[view]'")
-
-
-def _check_writable(folder: Path) -> None:
-    """Before any work: can the folder be made and written?"""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as err:
-        raise OSError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another folder with --out.") from err
-
-
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Our own warnings as a line on stderr, without the line of code that raised them."""
-    before = warnings.showwarning
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        if issubclass(category, UserWarning) and __name__.partition(".")[0] in filename:
-            print(f"funcscope: {_one_line(message)}", file=sys.stderr)
-        else:
-            before(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
-
-
-def _one_line(err: object) -> str:
-    """The message, with the notes that were added to it on the way; the kind of error where it has none."""
-    notes = getattr(err, "__notes__", [])
-    return " ".join(" ".join([str(err) or type(err).__name__, *notes]).split())
-
-
-def _with_flags(text: str) -> str:
-    """Arguments of Python by the names that they have here."""
-    fields = directional.Settings.__dataclass_fields__ | CurvatureSettings.__dataclass_fields__
-    names = {name: name for name in fields} | {"n_samples": "samples"}
-    for name, flag in names.items():
-        text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
-    return text

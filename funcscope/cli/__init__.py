@@ -1,0 +1,67 @@
+"""Commands: parse, call `study` or `view`, print."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from .. import __version__
+from .own_model import FIELDS, add_curvature, add_directional
+from .runs import add_analyze, add_dashboard, add_demo, add_train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it worked, 2 for input that cannot be used, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        with _warnings_in_a_line():
+            return args.run(args)
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, MemoryError, RuntimeError) as err:
+        print(f"funcscope: {_with_flags(_one_line(err))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="funcscope", description="A microscope for trained networks, made of pure functions."
+    )
+    parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_demo, add_directional, add_curvature, add_train, add_analyze, add_dashboard):
+        add(commands)
+    return parser
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Our own warnings as a line on stderr, without the line of code that raised them."""
+    before = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if issubclass(category, UserWarning) and __name__.partition(".")[0] in filename:
+            print(f"funcscope: {_one_line(message)}", file=sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _one_line(err: object) -> str:
+    """The message, with the notes that were added to it on the way; the kind of error where it has none."""
+    notes = getattr(err, "__notes__", [])
+    return " ".join(" ".join([str(err) or type(err).__name__, *notes]).split())
+
+
+def _with_flags(text: str) -> str:
+    """Arguments of Python by the names that they have here."""
+    names = {name: name for name in FIELDS} | {"n_samples": "samples"}
+    for name, flag in names.items():
+        text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
+    return text

@@ -1,0 +1,260 @@
+"""Runs analyzers over the checkpoints of a variant: resumable, safe to interrupt, safe to run twice at a time.
+
+What is stored decides what is left to do. An artifact is reused where its settings, the analyzer's version and the
+checkpoint are the same, and made again where not; a file that cannot be read is set aside under another name. Every file
+appears whole or not at all. Several processes share the work: each takes the epochs that nobody works on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from ..core.checks import check_params
+from ..core.store import Damaged, load, save, to_json
+from ..families.family import Family
+from ..families.family import family as registered
+from .analyzer import Analyzer, Bench, Subject, Subjects, Values
+from .runs import CROSS, Variant, keep, read
+
+
+def analyse(
+    variant: Variant,
+    analyzers: Iterable[Analyzer],
+    *,
+    epochs: Sequence[int] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run each analyzer on the variant's checkpoints (those at `epochs`, or those it looks at), and write summaries.
+
+    Raises ValueError for a family that is not registered or has no loss where one is needed, for epochs without a checkpoint,
+    and, after all others are done and stored, for checkpoints that could not be analysed.
+    """
+    work = Work(variant)
+    for analyzer in analyzers:
+        work.run(analyzer, epochs, quiet)
+
+
+class Work:
+    """One variant's analysis: its network and losses, made once."""
+
+    def __init__(self, variant: Variant):
+        self.variant = variant
+        self.family: Family = registered(variant.family)
+        self.bench = Bench.of(self.family, variant)
+        self.subjects = Subjects(variant.checkpoints(), self.subject, variant.curves())
+        self._sums: dict[int, str] = {}
+        if not self.subjects.epochs:
+            raise ValueError(f"{variant.path} has no checkpoints: train it first (`funcscope train`).")
+
+    def subject(self, epoch: int) -> Subject:
+        """The checkpoint of an epoch. Raises ValueError for one of another architecture."""
+        found = self.family.checkpoint(self.bench.config, self.variant.path, epoch)
+        layout = self.bench.net.layout
+        check_params(found.params, layout.shapes, f"checkpoint {epoch}")
+        self._sums[epoch] = found.sha256
+        return Subject(epoch, layout.ravel(found.params), self.bench)
+
+    def run(self, analyzer: Analyzer, epochs: Sequence[int] | None, quiet: bool) -> None:
+        """One analyzer over its epochs, then its summary."""
+        if analyzer.needs_loss:
+            self.bench.loss(analyzer.split)  # a family without one is told before any work
+        if analyzer.across:
+            self._across(analyzer)
+            return
+        chosen = self._chosen(analyzer.epochs(self.subjects) if epochs is None else epochs)
+        forward = _Forward(self.bench, analyzer)
+        failed: dict[int, str] = {}
+        bar = tqdm(chosen, desc=analyzer.name.replace("_", " "), unit="epoch", disable=quiet, dynamic_ncols=True)
+        busy = [epoch for epoch in bar if not self._claimed(analyzer, epoch, forward, failed, wait=False)]
+        for epoch in busy:  # taken by another process: it stored them, or it died and they are left
+            self._claimed(analyzer, epoch, forward, failed, wait=True)
+        if analyzer.summary_keys:
+            self._summarise(analyzer)
+        if failed:
+            told = "; ".join(f"epoch {epoch}: {why}" for epoch, why in list(failed.items())[:3])
+            raise ValueError(
+                f"{analyzer.name}: {len(failed)} of {len(chosen)} checkpoints could not be analysed ({told}). "
+                "The others are stored; the summary has nan at these."
+            )
+
+    def _chosen(self, epochs: Sequence[int]) -> list[int]:
+        if missing := sorted(set(epochs) - set(self.subjects.epochs)):
+            raise ValueError(f"no checkpoint at epoch {missing[0]}: there are {_listed(self.subjects.epochs)}.")
+        return sorted(set(epochs))
+
+    def _claimed(
+        self, analyzer: Analyzer, epoch: int, forward: _Forward, failed: dict[int, str], *, wait: bool
+    ) -> bool:
+        """Make an epoch's artifact unless it is there; False where another process is at it."""
+        path = self.variant.artifact(analyzer.name, epoch)
+        with _claim(path, wait=wait) as mine:
+            if not mine:
+                return False
+            try:
+                self._make(analyzer, epoch, path, forward)
+            except (
+                ValueError,
+                ArithmeticError,
+                FileNotFoundError,
+            ) as err:  # of this checkpoint; the others are analysed
+                failed[epoch] = " ".join(str(err).split())
+        return True
+
+    def _make(self, analyzer: Analyzer, epoch: int, path: Path, forward: _Forward) -> None:
+        subject = self.subject(epoch)
+        wanted = self._settings(analyzer, epoch)
+        if (stored := _stored(path)) is not None and stored == wanted:
+            return
+        seconds = forward.seconds  # measured once, before the clock starts
+        started = time.perf_counter()
+        values = analyzer.analyze(subject, **analyzer.settings)
+        spent = time.perf_counter() - started
+        _check_summary(analyzer, values)
+        keep(path, values, wanted)
+        entry = {
+            "epoch": epoch, "seconds": spent, "forwards": analyzer.forwards(analyzer.settings),
+            "forward_seconds": seconds, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        _append(path.with_name("times.jsonl"), json.dumps(entry))
+
+    def _settings(self, analyzer: Analyzer, epoch: int) -> dict[str, Any]:
+        """Everything that an artifact depends on."""
+        if epoch not in self._sums:
+            self.subject(epoch)
+        return {**self._common(analyzer), "epoch": epoch, "checkpoint": self._sums[epoch]}
+
+    def _common(self, analyzer: Analyzer) -> dict[str, Any]:
+        return to_json(
+            {"analyzer": analyzer.name, "version": analyzer.version, **self.variant.head, "settings": analyzer.settings}
+        )
+
+    def _summarise(self, analyzer: Analyzer) -> None:
+        """One row per checkpoint from what is stored with these settings, by whichever process; nan for the rest."""
+        folder = self.variant.folder(analyzer.name)
+        with _claim(folder / "summary.npz", wait=True):
+            rows: dict[int, Values] = {}
+            for epoch in self.variant.epochs(analyzer.name):
+                path = self.variant.artifact(analyzer.name, epoch)
+                if epoch in self.subjects.epochs and _stored(path) == self._settings(analyzer, epoch):
+                    rows[epoch] = analyzer.compute_summary(read(path))
+            if rows:
+                head = {**self._common(analyzer), **to_json(analyzer.described(self.bench))}
+                save(
+                    folder / "summary.npz",
+                    stacked(self.subjects.epochs, rows, analyzer.summary_keys),
+                    {"settings": head},
+                )
+
+    def _across(self, analyzer: Analyzer) -> None:
+        path = self.variant.folder(analyzer.name) / CROSS
+        with _claim(path, wait=True):
+            sums = {str(epoch): self._settings(analyzer, epoch)["checkpoint"] for epoch in self.subjects.epochs}
+            wanted = {**self._common(analyzer), "checkpoints": sums}
+            if _stored(path) != wanted:
+                keep(path, analyzer.analyze(self.subjects, **analyzer.settings), wanted)
+
+
+class _Forward:
+    """Seconds of one forward pass over the data of an analyzer's loss: the median of three, when first asked."""
+
+    def __init__(self, bench: Bench, analyzer: Analyzer):
+        self.bench, self.split = bench, analyzer.split if analyzer.needs_loss else None
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """None for what takes no loss."""
+        if self.split is None:
+            return None
+        loss, params = self.bench.loss(self.split), self.bench.net.params
+        return median(self._one(loss, params) for _ in range(3))
+
+    @staticmethod
+    @torch.no_grad()
+    def _one(loss: Any, params: Any) -> float:
+        started = time.perf_counter()
+        loss(params)
+        return time.perf_counter() - started
+
+
+def stacked(epochs: Sequence[int], rows: dict[int, Values], keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns over all epochs; a key's rows are nan where an epoch has none.
+
+    >>> stacked([0, 5], {5: {"x": 2.0}}, ["x"])
+    {'epochs': array([0, 5]), 'x': array([nan,  2.])}
+    """
+    columns: dict[str, np.ndarray] = {"epochs": np.array(epochs)}
+    for key in keys:
+        shape = np.shape(next(iter(rows.values()))[key])
+        columns[key] = np.full((len(epochs), *shape), np.nan)
+        for i, epoch in enumerate(epochs):
+            if epoch in rows:
+                columns[key][i] = rows[epoch][key]
+    return columns
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The settings of a stored artifact; a file that cannot be read is set aside, nothing is deleted."""
+    try:
+        return load(path).meta["settings"]
+    except FileNotFoundError:
+        return None
+    except Damaged:
+        aside = path.with_name(f"{path.name}.unreadable")
+        path.replace(aside)
+        warnings.warn(f"{path} could not be read and is now {aside.name}: it is made again.", stacklevel=2)
+        return None
+
+
+def _check_summary(analyzer: Analyzer, values: Values) -> None:
+    row = analyzer.compute_summary(values)
+    if set(row) != set(analyzer.summary_keys):
+        raise TypeError(
+            f"`compute_summary` of {analyzer.name} gives {sorted(row)}, "
+            f"its `summary_keys` are {sorted(analyzer.summary_keys)}."
+        )
+
+
+@contextmanager
+def _claim(path: Path, *, wait: bool) -> Iterator[bool]:
+    """The sole right to write a file, given up when the process ends, however it ends; what was left half written goes."""
+    locks = path.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{path.name}.lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            left.unlink(missing_ok=True)
+        yield True
+    finally:
+        lock.release()
+
+
+def _append(path: Path, line: str) -> None:
+    """One line at the end of a file, in one write."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
+
+
+def _listed(epochs: Sequence[int]) -> str:
+    return ", ".join(map(str, epochs)) if len(epochs) <= 8 else f"{len(epochs)}, from {epochs[0]} to {epochs[-1]}"
