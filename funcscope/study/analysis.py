@@ -111,7 +111,7 @@ class Work:
                 ArithmeticError,
                 FileNotFoundError,
             ) as err:  # of this checkpoint; the others are analysed
-                failed[epoch] = " ".join(str(err).split())
+                failed[epoch] = " ".join(str(err).split()).rstrip(".")
         return True
 
     def _make(self, analyzer: Analyzer, epoch: int, path: Path, forward: _Forward) -> None:
@@ -149,7 +149,7 @@ class Work:
             rows: dict[int, Values] = {}
             for epoch in self.variant.epochs(analyzer.name):
                 path = self.variant.artifact(analyzer.name, epoch)
-                if epoch in self.subjects.epochs and _stored(path) == self._settings(analyzer, epoch):
+                if self._is_current(analyzer, epoch, path):
                     rows[epoch] = analyzer.compute_summary(read(path))
             if rows:
                 head = {**self._common(analyzer), **to_json(analyzer.described(self.bench))}
@@ -158,6 +158,13 @@ class Work:
                     stacked(self.subjects.epochs, rows, analyzer.summary_keys),
                     {"settings": head},
                 )
+
+    def _is_current(self, analyzer: Analyzer, epoch: int, path: Path) -> bool:
+        """Was the artifact made with these settings from the checkpoint that is there?"""
+        try:
+            return epoch in self.subjects.epochs and _stored(path) == self._settings(analyzer, epoch)
+        except (ValueError, FileNotFoundError):  # the checkpoint cannot be read: nothing is known of it
+            return False
 
     def _across(self, analyzer: Analyzer) -> None:
         path = self.variant.folder(analyzer.name) / CROSS

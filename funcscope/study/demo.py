@@ -18,6 +18,7 @@ from .analyzer import Analyzer
 from .analyzers import (
     DIRECTIONAL_LOSSES,
     EFFECTIVE_DIMENSIONALITY,
+    FLATNESS_PROFILE,
     HESSIAN_CURVATURE,
     LANDSCAPE_FLATNESS,
     LOSS_PLANE,
@@ -30,8 +31,8 @@ from .record import versions
 from .runs import Variant
 from .training import trained
 
-EPSILON, MORE_EPSILONS = 0.1, (0.01, 0.03, 0.3, 1.0)
-"""Lengths of the steps of flatness, distances in parameter space."""
+EPSILON = 0.1
+"""Length of the step of flatness, a distance in parameter space."""
 PLANE_SPAN = 0.5
 """Of the planes at the phases: half of the weights' norm to each side."""
 
@@ -81,9 +82,8 @@ def analyzers_of(settings: Settings) -> tuple[Analyzer, ...]:
     return (
         DIRECTIONAL_LOSSES.configured(n_samples=settings.n_samples, span=settings.span, **common),
         HESSIAN_CURVATURE.configured(**common),
-        LANDSCAPE_FLATNESS.configured(
-            n_directions=settings.n_samples, epsilon=EPSILON, more_epsilons=MORE_EPSILONS, **common
-        ),
+        LANDSCAPE_FLATNESS.configured(n_directions=settings.n_samples, epsilon=EPSILON, **common),
+        FLATNESS_PROFILE.configured(n_directions=settings.n_samples, **common),
         EFFECTIVE_DIMENSIONALITY,
         LOSS_PLANE.configured(span=PLANE_SPAN, num=settings.plane_points, **common),
         PHASE_LINES.configured(**common),
@@ -134,6 +134,7 @@ def _landscape(variant: Variant) -> dict[str, np.ndarray]:
         found |= {f"{prefix}_{key}": value for key, value in (variant.cross(name) or {}).items()}
     for step in phases(variant.checkpoints(), variant.curves()):
         found |= {f"plane_{step}_{key}": value for key, value in variant.load(LOSS_PLANE.name, step).items()}
+        found |= {f"lengths_{step}_{key}": value for key, value in variant.load(FLATNESS_PROFILE.name, step).items()}
         flat = variant.load(LANDSCAPE_FLATNESS.name, step)
         found |= {f"flatness_{step}_{key}": flat[key] for key in ("delta_losses", "delta_losses_negative")}
     return {name: np.asarray(value) for name, value in found.items() if not isinstance(value, (str, list, type(None)))}

@@ -6,13 +6,14 @@ from ..analyzer import Analyzer
 from .curvature import HESSIAN_CURVATURE
 from .dimensionality import EFFECTIVE_DIMENSIONALITY
 from .directional import DIRECTIONAL_LOSSES
-from .flatness import LANDSCAPE_FLATNESS
+from .flatness import FLATNESS_PROFILE, LANDSCAPE_FLATNESS
 from .planes import LOSS_PLANE, PHASE_LINES, PHASE_PATH, TRAJECTORY_PLANE
 
 ANALYZERS: dict[str, Analyzer] = {
     one.name: one
     for one in (
         LANDSCAPE_FLATNESS,
+        FLATNESS_PROFILE,
         EFFECTIVE_DIMENSIONALITY,
         HESSIAN_CURVATURE,
         DIRECTIONAL_LOSSES,

@@ -1,15 +1,17 @@
-"""Flatness of the landscape at every checkpoint: loss changes in random directions."""
+"""Flatness of the landscape: at every checkpoint, and at the phases over several lengths of the step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from ...core.keys import key
-from ...landscape.flatness import flatness_profile
+from ...core.keys import fold_in, key
+from ...curvature.hessian import hessian
+from ...landscape.flatness import flatness, flatness_profile
+from ...linalg.trace import hutchinson_trace
 from ..analyzer import Analyzer, Subject, Values
+from ..phases import phases
 
 SUMMARY = (
     "baseline_loss", "mean_delta_loss", "median_delta_loss", "max_delta_loss", "std_delta_loss", "p90_delta_loss",
@@ -17,44 +19,53 @@ SUMMARY = (
     "epsilon_relative", "param_norm", "n_nonfinite",
 )  # fmt: skip
 """The seven documented keys, then ours."""
+EPSILONS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def analyze(
-    subject: Subject,
-    *,
-    n_directions: int,
-    epsilon: float,
-    relative: bool,
-    normalize: str,
-    split: str,
-    seed: int,
-    more_epsilons: Sequence[float],
+def one_length(
+    subject: Subject, *, n_directions: int, epsilon: float, relative: bool, normalize: str, split: str, seed: int
 ) -> Values:
-    """`fs.flatness` at one checkpoint, and its mean at other epsilons, on the same directions at every checkpoint."""
-    found = flatness_profile(
+    """`fs.flatness` at one checkpoint, on the same directions at every checkpoint."""
+    return flatness(
         subject.loss(split),
         subject.theta,
         key=key(seed),
-        epsilons=(epsilon, *more_epsilons),
         n_directions=n_directions,
+        epsilon=epsilon,
         relative=relative,
         normalize=normalize,  # type: ignore[arg-type]
-    )
-    values: dict[str, Any] = dict(found[0].asdict())
-    if more_epsilons:
-        rows = [one.asdict() for one in found]
-        for name in ("epsilon", "mean_delta_loss", "pair_mean", "pair_mean_stderr"):
-            values[f"profile_{name}"] = _column(rows, name)
-    return values
+    ).asdict()
 
 
-def _column(rows: Sequence[Values], name: str) -> Any:
-    return np.array([row[name] for row in rows])
+def many_lengths(
+    subject: Subject, *, n_directions: int, epsilons: Sequence[float], products: int, split: str, seed: int
+) -> Values:
+    """The mean loss change at several epsilons beside eps^2 tr(H) / 2P: where the two part, the Hessian does not describe it.
+
+    The trace is Hutchinson's, of the same loss, from `products` random signs.
+    """
+    loss, theta = subject.loss(split), subject.theta
+    found = flatness_profile(loss, theta, key=key(seed), epsilons=epsilons, n_directions=n_directions)
+    root = fold_in(key(seed), "trace")
+    trace = hutchinson_trace(hessian(loss, theta), theta, key=root, num=products)
+    expected = [one.expected_from_trace(trace) for one in found]
+    return {
+        "epsilon": np.array(epsilons),
+        "mean_delta_loss": np.array([float(one.estimates["mean_delta_loss"].value) for one in found]),
+        "pair_mean": np.array([float(one.pair_mean.value) for one in found]),
+        "pair_mean_stderr": np.array([float(one.pair_mean.stderr) for one in found]),
+        "expected_delta_loss": np.array([float(one.value) for one in expected]),
+        "expected_delta_loss_stderr": np.array([float(one.stderr) for one in expected]),
+        "hessian_trace": float(trace.value),
+        "hessian_trace_stderr": float(trace.stderr),
+        "baseline_loss": found[0].baseline_loss,
+        "param_norm": found[0].param_norm,
+    }
 
 
 LANDSCAPE_FLATNESS = Analyzer(
     name="landscape_flatness",
-    analyze=analyze,
+    analyze=one_length,
     summary_keys=SUMMARY,
     compute_summary=lambda values: {name: values[name] for name in SUMMARY},
     settings={
@@ -64,7 +75,13 @@ LANDSCAPE_FLATNESS = Analyzer(
         "normalize": "global",
         "split": "probe",
         "seed": 42,
-        "more_epsilons": (),
     },
-    forwards=lambda settings: 2 + 2 * settings["n_directions"] * (1 + len(settings["more_epsilons"])),
+    forwards=lambda settings: 2 + 2 * settings["n_directions"],
+)
+FLATNESS_PROFILE = Analyzer(
+    name="flatness_profile",
+    analyze=many_lengths,
+    settings={"n_directions": 50, "epsilons": EPSILONS, "products": 32, "split": "train", "seed": 42},
+    forwards=lambda settings: 2 + 2 * settings["n_directions"] * len(settings["epsilons"]) + 6 * settings["products"],
+    epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),
 )
