@@ -70,9 +70,18 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Path:
     analyse(variant, analyzers_of(settings), epochs=None, quiet=quiet)
     path = out / f"{settings.name}.npz"
     arrays = _stacked(variant, setup.checkpoints) | _landscape(variant)
-    save(
-        path, arrays, {"settings": asdict(settings), "table": _rows(variant, setup.checkpoints), "versions": versions()}
-    )
+    meta = {
+        "settings": asdict(settings),
+        "table": _rows(variant, setup.checkpoints),
+        "phases": phases(variant.checkpoints(), variant.curves()),
+        "axis_names": {
+            "trajectory_": (variant.cross(TRAJECTORY_PLANE.name) or {})["axis_names"],
+            "plane_": variant.load(LOSS_PLANE.name, setup.checkpoints[-1])["axis_names"],
+        },
+        "matrices": variant.settings(EFFECTIVE_DIMENSIONALITY.name)["matrices"],
+        "versions": versions(),
+    }
+    save(path, arrays, meta)
     return path
 
 
@@ -136,7 +145,7 @@ def _landscape(variant: Variant) -> dict[str, np.ndarray]:
         found |= {f"plane_{step}_{key}": value for key, value in variant.load(LOSS_PLANE.name, step).items()}
         found |= {f"lengths_{step}_{key}": value for key, value in variant.load(FLATNESS_PROFILE.name, step).items()}
         flat = variant.load(LANDSCAPE_FLATNESS.name, step)
-        found |= {f"flatness_{step}_{key}": flat[key] for key in ("delta_losses", "delta_losses_negative")}
+        found |= {f"changes_{step}_{key}": flat[key] for key in ("delta_losses", "delta_losses_negative")}
     return {name: np.asarray(value) for name, value in found.items() if not isinstance(value, (str, list, type(None)))}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.store import load, write
-from . import methods, sections
+from . import landscape_sections, methods, sections
 from . import story as told
 from .numbers import number
 from .page import Fact, Files, Section, render
@@ -26,6 +26,7 @@ def write_page(numbers: Path) -> Path:
         sections.training(story),
         sections.curvature(story),
         *([sections.sharpness(story)] if "sam_relative" in story.rows[0] else []),
+        *landscape_sections.sections(story),
         sections.lines(story),
         sections.distribution(story),
         sections.roughness(story),
