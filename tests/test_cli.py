@@ -17,11 +17,13 @@ from funcscope.core.store import load, save
 from funcscope.curvature import hessian
 from funcscope.families import modular
 from funcscope.linalg import dense
-from funcscope.study import demo, demo_curvature
+from funcscope.study import demo
+from funcscope.study.analyzers import curvature, directional
 
 TINY = demo.Settings(
-    modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6), num_checkpoints=6, n_samples=4
-)
+    modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6),
+    num_checkpoints=6, n_samples=4, plane_points=4,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_the_demo_prints_a_table_and_writes_page_and_numbers(tiny, tmp_path, cap
         assert re.search(rf"^\s*{row['step']} .*{row['train_loss']:.3g}", out, re.MULTILINE)
     assert "modular-addition-p7.html" in out
     assert "training" in err  # the progress bar
-    assert "sampling" in err
+    assert "directional losses" in err
 
 
 def test_a_second_run_reuses_what_is_there_and_another_setting_is_computed_anew(tiny, tmp_path, capsys):
@@ -58,7 +60,7 @@ def test_a_second_run_reuses_what_is_there_and_another_setting_is_computed_anew(
 
 def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
-    real, calls = demo.directional_losses, []
+    real, calls = directional.directional_losses, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -66,11 +68,11 @@ def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny,
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(demo, "directional_losses", interrupted)
+    monkeypatch.setattr(directional, "directional_losses", interrupted)
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
     assert "interrupted; " in capsys.readouterr().out
     assert not (tmp_path / "cut" / "modular-addition-p7.html").exists()
-    monkeypatch.setattr(demo, "directional_losses", real)
+    monkeypatch.setattr(directional, "directional_losses", real)
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
     for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
@@ -78,7 +80,7 @@ def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny,
 
 def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
-    real, calls = demo_curvature.sam_sharpness, []
+    real, calls = curvature.sam_sharpness, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -86,7 +88,7 @@ def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, t
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(demo_curvature, "sam_sharpness", interrupted)
+    monkeypatch.setattr(curvature, "sam_sharpness", interrupted)
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
     steps = len(load(tmp_path / "whole" / "modular-addition-p7.npz").arrays["step"])
@@ -107,7 +109,7 @@ def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_p
         found, residual = row["hessian_max_eigenvalue"], row["hessian_max_eigenvalue_residual"]
         assert abs(found - float(values[-1])) <= residual + 1e-4 * found
         assert abs(row["hessian_trace"] - float(values.sum())) < 5 * row["hessian_trace_stderr"]
-        wanted = demo_curvature.sam_sharpness(loss, theta, epsilon=0.01)
+        wanted = curvature.sam_sharpness(loss, theta, epsilon=0.01)
         assert row["sam_relative"] == pytest.approx(wanted.relative)
         assert row["sam_relative_stderr"] == pytest.approx(wanted.relative_stderr)
 
@@ -213,10 +215,10 @@ def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, caps
     arrays, meta, _ = load(tmp_path / "modular-addition-p7.npz")
     loss = modular.objective(modular.network(TINY.config), TINY.config)
     params = modular.checkpoint(TINY.config, tmp_path / TINY.config.name, 100).params
-    result = demo.directional_losses(
+    result = directional.directional_losses(
         loss,
         params,
-        key=demo.key(42),
+        key=directional.key(42),
         n_samples=4,
         span=0.1,
         two_sided=True,

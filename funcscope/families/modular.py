@@ -286,6 +286,10 @@ def _published(last: int) -> tuple[int, ...]:
     return tuple(step for step in dense if step <= last)
 
 
+def _batches(config: Config, split: str) -> list[tuple[Tensor, Tensor]]:
+    return [data(config, split)]  # type: ignore[arg-type]
+
+
 def _kept(config: Config, folder: Path, step: int) -> Kept:
     found = checkpoint(config, folder, step)
     return Kept(found.params, found.sha256)
@@ -301,7 +305,7 @@ FAMILY = register(
         },
         config=Config,
         network=network,
-        batches=lambda config, split: [data(config, split)],
+        batches=_batches,
         criterion=CRITERION,
         train=train,
         checkpoint=_kept,

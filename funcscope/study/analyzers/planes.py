@@ -14,6 +14,7 @@ from ...landscape.plane import loss_plane
 from ..analyzer import Analyzer, Subject, Subjects, Values
 from ..phases import phases
 
+SUMMARY = ("roughness", "loss_min", "loss_max", "n_nonfinite")
 MARGIN = 0.25
 """Of the plane through a trajectory: how far it goes beyond it, as a share of its extent."""
 
@@ -72,8 +73,8 @@ def path(subjects: Subjects, *, num: int, split: str) -> Values:
 LOSS_PLANE = Analyzer(
     name="loss_plane",
     analyze=plane,
-    summary_keys=("roughness", "loss_min", "loss_max", "n_nonfinite"),
-    compute_summary=lambda values: {name: values[name] for name in LOSS_PLANE.summary_keys},
+    summary_keys=SUMMARY,
+    compute_summary=lambda values: {name: values[name] for name in SUMMARY},
     settings={"num": 25, "span": 0.5, "normalize": "filter", "split": "train", "seed": 42},
     forwards=lambda settings: settings["num"] ** 2 + 1,
     epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),

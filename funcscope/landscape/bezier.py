@@ -1,0 +1,240 @@
+"""Curves between two models: a quadratic Bezier curve whose middle control point is trained to keep the loss low."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad_and_value
+
+from ..core.checks import check_count, check_flat, check_positive
+from ..core.directions import dot
+from ..core.estimate import Estimate
+from ..core.keys import Key, check_key, fold_in, uniform
+from ..core.objective import Loss, Theta
+from .barriers import LossPath
+from .path import EndPoint, Write, chunk_size, end_point, mapped, measured, on_line, vector
+
+RATE = 0.1
+"""The default learning rate over the root mean square of the coordinates of end - start."""
+
+
+def bezier(
+    start: Float[Tensor, " p"], midpoint: Float[Tensor, " p"], end: Float[Tensor, " p"], t: float
+) -> Float[Tensor, " p"]:
+    r"""The point $(1 - t)^2 \theta_0 + 2 t (1 - t)\, m + t^2\, \theta_1$ of a quadratic Bezier curve.
+
+    The curve passes the straight line at $2 t (1 - t) (m - (\theta_0 + \theta_1) / 2)$, so that with the midpoint of the
+    end points it is the straight line: proofs/bezier_midpoint.py. It does not pass through m.
+
+    >>> bezier(torch.tensor([0.0]), torch.tensor([4.0]), torch.tensor([2.0]), 0.5)
+    tensor([2.5000])
+    """
+    check_flat("midpoint", midpoint, len(start))
+    check_flat("end", end, len(start))
+    row = torch.empty_like(
+        start, dtype=torch.promote_types(torch.promote_types(start.dtype, end.dtype), midpoint.dtype)
+    )
+    return _write(start, midpoint, end, t, row)
+
+
+def bezier_path(
+    loss: Loss, start: Theta, midpoint: Theta, end: Theta, *, num: int = 21, chunk: int | None = None
+) -> LossPath:
+    r"""The loss on a quadratic Bezier curve between two models, with its barriers over them.
+
+    $$\varphi(t) = (1 - t)^2 \theta_0 + 2 t (1 - t)\, m + t^2\, \theta_1, \qquad L(t) = L(\varphi(t)).$$
+
+    A curve trained by `connect` looks better on the data that it was trained on than on others: here it can be measured
+    on any. midpoint: m, as start and end a flat vector of shape (P,) or a dict of parameters. Barriers, errors, biases,
+    `num`, `chunk` and errors raised: see `linear_path`; the chord is taken in t.
+
+    Garipov, Izmailov, Podoprikhin, Vetrov, Wilson (2018), arXiv:1802.10026.
+
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> ring = criterion.custom(lambda out, y: ((out**2).sum() - 1).square()[None])          # (|theta|^2 - 1)^2
+    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], ring)
+    >>> start, corner, end = (torch.tensor(x) for x in ([1.0, 0.0], [1.0, 1.0], [0.0, 1.0]))
+    >>> path = bezier_path(loss, start, corner, end, num=3)
+    >>> [round(x, 4) for x in path.losses.tolist()]                                          # at (3/4, 3/4): 1/64
+    [0.0, 0.0156, 0.0]
+    """
+    check_count("num", num, least=3)
+    ends = end_point(loss, start, "start"), end_point(loss, end, "end")
+    m = vector(loss, midpoint, "midpoint")
+    return measured(loss, *ends, _on_curve(*ends, m, num), num=num, chunk=chunk, kind="bezier")
+
+
+def connect(
+    loss: Loss,
+    start: Theta,
+    end: Theta,
+    *,
+    key: Key,
+    steps: int = 200,
+    learning_rate: float | None = None,
+    points: int = 4,
+    num: int = 21,
+    chunk: int | None = None,
+) -> Connection:
+    r"""A curve of low loss between two models, looked for by training: are they connected though the line is blocked?
+
+    $$\min_m\; \mathbb{E}_{t \sim U(0, 1)}\, L\big((1 - t)^2 \theta_0 + 2 t (1 - t)\, m + t^2\, \theta_1\big).$$
+
+    Adam on m alone, from the straight midpoint $(\theta_0 + \theta_1) / 2$, where the curve is the line
+    (proofs/bezier_midpoint.py). Step k averages over `points` values of t, one
+    drawn in each of as many equal parts of [0, 1], from `fold_in(key, k)`; all batches are used at every step. The
+    midpoint is the last one: no step is picked by its noisy loss. A barrier on the result is an upper bound of what
+    better training, or a curve of more control points, may find; a curve without one shows that the models are connected.
+
+    start, end: flat vectors of shape (P,) or dicts of parameters; they are not changed.
+    learning_rate: of the first step, in units of the parameters, falling linearly to 0 over the steps. Default 0.1 times
+    the root mean square coordinate of end - start: an Adam step moves a coordinate by about the rate, so that `steps`
+    of them may move m by some 0.05 steps ||end - start|| at the most.
+    num: points of `path` and `line`, at the same t. chunk: models per `vmap`, see `linear_path`; in training at most
+    `points`, each with its gradient.
+
+    The loss of `path` is on the data that m was trained on, and biased down as any training loss is: measure on other
+    data with `bezier_path`. Cost: steps x points gradients and 2 num - 2 forwards.
+
+    Raises ValueError as `linear_path`, for equal end points (there is nothing to connect), a count or a rate that is not
+    positive, and where a loss or a gradient in training is not finite.
+
+    Garipov, Izmailov, Podoprikhin, Vetrov, Wilson (2018), Loss surfaces, mode connectivity, and fast ensembling of DNNs,
+    arXiv:1802.10026; Draxler, Veschgini, Salmhofer, Hamprecht (2018), arXiv:1803.00885.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> ring = criterion.custom(lambda out, y: ((out**2).sum() - 1).square()[None])            # (|theta|^2 - 1)^2
+    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], ring)
+    >>> start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    >>> found = connect(loss, start, end, key=keys.key(0))
+    >>> float(found.line.barrier_max.value), bool(found.path.barrier_max.value < 0.01)          # the line cuts the ring
+    (0.25, True)
+    """
+    check_key(key)
+    for name, count, least in (("steps", steps, 1), ("points", points, 1), ("num", num, 3)):
+        check_count(name, count, least)
+    chunk = chunk_size(loss, chunk)
+    a, b = end_point(loss, start, "start"), end_point(loss, end, "end")
+    gap = b.theta - a.theta
+    distance = dot(gap, gap) ** 0.5
+    if distance == 0:
+        raise ValueError("`start` and `end` are equal: there is nothing to connect. Pass two different models.")
+    rate = RATE * distance / math.sqrt(len(gap)) if learning_rate is None else learning_rate
+    check_positive("learning_rate", rate)
+    m, history = _train(loss, a, b, key, steps, rate, points, chunk)
+    line = measured(loss, a, b, on_line(a.theta, b.theta, num), num=num, chunk=chunk, kind="line")
+    path = measured(loss, a, b, _on_curve(a, b, m, num), num=num, chunk=chunk, kind="bezier", known=True)
+    gap = m - (a.theta + b.theta) / 2
+    return Connection(m, path, line, history, dot(gap, gap) ** 0.5, rate, points, key)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Connection:
+    """A trained curve between two models beside the straight line; made by `connect`, whose docstring has the formulas."""
+
+    midpoint: Float[Tensor, " p"]
+    """The trained control point, in the dtype and on the device of the end points."""
+    path: LossPath
+    line: LossPath
+    history: Float[Tensor, " steps"]
+    """The mean loss at the t of each step, before the step: noisy, as t differs from step to step."""
+    displacement: float
+    """Distance of the trained control point from the straight midpoint."""
+    learning_rate: float
+    points: int
+    key: Key
+
+    @property
+    def reduction(self) -> Estimate:
+        """By how much the highest loss of the curve is below that of the line, with its paired error."""
+        return self.line.mean(self.line.barrier_sums[0] - self.path.barrier_sums[0])
+
+    @property
+    def num_forwards(self) -> int:
+        return self.line.num_forwards + self.path.num_forwards
+
+    @property
+    def num_gradients(self) -> int:
+        return len(self.history) * self.points
+
+    def asdict(self) -> dict[str, Any]:
+        """The curve's entries by their names in `LossPath`, the line's with `line_` before them, settings and history.
+
+        The midpoint is left out: it is as long as the model.
+        """
+        values = self.path.asdict() | {f"line_{name}": value for name, value in self.line.asdict().items()}
+        values |= {"reduction": float(self.reduction.value), "reduction_stderr": float(self.reduction.stderr)}
+        plain = ("displacement", "learning_rate", "points", "num_forwards", "num_gradients")
+        values |= {"history": self.history.numpy()} | {name: getattr(self, name) for name in plain}
+        return values | {"steps": len(self.history), "seed": self.key.seed, "key": f"{self.key.bits:032x}"}
+
+    def __str__(self) -> str:
+        return f"{self._head()}\n{self.path}\n{self.line}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same tables, for notebooks."""
+        return f"<p>{html.escape(self._head())}</p>\n{self.path._repr_html_()}\n{self.line._repr_html_()}"
+
+    def _head(self) -> str:
+        return (
+            f"trained for {len(self.history)} steps of {self.points} points at {self.learning_rate:.3g}, {self.key!r}: "
+            f"the highest loss falls by {self.reduction}, the control point moved by {self.displacement:.4g}"
+        )
+
+
+def _train(
+    loss: Loss, a: EndPoint, b: EndPoint, key: Key, steps: int, rate: float, points: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The last midpoint, and the losses on the way."""
+    m = (a.theta + b.theta) / 2
+    optimizer = torch.optim.Adam([m], lr=rate)
+    history = torch.empty(steps, dtype=torch.float64)
+    buffer = m.new_empty(min(chunk, points), len(m))
+    for step in range(steps):
+        drawn = uniform(fold_in(key, step), torch.zeros(points, dtype=torch.float64))
+        t = ((torch.arange(points) + drawn) / points).tolist()
+        m.grad, history[step] = _slope(loss, a, m, b, t, buffer)
+        if not (math.isfinite(history[step]) and bool(m.grad.isfinite().all())):
+            raise ValueError(
+                f"the loss on the curve is {float(history[step])}, or its gradient is not finite, at step {step} of {steps} "
+                f"(t between {t[0]:.3f} and {t[-1]:.3f}). Pass a `learning_rate` below {rate:.3g}, and look at "
+                "`linear_path`: where it is not finite, training has no start."
+            )
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.step()
+    m.grad = None
+    return m, history
+
+
+def _slope(loss: Loss, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buffer: Tensor) -> tuple[Tensor, float]:
+    """The gradient in m, and the value, of the mean loss at the t: each point moves by 2 t (1 - t) with m."""
+    gradient, value = torch.zeros_like(m), 0.0
+    for first in range(0, len(t), len(buffer)):
+        part = t[first : first + len(buffer)]
+        rows = buffer[: len(part)]
+        for at, row in zip(part, rows, strict=True):
+            _write(a.theta, m, b.theta, at, row)
+        slopes, losses = mapped(grad_and_value(loss), rows)
+        for at, slope in zip(part, slopes, strict=True):
+            gradient.add_(slope, alpha=2 * at * (1 - at) / len(t))
+        value += float(losses.double().sum()) / len(t)
+    return gradient, value
+
+
+def _on_curve(a: EndPoint, b: EndPoint, m: Tensor, num: int) -> Write:
+    return lambda i, row: _write(a.theta, m, b.theta, i / (num - 1), row)
+
+
+def _write(start: Tensor, midpoint: Tensor, end: Tensor, t: float, row: Tensor) -> Tensor:
+    s = 1 - t
+    return torch.mul(start, s * s, out=row).add_(midpoint, alpha=2 * s * t).add_(end, alpha=t * t)

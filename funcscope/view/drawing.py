@@ -1,0 +1,235 @@
+"""What the renderers share: a result read by its documented names, scales, bands, marks on training steps, titles.
+
+A renderer takes a mapping of arrays by their documented names, or a result that has them in `asdict()`, and changes
+neither. Values that are not finite are holes, and counted where they are not visible as such.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Bool, Float
+
+from .figures import Z95
+from .numbers import with_error
+from .result import short
+from .samples import plain
+from .theme import (
+    INK,
+    MUTED,
+    VERMILION,
+    Timeline,
+    place,
+    put_on_timeline,
+    set_linear,
+)
+from .theme import set_log as _set_log
+
+DECADES = 2
+"""Values that spread over so many powers of ten are shown on a logarithmic scale."""
+
+Column = Float[np.ndarray, " n"]
+
+
+@runtime_checkable
+class Result(Protocol):
+    """Anything with the documented dictionary."""
+
+    def asdict(self) -> dict[str, Any]: ...
+
+
+Data = Mapping[str, Any] | Result
+
+
+def arrays(result: Data, *names: str) -> dict[str, Any]:
+    """The result's dictionary, as a copy; ValueError for a name that it lacks.
+
+    >>> arrays({"x": 1}, "x", "losses")
+    Traceback (most recent call last):
+    ValueError: the data must have the key 'losses'; they have 'x'.
+    """
+    found = dict(result if isinstance(result, Mapping) else result.asdict())
+    for name in names:
+        if name not in found:
+            there = ", ".join(repr(key) for key in found) or "none"
+            raise ValueError(f"the data must have the key {name!r}; they have {there}.")
+    return {name: np.asarray(value) if name == "epochs" else value for name, value in found.items()}
+
+
+def numbers_of(data: Mapping[str, Any], name: str) -> Float[np.ndarray, "*shape"]:
+    """An array of the data in float64, and never a view of it."""
+    return np.array(data[name], dtype=np.float64)
+
+
+def scalar(data: Mapping[str, Any], name: str) -> float:
+    """A number of the data; nan where it is absent or None, which is nan after a round trip through JSON.
+
+    >>> scalar({"x": np.array(2)}, "x"), scalar({"x": None}, "x")
+    (2.0, nan)
+    """
+    value = data.get(name)
+    return math.nan if value is None else float(value)
+
+
+def check_lengths(data: Mapping[str, Any], *names: str) -> None:
+    """ValueError where arrays over the same axis differ in length."""
+    lengths = {name: np.shape(data[name])[:1] for name in names}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {shape[0] if shape else 'a scalar'}" for name, shape in lengths.items())
+        raise ValueError(f"arrays over one axis must be equally long, got {said}.")
+
+
+def spreads(values: Float[np.ndarray, "*shape"]) -> bool:
+    """Whether a logarithmic scale shows the values better: two decades, and what is not positive is rare and small."""
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
+    if not positive.size or 10 * positive.size < 9 * finite.size:
+        return False
+    return bool(positive.max() >= 10**DECADES * positive.min() and -finite.min() <= np.median(positive))
+
+
+def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends: Float[np.ndarray, "_"]) -> float:
+    """Name the axis, and make it logarithmic where the value spreads, else linear with zero; returns its lower end, or -inf.
+
+    The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value.
+    """
+    if spreads(value):
+        axis.title.text = f"{name} ({unit})"
+        least = value[np.isfinite(value) & (value > 0)].min() / 10
+        return _set_log(axis, value, *(np.where(end > 0, np.maximum(end, least), np.nan) for end in ends))
+    every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])
+    low, high = float(every.min()), float(every.max())
+    set_linear(axis, name, unit, low, high if high > low else 1.0)
+    return -math.inf
+
+
+def band(x: Column, low: Column, high: Column, name: str, colour: str, floor: float = -math.inf) -> go.Scatter:
+    """The area between low and high, a piece for every run without holes; what is below the floor is cut off."""
+    seen = np.isfinite(low) & np.isfinite(high) & (high > floor)
+    across, up = [np.empty(0)], [np.empty(0)]
+    for run in np.split(np.arange(len(x)), np.flatnonzero(np.diff(seen.astype(int))) + 1):
+        if seen[run].all():
+            across.append(np.concatenate([x[run], x[run][::-1], [np.nan]]))
+            up.append(np.concatenate([high[run], np.maximum(low[run], floor)[::-1], [np.nan]]))
+    fill = faint(colour)
+    return go.Scatter(
+        x=np.concatenate(across), y=np.concatenate(up), fill="toself", fillcolor=fill, mode="lines", name=name,
+        line={"width": 0.5, "color": fill}, hoverinfo="skip",
+    )  # fmt: skip
+
+
+def faint(colour: str, opacity: float = 0.2) -> str:
+    """
+    >>> faint("#0072B2")
+    'rgba(0,114,178,0.2)'
+    """
+    return f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},{opacity:g})"
+
+
+def over_training(
+    epochs: np.ndarray, value: Column, ends: Column, name: str, colour: str, unit: str, floor: float
+) -> list[go.Scatter]:
+    """A line over epochs with bars of half-width `ends`, open where a value is not finite or not above the floor.
+
+    Values that a logarithmic axis cannot hold are triangles at its lower edge. The line itself is the last one.
+    """
+    x, shown = place(epochs), np.where(value > floor, value, np.nan)
+    told = np.column_stack([epochs, value, ends])
+    hover = f"step %{{customdata:,}}<br>{name} %{{text}} {unit}<extra></extra>"
+    text = [with_error(at, end / Z95) for _, at, end in told]
+    line = go.Scatter(
+        x=x, y=shown, customdata=epochs, text=text, hovertemplate=hover, mode="lines+markers", name=name,
+        line={"color": colour, "width": 1.8}, marker={"color": colour, "size": 6}, connectgaps=False,
+    )  # fmt: skip
+    drawn = [] if not np.isfinite(ends).any() else [_bars(x, value - ends, value + ends, colour, floor)]
+    low: Bool[np.ndarray, " n"] = value <= (0 if floor > 0 else -math.inf)
+    if low.any():
+        mark = {"symbol": "triangle-down-open", "size": 9, "color": colour}
+        below = go.Scatter(
+            x=x[low], y=np.full(int(low.sum()), floor), customdata=epochs[low], text=[text[i] for i in low.nonzero()[0]],
+            hovertemplate=hover, mode="markers", marker=mark, name="zero or below", cliponaxis=False,
+        )  # fmt: skip
+        drawn.append(below)
+    return [*drawn, line]
+
+
+def put_on_epochs(fig: go.Figure, epochs: np.ndarray, current: int | None, rows: Sequence[int] = (1,)) -> None:
+    """Give the panels the axis of training steps, and mark the current one in all of them."""
+    known = [*epochs.ravel().tolist(), *([] if current is None else [current])]
+    if min(known, default=0) < 0:
+        raise ValueError(f"epochs must be 0 or more, got {min(known)}.")
+    put_on_timeline(fig, Timeline(int(max(known, default=1)) or 1), rows)
+    if current is not None:
+        style = {"color": VERMILION, "width": 1.5}
+        x, right = math.sqrt(current), fig.layout.xaxis.range[1]
+        fig.add_vline(x=x, line=style, opacity=0.8, layer="below", name="current epoch")
+        fig.add_annotation(
+            x=x, y=1, yref="paper", text=f"step {current:,}", showarrow=False, yanchor="bottom", yshift=-2,
+            xanchor="right" if x > 0.85 * right else "left", xshift=4 if x > 0.85 * right else -4,
+            font={"size": 12, "color": VERMILION},
+        )  # fmt: skip
+
+
+def titled(fig: go.Figure, title: str, *notes: str) -> go.Figure:
+    """Put a title, smaller notes, and the legend above the panels, in rows that fit a width of 500 pixels.
+
+    title, notes: with plotly's markup; empty notes are left out.
+    """
+    head = [line for part in title.split("<br>") for line in textwrap.wrap(part, 60)]
+    under = [line for note in notes for line in textwrap.wrap(note, 76)]
+    small = [f'<span style="font-size:12px;color:{MUTED}">{line}</span>' for line in under]
+    lines = [*head, *small]
+    top, pad = 12 + 19.5 * len(lines), 10 if len(lines) == 1 else 20  # plotly lifts several lines by half of one
+    rows = _legend_rows(fig)
+    fig.update_layout(
+        title={
+            "text": "<br>".join(lines), "font": {"size": 15, "color": INK}, "x": 0, "xref": "container",
+            "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top", "pad": {"l": 14, "t": pad},
+        },
+        legend={"xref": "container", "x": 0.015, "y": 1 - top / fig.layout.height, "font": {"size": 12}},
+    )  # fmt: skip
+    fig.layout.margin.t = top + 19 * rows + 20
+    return fig
+
+
+def _legend_rows(fig: go.Figure, width: int = 500) -> int:
+    """Rows of a legend that is as wide as the panels, its entries in columns as wide as the longest."""
+    margins = [fig.layout.margin[side] or fig.layout.template.layout.margin[side] for side in "lr"]
+    width -= sum(margins) + (75 if any(t.type in ("contour", "surface") and not t.coloraxis for t in fig.data) else 0)
+    names = {t.legendgroup or t.name: t.name for t in fig.data if t.name and t.showlegend is not False}
+    if (len(names) < 2 and not any(t.showlegend for t in fig.data)) or fig.layout.showlegend is False:
+        return 0
+    lengths = [46 + 6.4 * len(name) for name in names.values()]
+    return 1 if sum(lengths) <= width else math.ceil(len(lengths) / max(1, width // max(lengths)))
+
+
+def _bars(x: Column, low: Column, high: Column, colour: str, floor: float) -> go.Scatter:
+    """A vertical segment from low to high at every x; what lies below the floor is not drawn."""
+    seen = np.isfinite(low) & np.isfinite(high) & (high > floor)
+    y = np.stack([np.maximum(low[seen], floor), high[seen], np.full(int(seen.sum()), np.nan)], axis=1).ravel()
+    line = {"color": colour, "width": 1.5}
+    return go.Scatter(x=np.repeat(x[seen], 3), y=y, mode="lines", line=line, name="95 % interval", showlegend=False,
+                      hoverinfo="skip")  # fmt: skip
+
+
+def names_of(data: Mapping[str, Any], num: int) -> list[str]:
+    given = data.get("axis_names")
+    names = [f"direction {i + 1}" for i in range(num)] if given is None else [str(name) for name in np.ravel(given)]
+    if len(names) != num:
+        raise ValueError(f"`axis_names` must have a name per direction, got {len(names)} for {num}.")
+    return [plain(short(name, 28)) for name in names]
+
+
+def check_shape(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {shape} of its axes, got {values.shape}.")
+
+
+def lost(values: np.ndarray, what: str) -> str:
+    lost = int((~np.isfinite(values)).sum())
+    return f"{lost:,} of {values.size:,} {what} not finite" if lost else ""
