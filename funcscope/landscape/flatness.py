@@ -1,0 +1,282 @@
+"""How much the loss rises in a small step in a random direction: `flatness`, at several lengths `flatness_profile`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
+from ..core.directions import Direction, Normalize, directions, norm, stack
+from ..core.keys import Key, check_key
+from ..core.model import Functional
+from ..core.objective import Loss, Theta
+from ..core.restrict import restrict
+from .along import _mapped
+from .directional import _baseline, _plan
+from .flatness_result import Flatness
+from .precision import realised, warn_if_swallowed
+from .samples import Plan
+
+MAPPED_UP_TO = 512
+"""Batches of at most this many scored positions are evaluated 8 directions at a time; longer ones fill a core alone."""
+
+
+def flatness(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    n_directions: int = 50,
+    epsilon: float = 0.1,
+    relative: bool = False,
+    normalize: Normalize = "global",
+    two_sided: bool = True,
+    threshold: float = 0.1,
+    chunk: int | None = None,
+    directions: CommonDirections | None = None,
+) -> Flatness:
+    r"""How much the loss rises when all parameters together take a step of length epsilon in a random direction.
+
+    Low values are a flat neighbourhood. It describes the loss on the given batches at the given distance, in the given
+    parametrisation: rescaling layers changes it and not the function (Dinh et al.), and a shrinking norm of the weights
+    alone makes an absolute epsilon a larger step (`epsilon_relative`).
+
+    $$\Delta_i^\pm = L(\theta \pm \epsilon d_i) - L(\theta), \qquad e_i = (\Delta_i^+ + \Delta_i^-)/2, \qquad
+      E[\Delta] = E[e] = \frac{\epsilon^2}{2P}\, \mathrm{tr}\, H + O(\epsilon^4) \ \text{ for unit } d_i.$$
+
+    Losses in nats where the criterion is a cross-entropy. The documented statistics (mean, median, max, sd, 90th and 10th
+    percentile, `flatness_ratio`) are of the one-sided $\Delta_i^+$; `pair_mean` is the mean of $e_i$, with its error from
+    pairs. Pairs cancel the gradient and all odd orders exactly; at an equal number of evaluations they have the smaller
+    error only where the gradient is not small (`pair_variance_ratio`): proofs/antithetic_pairs.py.
+
+    theta: a flat vector of shape (P,), or a dict of parameters.
+    epsilon: with `global`, d has norm 1 in the space of all parameters and epsilon is the length of the step; with
+    `filter` and `layer`, d has the norm of theta (group by group, see `core.directions.directions`), and epsilon is a share
+    of it. relative: epsilon is a share of $\|\theta\|$ in every mode. The result has the length (`displacement`) and the
+    share (`epsilon_relative`) in any case.
+    two_sided: also $\Delta^-$, for twice the evaluations.
+    threshold: nats, for `flatness_fraction`: `flatness_ratio` compares with 0.1 of a baseline that may fall by decades.
+    chunk: directions per `vmap`; 1 is a plain loop. Default: 8 for at most 2^20 parameters and batches of at most 512
+    scored positions, else a loop; leaf by leaf from 2^22 parameters with one batch, as in `directional_losses`.
+    directions: `common_directions(net, key=key, num=...)`, drawn once for many checkpoints; the numbers are the same
+    without. The same key gives the same `global` directions at every theta in any case, so that differences between
+    checkpoints do not have the scatter of the draw.
+
+    Assumes that float32 resolves the losses and the steps: take a criterion `.in_dtype(torch.float64)` for losses below
+    1e-5 or so, and a float64 model for steps near 1e-6 of the weights. All deltas share the rounding error of the baseline.
+    The expansion needs a loss with four derivatives. In a ReLU network kinks enter at the same order $\epsilon^2$, and the
+    Hessian of autodiff does not have them, so that there the mean is no proxy of its trace but for small epsilon.
+
+    Raises ValueError for an epsilon that is not a finite positive number, fewer than one direction, `directions` of
+    another key, net or mode, shapes and devices that do not fit, a relative step at theta = 0, and where the loss at theta
+    is not finite or not the same twice.
+
+    Hochreiter, Schmidhuber (1997), Flat minima, doi:10.1162/neco.1997.9.1.1; Dinh, Pascanu, Bengio, Bengio (2017), Sharp
+    minima can generalize for deep nets; Hammersley, Morton (1956), A new Monte Carlo technique: antithetic variates.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = criterion.custom(lambda out, y: (out - y) ** 2 / 2)
+    >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
+    >>> result = flatness(loss, torch.tensor([3.0, 4.0]), key=keys.key(0), n_directions=4)
+    >>> round(float(result.pair_mean.value), 5), round(float(result.second_order.value), 2)     # epsilon^2 / 2, tr H
+    (0.005, 2.0)
+    """
+    return flatness_profile(
+        loss,
+        theta,
+        key=key,
+        epsilons=(epsilon,),
+        n_directions=n_directions,
+        relative=relative,
+        normalize=normalize,
+        two_sided=two_sided,
+        threshold=threshold,
+        chunk=chunk,
+        directions=directions,
+    )[0]
+
+
+def flatness_profile(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    epsilons: Sequence[float],
+    n_directions: int = 50,
+    relative: bool = False,
+    normalize: Normalize = "global",
+    two_sided: bool = True,
+    threshold: float = 0.1,
+    chunk: int | None = None,
+    directions: CommonDirections | None = None,
+) -> tuple[Flatness, ...]:
+    r"""`flatness` at several lengths of the step, along the same directions, each of which is drawn once.
+
+    One result per epsilon, in their order; formulas, units, assumptions, errors and sources as in `flatness`. Where
+    `second_order` changes with epsilon, orders above the second (or kinks) matter: proofs/antithetic_pairs.py.
+    Raises ValueError also for no epsilon at all.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)    # L = |theta|^2 / 2
+    >>> profile = flatness_profile(loss, torch.ones(2), key=keys.key(0), epsilons=(0.1, 0.2), n_directions=4)
+    >>> [round(float(result.pair_mean.value), 4) for result in profile]
+    [0.005, 0.02]
+    """
+    epsilons = tuple(epsilons)
+    _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk)
+    plan, base = _planned(loss, chunk, directions), loss.leaves(theta)
+    dirs = _drawn(loss.net, base, key, n_directions, normalize, directions)
+    param_norm, length = norm(base), dirs[0].norm
+    if relative and param_norm == 0:
+        raise ValueError("`relative` makes epsilon a share of ||theta||, which is 0 here: leave it out.")
+    steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
+    signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
+    with torch.no_grad():
+        baseline = _baseline(loss, theta, plan)
+        _warn_of_half(loss, base, dirs[0], steps)
+        rows = None if directions is None else directions.rows
+        deltas = torch.cat(list(_losses(loss, theta, dirs, rows, signed, plan))) - baseline
+    settings: dict[str, Any] = {
+        "baseline_loss": baseline,
+        "direction_norm": length,
+        "param_norm": param_norm,
+        "num_params": loss.layout.num,
+        "relative": relative,
+        "normalize": normalize,
+        "threshold": float(threshold),
+        "key": key,
+        "plan": plan,
+        "num_forwards": 2 + n_directions * (1 + two_sided),
+    }
+    return tuple(
+        Flatness(side[:, 0].clone(), side[:, 1].clone() if two_sided else None, float(epsilon), step, **settings)
+        for epsilon, step, side in zip(epsilons, steps, deltas.split(1 + two_sided, dim=1), strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CommonDirections:
+    """Unit directions that are drawn and kept, for many checkpoints of one model; made by `common_directions`."""
+
+    key: Key
+    dirs: tuple[Direction, ...]
+    rows: Float[Tensor, "n p"]
+
+    def __repr__(self) -> str:
+        return f"CommonDirections({len(self.dirs)} of {self.rows.shape[1]:,} parameters, {self.key!r})"
+
+
+def common_directions(net: Functional, *, key: Key, num: int = 50) -> CommonDirections:
+    r"""The `global` directions of `flatness`, drawn once: they do not depend on theta.
+
+    $d_i = z_i / \|z_i\|$, z_i standard normal: the rows of (num, P), in theta's dtype; num x P numbers stay in memory.
+    A `flatness` with this key takes the first `n_directions` of them, with the same result as without.
+    Raises ValueError for fewer than one.
+
+    >>> from funcscope.core import keys, model
+    >>> common_directions(model.functional(torch.nn.Linear(3, 2)), key=keys.key(0), num=5)
+    CommonDirections(5 of 8 parameters, Key(9020407baa472c7c3467b98d6ecdffca, seed=0))
+    """
+    dirs = directions(net, key=key, num=num, normalize="global")
+    return CommonDirections(key, dirs, stack(dirs))
+
+
+def _losses(
+    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], rows: Tensor | None, steps: list[float], plan: Plan
+) -> Iterator[Float[Tensor, "m k"]]:
+    """The loss at every step along every direction, one row per direction, some directions at a time."""
+    if plan.lazy:
+        params = loss.leaves(theta)
+        for direction in dirs:
+            yield torch.stack(_along_lazy(loss, params, direction, steps))[None].cpu().double()
+        return
+    flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+    for first in range(0, len(dirs), plan.chunk):
+        last = min(first + plan.chunk, len(dirs))
+        part = stack(dirs[first:last]) if rows is None else rows[first:last]
+        if plan.chunk > 1:
+            found = [_mapped(lambda row, a=a: restrict(loss, flat, row)(a), part, "chunk=1") for a in steps]
+        else:
+            found = [restrict(loss, flat, part[0])(a)[None] for a in steps]
+        yield torch.stack(found, dim=1).cpu().double()
+
+
+def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
+    phi = restrict(loss, params, direction, lazy=True)
+    if len(steps) == 1 or loss.net.attention == "keep":
+        return [phi(a) for a in steps]
+    signed = torch.tensor(steps, dtype=direction.scales.dtype, device=direction.scales.device)
+    return list(_mapped(phi, signed, "chunk=1"))  # one draw serves them all
+
+
+def _drawn(
+    net: Functional, base: Any, key: Key, num: int, normalize: Normalize, common: CommonDirections | None
+) -> tuple[Direction, ...]:
+    if common is None:
+        return directions(net, key=key, num=num, normalize=normalize, base=base)
+    if normalize != "global":
+        raise ValueError(
+            f"`directions` are for `normalize='global'`, got {normalize!r}: there norms are those of theta's groups, and "
+            "differ between checkpoints. Leave `directions` out."
+        )
+    if common.key != key:
+        raise ValueError(f"`directions` were drawn with {common.key!r}, got the key {key!r}: use the same.")
+    if common.dirs[0].scales.layout.shapes != net.layout.shapes:
+        raise ValueError("`directions` are of another net: its parameters differ. Draw them from `loss.net`.")
+    if num > len(common.dirs):
+        raise ValueError(
+            f"`n_directions` is {num}, and `directions` has {len(common.dirs)}: draw more, or ask for fewer."
+        )
+    return common.dirs[:num]
+
+
+def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:
+    """As for directional losses, with a loop for long batches; rows that are there already are used."""
+    plan = _plan(loss, chunk, False if common is not None else None)
+    long = max(_positions(*batch) for batch in loss.batches) > MAPPED_UP_TO
+    return plan._replace(chunk=1) if chunk is None and long else plan
+
+
+def _positions(inputs: Any, targets: Any) -> int:
+    """Scored positions of a batch where the targets say so; else the entries of its longest first dimension."""
+    weight = getattr(targets, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.numel()
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    return max((len(x) for x in values if isinstance(x, Tensor) and x.ndim), default=1)
+
+
+def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:
+    """Steps that half precision swallows; nothing in full precision."""
+    size = norm(base)
+    for step in steps:
+        share = step * direction.norm / size if size else math.inf
+        warn_if_swallowed(realised(loss.layout, base, direction, step), step, share)
+
+
+def _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk) -> None:
+    check_key(key)
+    check_count("n_directions", n_directions)
+    if not epsilons:
+        raise ValueError("`epsilons` is empty: name at least one length of the step, for example (0.1,).")
+    for epsilon in epsilons:
+        check_positive("epsilon", epsilon)
+    check_positive("threshold", threshold)
+    check_choice("normalize", normalize, get_args(Normalize))
+    if chunk is not None:
+        check_count("chunk", chunk)
+    if isinstance(theta, Mapping):
+        check_names(theta, loss.layout.names, "theta")
+    else:
+        check_flat("theta", theta, loss.layout.num)
+    tensor = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
+    check_device("theta", tensor.device, "the model", loss.net.device)

@@ -1,0 +1,238 @@
+"""What `flatness` returns: loss changes along random directions, settings, and the statistics of both."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.estimate import Estimate
+from ..core.keys import Key
+from . import statistics
+from .paired import jackknifed
+from .samples import HEADERS, Plan
+
+SHARE_OF_BASELINE = 0.1
+"""A direction counts as flat for `flatness_ratio` where the loss rises by less than this share of the baseline."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Flatness:
+    r"""Loss changes at a step along random directions; made by `flatness`, whose docstring has the formulas.
+
+    Samples are float64 tensors of shape (n,) on the CPU, non-finite ones included. Statistics are over the finite ones
+    (pairs: where both sides are), but the two shares, which count a non-finite change as not flat. Errors are over
+    directions; nan where too few samples define one. `asdict()` has the documented names.
+    """
+
+    delta_losses: Float[Tensor, " n"]
+    delta_losses_negative: Float[Tensor, " n"] | None
+    epsilon: float
+    step: float
+    """The coefficient of the directions: epsilon, or epsilon ||theta|| / ||d|| where it is relative."""
+    baseline_loss: float
+    direction_norm: float
+    param_norm: float
+    num_params: int
+    relative: bool
+    normalize: str
+    threshold: float
+    key: Key
+    plan: Plan
+    num_forwards: int
+    """Evaluations of the loss for this epsilon, and two at theta, which the epsilons of a profile share."""
+
+    @property
+    def displacement(self) -> float:
+        """The length of the step in parameter space."""
+        return self.step * self.direction_norm
+
+    @property
+    def epsilon_relative(self) -> float:
+        """The length of the step over ||theta||; nan at theta = 0."""
+        return self.displacement / self.param_norm if self.param_norm else math.nan
+
+    @property
+    def n_nonfinite(self) -> int:
+        return int((~self.delta_losses.isfinite()).sum())
+
+    @property
+    def n_nonfinite_negative(self) -> int:
+        return 0 if self.delta_losses_negative is None else int((~self.delta_losses_negative.isfinite()).sum())
+
+    @property
+    def max_delta_loss(self) -> float:
+        """The largest finite change at +d; it grows with the number of directions, and has no standard error."""
+        finite = self._finite
+        return float(finite.max()) if len(finite) else math.nan
+
+    @property
+    def even(self) -> Float[Tensor, " m"]:
+        """(D+ + D-) / 2 of the pairs with two finite sides; empty where one side was evaluated only."""
+        return self._pairs(1)
+
+    @property
+    def pair_mean(self) -> Estimate:
+        r"""Mean of the even parts: $E[\Delta]$ without the scatter of the gradient and of all odd orders.
+
+        Exact cancellation, expectation and when pairs win: proofs/antithetic_pairs.py.
+        """
+        return Estimate.of(self.even)
+
+    @property
+    def pair_variance_ratio(self) -> Estimate:
+        r"""Variance of the one-sided mean over that of the pair mean, at an equal number of evaluations.
+
+        $\tfrac12 (1 + \mathrm{Var}(o) / \mathrm{Var}(e))$, $o = (\Delta^+ - \Delta^-)/2$; 1/2 at the least, where the
+        gradient is 0 and half as many directions are all that pairs bring. Jackknife standard error.
+        On a quadratic above 1 only if $\|g\|^2 > \epsilon^2 (\|H\|_F^2 - \mathrm{tr}(H)^2/P) / (2(P+2))$,
+        proofs/antithetic_pairs.py. nan below 2 pairs (the error below 3), or where nothing varies.
+        """
+        even, odd = self.even, self._pairs(-1)
+        if len(even) < 2:
+            return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
+
+        def left_out() -> Tensor:
+            return (1 + statistics.left_out(odd)[1] / statistics.left_out(even)[1]) / 2
+
+        return jackknifed((1 + odd.var() / even.var()) / 2, left_out, even)
+
+    @property
+    def second_order(self) -> Estimate:
+        r"""$2 P \,\overline{e} / \epsilon^2$, epsilon the displacement: tr(H) at this step's resolution, not tr(H) itself.
+
+        Off by $O(\epsilon^2)$ for a loss with four derivatives. For a ReLU network it contains the kinks within epsilon,
+        which the Hessian of autodiff does not have, and which do not vanish with higher orders: no estimate of that
+        trace (ratios of 0.6 to 0.8 between the two are common) unless epsilon is small against the distance to the kinks.
+        nan for one-sided samples and for directions other than `global`, where the mean weighs the blocks of H.
+        """
+        if self.normalize != "global":
+            return _scaled(self.pair_mean, math.nan)
+        return _scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
+
+    def expected_from_trace(self, trace: Estimate) -> Estimate:
+        r"""$\epsilon^2 \mathrm{tr}(H) / 2P$ with its error, for a trace from elsewhere: to put beside the means.
+
+        The two agree to $O(\epsilon^4)$ for a loss with four derivatives; for a ReLU network the Hessian of autodiff lacks
+        the kinks (`second_order`). Raises ValueError for directions other than `global`, whose mean is no trace.
+        """
+        if self.normalize != "global":
+            raise ValueError(
+                f"the mean along {self.normalize!r} directions weighs the blocks of the Hessian by the norms of the "
+                "parameters and is no trace: use `normalize='global'`."
+            )
+        return _scaled(trace, self.displacement * self.displacement / (2 * self.num_params))
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every sampled statistic by its name, with its standard error; those of pairs where there are any."""
+        finite = self._finite
+        relative = SHARE_OF_BASELINE * (self.baseline_loss if self.baseline_loss > 0 else 1.0)
+        found = {
+            "mean_delta_loss": statistics.mean(finite),
+            "median_delta_loss": _quantile(finite, 0.5),
+            "std_delta_loss": statistics.spread(finite),
+            "p90_delta_loss": _quantile(finite, 0.9),
+            "p10_delta_loss": _quantile(finite, 0.1),
+            "flatness_ratio": self._share_below(relative),
+            "flatness_fraction": self._share_below(self.threshold),
+        }
+        if self.delta_losses_negative is not None:
+            found["pair_mean"] = self.pair_mean
+            found["pair_variance_ratio"] = self.pair_variance_ratio
+            found["second_order"] = self.second_order
+        return found
+
+    def asdict(self) -> dict[str, Any]:
+        """Documented names, standard errors (`..._stderr`), settings, costs, samples: plain numbers, strings, numpy arrays.
+
+        Keys of the other side and of pairs are absent where one side was evaluated only.
+        """
+        values: dict[str, Any] = {"baseline_loss": self.baseline_loss, "max_delta_loss": self.max_delta_loss}
+        for name, estimate in self.estimates.items():
+            values |= {name: float(estimate.value), f"{name}_stderr": float(estimate.stderr)}
+        values |= {"epsilon": self.epsilon, "delta_losses": self.delta_losses.numpy()}
+        if self.delta_losses_negative is not None:
+            values["delta_losses_negative"] = self.delta_losses_negative.numpy()
+        return values | self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "epsilon_relative": self.epsilon_relative,
+            "displacement": self.displacement,
+            "param_norm": self.param_norm,
+            "num_params": self.num_params,
+            "threshold": self.threshold,
+            "n_directions": len(self.delta_losses),
+            "n_nonfinite": self.n_nonfinite,
+            "n_nonfinite_negative": self.n_nonfinite_negative,
+            "relative": self.relative,
+            "normalize": self.normalize,
+            "two_sided": self.delta_losses_negative is not None,
+            "seed": self.key.seed,
+            "key": f"{self.key.bits:032x}",
+            "fast_vec_path": not self.plan.lazy,
+            "chunk": self.plan.chunk,
+            "threads": self.plan.threads,
+            "num_forwards": self.num_forwards,
+        }
+
+    def __str__(self) -> str:
+        table = tabulate(self._rows(), headers=HEADERS, disable_numparse=True)
+        return "\n".join([self._head(), table, *self._tail()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        table = tabulate(self._rows(), headers=HEADERS, tablefmt="html", disable_numparse=True)
+        first, *rest = (f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._tail()))
+        return "\n".join([first, str(table), *rest])
+
+    def _head(self) -> str:
+        sides = "one-sided" if self.delta_losses_negative is None else "two-sided"
+        return (
+            f"{len(self.delta_losses)} {self.normalize} directions, {sides}, a step of {self.displacement:.4g} "
+            f"({self.epsilon_relative:.3g} of ||theta||), {self.key!r}"
+        )
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [
+            ("baseline_loss", f"{self.baseline_loss:.6g}", ""),
+            ("max_delta_loss", f"{self.max_delta_loss:.5g}", ""),
+        ]
+        return rows + [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
+
+    def _tail(self) -> list[str]:
+        if not self.n_nonfinite + self.n_nonfinite_negative:
+            return []
+        return [f"non-finite losses: {self.n_nonfinite} at +d, {self.n_nonfinite_negative} at -d"]
+
+    @property
+    def _finite(self) -> Tensor:
+        return self.delta_losses[self.delta_losses.isfinite()]
+
+    def _pairs(self, sign: int) -> Tensor:
+        """Half the sum (or, for -1, the difference) of the two sides, where both are finite."""
+        if self.delta_losses_negative is None:
+            return self.delta_losses.new_empty(0)
+        halves = (self.delta_losses + sign * self.delta_losses_negative) / 2
+        return halves[self.delta_losses.isfinite() & self.delta_losses_negative.isfinite()]
+
+    def _share_below(self, rise: float) -> Estimate:
+        return Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
+
+
+def _quantile(x: Tensor, q: float) -> Estimate:
+    """The quantile of a single sample is that sample, its error undefined."""
+    return Estimate(x[0], x.new_tensor(math.nan), 1) if len(x) == 1 else statistics.quantile(x, q)
+
+
+def _scaled(estimate: Estimate, factor: float) -> Estimate:
+    return Estimate(estimate.value * factor, estimate.stderr * abs(factor), estimate.num)
