@@ -1,5 +1,5 @@
 #!/bin/sh
-# The libraries that bench/curvature.py compares with, into the virtual environment of funcscope.
+# The libraries that bench/curvature.py and bench/landscape.py compare with, into the virtual environment of funcscope.
 #
 #     sh bench/install_peers.sh VENV
 #
@@ -17,18 +17,24 @@ python="$venv/bin/python"
     "curvlinops-for-pytorch==3.0.1" "hessian-eigenthings==1.0.0a5" "pyhessian==0.1"
 # curvlinops imports these three; linear_operator imports jaxtyping, mpmath and scipy, which torch and funcscope bring
 "$python" -m pip install --quiet --no-deps "einops>=0.8" "einconv==0.1.0" "linear_operator==0.6.1"
+# landscaper's planes (its modules compute and utils) import numpy, torch and tqdm only, and are imported alone, by
+# bench/landscape_peers.py: gudhi, topopy, nglpy, scikit-learn, matplotlib, ..., which its package imports, are left out
+"$python" -m pip install --quiet --no-deps "landscaper==1.3.1" "loss-landscapes==3.0.6"
 
-"$python" - <<'CHECK'
+PYTHONPATH="$root/bench" "$python" - <<'CHECK'
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import transformers
 from transformers import GPT2LMHeadModel  # noqa: F401
 
-import curvlinops, hessian_eigenthings, pyhessian  # noqa: E401, F401
+import curvlinops, hessian_eigenthings, loss_landscapes, pyhessian  # noqa: E401, F401
+import landscape_peers
+
+landscape_peers.landscaper()
 
 if find_spec("torchvision"):
     raise SystemExit("torchvision is installed: transformers is broken by it here; `pip uninstall torchvision`.")
-names = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "torch", "transformers")
-print(", ".join(f"{name} {version(name)}" for name in names))
+peers = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "landscaper", "loss-landscapes")
+print(", ".join(f"{name} {version(name)}" for name in (*peers, "torch", "transformers")))
 CHECK

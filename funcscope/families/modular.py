@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -103,14 +104,15 @@ class ModularAddition(nn.Module):
         self.unembed = nn.Linear(width, config.p, bias=False)
 
     def forward(self, tokens: Int[Tensor, "b 3"]) -> Float[Tensor, "b p"]:
-        x = self.embed(tokens) + self.position
-        last = x[:, -1]
-        q = self.q_proj(last).unflatten(-1, (self.num_heads, -1))
-        k = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
-        v = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
-        attention = ((q[:, None] * k).sum(-1) / q.shape[-1] ** 0.5).softmax(dim=1)
-        last = last + self.o_proj((attention[..., None] * v).sum(1).flatten(1))
-        last = last + self.mlp_out(torch.relu(self.mlp_in(last)))
+        """Keys, values and scores are made once for every token at every position, 3 (p + 1) of them, and then looked up."""
+        x = self.embed.weight + self.position[:, None]
+        q, k = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj))
+        scores = torch.einsum("qhd,pthd->qpth", q[-1], k) / q.shape[-1] ** 0.5
+        at = tokens + torch.arange(3, device=tokens.device) * x.shape[1]
+        attention = F.embedding(tokens[:, -1:] * (3 * x.shape[1]) + at, scores.flatten(0, 2)).softmax(dim=1)
+        v = F.embedding(at, self.v_proj(x).flatten(0, 1)).unflatten(-1, (self.num_heads, -1))
+        last = F.embedding(tokens[:, -1], x[-1]) + self.o_proj((attention[..., None] * v).sum(1).flatten(1))
+        last = last + self.mlp_out(self.mlp_in(last).relu_())
         return self.unembed(last)
 
 
