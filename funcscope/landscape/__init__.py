@@ -1,17 +1,47 @@
-"""The loss around a point: along random directions, of one model or of two on the same ones."""
+"""The loss around a point and between points: directions, lines, planes, paths, flatness; one model or two."""
 
+from .axes import Axes, Trajectory, eigenvector_axes, plane_directions, principal_directions, project
+from .barriers import BarrierMatrix, LossPath
+from .bezier import Connection, bezier, bezier_path, connect
 from .compare import Comparison, compare_directional
 from .directional import directional_losses
+from .flatness import common_directions, flatness, flatness_profile
+from .flatness_result import Flatness
+from .line import LossLines, loss_lines
+from .path import barrier_matrix, linear_path
+from .plane import LossPlane, loss_plane
 from .quadratic import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .samples import DirectionalLosses
 
 __all__ = [
+    "Axes",
+    "BarrierMatrix",
     "Comparison",
+    "Connection",
     "DifferenceStep",
     "DirectionalCurvatures",
     "DirectionalLosses",
+    "Flatness",
+    "LossLines",
+    "LossPath",
+    "LossPlane",
+    "Trajectory",
+    "barrier_matrix",
+    "bezier",
+    "bezier_path",
+    "common_directions",
     "compare_directional",
+    "connect",
     "difference_step",
     "directional_curvatures",
     "directional_losses",
+    "eigenvector_axes",
+    "flatness",
+    "flatness_profile",
+    "linear_path",
+    "loss_lines",
+    "loss_plane",
+    "plane_directions",
+    "principal_directions",
+    "project",
 ]

@@ -1,0 +1,241 @@
+"""The loss at many points of a line or a plane: mapped in chunks, or one at a time through one reused buffer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vmap
+
+from ..core.checks import check_count, check_device, check_flat, check_names, check_positive
+from ..core.criterion import Labels
+from ..core.layout import Params
+from ..core.objective import Loss, Theta, _per_row
+from .axes import Axes
+from .sequences import means
+
+MAPPED_UP_TO = 2**22
+"""Larger models are evaluated one point at a time."""
+MAPPED_POSITIONS = 256
+"""So are batches of more positions: beyond, eight models at once have left the cache."""
+MAPPED_WORK = 2**29
+"""And so is a product of parameters and positions above this."""
+STEPS = 4
+"""Points from one sum base + b d to the next; those between add the step: three streams of memory instead of four."""
+ROWS = 2**19
+"""Entries of the output that are scored at a time, so that what the loss makes of them stays in the cache."""
+
+Range = tuple[float, float]
+
+
+class Row(NamedTuple):
+    """Points theta + sum of fixed_k d_k + b d_moving, for b in values."""
+
+    fixed: tuple[float, ...]
+    """One coefficient per axis; that of the moving one is 0."""
+    moving: int
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """Losses of rows of points, (r, m) each in float64; errors are over sequences, those of differences are paired."""
+
+    baseline: float
+    losses: Float[Tensor, "r m"]
+    stderr: Float[Tensor, "r m"]
+    delta_stderr: Float[Tensor, "r m"]
+    num_forwards: int
+    """Passes over all batches, two at theta itself among them."""
+    chunk: int
+    threads: int
+
+
+def evaluate(
+    loss: Loss, theta: Float[Tensor, " p"], vectors: Float[Tensor, "k p"], rows: Sequence[Row], *, chunk: int | None
+) -> Evaluated:
+    """The loss at every point of rows of one length, and at theta itself, all on the loss's own batches.
+
+    chunk: points per `vmap`; 1 is a plain loop. Default: 8 for up to 2^22 parameters and 256 positions a batch (2^29 of
+    their product); above, a loop. The loop takes the fused kernels of norms, and makes theta' = (theta + a d_1) + b d_2 in
+    one buffer: at most five roundings per coordinate. A point of coefficients 0 is theta itself there, to the last bit; under
+    `vmap` its loss is the baseline up to the rounding of mapped matrix products.
+
+    Raises ValueError where the loss at theta is not finite, or not the same twice.
+    """
+    chunk = _default(loss) if chunk is None else chunk
+    with torch.no_grad():
+        terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else _Fused(loss)
+        centre, weights = terms(theta)
+        baseline = float(means(centre[None], weights).value)
+        _check_baseline(baseline, float(means(terms(theta)[0][None], weights).value), loss.net.unit_roundoff)
+        sets = _mapped(loss, theta, vectors, rows, chunk) if chunk > 1 else _looped(terms, theta, vectors, rows)
+        found = [_statistics(sums, centre, weights) for sums in sets]
+    columns = [torch.cat(column).view(len(rows), -1) for column in zip(*found, strict=True)]
+    num = columns[0].numel() + 2
+    return Evaluated(baseline, columns[0], columns[1], columns[2], num, chunk, torch.get_num_threads())
+
+
+def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
+    """theta as one vector, in float32 at least; checked against the loss."""
+    if isinstance(theta, Mapping):
+        check_names(theta, loss.layout.names, "theta")
+        theta = loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32))
+    check_flat("theta", theta, loss.layout.num)
+    check_device("theta", theta.device, "the model", loss.net.device)
+    return theta.detach()
+
+
+def check_chunk(chunk: int | None) -> None:
+    if chunk is not None:
+        check_count("chunk", chunk)
+
+
+def span_range(name: str, span: Any) -> Range:
+    """(low, high) of a span: a number s stands for (-s, s)."""
+    if isinstance(span, Real) or not isinstance(span, Sequence):
+        check_positive(name, span := float(span) if isinstance(span, Real) else span)
+        return -span, span
+    numbers = len(span) == 2 and all(isinstance(x, Real) and math.isfinite(x) for x in span)
+    if not numbers or not span[0] < span[1]:
+        raise ValueError(f"`{name}` must be a number above 0, or a range (low, high) with low < high, got {span!r}.")
+    return float(span[0]), float(span[1])
+
+
+def spaced(ends: Range, num: int) -> Float[Tensor, " n"]:
+    """`num` equal steps from end to end in float64; a range that is symmetric around 0 has a centre of exactly 0."""
+    i = torch.arange(num, dtype=torch.float64)
+    return ((num - 1 - i) * ends[0] + i * ends[1]) / (num - 1)
+
+
+def given(axes: Axes | Tensor) -> Axes:
+    """Axes as they are; rows of a matrix with names by number."""
+    if isinstance(axes, Axes):
+        return axes
+    if axes.ndim != 2 or not axes.is_floating_point():
+        raise ValueError(
+            f"`axes` must be made by `plane_directions` or the like, or a floating matrix (k, p), got {axes.dtype} of shape "
+            f"{tuple(axes.shape)}."
+        )
+    return Axes(axes.detach(), tuple(f"direction {i + 1}" for i in range(len(axes))), "given")
+
+
+def coefficients(
+    axes: Axes, theta: Tensor, ranges: Sequence[Range], nums: Sequence[int], param_norm: float | None
+) -> list[Float[Tensor, " n"]]:
+    """Where to go along each axis; the ranges are shares of `param_norm` where one is given. Checks the axes."""
+    check_flat("axes[0]", axes.vectors[0], len(theta))
+    check_device("the axes", axes.vectors.device, "theta", theta.device)
+    norms = axes.norms.tolist()
+    if bad := [name for name, norm in zip(axes.names, norms, strict=True) if not 0 < norm < math.inf]:
+        raise ValueError(f"the axes {', '.join(bad)} have a norm of 0, or one that is not finite: they lead nowhere.")
+    if param_norm == 0:
+        raise ValueError("`relative_span` is a share of ||theta||, which is 0 here: leave it out.")
+    units = [1.0 if param_norm is None else param_norm / norm for norm in norms]
+    cases = zip(ranges, nums, units, strict=True)
+    return [spaced((low * unit, high * unit), num) for (low, high), num, unit in cases]
+
+
+def _default(loss: Loss) -> int:
+    size, positions = loss.layout.num, max(_positions(inputs) for inputs, _ in loss.batches)
+    small = size <= MAPPED_UP_TO and positions <= MAPPED_POSITIONS and size * positions <= MAPPED_WORK
+    return 8 if small and loss.net.attention != "keep" else 1  # torch maps fused attention by a loop of its own
+
+
+def _positions(inputs: Any) -> int:
+    """Tokens of a batch of ids, else its rows."""
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    sizes = [len(x) if x.is_floating_point() else x.numel() for x in parts if isinstance(x, Tensor) and x.ndim]
+    return max(sizes, default=1)
+
+
+class _Fused:
+    """`loss.terms` for values alone: the fused kernels of norms, and the output scored a few rows at a time."""
+
+    def __init__(self, loss: Loss):
+        self.loss, self.net = loss, replace(loss.net, attention="keep")  # the batches have their float masks already
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(self.loss.params(theta))
+
+    def of(self, params: Params) -> tuple[Tensor, Tensor]:
+        parts = [self._scored(params, inputs, targets) for inputs, targets in self.loss.batches]
+        sums, weights = zip(*parts, strict=True)
+        return torch.cat(sums), torch.cat(weights)
+
+    def _scored(self, params: Params, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        out, criterion = self.net.apply(params, inputs), self.loss.criterion
+        if not criterion.positionwise or out.numel() <= ROWS or out.shape[:-1] != targets.index.shape:
+            return self.loss._terms(lambda _: out, inputs, targets)
+        rows = max(1, ROWS // out.shape[-1])
+        cut = zip(out.flatten(0, -2).split(rows), *(x.flatten().split(rows) for x in targets), strict=True)
+        losses = torch.cat([criterion.scored(z, Labels(index, weight))[0] for z, index, weight in cut])
+        return _per_row(losses.view(targets.index.shape) * targets.weight), _per_row(targets.weight)
+
+
+def _looped(terms: Any, theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> Iterator[Tensor]:
+    """One row at a time: (m, n) sums per sequence."""
+    base, point = torch.empty_like(theta), torch.empty_like(theta)
+    layout, steps = terms.loss.layout, STEPS if _fits(theta, vectors, rows) else 1
+    views = layout.unravel(point, cast=False)
+    cast = any(leaf.dtype != theta.dtype for leaf in layout.leaves)
+    for fixed, moving, values in rows:
+        base.copy_(theta)
+        for coefficient, vector in zip(fixed, vectors, strict=True):
+            if coefficient:
+                base.add_(vector, alpha=coefficient)
+        found = []
+        for j, value in enumerate(values):
+            if j % steps and value:
+                point.add_(vectors[moving], alpha=value - values[j - 1])
+            else:
+                torch.add(base, vectors[moving], alpha=value, out=point)
+            found.append(terms.of(layout.unravel(point) if cast else views)[0])
+        yield torch.stack(found)
+
+
+def _fits(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> bool:
+    """No coordinate overflows at any point: from an infinite one, steps would not lead back."""
+    reach = [max(max(abs(row.fixed[k]), max(map(abs, row.values))) for row in rows) for k in range(len(vectors))]
+    ends = [float(theta.abs().max())] + [a * float(d.abs().max()) for a, d in zip(reach, vectors, strict=True)]
+    return sum(ends) < torch.finfo(theta.dtype).max / 4
+
+
+def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chunk: int) -> Iterator[Tensor]:
+    """A chunk of points at a time: (c, n) sums per sequence."""
+    points = torch.tensor([[row.fixed] * len(row.values) for row in rows], dtype=torch.float64)
+    for point, row in zip(points, rows, strict=True):
+        point[:, row.moving] = torch.tensor(row.values, dtype=torch.float64)
+    buffer = theta.new_empty(min(chunk, points[..., 0].numel()), len(theta))
+    for part in points.flatten(0, 1).to(theta).split(chunk):
+        moved = torch.addmm(theta, part, vectors, out=buffer[: len(part)])
+        try:
+            yield vmap(lambda t: loss.terms(t)[0])(moved)
+        except RuntimeError as err:
+            if not isinstance(err, NotImplementedError):
+                err.add_note("If this model cannot be mapped over its parameters, pass `chunk=1`: a plain loop.")
+            raise
+
+
+def _statistics(sums: Tensor, centre: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, stderr = means(sums, weights)
+    return value, stderr, means(sums - centre, weights).stderr
+
+
+def _check_baseline(value: float, again: float, unit_roundoff: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+            "(an attention mask of zeros, an overflow in half precision)."
+        )
+    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):
+        raise ValueError(
+            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
+            "something (a buffer, a cache) or draws random numbers, and is no function of theta."
+        )

@@ -1,0 +1,128 @@
+"""The dashboard of a run folder: every panel follows one variant and one epoch (extra `funcscope[view]`).
+
+It only reads. Everything that the page needs comes from this server; nothing is fetched from elsewhere, and a content
+security policy keeps it so. A panel opens the one or two files that it shows, whatever the number of checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import webbrowser
+from collections.abc import Collection
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import dash
+from flask import Flask, Response, abort, request
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+
+from ...study.runs import Runs
+from .callbacks import register
+from .layout import INDEX, shell
+
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+"""Names of this machine that only this machine can reach."""
+
+
+def app(run_dir: str | PathLike[str], *, hosts: Collection[str] | None = LOCAL) -> dash.Dash:
+    """The dashboard as a Dash application, for any WSGI server (`app(run_dir).server`).
+
+    hosts: names that a request may call this server by; another name is answered with 403, so that a page on the web
+    whose name was made to point here (DNS rebinding) cannot read the run. None: any name.
+    Raises FileNotFoundError where there is no such folder, and ValueError where it holds no variant.
+    """
+    runs = Runs(Path(run_dir))
+    flask: Any = Flask(__name__, static_folder=None)
+    made = dash.Dash(
+        __name__,
+        server=flask,
+        assets_folder=str(files(__package__) / "assets"),
+        title=f"{runs.path.resolve().name} · funcscope",
+        update_title="",  # the title stays still while panels load
+        index_string=INDEX,
+        meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
+        serve_locally=True,
+        suppress_callback_exceptions=True,  # panels come and go with their artifacts
+        enable_mcp=False,
+        add_log_handler=False,
+    )
+    made.layout = shell(runs)
+    register(made, runs.path)
+    _guard(made, hosts)
+    return made
+
+
+def serve(
+    run_dir: str | PathLike[str], *, host: str = "127.0.0.1", port: int = 8050, open_browser: bool = False
+) -> None:
+    """Serve the dashboard of a run folder until interrupted (Ctrl-C).
+
+    host: the address to listen at; the default is reached from this machine only. port: 0 takes a free one.
+    Raises what `app` raises, and OSError where the address is taken or not ours.
+    """
+    made = app(run_dir, hosts=LOCAL if host in LOCAL else None)
+    with listen(made, host, port) as server:
+        if open_browser:
+            webbrowser.open(address(host, server.port))
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
+
+
+def address(host: str, port: int) -> str:
+    """Where a browser on this machine finds the server.
+
+    >>> address("127.0.0.1", 8050), address("::1", 8050), address("0.0.0.0", 80)
+    ('http://127.0.0.1:8050/', 'http://[::1]:8050/', 'http://localhost:80/')
+    """
+    name = "localhost" if host in {"", "0.0.0.0", "::"} else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/"
+
+
+def listen(made: dash.Dash, host: str, port: int) -> BaseWSGIServer:
+    """A threaded server of the application, bound and not yet serving."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        bound = socket.create_server((host, port), family=family)
+    except OSError as err:
+        hint = "choose another `--port`, or 0 for a free one" if err.errno == errno.EADDRINUSE else "choose another one"
+        raise OSError(err.errno, f"cannot listen at {host}:{port} ({err.strerror}): {hint}.") from err
+    with bound:  # the server keeps a duplicate
+        return make_server(host, port, made.server, threaded=True, request_handler=_Quiet, fd=bound.fileno())
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Say nothing of requests that went well."""
+
+
+def _guard(made: dash.Dash, hosts: Collection[str] | None) -> None:
+    scripts = " ".join(made.csp_hashes())
+    policy = (
+        f"default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+    @made.server.before_request
+    def known_host() -> None:
+        if hosts is not None and _name(request.host) not in hosts:
+            abort(403, "This server answers to the names of this machine only.")
+
+    @made.server.after_request
+    def stay_here(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = policy
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+
+def _name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

@@ -1,0 +1,54 @@
+/* What the page does without asking the server. */
+(function () {
+  "use strict";
+
+  function address(variant, epoch) {
+    const query = "?variant=" + encodeURIComponent(variant) + "&epoch=" + epoch;
+    if (window.location.search !== query) window.history.replaceState(window.history.state, "", query);
+  }
+
+  /* Where the reader stands: the slider counts the stored epochs. */
+  function follow(index, known) {
+    if (!known || !known.variant || !known.epochs.length) return null;
+    const epoch = known.epochs[Math.min(index, known.epochs.length - 1)];
+    address(known.variant, epoch);
+    return { variant: known.variant, epoch: epoch, stamp: known.stamp, panels: known.panels };
+  }
+
+  /* The epoch as text, also while the handle is dragged. */
+  function say(dragged, here, known) {
+    if (!here || !known || !known.epochs) return "";
+    const moving = window.dash_clientside.callback_context.triggered.some((t) => t.prop_id === "epoch.drag_value");
+    const index = moving && dragged < known.epochs.length ? dragged : known.epochs.indexOf(here.epoch);
+    const epoch = known.epochs[index].toLocaleString("en");
+    const text = "Epoch " + epoch;
+    const thumb = document.querySelector("#bar [role=slider]");
+    if (thumb) {
+      thumb.setAttribute("aria-label", "Epoch");
+      thumb.setAttribute("aria-valuetext", text);
+    }
+    return [text, " · " + (index + 1) + " of " + known.epochs.length].join("");
+  }
+
+  /* The picture is made here, on white, at the size in which it is seen. */
+  async function save(format, clicks, id) {
+    if (!clicks) return window.dash_clientside.no_update;
+    const key = JSON.stringify(id, Object.keys(id).sort());
+    const graph = document.getElementById(key).querySelector(".js-plotly-plot");
+    const name = graph.layout.meta.file;
+    await window.Plotly.downloadImage(
+      { data: graph.data, layout: Object.assign({}, graph.layout, { paper_bgcolor: "#ffffff" }) },
+      { format: format, filename: name, width: graph.offsetWidth, height: graph.offsetHeight, scale: 2 }
+    );
+    return "Saved as " + name + "." + format;
+  }
+
+  window.dash_clientside = Object.assign({}, window.dash_clientside, {
+    funcscope: {
+      follow: follow,
+      say: say,
+      save_png: (clicks, id) => save("png", clicks, id),
+      save_svg: (clicks, id) => save("svg", clicks, id),
+    },
+  });
+})();
