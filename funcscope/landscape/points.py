@@ -203,8 +203,8 @@ def _looped(terms: Any, theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> 
 def _fits(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> bool:
     """No coordinate overflows at any point: from an infinite one, steps would not lead back."""
     reach = [max(max(abs(row.fixed[k]), max(map(abs, row.values))) for row in rows) for k in range(len(vectors))]
-    ends = [float(theta.abs().max())] + [a * float(d.abs().max()) for a, d in zip(reach, vectors, strict=True)]
-    return sum(ends) < torch.finfo(theta.dtype).max / 4
+    sizes = [max(abs(float(x)) for x in vector.aminmax()) for vector in (theta, *vectors)]
+    return sizes[0] + sum(a * size for a, size in zip(reach, sizes[1:], strict=True)) < torch.finfo(theta.dtype).max / 4
 
 
 def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chunk: int) -> Iterator[Tensor]:
