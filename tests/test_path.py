@@ -15,8 +15,10 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.keys import uniform
 from funcscope.landscape import path as module
+from funcscope.landscape import points
 from funcscope.landscape.barriers import LossPath
 from funcscope.landscape.path import barrier_matrix, linear_path
+from funcscope.landscape.values import Values
 
 
 def point(size=1):
@@ -126,8 +128,9 @@ def test_a_path_is_direct_evaluation_and_leaves_its_inputs_as_they_were(name):
     direct = torch.stack([loss.terms((1 - k / 5) * a + k / 5 * b)[0] for k in range(6)]).detach()
     for path in paths:
         assert_close(path.sums, direct, rtol=1e-5, atol=1e-5)  # some families compute in float32 inside
-        assert torch.equal(path.sums[0], loss.terms(a)[0].detach())  # the end points themselves, to the last bit
-        assert torch.equal(path.sums[-1], loss.terms(b)[0].detach())
+        with torch.no_grad():  # the end points themselves, to the last bit
+            assert torch.equal(path.sums[0], Values(loss)(a)[0])
+            assert torch.equal(path.sums[-1], Values(loss)(b)[0])
         assert_close(path.losses[2].item(), float(loss(0.6 * a + 0.4 * b)), rtol=1e-6, atol=1e-6)
         assert path.excess[[0, -1]].tolist() == [0.0, 0.0]
     assert [p.chunk for p in paths] == [1, 3, 8, 8]
@@ -329,20 +332,20 @@ def test_a_loss_of_nan_is_counted_and_left_out_of_the_maxima():
 def test_a_loop_where_the_model_is_large_or_attention_is_kept(monkeypatch):
     kept = loss_of("gpt2", attention="keep")
     loss = loss_of("mlp")
-    monkeypatch.setattr(module, "vmap", lambda function: pytest.fail("mapped"))
+    monkeypatch.setattr(module, "mapped", lambda *_: pytest.fail("mapped"))
     for one, most in ((kept, kept.layout.num), (loss, loss.layout.num - 1)):
-        monkeypatch.setattr(module, "MAPPED_UP_TO", most)
+        monkeypatch.setattr(points, "MAPPED_UP_TO", most)
         path = linear_path(one, one.net.theta, one.net.theta + 0.1, num=4)
         assert path.chunk == 1
-    monkeypatch.setattr(module, "MAPPED_UP_TO", loss.layout.num)
+    monkeypatch.setattr(points, "MAPPED_UP_TO", loss.layout.num)
     with pytest.raises(pytest.fail.Exception):
         linear_path(loss, loss.net.theta, loss.net.theta + 0.1, num=4)
 
 
 def test_every_point_is_evaluated_once_and_nothing_is_recorded(monkeypatch):
     loss, calls = loss_of("mlp"), []
-    terms = type(loss).terms
-    monkeypatch.setattr(type(loss), "terms", lambda self, theta: calls.append(theta) or terms(self, theta))
+    terms = Values.__call__
+    monkeypatch.setattr(Values, "__call__", lambda self, theta: calls.append(theta) or terms(self, theta))
     start = loss.net.theta.requires_grad_()
     path = linear_path(loss, start, loss.net.theta + 1, num=7, chunk=1)
     assert len(calls) == path.num_forwards == 7

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.landscape import points
+from funcscope.landscape import points, values
 from funcscope.landscape.axes import Axes, plane_directions
 from funcscope.landscape.line import loss_lines
 from funcscope.landscape.plane import loss_plane
@@ -102,8 +102,8 @@ def test_the_default_plan_follows_the_sizes(monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "mlp"])
 def test_scoring_a_few_rows_at_a_time_changes_no_bit(name, monkeypatch):
     loss = loss_of(name, torch.float32, attention="keep")
-    monkeypatch.setattr(points, "ROWS", 100)
-    sums, weights = points._Fused(loss)(loss.net.theta)
+    monkeypatch.setattr(values, "ROWS", 100)
+    sums, weights = values.Values(loss)(loss.net.theta)
     wanted = loss.terms(loss.net.theta)
     assert torch.equal(sums, wanted[0])
     assert torch.equal(weights, wanted[1])

@@ -15,8 +15,8 @@ import funcscope as fs
 from funcscope.linalg.quadrature import spectral_density
 from funcscope.view import export as export_module
 from funcscope.view import renderers, theme
-from funcscope.view.export import export
 from funcscope.view.drawing import band, spreads
+from funcscope.view.export import export
 from funcscope.view.renderers import (
     FLATNESS_METRICS,
     render_barrier,

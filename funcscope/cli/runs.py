@@ -165,8 +165,10 @@ def _dashboard(args: argparse.Namespace) -> int:
     runs = Runs(args.folder)
     from ..view.dashboard import serve  # dash takes a second to import, and is an extra
 
-    print(f"{len(runs.variants())} variants; http://{args.host}:{args.port}  (Ctrl-C stops)")
-    serve(args.folder, host=args.host, port=args.port, open_browser=args.open_browser)
+    def tell(address: str) -> None:
+        print(f"{', '.join(runs.variants())}\n{address}  (Ctrl-C stops)", flush=True)
+
+    serve(args.folder, host=args.host, port=args.port, open_browser=args.open_browser, started=tell)
     return 0
 
 

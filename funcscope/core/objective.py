@@ -52,7 +52,7 @@ class Loss:
         The loss is the ratio of their totals.
         """
         params = self.params(theta)
-        parts = [self._terms(lambda inputs: self.net.apply(params, inputs), *batch) for batch in self.batches]
+        parts = [self.scored(lambda inputs: self.net.apply(params, inputs), *batch) for batch in self.batches]
         sums, weights = zip(*parts, strict=True)
         return torch.cat(sums), torch.cat(weights)
 
@@ -69,13 +69,14 @@ class Loss:
         return _tensors(self.batches)
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        parts = [self._terms(outputs, *batch) for batch in self.batches]
+        parts = [self.scored(outputs, *batch) for batch in self.batches]
         total = torch.stack([sums.sum() for sums, _ in parts]).sum()
         return total / torch.stack([weights.sum() for _, weights in parts]).sum()
 
-    def _terms(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
+    def scored(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
+        """Sums and weights per sequence of one batch, from what the model makes of its inputs."""
         loss, weight = self.criterion.scored(outputs(inputs), targets)
-        return _per_row(loss * weight), _per_row(weight)
+        return per_sequence(loss * weight), per_sequence(weight)
 
 
 def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> Loss:
@@ -118,7 +119,7 @@ def _checked(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _per_row(x: Tensor) -> Tensor:
+def per_sequence(x: Tensor) -> Tensor:
     """Sums over all but the first dimension."""
     return x.flatten(1).sum(1, dtype=wide(x.device)) if x.ndim > 1 else x.to(wide(x.device))
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.keys import key
 from ..landscape.flatness import flatness
-from .scoring import _check_no_own_model, loss_of
+from .scoring import check_no_own_model, loss_of
 
 
 def compute_landscape_flatness(
@@ -59,7 +59,7 @@ def compute_landscape_flatness(
             "`loss_fn` is missing: pass `loss_fn(model, probe)`, the loss that the model is trained on. Nothing else says "
             "which labels and which loss belong to `probe`."
         )
-    _check_no_own_model(model, loss_fn)
+    check_no_own_model(model, loss_fn)
     loss = loss_of(model, probe, functools.partial(_as_tensor, loss_fn))
     result = flatness(
         loss,

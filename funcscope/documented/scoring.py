@@ -36,7 +36,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_c
             "`batch_config` cuts the batch, and only `loss_fn` knows how its value on the whole follows from the parts: "
             "leave out one of the two, or let `loss_fn` go through the parts."
         )
-    _check_no_own_model(model, loss_fn)
+    check_no_own_model(model, loss_fn)
     net = functional(model, attention="keep")
     scored = replace(net, _skeleton=_Scored(net._skeleton, loss_fn))
     return objective(scored, [((batch,), None)], custom(lambda out, _: out[None], "loss_fn"))
@@ -81,7 +81,7 @@ class _Scored(nn.Module):
         return out
 
 
-def _check_no_own_model(model: nn.Module, loss_fn: LossFn) -> None:
+def check_no_own_model(model: nn.Module, loss_fn: LossFn) -> None:
     """A model that comes from outside has the weights where they are, along every direction."""
     own = {id(module) for module in model.modules()} | {id(parameter) for parameter in model.parameters()}
     for name, held in _from_outside(loss_fn):

@@ -47,7 +47,7 @@ def sampled(
     for first in range(0, len(dirs), plan.chunk):
         rows = stack(dirs[first : first + plan.chunk])
         if plan.chunk > 1:
-            out = _mapped(lambda row: _along(loss, flat, row, wanted), rows, "chunk=1")
+            out = mapped(lambda row: _along(loss, flat, row, wanted), rows, "chunk=1")
         else:
             out = _along_one(loss, flat, rows[0], wanted)
         if slope is not None:
@@ -60,7 +60,7 @@ def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
-def _mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
+def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
     """`vmap`, and what to do instead where a model refuses it."""
     try:
         return vmap(function)(over)
@@ -106,7 +106,7 @@ def _lazy(
     zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
     if wanted.two_sided and loss.net.attention != "keep":  # one draw serves both signs
         signs = zero.new_tensor([wanted.step, -wanted.step])
-        positive, negative = _mapped(phi, signs, "lazy=False, chunk=1")
+        positive, negative = mapped(phi, signs, "lazy=False, chunk=1")
         out = {"losses": positive, "losses_negative": negative}
     else:
         out = {"losses": phi(wanted.step)} | ({"losses_negative": phi(-wanted.step)} if wanted.two_sided else {})

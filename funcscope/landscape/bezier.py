@@ -18,7 +18,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.objective import Loss, Theta
 from .barriers import LossPath
-from .path import EndPoint, Write, chunk_size, end_point, mapped, measured, on_line, vector
+from .path import EndPoint, Write, chunk_size, end_point, measured, on_line, one_or_mapped, vector
 
 RATE = 0.1
 """The default learning rate over the root mean square of the coordinates of end - start."""
@@ -224,7 +224,7 @@ def _slope(loss: Loss, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buff
         rows = buffer[: len(part)]
         for at, row in zip(part, rows, strict=True):
             _write(a.theta, m, b.theta, at, row)
-        slopes, losses = mapped(grad_and_value(loss), rows)
+        slopes, losses = one_or_mapped(grad_and_value(loss), rows)
         for at, slope in zip(part, slopes, strict=True):
             gradient.add_(slope, alpha=2 * at * (1 - at) / len(t))
         value += float(losses.double().sum()) / len(t)

@@ -18,7 +18,7 @@ from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from .along import GRADIENT_UP_TO, Wanted, sampled
-from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .precision import check_baseline, is_half, loss_error, realised, warn_if_swallowed
 from .samples import DirectionalLosses, Plan
 
 CHUNKED_UP_TO = 2**20
@@ -181,7 +181,7 @@ def prepare(
     check_choice("normalize", normalize, get_args(Normalize))
     check_choice("distribution", distribution, get_args(Distribution))
     _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
-    plan, base = _plan(loss, chunk, lazy), loss.leaves(theta)
+    plan, base = plan_of(loss, chunk, lazy), loss.leaves(theta)
     dirs = directions(
         loss.net,
         key=key,
@@ -202,7 +202,7 @@ def prepare(
     if plan.lazy and loss.layout.num > GRADIENT_UP_TO:
         hand_back()
     with torch.no_grad():
-        baseline = _baseline(loss, theta, plan)
+        baseline = baseline_at(loss, theta, plan)
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
         found = realised(loss.layout, base, dirs[0], step, off)
     warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
@@ -260,7 +260,8 @@ def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature
     check_device("theta", tensor.device, "the model", loss.net.device)
 
 
-def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
+def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
+    """How directions are evaluated: in chunks, one at a time, or leaf by leaf."""
     size = loss.layout.num
     if lazy and chunk not in (None, 1):
         raise ValueError(f"`lazy` makes one direction at a time; leave `chunk` out, or pass 1 (got {chunk}).")
@@ -273,20 +274,12 @@ def _plan(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
 
 
-def _baseline(loss: Loss, theta: Theta, plan: Plan) -> float:
+def baseline_at(loss: Loss, theta: Theta, plan: Plan) -> float:
+    """The loss at theta by that plan. Raises ValueError where it is not finite, or not the same twice."""
     params = loss.leaves(theta)
     at = partial(loss.at_leaves, lambda name, _: params[name]) if plan.lazy else partial(loss, theta)
     value, again = float(at()), float(at())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
-            "(an attention mask of zeros, an overflow in half precision)."
-        )
-    if abs(again - value) > max(1e-5, loss.net.unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
-        raise ValueError(
-            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
-            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
-        )
+    check_baseline(value, again, loss.net.unit_roundoff)
     return value
 
 

@@ -17,8 +17,8 @@ from ..core.keys import Key, check_key
 from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
-from .along import _mapped
-from .directional import _baseline, _plan
+from .along import mapped
+from .directional import baseline_at, plan_of
 from .flatness_result import Flatness
 from .precision import realised, warn_if_swallowed
 from .samples import Plan
@@ -141,7 +141,7 @@ def flatness_profile(
     steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
     signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
     with torch.no_grad():
-        baseline = _baseline(loss, theta, plan)
+        baseline = baseline_at(loss, theta, plan)
         _warn_of_half(loss, base, dirs[0], steps)
         rows = None if directions is None else directions.rows
         deltas = torch.cat(list(_losses(loss, theta, dirs, rows, signed, plan))) - baseline
@@ -204,7 +204,7 @@ def _losses(
         last = min(first + plan.chunk, len(dirs))
         part = stack(dirs[first:last]) if rows is None else rows[first:last]
         if plan.chunk > 1:
-            found = [_mapped(lambda row, a=a: restrict(loss, flat, row)(a), part, "chunk=1") for a in steps]
+            found = [mapped(lambda row, a=a: restrict(loss, flat, row)(a), part, "chunk=1") for a in steps]
         else:
             found = [restrict(loss, flat, part[0])(a)[None] for a in steps]
         yield torch.stack(found, dim=1).cpu().double()
@@ -215,7 +215,7 @@ def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, 
     if len(steps) == 1 or loss.net.attention == "keep":
         return [phi(a) for a in steps]
     signed = torch.tensor(steps, dtype=direction.scales.dtype, device=direction.scales.device)
-    return list(_mapped(phi, signed, "chunk=1"))  # one draw serves them all
+    return list(mapped(phi, signed, "chunk=1"))  # one draw serves them all
 
 
 def _drawn(
@@ -241,7 +241,7 @@ def _drawn(
 
 def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:
     """As for directional losses, with a loop for long batches; rows that are there already are used."""
-    plan = _plan(loss, chunk, False if common is not None else None)
+    plan = plan_of(loss, chunk, False if common is not None else None)
     long = max(_positions(*batch) for batch in loss.batches) > MAPPED_UP_TO
     return plan._replace(chunk=1) if chunk is None and long else plan
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.estimate import Estimate
 from ..core.keys import Key
+from ..linalg.trace import TraceEstimate
 from . import statistics
 from .paired import jackknifed
 from .samples import HEADERS, Plan
@@ -116,7 +117,7 @@ class Flatness:
             return _scaled(self.pair_mean, math.nan)
         return _scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
 
-    def expected_from_trace(self, trace: Estimate) -> Estimate:
+    def expected_from_trace(self, trace: Estimate | TraceEstimate) -> Estimate:
         r"""$\epsilon^2 \mathrm{tr}(H) / 2P$ with its error, for a trace from elsewhere: to put beside the means.
 
         The two agree to $O(\epsilon^4)$ for a loss with four derivatives; for a ReLU network the Hessian of autodiff lacks
@@ -127,7 +128,9 @@ class Flatness:
                 f"the mean along {self.normalize!r} directions weighs the blocks of the Hessian by the norms of the "
                 "parameters and is no trace: use `normalize='global'`."
             )
-        return _scaled(trace, self.displacement * self.displacement / (2 * self.num_params))
+        num = trace.num if isinstance(trace, Estimate) else len(trace.samples)
+        known = Estimate(trace.value, trace.stderr, num)
+        return _scaled(known, self.displacement * self.displacement / (2 * self.num_params))
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:

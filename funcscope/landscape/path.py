@@ -10,16 +10,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vmap
 
 from ..core.checks import check_count, check_device, check_flat, check_params
 from ..core.directions import dot
 from ..core.objective import Loss, Theta
 from ..curvature.pullbacks import flat
+from .along import mapped
 from .barriers import BarrierMatrix, LossPath
-
-MAPPED_UP_TO = 2**22
-"""Models of at most this many parameters are evaluated 8 points at a time."""
+from .points import default_chunk
+from .values import Values
 
 Write = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
@@ -36,8 +35,8 @@ def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: i
 
     start, end: flat vectors of shape (P,) or dicts of parameters, of one layout. num: equally spaced t, both ends
     among them, where the path is exactly `start` and `end`. Losses in nats where the criterion is a cross-entropy.
-    chunk: points per `vmap`, 1 for a plain loop with one more vector of memory; default 8 up to 2^22 parameters, 1
-    above. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in chunks.
+    chunk: points per `vmap`, 1 for a plain loop with one more vector of memory; the default is that of
+    `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in chunks.
 
     Errors are over sequences and paired: of the same linear combination of each sequence's losses that makes the
     number. The errors of the barriers hold for the point where the maximum was found. Noise biases a maximum over t
@@ -124,7 +123,7 @@ def end_point(loss: Loss, theta: Theta, name: str) -> EndPoint:
     """Theta checked, flat, and its per-sequence sums."""
     theta = vector(loss, theta, name)
     with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in loss.terms(theta))
+        sums, weights = (x.cpu().double() for x in Values(loss)(theta))
     value = float(sums.sum() / weights.sum())
     if not math.isfinite(value):
         raise ValueError(
@@ -171,25 +170,22 @@ def measured(
 def sums_at(loss: Loss, write: Write, points: range, buffer: Float[Tensor, "k p"]) -> Float[Tensor, "m s"]:
     """Per-sequence sums at some points of a path, as many at a time as the buffer has rows."""
     parts = []
+    terms = loss.terms if len(buffer) > 1 else Values(loss)
     with torch.no_grad():
         for first in range(0, len(points), len(buffer)):
             chosen = points[first : first + len(buffer)]
             for i, row in zip(chosen, buffer, strict=False):
                 write(i, row)
-            parts.append(mapped(lambda row: loss.terms(row)[0], buffer[: len(chosen)]).cpu().double())
+            parts.append(one_or_mapped(lambda row: terms(row)[0], buffer[: len(chosen)]).cpu().double())
     return torch.cat(parts)
 
 
-def mapped(function: Callable[[Tensor], Any], rows: Float[Tensor, "k p"]) -> Any:
-    """`vmap` over the rows, a plain call for a single one, and what to do where a model refuses it."""
+def one_or_mapped(function: Callable[[Tensor], Any], rows: Float[Tensor, "k p"]) -> Any:
+    """`vmap` over the rows, a plain call for a single one."""
     if len(rows) == 1:
         out = function(rows[0])
         return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
-    try:
-        return vmap(function)(rows)
-    except RuntimeError as err:
-        err.add_note("If this model cannot be mapped over its parameters, pass `chunk=1`: a plain loop.")
-        raise
+    return mapped(function, rows, "chunk=1")
 
 
 def on_line(start: Tensor, end: Tensor, num: int) -> Write:
@@ -209,4 +205,4 @@ def chunk_size(loss: Loss, chunk: int | None) -> int:
     if chunk is not None:
         check_count("chunk", chunk)
         return chunk
-    return 8 if loss.layout.num <= MAPPED_UP_TO and loss.net.attention != "keep" else 1
+    return default_chunk(loss)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vmap
 
 from ..core.checks import check_count, check_device, check_flat, check_names, check_positive
-from ..core.criterion import Labels
-from ..core.layout import Params
-from ..core.objective import Loss, Theta, _per_row
+from ..core.objective import Loss, Theta
+from .along import mapped
 from .axes import Axes
+from .precision import check_baseline
 from .sequences import means
+from .values import Values
 
 MAPPED_UP_TO = 2**22
 """Larger models are evaluated one point at a time."""
@@ -26,11 +26,10 @@ MAPPED_POSITIONS = 256
 """So are batches of more positions: beyond, eight models at once have left the cache."""
 MAPPED_WORK = 2**29
 """And so is a product of parameters and positions above this."""
-STEPS = 4
+MAPPED_ON_DEVICE = 2**26
+"""On an accelerator, one small model leaves most of it idle: only the memory of eight copies counts."""
+STEPS = 8
 """Points from one sum base + b d to the next; those between add the step: three streams of memory instead of four."""
-ROWS = 2**19
-"""Entries of the output that are scored at a time, so that what the loss makes of them stays in the cache."""
-
 Range = tuple[float, float]
 
 
@@ -62,19 +61,20 @@ def evaluate(
 ) -> Evaluated:
     """The loss at every point of rows of one length, and at theta itself, all on the loss's own batches.
 
-    chunk: points per `vmap`; 1 is a plain loop. Default: 8 for up to 2^22 parameters and 256 positions a batch (2^29 of
-    their product); above, a loop. The loop takes the fused kernels of norms, and makes theta' = (theta + a d_1) + b d_2 in
-    one buffer: at most five roundings per coordinate. A point of coefficients 0 is theta itself there, to the last bit; under
+    chunk: points per `vmap`; 1 is a plain loop. Default on the CPU: 8 for up to 2^22 parameters and 256 positions a batch
+    (2^29 of their product); above, a loop. On an accelerator: 8 for up to 2^26 parameters.
+    The loop takes the fused kernels of norms, and makes theta' = (theta + a d_1) + b d_2 in
+    one buffer: at most nine roundings per coordinate. A point of coefficients 0 is theta itself there, to the last bit; under
     `vmap` its loss is the baseline up to the rounding of mapped matrix products.
 
     Raises ValueError where the loss at theta is not finite, or not the same twice.
     """
-    chunk = _default(loss) if chunk is None else chunk
+    chunk = default_chunk(loss) if chunk is None else chunk
     with torch.no_grad():
-        terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else _Fused(loss)
+        terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else Values(loss)
         centre, weights = terms(theta)
         baseline = float(means(centre[None], weights).value)
-        _check_baseline(baseline, float(means(terms(theta)[0][None], weights).value), loss.net.unit_roundoff)
+        check_baseline(baseline, float(means(terms(theta)[0][None], weights).value), loss.net.unit_roundoff)
         sets = _mapped(loss, theta, vectors, rows, chunk) if chunk > 1 else _looped(terms, theta, vectors, rows)
         found = [_statistics(sums, centre, weights) for sums in sets]
     columns = [torch.cat(column).view(len(rows), -1) for column in zip(*found, strict=True)]
@@ -142,10 +142,15 @@ def coefficients(
     return [spaced((low * unit, high * unit), num) for (low, high), num, unit in cases]
 
 
-def _default(loss: Loss) -> int:
+def default_chunk(loss: Loss) -> int:
+    """Points per `vmap` unless told: 8 where that is faster than a loop, else 1."""
+    if loss.net.attention == "keep":  # torch maps fused attention by a loop of its own
+        return 1
+    if loss.net.device.type != "cpu":
+        return 8 if loss.layout.num <= MAPPED_ON_DEVICE else 1
     size, positions = loss.layout.num, max(_positions(inputs) for inputs, _ in loss.batches)
     small = size <= MAPPED_UP_TO and positions <= MAPPED_POSITIONS and size * positions <= MAPPED_WORK
-    return 8 if small and loss.net.attention != "keep" else 1  # torch maps fused attention by a loop of its own
+    return 8 if small else 1
 
 
 def _positions(inputs: Any) -> int:
@@ -153,30 +158,6 @@ def _positions(inputs: Any) -> int:
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     sizes = [len(x) if x.is_floating_point() else x.numel() for x in parts if isinstance(x, Tensor) and x.ndim]
     return max(sizes, default=1)
-
-
-class _Fused:
-    """`loss.terms` for values alone: the fused kernels of norms, and the output scored a few rows at a time."""
-
-    def __init__(self, loss: Loss):
-        self.loss, self.net = loss, replace(loss.net, attention="keep")  # the batches have their float masks already
-
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of(self.loss.params(theta))
-
-    def of(self, params: Params) -> tuple[Tensor, Tensor]:
-        parts = [self._scored(params, inputs, targets) for inputs, targets in self.loss.batches]
-        sums, weights = zip(*parts, strict=True)
-        return torch.cat(sums), torch.cat(weights)
-
-    def _scored(self, params: Params, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        out, criterion = self.net.apply(params, inputs), self.loss.criterion
-        if not criterion.positionwise or out.numel() <= ROWS or out.shape[:-1] != targets.index.shape:
-            return self.loss._terms(lambda _: out, inputs, targets)
-        rows = max(1, ROWS // out.shape[-1])
-        cut = zip(out.flatten(0, -2).split(rows), *(x.flatten().split(rows) for x in targets), strict=True)
-        losses = torch.cat([criterion.scored(z, Labels(index, weight))[0] for z, index, weight in cut])
-        return _per_row(losses.view(targets.index.shape) * targets.weight), _per_row(targets.weight)
 
 
 def _looped(terms: Any, theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> Iterator[Tensor]:
@@ -207,6 +188,12 @@ def _fits(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> bool:
     return sizes[0] + sum(a * size for a, size in zip(reach, sizes[1:], strict=True)) < torch.finfo(theta.dtype).max / 4
 
 
+def _largest(x: Tensor) -> float:
+    """max |x| without a copy of x."""
+    low, high = torch.aminmax(x)
+    return max(-float(low), float(high))
+
+
 def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chunk: int) -> Iterator[Tensor]:
     """A chunk of points at a time: (c, n) sums per sequence."""
     points = torch.tensor([[row.fixed] * len(row.values) for row in rows], dtype=torch.float64)
@@ -215,27 +202,9 @@ def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chu
     buffer = theta.new_empty(min(chunk, points[..., 0].numel()), len(theta))
     for part in points.flatten(0, 1).to(theta).split(chunk):
         moved = torch.addmm(theta, part, vectors, out=buffer[: len(part)])
-        try:
-            yield vmap(lambda t: loss.terms(t)[0])(moved)
-        except RuntimeError as err:
-            if not isinstance(err, NotImplementedError):
-                err.add_note("If this model cannot be mapped over its parameters, pass `chunk=1`: a plain loop.")
-            raise
+        yield mapped(lambda t: loss.terms(t)[0], moved, "chunk=1")
 
 
 def _statistics(sums: Tensor, centre: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value, stderr = means(sums, weights)
     return value, stderr, means(sums - centre, weights).stderr
-
-
-def _check_baseline(value: float, again: float, unit_roundoff: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
-            "(an attention mask of zeros, an overflow in half precision)."
-        )
-    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):
-        raise ValueError(
-            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
-            "something (a buffer, a cache) or draws random numbers, and is no function of theta."
-        )

@@ -103,3 +103,17 @@ def warn_if_swallowed(found: Realised | None, span: float, relative_step: float)
 
 def _widened(inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
+
+
+def check_baseline(value: float, again: float, unit_roundoff: float) -> None:
+    """The loss at theta, evaluated twice, is finite and a function of theta."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+            "(an attention mask of zeros, an overflow in half precision)."
+        )
+    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
+        raise ValueError(
+            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
+            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
+        )

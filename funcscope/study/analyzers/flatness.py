@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...core.estimate import Estimate
 from ...core.keys import fold_in, key
 from ...core.objective import Loss
 from ...curvature.hessian import hessian
@@ -54,8 +53,7 @@ def many_lengths(
     found = flatness_profile(loss, theta, key=key(seed), epsilons=epsilons, n_directions=n_directions)
     root = fold_in(key(seed), "trace")
     trace = hutchinson_trace(hessian(loss, theta), theta, key=root, num=products)
-    known = Estimate(trace.value, trace.stderr, len(trace.samples))
-    expected = [one.expected_from_trace(known) for one in found]
+    expected = [one.expected_from_trace(trace) for one in found]
     return {
         "epsilon": np.array(epsilons),
         "mean_delta_loss": np.array([float(one.estimates["mean_delta_loss"].value) for one in found]),

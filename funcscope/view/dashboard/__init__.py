@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import webbrowser
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
@@ -57,15 +57,22 @@ def app(run_dir: str | PathLike[str], *, hosts: Collection[str] | None = LOCAL) 
 
 
 def serve(
-    run_dir: str | PathLike[str], *, host: str = "127.0.0.1", port: int = 8050, open_browser: bool = False
+    run_dir: str | PathLike[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8050,
+    open_browser: bool = False,
+    started: Callable[[str], Any] = lambda _: None,
 ) -> None:
     """Serve the dashboard of a run folder until interrupted (Ctrl-C).
 
     host: the address to listen at; the default is reached from this machine only. port: 0 takes a free one.
+    started: called with the address when the server listens.
     Raises what `app` raises, and OSError where the address is taken or not ours.
     """
     made = app(run_dir, hosts=LOCAL if host in LOCAL else None)
     with listen(made, host, port) as server:
+        started(address(host, server.port))
         if open_browser:
             webbrowser.open(address(host, server.port))
         try:
