@@ -3,7 +3,7 @@
     python bench/landscape.py [--sections points plane flatness memory] [--sizes 0.1M 14M llama-13M]
                               [--threads N] [--rounds N] [--full] [--json FILE]
 
-points: the whole of a plane (9 x 9 points; at 14M 7 x 7), by `loss_plane`, by the peers and by a plain loop that writes
+points: the whole of a plane (15 x 15 points; Llama 9 x 9), by `loss_plane`, by the peers and by a plain loop that writes
 all weights in place, each way in turn in every round, between bare passes of the untouched model with its loss and no
 gradient. `forwards`: passes per point, the two at theta itself included; `whole`: with the set-up, which is model to
 function and the directions of one plane, spread over its points. Before anything is timed, each peer's losses are compared
@@ -48,14 +48,15 @@ from torch import Tensor, nn
 import funcscope as fs
 from funcscope.families import modular
 from funcscope.landscape.axes import plane_directions
-from funcscope.landscape.flatness import common_directions, flatness
+from funcscope.landscape.common import common_directions
+from funcscope.landscape.flatness import flatness
 from funcscope.landscape.plane import loss_plane
 
 CUTS = {"0.1M": ((4, 16), (2, 32), (4, 32), (4, 64)), "14M": ((4, 64),), "llama-13M": ((4, 64),)}
 """Rows and tokens of the batches of each size."""
 ASKED = {"14M": 1.1, "0.1M": 1.05}
-NUM = {"0.1M": 9, "14M": 7, "llama-13M": 7}
-CHECKPOINTS = (0, 20, 60, 150, 300)
+NUM = {"0.1M": 15, "14M": 15, "llama-13M": 9}
+CHECKPOINTS = (0, 20, 60, 300, 3000)
 
 
 def points(args: argparse.Namespace) -> list[dict]:
@@ -157,12 +158,28 @@ def positive(parts: peers.Parts) -> float:
     return sum(int((part > 0).sum()) for part in parts) / sum(int((part != 0).sum()) for part in parts)
 
 
+class AllPositions(modular.ModularAddition):
+    """The same function as the documented system's model computes it: all three positions through all of the block."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position
+        q, k, v = (
+            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
+        x = x + self.mlp_out(self.mlp_in(x).relu())
+        return self.unembed(x)[:, -1]
+
+
 class Grid:
     """The demo's model over its p^2 grid."""
 
-    def __init__(self, num_batches: int = 1):
+    def __init__(self, num_batches: int = 1, make: Callable[[modular.Config], nn.Module] = modular.ModularAddition):
         self.config = modular.Config()
-        self.model = modular.make(self.config)
+        self.model = make(self.config)
+        self.model.load_state_dict(modular.make(self.config).state_dict())
         self.net = fs.functional(self.model)
         tokens, answers = modular.data(self.config, "probe")
         rows = -(-len(tokens) // num_batches)
@@ -236,7 +253,7 @@ def documented(grid: Grid, num: int, epsilon: float, directions: Tensor | None =
 
 
 def trained() -> list[dict[str, Tensor]]:
-    """Checkpoints of the demo's run: the start, memorising, and memorised."""
+    """Checkpoints of the demo's run: the start, memorising, memorised, and generalising."""
     config = modular.Config()
     with tempfile.TemporaryDirectory() as folder:
         for _ in modular.train(config, Path(folder), CHECKPOINTS):
@@ -251,8 +268,10 @@ def flatness_section(args: argparse.Namespace) -> list[dict]:
     agree(grid, weights[-1], common, epsilon)
     once = {"key": key, "n_directions": num, "epsilon": epsilon}
     kept = once | {"directions": common}
+    whole = Grid(make=AllPositions)
     ways: dict[str, tuple[Callable[[dict[str, Tensor]], Any], int, float]] = {
         "the document's loop, 50 at +d": (lambda _: documented(grid, num, epsilon), 51, 0.0),
+        "the same, all positions computed": (lambda _: documented(whole, num, epsilon), 51, 0.0),
         "funcscope, 50 at +d, drawn anew": (lambda w: flatness(grid.loss, w, two_sided=False, **once), 52, 0.0),
         "funcscope, 50 at +d, common": (lambda w: flatness(grid.loss, w, two_sided=False, **kept), 52, drawing),
         "funcscope, 50 pairs, common": (lambda w: flatness(grid.loss, w, **kept), 102, drawing),
@@ -262,7 +281,8 @@ def flatness_section(args: argparse.Namespace) -> list[dict]:
     times = 100 // len(weights) if args.full else 1
     for turn in range(-1, len(weights) * times):
         params = weights[turn % len(weights)]
-        grid.model.load_state_dict(params)
+        for each in (grid, whole):
+            each.model.load_state_dict(params)
         bare += [seconds_of(lambda: grid.scalar(grid.model))[0] for _ in range(5)]
         for name, (way, _, _) in ways.items():
             seconds, _ = seconds_of(partial(way, params))
@@ -278,7 +298,7 @@ def flatness_section(args: argparse.Namespace) -> list[dict]:
     title += "" if args.full else ", extrapolated"
     show(title, rows, ms=".0f", forwards=".2f", by_document=".2f", seconds_100=".1f")
     saved = variances(grid, weights, epsilon, args.pairs)
-    show(f"Variance over that of one-sided, independent directions, {args.pairs} pairs", saved,
+    show(f"How many times smaller the variance is than that of one-sided, independent directions, {args.pairs} pairs", saved,
          mean=".3g", mean_stderr=".1g", pairs=".2f", pairs_stderr=".2f", common=".1f", both=".1f")  # fmt: skip
     return [{"bare_ms": 1e3 * unit, **row} for row in rows] + saved
 

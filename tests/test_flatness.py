@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.landscape import directional
-from funcscope.landscape.flatness import common_directions, flatness, flatness_profile
+from funcscope.landscape.common import common_directions
+from funcscope.landscape.flatness import flatness, flatness_profile
 
 module = importlib.import_module("funcscope.landscape.flatness")  # `landscape.flatness` is the function
 

@@ -3,9 +3,10 @@
 from .axes import Axes, Trajectory, eigenvector_axes, plane_directions, principal_directions, project
 from .barriers import BarrierMatrix, LossPath
 from .bezier import Connection, bezier, bezier_path, connect
+from .common import CommonDirections, common_directions
 from .compare import Comparison, compare_directional
 from .directional import directional_losses
-from .flatness import common_directions, flatness, flatness_profile
+from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
 from .line import LossLines, loss_lines
 from .path import barrier_matrix, linear_path
@@ -16,6 +17,7 @@ from .samples import DirectionalLosses
 __all__ = [
     "Axes",
     "BarrierMatrix",
+    "CommonDirections",
     "Comparison",
     "Connection",
     "DifferenceStep",

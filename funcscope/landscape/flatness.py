@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -12,16 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
-from ..core.directions import Direction, Normalize, directions, norm, stack
+from ..core.directions import Direction, Normalize, norm, stack
 from ..core.keys import Key, check_key
-from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from .along import mapped
+from .common import CommonDirections, drawn
 from .directional import baseline_at, plan_of
 from .flatness_result import Flatness
-from .precision import realised, warn_if_swallowed
+from .precision import check_baseline, realised, warn_if_swallowed
 from .samples import Plan
+from .values import Values
 
 MAPPED_UP_TO = 512
 """Batches of at most this many scored positions are evaluated 8 directions at a time; longer ones fill a core alone."""
@@ -134,14 +134,15 @@ def flatness_profile(
     epsilons = tuple(epsilons)
     _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk)
     plan, base = _planned(loss, chunk, directions), loss.leaves(theta)
-    dirs = _drawn(loss.net, base, key, n_directions, normalize, directions)
+    dirs = drawn(loss.net, base, key, n_directions, normalize, directions)
     param_norm, length = norm(base), dirs[0].norm
     if relative and param_norm == 0:
         raise ValueError("`relative` makes epsilon a share of ||theta||, which is 0 here: leave it out.")
     steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
     signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
     with torch.no_grad():
-        baseline = baseline_at(loss, theta, plan)
+        looped = not plan.lazy and plan.chunk == 1
+        baseline = _baseline_of_values(loss, theta) if looped else baseline_at(loss, theta, plan)
         _warn_of_half(loss, base, dirs[0], steps)
         rows = None if directions is None else directions.rows
         deltas = torch.cat(list(_losses(loss, theta, dirs, rows, signed, plan))) - baseline
@@ -163,33 +164,6 @@ def flatness_profile(
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class CommonDirections:
-    """Unit directions that are drawn and kept, for many checkpoints of one model; made by `common_directions`."""
-
-    key: Key
-    dirs: tuple[Direction, ...]
-    rows: Float[Tensor, "n p"]
-
-    def __repr__(self) -> str:
-        return f"CommonDirections({len(self.dirs)} of {self.rows.shape[1]:,} parameters, {self.key!r})"
-
-
-def common_directions(net: Functional, *, key: Key, num: int = 50) -> CommonDirections:
-    r"""The `global` directions of `flatness`, drawn once: they do not depend on theta.
-
-    $d_i = z_i / \|z_i\|$, z_i standard normal: the rows of (num, P), in theta's dtype; num x P numbers stay in memory.
-    A `flatness` with this key takes the first `n_directions` of them, with the same result as without.
-    Raises ValueError for fewer than one.
-
-    >>> from funcscope.core import keys, model
-    >>> common_directions(model.functional(torch.nn.Linear(3, 2)), key=keys.key(0), num=5)
-    CommonDirections(5 of 8 parameters, Key(9020407baa472c7c3467b98d6ecdffca, seed=0))
-    """
-    dirs = directions(net, key=key, num=num, normalize="global")
-    return CommonDirections(key, dirs, stack(dirs))
-
-
 def _losses(
     loss: Loss, theta: Theta, dirs: tuple[Direction, ...], rows: Tensor | None, steps: list[float], plan: Plan
 ) -> Iterator[Float[Tensor, "m k"]]:
@@ -200,14 +174,30 @@ def _losses(
             yield torch.stack(_along_lazy(loss, params, direction, steps))[None].cpu().double()
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+    values, point = Values(loss), None
     for first in range(0, len(dirs), plan.chunk):
         last = min(first + plan.chunk, len(dirs))
         part = stack(dirs[first:last]) if rows is None else rows[first:last]
         if plan.chunk > 1:
             found = [mapped(lambda row, a=a: restrict(loss, flat, row)(a), part, "chunk=1") for a in steps]
         else:
-            found = [restrict(loss, flat, part[0])(a)[None] for a in steps]
+            point = (
+                part.new_empty(len(flat), dtype=torch.promote_types(part.dtype, flat.dtype)) if point is None else point
+            )
+            found = [_mean(*values(torch.add(flat, part[0], alpha=a, out=point)))[None] for a in steps]
         yield torch.stack(found, dim=1).cpu().double()
+
+
+def _baseline_of_values(loss: Loss, theta: Theta) -> float:
+    """The loss at theta by the kernels of the loop: differences have no rounding of another kernel in them."""
+    values, params = Values(loss), loss.params(theta)
+    value, again = (float(_mean(*values.of(params))) for _ in range(2))
+    check_baseline(value, again, loss.net.unit_roundoff)
+    return value
+
+
+def _mean(sums: Tensor, weights: Tensor) -> Tensor:
+    return sums.sum() / weights.sum()
 
 
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
@@ -216,27 +206,6 @@ def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, 
         return [phi(a) for a in steps]
     signed = torch.tensor(steps, dtype=direction.scales.dtype, device=direction.scales.device)
     return list(mapped(phi, signed, "chunk=1"))  # one draw serves them all
-
-
-def _drawn(
-    net: Functional, base: Any, key: Key, num: int, normalize: Normalize, common: CommonDirections | None
-) -> tuple[Direction, ...]:
-    if common is None:
-        return directions(net, key=key, num=num, normalize=normalize, base=base)
-    if normalize != "global":
-        raise ValueError(
-            f"`directions` are for `normalize='global'`, got {normalize!r}: there norms are those of theta's groups, and "
-            "differ between checkpoints. Leave `directions` out."
-        )
-    if common.key != key:
-        raise ValueError(f"`directions` were drawn with {common.key!r}, got the key {key!r}: use the same.")
-    if common.dirs[0].scales.layout.shapes != net.layout.shapes:
-        raise ValueError("`directions` are of another net: its parameters differ. Draw them from `loss.net`.")
-    if num > len(common.dirs):
-        raise ValueError(
-            f"`n_directions` is {num}, and `directions` has {len(common.dirs)}: draw more, or ask for fewer."
-        )
-    return common.dirs[:num]
 
 
 def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..core.keys import key
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..families.family import SPLITS, Family
+from ..landscape.common import CommonDirections, common_directions
 from .runs import Variant
 
 Values = Mapping[str, Any]
+
+KEPT_UP_TO = 2**27
+"""Numbers that the directions of all checkpoints may have: 512 MiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +30,7 @@ class Bench:
     config: Any
     net: Functional
     _losses: dict[str, Loss] = field(default_factory=dict)
+    _directions: dict[tuple[int, int], CommonDirections] = field(default_factory=dict)
 
     @classmethod
     def of(cls, family: Family, variant: Variant) -> Bench:
@@ -35,6 +41,14 @@ class Bench:
         if split not in self._losses:
             self._losses[split] = self.family.loss(self.net, self.config, split)
         return self._losses[split]
+
+    def directions(self, seed: int, num: int) -> CommonDirections | None:
+        """Unit directions for all checkpoints, drawn once; None where they are too large to keep."""
+        if num * self.net.layout.num > KEPT_UP_TO:
+            return None
+        if (seed, num) not in self._directions:
+            self._directions[seed, num] = common_directions(self.net, key=key(seed), num=num)
+        return self._directions[seed, num]
 
 
 @dataclass(frozen=True, eq=False)

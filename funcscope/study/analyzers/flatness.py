@@ -38,6 +38,7 @@ def one_length(
         epsilon=epsilon,
         relative=relative,
         normalize=normalize,  # type: ignore[arg-type]
+        directions=subject.bench.directions(seed, n_directions) if normalize == "global" else None,
     ).asdict()
 
 
