@@ -17,6 +17,7 @@ from funcscope.families.family import Family, Kept, Setup, family, register
 from funcscope.study.analysis import analyse
 from funcscope.study.analyzer import Analyzer
 from funcscope.study.analyzers import ANALYZERS, EFFECTIVE_DIMENSIONALITY, LANDSCAPE_FLATNESS, analyzer
+from funcscope.study.analyzers import register as register_analyzer
 from funcscope.study.runs import Runs, Variant, begin
 from funcscope.study.training import trained
 
@@ -164,7 +165,8 @@ def run(code, variant, **options):
         from pathlib import Path
         from funcscope.core import store
         from funcscope.study.analysis import analyse
-        from funcscope.study.runs import Variant
+        from funcscope.study.analyzers import register as register_analyzer
+from funcscope.study.runs import Variant
         from test_analysis import NORM, FLAT, norm
         import dataclasses
         variant = Variant(Path({str(variant.path)!r}))
@@ -299,6 +301,16 @@ def test_bad_settings_epochs_and_names(variant):
     odd = dataclasses.replace(NORM, summary_keys=("norm",))
     with pytest.raises(TypeError, match=r"`compute_summary` of norm gives \['norm', 'theta'\]"):
         analyse(variant, [odd], quiet=True)
+
+
+def test_an_analyzer_of_ones_own_may_be_registered_again_but_not_under_a_name_of_ours(monkeypatch):
+    monkeypatch.setattr("funcscope.study.analyzers.ANALYZERS", dict(ANALYZERS))
+    for one in (NORM, NORM.configured(power=2)):  # as when a cell of a notebook runs twice
+        assert register_analyzer(one) is analyzer("norm") is one
+    with pytest.raises(ValueError, match=r"'loss_plane' is that of an analyzer of funcscope"):
+        register_analyzer(dataclasses.replace(NORM, name="loss_plane"))
+    with pytest.raises(ValueError, match=r"named by small letters, digits and underscores, got '../norm'"):
+        register_analyzer(dataclasses.replace(NORM, name="../norm"))
 
 
 def test_one_direction_is_a_result_with_undefined_errors(variant):

@@ -8,6 +8,10 @@ from folders import folder, texts
 from problems import problem
 
 from funcscope import cli
+from funcscope.families import modular
+from funcscope.families.family import Setup
+from funcscope.study.analyzers import ANALYZERS
+from funcscope.study.runs import Runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,13 +39,49 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     assert "<iframe" in scope["page"]._repr_html_()
 
 
+def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
+    """With a smaller variant of that name; the analyzer of the README among them, from a module of its own."""
+    monkeypatch.chdir(tmp_path)
+    tiny = modular.Config(p=5, d_model=8, num_heads=2, d_mlp=12, steps=20, train_fraction=0.6)
+    monkeypatch.setitem(modular.FAMILY.variants, "p37", Setup(tiny, (0, 10, 20)))
+    served = []
+    monkeypatch.setattr("funcscope.view.dashboard.serve", lambda folder, **options: served.append((folder, options)))
+    commands = re.findall(r"^funcscope ((?:train|analyze|dashboard) .*)$", README, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["dashboard", "train", "analyze", "dashboard"]
+    for command in commands[1:]:
+        quiet = [] if command.startswith("dashboard") else ["--quiet"]
+        assert cli.main([*command.split(), *quiet]) == 0
+    assert served[0][0] == Path("runs")
+    assert served[0][1]["host"] == "127.0.0.1"
+    (block,) = [block for block in BLOCKS if "gradient_norm" in block]
+    (tmp_path / "my_analyzer.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = "analyze runs --import my_analyzer --analyzer gradient_norm --set split=test --quiet"
+    assert cli.main(command.split()) == 0
+    ANALYZERS.pop("gradient_norm")
+    (variant,) = [Runs(Path("runs")).variant(name) for name in Runs(Path("runs")).variants()]
+    assert variant.settings("gradient_norm")["settings"] == {"split": "test"}
+    assert (variant.summary("gradient_norm")["gradient_norm"] > 0).all()
+    assert float(variant.load("landscape_flatness", 10)["epsilon"]) == 0.05
+    assert "3 of 3" in capsys.readouterr().out
+
+
 def test_the_code_runs_from_top_to_bottom(capsys):
     blocks = [block for block in BLOCKS if "show(" not in block]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}
+    small = {
+        "n_samples=50": "n_samples=3", "grid(25": "grid(3", "25, 25": "3, 3", "num=25": "num=3", "steps=20": "steps=2",
+        "n_directions=20": "n_directions=3",
+    }  # fmt: skip
     for block in blocks:
-        exec(block.replace("n_samples=50", "n_samples=3").replace("grid(25", "grid(3").replace("25, 25", "3, 3"), scope)
+        for large, few in small.items():
+            block = block.replace(large, few)
+        exec(block, scope)
+    ANALYZERS.pop("gradient_norm")  # the README's own: of no other test
+    assert scope["surface"].losses.shape == (3, 3)
+    assert scope["path"].barrier_linear.value >= 0
     assert "gradient" in capsys.readouterr().out or "loss_mean" in str(scope["result"])
     assert scope["plane"].shape == (3, 3)
 

@@ -26,6 +26,8 @@ import numpy as np
 from ..core.store import Damaged, load, save, write
 
 HEAD, CROSS = "variant.json", "cross_epoch.npz"
+NAME = r"[a-z][a-z0-9_]*"
+"""What an analyzer's name looks like."""
 _EPOCH = re.compile(r"epoch_(\d{5,})\.npz")
 _STEP = re.compile(r"step_(\d{5,})\.safetensors")
 
@@ -108,7 +110,7 @@ class Variant:
 
     def folder(self, analyzer: str) -> Path:
         """Where an analyzer's artifacts lie."""
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", analyzer):
+        if not re.fullmatch(NAME, analyzer):
             raise ValueError(f"an analyzer is named by small letters, digits and underscores, got {analyzer!r}.")
         return self.path / "artifacts" / analyzer
 

@@ -85,12 +85,12 @@ def check_lengths(data: Mapping[str, Any], *names: str) -> None:
 
 
 def spreads(values: Float[np.ndarray, "*shape"]) -> bool:
-    """Whether a logarithmic scale shows the values better: two decades, and what is not positive is rare and small."""
+    """Whether a logarithmic scale shows the values better: two decades, and what is not positive is rare and no larger."""
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
     if not positive.size or 10 * positive.size < 9 * finite.size:
         return False
-    return bool(positive.max() >= 10**DECADES * positive.min() and -finite.min() <= np.median(positive))
+    return bool(positive.max() >= 10**DECADES * positive.min() and -finite.min() <= positive.max())
 
 
 def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends: Float[np.ndarray, "_"]) -> float:

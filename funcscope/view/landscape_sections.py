@@ -23,6 +23,8 @@ from .story import Story
 
 EPSILON = 0.1
 """Length of the step of the flatness over training, as `study.demo` takes it."""
+RESOLVED = 10
+"""A mean is resolved where it is so many times what rounding does."""
 AGREE = 0.1
 """Relative difference up to which a measured mean and its expectation are called the same."""
 
@@ -91,32 +93,33 @@ def lengths(story: Story) -> Section:
     rows, told_apart = [], []
     for step in _phases(story):
         data = _part(story, f"lengths_{step}_")
-        ratio = told.ratio(data["pair_mean"], data["expected_delta_loss"])
-        error = np.hypot(
-            told.ratio(data["pair_mean_stderr"], data["pair_mean"]),
-            told.ratio(data["expected_delta_loss_stderr"], data["expected_delta_loss"]),
-        ) * np.abs(ratio)
+        mean, expected = data["pair_mean"], data["expected_delta_loss"]
+        ratio = told.ratio(mean, expected)
+        parts = (told.ratio(data[f"{name}_stderr"], data[name]) for name in ("pair_mean", "expected_delta_loss"))
+        error = np.hypot(*parts) * np.abs(ratio)
+        lost = np.abs(mean) < RESOLVED * float(data["rounding_delta_loss"])
         rows += [
             [
                 f"{step:,}",
-                f"{eps:g}",
-                with_error(mean, stderr),
-                with_error(expected, expected_error),
-                with_error(quotient, off),
+                f"{data['epsilon'][i]:g}",
+                with_error(mean[i], data["pair_mean_stderr"][i]),
+                with_error(expected[i], data["expected_delta_loss_stderr"][i]),
+                "lost in rounding" if lost[i] else with_error(ratio[i], error[i]),
             ]
-            for eps, mean, stderr, expected, expected_error, quotient, off in zip(
-                data["epsilon"], data["pair_mean"], data["pair_mean_stderr"], data["expected_delta_loss"],
-                data["expected_delta_loss_stderr"], ratio, error, strict=True,
-            )
-        ]  # fmt: skip
-        told_apart.append(_parting(step, data["epsilon"], ratio, error))
+            for i in range(len(mean))
+        ]
+        told_apart.append(_parting(step, data["epsilon"][~lost], ratio[~lost], error[~lost]))
     text = (
         "For a smooth loss the mean loss change in steps of length ε is ε² tr(H) / 2P up to order ε⁴. This network has ReLU "
         "units: a step crosses kinks between the linear pieces, which the Hessian does not contain and which enter at the "
-        f"same order, but for steps that are short against the distance to the next kink. {' '.join(told_apart)}"
+        "same order, but for steps that are short against the distance to the next kink; units whose weights have decayed "
+        f"to almost nothing have kinks at every distance. {' '.join(told_apart)}"
     )
     headers = ["step", "ε", "mean change (nats)", "ε² tr(H) / 2P (nats)", "ratio"]
-    below = "Computed in float64: float32 does not resolve the loss changes of the shortest steps."
+    below = (
+        "Computed in float64: float32 does not resolve the loss changes of the shortest steps. “Lost in rounding”: the mean "
+        f"is below {RESOLVED} times what rounding makes of steps that are far too short to change the loss."
+    )
     return Section("Flatness and the trace of the Hessian", [text, Table(headers, rows), below])
 
 
@@ -206,8 +209,10 @@ def _parting(
 ) -> str:
     """In words: at which lengths the two are apart by more than a tenth and more than chance."""
     apart = [i for i in range(len(ratio)) if abs(ratio[i] - 1) > max(AGREE, 1.96 * error[i])]
+    if not len(ratio):
+        return f"At step {step:,} rounding decides at every length."
     if not apart:
-        return f"At step {step:,} the two agree at every length, within the errors."
+        return f"At step {step:,} the two agree at every length that is resolved, within the errors."
     low, high = (number(float(ratio[i]), 2) for i in (apart[0], apart[-1]))
     where = f"from ε = {epsilon[apart[0]]:g} on" if apart == list(range(apart[0], len(ratio))) else "at some lengths"
     ends = f"the ratio is {low} at ε = {epsilon[apart[0]]:g} and {high} at {epsilon[apart[-1]]:g}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from ..analyzer import Analyzer
+from ..runs import NAME
 from .curvature import HESSIAN_CURVATURE
 from .dimensionality import EFFECTIVE_DIMENSIONALITY
 from .directional import DIRECTIONAL_LOSSES
@@ -32,8 +35,17 @@ def analyzer(name: str) -> Analyzer:
     return ANALYZERS[name]
 
 
+_OURS = frozenset(ANALYZERS)
+
+
 def register(one: Analyzer) -> Analyzer:
-    """Make an analyzer of your own known by its name, and return it. Raises ValueError for a name that is taken."""
-    if ANALYZERS.setdefault(one.name, one) is not one:
-        raise ValueError(f"the name {one.name!r} is taken by another analyzer.")
+    """Make an analyzer of your own known by its name, and return it; one registered before under that name is replaced.
+
+    Raises ValueError for the name of one of ours, and for a name that is no folder's.
+    """
+    if one.name in _OURS:
+        raise ValueError(f"the name {one.name!r} is that of an analyzer of funcscope: choose another.")
+    if not re.fullmatch(NAME, one.name):
+        raise ValueError(f"an analyzer is named by small letters, digits and underscores, got {one.name!r}.")
+    ANALYZERS[one.name] = one
     return one

@@ -24,6 +24,8 @@ SUMMARY = (
 )  # fmt: skip
 """The seven documented keys, then ours."""
 EPSILONS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+STILL = 1e-4
+"""Share of the shortest step at which only rounding is left: there the loss changes by 1e-8 of what it does at that step."""
 
 
 def one_length(
@@ -48,10 +50,13 @@ def many_lengths(
     """The mean loss change at several epsilons beside eps^2 tr(H) / 2P: where the two part, the Hessian does not describe it.
 
     The trace is Hutchinson's, of the same loss, from `products` random signs. All of it in float64: the losses of the
-    shortest steps differ by less than float32 resolves.
+    shortest steps differ by less than float32 resolves. `rounding_delta_loss` is what is left of the pair mean in steps that
+    are far too short to change the loss, its root mean square over directions: a pair mean near it is rounding.
     """
     loss, theta = in_float64(subject.loss(split)), subject.theta.double()
-    found = flatness_profile(loss, theta, key=key(seed), epsilons=epsilons, n_directions=n_directions)
+    *found, still = flatness_profile(
+        loss, theta, key=key(seed), epsilons=(*epsilons, STILL * min(epsilons)), n_directions=n_directions
+    )
     root = fold_in(key(seed), "trace")
     trace = hutchinson_trace(hessian(loss, theta), theta, key=root, num=products)
     expected = [one.expected_from_trace(trace) for one in found]
@@ -62,6 +67,7 @@ def many_lengths(
         "pair_mean_stderr": np.array([float(one.pair_mean.stderr) for one in found]),
         "expected_delta_loss": np.array([float(one.value) for one in expected]),
         "expected_delta_loss_stderr": np.array([float(one.stderr) for one in expected]),
+        "rounding_delta_loss": float(still.even.square().mean().sqrt()),
         "hessian_trace": float(trace.value),
         "hessian_trace_stderr": float(trace.stderr),
         "baseline_loss": found[0].baseline_loss,
@@ -102,6 +108,8 @@ FLATNESS_PROFILE = Analyzer(
     name="flatness_profile",
     analyze=many_lengths,
     settings={"n_directions": 50, "epsilons": EPSILONS, "products": 32, "split": "train", "seed": 42},
-    forwards=lambda settings: 2 + 2 * settings["n_directions"] * len(settings["epsilons"]) + 6 * settings["products"],
+    forwards=lambda settings: (
+        2 + 2 * settings["n_directions"] * (1 + len(settings["epsilons"])) + 6 * settings["products"]
+    ),
     epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),
 )
