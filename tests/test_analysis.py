@@ -165,8 +165,7 @@ def run(code, variant, **options):
         from pathlib import Path
         from funcscope.core import store
         from funcscope.study.analysis import analyse
-        from funcscope.study.analyzers import register as register_analyzer
-from funcscope.study.runs import Variant
+        from funcscope.study.runs import Variant
         from test_analysis import NORM, FLAT, norm
         import dataclasses
         variant = Variant(Path({str(variant.path)!r}))

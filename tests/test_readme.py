@@ -80,7 +80,7 @@ def test_the_code_runs_from_top_to_bottom(capsys):
             block = block.replace(large, few)
         exec(block, scope)
     ANALYZERS.pop("gradient_norm")  # the README's own: of no other test
-    assert scope["surface"].losses.shape == (3, 3)
+    assert scope["surface"].grid_losses.shape == (3, 3)
     assert scope["path"].barrier_linear.value >= 0
     assert "gradient" in capsys.readouterr().out or "loss_mean" in str(scope["result"])
     assert scope["plane"].shape == (3, 3)

@@ -28,7 +28,7 @@ def add_demo(commands: Any) -> None:
         description="Trains a one-layer transformer on modular addition (or goes on, or reuses finished checkpoints), "
         "samples its loss along random directions at its checkpoints, prints a table, and writes a page and the numbers.",
     )
-    show.add_argument("--quick", action="store_true", help="a smaller model: under 30 seconds instead of 3 minutes")
+    show.add_argument("--quick", action="store_true", help="a smaller model: under a minute instead of two or three")
     show.add_argument(
         "--out", type=Path, default=Path("funcscope-demo"), metavar="DIR", help="default: ./funcscope-demo"
     )

@@ -4,6 +4,7 @@
 """
 
 from .directional import sample_directional_losses
+from .flatness import compute_landscape_flatness
 from .sharpness import compare_model_sharpness, compute_sam_sharpness
 from .spectrum import compute_hessian_eigenvalues_lanczos
 
@@ -12,6 +13,7 @@ __all__ = [
     "ModularityMetrics",
     "compare_model_sharpness",
     "compute_hessian_eigenvalues_lanczos",
+    "compute_landscape_flatness",
     "compute_sam_sharpness",
     "sample_directional_losses",
 ]
