@@ -463,3 +463,16 @@ def test_the_published_size_is_a_variant():
     assert tokens[114].tolist() == [1, 1, 113]
     assert int(answers[114]) == 2
     assert len(answers) == 113**2
+
+
+def test_a_diverged_checkpoint_is_a_gap_and_stops_no_other_analyzer(variant):
+    path = modular.path(variant.path, 20)
+    arrays, meta, _ = load(path)
+    save(path, {name: value * float("nan") for name, value in arrays.items()}, meta)
+    chosen = [FLAT, analyzer("trajectory_plane").configured(num=3), NORM]
+    with pytest.raises(ValueError, match=r"landscape_flatness: 1 of 4 .*epoch 20.* trajectory_plane could not be made"):
+        analyse(variant, chosen, quiet=True)
+    assert variant.epochs("landscape_flatness") == (0, 10, 40)
+    assert np.isnan(variant.summary("landscape_flatness")["mean_delta_loss"]).tolist() == [False, False, True, False]
+    assert variant.epochs("norm") == (0, 10, 20, 40)
+    assert variant.cross("trajectory_plane") is None

@@ -274,3 +274,31 @@ def test_bad_requests_get_one_clear_line():
         inspect.unwrap(project)(torch.zeros(2, 5), torch.zeros(4), torch.eye(5)[:2])
     with pytest.raises(ValueError, match="linearly dependent"):
         project(torch.zeros(2, 5), torch.zeros(5), torch.ones(2, 5))
+
+
+def test_diverged_checkpoints_are_named():
+    thetas = [fs.normal(fs.fold_in(fs.key(0), i), torch.zeros(30)) for i in range(6)]
+    for bad in (float("nan"), float("inf")):
+        thetas[2][3] = bad
+        with pytest.raises(ValueError, match=r"not finite in the points \[2\]: leave those checkpoints out"):
+            fs.principal_directions(thetas)
+
+
+def test_points_that_require_grad_and_points_that_are_no_vectors():
+    thetas = [fs.normal(fs.fold_in(fs.key(0), i), torch.zeros(30)).requires_grad_() for i in range(4)]
+    found = fs.principal_directions(thetas)
+    assert not found.axes.vectors.requires_grad
+    assert not fs.project(thetas, thetas[-1], found.axes)[0].requires_grad
+    assert all(theta.requires_grad for theta in thetas)
+    with pytest.raises(TypeError, match=r"parameter dicts become such with `net.layout.ravel"):
+        inspect.unwrap(fs.principal_directions)([{"a": thetas[0]}, {"a": thetas[1]}])
+    with pytest.raises(TypeError, match="must hold floating-point numbers"):
+        inspect.unwrap(fs.principal_directions)(torch.ones(3, 4, dtype=torch.int64))
+
+
+def test_eigenvalues_go_with_their_axes():
+    scale = torch.tensor([3.0, 2.0, 1.0])
+    pairs = fs.eigenpairs(lambda v: scale * v, scale, key=fs.key(0), num=3, vectors=True)
+    for axes in (fs.eigenvector_axes(pairs, 2, 1), fs.eigenvector_axes(pairs).pick(2, 1)):
+        assert axes.settings["eigenvalues"] == pytest.approx([1.0, 2.0])
+        assert axes.names == ("eigenvalue 1", "eigenvalue 2")

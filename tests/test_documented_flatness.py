@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.documented.flatness import compute_landscape_flatness
+from funcscope.documented import compute_landscape_flatness
 from funcscope.landscape.flatness import flatness
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])

@@ -488,3 +488,16 @@ def test_bad_input_is_named(start, end, options, message):
 def test_bad_input_to_the_matrix_is_named(thetas, options, message):
     with pytest.raises(ValueError, match=message):
         barrier_matrix(wells(), thetas, **options)
+
+
+def test_a_pair_with_nothing_but_holes_between_is_undefined_and_counted():
+    loss = loss_from(lambda out, y: (out**2 - 0.5).log())  # nan between -1 and 1
+    found = barrier_matrix(loss, [vector(-1.0), vector(1.0), vector(1.0)], num=5)
+    assert found.nonfinite.tolist() == [[0, 3, 3], [3, 0, 0], [3, 0, 0]]
+    assert found.n_nonfinite == 6
+    assert torch.isnan(found.barrier_linear).tolist() == [
+        [False, True, True],
+        [True, False, False],
+        [True, False, False],
+    ]
+    assert torch.isnan(found.mean_barrier_linear.value)

@@ -366,3 +366,60 @@ def test_a_loss_that_is_no_function_of_theta_is_refused():
         loss.net.params["weight"].copy_(torch.arange(6.0).view(3, 2))
     with pytest.raises(ValueError, match=r"at one call and .* at the next"):
         loss_plane(loss, loss.net.theta, torch.eye(6, **WIDE)[:2], chunk=1)
+
+
+def test_parameters_of_wrong_shapes_are_refused_and_half_precision_vectors_widened():
+    loss = loss_of("mlp", torch.float32)
+    axes = fs.plane_directions(loss.net, key=fs.key(0))
+    turned = {name: value.T.contiguous() if value.ndim == 2 else value for name, value in loss.net.params.items()}
+    with pytest.raises(ValueError, match=r"`theta\['0.weight'\]` must have shape \(6, 4\), got \(4, 6\)"):
+        fs.loss_plane(loss, turned, axes, num=3)
+    half = loss.net.theta.bfloat16()
+    for chunk in (1, 8):
+        wide, narrow = (fs.loss_lines(loss, theta, axes, num=3, chunk=chunk).losses for theta in (half.float(), half))
+        assert torch.equal(wide, narrow)
+
+
+def test_a_grid_that_half_precision_does_not_resolve_is_told():
+    loss = loss_of("gpt2", torch.bfloat16)
+    axes = fs.plane_directions(loss.net, key=fs.key(0))
+    with pytest.warns(UserWarning, match=r"apart in half precision: rounding of the weights is part"):
+        fs.loss_plane(loss, loss.net.theta, axes, num=5, span=0.01)
+    with pytest.warns(UserWarning, match="apart in half precision"):
+        fs.loss_lines(loss, loss.net.theta, axes, num=41, span=0.1)
+    fs.loss_plane(loss, loss.net.theta, axes, num=3, span=0.1)  # warnings are errors
+
+
+def test_axes_are_taken_in_every_form_that_they_come_in():
+    loss = loss_of("mlp")
+    theta = loss.net.theta
+    dirs = fs.directions(loss.net, key=fs.key(0), num=2)
+    wanted = fs.loss_plane(loss, theta, fs.stack(dirs), num=3).grid_losses
+    for axes in (dirs, list(dirs)):
+        assert torch.equal(fs.loss_plane(loss, theta, axes, num=3).grid_losses, wanted)
+    run = fs.principal_directions([theta, theta + dirs[0].dense(), theta + dirs[1].dense()])
+    assert torch.equal(
+        fs.loss_plane(loss, theta, run, num=3).grid_losses, fs.loss_plane(loss, theta, run.axes, num=3).grid_losses
+    )
+    for bad in ([theta, theta], torch.zeros(0, len(theta)), "xy"):
+        with pytest.raises(ValueError, match=r"`axes` must be made by `plane_directions`, .*, got "):
+            inspect.unwrap(fs.loss_lines)(loss, theta, bad, num=3)
+
+
+def test_spans_and_numbers_of_points_in_every_form():
+    loss = loss_of("mlp")
+    theta, axes = loss.net.theta, fs.plane_directions(loss.net, key=fs.key(0))
+    plane = inspect.unwrap(fs.loss_plane)
+    one = plane(loss, theta, axes, num=3, span=(np.float32(-0.1), np.float32(0.3)))
+    assert one.axis_values.tolist() == pytest.approx([-0.1, 0.1, 0.3])
+    two = plane(loss, theta, axes, num=[3, 2], span=[[-0.1, 0.3], [0.1, 0.2]])
+    assert two.grid_losses.shape == (3, 2)
+    assert type(plane(loss, theta, axes, num=2, span=np.float32(0.1)).asdict()["span"]) is float
+    for bad in (((0, 1), (0, 1), (0, 1)), (), (0.1,), 0.0):
+        with pytest.raises(ValueError, match=r"`span` must be a"):
+            plane(loss, theta, axes, num=3, span=bad)
+    with pytest.raises(ValueError, match=r"`num` must be an integer of at least 2, or two of them"):
+        plane(loss, theta, axes, num=(3, 4, 5))
+    kept = two.grid_losses.clone()
+    two.asdict()["grid_losses"][:] = 0
+    assert torch.equal(two.grid_losses, kept)

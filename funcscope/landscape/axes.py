@@ -61,7 +61,11 @@ class Axes:
     def pick(self, *indices: int) -> Axes:
         """Some of the axes, in this order: two of them make a plane."""
         chosen = list(indices)
-        return Axes(self.vectors[chosen], tuple(self.names[i] for i in chosen), self.kind, self.settings)
+        settings = {
+            name: [value[i] for i in chosen] if isinstance(value, list) else value
+            for name, value in self.settings.items()
+        }
+        return Axes(self.vectors[chosen], tuple(self.names[i] for i in chosen), self.kind, settings)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +104,7 @@ def plane_directions(
 
     So $\langle d_i, d_j \rangle = 0$ and $\|d_{i,G}\| = \|\theta_G\|$ both hold to the rounding of the dtype; rescaling
     groups after a Gram-Schmidt over all of them would lose the first: proofs/grouped_orthogonality.py. Sums are in float64.
-    The first direction is that of `directions`, up to rounding, but for pooled coordinates.
+    The first direction is that of `directions`, up to rounding, but for pooled coordinates and groups that are drawn again.
 
     normalize: the groups, as in `directions`: `filter`, `layer`, or `global` (orthonormal vectors).
     base: the parameters whose norms are used; default `net.params`.
@@ -162,13 +166,13 @@ def principal_directions(
     """
     check_count("num", num)
     check_choice("center", center, ("last", "mean"))
-    points = thetas if isinstance(thetas, Tensor) else _stacked(thetas)
+    points = _stacked(thetas)
     if points.ndim != 2 or len(points) < 2:
         raise ValueError(f"`thetas` must be at least two flat vectors (m, p), got shape {tuple(points.shape)}.")
     origin = points[-1] if center == "last" else points.double().mean(0).to(points.dtype)
+    if bad := [i for i, point in enumerate(points) if not bool(point.isfinite().all())]:
+        raise ValueError(f"`thetas` holds values that are not finite in the points {bad}: leave those checkpoints out.")
     values, vectors = torch.linalg.eigh(gram(points, origin))
-    if not bool(values.isfinite().all()):
-        raise ValueError("`thetas` holds values that are not finite: leave out the checkpoints that diverged.")
     values, vectors = values.flip(0), vectors.flip(1)
     rank = int((values > 1e-12 * values[0]).sum()) if values[0] > 0 else 0
     if rank < num:
@@ -198,10 +202,10 @@ def eigenvector_axes(pairs: Eigenpairs, *indices: int) -> Axes:
     """
     if pairs.vectors is None:
         raise ValueError("`pairs` has no vectors: pass `vectors=True` to `eigenpairs`.")
-    names = tuple(f"eigenvalue {float(value):.4g}" for value in pairs.values)
-    settings = {"eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist()}
-    axes = Axes(pairs.vectors, names, "eigenvectors", settings)
-    return axes.pick(*indices) if indices else axes
+    chosen = list(indices) or list(range(len(pairs.values)))
+    values, residuals = pairs.values[chosen].tolist(), pairs.residuals[chosen].tolist()
+    names = tuple(f"eigenvalue {value:.4g}" for value in values)
+    return Axes(pairs.vectors[chosen], names, "eigenvectors", {"eigenvalues": values, "residuals": residuals})
 
 
 def project(
@@ -218,7 +222,7 @@ def project(
     >>> project(torch.tensor([[3.0, 4.0, 5.0]]), torch.zeros(3), torch.eye(3)[:2] * 2)
     (tensor([[1.5000, 2.0000]], dtype=torch.float64), tensor([5.], dtype=torch.float64))
     """
-    points = thetas if isinstance(thetas, Tensor) else _stacked(thetas)
+    points, origin = _stacked(thetas), origin.detach()
     vectors = axes.vectors if isinstance(axes, Axes) else axes
     if not points.ndim == vectors.ndim == 2 or not points.shape[1] == vectors.shape[1] == len(origin):
         raise ValueError(
@@ -248,8 +252,16 @@ def _combined(points: Tensor, origin: Tensor, weights: Tensor) -> Tensor:
     return orthonormalise(torch.cat(wide, 1)).to(points.dtype)
 
 
-def _stacked(thetas: Sequence[Tensor]) -> Tensor:
+def _stacked(thetas: Any) -> Tensor:
+    """Points as rows of a matrix, cut off from any graph."""
+    if not isinstance(thetas, Tensor) and not all(isinstance(theta, Tensor) for theta in thetas):
+        raise TypeError("`thetas` must hold flat vectors: parameter dicts become such with `net.layout.ravel(params)`.")
+    floating = thetas.is_floating_point() if isinstance(thetas, Tensor) else all(x.is_floating_point() for x in thetas)
+    if not floating:
+        raise TypeError("`thetas` must hold floating-point numbers.")
+    if isinstance(thetas, Tensor):
+        return thetas.detach()
     shapes = {tuple(theta.shape) for theta in thetas}
     if len(shapes) != 1:
         raise ValueError(f"`thetas` must be flat vectors of one length, got shapes {sorted(shapes)}.")
-    return torch.stack(list(thetas))
+    return torch.stack([theta.detach() for theta in thetas])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tabulate import tabulate
 from torch import Tensor
 
@@ -122,7 +122,8 @@ class LossPath:
         $B \le 0$ is no test: the maximum is never below 0, and noise alone puts it above. True means that these
         sequences show no barrier at these points, not that there is none: few sequences see little. False is shown too
         often where the path is flat, as the largest of all points is tested. Rounding is taken as $4 u \max|L|$.
-        None where it cannot be said: a loss of nan on a path that shows no barrier elsewhere, or a single sequence.
+        None where it cannot be said: a loss of nan on a path that shows no barrier elsewhere, or a barrier of a single
+        sequence, which has no error.
         """
         value, stderr = float(self.barrier_linear.value), float(self.barrier_linear.stderr)
         finite = self.losses[self.losses.isfinite()]
@@ -208,9 +209,15 @@ class BarrierMatrix:
     mean_barrier_linear: Estimate
     """Over the pairs of different models; the diagonal is no barrier."""
     num: int
-    n_nonfinite: int
-    """Losses on all paths that are not finite; those of nan are left out of the maxima."""
+    nonfinite: Int[Tensor, "m m"]
+    """Losses of each pair's path that are not finite. Those of nan are left out of the maxima; a pair that shows no barrier
+    beside them has barriers of nan, and then so have the means."""
     num_forwards: int
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Losses on all paths that are not finite."""
+        return int(self.nonfinite.triu().sum())
 
     def asdict(self) -> dict[str, Any]:
         """Plain numbers, the names, and numpy arrays."""
@@ -219,8 +226,8 @@ class BarrierMatrix:
             values |= {name: getattr(self, name).numpy(), f"{name}_stderr": getattr(self, f"{name}_stderr").numpy()}
             mean = getattr(self, f"mean_{name}")
             values |= {f"mean_{name}": float(mean.value), f"mean_{name}_stderr": float(mean.stderr)}
-        plain = ("num", "n_nonfinite", "num_forwards")
-        return values | {"distance": self.distance.numpy()} | {name: getattr(self, name) for name in plain}
+        values |= {"distance": self.distance.numpy(), "nonfinite": self.nonfinite.numpy()}
+        return values | {name: getattr(self, name) for name in ("num", "n_nonfinite", "num_forwards")}
 
     def __str__(self) -> str:
         return f"{self._head()}\n{tabulate(self._rows(), headers=('', *self.names), disable_numparse=True)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..core.checks import check_count
-from ..core.directions import dot
+from ..core.directions import Direction, dot
 from ..core.objective import Loss, Theta
-from .axes import Axes
+from .axes import Axes, Trajectory
 from .points import Evaluated, Range, Row, check_chunk, coefficients, evaluate, flat, given, spaced, span_range
+from .precision import warn_of_small_steps
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,18 +68,18 @@ class LossLines:
     def asdict(self) -> dict[str, Any]:
         """The documented dictionary: plain numbers and strings, arrays of shape (k, n), (k,) and (n,)."""
         return {
-            "losses": self.losses.numpy(),
-            "losses_stderr": self.evaluated.stderr.numpy(),
-            "delta_losses": self.delta_losses.numpy(),
-            "delta_stderr": self.delta_stderr.numpy(),
-            "axis_values": self.axis_values.numpy(),
-            "coefficients": self.coefficients.numpy(),
+            "losses": self.losses.numpy().copy(),
+            "losses_stderr": self.evaluated.stderr.numpy().copy(),
+            "delta_losses": self.delta_losses.numpy().copy(),
+            "delta_stderr": self.delta_stderr.numpy().copy(),
+            "axis_values": self.axis_values.numpy().copy(),
+            "coefficients": self.coefficients.numpy().copy(),
             "baseline_loss": self.baseline_loss,
             "direction_norms": self.axes.norms.cpu().numpy(),
             "param_norm": self.param_norm,
             "span": self.span,
             "relative_span": self.relative_span,
-            "displacement": self.displacement.numpy(),
+            "displacement": self.displacement.numpy().copy(),
             "relative_displacement": (self.displacement / (self.param_norm or math.nan)).numpy(),
             "orthogonality_check": self.axes.cosine,
             "axis_names": list(self.axes.names),
@@ -97,6 +100,10 @@ class LossLines:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        """The same table, for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def _row(self, i: int) -> tuple[str, ...]:
         line = self.losses[i]
         finite = line[line.isfinite()]
@@ -108,7 +115,7 @@ class LossLines:
 def loss_lines(
     loss: Loss,
     theta: Theta,
-    axes: Axes | Tensor,
+    axes: Axes | Trajectory | Tensor | Sequence[Direction],
     *,
     num: int = 41,
     span: float | Range = 0.1,
@@ -149,4 +156,6 @@ def loss_lines(
     rows = [Row((0.0,) * k, i, values[i].tolist()) for i in range(k)]
     found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk)
     scale = torch.stack(values)
+    warn_of_small_steps(loss, float(((scale[:, 1] - scale[:, 0]) * axes.norms.cpu()).min()), param_norm)
+    span = ends[1] if -ends[0] == ends[1] else ends
     return LossLines(found, axes, spaced(ends, num), scale, param_norm, span, relative_span, len(loss.batches))

@@ -35,8 +35,9 @@ def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: i
 
     start, end: flat vectors of shape (P,) or dicts of parameters, of one layout. num: equally spaced t, both ends
     among them, where the path is exactly `start` and `end`. Losses in nats where the criterion is a cross-entropy.
-    chunk: points per `vmap`, 1 for a plain loop with one more vector of memory; the default is that of
-    `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in chunks.
+    chunk: points per `vmap` (then equal models differ by the rounding of mapped products), 1 for a plain loop; the default
+    is that of `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in
+    chunks.
 
     Errors are over sequences and paired: of the same linear combination of each sequence's losses that makes the
     number. The errors of the barriers hold for the point where the maximum was found. Noise biases a maximum over t
@@ -90,14 +91,20 @@ def barrier_matrix(
     names = _named(names, len(thetas))
     ends = [end_point(loss, theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
     table = torch.zeros(5, len(ends), len(ends), dtype=torch.float64)
-    totals, lost, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), 0, len(ends)
+    totals, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), len(ends)
+    lost = torch.zeros(len(ends), len(ends), dtype=torch.int64)
     for i, j in combinations(range(len(ends)), 2):
         write = on_line(ends[i].theta, ends[j].theta, num)
         path = measured(loss, ends[i], ends[j], write, num=num, chunk=chunk, kind="line", known=True)
-        numbers = (x for e in (path.barrier_max, path.barrier_linear) for x in (float(e.value), float(e.stderr)))
+        sums = path.barrier_sums
+        if bool(path.losses.isnan().any()) and not float(path.barrier_linear.value) > 0:
+            sums = torch.full_like(sums, math.nan)  # nothing is seen beside the holes, and nothing is known of them
+        found = (path.mean(each) for each in sums)
+        numbers = (x for e in found for x in (float(e.value), float(e.stderr)))
         table[:, i, j] = table[:, j, i] = table.new_tensor([*numbers, path.distance])
-        totals += path.barrier_sums
-        lost, forwards = lost + path.n_nonfinite, forwards + path.num_forwards
+        totals += sums
+        lost[i, j] = lost[j, i] = path.n_nonfinite
+        forwards += path.num_forwards
     pairs = len(ends) * (len(ends) - 1) // 2
     highest, linear = (path.mean(total / pairs) for total in totals)  # any path: all have the weights
     top, top_error, over, over_error, distance = table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,11 @@ from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor
 
-from ..core.checks import check_count
-from ..core.directions import dot
+from ..core.directions import Direction, dot
 from ..core.objective import Loss, Theta
-from .axes import Axes
-from .points import Evaluated, Range, Row, check_chunk, coefficients, evaluate, flat, given, span_range
+from .axes import Axes, Trajectory
+from .points import Evaluated, Range, Row, check_chunk, coefficients, evaluate, flat, given, plane_nums, plane_ranges
+from .precision import warn_of_small_steps
 from .surface import quadratic_residual, slopes
 
 Ranges = tuple[Range, Range]
@@ -103,11 +104,11 @@ class LossPlane:
         """The documented dictionary: plain numbers and strings, grids as numpy arrays."""
         found = self.evaluated
         return {
-            "grid_losses": found.losses.numpy(),
-            "axis_values": self.axis_values.numpy(),
-            "axis_values_2": self.axis_values_2.numpy(),
-            "grid_stderr": found.stderr.numpy(),
-            "grid_delta_stderr": found.delta_stderr.numpy(),
+            "grid_losses": found.losses.numpy().copy(),
+            "axis_values": self.axis_values.numpy().copy(),
+            "axis_values_2": self.axis_values_2.numpy().copy(),
+            "grid_stderr": found.stderr.numpy().copy(),
+            "grid_delta_stderr": found.delta_stderr.numpy().copy(),
             "baseline_loss": self.baseline_loss,
             **self.statistics,
             "orthogonality_check": self.axes.cosine,
@@ -152,7 +153,7 @@ class LossPlane:
 def loss_plane(
     loss: Loss,
     theta: Theta,
-    axes: Axes | Tensor,
+    axes: Axes | Trajectory | Tensor | Sequence[Direction],
     *,
     num: int | tuple[int, int] = 25,
     span: float | Ranges = 0.1,
@@ -204,17 +205,17 @@ def loss_plane(
     >>> [[round(x, 3) for x in row] for row in plane.grid_losses.tolist()]
     [[6.5, 10.0, 14.5], [9.0, 12.5, 17.0], [12.5, 16.0, 20.5]]
     """
-    num_1, num_2 = num if isinstance(num, tuple) else (num, num)
-    check_count("num", num_1, least=2)
-    check_count("num", num_2, least=2)
+    num_1, num_2 = plane_nums(num)
     check_chunk(chunk)
-    ends = span if isinstance(span, tuple) and not isinstance(span[0], (int, float)) else (span, span)
-    ranges = [span_range("span", x) for x in ends]
+    ranges = plane_ranges(span)
     vector, axes = flat(loss, theta), given(axes)
-    if len(axes) != 2 or len(ranges) != 2:
+    if len(axes) != 2:
         raise ValueError(f"a plane has two axes, got {len(axes)}: choose two with `axes.pick(0, 1)`.")
     param_norm = math.sqrt(dot(vector, vector))
     a, b = coefficients(axes, vector, ranges, (num_1, num_2), param_norm if relative_span else None)
     rows = [Row((float(x), 0.0), 1, b.tolist()) for x in a]
     found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk)
-    return LossPlane(found, axes, a, b, param_norm, span, relative_span, len(loss.batches))
+    gaps = (float(each[1] - each[0]) * norm for each, norm in zip((a, b), axes.norms.tolist(), strict=True))
+    warn_of_small_steps(loss, min(gaps), param_norm)
+    shown = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
+    return LossPlane(found, axes, a, b, param_norm, shown, relative_span, len(loss.batches))

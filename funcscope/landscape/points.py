@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_device, check_flat, check_names, check_positive
+from ..core.checks import check_count, check_device, check_flat, check_params, check_positive
+from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
 from .along import mapped
-from .axes import Axes
+from .axes import Axes, Trajectory
 from .precision import check_baseline
 from .sequences import means
 from .values import Values
@@ -85,16 +86,35 @@ def evaluate(
 def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
     """theta as one vector, in float32 at least; checked against the loss."""
     if isinstance(theta, Mapping):
-        check_names(theta, loss.layout.names, "theta")
+        check_params(theta, loss.layout.shapes, "theta")
         theta = loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32))
     check_flat("theta", theta, loss.layout.num)
     check_device("theta", theta.device, "the model", loss.net.device)
-    return theta.detach()
+    return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
 
 
 def check_chunk(chunk: int | None) -> None:
     if chunk is not None:
         check_count("chunk", chunk)
+
+
+def plane_ranges(span: Any) -> list[Range]:
+    """The ranges of both coefficients, from one span for both or one range for each."""
+    if isinstance(span, Sequence) and not all(isinstance(x, Real) for x in span):
+        if len(span) != 2:
+            raise ValueError(f"`span` must be a number, a range (low, high), or two of them, got {span!r}.")
+        return [span_range("span", each) for each in span]
+    return [span_range("span", span)] * 2
+
+
+def plane_nums(num: Any) -> tuple[int, int]:
+    """The points along both axes."""
+    both = tuple(num) if isinstance(num, Sequence) else (num, num)
+    if len(both) != 2:
+        raise ValueError(f"`num` must be an integer of at least 2, or two of them, got {num!r}.")
+    for each in both:
+        check_count("num", each, least=2)
+    return both
 
 
 def span_range(name: str, span: Any) -> Range:
@@ -114,14 +134,17 @@ def spaced(ends: Range, num: int) -> Float[Tensor, " n"]:
     return ((num - 1 - i) * ends[0] + i * ends[1]) / (num - 1)
 
 
-def given(axes: Axes | Tensor) -> Axes:
-    """Axes as they are; rows of a matrix with names by number."""
-    if isinstance(axes, Axes):
-        return axes
-    if axes.ndim != 2 or not axes.is_floating_point():
+def given(axes: Any) -> Axes:
+    """Axes as they are, those of a trajectory; directions and rows of a matrix with names by number."""
+    if isinstance(axes, Axes | Trajectory):
+        return axes if isinstance(axes, Axes) else axes.axes
+    if isinstance(axes, tuple | list) and axes and all(isinstance(each, Direction) for each in axes):
+        axes = stack(axes)
+    if not isinstance(axes, Tensor) or axes.ndim != 2 or not len(axes) or not axes.is_floating_point():
+        got = f"{axes.dtype} of shape {tuple(axes.shape)}" if isinstance(axes, Tensor) else f"a {type(axes).__name__}"
         raise ValueError(
-            f"`axes` must be made by `plane_directions` or the like, or a floating matrix (k, p), got {axes.dtype} of shape "
-            f"{tuple(axes.shape)}."
+            "`axes` must be made by `plane_directions`, `principal_directions`, `eigenvector_axes` or `directions`, or be a "
+            f"floating matrix (k, p), got {got}. Flat vectors become one with `torch.stack`."
         )
     return Axes(axes.detach(), tuple(f"direction {i + 1}" for i in range(len(axes))), "given")
 

@@ -101,6 +101,17 @@ def warn_if_swallowed(found: Realised | None, span: float, relative_step: float)
     )
 
 
+def warn_of_small_steps(loss: Loss, step: float, param_norm: float) -> None:
+    """Points of a grid that are nearer to each other than half precision tells apart."""
+    if is_half(loss.layout) and param_norm and step < 0.01 * param_norm:
+        warnings.warn(
+            f"points {step / param_norm:.1e} of ||theta|| apart in half precision: rounding of the weights is part of the "
+            "differences between their losses, roughness is mostly that. Use fewer points, a larger span, or "
+            "`dtype=torch.float32` in `functional`.",
+            stacklevel=3,
+        )
+
+
 def _widened(inputs: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
 

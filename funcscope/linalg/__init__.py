@@ -6,6 +6,7 @@ from .diagonal import DiagonalEstimate, hutchinson_diagonal, xdiag
 from .eigen import Eigenpairs, eigenpairs
 from .matvec import Matvec, NonFinite, asymmetry
 from .quadrature import SpectralDensity, spectral_density
+from .ranks import Ranks, matrix_ranks
 from .summary import SpectrumSummary, spectrum_summary
 from .trace import BlockTraces, TraceEstimate, block_traces, hutchinson_trace, hutchpp_trace, xtrace
 
@@ -15,6 +16,7 @@ __all__ = [
     "Eigenpairs",
     "Matvec",
     "NonFinite",
+    "Ranks",
     "Solution",
     "SpectralDensity",
     "SpectrumSummary",
@@ -29,6 +31,7 @@ __all__ = [
     "hutchinson_trace",
     "hutchpp_trace",
     "masked",
+    "matrix_ranks",
     "principal",
     "projected",
     "scaled",

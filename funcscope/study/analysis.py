@@ -43,9 +43,18 @@ def analyse(
     Raises ValueError for a family that is not registered or has no loss where one is needed, for epochs without a checkpoint,
     and, after all others are done and stored, for checkpoints that could not be analysed.
     """
-    work = Work(variant)
+    work, failures = Work(variant), []
     for analyzer in analyzers:
-        work.run(analyzer, epochs, quiet)
+        try:
+            work.run(analyzer, epochs, quiet)
+        except Unanalysed as err:
+            failures.append(str(err))
+    if failures:
+        raise Unanalysed(" ".join(failures))
+
+
+class Unanalysed(ValueError):
+    """Checkpoints that could not be analysed; everything else was, and is stored."""
 
 
 class Work:
@@ -86,7 +95,7 @@ class Work:
             self._summarise(analyzer)
         if failed:
             told = "; ".join(f"epoch {epoch}: {why}" for epoch, why in list(failed.items())[:3])
-            raise ValueError(
+            raise Unanalysed(
                 f"{analyzer.name}: {len(failed)} of {len(chosen)} checkpoints could not be analysed ({told}). "
                 "The others are stored; the summary has nan at these."
             )
@@ -171,8 +180,14 @@ class Work:
         with _claim(path, wait=True):
             sums = {str(epoch): self._settings(analyzer, epoch)["checkpoint"] for epoch in self.subjects.epochs}
             wanted = {**self._common(analyzer), "checkpoints": sums}
-            if _stored(path) != wanted:
-                keep(path, analyzer.analyze(self.subjects, **analyzer.settings), wanted)
+            if _stored(path) == wanted:
+                return
+            try:
+                values = analyzer.analyze(self.subjects, **analyzer.settings)
+            except (ValueError, ArithmeticError) as err:
+                told = " ".join(str(err).split()).rstrip(".")
+                raise Unanalysed(f"{analyzer.name} could not be made across the checkpoints ({told}).") from err
+            keep(path, values, wanted)
 
 
 class _Forward:

@@ -12,6 +12,8 @@ def analyze(subject: Subject) -> Values:
     """The three ranks of every weight matrix (leaves of two dimensions), in the order of the layout."""
     params = subject.net.layout.unravel(subject.theta)
     ranks = [matrix_ranks(params[name]) for name in matrices(subject.bench)]
+    if not ranks:
+        raise ValueError("the model has no weight matrix: none of its parameters has two dimensions.")
     return {name: np.array(column) for name, column in zip(Ranks._fields, zip(*ranks, strict=True), strict=True)}
 
 

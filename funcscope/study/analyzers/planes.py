@@ -76,14 +76,14 @@ LOSS_PLANE = Analyzer(
     summary_keys=SUMMARY,
     compute_summary=lambda values: {name: values[name] for name in SUMMARY},
     settings={"num": 25, "span": 0.5, "normalize": "filter", "split": "train", "seed": 42},
-    forwards=lambda settings: settings["num"] ** 2 + 1,
+    forwards=lambda settings: settings["num"] ** 2 + 2,
     epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),
 )
 TRAJECTORY_PLANE = Analyzer(
     name="trajectory_plane",
     analyze=trajectory,
     settings={"num": 25, "split": "train"},
-    forwards=lambda settings: settings["num"] ** 2 + 1,
+    forwards=lambda settings: settings["num"] ** 2 + 2,
     across=True,
 )
 PHASE_LINES = Analyzer(
