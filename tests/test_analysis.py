@@ -298,7 +298,9 @@ def test_bad_settings_epochs_and_names(variant):
         analyse(variant, [LANDSCAPE_FLATNESS.configured(epsilon=0.0)], quiet=True)
     assert variant.epochs("landscape_flatness") == ()
     odd = dataclasses.replace(NORM, summary_keys=("norm",))
-    with pytest.raises(TypeError, match=r"`compute_summary` of norm gives \['norm', 'theta'\]"):
+    with pytest.raises(
+        ValueError, match=r"^norm: TypeError: `compute_summary` of norm gives \['norm', 'theta'\].*Nothing"
+    ):
         analyse(variant, [odd], quiet=True)
 
 
@@ -476,3 +478,65 @@ def test_a_diverged_checkpoint_is_a_gap_and_stops_no_other_analyzer(variant):
     assert np.isnan(variant.summary("landscape_flatness")["mean_delta_loss"]).tolist() == [False, False, True, False]
     assert variant.epochs("norm") == (0, 10, 20, 40)
     assert variant.cross("trajectory_plane") is None
+
+
+def test_a_failure_of_any_kind_stops_nothing_else_and_is_told_once(variant):
+    def fails(subject, *, power):
+        if subject.epoch == 20:
+            raise RuntimeError("boom")
+        return norm(subject, power=power)
+
+    other = dataclasses.replace(NORM, name="other")
+    with pytest.raises(ValueError, match=r"norm: 1 of 4 .*epoch 20: RuntimeError: boom"):
+        analyse(variant, [dataclasses.replace(NORM, analyze=fails), other], quiet=True)
+    assert np.isnan(variant.summary("norm")["norm"]).tolist() == [False, False, True, False]
+    assert variant.epochs("other") == (0, 10, 20, 40)
+    with pytest.raises(
+        ValueError, match=r"^landscape_flatness: `epsilon` must be a finite number above 0, got nan. Nothing"
+    ):
+        analyse(variant, [LANDSCAPE_FLATNESS.configured(epsilon=float("nan"))], quiet=True)
+
+
+def test_foreign_folders_files_and_lines_harm_nothing(variant):
+    analyse(variant, [NORM], quiet=True)
+    for name in ("My-notes", ".ipynb_checkpoints"):
+        (variant.path / "artifacts" / name).mkdir()
+    assert variant.analyzers() == ("norm",)
+    with (variant.folder("norm") / "times.jsonl").open("ab") as file:
+        file.write(b'{}\n\xff\n{"seconds": "long"}\n{"epoch": 1')
+    assert [entry["epoch"] for entry in variant.times("norm")] == [0, 10, 20, 40]
+    for word in ("one", "two"):  # files of ours that are no artifacts
+        save(variant.artifact("norm", 20), {"x": np.ones(2)}, {"hello": word}, copy=False)
+        with pytest.raises(Damaged, match="it has no settings"):
+            variant.load("norm", 20)
+        with pytest.warns(UserWarning, match="could not be read and is now"):
+            analyse(variant, [NORM], quiet=True)
+    aside = sorted(path.name for path in variant.folder("norm").glob("*.unreadable*"))
+    assert aside == ["epoch_00020.npz.unreadable", "epoch_00020.npz.unreadable1"]  # nothing is overwritten
+
+
+def test_tensors_keep_what_is_not_finite(variant):
+    def analyze(subject, *, power):
+        return {"norm": subject.theta.norm(), "theta": torch.tensor([1.0, float("inf"), 2.0])}
+
+    analyse(variant, [dataclasses.replace(NORM, analyze=analyze)], quiet=True)
+    found = variant.load("norm", 0)
+    assert isinstance(found["norm"], float)
+    assert found["theta"].tolist() == [1.0, float("inf"), 2.0]
+
+
+def test_a_variant_answers_to_the_name_that_it_was_trained_under(variant):
+    runs = Runs(variant.path.parent)
+    assert runs.variant("tiny").path == runs.variant(variant.name).path
+    same = begin(variant.path, "modular_addition", "another label", asdict(TINY))
+    assert same.head["variant"] == "tiny"
+    with pytest.raises(ValueError, match=r"belongs to another variant, tiny of modular_addition; what differs: seed\."):
+        begin(variant.path, "modular_addition", "tiny", asdict(dataclasses.replace(TINY, seed=9)))
+
+
+def test_what_concerns_all_checkpoints_has_its_time(variant):
+    analyse(variant, [analyzer("phase_path").configured(num=3)], quiet=True)
+    (entry,) = variant.times("phase_path")
+    assert entry["seconds"] > 0
+    assert entry["forwards"] == 3
+    assert entry["epoch"] is None

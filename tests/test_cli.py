@@ -16,9 +16,11 @@ from funcscope import cli
 from funcscope.core.store import load, save
 from funcscope.curvature import hessian
 from funcscope.families import modular
+from funcscope.families.family import Setup
 from funcscope.linalg import dense
 from funcscope.study import demo
 from funcscope.study.analyzers import curvature, directional
+from funcscope.study.runs import Runs
 
 TINY = demo.Settings(
     modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6),
@@ -227,3 +229,91 @@ def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, caps
     )
     np.testing.assert_allclose(arrays["curvatures"][-1], result.curvatures)
     assert meta["table"][-1]["curvature_mean"] == pytest.approx(float(result.estimates["curvature_mean"].value))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A tiny trained variant under `run`, and the current folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny = modular.Config(p=5, d_model=8, num_heads=2, d_mlp=12, steps=20, train_fraction=0.6)
+    monkeypatch.setitem(modular.FAMILY.variants, "tiny", Setup(tiny, (0, 10, 20)))
+    assert cli.main(["train", "modular_addition", "tiny", "--out", "run", "--quiet"]) == 0
+    capsys.readouterr()
+    return Runs(Path("run")).variant("tiny")
+
+
+FEW = ["analyze", "run", "--analyzer", "landscape_flatness", "--quiet", "--set", "n_directions=3"]
+
+
+def test_settings_are_read_as_what_they_are(run, capsys):
+    assert cli.main([*FEW, "--set", "relative=yes", "--set", "epsilon=0.2"]) == 0
+    settings = run.settings("landscape_flatness")["settings"]
+    assert settings["relative"] is True
+    assert settings["epsilon"] == 0.2
+    assert settings["n_directions"] == 3
+    few = [
+        "analyze",
+        "run",
+        "--analyzer",
+        "flatness_profile",
+        "--set",
+        "epsilons=0.1,0.2",
+        "--set",
+        "n_directions=2",
+        "--quiet",
+    ]
+    assert cli.main([*few, "--set", "products=3"]) == 0
+    assert run.load("flatness_profile", 20)["epsilon"].tolist() == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "relative=perhaps"], "`relative` must be true or false, got 'perhaps'"),
+        (["--set", "n_directions=many"], "`n_directions` must be of the kind of 50, got 'many'"),
+        (["--set", "epsilon"], "`--set` takes name=value, got 'epsilon'"),
+        (["--set", "size=1"], "landscape_flatness has no setting 'size': it has n_directions"),
+        (["--variant", "p113"], "no variant 'p113' in this run: it has modular-addition-p5"),
+        (["--epochs", "7"], "no checkpoint at epoch 7: there are 0, 10, 20"),
+        (["--import", "no_such_module"], "No module named 'no_such_module'"),
+        (["--analyzer", "loss_plane"], "`--set` is for one analyzer"),
+    ],
+)
+def test_bad_arguments_of_analyze_get_one_clear_line(run, capsys, args, message):
+    fails([*FEW, *args], capsys, message)
+
+
+def test_one_bad_checkpoint_is_told_at_the_end_and_exits_with_2(run, capsys):
+    path = modular.path(run.path, 10)
+    path.write_bytes(path.read_bytes()[:300])
+    assert cli.main(FEW) == 2
+    out, err = capsys.readouterr()
+    assert "2 of 3" in out
+    assert re.search(r"funcscope: tiny: landscape_flatness: 1 of 3 checkpoints could not be analysed \(epoch 10", err)
+
+
+def test_a_setting_that_is_used_at_one_epoch_counts_one(run, capsys):
+    assert cli.main(FEW) == 0
+    assert cli.main([*FEW, "--set", "epsilon=2", "--epochs", "20"]) == 0
+    assert "1 of 3" in capsys.readouterr().out.split("next")[1]
+
+
+def test_modules_of_the_current_folder_are_found(run, capsys):
+    Path("mine.py").write_text(
+        "from funcscope.study.analyzer import Analyzer\nfrom funcscope.study.analyzers import register\n"
+        "register(Analyzer('mine', lambda subject: {'x': 1.0}, needs_loss=False))\n"
+    )
+    code = "import sys; from funcscope.cli import main; sys.path.remove(''); sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "analyze", str(run.path), "--import", "mine", "--analyzer", "mine", "--quiet"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert run.epochs("mine") == (0, 10, 20)
+
+
+def test_demo_and_train_share_a_folder(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(modular.FAMILY.variants, "p7", Setup(TINY.config, (0, 100)))
+    assert cli.main(["train", "modular_addition", "p7", "--out", str(tmp_path), "--quiet"]) == 0
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    assert Runs(tmp_path).variant("p7").head["variant"] == "p7"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from ..core.store import load
 from ..families import family
 from ..study import demo
-from ..study.analysis import analyse
+from ..study.analysis import Unanalysed, analyse
 from ..study.analyzer import Analyzer
 from ..study.analyzers import ANALYZERS, analyzer
 from ..study.runs import Runs, Variant
@@ -148,15 +152,21 @@ def _analyze(args: argparse.Namespace) -> int:
         chosen = [chosen[0].configured(**_changes(chosen[0], args.changes))]
     runs = Runs(args.folder)
     variants = [runs.variant(args.variant)] if args.variant else [runs.variant(name) for name in runs.variants()]
+    failures = []
     try:
         for variant in variants:
-            analyse(variant, chosen, epochs=args.epochs, quiet=args.quiet)
+            try:
+                analyse(variant, chosen, epochs=args.epochs, quiet=args.quiet)
+            except Unanalysed as err:
+                failures.append(f"{variant.head['variant']}: {err}")
     except KeyboardInterrupt:
         print("\nfuncscope: interrupted; what was finished is kept, the same command goes on from there.")
         return 130
     rows = [row for variant in variants for row in _times(variant, chosen)]
     print(tabulate(rows, headers=["variant", "analyzer", "epochs", "forwards each", "seconds each", "expected"]))
     print(f"\nnext  funcscope dashboard {args.folder}")
+    if failures:
+        raise Unanalysed(" ".join(failures))
     return 0
 
 
@@ -177,20 +187,29 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
     rows = []
     for one in chosen:
         times = variant.times(one.name)
-        seconds = sorted(entry["seconds"] for entry in times)
-        forward = next((entry["forward_seconds"] for entry in reversed(times) if entry["forward_seconds"]), None)
+        seconds = sorted({entry.get("epoch"): entry["seconds"] for entry in times}.values())
+        forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         cost = one.forwards(one.settings)
         rows.append(
             [
-                variant.name,
+                variant.head["variant"],
                 one.name,
-                "all together" if one.across else f"{len(variant.epochs(one.name))} of {len(variant.checkpoints())}",
+                "all together" if one.across else f"{_current(variant, one)} of {len(variant.checkpoints())}",
                 f"{cost:g}",
                 f"{seconds[len(seconds) // 2]:.2g}" if seconds else "",
                 f"{cost * forward:.2g}" if forward else "",
             ]
         )
     return rows
+
+
+def _current(variant: Variant, one: Analyzer) -> int:
+    """Epochs in the summary, which has those of one setting; all that are stored where there is none."""
+    summary = variant.summary(one.name)
+    if summary is None or not one.summary_keys:
+        return len(variant.epochs(one.name))
+    rows = np.stack([np.isfinite(summary[key].reshape(len(summary["epochs"]), -1)).any(1) for key in one.summary_keys])
+    return int(rows.any(0).sum())
 
 
 def _changes(one: Analyzer, given: list[str]) -> dict[str, Any]:
@@ -206,16 +225,29 @@ def _changes(one: Analyzer, given: list[str]) -> dict[str, Any]:
 
 
 def _value(name: str, text: str, default: Any) -> Any:
+    """The text as what the default is."""
     try:
         if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, tuple):
-            return tuple(float(part) for part in text.split(",") if part)
-        return type(default)(text)
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if isinstance(default, (tuple, list)):
+            kind = type(default[0]) if default else float
+            return type(default)(kind(part) for part in text.split(",") if part)
+        return _plain(text) if default is None else type(default)(text)
     except (ValueError, KeyError) as err:
-        raise ValueError(f"`{name}` is a {type(default).__name__} like {default!r}, got {text!r}.") from err
+        wanted = "true or false" if isinstance(default, bool) else f"of the kind of {default!r}"
+        raise ValueError(f"`{name}` must be {wanted}, got {text!r}.") from err
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _import(modules: list[str]) -> None:
+    """Modules by name; those of the current folder, too."""
+    if modules and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     for name in modules:
         importlib.import_module(name)

@@ -35,7 +35,8 @@ class Setup(NamedTuple):
 class Family:
     """One kind of model that is trained and analysed, whatever reads the results.
 
-    A family lives in one file that ends with `register(Family(...))`. Configurations are frozen dataclasses of plain values.
+    A family lives in one file that ends with `register(Family(...))`. Configurations are frozen dataclasses of plain values;
+    a property `name`, where they have one, names their folder.
     """
 
     name: str

@@ -24,11 +24,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..core.checks import check_params
-from ..core.store import Damaged, load, save, to_json
+from ..core.store import Damaged, save, to_json
 from ..families.family import Family
 from ..families.family import family as registered
 from .analyzer import Analyzer, Bench, Subject, Subjects, Values
-from .runs import CROSS, Variant, keep, read
+from .runs import CROSS, Variant, keep, read, settings_of
 
 
 def analyse(
@@ -39,6 +39,9 @@ def analyse(
     quiet: bool = False,
 ) -> None:
     """Run each analyzer on the variant's checkpoints (those at `epochs`, or those it looks at), and write summaries.
+
+    Analyzers across checkpoints take all of them, whatever `epochs` says. A checkpoint or an analyzer that fails stops no
+    other.
 
     Raises ValueError for a family that is not registered or has no loss where one is needed, for epochs without a checkpoint,
     and, after all others are done and stored, for checkpoints that could not be analysed.
@@ -55,6 +58,12 @@ def analyse(
 
 class Unanalysed(ValueError):
     """Checkpoints that could not be analysed; everything else was, and is stored."""
+
+
+def told(err: Exception) -> str:
+    """An error in a line, with its kind where that says more than its text."""
+    text = " ".join(str(err).split()).rstrip(".")
+    return text if isinstance(err, (ValueError, ArithmeticError)) and text else f"{type(err).__name__}: {text}"
 
 
 class Work:
@@ -93,10 +102,12 @@ class Work:
             self._claimed(analyzer, epoch, forward, failed, wait=True)
         if analyzer.summary_keys:
             self._summarise(analyzer)
+        if failed and len(failed) == len(chosen) and len(set(failed.values())) == 1:
+            raise Unanalysed(f"{analyzer.name}: {failed[chosen[0]]}. Nothing was stored.")
         if failed:
-            told = "; ".join(f"epoch {epoch}: {why}" for epoch, why in list(failed.items())[:3])
+            reasons = "; ".join(f"epoch {epoch}: {why}" for epoch, why in list(failed.items())[:3])
             raise Unanalysed(
-                f"{analyzer.name}: {len(failed)} of {len(chosen)} checkpoints could not be analysed ({told}). "
+                f"{analyzer.name}: {len(failed)} of {len(chosen)} checkpoints could not be analysed ({reasons}). "
                 "The others are stored; the summary has nan at these."
             )
 
@@ -115,12 +126,8 @@ class Work:
                 return False
             try:
                 self._make(analyzer, epoch, path, forward)
-            except (
-                ValueError,
-                ArithmeticError,
-                FileNotFoundError,
-            ) as err:  # of this checkpoint; the others are analysed
-                failed[epoch] = " ".join(str(err).split()).rstrip(".")
+            except Exception as err:  # of this checkpoint: it is told, and the others are analysed
+                failed[epoch] = told(err)
         return True
 
     def _make(self, analyzer: Analyzer, epoch: int, path: Path, forward: _Forward) -> None:
@@ -134,11 +141,7 @@ class Work:
         spent = time.perf_counter() - started
         _check_summary(analyzer, values)
         keep(path, values, wanted)
-        entry = {
-            "epoch": epoch, "seconds": spent, "forwards": analyzer.forwards(analyzer.settings),
-            "forward_seconds": seconds, "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        _append(path.with_name("times.jsonl"), json.dumps(entry))
+        self._clock(path, epoch, spent, analyzer, seconds)
 
     def _settings(self, analyzer: Analyzer, epoch: int) -> dict[str, Any]:
         """Everything that an artifact depends on."""
@@ -182,12 +185,22 @@ class Work:
             wanted = {**self._common(analyzer), "checkpoints": sums}
             if _stored(path) == wanted:
                 return
+            started = time.perf_counter()
             try:
                 values = analyzer.analyze(self.subjects, **analyzer.settings)
-            except (ValueError, ArithmeticError) as err:
-                told = " ".join(str(err).split()).rstrip(".")
-                raise Unanalysed(f"{analyzer.name} could not be made across the checkpoints ({told}).") from err
+            except Exception as err:
+                raise Unanalysed(f"{analyzer.name} could not be made across the checkpoints ({told(err)}).") from err
+            spent = time.perf_counter() - started
             keep(path, values, wanted)
+            self._clock(path, None, spent, analyzer, _Forward(self.bench, analyzer).seconds)
+
+    @staticmethod
+    def _clock(path: Path, epoch: int | None, spent: float, analyzer: Analyzer, forward: float | None) -> None:
+        entry = {
+            "epoch": epoch, "seconds": spent, "forwards": analyzer.forwards(analyzer.settings),
+            "forward_seconds": forward, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        _append(path.with_name("times.jsonl"), json.dumps(entry))
 
 
 class _Forward:
@@ -231,11 +244,12 @@ def stacked(epochs: Sequence[int], rows: dict[int, Values], keys: Sequence[str])
 def _stored(path: Path) -> dict[str, Any] | None:
     """The settings of a stored artifact; a file that cannot be read is set aside, nothing is deleted."""
     try:
-        return load(path).meta["settings"]
+        return settings_of(path)
     except FileNotFoundError:
         return None
     except Damaged:
-        aside = path.with_name(f"{path.name}.unreadable")
+        taken = len(list(path.parent.glob(f"{path.name}.unreadable*")))
+        aside = path.with_name(f"{path.name}.unreadable{taken or ''}")
         path.replace(aside)
         warnings.warn(f"{path} could not be read and is now {aside.name}: it is made again.", stacklevel=2)
         return None

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..core.store import Damaged, load, save, write
 
@@ -57,9 +58,19 @@ class Runs:
         return tuple(sorted(path.parent.name for path in self.path.glob(f"*/{HEAD}")))
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name. Raises ValueError for one that is not among them, whatever path it may name."""
-        if name not in self.variants():
-            raise ValueError(f"no variant {name!r} in this run: it has {', '.join(self.variants())}.")
+        """The variant of that name: of its folder, or the one it was trained under where that is unique.
+
+        Raises ValueError for one that is not among them, whatever path it may name.
+        """
+        names = self.variants()
+        if name not in names:
+            labelled = [each for each in names if self._at(each).head["variant"] == name]
+            if len(labelled) != 1:
+                raise ValueError(f"no variant {name!r} in this run: it has {', '.join(names)}.")
+            name = labelled[0]
+        return self._at(name)
+
+    def _at(self, name: str) -> Variant:
         return Variant(self.path if (self.path / HEAD).is_file() else self.path / name)
 
 
@@ -102,7 +113,13 @@ class Variant:
     def analyzers(self) -> tuple[str, ...]:
         """Names of the analyzers that have stored something."""
         folders = (path for path in (self.path / "artifacts").glob("*") if path.is_dir())
-        return tuple(sorted(path.name for path in folders if self.epochs(path.name) or (path / CROSS).is_file()))
+        return tuple(
+            sorted(
+                path.name
+                for path in folders
+                if re.fullmatch(NAME, path.name) and (self.epochs(path.name) or (path / CROSS).is_file())
+            )
+        )
 
     def epochs(self, analyzer: str) -> tuple[int, ...]:
         """Epochs that have an artifact of that analyzer."""
@@ -124,6 +141,10 @@ class Variant:
         """
         return read(self.artifact(analyzer, epoch))
 
+    def opened(self, analyzer: str, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same, and the analyzer's settings that it was made with."""
+        return _opened(self.artifact(analyzer, epoch))
+
     def summary(self, analyzer: str) -> dict[str, np.ndarray] | None:
         """One row per checkpoint: `epochs`, and the analyzer's summary keys; None where it was not written yet."""
         path = self.folder(analyzer) / "summary.npz"
@@ -137,21 +158,27 @@ class Variant:
     def settings(self, analyzer: str) -> dict[str, Any]:
         """The settings of the summary, with what the analyzer wrote beside them; empty without one."""
         path = self.folder(analyzer) / "summary.npz"
-        return load(path).meta["settings"] if path.is_file() else {}
+        return settings_of(path) if path.is_file() else {}
 
     def times(self, analyzer: str) -> list[dict[str, Any]]:
-        """One entry per checkpoint that was analysed, in the order of time; a line that was cut short is left out."""
+        """One entry per checkpoint that was analysed, in the order of time; lines that are no such entries are left out."""
         path = self.folder(analyzer) / "times.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [entry for line in lines if isinstance(entry := _parsed(line), dict)]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        entries = (_parsed(line) for line in lines)
+        return [e for e in entries if isinstance(e, dict) and isinstance(e.get("seconds"), (int, float))]
 
 
 def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> Variant:
     """The folder of a variant, made where it is not there. Raises ValueError where it belongs to another one."""
     wanted = json.loads(json.dumps({"family": family, "variant": variant, "config": dict(config)}))
     if (path / HEAD).is_file():
-        if Variant(path).head != wanted:
-            raise ValueError(f"{path} belongs to another variant, {Variant(path).head}: choose another folder.")
+        head = Variant(path).head
+        if (head["family"], head["config"]) != (wanted["family"], wanted["config"]):
+            odd = sorted(k for k in {*head["config"], *config} if head["config"].get(k) != wanted["config"].get(k))
+            raise ValueError(
+                f"{path} belongs to another variant, {head['variant']} of {head['family']}; what differs: "
+                f"{', '.join(odd) or 'the family'}. Choose another folder."
+            )
     else:
         write(path / HEAD, json.dumps(wanted, indent=1).encode())
     return Variant(path)
@@ -159,6 +186,9 @@ def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> V
 
 def keep(path: Path, values: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Store one artifact: numbers and arrays as arrays, anything else beside the settings."""
+    values = {
+        name: value.detach().cpu().numpy() if isinstance(value, Tensor) else value for name, value in values.items()
+    }
     arrays = {name: np.asarray(value) for name, value in values.items() if _numeric(value)}
     other = {name: value for name, value in values.items() if name not in arrays}
     save(path, arrays, {"settings": settings, "values": other}, copy=False)
@@ -166,9 +196,24 @@ def keep(path: Path, values: Mapping[str, Any], settings: Mapping[str, Any]) -> 
 
 def read(path: Path) -> dict[str, Any]:
     """What `keep` stored: numbers as numbers again."""
+    return _opened(path)[0]
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings that a file was stored with. Raises Damaged for a file of ours that is no artifact."""
+    return _settings(path, load(path).meta)
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     stored = load(path)
     numbers = {name: value.item() if not value.ndim else value for name, value in stored.arrays.items()}
-    return numbers | stored.meta.get("values", {})
+    return numbers | stored.meta.get("values", {}), dict(_settings(path, stored.meta).get("settings", {}))
+
+
+def _settings(path: Path, meta: Any) -> dict[str, Any]:
+    if not isinstance(meta, dict) or not isinstance(meta.get("settings"), dict):
+        raise Damaged(f"{path} is no artifact of an analyzer: it has no settings.")
+    return meta["settings"]
 
 
 def _numeric(value: Any) -> bool:

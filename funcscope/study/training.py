@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +26,8 @@ def trained(family: Family, setup: Setup, out: Path, *, name: str = "", quiet: b
     Raises ValueError where the folder belongs to another configuration.
     """
     config = setup.config
-    variant = begin(out / config.name, family.name, name or config.name, asdict(config))
+    folder = getattr(config, "name", None) or f"{family.name}-{_digest(config)}"
+    variant = begin(out / folder, family.name, name or folder, asdict(config))
     points = []
     with tqdm(total=max(setup.checkpoints), desc="training", unit="step", disable=quiet, dynamic_ncols=True) as bar:
         for point in family.train(config, variant.path, setup.checkpoints):
@@ -32,6 +36,10 @@ def trained(family: Family, setup: Setup, out: Path, *, name: str = "", quiet: b
             bar.update(point.step - bar.n)
     _keep_curves(variant, points)
     return variant
+
+
+def _digest(config: Any) -> str:
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _keep_curves(variant: Variant, points: Sequence) -> None:

@@ -28,6 +28,12 @@ def _stored(variant: Variant, analyzer: str, epoch: int, what: str) -> dict[str,
     if found is None:
         near = reading.nearest(variant.epochs(analyzer), epoch)
         raise Absent(f"No {what} is stored at epoch {epoch:,}; the nearest is at epoch {near:,}.")
+    summary, made_with = reading.summary(variant, analyzer), found["made_with"]
+    wanted = summary.settings.get("settings", made_with) if summary is not None else made_with
+    if other := [f"{name} {made_with.get(name)}" for name in wanted if made_with.get(name) != wanted[name]]:
+        raise Absent(
+            f"The {what} at epoch {epoch:,} was made with other settings ({', '.join(other)}) than the summary."
+        )
     return found
 
 

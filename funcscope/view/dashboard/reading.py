@@ -123,7 +123,7 @@ def cost(variant: Variant, analyzer: str) -> Cost:
     forwards = [
         float(e.get("forwards") or math.nan) * float(e.get("forward_seconds") or math.nan) for e in times.values()
     ]
-    stored = variant.epochs(analyzer)
+    stored = _current(variant, analyzer)
     wanted = {*stored, *planned(variant, analyzer)}
     actual = _median(seconds)
     missing = len(wanted) - len(stored)
@@ -131,6 +131,23 @@ def cost(variant: Variant, analyzer: str) -> Cost:
     return Cost(
         analyzer, len(stored), len(wanted), _median(forwards), actual, spent, missing * actual if missing else 0.0
     )
+
+
+def _current(variant: Variant, analyzer: str) -> tuple[int, ...]:
+    """Epochs that are stored with the settings of the summary: those that have a row in it."""
+    stored = variant.epochs(analyzer)
+    try:
+        found = summary(variant, analyzer)
+    except (Damaged, OSError):
+        return stored
+    if found is None or len(found.arrays) < 2:
+        return stored
+    shown = found.arrays["epochs"]
+    columns = (
+        np.isfinite(each.reshape(len(shown), -1)).any(1) for name, each in found.arrays.items() if name != "epochs"
+    )
+    kept = set(shown[np.any(list(columns), axis=0)].tolist())
+    return tuple(epoch for epoch in stored if epoch in kept)
 
 
 def planned(variant: Variant, analyzer: str) -> tuple[int, ...]:
@@ -180,7 +197,8 @@ def _summary(variant: Variant, analyzer: str, _: Stamp) -> Summary | None:
 
 @lru_cache(KEPT)
 def _artifact(variant: Variant, analyzer: str, epoch: int, _: Stamp) -> dict[str, Any]:
-    return variant.load(analyzer, epoch)
+    values, settings = variant.opened(analyzer, epoch)
+    return values | {"made_with": settings}
 
 
 @lru_cache(KEPT)
