@@ -18,6 +18,7 @@ from funcscope.study.analysis import analyse
 from funcscope.study.analyzer import Analyzer
 from funcscope.study.analyzers import ANALYZERS, EFFECTIVE_DIMENSIONALITY, LANDSCAPE_FLATNESS, analyzer
 from funcscope.study.analyzers import register as register_analyzer
+from funcscope.study.phases import phases
 from funcscope.study.runs import Runs, Variant, begin
 from funcscope.study.training import trained
 
@@ -222,6 +223,11 @@ def test_two_processes_on_one_folder_share_the_work_and_lose_nothing(variant):
         def slow(subject, *, power):
             time.sleep(0.4)
             return norm(subject, power=power)
+        ready = variant.path.parent / "ready"
+        ready.mkdir(exist_ok=True)
+        (ready / str(os.getpid())).touch()
+        while len(list(ready.iterdir())) < 2:  # both begin at once
+            time.sleep(0.01)
         analyse(variant, [dataclasses.replace(NORM, analyze=slow)], quiet=True)
     """
     both = [run(code, variant) for _ in range(2)]
@@ -540,3 +546,12 @@ def test_what_concerns_all_checkpoints_has_its_time(variant):
     assert entry["seconds"] > 0
     assert entry["forwards"] == 3
     assert entry["epoch"] is None
+
+
+def test_phases_are_the_middle_of_what_memorised_without_generalising():
+    step = np.arange(0, 100, 10)
+    curves = {"step": step, "train_accuracy": (step >= 20).astype(float), "test_accuracy": (step >= 70) * 0.9}
+    assert phases(tuple(step.tolist()), curves) == (0, 40, 90)  # 20 to 60 have
+    assert phases((0, 30, 70, 90), curves) == (0, 30, 90)
+    never = curves | {"train_accuracy": np.zeros(10)}
+    assert phases((0, 30, 60, 90), never) == phases((0, 30, 60, 90), None) == (0, 60, 90)
