@@ -534,6 +534,9 @@ def test_tensors_keep_what_is_not_finite(variant):
 def test_a_variant_answers_to_the_name_that_it_was_trained_under(variant):
     runs = Runs(variant.path.parent)
     assert runs.variant("tiny").path == runs.variant(variant.name).path
+    (variant.path.parent / "harmed").mkdir()
+    (variant.path.parent / "harmed" / "variant.json").write_text("{")
+    assert runs.variant("tiny").name == variant.name  # whatever lies beside it
     same = begin(variant.path, "modular_addition", "another label", asdict(TINY))
     assert same.head["variant"] == "tiny"
     with pytest.raises(ValueError, match=r"belongs to another variant, tiny of modular_addition; what differs: seed\."):

@@ -584,3 +584,16 @@ def test_controls_have_labels(path):
     card = layout.card(PANELS[1], Runs(path).variant("p37"))
     assert "Metric" in text_of(card)
     assert "aria-label" in card.children[1].children[0].to_plotly_json()["props"]
+
+
+def test_an_address_may_use_the_name_that_a_variant_was_trained_under(tmp_path):
+    run_folder(tmp_path, variants=("p37",), epochs=EPOCHS[:2], planes=())
+    head = json.loads((tmp_path / "p37" / "variant.json").read_text())
+    (tmp_path / "p37" / "variant.json").write_text(json.dumps(head | {"variant": "mine"}))
+    runs = Runs(tmp_path)
+    assert callbacks.admitted(runs, {"variant": "mine"}) == "p37"
+    asked = {"variant": "mine", "epoch": str(EPOCHS[0])}
+    assert callbacks.opened(runs, asked, "p37", None, 0).place == 0
+    assert callbacks.admitted(runs, {}) == "p37"
+    for bad in ("../../etc", "/etc", "..", ""):
+        assert callbacks.admitted(runs, {"variant": bad}) is None

@@ -64,7 +64,7 @@ class Runs:
         """
         names = self.variants()
         if name not in names:
-            labelled = [each for each in names if self._at(each).head["variant"] == name]
+            labelled = [each for each in names if self._at(each).label == name]
             if len(labelled) != 1:
                 raise ValueError(f"no variant {name!r} in this run: it has {', '.join(names)}.")
             name = labelled[0]
@@ -92,6 +92,14 @@ class Variant:
             return {"family": str(head["family"]), "variant": str(head["variant"]), "config": dict(head["config"])}
         except (ValueError, KeyError, TypeError) as err:
             raise Damaged(f"{self.path / HEAD} is damaged or was not written by funcscope ({err}).") from err
+
+    @property
+    def label(self) -> str | None:
+        """The name that it was trained under; None where `variant.json` cannot be read."""
+        try:
+            return self.head["variant"]
+        except Damaged:
+            return None
 
     @property
     def family(self) -> str:

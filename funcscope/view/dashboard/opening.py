@@ -38,9 +38,10 @@ def requested(search: str | None) -> dict[str, str]:
 
 def admitted(runs: Runs, asked: Mapping[str, str]) -> str | None:
     """The variant to show at first: the one asked for if it is one of the run's, the first if none was asked for."""
-    names = runs.variants()
-    wanted = asked.get("variant", names[0])
-    return wanted if wanted in names else None
+    try:
+        return runs.variant(asked.get("variant", runs.variants()[0])).name
+    except ValueError:
+        return None
 
 
 def opened(
@@ -57,7 +58,8 @@ def opened(
     except ValueError:
         return Opened(_refusal(runs, name), [], None, None, {}, 0)
     epochs = reading.epochs(variant)
-    index, remark = _arrival(epochs, asked, here, variant.name)
+    meant = admitted(runs, asked) == variant.name
+    index, remark = _arrival(epochs, asked.get("epoch") if meant else None, here)
     shown = available(variant)
     wanted = [panel.name for panel in shown]
     same = here is not None and here.get("variant") == variant.name and here.get("panels") == wanted
@@ -84,15 +86,12 @@ def _refusal(runs: Runs, name: str) -> str:
     return f"There is no variant “{shown}” in this run. It has {', '.join(runs.variants())}: choose one above."
 
 
-def _arrival(
-    epochs: Sequence[int], asked: Mapping[str, str], here: Mapping[str, Any] | None, variant: str
-) -> tuple[int, str]:
+def _arrival(epochs: Sequence[int], text: str | None, here: Mapping[str, Any] | None) -> tuple[int, str]:
     """Place of the epoch to stand at, and what is to be said about it."""
     if not epochs:
         return 0, ""
     if here is not None and "epoch" in here:
         return epochs.index(reading.nearest(tuple(epochs), int(here["epoch"]))), ""
-    text = asked.get("epoch") if asked.get("variant", variant) == variant else None
     if text is None:
         return len(epochs) - 1, ""
     if not (text.isascii() and text.isdigit() and len(text) < 16):
