@@ -14,8 +14,7 @@ flatness: 50 directions at checkpoints of the demo's model over its p^2 grid, be
 state dict, per direction one draw, load, forward, load; losses from a float64 log-softmax), extrapolated to 100 checkpoints
 (--full: all run); then the variance that pairs and common directions save at equal evaluations: of the mean change at one
 checkpoint, of its difference between one checkpoint and the next.
-These checkpoints are the start and the memorising phase, where the gradient on the whole grid is large; where it is small,
-pairs may bring as little as one half.
+Where the gradient on the whole grid is large, pairs save most; where it vanishes, they may bring as little as one half.
 memory, at 14M: growth of the resident set while a plane of 3 x 3 points is set up and evaluated, in a process of its own.
 
 How the peers are called, and where their points lie, is said in landscape_peers.py; install_peers.sh installs them.

@@ -558,3 +558,17 @@ def test_phases_are_the_middle_of_what_memorised_without_generalising():
     assert phases((0, 30, 70, 90), curves) == (0, 30, 90)
     never = curves | {"train_accuracy": np.zeros(10)}
     assert phases((0, 30, 60, 90), never) == phases((0, 30, 60, 90), None) == (0, 60, 90)
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_no_analyzer_across_checkpoints_either(variant):
+    path = modular.path(variant.path, 10)
+    path.write_bytes(path.read_bytes()[:200])
+    chosen = [analyzer("phase_path").configured(num=3), NORM]
+    with pytest.raises(ValueError, match=r"phase_path could not be made across .*is damaged.* norm: 1 of 4"):
+        analyse(variant, chosen, quiet=True)
+    assert variant.epochs("norm") == (0, 20, 40)
+
+
+def test_data_that_no_family_has_are_refused_before_any_work(variant):
+    with pytest.raises(ValueError, match=r"^`split` must be one of 'train', 'test', 'probe', got 'foo'"):
+        analyse(variant, [FLAT.configured(split="foo")], quiet=True)

@@ -17,6 +17,7 @@ from funcscope.core.estimate import Estimate
 from funcscope.landscape import directional
 from funcscope.landscape.common import common_directions
 from funcscope.landscape.flatness import flatness, flatness_profile
+from funcscope.landscape.points import MAPPED_POSITIONS
 
 module = importlib.import_module("funcscope.landscape.flatness")  # `landscape.flatness` is the function
 
@@ -338,7 +339,7 @@ def test_every_plan_gives_the_same_samples(name, monkeypatch):
 
 def test_long_batches_are_evaluated_one_at_a_time():
     model = seeded(0, lambda: nn.Linear(2, 3))
-    for rows, chunk in ((module.MAPPED_UP_TO, 8), (module.MAPPED_UP_TO + 1, 1)):
+    for rows, chunk in ((MAPPED_POSITIONS, 8), (MAPPED_POSITIONS + 1, 1)):
         x, y = torch.zeros(rows, 2), torch.zeros(rows, dtype=torch.long)
         for targets, criterion in ((y, fs.classification), (y.float(), fs.custom(lambda out, y: out[:, 0] - y))):
             loss = fs.objective(fs.functional(model), [(x, targets)], criterion)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, loss_of, problem
+from problems import CATALOGUE, loss_of, problem, seeded
+from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
@@ -101,3 +102,15 @@ def test_ravel_is_differentiable_and_casts():
     g = torch.func.grad(lambda params: (net.layout.ravel(params, torch.float64) ** 2).sum())(dict(net.params))
     assert_close(g, {name: 2 * value for name, value in net.params.items()})
     assert net.layout.ravel(net.params, torch.float64).dtype == torch.float64
+
+
+def test_a_dict_of_other_shapes_is_no_vector():
+    """A transposed weight has as many entries, in another order."""
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 2)))
+    turned = {name: value.T.contiguous() if value.ndim == 2 else value for name, value in net.params.items()}
+    with pytest.raises(ValueError, match=r"`params\['weight'\]` must have shape \(2, 3\), got \(3, 2\)"):
+        net.layout.ravel(turned)
+    loss = fs.objective(net, [(torch.eye(3), torch.tensor([0, 1, 0]))], fs.classification)
+    for make in (fs.hessian, fs.ggn):
+        with pytest.raises(ValueError, match=r"must have shape \(2, 3\)"):
+            make(loss, turned)

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
 from ..core.store import load
@@ -20,7 +19,7 @@ from ..study import demo
 from ..study.analysis import Unanalysed, analyse
 from ..study.analyzer import Analyzer
 from ..study.analyzers import ANALYZERS, analyzer
-from ..study.runs import Runs, Variant
+from ..study.runs import Runs, Variant, summarised
 from ..study.training import trained
 from .shared import check_plotly, check_writable, print_files
 
@@ -186,7 +185,8 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
     """What each analyzer took for a checkpoint, and what its number of forward passes promised."""
     rows = []
     for one in chosen:
-        times = variant.times(one.name)
+        times, summary = variant.times(one.name), variant.summary(one.name)
+        stored = variant.epochs(one.name) if summary is None else summarised(summary)
         seconds = sorted({entry.get("epoch"): entry["seconds"] for entry in times}.values())
         forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         cost = one.forwards(one.settings)
@@ -194,22 +194,13 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
             [
                 variant.head["variant"],
                 one.name,
-                "all together" if one.across else f"{_current(variant, one)} of {len(variant.checkpoints())}",
+                "all together" if one.across else f"{len(stored)} of {len(variant.checkpoints())}",
                 f"{cost:g}",
                 f"{seconds[len(seconds) // 2]:.2g}" if seconds else "",
                 f"{cost * forward:.2g}" if forward else "",
             ]
         )
     return rows
-
-
-def _current(variant: Variant, one: Analyzer) -> int:
-    """Epochs in the summary, which has those of one setting; all that are stored where there is none."""
-    summary = variant.summary(one.name)
-    if summary is None or not one.summary_keys:
-        return len(variant.epochs(one.name))
-    rows = np.stack([np.isfinite(summary[key].reshape(len(summary["epochs"]), -1)).any(1) for key in one.summary_keys])
-    return int(rows.any(0).sum())
 
 
 def _changes(one: Analyzer, given: list[str]) -> dict[str, Any]:

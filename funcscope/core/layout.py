@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .checks import check_flat, check_names
+from .checks import check_flat, check_params
 
 Params = Mapping[str, Tensor]
 By = Literal["tensor", "layer", "module", "filter"] | Callable[[str], str]
@@ -109,8 +109,11 @@ class Layout:
         return reduce(torch.promote_types, (leaf.dtype for leaf in self.leaves))
 
     def ravel(self, params: Params, dtype: torch.dtype | None = None) -> Float[Tensor, " p"]:
-        """One flat vector of shape (P,), in `dtype` (default: `layout.dtype`); differentiable."""
-        check_names(params, self.names, "params")
+        """One flat vector of shape (P,), in `dtype` (default: `layout.dtype`); differentiable.
+
+        Raises ValueError for other names and other shapes: a transposed weight has as many entries.
+        """
+        check_params(params, self.shapes, "params")
         return torch.cat([params[name].reshape(-1).to(dtype or self.dtype) for name in self.names])
 
     def unravel(self, theta: Float[Tensor, " p"], *, cast: bool = True) -> dict[str, Tensor]:

@@ -81,6 +81,11 @@ class Trajectory:
     residuals: Float[Tensor, " m"]
     """Distance of each point from the span of the axes."""
 
+    def asdict(self) -> dict[str, Any]:
+        """Plain numbers and numpy arrays: what figures of the run need, the vectors themselves not among them."""
+        found = {name: getattr(self, name).numpy().copy() for name in ("coordinates", "explained", "residuals")}
+        return found | {"axis_names": list(self.axes.names)}
+
     def __repr__(self) -> str:
         shares = ", ".join(f"{100 * float(x):.3g} %" for x in self.explained)
         return f"Trajectory({len(self.coordinates)} points; explained {shares})"

@@ -19,12 +19,10 @@ from .along import mapped
 from .common import CommonDirections, drawn
 from .directional import baseline_at, plan_of
 from .flatness_result import Flatness
+from .points import default_chunk
 from .precision import check_baseline, realised, warn_if_swallowed
 from .samples import Plan
 from .values import Values
-
-MAPPED_UP_TO = 512
-"""Batches of at most this many scored positions are evaluated 8 directions at a time; longer ones fill a core alone."""
 
 
 def flatness(
@@ -62,8 +60,8 @@ def flatness(
     share (`epsilon_relative`) in any case.
     two_sided: also $\Delta^-$, for twice the evaluations.
     threshold: nats, for `flatness_fraction`: `flatness_ratio` compares with 0.1 of a baseline that may fall by decades.
-    chunk: directions per `vmap`; 1 is a plain loop. Default: 8 for at most 2^20 parameters and batches of at most 512
-    scored positions, else a loop; leaf by leaf from 2^22 parameters with one batch, as in `directional_losses`.
+    chunk: directions per `vmap`; 1 is a plain loop. Default: that of `loss_plane`; leaf by leaf from 2^22 parameters with
+    one batch, as in `directional_losses`.
     directions: `common_directions(net, key=key, num=...)`, drawn once for many checkpoints; the numbers are the same
     without. The same key gives the same `global` directions at every theta in any case, so that differences between
     checkpoints do not have the scatter of the draw.
@@ -209,19 +207,9 @@ def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, 
 
 
 def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:
-    """As for directional losses, with a loop for long batches; rows that are there already are used."""
+    """As for directional losses where leaves are made one by one, else as for planes; rows that are there are used."""
     plan = plan_of(loss, chunk, False if common is not None else None)
-    long = max(_positions(*batch) for batch in loss.batches) > MAPPED_UP_TO
-    return plan._replace(chunk=1) if chunk is None and long else plan
-
-
-def _positions(inputs: Any, targets: Any) -> int:
-    """Scored positions of a batch where the targets say so; else the entries of its longest first dimension."""
-    weight = getattr(targets, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight.numel()
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
-    return max((len(x) for x in values if isinstance(x, Tensor) and x.ndim), default=1)
+    return plan if plan.lazy or chunk is not None else plan._replace(chunk=default_chunk(loss))
 
 
 def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:

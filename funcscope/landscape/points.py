@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_device, check_flat, check_params, check_positive
+from ..core.checks import check_count, check_device, check_flat, check_positive
 from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
+from ..curvature import pullbacks
 from .along import mapped
 from .axes import Axes, Trajectory
 from .precision import check_baseline
@@ -84,13 +85,10 @@ def evaluate(
 
 
 def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
-    """theta as one vector, in float32 at least; checked against the loss."""
-    if isinstance(theta, Mapping):
-        check_params(theta, loss.layout.shapes, "theta")
-        theta = loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32))
-    check_flat("theta", theta, loss.layout.num)
-    check_device("theta", theta.device, "the model", loss.net.device)
-    return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
+    """theta as one vector, in float32 at least, on the device of the model."""
+    vector = pullbacks.flat(loss, theta)
+    check_device("theta", vector.device, "the model", loss.net.device)
+    return vector
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -181,12 +181,12 @@ class Work:
     def _across(self, analyzer: Analyzer) -> None:
         path = self.variant.folder(analyzer.name) / CROSS
         with _claim(path, wait=True):
-            sums = {str(epoch): self._settings(analyzer, epoch)["checkpoint"] for epoch in self.subjects.epochs}
-            wanted = {**self._common(analyzer), "checkpoints": sums}
-            if _stored(path) == wanted:
-                return
-            started = time.perf_counter()
             try:
+                sums = {str(epoch): self._settings(analyzer, epoch)["checkpoint"] for epoch in self.subjects.epochs}
+                wanted = {**self._common(analyzer), "checkpoints": sums}
+                if _stored(path) == wanted:
+                    return
+                started = time.perf_counter()
                 values = analyzer.analyze(self.subjects, **analyzer.settings)
             except Exception as err:
                 raise Unanalysed(f"{analyzer.name} could not be made across the checkpoints ({told(err)}).") from err

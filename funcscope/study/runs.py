@@ -176,6 +176,13 @@ class Variant:
         return [e for e in entries if isinstance(e, dict) and isinstance(e.get("seconds"), (int, float))]
 
 
+def summarised(summary: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """The epochs that have a row in a summary: those that were analysed with its settings."""
+    epochs = summary["epochs"]
+    columns = [np.isfinite(each.reshape(len(epochs), -1)).any(1) for key, each in summary.items() if key != "epochs"]
+    return tuple(epochs[np.any(columns, axis=0)].tolist()) if columns else ()
+
+
 def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> Variant:
     """The folder of a variant, made where it is not there. Raises ValueError where it belongs to another one."""
     wanted = json.loads(json.dumps({"family": family, "variant": variant, "config": dict(config)}))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ..study.demo import EPSILON
 from . import story as told
 from .numbers import number, with_error
 from .page import Chart, Section, Table
@@ -21,8 +22,6 @@ from .renderers import (
 )
 from .story import Story
 
-EPSILON = 0.1
-"""Length of the step of the flatness over training, as `study.demo` takes it."""
 RESOLVED = 10
 """A mean is resolved where it is so many times what rounding does."""
 AGREE = 0.1

@@ -54,10 +54,8 @@ def trajectory(subjects: Subjects, *, num: int, split: str) -> Values:
     surface = loss_plane(loss, found.origin, found.axes, num=num, span=span)  # type: ignore[arg-type]
     return {
         **surface.asdict(),
-        "coordinates": coordinates,
+        **found.asdict(),
         "epochs": np.array(subjects.epochs),
-        "explained": found.explained.numpy(),
-        "residuals": found.residuals.numpy(),
     }
 
 

@@ -84,7 +84,8 @@ def _trajectory(view: View) -> Drawn:
     render = renderers.render_surface if view.options.get("form") == "surface" else renderers.render_contour
     fig = render(found, trajectory=found, current=near, title="Loss on the plane of the trajectory")
     share = 100 * float(sum(found["explained"]))
-    return Drawn(fig, f"Epoch {near:,} is marked. The two axes hold {share:.0f} % of the variance of the trajectory.")
+    held = f"The two axes hold {share:.0f} % of the squared distances to the last checkpoint."
+    return Drawn(fig, f"Epoch {near:,} is marked. {held}")
 
 
 def _curvature(view: View) -> Drawn:
@@ -124,7 +125,7 @@ def _two_planes(view: View) -> Drawn:
     planes = [_stored(view.variant, PLANE, epoch, "plane") for epoch in pair]
     titles = [_phase_title(view.variant, epoch) for epoch in pair]
     moved = "" if tuple(pair) == _pair(view.variant, view.options) else " The nearest epochs that have a plane."
-    fig = renderers.render_planes_side_by_side(planes, titles).update_layout(height=WIDE)
+    fig = renderers.render_planes_side_by_side(planes, titles, height=WIDE)
     return Drawn(fig, f"One colour scale for both.{moved}")
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from ...core.store import Damaged
 from ...study.analyzer import Subjects
 from ...study.analyzers import ANALYZERS
-from ...study.runs import CROSS, Variant
+from ...study.phases import GENERAL, MEMORISED
+from ...study.runs import CROSS, Variant, summarised
 
 KEPT = 64
 """Files of each sort that are kept in memory."""
@@ -106,7 +107,9 @@ def phase(measured: Mapping[str, np.ndarray] | None, epoch: int) -> Phase:
     if measured is None or row < 0:
         return Phase("", math.nan, math.nan)
     train, test = float(measured["train_accuracy"][row]), float(measured["test_accuracy"][row])
-    name = "" if not train > 0.99 else "memorising" if test < 0.5 else "generalising" if test > 0.99 else ""
+    name = (
+        "" if not train > MEMORISED else "memorising" if test < GENERAL else "generalising" if test > MEMORISED else ""
+    )
     return Phase(name, train, test)
 
 
@@ -142,12 +145,7 @@ def _current(variant: Variant, analyzer: str) -> tuple[int, ...]:
         return stored
     if found is None or len(found.arrays) < 2:
         return stored
-    shown = found.arrays["epochs"]
-    columns = (
-        np.isfinite(each.reshape(len(shown), -1)).any(1) for name, each in found.arrays.items() if name != "epochs"
-    )
-    kept = set(shown[np.any(list(columns), axis=0)].tolist())
-    return tuple(epoch for epoch in stored if epoch in kept)
+    return tuple(sorted({*stored} & {*summarised(found.arrays)}))
 
 
 def planned(variant: Variant, analyzer: str) -> tuple[int, ...]:
