@@ -298,6 +298,15 @@ def test_a_setting_that_is_used_at_one_epoch_counts_one(run, capsys):
     assert "1 of 3" in capsys.readouterr().out.split("next")[1]
 
 
+def test_the_table_times_only_what_cost_as_much(run, capsys):
+    times = run.folder("landscape_flatness") / "times.jsonl"
+    times.parent.mkdir(parents=True)
+    old = {"epoch": 10, "seconds": 5000.0, "forwards": 102, "forward_seconds": 0.1}
+    times.write_text(json.dumps(old) + "\n")
+    assert cli.main(FEW) == 0
+    assert "5000" not in capsys.readouterr().out
+
+
 def test_modules_of_the_current_folder_are_found(run, capsys):
     Path("mine.py").write_text(
         "from funcscope.study.analyzer import Analyzer\nfrom funcscope.study.analyzers import register\n"

@@ -187,9 +187,10 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
     for one in chosen:
         times, summary = variant.times(one.name), variant.summary(one.name)
         stored = variant.epochs(one.name) if summary is None else summarised(summary)
-        seconds = sorted({entry.get("epoch"): entry["seconds"] for entry in times}.values())
-        forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         cost = one.forwards(one.settings)
+        alike = [entry for entry in times if entry.get("forwards") == cost]  # of as much work as these settings ask for
+        seconds = sorted({entry.get("epoch"): entry["seconds"] for entry in alike}.values())
+        forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         rows.append(
             [
                 variant.head["variant"],
