@@ -205,7 +205,7 @@ def test_killed_while_an_artifact_is_written_and_resumed_is_uninterrupted_byte_f
         """,
         variant,
     )
-    assert killed.wait(timeout=120) == -9
+    assert killed.wait(timeout=600) == -9
     assert variant.epochs("norm") == (0, 10)
     assert len(list(variant.folder("norm").glob(".*.tmp"))) == 1  # what a kill leaves
     analyse(variant, [NORM], quiet=True)
@@ -231,7 +231,7 @@ def test_two_processes_on_one_folder_share_the_work_and_lose_nothing(variant):
         analyse(variant, [dataclasses.replace(NORM, analyze=slow)], quiet=True)
     """
     both = [run(code, variant) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
     assert files(variant) == files(alone)
     assert sorted(entry["epoch"] for entry in variant.times("norm")) == [0, 10, 20, 40]  # each was done once
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -117,13 +118,28 @@ def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_p
 
 
 def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):
-    command = [sys.executable, "-m", "funcscope", "demo", "--quick", "--out", str(tmp_path)]
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from funcscope import cli
+        from funcscope.core import store
+
+        write = store.write
+        def held(path, data):
+            write(path, data)
+            if len(list(path.parent.glob("step_*.safetensors"))) == 3:
+                Path({str(tmp_path / "third")!r}).touch()
+                time.sleep(600)  # until the signal
+        store.write = held
+        sys.exit(cli.main(["demo", "--quick", "--out", {str(tmp_path)!r}]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.rglob("step_*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while not (tmp_path / "third").exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     kept = sorted(tmp_path.rglob("step_*.safetensors"))
     assert process.returncode == 130
     assert re.search(rf"interrupted; {len(kept)} checkpoints are kept", out)

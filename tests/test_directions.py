@@ -64,6 +64,56 @@ def test_group_norms_of_every_draw_are_those_of_theta(shapes, seed, distribution
         assert d.norm == 1
 
 
+class Long(nn.Module):
+    """Leaves that are drawn in parts, whose borders are no multiples of anything; vectors and single rows among them."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = {"thin": (3, 200_001), "tall": (351, 2999), "row": (1, 40_001), "flat": (50_001,), "one": (), "odd": (7,)}
+        for name, shape in shapes.items():
+            value = fs.normal(fs.fold_in(fs.key(0), name), torch.zeros(shape))
+            self.register_parameter(name, nn.Parameter(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
+def test_long_leaves_have_the_same_bits_whole_in_parts_and_in_any_chunk(normalize, dtype):
+    net = fs.functional(Long().to(dtype))
+    dirs = fs.directions(net, key=fs.key(3), num=3, normalize=normalize)
+    rows = fs.stack(dirs)
+    assert any(len(row_slices(leaf)) > 1 for leaf in net.layout.leaves)
+    for row, direction in zip(rows, dirs, strict=True):
+        assert torch.equal(row, net.layout.ravel({leaf: direction.leaf(leaf) for leaf in net.layout.names}))
+        assert torch.equal(row, fs.stack([direction])[0])
+
+
+def backwards_where_it_begins_late(x, y):
+    """A dot product whose order of summation depends on where its numbers lie, as that of BLAS does on some processors."""
+    shift = (x.data_ptr() % 64 + y.data_ptr() % 64) // x.element_size()
+    products = (x * y).roll(int(shift))
+    return sum(products, products.new_zeros(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_bit_depends_on_where_in_memory_the_numbers_lie(monkeypatch, dtype):
+    values = fs.normal(fs.key(0), torch.zeros(301, dtype=dtype))
+    memory = [torch.empty(400, dtype=dtype)[start : start + 301].copy_(values) for start in range(16)]
+    monkeypatch.setattr(torch, "dot", backwards_where_it_begins_late)
+    assert len({float(torch.dot(x, x)) for x in memory}) > 1  # the processor is one of those
+    assert len({module.dot(x, y) for x in memory for y in memory[:3]}) == 1
+    net = loss_of("cnn", dtype).net
+    for normalize in ("layer", "global"):
+        for direction in fs.directions(net, key=fs.key(3), num=2, normalize=normalize):
+            leaves = {leaf: direction.leaf(leaf) for leaf in net.layout.names}
+            assert torch.equal(fs.stack([direction])[0], net.layout.ravel(leaves))
+        moved = torch.empty(net.layout.num + 3, dtype=dtype)[3:].copy_(net.theta)
+        pair = (
+            fs.directions(net, key=fs.key(3), num=1, normalize=normalize, base=net.layout.unravel(base))[0].dense()
+            for base in (net.theta, moved)
+        )
+        assert torch.equal(*pair)
+
+
 @pytest.mark.parametrize("name", CATALOGUE)
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
