@@ -119,11 +119,12 @@ def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_p
 
 def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):
     code = f"""
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         from funcscope import cli
         from funcscope.core import store
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with the signal ignored
         write = store.write
         def held(path, data):
             write(path, data)
