@@ -147,7 +147,8 @@ def loss_lines(
 
     axes: any `Axes`, or a tensor (k, P). num: points along each. span: the largest coefficient, from -span to span, or a
     range (low, high). relative_span: in shares of ||theta||, so that the displacement is span x ||theta|| along every axis.
-    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; see `loss_plane` for both. Losses that are not finite stay as they are and are counted.
+    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; see `loss_plane` for both.
+    Losses that are not finite stay as they are and are counted.
 
     Raises ValueError as `loss_plane` does.
 
