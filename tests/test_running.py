@@ -330,6 +330,8 @@ def test_constants_must_be_the_same_at_both_ends_and_need_no_net():
     with pytest.raises(ValueError, match=r"`table`.*differs"):
         fs.linear_path(loss, a, c, num=3)
     with pytest.raises(ValueError, match="architecture"):
+        fs.linear_path(loss, a, fs.functional(seeded(0, lambda: nn.Linear(4, 2))), num=3)
+    with pytest.raises(ValueError, match="architecture"):
         fs.linear_path(loss, a, fs.functional(seeded(0, lambda: nn.Linear(4, 3).double())), num=3)
 
 

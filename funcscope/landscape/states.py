@@ -83,6 +83,8 @@ class States:
 
     def terms(self, *, mapped: bool) -> Terms:
         """Per-sequence sums and weights at a point: those of `Loss.terms` to be mapped, cheaper ones for a loop."""
+        if self.buffers in ("none", "fixed"):
+            return self.loss.terms if mapped else Values(self.loss)
 
         def terms(row: Tensor) -> tuple[Tensor, Tensor]:
             loss, theta = self.at(row)
@@ -92,8 +94,11 @@ class States:
 
     def end(self, end: End, name: str) -> EndPoint:
         """An end checked, flat, and its per-sequence sums: of a net, with its own buffers in every mode but "fixed"."""
-        theta = vector(self.loss, end.theta if isinstance(end, Functional) else end, name)
-        statistics = self._of_net(end, name) if isinstance(end, Functional) else self._of_bare(theta, name)
+        if isinstance(end, Functional):
+            statistics, theta = self._of_net(end, name), vector(self.loss, end.theta, name)
+        else:
+            theta = vector(self.loss, end, name)
+            statistics = self._of_bare(theta, name)
         loss, state = with_statistics(self.loss, statistics), theta
         if self.buffers == "interpolate":
             state = torch.cat([theta, *(value.flatten() for value in statistics.values())])
