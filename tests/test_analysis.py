@@ -166,8 +166,7 @@ def run(code, variant, **options):
         sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
         from pathlib import Path
         from funcscope.core import store
-        from funcscope.landscape.path import linear_path
-from funcscope.study.analysis import Work, analyse
+        from funcscope.study.analysis import analyse
         from funcscope.study.runs import Variant
         from test_analysis import NORM, FLAT, norm
         import dataclasses
