@@ -13,6 +13,7 @@ from .core.layout import Layout
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
 from .core.restrict import grid, restrict
+from .core.running import running_statistics
 from .curvature import (
     asam_sharpness,
     average_sharpness,
@@ -151,6 +152,7 @@ __all__ = [
     "rademacher",
     "relative_critical_sharpness",
     "restrict",
+    "running_statistics",
     "sam_sharpness",
     "seq2seq_lm",
     "spectral_density",

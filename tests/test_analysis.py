@@ -14,7 +14,8 @@ import torch
 from funcscope.core.store import Damaged, load, save
 from funcscope.families import modular
 from funcscope.families.family import Family, Kept, Setup, family, register
-from funcscope.study.analysis import analyse
+from funcscope.landscape.path import linear_path
+from funcscope.study.analysis import Work, analyse
 from funcscope.study.analyzer import Analyzer
 from funcscope.study.analyzers import ANALYZERS, EFFECTIVE_DIMENSIONALITY, LANDSCAPE_FLATNESS, analyzer
 from funcscope.study.analyzers import register as register_analyzer
@@ -572,3 +573,64 @@ def test_a_checkpoint_that_cannot_be_read_stops_no_analyzer_across_checkpoints_e
 def test_data_that_no_family_has_are_refused_before_any_work(variant):
     with pytest.raises(ValueError, match=r"^`split` must be one of 'train', 'test', 'probe', got 'foo'"):
         analyse(variant, [FLAT.configured(split="foo")], quiet=True)
+
+
+def normalising(keep_buffers):
+    """A family whose network tracks running statistics, and keeps them beside the parameters or not."""
+    import funcscope as fs
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        name: str = "normalising"
+
+    x = fs.normal(fs.key(0), torch.empty(8, 3))
+
+    def network(config):
+        return fs.functional(torch.nn.BatchNorm1d(3))
+
+    def train(config, folder, steps):
+        for step in steps:
+            model = torch.nn.BatchNorm1d(3)
+            with torch.no_grad():
+                model.weight += step
+                model(x * (1 + step))
+            save(folder / "checkpoints" / f"step_{step:05d}.safetensors", dict(model.state_dict()), {})
+            yield modular.Point(step, 1.0, 1.0, 0.0, 0.0)
+
+    def checkpoint(config, folder, step):
+        stored = load(folder / "checkpoints" / f"step_{step:05d}.safetensors")
+        params = {name: stored.arrays[name] for name in ("weight", "bias")}
+        buffers = {name: stored.arrays[name] for name in ("running_mean", "running_var")}
+        return Kept(params, stored.sha256, buffers) if keep_buffers else Kept(params, stored.sha256)
+
+    return Family(
+        f"normalising {keep_buffers}", {"one": Setup(Config(), (0, 3))}, Config, network,
+        lambda config, split: [(x, torch.arange(8) % 3)], fs.classification, train, checkpoint,
+    )  # fmt: skip
+
+
+def test_a_checkpoint_is_looked_at_with_its_own_running_statistics(tmp_path):
+    """Oracle: the plain module of each checkpoint."""
+    own = register(normalising(True))
+    made = trained(own, own.setup("one"), tmp_path, quiet=True)
+    work = Work(made)
+    x, y = next(iter(own.batches(None, "train")))
+    for step in (0, 3):
+        subject = work.subject(step)
+        model = torch.nn.BatchNorm1d(3).eval()
+        model.load_state_dict(load(made.path / "checkpoints" / f"step_{step:05d}.safetensors").arrays)
+        expected = float(torch.nn.functional.cross_entropy(model(x), y).detach())
+        assert float(subject.loss("train")(subject.theta)) == pytest.approx(expected, rel=1e-6)
+        assert torch.equal(subject.trained.theta, subject.theta)
+    found = linear_path(work.subject(0).loss("train"), work.subject(0).trained, work.subject(3).trained, num=3)
+    assert float(found.losses[-1]) == pytest.approx(expected, rel=1e-6)
+    assert abs(float(work.subject(0).loss("train")(subject.theta)) - expected) > 0.1  # negative control
+    analyse(made, [FLAT], quiet=True)
+    assert made.summary("landscape_flatness")["baseline_loss"][1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_checkpoint_without_its_running_statistics_is_refused(tmp_path):
+    own = register(normalising(False))
+    made = trained(own, own.setup("one"), tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"running_mean.*Kept\(params, sha256, buffers\)"):
+        analyse(made, [FLAT], quiet=True)

@@ -123,8 +123,8 @@ def test_a_path_is_direct_evaluation_and_leaves_its_inputs_as_they_were(name):
     loss = loss_of(name)
     a, b = loss.net.theta, loss.net.theta + 0.3 * drawn(1, loss.layout.num)
     kept = a.clone(), b.clone(), {n: p.detach().clone() for n, p in loss.net.params.items()}
-    paths = [linear_path(loss, a, b, num=6, chunk=chunk) for chunk in (1, 3, None)]
-    paths.append(linear_path(loss, loss.net.params, loss.layout.unravel(b), num=6))
+    paths = [linear_path(loss, a, b, num=6, chunk=chunk, buffers="fixed") for chunk in (1, 3, None)]
+    paths.append(linear_path(loss, loss.net.params, loss.layout.unravel(b), num=6, buffers="fixed"))
     direct = torch.stack([loss.terms((1 - k / 5) * a + k / 5 * b)[0] for k in range(6)]).detach()
     for path in paths:
         assert_close(path.sums, direct, rtol=1e-5, atol=1e-5)  # some families compute in float32 inside

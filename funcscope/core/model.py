@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from .checks import check_choice, check_params
+from .checks import check_choice, check_device, check_params
 from .layout import Layout, Params
 from .masks import CLEAN, with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
@@ -155,7 +155,7 @@ class Functional:
         """
         args, kwargs = _arguments(self.prepare(inputs))
         with _kernel(self.attention), self._substitute(leaf):
-            return self._output(self._skeleton(*args, **kwargs))
+            return self._output(functional_call(self._skeleton, dict(self.buffers), args, kwargs))
 
     def _substitute(self, leaf: LeafFn) -> Substitute:
         fused = self.attention == "keep"
@@ -165,7 +165,19 @@ class Functional:
         """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
         skeleton = make_skeleton(self._skeleton, self.attention, dtype)
         layout = Layout(tuple(leaf._replace(dtype=dtype) for leaf in self.layout.leaves))
-        return replace(self, layout=layout, buffers=dict(skeleton.named_buffers()), _skeleton=skeleton)
+        buffers = {name: self.buffers[name].to(buffer.dtype) for name, buffer in skeleton.named_buffers()}
+        return replace(self, layout=layout, buffers=buffers, _skeleton=skeleton)
+
+    def with_buffers(self, buffers: Params) -> Functional:
+        """The same function with copies of these buffers, of the shapes that they have; those not named stay.
+
+        For parameters whose running statistics (BatchNorm) are not those of this net: `net.with_buffers(other.buffers)`.
+        """
+        check_params({**self.buffers, **buffers}, {name: tuple(x.shape) for name, x in self.buffers.items()}, "buffers")
+        for name, value in buffers.items():
+            check_device(f"`buffers[{name!r}]`", value.device, "the model", self.device)
+        copies = {name: value.detach().to(self.buffers[name].dtype, copy=True) for name, value in buffers.items()}
+        return replace(self, buffers={**self.buffers, **copies})
 
     def only(self, names: Collection[str], params: Params) -> Functional:
         """The same function of some of the parameters, the others constants at `params`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Loss:
     def leaves(self, theta: Theta) -> Params:
         """The same in theta's own dtype: to be moved before they are rounded to the dtype that they are used in."""
         return theta if isinstance(theta, Mapping) else self.layout.unravel(theta, cast=False)
+
+    def with_buffers(self, buffers: Params) -> Loss:
+        """The same loss of the net with these buffers; see `Functional.with_buffers`."""
+        return replace(self, net=self.net.with_buffers(buffers))
 
     def tensors(self) -> Iterable[Tensor]:
         """Every tensor of the batches."""

@@ -22,6 +22,9 @@ class Kept(NamedTuple):
 
     params: dict[str, Tensor]
     sha256: str
+    buffers: Mapping[str, Tensor] | None = None
+    """Those that belong to these parameters: the running statistics of a network that tracks any, without which it is
+    refused."""
 
 
 class Setup(NamedTuple):

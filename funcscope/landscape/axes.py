@@ -158,7 +158,9 @@ def principal_directions(
     not of a variance. `mean` is the usual principal component analysis. Any two points lie in a plane with a third one:
     with few points, or a random walk (Antognini and Sohl-Dickstein 2018), a large share says little about the landscape.
 
-    Coordinates and residuals have the unit of theta. The sign of an axis makes its largest coordinate positive.
+    Coordinates and residuals have the unit of theta. The sign of an axis makes its largest coordinate positive. A plane
+    through the checkpoints of a net that tracks running statistics (BatchNorm) needs those of every point:
+    `loss_plane(..., buffers="reestimate")`.
 
     Raises ValueError for fewer than two points, points of different shapes, values that are not finite, and where the
     points span fewer than `num` dimensions.

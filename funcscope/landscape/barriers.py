@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.estimate import Estimate
 from .sequences import Means, means
+from .states import USED
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +38,11 @@ class LossPath:
     chunk: int
     num_forwards: int
     """Passes over the batches; less than the number of points where the end points were known."""
+    buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
+    """Which running statistics the net has on the way; "none" where it tracks none."""
+    start_reestimated: Float[Tensor, " s"] | None = None
+    """The sums at an end with statistics re-estimated, where they are its own there and re-estimated beside it."""
+    end_reestimated: Float[Tensor, " s"] | None = None
 
     @property
     def coefficients(self) -> Float[Tensor, " n"]:
@@ -108,6 +114,15 @@ class LossPath:
         return float(self.losses.diff().abs().sum())
 
     @property
+    def start_reestimation(self) -> Estimate | None:
+        """By how much the loss at the start changes where its running statistics are re-estimated from the data."""
+        return None if self.start_reestimated is None else self.mean(self.start_reestimated - self.sums[0])
+
+    @property
+    def end_reestimation(self) -> Estimate | None:
+        return None if self.end_reestimated is None else self.mean(self.end_reestimated - self.sums[-1])
+
+    @property
     def n_nonfinite(self) -> int:
         return int((~self.losses.isfinite()).sum())
 
@@ -162,8 +177,11 @@ class LossPath:
         for name in ("barrier_max", "barrier_linear", "curvature"):
             values |= {name: float(getattr(self, name).value), f"{name}_stderr": float(getattr(self, name).stderr)}
         plain = ("argmax", "argmax_loss", "curvature_per_distance", "total_variation", "distance", "n_nonfinite")
+        for name in ("start_reestimation", "end_reestimation"):
+            if (change := getattr(self, name)) is not None:
+                values |= {name: float(change.value), f"{name}_stderr": float(change.stderr)}
         return values | {
-            name: getattr(self, name) for name in (*plain, "is_connected", "chunk", "num_forwards", "kind")
+            name: getattr(self, name) for name in (*plain, "is_connected", "chunk", "num_forwards", "kind", "buffers")
         }
 
     def __str__(self) -> str:
@@ -179,12 +197,15 @@ class LossPath:
     def _head(self) -> str:
         said = {True: "no barrier seen", False: "a barrier", None: "undecided"}[self.is_connected]
         lost = f", {self.n_nonfinite} losses not finite" if self.n_nonfinite else ""
-        return f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}; {said}"
+        head = f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}"
+        return f"{head}{USED[self.buffers]}; {said}"
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         last, t = len(self.sums) - 1, self.coefficients.tolist()
         points = {"loss at start": 0, "loss at end": last, "largest loss": self.argmax_loss}
         rows = [(name, self.mean(self.sums[at]), t[at]) for name, at in points.items()]
+        for name, change, at in (("start", self.start_reestimation, 0), ("end", self.end_reestimation, last)):
+            rows += [] if change is None else [(f"re-estimation at {name}", change, t[at])]
         rows += [("barrier_max", self.barrier_max, t[self.argmax_loss])]
         rows += [("barrier_linear", self.barrier_linear, t[self.argmax]), ("curvature", self.curvature, t[self.argmax])]
         return [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}", f"{at:.3g}") for name, e, at in rows]
@@ -213,6 +234,8 @@ class BarrierMatrix:
     """Losses of each pair's path that are not finite. Those of nan are left out of the maxima; a pair that shows no barrier
     beside them has barriers of nan, and then so have the means."""
     num_forwards: int
+    buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
+    """Which running statistics the net has on the paths; "none" where it tracks none."""
 
     @property
     def n_nonfinite(self) -> int:
@@ -227,7 +250,7 @@ class BarrierMatrix:
             mean = getattr(self, f"mean_{name}")
             values |= {f"mean_{name}": float(mean.value), f"mean_{name}_stderr": float(mean.stderr)}
         values |= {"distance": self.distance.numpy(), "nonfinite": self.nonfinite.numpy()}
-        return values | {name: getattr(self, name) for name in ("num", "n_nonfinite", "num_forwards")}
+        return values | {name: getattr(self, name) for name in ("num", "n_nonfinite", "num_forwards", "buffers")}
 
     def __str__(self) -> str:
         return f"{self._head()}\n{tabulate(self._rows(), headers=('', *self.names), disable_numparse=True)}"
@@ -243,7 +266,7 @@ class BarrierMatrix:
         lost = f"; {self.n_nonfinite} losses not finite" if self.n_nonfinite else ""
         return (
             f"barrier_linear between {len(self.names)} models, {self.num} points a path: "
-            f"mean {self.mean_barrier_linear}; barrier_max: mean {self.mean_barrier_max}{lost}"
+            f"mean {self.mean_barrier_linear}; barrier_max: mean {self.mean_barrier_max}{lost}{USED[self.buffers]}"
         )
 
     def _rows(self) -> list[list[str]]:

@@ -18,7 +18,8 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.objective import Loss, Theta
 from .barriers import LossPath
-from .path import EndPoint, Write, chunk_size, end_point, measured, on_line, one_or_mapped, vector
+from .path import Write, chunk_size, measured, on_line, one_or_mapped
+from .states import Buffers, End, EndPoint, States, vector
 
 RATE = 0.1
 """The default learning rate over the root mean square of the coordinates of end - start."""
@@ -44,15 +45,23 @@ def bezier(
 
 
 def bezier_path(
-    loss: Loss, start: Theta, midpoint: Theta, end: Theta, *, num: int = 21, chunk: int | None = None
+    loss: Loss,
+    start: End,
+    midpoint: Theta,
+    end: End,
+    *,
+    num: int = 21,
+    chunk: int | None = None,
+    buffers: Buffers = "interpolate",
 ) -> LossPath:
     r"""The loss on a quadratic Bezier curve between two models, with its barriers over them.
 
     $$\varphi(t) = (1 - t)^2 \theta_0 + 2 t (1 - t)\, m + t^2\, \theta_1, \qquad L(t) = L(\varphi(t)).$$
 
     A curve trained by `connect` looks better on the data that it was trained on than on others: here it can be measured
-    on any. midpoint: m, as start and end a flat vector of shape (P,) or a dict of parameters. Barriers, errors, biases,
-    `num`, `chunk` and errors raised: see `linear_path`; the chord is taken in t.
+    on any. midpoint: m, a flat vector of shape (P,) or a dict of parameters; start, end: such, or nets. Barriers, errors,
+    biases, `num`, `chunk`, `buffers` and errors raised: see `linear_path`; the chord is taken in t. Interpolated running
+    statistics are linear in t, as m has none; Garipov et al. re-estimate them.
 
     Garipov, Izmailov, Podoprikhin, Vetrov, Wilson (2018), arXiv:1802.10026.
 
@@ -66,15 +75,17 @@ def bezier_path(
     [0.0, 0.0156, 0.0]
     """
     check_count("num", num, least=3)
-    ends = end_point(loss, start, "start"), end_point(loss, end, "end")
-    m = vector(loss, midpoint, "midpoint")
-    return measured(loss, *ends, _on_curve(*ends, m, num), num=num, chunk=chunk, kind="bezier")
+    states = States.of(loss, buffers)
+    ends = states.end(start, "start"), states.end(end, "end")
+    m, middle = vector(loss, midpoint, "midpoint"), (ends[0].state + ends[1].state) / 2
+    m = torch.cat([m, middle[len(m) :]])
+    return measured(states, *ends, _on_curve(*ends, m, num), num=num, chunk=chunk, kind="bezier")
 
 
 def connect(
     loss: Loss,
-    start: Theta,
-    end: Theta,
+    start: End,
+    end: End,
     *,
     key: Key,
     steps: int = 200,
@@ -82,6 +93,7 @@ def connect(
     points: int = 4,
     num: int = 21,
     chunk: int | None = None,
+    buffers: Buffers = "interpolate",
 ) -> Connection:
     r"""A curve of low loss between two models, looked for by training: are they connected though the line is blocked?
 
@@ -93,7 +105,9 @@ def connect(
     midpoint is the last one: no step is picked by its noisy loss. A barrier on the result is an upper bound of what
     better training, or a curve of more control points, may find; a curve without one shows that the models are connected.
 
-    start, end: flat vectors of shape (P,) or dicts of parameters; they are not changed.
+    start, end: nets, flat vectors of shape (P,) or dicts of parameters; they are not changed. buffers: as in `bezier_path`;
+    where they are re-estimated, m is trained on the statistics of each batch, as in train mode, and the gradient is taken
+    through them.
     learning_rate: of the first step, in units of the parameters, falling linearly to 0 over the steps. Default 0.1 times
     the root mean square coordinate of end - start: an Adam step moves a coordinate by about the rate, so that `steps`
     of them may move m by some 0.05 steps ||end - start|| at the most.
@@ -122,17 +136,18 @@ def connect(
     for name, count, least in (("steps", steps, 1), ("points", points, 1), ("num", num, 3)):
         check_count(name, count, least)
     chunk = chunk_size(loss, chunk)
-    a, b = end_point(loss, start, "start"), end_point(loss, end, "end")
-    gap = b.theta - a.theta
+    states, p = States.of(loss, buffers), loss.layout.num
+    a, b = states.end(start, "start"), states.end(end, "end")
+    gap = b.state[:p] - a.state[:p]
     distance = dot(gap, gap) ** 0.5
     if distance == 0:
         raise ValueError("`start` and `end` are equal: there is nothing to connect. Pass two different models.")
     rate = RATE * distance / math.sqrt(len(gap)) if learning_rate is None else learning_rate
     check_positive("learning_rate", rate)
-    m, history = _train(loss, a, b, key, steps, rate, points, chunk)
-    line = measured(loss, a, b, on_line(a.theta, b.theta, num), num=num, chunk=chunk, kind="line")
-    path = measured(loss, a, b, _on_curve(a, b, m, num), num=num, chunk=chunk, kind="bezier", known=True)
-    gap = m - (a.theta + b.theta) / 2
+    m, history = _train(states, a, b, key, steps, rate, points, chunk)
+    line = measured(states, a, b, on_line(a.state, b.state, num), num=num, chunk=chunk, kind="line")
+    path = measured(states, a, b, _on_curve(a, b, m, num), num=num, chunk=chunk, kind="bezier", known=True)
+    gap, m = (m - (a.state + b.state) / 2)[:p], m[:p].clone()
     return Connection(m, path, line, history, dot(gap, gap) ** 0.5, rate, points, key)
 
 
@@ -193,17 +208,17 @@ class Connection:
 
 
 def _train(
-    loss: Loss, a: EndPoint, b: EndPoint, key: Key, steps: int, rate: float, points: int, chunk: int
+    states: States, a: EndPoint, b: EndPoint, key: Key, steps: int, rate: float, points: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The last midpoint, and the losses on the way."""
-    m = (a.theta + b.theta) / 2
+    m = (a.state + b.state) / 2
     optimizer = torch.optim.Adam([m], lr=rate)
     history = torch.empty(steps, dtype=torch.float64)
     buffer = m.new_empty(min(chunk, points), len(m))
     for step in range(steps):
         drawn = uniform(fold_in(key, step), torch.zeros(points, dtype=torch.float64))
         t = ((torch.arange(points) + drawn) / points).tolist()
-        m.grad, history[step] = _slope(loss, a, m, b, t, buffer)
+        m.grad, history[step] = _slope(states, a, m, b, t, buffer)
         if not (math.isfinite(history[step]) and bool(m.grad.isfinite().all())):
             raise ValueError(
                 f"the loss on the curve is {float(history[step])}, or its gradient is not finite, at step {step} of {steps} "
@@ -216,15 +231,15 @@ def _train(
     return m, history
 
 
-def _slope(loss: Loss, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buffer: Tensor) -> tuple[Tensor, float]:
+def _slope(states: States, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buffer: Tensor) -> tuple[Tensor, float]:
     """The gradient in m, and the value, of the mean loss at the t: each point moves by 2 t (1 - t) with m."""
     gradient, value = torch.zeros_like(m), 0.0
     for first in range(0, len(t), len(buffer)):
         part = t[first : first + len(buffer)]
         rows = buffer[: len(part)]
         for at, row in zip(part, rows, strict=True):
-            _write(a.theta, m, b.theta, at, row)
-        slopes, losses = one_or_mapped(grad_and_value(loss), rows)
+            _write(a.state, m, b.state, at, row)
+        slopes, losses = one_or_mapped(grad_and_value(states), rows)
         for at, slope in zip(part, slopes, strict=True):
             gradient.add_(slope, alpha=2 * at * (1 - at) / len(t))
         value += float(losses.double().sum()) / len(t)
@@ -232,7 +247,7 @@ def _slope(loss: Loss, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buff
 
 
 def _on_curve(a: EndPoint, b: EndPoint, m: Tensor, num: int) -> Write:
-    return lambda i, row: _write(a.theta, m, b.theta, i / (num - 1), row)
+    return lambda i, row: _write(a.state, m, b.state, i / (num - 1), row)
 
 
 def _write(start: Tensor, midpoint: Tensor, end: Tensor, t: float, row: Tensor) -> Tensor:

@@ -17,7 +17,19 @@ from ..core.checks import check_count
 from ..core.directions import Direction, dot
 from ..core.objective import Loss, Theta
 from .axes import Axes, Trajectory
-from .points import Evaluated, Range, Row, check_chunk, coefficients, evaluate, flat, given, spaced, span_range
+from .points import (
+    Evaluated,
+    Range,
+    Row,
+    Statistics,
+    check_chunk,
+    coefficients,
+    evaluate,
+    flat,
+    given,
+    spaced,
+    span_range,
+)
 from .precision import warn_of_small_steps
 
 
@@ -89,12 +101,13 @@ class LossLines:
             "num_forwards": self.evaluated.num_forwards,
             "chunk": self.evaluated.chunk,
             "threads": self.evaluated.threads,
+            "buffers": self.evaluated.buffers,
         } | {f"axes_{name}": value for name, value in self.axes.settings.items()}
 
     def __str__(self) -> str:
         head = f"{len(self.axes)} lines of {len(self.axis_values)} points, loss {self.baseline_loss:.6g} at theta"
         columns = ("", "displacement", "loss at start", "lowest", "loss at end", "not finite")
-        return f"{head}; {self.n_nonfinite} points not finite\n" + tabulate(
+        return f"{head}; {self.n_nonfinite} points not finite{self.evaluated.note}\n" + tabulate(
             [self._row(i) for i in range(len(self.axes))], headers=columns, disable_numparse=True
         )
 
@@ -121,6 +134,7 @@ def loss_lines(
     span: float | Range = 0.1,
     relative_span: bool = False,
     chunk: int | None = None,
+    buffers: Statistics = "fixed",
 ) -> LossLines:
     r"""The loss along each of k axes through theta, with the paired standard error of its change.
 
@@ -133,7 +147,8 @@ def loss_lines(
 
     axes: any `Axes`, or a tensor (k, P). num: points along each. span: the largest coefficient, from -span to span, or a
     range (low, high). relative_span: in shares of ||theta||, so that the displacement is span x ||theta|| along every axis.
-    chunk: points per `vmap`, 1 a plain loop; see `loss_plane`. Losses that are not finite stay as they are and are counted.
+    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; see `loss_plane` for both.
+    Losses that are not finite stay as they are and are counted.
 
     Raises ValueError as `loss_plane` does.
 
@@ -154,7 +169,7 @@ def loss_lines(
     k = len(axes)
     values = coefficients(axes, vector, [ends] * k, [num] * k, param_norm if relative_span else None)
     rows = [Row((0.0,) * k, i, values[i].tolist()) for i in range(k)]
-    found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk)
+    found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk, buffers=buffers)
     scale = torch.stack(values)
     warn_of_small_steps(loss, float(((scale[:, 1] - scale[:, 0]) * axes.norms.cpu()).min()), param_norm)
     span = ends[1] if -ends[0] == ends[1] else ends

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_device, check_flat, check_params
+from ..core.checks import check_count
 from ..core.directions import dot
-from ..core.objective import Loss, Theta
-from ..curvature.pullbacks import flat
+from ..core.objective import Loss
 from .along import mapped
 from .barriers import BarrierMatrix, LossPath
 from .points import default_chunk
-from .values import Values
+from .states import Buffers, End, EndPoint, States
 
 Write = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
 
 
-def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: int | None = None) -> LossPath:
+def linear_path(
+    loss: Loss,
+    start: End,
+    end: End,
+    *,
+    num: int = 21,
+    chunk: int | None = None,
+    buffers: Buffers = "interpolate",
+) -> LossPath:
     r"""The loss on the straight line between two models: how high is the barrier that separates them?
 
     $$L(t) = L((1 - t)\,\theta_0 + t\,\theta_1), \qquad
@@ -33,8 +40,21 @@ def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: i
     $B_{\mathrm{lin}}$ is the excess over the chord; $B_{\max}$ does not count a rise towards a worse end point.
     $0 \le B_{\max} \le B_{\mathrm{lin}}$, and both are 0 for a convex loss: proofs/barrier.py.
 
-    start, end: flat vectors of shape (P,) or dicts of parameters, of one layout. num: equally spaced t, both ends
+    start, end: nets, flat vectors of shape (P,) or dicts of parameters, of one layout. num: equally spaced t, both ends
     among them, where the path is exactly `start` and `end`. Losses in nats where the criterion is a cross-entropy.
+    buffers: which running statistics (BatchNorm; InstanceNorm that tracks) the net has at t. They belong to the weights
+    that they were trained with, so that ends are passed as nets, `fs.functional(model)`, whose losses are then their own:
+
+    - `interpolate`: $(1 - t) s_0 + t s_1$, each end exactly its own. Of the weights' mixture the statistics are others:
+      what they are off by is part of the barrier. A bare theta that is not `loss.net`'s own is refused.
+    - `reestimate`: between the ends, those that the loss's data have at t (`running_statistics`: reset as `update_bn` of
+      SWA does before a network of averaged weights is judged; units are not rescaled to interpolated statistics, as REPAIR
+      does). An end that is a net keeps its own, and `start_reestimation`, `end_reestimation` say what re-estimating would
+      change there: as much of a barrier may be the change of statistics alone. At a bare theta they are re-estimated.
+    - `fixed`: those of `loss.net` everywhere, right for one end at the most.
+
+    Other buffers and frozen parameters are those of `loss.net`, and must be the same in a net that is passed. Where nothing
+    is tracked, the modes are one.
     chunk: points per `vmap` (then equal models differ by the rounding of mapped products), 1 for a plain loop; the default
     is that of `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in
     chunks.
@@ -45,10 +65,12 @@ def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: i
     tests: see `LossPath.connected`.
 
     Raises ValueError for fewer than 3 points, shapes, names and devices that do not fit, an end point that holds
-    non-finite numbers, or where the loss is not finite. Non-finite losses between the ends are kept and counted.
+    non-finite numbers, lacks its statistics, or has other constants, or where the loss is not finite. Non-finite losses
+    between the ends are kept and counted.
 
     Frankle, Dziugaite, Roy, Carbin (2020), arXiv:1912.05671; Entezari, Sedghi, Saukh, Neyshabur (2022),
-    arXiv:2110.06296.
+    arXiv:2110.06296. Statistics: Izmailov et al. (2018), arXiv:1803.05407; Jordan, Sedghi, Saukh, Entezari, Neyshabur
+    (2023), REPAIR, arXiv:2211.08403.
 
     >>> from funcscope.core import criterion, model, objective
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
@@ -59,20 +81,28 @@ def linear_path(loss: Loss, start: Theta, end: Theta, *, num: int = 21, chunk: i
     ([0.0, 0.5625, 1.0, 0.5625, 0.0], False)
     """
     check_count("num", num, least=3)
-    ends = end_point(loss, start, "start"), end_point(loss, end, "end")
-    return measured(loss, *ends, on_line(ends[0].theta, ends[1].theta, num), num=num, chunk=chunk, kind="line")
+    states = States.of(loss, buffers)
+    ends = states.end(start, "start"), states.end(end, "end")
+    return measured(states, *ends, on_line(ends[0].state, ends[1].state, num), num=num, chunk=chunk, kind="line")
 
 
 def barrier_matrix(
-    loss: Loss, thetas: Sequence[Theta], *, num: int = 11, names: Sequence[str] | None = None, chunk: int | None = None
+    loss: Loss,
+    thetas: Sequence[End],
+    *,
+    num: int = 11,
+    names: Sequence[str] | None = None,
+    chunk: int | None = None,
+    buffers: Buffers = "interpolate",
 ) -> BarrierMatrix:
     r"""Barriers on the straight lines between every two of M models: which of them share a basin?
 
-    $B_{\max}$ and $B_{\mathrm{lin}}$ as in `linear_path`, whose assumptions, biases and `chunk` hold here, too: with many
-    pairs, some barriers of 0 are above 2 standard errors by chance. Every pair is evaluated once, every model once:
-    M + (num - 2) M (M - 1) / 2 passes over the batches.
+    $B_{\max}$ and $B_{\mathrm{lin}}$ as in `linear_path`, whose assumptions, biases, `chunk` and `buffers` hold here, too:
+    with many pairs, some barriers of 0 are above 2 standard errors by chance. Every pair is evaluated once, every model
+    once: M + (num - 2) M (M - 1) / 2 passes over the batches; with statistics re-estimated, up to
+    2 (num - 2) passes a pair and 3 a model.
 
-    thetas: flat vectors of shape (P,) or dicts of parameters. names: one per model; default "0", "1", ...
+    thetas: nets, flat vectors of shape (P,) or dicts of parameters. names: one per model; default "0", "1", ...
 
     Raises ValueError for fewer than two models, names that are not one per model or not different, and as `linear_path`.
 
@@ -89,13 +119,14 @@ def barrier_matrix(
     check_count("num", num, least=3)
     check_count("the number of models", len(thetas), least=2)
     names = _named(names, len(thetas))
-    ends = [end_point(loss, theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
+    states = States.of(loss, buffers)
+    ends = [states.end(theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
     table = torch.zeros(5, len(ends), len(ends), dtype=torch.float64)
-    totals, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), len(ends)
+    totals, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), sum(end.passes for end in ends)
     lost = torch.zeros(len(ends), len(ends), dtype=torch.int64)
     for i, j in combinations(range(len(ends)), 2):
-        write = on_line(ends[i].theta, ends[j].theta, num)
-        path = measured(loss, ends[i], ends[j], write, num=num, chunk=chunk, kind="line", known=True)
+        write = on_line(ends[i].state, ends[j].state, num)
+        path = measured(states, ends[i], ends[j], write, num=num, chunk=chunk, kind="line", known=True)
         sums = path.barrier_sums
         if bool(path.losses.isnan().any()) and not float(path.barrier_linear.value) > 0:
             sums = torch.full_like(sums, math.nan)  # nothing is seen beside the holes, and nothing is known of them
@@ -108,7 +139,9 @@ def barrier_matrix(
     pairs = len(ends) * (len(ends) - 1) // 2
     highest, linear = (path.mean(total / pairs) for total in totals)  # any path: all have the weights
     top, top_error, over, over_error, distance = table
-    return BarrierMatrix(names, top, top_error, over, over_error, distance, highest, linear, num, lost, forwards)
+    return BarrierMatrix(
+        names, top, top_error, over, over_error, distance, highest, linear, num, lost, forwards, states.buffers
+    )
 
 
 def _named(names: Sequence[str] | None, num: int) -> tuple[str, ...]:
@@ -118,42 +151,8 @@ def _named(names: Sequence[str] | None, num: int) -> tuple[str, ...]:
     return names
 
 
-class EndPoint(NamedTuple):
-    """A model at an end of a path, evaluated once."""
-
-    theta: Tensor
-    sums: Tensor
-    weights: Tensor
-
-
-def end_point(loss: Loss, theta: Theta, name: str) -> EndPoint:
-    """Theta checked, flat, and its per-sequence sums."""
-    theta = vector(loss, theta, name)
-    with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in Values(loss)(theta))
-    value = float(sums.sum() / weights.sum())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
-        )
-    return EndPoint(theta, sums, weights)
-
-
-def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
-    """Theta as one finite vector of the model's length, on its device."""
-    if isinstance(theta, Mapping):
-        check_params(theta, loss.layout.shapes, name)
-    else:
-        check_flat(name, theta, loss.layout.num)
-    found = flat(loss, theta)
-    check_device(f"`{name}`", found.device, "the model", loss.net.device)
-    if bad := int((~found.isfinite()).sum()):
-        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(found)} are not: no path leads there.")
-    return found
-
-
 def measured(
-    loss: Loss,
+    states: States,
     start: EndPoint,
     end: EndPoint,
     write: Write,
@@ -164,20 +163,23 @@ def measured(
     known: bool = False,
 ) -> LossPath:
     """The path through the points that `write` makes; its end points are not evaluated again, nor counted if `known`."""
-    chunk = chunk_size(loss, chunk)
-    dtype = torch.promote_types(start.theta.dtype, end.theta.dtype)
-    buffer = start.theta.new_empty(min(chunk, num - 2), len(start.theta), dtype=dtype)
-    gap = torch.sub(end.theta, start.theta, out=buffer[0])
+    chunk, p = chunk_size(states.loss, chunk), states.loss.layout.num
+    dtype = torch.promote_types(start.state.dtype, end.state.dtype)
+    buffer = start.state.new_empty(min(chunk, num - 2), len(start.state), dtype=dtype)
+    gap = torch.sub(end.state[:p], start.state[:p], out=buffer[0, :p])
     distance = dot(gap, gap) ** 0.5
-    sums = torch.cat([start.sums[None], sums_at(loss, write, range(1, num - 1), buffer), end.sums[None]])
-    roundoff = max(loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
-    return LossPath(kind, sums, start.weights, distance, roundoff, chunk, num - 2 * known)
+    sums = torch.cat([start.sums[None], sums_at(states, write, range(1, num - 1), buffer), end.sums[None]])
+    roundoff = max(states.loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
+    passes = (num - 2) * states.passes + (0 if known else start.passes + end.passes)
+    return LossPath(
+        kind, sums, start.weights, distance, roundoff, chunk, passes, states.buffers, start.reestimated, end.reestimated
+    )
 
 
-def sums_at(loss: Loss, write: Write, points: range, buffer: Float[Tensor, "k p"]) -> Float[Tensor, "m s"]:
+def sums_at(states: States, write: Write, points: range, buffer: Float[Tensor, "k p"]) -> Float[Tensor, "m s"]:
     """Per-sequence sums at some points of a path, as many at a time as the buffer has rows."""
     parts = []
-    terms = loss.terms if len(buffer) > 1 else Values(loss)
+    terms = states.terms(mapped=len(buffer) > 1)
     with torch.no_grad():
         for first in range(0, len(points), len(buffer)):
             chosen = points[first : first + len(buffer)]

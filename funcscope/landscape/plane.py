@@ -17,7 +17,19 @@ from torch import Tensor
 from ..core.directions import Direction, dot
 from ..core.objective import Loss, Theta
 from .axes import Axes, Trajectory
-from .points import Evaluated, Range, Row, check_chunk, coefficients, evaluate, flat, given, plane_nums, plane_ranges
+from .points import (
+    Evaluated,
+    Range,
+    Row,
+    Statistics,
+    check_chunk,
+    coefficients,
+    evaluate,
+    flat,
+    given,
+    plane_nums,
+    plane_ranges,
+)
 from .precision import warn_of_small_steps
 from .surface import quadratic_residual, slopes
 
@@ -126,6 +138,7 @@ class LossPlane:
             "num_forwards": found.num_forwards,
             "chunk": found.chunk,
             "threads": found.threads,
+            "buffers": found.buffers,
         } | {f"axes_{name}": value for name, value in self.axes.settings.items()}
 
     def __str__(self) -> str:
@@ -142,7 +155,7 @@ class LossPlane:
         first, second = (f"{float(x):.3g}" for x in self.relative_displacement)
         return (
             f"{n} x {m} losses along {' and '.join(self.axes.names)}, up to {first} and {second} of ||theta||; "
-            f"{self.n_nonfinite} not finite"
+            f"{self.n_nonfinite} not finite{self.evaluated.note}"
         )
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -159,6 +172,7 @@ def loss_plane(
     span: float | Ranges = 0.1,
     relative_span: bool = False,
     chunk: int | None = None,
+    buffers: Statistics = "fixed",
 ) -> LossPlane:
     r"""The loss on a grid of the plane through theta that two axes span, with its roughness.
 
@@ -190,6 +204,10 @@ def loss_plane(
     displacement is span x ||theta|| along every axis.
     chunk: points per `vmap`; 1 is a plain loop. Default: 8 for small models and batches, where that is faster. In the loop,
     the point (0, 0) has the baseline loss to the last bit. Two forward passes more than grid points.
+    buffers: running statistics (BatchNorm) belong to the weights that they were trained with. `fixed` keeps those of
+    `loss.net` at every point, which far from its theta (a trajectory, a large span) describe another network;
+    `reestimate` takes those that the data have at each point, theta among them (`running_statistics`), at twice the
+    passes. For another network's theta, take its loss: `loss.with_buffers(other.buffers)`.
 
     Raises ValueError for a span that is not positive or a range that is empty, fewer than two points along an axis, axes of
     another model, of norm 0 or not finite, other than two of them, and where the loss at theta is not finite or not the
@@ -214,7 +232,7 @@ def loss_plane(
     param_norm = math.sqrt(dot(vector, vector))
     a, b = coefficients(axes, vector, ranges, (num_1, num_2), param_norm if relative_span else None)
     rows = [Row((float(x), 0.0), 1, b.tolist()) for x in a]
-    found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk)
+    found = evaluate(loss, vector, axes.vectors.to(vector), rows, chunk=chunk, buffers=buffers)
     gaps = (float(each[1] - each[0]) * norm for each, norm in zip((a, b), axes.norms.tolist(), strict=True))
     warn_of_small_steps(loss, min(gaps), param_norm)
     shown = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])

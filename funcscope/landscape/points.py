@@ -6,20 +6,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_device, check_flat, check_positive
+from ..core.checks import check_choice, check_count, check_device, check_flat, check_positive
 from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
+from ..core.running import held_statistics
 from ..curvature import pullbacks
 from .along import mapped
 from .axes import Axes, Trajectory
 from .precision import check_baseline
 from .sequences import means
+from .states import USED, Reestimated
 from .values import Values
 
 MAPPED_UP_TO = 2**22
@@ -33,6 +35,7 @@ MAPPED_ON_DEVICE = 2**26
 STEPS = 8
 """Points from one sum base + b d to the next; those between add the step: three streams of memory instead of four."""
 Range = tuple[float, float]
+Statistics = Literal["fixed", "reestimate"]
 
 
 class Row(NamedTuple):
@@ -56,12 +59,27 @@ class Evaluated:
     """Passes over all batches, two at theta itself among them."""
     chunk: int
     threads: int
+    buffers: Literal["none", "fixed", "reestimate"] = "none"
+    """Which running statistics the net has at the points; "none" where it tracks none."""
+
+    @property
+    def note(self) -> str:
+        """Which they are, in words, behind a semicolon; empty where there are none."""
+        return USED[self.buffers]
 
 
 def evaluate(
-    loss: Loss, theta: Float[Tensor, " p"], vectors: Float[Tensor, "k p"], rows: Sequence[Row], *, chunk: int | None
+    loss: Loss,
+    theta: Float[Tensor, " p"],
+    vectors: Float[Tensor, "k p"],
+    rows: Sequence[Row],
+    *,
+    chunk: int | None,
+    buffers: Statistics = "fixed",
 ) -> Evaluated:
     """The loss at every point of rows of one length, and at theta itself, all on the loss's own batches.
+
+    buffers: "fixed", or running statistics re-estimated at every point, theta itself among them: twice the passes.
 
     chunk: points per `vmap`; 1 is a plain loop. Default on the CPU: 8 for up to 2^22 parameters and 256 positions a batch
     (2^29 of their product); above, a loop. On an accelerator: 8 for up to 2^26 parameters.
@@ -71,17 +89,22 @@ def evaluate(
 
     Raises ValueError where the loss at theta is not finite, or not the same twice.
     """
+    check_choice("buffers", buffers, ("fixed", "reestimate"))
     chunk = default_chunk(loss) if chunk is None else chunk
+    tracked = bool(held_statistics(loss.net))
+    terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else Values(loss)
+    if tracked and buffers == "reestimate":
+        terms = Reestimated(loss, mapped=chunk > 1)
     with torch.no_grad():
-        terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else Values(loss)
         centre, weights = terms(theta)
         baseline = float(means(centre[None], weights).value)
         check_baseline(baseline, float(means(terms(theta)[0][None], weights).value), loss.net.unit_roundoff)
-        sets = _mapped(loss, theta, vectors, rows, chunk) if chunk > 1 else _looped(terms, theta, vectors, rows)
+        sets = _mapped(terms, theta, vectors, rows, chunk) if chunk > 1 else _looped(terms, theta, vectors, rows)
         found = [_statistics(sums, centre, weights) for sums in sets]
     columns = [torch.cat(column).view(len(rows), -1) for column in zip(*found, strict=True)]
-    num = columns[0].numel() + 2
-    return Evaluated(baseline, columns[0], columns[1], columns[2], num, chunk, torch.get_num_threads())
+    num = (columns[0].numel() + 2) * (2 if tracked and buffers == "reestimate" else 1)
+    used = buffers if tracked else "none"
+    return Evaluated(baseline, columns[0], columns[1], columns[2], num, chunk, torch.get_num_threads(), used)
 
 
 def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
@@ -215,7 +238,7 @@ def _largest(x: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chunk: int) -> Iterator[Tensor]:
+def _mapped(terms: Any, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chunk: int) -> Iterator[Tensor]:
     """A chunk of points at a time: (c, n) sums per sequence."""
     points = torch.tensor([[row.fixed] * len(row.values) for row in rows], dtype=torch.float64)
     for point, row in zip(points, rows, strict=True):
@@ -223,7 +246,7 @@ def _mapped(loss: Loss, theta: Tensor, vectors: Tensor, rows: Sequence[Row], chu
     buffer = theta.new_empty(min(chunk, points[..., 0].numel()), len(theta))
     for part in points.flatten(0, 1).to(theta).split(chunk):
         moved = torch.addmm(theta, part, vectors, out=buffer[: len(part)])
-        yield mapped(lambda t: loss.terms(t)[0], moved, "chunk=1")
+        yield mapped(lambda t: terms(t)[0], moved, "chunk=1")
 
 
 def _statistics(sums: Tensor, centre: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..core.checks import check_params
+from ..core.running import held_statistics
 from ..core.store import Damaged, save, to_json
 from ..families.family import Family
 from ..families.family import family as registered
@@ -81,10 +82,15 @@ class Work:
     def subject(self, epoch: int) -> Subject:
         """The checkpoint of an epoch. Raises ValueError for one of another architecture."""
         found = self.family.checkpoint(self.bench.config, self.variant.path, epoch)
-        layout = self.bench.net.layout
+        layout, buffers = self.bench.net.layout, found.buffers or {}
         check_params(found.params, layout.shapes, f"checkpoint {epoch}")
+        if missing := sorted(held_statistics(self.bench.net).keys() - buffers.keys()):
+            raise ValueError(
+                f"checkpoint {epoch} lacks the running statistics `{missing[0]}`, and those of other weights would measure "
+                f"another network: let the family {self.family.name!r} keep them, `Kept(params, sha256, buffers)`."
+            )
         self._sums[epoch] = found.sha256
-        return Subject(epoch, layout.ravel(found.params), self.bench)
+        return Subject(epoch, layout.ravel(found.params), self.bench, buffers)
 
     def run(self, analyzer: Analyzer, epochs: Sequence[int] | None, quiet: bool) -> None:
         """One analyzer over its epochs, then its summary."""

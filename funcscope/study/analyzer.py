@@ -59,14 +59,26 @@ class Subject:
     theta: Tensor
     """The flat vector of its parameters."""
     bench: Bench
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those that belong to theta, as far as the family keeps any: the running statistics."""
 
     @property
     def net(self) -> Functional:
-        return self.bench.net
+        """The variant's network with the buffers of this checkpoint; its own parameters are the untrained ones."""
+        return self.bench.net.with_buffers(self.buffers) if self.buffers else self.bench.net
+
+    @property
+    def trained(self) -> Functional:
+        """The network of this checkpoint, parameters and buffers."""
+        return replace(self.net, params=self.net.layout.unravel(self.theta))
 
     def loss(self, split: str) -> Loss:
-        """The family's loss on `train`, `test` or `probe` (all data). ValueError where the family has none."""
-        return self.bench.loss(split)
+        """The family's loss on `train`, `test` or `probe` (all data), with the buffers of this checkpoint.
+
+        ValueError where the family has none.
+        """
+        loss = self.bench.loss(split)
+        return loss.with_buffers(self.buffers) if self.buffers else loss
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,10 @@ def lines(subjects: Subjects, *, num_directions: int, num: int, span: float, spl
 
 
 def trajectory(subjects: Subjects, *, num: int, split: str) -> Values:
-    """The loss on the plane of the two principal directions of training, with the checkpoints projected on it."""
+    """The loss on the plane of the two principal directions of training, with the checkpoints projected on it.
+
+    Running statistics, where the network tracks any, are re-estimated from the data at every point.
+    """
     thetas = [subject.theta for subject in subjects]
     found = principal_directions(thetas, num=2, center="last")
     coordinates = found.coordinates.numpy()
@@ -51,7 +54,8 @@ def trajectory(subjects: Subjects, *, num: int, split: str) -> Values:
     pad = MARGIN * np.maximum(high - low, 1e-3 * (high - low).max())
     span = tuple((float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True))
     loss = subjects[subjects.epochs[-1]].loss(split)
-    surface = loss_plane(loss, found.origin, found.axes, num=num, span=span)  # type: ignore[arg-type]
+    plane = {"num": num, "span": span, "buffers": "reestimate"}  # the checkpoints far from the last have others
+    surface = loss_plane(loss, found.origin, found.axes, **plane)  # type: ignore[arg-type]
     return {
         **surface.asdict(),
         **found.asdict(),
@@ -64,7 +68,7 @@ def path(subjects: Subjects, *, num: int, split: str) -> Values:
     _, memorised, last = phases(subjects.epochs, subjects.curves)
     start, end = subjects[memorised], subjects[last]
     with torch.no_grad():
-        found = linear_path(start.loss(split), start.theta, end.theta, num=num)
+        found = linear_path(start.loss(split), start.trained, end.trained, num=num)
     return {**found.asdict(), "start_epoch": memorised, "end_epoch": last}
 
 

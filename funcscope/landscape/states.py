@@ -1,0 +1,222 @@
+"""Points of a path as losses see them: parameters with the buffers that belong to them, running statistics above all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_choice, check_device, check_flat, check_params
+from ..core.layout import Params
+from ..core.model import Functional
+from ..core.objective import Loss, Theta
+from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
+from ..curvature.pullbacks import flat
+from .values import Values
+
+Buffers = Literal["interpolate", "reestimate", "fixed"]
+End = Theta | Functional
+"""A model at an end of a path: its parameters alone, or the net itself, which has its buffers."""
+Terms = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+USED = {
+    "none": "",
+    "interpolate": "; running statistics interpolated",
+    "reestimate": "; running statistics re-estimated from the data",
+    "fixed": "; running statistics of `loss.net` everywhere",
+}
+"""What is said of a result, by the mode."""
+COUNTER = "num_batches_tracked"
+
+
+class EndPoint(NamedTuple):
+    """A model at an end of a path, evaluated once."""
+
+    state: Tensor
+    """Theta, and behind it the running statistics where these are interpolated."""
+    sums: Tensor
+    weights: Tensor
+    reestimated: Tensor | None
+    """The sums with statistics re-estimated, where those of the end are its own and those beside it are not."""
+    passes: int
+    """Over the batches, that this took."""
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """How the rows of a path become parameters and buffers of the loss's net."""
+
+    loss: Loss
+    buffers: Literal["none", "interpolate", "reestimate", "fixed"]
+    """"none": the net tracks no statistics, and all modes are one."""
+
+    @classmethod
+    def of(cls, loss: Loss, buffers: Buffers) -> States:
+        check_choice("buffers", buffers, ("interpolate", "reestimate", "fixed"))
+        return cls(loss, buffers if held_statistics(loss.net) else "none")
+
+    def at(self, row: Float[Tensor, " s"]) -> tuple[Loss, Tensor]:
+        """The loss with the buffers of that point, and its theta; interpolated statistics are constants to derivatives."""
+        theta = row[: self.loss.layout.num]
+        if self.buffers == "interpolate":
+            return with_statistics(self.loss, self._unravelled(row[len(theta) :].detach())), theta
+        if self.buffers == "reestimate":
+            return reestimated(self.loss, theta), theta
+        return self.loss, row
+
+    @property
+    def passes(self) -> int:
+        """Over the batches, for one point between the ends."""
+        return 2 if self.buffers == "reestimate" else 1
+
+    def __call__(self, row: Float[Tensor, " s"]) -> Float[Tensor, ""]:
+        """The loss at a point, to be trained on: on the statistics of each batch where they are re-estimated."""
+        if self.buffers == "reestimate":
+            return batch_normalised(self.loss, row)
+        loss, theta = self.at(row)
+        return loss(theta)
+
+    def terms(self, *, mapped: bool) -> Terms:
+        """Per-sequence sums and weights at a point: those of `Loss.terms` to be mapped, cheaper ones for a loop."""
+        if self.buffers in ("none", "fixed"):
+            return self.loss.terms if mapped else Values(self.loss)
+
+        def terms(row: Tensor) -> tuple[Tensor, Tensor]:
+            loss, theta = self.at(row)
+            return loss.terms(theta) if mapped else Values(loss)(theta)
+
+        return terms
+
+    def end(self, end: End, name: str) -> EndPoint:
+        """An end checked, flat, and its per-sequence sums: of a net, with its own buffers in every mode but "fixed"."""
+        if isinstance(end, Functional):
+            statistics, theta = self._of_net(end, name), vector(self.loss, end.theta, name)
+        else:
+            theta = vector(self.loss, end, name)
+            statistics = self._of_bare(theta, name)
+        loss, state = with_statistics(self.loss, statistics), theta
+        if self.buffers == "interpolate":
+            state = torch.cat([theta, *(value.flatten() for value in statistics.values())])
+        sums, weights = _evaluated(loss, theta, name)
+        if self.buffers != "reestimate" or not isinstance(end, Functional):
+            return EndPoint(state, sums, weights, None, self.passes)
+        return EndPoint(state, sums, weights, _evaluated(reestimated(self.loss, theta), theta, name)[0], 3)
+
+    def _unravelled(self, values: Tensor) -> Params:
+        buffers = held_statistics(self.loss.net)
+        parts = values.split([buffer.numel() for buffer in buffers.values()])
+        pairs = zip(buffers.items(), parts, strict=True)
+        return {name: part.view(buffer.shape).to(buffer.dtype) for (name, buffer), part in pairs}
+
+    def _of_net(self, end: Functional, name: str) -> Params:
+        """The statistics of a net, in the order of the loss's own; none where those of `loss.net` are used."""
+        _check_same_parameters(self.loss.net, end, name)
+        if self.buffers == "fixed":
+            return {}
+        _check_same_buffers(self.loss.net, end, name)
+        return {key: end.buffers[key] for key in held_statistics(self.loss.net)}
+
+    def _of_bare(self, theta: Tensor, name: str) -> Params:
+        """The statistics at a bare theta."""
+        ours, singular = held_statistics(self.loss.net), power_iterations(self.loss.net)
+        tied = [*(ours if self.buffers == "interpolate" else ()), *(singular if self.buffers != "fixed" else ())]
+        if tied and not torch.equal(theta, flat(self.loss, self.loss.net.params).to(theta.dtype)):
+            raise ValueError(
+                f"`{name}` is a bare theta other than that of `loss.net`, whose buffers (`{tied[0]}`; {len(tied)} of them) "
+                "belong to its own weights: pass the net itself, `fs.functional(model)`. Without one, "
+                '`buffers="reestimate"` takes statistics from the data, `buffers="fixed"` those of `loss.net`.'
+            )
+        return running_statistics(self.loss, theta) if self.buffers == "reestimate" else ours
+
+
+def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
+    """Theta as one finite vector of the model's length, on its device."""
+    if isinstance(theta, Mapping):
+        check_params(theta, loss.layout.shapes, name)
+    else:
+        check_flat(name, theta, loss.layout.num)
+    found = flat(loss, theta)
+    check_device(f"`{name}`", found.device, "the model", loss.net.device)
+    if bad := int((~found.isfinite()).sum()):
+        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(found)} are not: no path leads there.")
+    return found
+
+
+def with_statistics(loss: Loss, statistics: Params) -> Loss:
+    """The loss with these running statistics, which may be functions of theta: nothing is copied."""
+    return replace(loss, net=replace(loss.net, buffers={**loss.net.buffers, **statistics}))
+
+
+def reestimated(loss: Loss, theta: Theta) -> Loss:
+    """The loss with the running statistics that its data have at theta; see `running_statistics`."""
+    return with_statistics(loss, running_statistics(loss, theta))
+
+
+class Reestimated:
+    """Terms of the loss with statistics re-estimated wherever it is evaluated: what `Values` is with those of the net."""
+
+    def __init__(self, loss: Loss, *, mapped: bool):
+        self.loss, self.mapped = loss, mapped
+
+    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(self.loss.params(theta))
+
+    def of(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Sums and weights per sequence at a dict of parameters."""
+        loss = reestimated(self.loss, params)
+        return loss.terms(params) if self.mapped else Values(loss).of(params)
+
+
+def _evaluated(loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        sums, weights = (x.cpu().double() for x in Values(loss)(theta))
+    value = float(sums.sum() / weights.sum())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
+        )
+    return sums, weights
+
+
+def _check_same_parameters(ours: Functional, end: Functional, name: str) -> None:
+    if end.layout.shapes != ours.layout.shapes:
+        raise ValueError(
+            f"`{name}` is a net of other parameters than `loss.net` ({end.layout.num:,} and {ours.layout.num:,} in theta): "
+            "paths lead between models of one architecture, with one choice of `trainable`."
+        )
+    check_device(f"`{name}`", end.device, "the model", ours.device)
+    _check_same("frozen parameter", end.frozen, ours.frozen, name, 'make both nets with `trainable="all"`')
+
+
+def _check_same_buffers(ours: Functional, end: Functional, name: str) -> None:
+    """The same running statistics are held; everything else is the same: tables, masks."""
+    sizes = [{key: tuple(x.shape) for key, x in held_statistics(net).items()} for net in (end, ours)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`{name}` and `loss.net` track different running statistics ({len(sizes[0])} and {len(sizes[1])} buffers): "
+            "make both with the same normalising layers."
+        )
+    remedy = "it is no running statistic that could be interpolated; make it the same, or merge it into the weights"
+    _check_same("buffer", _constants(end), _constants(ours), name, remedy)
+
+
+def _constants(net: Functional) -> Params:
+    statistics = held_statistics(net)
+    return {k: v for k, v in net.buffers.items() if k not in statistics and not k.endswith(COUNTER)}
+
+
+def _check_same(what: str, one: Params, other: Params, name: str, remedy: str) -> None:
+    if missing := sorted(one.keys() ^ other.keys()):
+        raise ValueError(f"the {what} `{missing[0]}` belongs to one of `{name}` and `loss.net` only: {remedy}.")
+    for key, value in one.items():
+        if not _same(value, other[key]):
+            raise ValueError(f"the {what} `{key}` of `{name}` differs from that of `loss.net`: {remedy}.")
+
+
+def _same(a: Tensor, b: Any) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a, b.to(a.dtype)))
