@@ -16,8 +16,10 @@ from .core.restrict import grid, restrict
 from .curvature import (
     asam_sharpness,
     average_sharpness,
+    compare_eigenvalues,
     compare_sharpness,
     critical_sharpness,
+    eigenvalue_errors,
     empirical_fisher,
     exact_fisher,
     fisher_mc,
@@ -31,6 +33,8 @@ from .curvature import (
     per_sample_gradients,
     relative_critical_sharpness,
     sam_sharpness,
+    sequence_forms,
+    trace_errors,
 )
 from .landscape import (
     Axes,
@@ -105,6 +109,7 @@ __all__ = [
     "classification",
     "common_directions",
     "compare_directional",
+    "compare_eigenvalues",
     "compare_sharpness",
     "conjugate_gradient",
     "connect",
@@ -117,6 +122,7 @@ __all__ = [
     "directional_losses",
     "directions",
     "eigenpairs",
+    "eigenvalue_errors",
     "eigenvector_axes",
     "empirical_fisher",
     "exact_fisher",
@@ -153,8 +159,10 @@ __all__ = [
     "restrict",
     "sam_sharpness",
     "seq2seq_lm",
+    "sequence_forms",
     "spectral_density",
     "spectrum_summary",
     "stack",
+    "trace_errors",
     "xtrace",
 ]

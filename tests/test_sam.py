@@ -238,7 +238,7 @@ def test_the_standard_error_covers_the_mean_of_the_population():
     whole = fs.objective(net, (x, y), fs.classification)
     s = sam_sharpness(whole, net.theta, epsilon=0.3, curvature=False)
     d, w = s.differences.view(100, 40), s.weights.view(100, 40)
-    from funcscope.curvature.sam_gradient import ratio_stderr
+    from funcscope.core.estimate import ratio_stderr
 
     z = torch.stack([(a.sum() / b.sum() - s.absolute) / ratio_stderr(a, b) for a, b in zip(d, w, strict=True)])
     assert 0.7 < float(z.square().mean()) < 1.4
