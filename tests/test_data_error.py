@@ -108,7 +108,7 @@ def test_the_gauss_newton_matrix_has_errors_too(sampled):
     pairs = fs.eigenpairs(fs.ggn(sampled, theta), theta, key=fs.key(1), num=2, tol=1e-8, vectors=True)
     found = fs.eigenvalue_errors(sampled, theta, pairs, matrix="ggn")
     assert_close(found.forms.values, pairs.values, rtol=1e-7, atol=0)
-    with pytest.raises(ValueError, match="add up to .* `matrix`"):
+    with pytest.raises(ValueError, match=r"add up to .* `matrix`"):
         fs.eigenvalue_errors(sampled, theta, pairs)
 
 

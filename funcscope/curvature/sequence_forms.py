@@ -85,7 +85,7 @@ class SequenceForms:
         both = (x - x.mean(0)).square().sum() / ((k - 1) * (n - 1) * k * n) if k > 1 and n > 1 else nan
         squares = torch.stack([vectors**2, sequences**2])
         joint = (squares.sum() - both).maximum(squares.max()).sqrt()
-        return TwoWay(*map(float, (self.values.mean(), vectors, sequences, joint)), k, n)
+        return TwoWay(float(self.values.mean()), float(vectors), float(sequences), float(joint), k, n)
 
     def paired_with(self, other: SequenceForms) -> bool:
         """Whether both score the same sequences with the same weights, which is taken to mean the same data."""
