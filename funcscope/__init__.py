@@ -4,6 +4,12 @@ A model is a function `apply(params, inputs)`, a loss is `loss(theta)` over one 
 values, its derivatives, its samples. Nothing is edited in place, so nothing has to be restored.
 """
 
+import os
+
+# Threads of OpenMP wait by spinning unless told otherwise before torch loads it: beside another busy process a small
+# operation then takes a hundred times as long as on one thread.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from . import curvature, landscape, linalg
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
@@ -77,6 +83,7 @@ from .linalg import (
     spectrum_summary,
     xtrace,
 )
+from .study.progress import progress
 
 __version__ = "0.1.0"
 
@@ -153,6 +160,7 @@ __all__ = [
     "per_sample_gradients",
     "plane_directions",
     "principal_directions",
+    "progress",
     "project",
     "rademacher",
     "relative_critical_sharpness",

@@ -232,6 +232,11 @@ def test_the_command_prints_tables_and_writes_page_and_numbers(model, data, tmp_
     assert f"{whole.summary.max_eigenvalue:.6g}" in out
     assert f"{float(whole.summary.trace.value):.4g} ± {float(whole.summary.trace.stderr):.2g}" in out
     assert f"{whole.meta['stages']['sharpness']['sam']['absolute']:.4g}" in out
+    sam, average = (whole.meta["stages"]["sharpness"][name] for name in ("sam", "average"))
+    assert f"SAM: {100 * sam['relative_low']:.3g} to {100 * sam['relative_high']:.3g} % of the loss" in out
+    assert sam["relative_low"] < sam["relative"] < sam["relative_high"]
+    assert f"stderr over steps and sequences together {average['stderr_joint']:.4g}" in out
+    assert max(average["stderr"], average["stderr_sequences"]) <= average["stderr_joint"]
     assert f"2 / lambda_max {2 / whole.summary.max_eigenvalue:.4g}" in out
     for word in (
         "negative fraction",

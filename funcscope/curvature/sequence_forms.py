@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..core.checks import check_choice, check_count
 from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
+from ..core.progress import tick
 from ..linalg.matvec import Matvec
 from .head import hessian_of, total_of
 from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
@@ -203,6 +204,7 @@ def _chunk(
         return torch.stack([parts(v, product(v)) for v in vectors])
 
     own = [leaves[i] for i in cut]
+    tick("forward")
     with torch.enable_grad(), ONE_AT_A_TIME:
         table = one(*(x[0] for x in own))[None] if rows == 1 else vmap(one)(*own)
     return table.detach().cpu().double()

@@ -222,7 +222,9 @@ def _sam(found: SamSharpness) -> dict[str, Any]:
         "epsilon", "displacement", "absolute", "stderr", "relative", "relative_stderr", "first_order", "second_order",
         "remainder", "curvature", "rounding",
     )  # fmt: skip
-    return {name: getattr(found, name) for name in names} | {"num": len(found.sums)}
+    low, high = found.relative_interval
+    share = {"relative_low": low, "relative_high": high, "relative_note": found.relative_note}
+    return {name: getattr(found, name) for name in names} | {"num": len(found.sums)} | share
 
 
 def _average(work: Work, length: float, of_hessian: float | None) -> dict[str, Any]:
@@ -231,6 +233,7 @@ def _average(work: Work, length: float, of_hessian: float | None) -> dict[str, A
     )
     told = {"epsilon": length, "num": AVERAGE_PAIRS, "num_nonfinite": found.num_nonfinite, "rounding": found.rounding}
     told |= {"absolute": float(found.estimate.value), "stderr": float(found.estimate.stderr)}
+    told |= {"stderr_sequences": found.errors.over_sequences, "stderr_joint": found.errors.stderr}
     return told | {"second_order": None if found.predicted is None else float(found.predicted.value)}
 
 
