@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +17,7 @@ from ..core.directions import Direction, Part, directions
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
-from ..core.model import LeafFn
+from ..core.model import Inputs
 from ..core.objective import Loss, Theta
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 from .sequence_forms import SequenceForms, TwoWay
@@ -169,15 +168,16 @@ def average_sharpness(
     )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class _Sequences(Loss):
-    """The loss with its sequences apart: sums of token losses instead of their mean."""
+    """The loss, which also writes down the sums of the single sequences at every evaluation."""
 
-    def __call__(self, theta: Theta) -> Tensor:
-        return self.terms(theta)[0]
+    sums: list[Tensor] = field(default_factory=list)
 
-    def at_leaves(self, leaf: LeafFn) -> Tensor:
-        run = partial(self.net.apply_leaves, leaf)
-        return torch.cat([self.scored(run, *batch)[0] for batch in self.batches])
+    def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
+        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
+        self.sums.append(torch.cat(sums).cpu().double())
+        return self.sums[-1].sum() / torch.cat(weights).sum()
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Stretched:
 
 
 def _pair(
-    loss: Loss, theta: Theta, params: Params, direction: Direction, distribution: Steps, epsilon: float
+    loss: _Sequences, theta: Theta, params: Params, direction: Direction, distribution: Steps, epsilon: float
 ) -> Float[Tensor, "2 n"]:
     """Sums per sequence after a step and its opposite: a unit vector times an independent length."""
     num = loss.layout.num
@@ -204,7 +204,9 @@ def _pair(
         unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
         length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
     phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
-    return torch.stack([phi(length), phi(-length)]).cpu().double()
+    for at in (length, -length):
+        phi(at)
+    return torch.stack([loss.sums.pop() for _ in range(2)]).flip(0)
 
 
 def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, stretched: bool) -> Phi:

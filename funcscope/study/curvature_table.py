@@ -21,12 +21,28 @@ def text(summary: SpectrumSummary, stored: Stored) -> str:
     meta = stored.meta
     parts = [
         f"{MATRICES[meta['settings']['matrix']]}, {summary.ends}",
+        _over_data(summary, stored),
         _shape(summary),
         *([_blocks(stored)] if "block_traces" in meta["stages"] else []),
         _sharpness(meta["stages"]["sharpness"], summary),
         cost(meta),
     ]
     return "\n\n".join(parts)
+
+
+def _over_data(summary: SpectrumSummary, stored: Stored) -> str:
+    """What the texts leave open about the two outermost eigenvalues."""
+    arrays, num = stored.arrays, stored.meta["data"]["num_samples"]
+    if "end_data_stderr" not in arrays:
+        return f"no error over the texts: {stored.meta['stages']['ends'].get('no_data_errors', 'not computed')}"
+    lines = [f"over {num} texts, with the bias of so few taken off the interval (95 %):"]
+    for name, i in (("largest", 0), ("smallest", -1)):
+        value, stderr, low, high = (
+            float(x)
+            for x in (summary.ends.values[i], *(arrays[f"end_data_{part}"][i] for part in ("stderr", "low", "high")))
+        )
+        lines.append(f"{name:9} {value:.4g} ± {stderr:.2g}, {low:.4g} to {high:.4g}")
+    return "\n".join(lines)
 
 
 def cost(meta: dict[str, Any]) -> str:
