@@ -75,6 +75,29 @@ def test_sequences_add_up_to_the_operator(name, matrix):
         )
 
 
+def test_groups_of_sequences_are_the_sums_of_their_sequences():
+    x, y, net = population(300)
+    loss = fs.objective(net, [(x[:290], y[:290]), (x[290:], y[290:])], fs.classification)
+    v = fs.normal(fs.key(0), net.theta)[None]
+    single = fs.sequence_forms(loss, net.theta, v, group=1)
+    grouped = fs.sequence_forms(loss, net.theta, v)
+    assert (single.terms.shape[1], grouped.group, grouped.terms.shape[1]) == (300, 3, 97 + 4)
+    assert_close(
+        grouped.terms[0, :97],
+        torch.stack([part.sum() for part in single.terms[0, :290].split(3)]),
+        rtol=1e-9,
+        atol=1e-10,
+    )
+    assert_close(grouped.values, single.values)
+    assert_close(grouped.stderr, single.stderr, rtol=0.25, atol=0)
+    assert "groups of 3 sequences" in str(grouped.mean)
+    assert not single.paired_with(grouped)
+    pairs = top(loss)
+    by_group, alone = (fs.eigenvalue_errors(loss, net.theta, pairs, group=group) for group in (None, 1))
+    assert_close(by_group.stderr, alone.stderr, rtol=0.25, atol=0)
+    assert_close(by_group.bias, alone.bias, rtol=0.25, atol=0)
+
+
 def test_a_sequence_without_a_scored_token_is_no_sample():
     model, batches, criterion = problem("gpt2")
     net = fs.functional(model)

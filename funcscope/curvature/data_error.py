@@ -114,7 +114,13 @@ class EigenvalueDifferences:
 
 
 def eigenvalue_errors(
-    loss: Loss, theta: Theta, pairs: Eigenpairs, *, matrix: Matrix = "hessian", chunk_size: int | None = None
+    loss: Loss,
+    theta: Theta,
+    pairs: Eigenpairs,
+    *,
+    matrix: Matrix = "hessian",
+    group: int | None = None,
+    chunk_size: int | None = None,
 ) -> EigenvalueErrors:
     r"""What the choice of the sequences leaves open about eigenvalues: $d\lambda = v^\top (dH)\, v$, sequence by sequence.
 
@@ -129,7 +135,7 @@ def eigenvalue_errors(
     size of the error, or fewer sequences than the eigenvectors have directions to turn to.
 
     pairs: `eigenpairs(hessian(loss, theta), ..., vectors=True)` of the same loss at the same theta, or of `ggn` with
-    matrix="ggn". About as much arithmetic as one product per value, sequence by sequence; chunk_size: see `sequence_forms`.
+    matrix="ggn". Cost, group and chunk_size: see `sequence_forms`; above 128 sequences the errors are those over groups.
 
     Raises ValueError for pairs without vectors, where the sequences do not add up to the value (pairs of another matrix;
     batch statistics), and as `sequence_forms` does.
@@ -150,9 +156,9 @@ def eigenvalue_errors(
     if pairs.vectors is None:
         raise ValueError("`pairs` has no vectors: ask for them, `eigenpairs(..., vectors=True)`.")
     values, residuals = (x.cpu().double() for x in (pairs.values, pairs.residuals))
-    table, weights = crossed_forms(loss, theta, pairs.vectors, matrix=matrix, chunk_size=chunk_size)
+    table, weights, size = crossed_forms(loss, theta, pairs.vectors, matrix=matrix, group=group, chunk_size=chunk_size)
     own = torch.stack([table[j, :, j] for j in range(len(values))])
-    forms = SequenceForms(own, weights)
+    forms = SequenceForms(own, weights, size)
     check_sum(forms.values, values, residuals, torch.finfo(pairs.vectors.dtype).eps)
     return EigenvalueErrors(values, residuals, forms, _bias(table, weights, values))
 

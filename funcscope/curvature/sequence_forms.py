@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.checks import check_choice, check_count
 from ..core.estimate import ratio_stderr
@@ -24,6 +24,8 @@ from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
 from .sam_micro import micro_batches
 
 Matrix = Literal["hessian", "ggn"]
+UNITS = 128
+"""Groups of sequences that an error over data is taken from at most, unless `group` says otherwise: it is good to 6 %."""
 NUMBERS = 2**22
 """Of the products of sequences that are made at once, unless `chunk_size` says otherwise."""
 
@@ -41,11 +43,14 @@ class TwoWay:
     """Of both: what vectors and sequences make only together is in each of the two errors, and counted once here."""
     num_vectors: int
     num_sequences: int
+    """Or groups of sequences."""
+    group: int = 1
 
     def __str__(self) -> str:
+        units = "sequences" if self.group == 1 else f"groups of {self.group} sequences"
         return (
             f"{self.value:.4g} ± {self.stderr:.2g} ({self.over_vectors:.2g} over {self.num_vectors} vectors, "
-            f"{self.over_sequences:.2g} over {self.num_sequences} sequences)"
+            f"{self.over_sequences:.2g} over {self.num_sequences} {units})"
         )
 
 
@@ -60,6 +65,8 @@ class SequenceForms:
 
     terms: Float[Tensor, "k n"]
     weights: Float[Tensor, " n"]
+    group: int = 1
+    """Sequences that are taken together, as one of n: errors are then those over groups."""
 
     @cached_property
     def values(self) -> Float[Tensor, " k"]:
@@ -86,11 +93,12 @@ class SequenceForms:
         both = (x - x.mean(0)).square().sum() / ((k - 1) * (n - 1) * k * n) if k > 1 and n > 1 else nan
         squares = torch.stack([vectors**2, sequences**2])
         joint = (squares.sum() - both).maximum(squares.max()).sqrt()
-        return TwoWay(float(self.values.mean()), float(vectors), float(sequences), float(joint), k, n)
+        return TwoWay(float(self.values.mean()), float(vectors), float(sequences), float(joint), k, n, self.group)
 
     def paired_with(self, other: SequenceForms) -> bool:
         """Whether both score the same sequences with the same weights, which is taken to mean the same data."""
-        return torch.equal(self.weights, other.weights) and self.terms.shape == other.terms.shape
+        same = self.group == other.group and self.terms.shape == other.terms.shape
+        return same and torch.equal(self.weights, other.weights)
 
     def minus(self, other: SequenceForms) -> SequenceForms:
         """The differences, vector by vector and sequence by sequence. Raises ValueError where they are not paired."""
@@ -99,7 +107,7 @@ class SequenceForms:
                 f"forms of {tuple(other.terms.shape)} vectors and sequences cannot be taken in pairs from "
                 f"{tuple(self.terms.shape)}, or their weights differ: both need the same batches and as many vectors."
             )
-        return SequenceForms(self.terms - other.terms, self.weights)
+        return SequenceForms(self.terms - other.terms, self.weights, self.group)
 
 
 def sequence_forms(
@@ -108,13 +116,17 @@ def sequence_forms(
     vectors: Float[Tensor, "k p"],
     *,
     matrix: Matrix = "hessian",
+    group: int | None = None,
     chunk_size: int | None = None,
 ) -> SequenceForms:
     r"""What every sequence adds to $v^\top A v$, for each of some vectors: the error over data of any such form.
 
     matrix: the Hessian of the loss, or its Gauss-Newton matrix. Reverse mode over reverse mode, as `hessian` computes it,
-    sequence by sequence: about as much arithmetic as one product per vector. chunk_size: sequences whose products exist
-    at once, each of the length of theta (default: 4 million numbers in all; one at a time needs no rule of `vmap`).
+    sequence by sequence: one product per vector and sequence, on one sequence each.
+    group: neighbouring sequences of a batch that are taken together; default: as many as make 128 groups, single ones up
+    to 128 sequences. Errors over groups are as right as those over sequences, from fewer numbers.
+    chunk_size: single sequences whose products exist at once, each of the length of theta (default: 4 million numbers in
+    all; one at a time needs no rule of `vmap`).
 
     Every tensor of a batch has as many rows as the batch has sequences, or one, which serves all; what couples the rows of
     a batch (statistics of the batch) makes the parts differ from the whole: `eigenvalue_errors` and `trace_errors` check
@@ -129,21 +141,27 @@ def sequence_forms(
     >>> sequence_forms(loss, torch.zeros(2), torch.eye(2)).terms.tolist()               # 2 x^2 in the first coordinate
     [[2.0, 8.0], [0.0, 0.0]]
     """
-    rows, weights = _tables(loss, theta, vectors, matrix, chunk_size, lambda v, image: (v @ image)[None])
-    return SequenceForms(rows[:, :, 0].T, weights)
+    rows, weights, group = _tables(loss, theta, vectors, matrix, group, chunk_size, lambda v, image: (v @ image)[None])
+    return SequenceForms(rows[:, :, 0].T, weights, group)
 
 
 def crossed_forms(
-    loss: Loss, theta: Theta, vectors: Float[Tensor, "k p"], *, matrix: Matrix, chunk_size: int | None
-) -> tuple[Float[Tensor, "k n l"], Float[Tensor, " n"]]:
-    r"""Per vector and sequence: $v_l^\top A_i v_j$ for every l, and last $\|A_i v_j\|^2$; and the weights."""
+    loss: Loss,
+    theta: Theta,
+    vectors: Float[Tensor, "k p"],
+    *,
+    matrix: Matrix,
+    group: int | None,
+    chunk_size: int | None,
+) -> tuple[Float[Tensor, "k n l"], Float[Tensor, " n"], int]:
+    r"""Per vector and sequence: $v_l^\top A_i v_j$ for every l, and last $\|A_i v_j\|^2$; the weights; the size of groups."""
 
     def parts(_: Tensor, image: Tensor) -> Tensor:
         return torch.cat([rows @ image, (image @ image)[None]])
 
     rows = vectors.to(flat(loss, theta))
-    table, weights = _tables(loss, theta, vectors, matrix, chunk_size, parts)
-    return table.transpose(0, 1), weights
+    table, weights, size = _tables(loss, theta, vectors, matrix, group, chunk_size, parts)
+    return table.transpose(0, 1), weights, size
 
 
 def check_sum(parts: Tensor, whole: Tensor, residuals: Tensor, eps: float, scale: float | None = None) -> None:
@@ -164,10 +182,11 @@ def _tables(
     theta: Theta,
     vectors: Tensor,
     matrix: Matrix,
+    group: int | None,
     chunk_size: int | None,
     parts: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """`parts(v, A_i v)` of every scored sequence and vector, and the weights of those sequences."""
+) -> tuple[Tensor, Tensor, int]:
+    """`parts(v, A_i v)` of every scored unit and vector, the weights of those units, and the sequences in each."""
     check_choice("matrix", matrix, get_args(Matrix))
     theta = flat(loss, theta)
     if vectors.ndim != 2 or vectors.shape[1] != len(theta):
@@ -177,36 +196,46 @@ def _tables(
     check_count("chunk_size", chunk_size)
     with torch.no_grad():
         weights = loss.terms(theta)[1].cpu().double()
-    rows = vectors.to(theta)
-    with named_if_missing(loss, "the error over data needs second derivatives"):
-        chunks = [_chunk(part, theta, rows, matrix, parts) for part in micro_batches(loss, chunk_size)]
-    table = torch.cat(chunks)
-    if len(table) != len(weights):
+    group = -(-len(weights) // UNITS) if group is None else group
+    check_count("group", group)
+    rows, cut = vectors.to(theta), micro_batches(loss, group if group > 1 else chunk_size)
+    sizes = [_num_rows(part) for part in cut]
+    if sum(sizes) != len(weights):
         raise ValueError(
-            f"the batches have {len(table)} rows and {len(weights)} losses: their rows are not their sequences."
+            f"the batches have {sum(sizes)} rows and {len(weights)} losses: their rows are not their sequences."
         )
-    return table[weights != 0], weights[weights != 0]
+    with named_if_missing(loss, "the error over data needs second derivatives"):
+        table = torch.cat([_chunk(part, theta, rows, matrix, parts, whole=group > 1) for part in cut])
+    if group > 1:
+        weights = torch.stack([x.sum() for x in weights.split(sizes)])
+    return table[weights != 0], weights[weights != 0], group
+
+
+def _num_rows(part: Loss) -> int:
+    return max((len(x) for x in tree_leaves(part.batches[0]) if isinstance(x, Tensor) and x.ndim), default=1)
 
 
 def _chunk(
-    part: Loss, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[[Tensor, Tensor], Tensor]
+    part: Loss, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[[Tensor, Tensor], Tensor], whole: bool
 ) -> Tensor:
-    """The rows of one micro-batch: one sequence as it is, several by `vmap`."""
+    """The rows of one micro-batch: one for it as a `whole`, or one per sequence, several by `vmap`."""
     leaves, spec = tree_flatten(part.batches[0])
-    rows = max((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), default=1)
-    cut = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim and len(x) == rows]
+    num = _num_rows(part)
+    cut = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim and len(x) == num]
+
+    def of(batch: list[Any]) -> Tensor:
+        product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
+        return torch.stack([parts(v, product(v)) for v in vectors])
 
     def one(*own: Tensor) -> Tensor:
         batch = list(leaves)
         for i, x in zip(cut, own, strict=True):
             batch[i] = x[None]
-        product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
-        return torch.stack([parts(v, product(v)) for v in vectors])
+        return of(batch)
 
-    own = [leaves[i] for i in cut]
     tick("forward")
     with torch.enable_grad(), ONE_AT_A_TIME:
-        table = one(*(x[0] for x in own))[None] if rows == 1 else vmap(one)(*own)
+        table = of(leaves)[None] if whole or num == 1 else vmap(one)(*(leaves[i] for i in cut))
     return table.detach().cpu().double()
 
 

@@ -48,6 +48,7 @@ def trace_errors(
     key: Key,
     num: int = 32,
     matrix: Matrix = "hessian",
+    group: int | None = None,
     chunk_size: int | None = None,
     check: bool = True,
 ) -> TraceErrors:
@@ -76,8 +77,8 @@ def trace_errors(
     rows, together = [], max(1, NUMBERS // len(theta))  # probes are as long as theta
     for first in range(0, num, together):
         probes = torch.stack([rademacher(fold_in(key, j), theta) for j in range(first, min(first + together, num))])
-        rows.append(sequence_forms(loss, theta, probes, matrix=matrix, chunk_size=chunk_size))
-    forms = SequenceForms(torch.cat([row.terms for row in rows]), rows[0].weights)
+        rows.append(sequence_forms(loss, theta, probes, matrix=matrix, group=group, chunk_size=chunk_size))
+    forms = SequenceForms(torch.cat([row.terms for row in rows]), rows[0].weights, rows[0].group)
     if check:
         z = rademacher(fold_in(key, 0), theta)
         with torch.no_grad():
