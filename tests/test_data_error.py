@@ -62,14 +62,14 @@ def test_every_sequence_has_the_second_difference_of_its_own_loss(name):
 
 
 @pytest.mark.parametrize("matrix", OPERATORS)
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "cnn"])
+@pytest.mark.parametrize("name", ["bert", "cnn"])
 def test_sequences_add_up_to_the_operator(name, matrix):
     loss = loss_of(name)
     theta = loss.net.theta
     v = torch.stack([fs.normal(fs.fold_in(fs.key(2), i), theta) for i in range(2)])
     product = OPERATORS[matrix](loss, theta)
     whole = torch.stack([x @ product(x) for x in v])
-    for chunk in (1, 2, None):
+    for chunk in (1, None):
         assert_close(
             fs.sequence_forms(loss, theta, v, matrix=matrix, chunk_size=chunk).values, whole, rtol=1e-7, atol=1e-9
         )
