@@ -4,6 +4,12 @@ A model is a function `apply(params, inputs)`, a loss is `loss(theta)` over one 
 values, its derivatives, its samples. Nothing is edited in place, so nothing has to be restored.
 """
 
+import os
+
+# Threads of OpenMP wait by spinning unless told otherwise before torch loads it: beside another busy process a small
+# operation then takes a hundred times as long as on one thread.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from . import curvature, landscape, linalg
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
@@ -17,8 +23,10 @@ from .core.running import running_statistics
 from .curvature import (
     asam_sharpness,
     average_sharpness,
+    compare_eigenvalues,
     compare_sharpness,
     critical_sharpness,
+    eigenvalue_errors,
     empirical_fisher,
     exact_fisher,
     fisher_mc,
@@ -32,6 +40,8 @@ from .curvature import (
     per_sample_gradients,
     relative_critical_sharpness,
     sam_sharpness,
+    sequence_forms,
+    trace_errors,
 )
 from .landscape import (
     Axes,
@@ -74,6 +84,7 @@ from .linalg import (
     spectrum_summary,
     xtrace,
 )
+from .study.progress import progress
 
 __version__ = "0.1.0"
 
@@ -106,6 +117,7 @@ __all__ = [
     "classification",
     "common_directions",
     "compare_directional",
+    "compare_eigenvalues",
     "compare_sharpness",
     "conjugate_gradient",
     "connect",
@@ -118,6 +130,7 @@ __all__ = [
     "directional_losses",
     "directions",
     "eigenpairs",
+    "eigenvalue_errors",
     "eigenvector_axes",
     "empirical_fisher",
     "exact_fisher",
@@ -148,6 +161,7 @@ __all__ = [
     "per_sample_gradients",
     "plane_directions",
     "principal_directions",
+    "progress",
     "project",
     "rademacher",
     "relative_critical_sharpness",
@@ -155,8 +169,10 @@ __all__ = [
     "running_statistics",
     "sam_sharpness",
     "seq2seq_lm",
+    "sequence_forms",
     "spectral_density",
     "spectrum_summary",
     "stack",
+    "trace_errors",
     "xtrace",
 ]

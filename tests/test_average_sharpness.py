@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.curvature.average_sharpness import average_sharpness
+from funcscope.curvature.sam_micro import micro_batches
 
 DISTRIBUTIONS = ["sphere", "normal", "relative"]
 
@@ -142,3 +143,22 @@ def test_bad_requests_get_one_clear_line():
         average_sharpness(loss, theta * math.nan, key=fs.key(0))
     with pytest.raises(ValueError, match="proportional to theta, which is 0"):
         average_sharpness(loss, theta * 0, key=fs.key(0), distribution="relative")
+
+
+def test_more_pairs_leave_the_error_over_sequences_where_it_is():
+    """The oracle: the rise of each sequence from losses of its own."""
+    loss = loss_of("mlp")
+    theta = loss.net.theta
+    few, some, many = (average_sharpness(loss, theta, key=fs.key(0), num=num, epsilon=0.5) for num in (3, 40, 160))
+    rises = []
+    for part in micro_batches(loss, 1):
+        one = average_sharpness(part, theta, key=fs.key(0), num=3, epsilon=0.5)
+        rises.append(float(one.estimate.value))
+    rises = torch.tensor(rises, dtype=torch.float64)
+    assert_close(few.errors.value, float(rises.mean()))
+    assert_close(few.errors.value, float(few.estimate.value))
+    assert_close(few.errors.over_sequences, float(rises.std() / len(rises) ** 0.5))
+    assert_close(few.errors.over_vectors, float(few.estimate.stderr))
+    assert many.errors.over_vectors < 0.6 * some.errors.over_vectors
+    assert many.errors.over_sequences > 0.8 * some.errors.over_sequences
+    assert many.errors.stderr >= many.errors.over_sequences

@@ -1,5 +1,6 @@
 """SAM, ASAM and m-sharpness: closed forms, the dense Hessian, finite sums, and the laws of each."""
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.criterion import Labels
+from funcscope.core.estimate import ratio_interval, ratio_stderr
 from funcscope.curvature.asam import asam_sharpness
 from funcscope.curvature.sam import sam_sharpness
 from funcscope.curvature.sam_comparison import Eigenvalue, compare_sharpness
@@ -238,8 +240,6 @@ def test_the_standard_error_covers_the_mean_of_the_population():
     whole = fs.objective(net, (x, y), fs.classification)
     s = sam_sharpness(whole, net.theta, epsilon=0.3, curvature=False)
     d, w = s.differences.view(100, 40), s.weights.view(100, 40)
-    from funcscope.curvature.sam_gradient import ratio_stderr
-
     z = torch.stack([(a.sum() / b.sum() - s.absolute) / ratio_stderr(a, b) for a, b in zip(d, w, strict=True)])
     assert 0.7 < float(z.square().mean()) < 1.4
 
@@ -536,3 +536,73 @@ def test_eigenvalues_may_be_found_by_a_function_of_each_side():
     assert [one is loss for one, _ in seen] == [True, True]
     assert torch.equal(seen[1][1], 2 * theta)
     assert_close(found.eigenvalue_ratio, found.eigenvalue_a.value / found.eigenvalue_b.value)
+
+
+def test_the_relative_sharpness_of_few_sequences_has_an_interval_or_a_reason():
+    """Fieller's set from its definition: the ratios r at which rise - r loss is within t standard errors of 0."""
+    model, batches, criterion = problem("gpt2")
+    net = fs.functional(model)
+    s = sam_sharpness(fs.objective(net, batches, criterion), net.theta, epsilon=0.1, curvature=False)
+    low, high = s.relative_interval
+    assert low < s.relative < high
+    assert s.relative_note == ""
+    for r in (low, high):
+        d = s.differences - r * s.sums
+        assert_close(abs(float(d.mean())), 2.7764451 * float(d.std()) / 5**0.5, rtol=1e-6, atol=0)
+    sums = torch.tensor([3.0, 0.01, 0.02, 0.01, 0.01, 0.01], dtype=torch.float64)
+    few = dataclasses.replace(
+        s, sums=sums, differences=8 * sums, weights=torch.ones_like(sums), loss=float(sums.mean())
+    )
+    assert all(math.isnan(end) for end in few.relative_interval)
+    assert "6 sequences" in few.relative_note
+    assert "score more" in str(few)
+    alone = fs.objective(net, [{k: v[:1] for k, v in batches[0].items()}], criterion)
+    assert "score more" in sam_sharpness(alone, net.theta, curvature=False).relative_note
+
+
+@pytest.mark.slow
+def test_the_interval_of_the_relative_sharpness_covers_where_two_standard_errors_do_not():
+    """6 sequences with log-normal losses, whose true ratio is 8.5."""
+    hits = made = naive = 0
+    for i in range(600):
+        z, e = fs.normal(fs.fold_in(fs.key(21), i), torch.zeros(2, 6, dtype=torch.float64))
+        a, b = 8.5 * (0.6 * z + 0.8 * e).exp(), z.exp()
+        low, high = ratio_interval(a, b)
+        made += not math.isnan(low)
+        hits += low <= 8.5 <= high
+        naive += abs(float(a.sum() / b.sum()) - 8.5) < 1.96 * float(ratio_stderr(a, b))
+    assert 0.9 * made < hits < 0.995 * made
+    assert naive < 0.88 * 600
+
+
+def test_the_larger_eigenvalue_on_these_data_may_not_be_larger_on_others():
+    model, batches, criterion = problem("gpt2")
+    loss = fs.objective(fs.functional(model), batches, criterion)
+
+    def largest(loss, theta):
+        H = fs.hessian(loss, theta)
+        pairs = fs.eigenpairs(H, theta, key=fs.key(0), num=1, which="largest", vectors=True)
+        errors = fs.eigenvalue_errors(loss, theta, pairs)
+        return Eigenvalue(float(pairs.values[0]), float(pairs.residuals[0]), errors)
+
+    theta = loss.net.theta
+    found = compare_sharpness(loss, theta, loss, 1.001 * theta, epsilon=0.1, eigenvalues=largest)
+    gap = found.eigenvalue_difference
+    assert gap.paired
+    assert_close(float(gap.values[0]), found.eigenvalue_a.value - found.eigenvalue_b.value)
+    low, high = gap.intervals()[0].tolist()
+    assert bool(gap.resolved[0]) == (low > 0 or high < 0)
+    d = found.a.differences - found.b.differences
+    left = (d.sum() - d) / (found.a.weights.sum() - found.a.weights)
+    half = 2.7764451 * float((4 / 5 * (left - left.mean()).square().sum()).sqrt())
+    assert_close(
+        found.sam_interval,
+        (float(found.sam_difference.value) - half, float(found.sam_difference.value) + half),
+        rtol=1e-6,
+        atol=0,
+    )
+    assert ("not resolved" in str(found)) == (
+        found.sam_interval[0] <= 0 <= found.sam_interval[1] or not bool(gap.resolved[0])
+    )
+    same = compare_sharpness(loss, theta, loss, theta)
+    assert "not resolved" in str(same)

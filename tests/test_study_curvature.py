@@ -77,6 +77,22 @@ def test_the_eigenvalues_are_those_of_arpack(whole, loss):
     assert (np.abs(found.values.numpy() - wanted) <= found.residuals.numpy() + 1e-4 * wanted.max()).all()
 
 
+def test_the_eigenvalues_have_the_errors_over_texts_of_the_pure_function(whole, loss):
+    arrays = load(whole.numbers).arrays
+    theta, key = loss.net.theta, whole.summary.key
+    pairs = fs.eigenpairs(
+        fs.hessian(loss, theta),
+        theta,
+        key=fs.fold_in(key, "ends"),
+        num=len(arrays["end_values"]) // 2,
+        which="both",
+        vectors=True,
+    )
+    errors = fs.eigenvalue_errors(loss, theta, pairs)
+    assert_close(torch.from_numpy(arrays["end_data_stderr"]), errors.stderr, rtol=1e-2, atol=1e-6)
+    assert (arrays["end_data_low"] < arrays["end_data_high"]).all()
+
+
 def test_blocks_are_those_of_the_pure_functions(whole, loss):
     root = fs.key(42)
     traces = hessian_block_traces(loss, loss.net.theta, key=fs.fold_in(root, "block traces"), num=4)
@@ -229,9 +245,15 @@ def test_the_command_prints_tables_and_writes_page_and_numbers(model, data, tmp_
     printed = capsys.readouterr()
     out = printed.out
     assert "6 sequences in 2 batches" in out
+    assert f"largest   {whole.summary.max_eigenvalue:.4g} ± " in out
     assert f"{whole.summary.max_eigenvalue:.6g}" in out
     assert f"{float(whole.summary.trace.value):.4g} ± {float(whole.summary.trace.stderr):.2g}" in out
     assert f"{whole.meta['stages']['sharpness']['sam']['absolute']:.4g}" in out
+    sam, average = (whole.meta["stages"]["sharpness"][name] for name in ("sam", "average"))
+    assert f"SAM: {100 * sam['relative_low']:.3g} to {100 * sam['relative_high']:.3g} % of the loss" in out
+    assert sam["relative_low"] < sam["relative"] < sam["relative_high"]
+    assert f"stderr over steps and sequences together {average['stderr_joint']:.4g}" in out
+    assert max(average["stderr"], average["stderr_sequences"]) <= average["stderr_joint"]
     assert f"2 / lambda_max {2 / whole.summary.max_eigenvalue:.4g}" in out
     for word in (
         "negative fraction",

@@ -277,6 +277,21 @@ def test_progress_is_shown_and_an_interrupt_says_what_is_kept(model, data, tmp_p
     assert (tmp_path / "out" / "gpt2.1.unfinished.npz").exists()
 
 
+def test_how_long_it_will_take_is_told_before_the_first_direction_and_of_those_that_are_left(
+    model, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(landscape, "CHUNKED_UP_TO", 0)
+    watched = Interrupted(monkeypatch, after=0)
+    assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL[:-1]) == 130
+    assert "about 4 directions, each some 2 forward passes of" in capsys.readouterr().err
+    watched.after = 3
+    assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL) == 130
+    assert "directions" not in capsys.readouterr().err
+    watched.after = None
+    assert command(model, "--data", data, "--out", tmp_path / "out", *SMALL[:-1], "--curvature", "difference") == 0
+    assert "about 1 direction, each" in capsys.readouterr().err
+
+
 def test_a_warning_is_a_line_without_code(model, data, tmp_path, capsys):
     assert command(model, "--data", data, "--out", tmp_path, "--dtype", "bfloat16", "--span", 0.001, *SMALL) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "half precision" in line]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.stats import t as student
 from torch import Tensor
 
 
@@ -43,8 +45,8 @@ class Estimate:
         return f"{float(self.value):.4g} ± {float(self.stderr):.2g} (n = {self.num})"
 
 
-def jackknife_stderr(left_out: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    r"""Standard error of a smooth statistic from its n leave-one-out values.
+def jackknife_stderr(left_out: Float[Tensor, "*m n"]) -> Float[Tensor, "*m"]:
+    r"""Standard error of a smooth statistic from its n leave-one-out values, along the last dimension.
 
     $$\mathrm{SE}^2 = \tfrac{n-1}{n} \textstyle\sum_i (s_{(i)} - \bar s)^2.$$
 
@@ -56,5 +58,53 @@ def jackknife_stderr(left_out: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     >>> torch.allclose(jackknife_stderr(left_out), x.std() / 3**0.5)
     True
     """
-    num = len(left_out)
-    return ((num - 1) / num * (left_out - left_out.mean()).square().sum()).sqrt()
+    num = left_out.shape[-1]
+    return ((num - 1) / num * (left_out - left_out.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
+
+
+def ratio_stderr(numerators: Float[Tensor, "*m n"], denominators: Float[Tensor, " n"]) -> Float[Tensor, "*m"]:
+    r"""Jackknife standard error of $\sum_i a_i / \sum_i b_i$ over n sequences: of a token-weighted mean, say.
+
+    Linear in a for fixed b: numerators that are differences give the error of a difference, in pairs. nan below two
+    sequences, and where a single one has all the weight.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 2.0, 6.0]])
+    >>> torch.allclose(ratio_stderr(x, torch.ones(3)), x.std() / 3**0.5)
+    True
+    """
+    num = denominators.shape[-1]
+    if num < 2:
+        return numerators.new_full(numerators.shape[:-1], float("nan"))
+    rest = denominators.sum() - denominators
+    return jackknife_stderr((numerators.sum(-1, keepdim=True) - numerators) / rest)
+
+
+def ratio_interval(
+    numerators: Float[Tensor, " n"], denominators: Float[Tensor, " n"], level: float = 0.95
+) -> tuple[float, float]:
+    r"""Fieller's interval for a ratio of two means over n sequences, with Student's t of n - 1 degrees of freedom.
+
+    $$\{r : (\bar a - r \bar b)^2 \le t^2\, \widehat{\mathrm{Var}}(\bar a - r \bar b)\},$$
+
+    exact for normal pairs, and wider above than below where the denominator is uncertain. nan, twice, where the
+    denominator's own interval reaches 0 (the set of ratios has no end then) and below two sequences.
+
+    Fieller (1954), doi:10.1111/j.2517-6161.1954.tb00159.x.
+
+    >>> import torch
+    >>> low, high = ratio_interval(torch.tensor([2.0, 2.2, 1.8]), torch.ones(3))
+    >>> round(low, 3), round(high, 3)                             # a certain denominator: 2 -+ 4.303 * 0.1155
+    (1.503, 2.497)
+    """
+    num = len(numerators)
+    if num < 2:
+        return math.nan, math.nan
+    both = torch.stack([numerators, denominators]).double()
+    a, b = both.mean(1).tolist()
+    (aa, ab), (_, bb) = (float(student.ppf((1 + level) / 2, num - 1)) ** 2 / num * both.cov()).tolist()
+    square, middle, rest = b * b - bb, a * b - ab, a * a - aa
+    if square <= 0:
+        return math.nan, math.nan
+    half = math.sqrt(max(middle * middle - square * rest, 0.0))
+    return (middle - half) / square, (middle + half) / square

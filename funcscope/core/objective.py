@@ -15,6 +15,7 @@ from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
 from .model import Functional, Inputs, LeafFn
+from .progress import tick
 
 Theta = Tensor | Params
 
@@ -79,6 +80,7 @@ class Loss:
 
     def scored(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights per sequence of one batch, from what the model makes of its inputs."""
+        tick("forward")
         loss, weight = self.criterion.scored(outputs(inputs), targets)
         return per_sequence(loss * weight), per_sequence(weight)
 

@@ -3,6 +3,7 @@
 from .asam import asam_sharpness
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
+from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .ggn import ggn
 from .hessian import hessian, hessian_difference
@@ -10,21 +11,30 @@ from .per_sample import gradient_chunks, per_sample_gradients
 from .sam import SamSharpness, sam_sharpness
 from .sam_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .sam_micro import MSharpness, m_sharpness, micro_batches
+from .sequence_forms import SequenceForms, TwoWay, sequence_forms
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
+from .trace_error import TraceErrors, trace_errors
 
 __all__ = [
     "AverageSharpness",
     "CriticalSharpness",
     "Eigenvalue",
+    "EigenvalueDifferences",
+    "EigenvalueErrors",
     "FisherDiagonal",
     "MSharpness",
     "SamSharpness",
+    "SequenceForms",
     "SharpnessComparison",
+    "TraceErrors",
+    "TwoWay",
     "asam_sharpness",
     "average_sharpness",
     "block_slices",
+    "compare_eigenvalues",
     "compare_sharpness",
     "critical_sharpness",
+    "eigenvalue_errors",
     "empirical_fisher",
     "exact_fisher",
     "fisher_diagonal_mc",
@@ -41,4 +51,6 @@ __all__ = [
     "per_sample_gradients",
     "relative_critical_sharpness",
     "sam_sharpness",
+    "sequence_forms",
+    "trace_errors",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -17,8 +17,10 @@ from ..core.directions import Direction, Part, directions
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
+from ..core.model import Inputs
 from ..core.objective import Loss, Theta
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
+from .sequence_forms import SequenceForms, TwoWay
 
 Steps = Literal["sphere", "normal", "relative"]
 
@@ -32,6 +34,8 @@ class AverageSharpness:
 
     loss: float
     r"""$L(\theta)$."""
+    forms: SequenceForms
+    """The mean rise of each finite pair, sequence by sequence."""
     positive: Float[Tensor, " n"]
     r"""$L(\theta + d_i)$."""
     negative: Float[Tensor, " n"]
@@ -60,6 +64,11 @@ class AverageSharpness:
         return Estimate.of(self.values[self.values.isfinite()])
 
     @property
+    def errors(self) -> TwoWay:
+        """The same with its errors over the pairs, over the sequences, and over both."""
+        return self.forms.mean
+
+    @property
     def predicted(self) -> Estimate | None:
         r"""The second order, $\epsilon^2 \operatorname{tr} H / 2P$, from the trace that was passed; None without one."""
         if self.trace is None:
@@ -80,9 +89,9 @@ class AverageSharpness:
     def __str__(self) -> str:
         second = "" if self.predicted is None else f"; second order {self.predicted}"
         lost = f"; {self.num_nonfinite} pairs not finite" if self.num_nonfinite else ""
-        return (
-            f"average sharpness, {self.distribution} steps, epsilon {self.epsilon:.4g}: {self.estimate}{second}{lost}"
-        )
+        data = f" over steps, ± {self.errors.stderr:.2g} over steps and {self.errors.num_sequences} sequences"
+        head = f"average sharpness, {self.distribution} steps, epsilon {self.epsilon:.4g}"
+        return f"{head}: {self.estimate}{data}{second}{lost}"
 
     __repr__ = __str__
 
@@ -122,8 +131,9 @@ def average_sharpness(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
     >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
-    >>> average_sharpness(loss, torch.tensor([3.0]), key=keys.key(0), num=2, epsilon=0.5, trace=2.0)   # tr H = 2
-    average sharpness, sphere steps, epsilon 0.5: 0.25 ± 0 (n = 2); second order 0.25 ± nan (n = 0)
+    >>> s = average_sharpness(loss, torch.tensor([3.0]), key=keys.key(0), num=2, epsilon=0.5, trace=2.0)      # tr H = 2
+    >>> print(s.estimate, "and", s.predicted)
+    0.25 ± 0 (n = 2) and 0.25 ± nan (n = 0)
     """
     check_key(key)
     check_count("num", num)
@@ -131,7 +141,8 @@ def average_sharpness(
     check_choice("distribution", distribution, get_args(Steps))
     params = loss.leaves(theta)
     with torch.no_grad():
-        centre = float(loss(theta))
+        before, weights = (x.cpu().double() for x in loss.terms(theta))
+        centre = float(before.sum() / weights.sum())
         if not math.isfinite(centre):
             raise ValueError(
                 f"the loss at theta is {centre}: there is no sharpness around it. Check weights and batch."
@@ -139,10 +150,13 @@ def average_sharpness(
         if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
             raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
         drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
-        losses = [_pair(loss, theta, params, d, distribution, epsilon) for d in drawn]
-    positive, negative = torch.tensor(losses, dtype=torch.float64).T
+        each = _Sequences(loss.net, loss.batches, loss.criterion)
+        after = torch.stack([_pair(each, theta, params, d, distribution, epsilon) for d in drawn])
+    positive, negative = after.sum(2).T / weights.sum()
+    rises, scored = ((after - before).sum(1) / 2)[(positive + negative).isfinite()], weights != 0
     return AverageSharpness(
         loss=centre,
+        forms=SequenceForms(rises[:, scored], weights[scored]),
         positive=positive,
         negative=negative,
         distribution=distribution,
@@ -152,6 +166,18 @@ def average_sharpness(
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Sequences(Loss):
+    """The loss, which also writes down the sums of the single sequences at every evaluation."""
+
+    sums: list[Tensor] = field(default_factory=list)
+
+    def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
+        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
+        self.sums.append(torch.cat(sums).cpu().double())
+        return self.sums[-1].sum() / torch.cat(weights).sum()
 
 
 @dataclass(frozen=True)
@@ -168,9 +194,9 @@ class _Stretched:
 
 
 def _pair(
-    loss: Loss, theta: Theta, params: Params, direction: Direction, distribution: Steps, epsilon: float
-) -> tuple[float, float]:
-    """The losses after a step and its opposite: a unit vector times an independent length."""
+    loss: _Sequences, theta: Theta, params: Params, direction: Direction, distribution: Steps, epsilon: float
+) -> Float[Tensor, "2 n"]:
+    """Sums per sequence after a step and its opposite: a unit vector times an independent length."""
     num = loss.layout.num
     if distribution == "sphere":
         length = epsilon
@@ -178,7 +204,9 @@ def _pair(
         unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
         length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
     phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
-    return float(phi(length)), float(phi(-length))
+    for at in (length, -length):
+        phi(at)
+    return torch.stack([loss.sums.pop() for _ in range(2)]).flip(0)
 
 
 def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, stretched: bool) -> Phi:

@@ -9,9 +9,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..core.checks import check_count, check_positive
+from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
 from .critical_search import Bracket, bracket
-from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, ratio_stderr, slope_along, terms_at
+from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 
@@ -185,7 +186,7 @@ def _found(
     (low, f_low), (high, f_high) = found.low, found.high
     eta = found.crossing
     scored = terms.weights != 0
-    spread = ratio_stderr(rises[low][scored], terms.weights[scored])
+    spread = float(ratio_stderr(rises[low][scored], terms.weights[scored]))
     return CriticalSharpness(
         value=2 / eta,
         interval=(2 / high, 2 / low),

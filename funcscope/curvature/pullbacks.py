@@ -13,6 +13,7 @@ from torch.func import jvp, vjp
 
 from ..core.checks import check_flat
 from ..core.objective import Loss, Theta
+from ..core.progress import tick
 from ..linalg.matvec import Matvec
 from .head import Outs
 from .outputs import Outputs
@@ -68,6 +69,7 @@ def sandwich(
 
 def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
     """The sum of what the maps make of one vector, times the scale."""
+    tick("product")
     out = maps[0](v)
     for other in maps[1:]:
         out = out + other(v)

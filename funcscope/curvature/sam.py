@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..core.checks import check_count, check_positive
-from ..core.estimate import Estimate
+from ..core.estimate import Estimate, ratio_interval, ratio_stderr
 from ..core.objective import Loss, Theta
 from .sam_gradient import (
     Leaves,
@@ -22,7 +22,6 @@ from .sam_gradient import (
     leaves_of,
     moved,
     norm,
-    ratio_stderr,
     realised_norm,
     rounding_of_difference,
     scaled,
@@ -74,7 +73,7 @@ class SamSharpness:
     @property
     def stderr(self) -> float:
         """Its standard error over sequences, with the step held fixed; nan for one sequence."""
-        return ratio_stderr(self.differences, self.weights)
+        return float(ratio_stderr(self.differences, self.weights))
 
     @property
     def relative(self) -> float:
@@ -84,7 +83,30 @@ class SamSharpness:
     @property
     def relative_stderr(self) -> float:
         """The standard error of `relative`: the loss in the denominator varies along with the difference."""
-        return ratio_stderr(self.differences, self.sums) if self.loss else math.nan
+        return float(ratio_stderr(self.differences, self.sums)) if self.loss else math.nan
+
+    @property
+    def relative_interval(self) -> tuple[float, float]:
+        """Fieller's 95 % interval of `relative` over sequences; nan where they do not support one (`relative_note`).
+
+        The step is held fixed, as in every error here. `relative` -+ 2 `relative_stderr` covers less: 85 % for 6 sequences
+        with log-normal losses, where this one covers 97 % or does not exist.
+        """
+        low, high = ratio_interval(self.differences, self.sums)
+        return (low, high) if self.loss >= 0 else (-high, -low)
+
+    @property
+    def relative_note(self) -> str:
+        """Why `relative` has no interval; empty where it has one."""
+        num = len(self.sums)
+        if self.loss == 0:
+            return "not resolved: the loss is 0"
+        if num < 2:
+            return "not resolved: one sequence has no error over sequences, score more"
+        if math.isnan(self.relative_interval[0]):
+            loss = f"{self.loss:.3g} ± {float(ratio_stderr(self.sums, self.weights)):.2g}"
+            return f"not resolved: the loss is {loss} over {num} sequences and may be 0, score more"
+        return ""
 
     @property
     def remainder(self) -> float:
@@ -109,8 +131,10 @@ class SamSharpness:
         )
         errors = {"absolute": self.stderr, "relative": self.relative_stderr}
         rows = [(name, getattr(self, name), errors.get(name, "")) for name in names]
+        low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
+        share = self.relative_note or f"{low} to {high} % of the loss at 95 % confidence"
         head = f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
-        return f"{head}\n{tabulate(rows, headers=('', 'value', 'stderr'), floatfmt='.4g')}"
+        return f"{head}\n{tabulate(rows, headers=('', 'value', 'stderr'), floatfmt='.4g')}\nrelative: {share}"
 
     __repr__ = __str__
 

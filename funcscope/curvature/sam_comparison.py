@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from scipy.stats import t as student
 from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate, jackknife_stderr
 from ..core.objective import Loss, Theta
+from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
 from .sam import SamSharpness, sam_sharpness
 
 Sharper = Literal["A", "B"] | None
@@ -23,6 +25,8 @@ class Eigenvalue(NamedTuple):
 
     value: float
     residual: float
+    errors: EigenvalueErrors | None = None
+    """What other sequences would change in it, of this one value; see `eigenvalue_errors`."""
 
 
 Eigenvalues = tuple[Eigenvalue, Eigenvalue] | Callable[[Loss, Theta], Eigenvalue] | None
@@ -43,6 +47,13 @@ class SharpnessComparison:
     def sam_difference(self) -> Estimate:
         """S_A - S_B; standard error over sequences, paired where they are the same."""
         return self._statistic(lambda a, b: a - b, lambda: math.hypot(self.a.stderr, self.b.stderr))
+
+    @property
+    def sam_interval(self) -> tuple[float, float]:
+        """95 % interval of `sam_difference`, by Student's t of n - 1 sequences; nan for one."""
+        gap = self.sam_difference
+        half = float(student.ppf(0.975, gap.num - 1)) * float(gap.stderr) if gap.num > 1 else math.nan
+        return float(gap.value) - half, float(gap.value) + half
 
     @property
     def sam_ratio(self) -> Estimate:
@@ -70,13 +81,24 @@ class SharpnessComparison:
         return (a.value - a.residual) / (b.value + b.residual), (a.value + a.residual) / (b.value - b.residual)
 
     @property
+    def eigenvalue_difference(self) -> EigenvalueDifferences | None:
+        """lambda_A - lambda_B with its error over sequences, in pairs where they are the same; None without `errors`."""
+        a, b = self.eigenvalue_a, self.eigenvalue_b
+        if a is None or b is None or a.errors is None or b.errors is None:
+            return None
+        return compare_eigenvalues(b.errors, a.errors)
+
+    @property
     def sharper_by_sam(self) -> Sharper:
         """The model whose loss rises more; None where they are equal. `sam_difference` has the certainty."""
         return _larger(self.a.absolute - self.b.absolute, 0.0)
 
     @property
     def sharper_by_eigenvalue(self) -> Sharper:
-        """The model of the larger eigenvalue; None where the residuals leave it open, or nothing is known."""
+        """The model of the larger eigenvalue on these data; None where the residuals leave it open, or nothing is known.
+
+        Whether other data would say the same is a matter of `eigenvalue_difference`.
+        """
         a, b = self.eigenvalue_a, self.eigenvalue_b
         return None if a is None or b is None else _larger(a.value - b.value, a.residual + b.residual)
 
@@ -96,15 +118,32 @@ class SharpnessComparison:
 
     def __str__(self) -> str:
         def known(x: Eigenvalue | None) -> str:
-            return "" if x is None else f"{x.value:.4g} (residual {x.residual:.2g})"
+            if x is None:
+                return ""
+            data = "" if x.errors is None else f" ± {float(x.errors.stderr[0]):.2g}"
+            return f"{x.value:.4g}{data} (residual {x.residual:.2g})"
 
+        gap = self.eigenvalue_difference
+        apart = "" if gap is None else f"{float(gap.values[0]):.4g} ± {float(gap.stderr[0]):.2g}"
         rows = [
             ("A", self.a.estimate, self.a.first_order, known(self.eigenvalue_a)),
             ("B", self.b.estimate, self.b.first_order, known(self.eigenvalue_b)),
+            ("A - B", self.sam_difference, "", apart),
             ("A / B", self.sam_ratio, "", f"{self.eigenvalue_ratio:.4g}"),
             ("sharper", self.sharper_by_sam, "", self.sharper_by_eigenvalue),
         ]
-        return str(tabulate(rows, headers=("", "SAM", "of it slope", "largest eigenvalue"), floatfmt=".4g"))
+        table = tabulate(rows, headers=("", "SAM", "of it slope", "largest eigenvalue"), floatfmt=".4g")
+        over = "in pairs over the same sequences" if self.paired else "over sequences, not paired"
+        return "\n".join([str(table), f"± {over}", *self._open()])
+
+    def _open(self) -> list[str]:
+        """What the sequences do not decide."""
+        low, high = self.sam_interval
+        notes = [] if low > 0 or high < 0 else ["SAM: which model is sharper is not resolved by these sequences"]
+        gap = self.eigenvalue_difference
+        if gap is not None and not bool(gap.resolved[0]):
+            notes.append("largest eigenvalue: which is larger is not resolved by these sequences")
+        return notes
 
     __repr__ = __str__
 
@@ -132,8 +171,9 @@ def compare_sharpness(
 
     eigenvalues: the two largest eigenvalues with their residuals, or a function `(loss, theta) -> Eigenvalue` that finds one.
     Standard errors are jackknife over sequences with the steps held fixed, in pairs where both losses give every sequence the
-    same weight, which is taken to mean that they are the same tokens; eigenvalues have the residual of the iteration
-    only. Models of different size or scale of weights have no common epsilon: compare with `adaptive_epsilon`, or ASAM.
+    same weight, which is taken to mean that they are the same tokens; eigenvalues have the residual of the iteration, and
+    an error over sequences where `errors` comes with them. Models of different size or scale of weights have no common
+    epsilon: compare with `adaptive_epsilon`, or ASAM.
 
     Raises ValueError as `sam_sharpness` does.
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from ..core.directions import PART, dot
-from ..core.estimate import jackknife_stderr
 from ..core.objective import Loss, Theta
 
 Leaves = Mapping[str, Tensor]
@@ -131,14 +130,6 @@ def rounding_of_difference(loss: Loss, leaves: Leaves, gradient: Leaves, level: 
         roundoff = max(torch.finfo(used[k]).eps, torch.finfo(x.dtype).eps) / 2
         total += roundoff * sum(dot(g.abs().to(t.dtype), t.abs()) for g, t in _parts(gradient[k], x))
     return total
-
-
-def ratio_stderr(numerator: Tensor, denominator: Tensor) -> float:
-    r"""Jackknife standard error of $\sum a_i / \sum b_i$ over sequences; nan below two of them."""
-    if len(numerator) < 2:
-        return math.nan
-    left_out = (numerator.sum() - numerator) / (denominator.sum() - denominator)
-    return float(jackknife_stderr(left_out))
 
 
 def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Terms:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.keys import key
 from ..core.objective import Loss, Theta, objective
+from ..curvature.data_error import eigenvalue_errors
 from ..curvature.hessian import hessian
 from ..curvature.sam import sam_sharpness
 from ..curvature.sam_comparison import Eigenvalue, compare_sharpness
@@ -56,7 +57,9 @@ def compare_model_sharpness(
     `sharper_model`, "A" or "B" by SAM's step as in the document (None where equal); `sam_ratio`, A over B;
     `eigenvalue_ratio` of the largest eigenvalues of the Hessian; `hessian_confirms`, whether the eigenvalues name the same
     model; and beside these `sam_ratio_stderr`, `sam_difference`, `sam_difference_stderr`, `eigenvalue_ratio_interval` (what
-    the residuals leave of the ratio) and `sharper_by_eigenvalue`. Ratios have no unit, differences nats.
+    the residuals leave of the ratio), `sharper_by_eigenvalue`, `eigenvalue_difference` with `_stderr` over the sequences,
+    and the 95 % intervals `sam_difference_interval` and `eigenvalue_difference_interval`: a model is sharper on other data,
+    too, where they leave 0 out. Differences are A - B. Ratios have no unit, differences of SAM nats.
 
     dataloader: batches, all of which are used. epsilon: absolute, the same for both. seed: of the eigenvalues' iteration.
 
@@ -80,11 +83,14 @@ def compare_model_sharpness(
 
     def largest(loss: Loss, theta: Theta) -> Eigenvalue:
         flat = loss.layout.ravel(loss.leaves(theta), loss.net.theta.dtype)
-        found = eigenpairs(hessian(loss, theta), flat, key=key(seed), num=1, which="largest")
-        return Eigenvalue(float(found.values[0]), float(found.residuals[0]))
+        found = eigenpairs(hessian(loss, theta), flat, key=key(seed), num=1, which="largest", vectors=True)
+        errors = eigenvalue_errors(loss, theta, found)
+        return Eigenvalue(float(found.values[0]), float(found.residuals[0]), errors)
 
     a, b = (_loss_on_all(model, batches) for model in (model_a, model_b))
     found = compare_sharpness(a, a.net.params, b, b.net.params, epsilon=epsilon, eigenvalues=largest)
+    gap = found.eigenvalue_difference
+    assert gap is not None  # both sides have errors
     return {
         "sharper_model": found.sharper_by_sam,
         "hessian_confirms": found.agree,
@@ -95,6 +101,10 @@ def compare_model_sharpness(
         "sam_difference_stderr": float(found.sam_difference.stderr),
         "eigenvalue_ratio_interval": found.eigenvalue_ratio_interval,
         "sharper_by_eigenvalue": found.sharper_by_eigenvalue,
+        "sam_difference_interval": found.sam_interval,
+        "eigenvalue_difference": float(gap.values[0]),
+        "eigenvalue_difference_stderr": float(gap.stderr[0]),
+        "eigenvalue_difference_interval": tuple(gap.intervals()[0].tolist()),
     }
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import key
+from ..core.pace import Pace, pace_of
+from ..core.progress import Kind, watched
 from ..core.store import save, to_json
 from ..curvature.summary import Matrix
 from ..linalg.summary import SpectrumSummary
@@ -53,11 +56,10 @@ def run(settings: Settings, model: str | Path, out: Path, *, quiet: bool = False
     opened = open_model(settings, folder, length=LENGTH)
     name = names_of([folder])[0]
     stem = free_stem(out, f"{name}-curvature", [folder])
-    loss, seconds = opened.loss, [0.0, 0.0]
+    loss = opened.loss
     theta = loss.net.theta
-    for i in range(2):  # the first pass also pays for what torch sets up
-        seconds[i], baseline = _timed(lambda: _baseline(opened, theta))
-    with _Progress(settings, len(set(loss.layout.group_of(settings.by).values())), seconds[-1], quiet) as bar:
+    baseline, pace = _baseline(opened, theta), pace_of(loss, theta)
+    with _Progress(settings, len(set(loss.layout.group_of(settings.by).values())), pace, quiet) as bar:
         work = Work(settings, loss, theta, key(settings.seed), bar.tick)
         check_vectors(work)
         wanted = to_json(
@@ -82,7 +84,7 @@ def run(settings: Settings, model: str | Path, out: Path, *, quiet: bool = False
             "models": [described],
             "stages": told,
             "data": counts(settings, opened.data, opened.described["task"]),
-            "cost": {"forward_seconds": seconds[-1], "stages": costs, "param_norm": float(theta.double().norm())},
+            "cost": {"forward_seconds": pace.seconds, "stages": costs, "param_norm": float(theta.double().norm())},
             "seconds": time.perf_counter() - started,
             "versions": versions(),
         }
@@ -133,21 +135,29 @@ def _made(
 class _Progress:
     """A bar of products: how many there will be is guessed where it depends on the spectrum, and corrected as it goes."""
 
-    def __init__(self, settings: Settings, num_blocks: int, forward: float, quiet: bool):
+    def __init__(self, settings: Settings, num_blocks: int, pace: Pace, quiet: bool):
         self.expected = expected(settings, num_blocks)
-        self.ticks, self.stage = 0, ""
+        self.ticks, self.passes, self.stage = 0, 0, ""
         num = sum(self.expected.values())
         self.bar = tqdm(total=num, unit="product", disable=quiet, dynamic_ncols=True)
         if not quiet:
-            passes = 6 if settings.keep else 10
-            told = f"about {num} products, each some {passes} forward passes of {forward:.2g} s: "
-            self.bar.write(f"{told}{_duration(num * passes * forward)}", file=sys.stderr)
+            lines = [pace.estimate(num, "products", 6 if settings.keep else 10), pace.note]
+            self.bar.write("\n".join(filter(None, lines)), file=sys.stderr)
+        self.watch = ExitStack()
 
     def __enter__(self) -> _Progress:
+        self.watch.enter_context(watched(self._passed))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.watch.close()
         self.bar.close()
+
+    def _passed(self, kind: Kind) -> None:
+        """Forward passes beside the products: what the last stage, which has no products, shows."""
+        self.passes += kind == "forward"
+        self.bar.set_postfix(forwards=self.passes, refresh=False)
+        self.bar.update(0)
 
     def begin(self, stage: str) -> None:
         self.ticks, self.stage = 0, stage
@@ -176,17 +186,6 @@ def _baseline(opened: Opened, theta: torch.Tensor) -> float:
             "wider dtype with `compute_dtype`."
         )
     return found
-
-
-def _duration(seconds: float) -> str:
-    """A time in the unit that suits it.
-
-    >>> _duration(50.0), _duration(900.0), _duration(9000.0)
-    ('50 s', '15 minutes', '2.5 hours')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -17,12 +17,13 @@ from ..core.objective import Loss
 from ..curvature.asam import asam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
+from ..curvature.data_error import eigenvalue_errors
 from ..curvature.ggn import ggn
 from ..curvature.hessian import hessian
 from ..curvature.sam import SamSharpness, sam_sharpness
 from ..curvature.sam_gradient import gradient_at, leaves_of, norm
 from ..curvature.summary import Matrix, hessian_block_traces, only
-from ..linalg.eigen import eigenpairs
+from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.matvec import Matvec
 from ..linalg.quadrature import spectral_density
 from ..linalg.trace import hutchinson_trace, xtrace
@@ -117,9 +118,29 @@ def ends(work: Work, _: Mapping[str, Part]) -> Part:
     basis = max(100, 2 * (2 * s.num + 1))
     found = eigenpairs(
         work.matvec, work.theta, key=fold_in(work.key, "ends"), num=s.num, which="both", tol=s.tol,
-        max_basis=None if basis <= work.vectors else work.vectors,
+        max_basis=None if basis <= work.vectors else work.vectors, vectors=basis + 2 * s.num <= work.vectors,
     )  # fmt: skip
-    return of_ends(found)
+    arrays, told = of_ends(found)
+    return arrays | _over_sequences(work, found, told), told
+
+
+def _over_sequences(work: Work, found: Eigenpairs, told: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What other texts would change in the eigenvalues; why that is not known, where it is not."""
+    if found.vectors is None:
+        told["no_data_errors"] = "the eigenvectors that they need are not in `memory`"
+        return {}
+    try:
+        errors = eigenvalue_errors(work.loss, work.theta, found, matrix=work.settings.matrix)
+    except ValueError as err:
+        told["no_data_errors"] = str(err)
+        return {}
+    named = {
+        "stderr": errors.stderr,
+        "bias": errors.bias,
+        "low": errors.intervals()[:, 0],
+        "high": errors.intervals()[:, 1],
+    }
+    return {f"end_data_{name}": x.numpy() for name, x in named.items()}
 
 
 def trace(work: Work, _: Mapping[str, Part]) -> Part:
@@ -222,7 +243,9 @@ def _sam(found: SamSharpness) -> dict[str, Any]:
         "epsilon", "displacement", "absolute", "stderr", "relative", "relative_stderr", "first_order", "second_order",
         "remainder", "curvature", "rounding",
     )  # fmt: skip
-    return {name: getattr(found, name) for name in names} | {"num": len(found.sums)}
+    low, high = found.relative_interval
+    share = {"relative_low": low, "relative_high": high, "relative_note": found.relative_note}
+    return {name: getattr(found, name) for name in names} | {"num": len(found.sums)} | share
 
 
 def _average(work: Work, length: float, of_hessian: float | None) -> dict[str, Any]:
@@ -231,6 +254,7 @@ def _average(work: Work, length: float, of_hessian: float | None) -> dict[str, A
     )
     told = {"epsilon": length, "num": AVERAGE_PAIRS, "num_nonfinite": found.num_nonfinite, "rounding": found.rounding}
     told |= {"absolute": float(found.estimate.value), "stderr": float(found.estimate.stderr)}
+    told |= {"stderr_sequences": found.errors.over_sequences, "stderr_joint": found.errors.stderr}
     return told | {"second_order": None if found.predicted is None else float(found.predicted.value)}
 
 

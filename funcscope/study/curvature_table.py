@@ -21,12 +21,28 @@ def text(summary: SpectrumSummary, stored: Stored) -> str:
     meta = stored.meta
     parts = [
         f"{MATRICES[meta['settings']['matrix']]}, {summary.ends}",
+        _over_data(summary, stored),
         _shape(summary),
         *([_blocks(stored)] if "block_traces" in meta["stages"] else []),
         _sharpness(meta["stages"]["sharpness"], summary),
         cost(meta),
     ]
     return "\n\n".join(parts)
+
+
+def _over_data(summary: SpectrumSummary, stored: Stored) -> str:
+    """What the texts leave open about the two outermost eigenvalues."""
+    arrays, num = stored.arrays, stored.meta["data"]["num_samples"]
+    if "end_data_stderr" not in arrays:
+        return f"no error over the texts: {stored.meta['stages']['ends'].get('no_data_errors', 'not computed')}"
+    lines = [f"over {num} texts, with the bias of so few taken off the interval (95 %):"]
+    for name, i in (("largest", 0), ("smallest", -1)):
+        value, stderr, low, high = (
+            float(x)
+            for x in (summary.ends.values[i], *(arrays[f"end_data_{part}"][i] for part in ("stderr", "low", "high")))
+        )
+        lines.append(f"{name:9} {value:.4g} ± {stderr:.2g}, {low:.4g} to {high:.4g}")
+    return "\n".join(lines)
 
 
 def cost(meta: dict[str, Any]) -> str:
@@ -77,6 +93,7 @@ def _sharpness(found: dict[str, Any], summary: SpectrumSummary) -> str:
             notes.append(f"{title}: undefined. {found[name]['undefined']}")
         else:
             rows.append([title, *(_cell(found[name].get(part)) for part in ("epsilon", *_PARTS))])
+            notes += _beside(title, found[name])
     table = tabulate(rows, headers=("sharpness", "epsilon", *_PARTS), disable_numparse=True) if rows else "sharpness"
     known = found["critical"]
     if "undefined" in known or known["value"] is None:
@@ -89,6 +106,16 @@ def _sharpness(found: dict[str, Any], summary: SpectrumSummary) -> str:
     top = summary.max_eigenvalue
     bound = f"2 / lambda_max {2 / top:.4g}" if top > 0 else "no positive eigenvalue"
     return "\n".join([table, *notes, f"{line}; {bound}; gradient norm {found['gradient_norm']:.4g}"])
+
+
+def _beside(title: str, told: dict[str, Any]) -> list[str]:
+    """What its samples support: of the loss's share an interval or why there is none, of an average the error over data."""
+    if told.get("relative_note"):
+        return [f"{title}: share of the loss {told['relative_note']}"]
+    if told.get("relative_low") is not None:
+        return [f"{title}: {100 * told['relative_low']:.3g} to {100 * told['relative_high']:.3g} % of the loss (95 %)"]
+    joint = told.get("stderr_joint")
+    return [] if joint is None else [f"{title}: stderr over steps and sequences together {_cell(joint) or 'undefined'}"]
 
 
 def _estimate(found: Estimate) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,6 +18,7 @@ from ..core.checks import check_choice, check_count
 from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
+from ..core.pace import pace_of
 from ..core.store import save, to_json
 from ..landscape.compare import Comparison, compare_directional
 from ..landscape.directional import Sampling, prepare
@@ -174,14 +176,27 @@ def _sampled(
     )
     with tqdm(total=settings.n_samples, desc=name, unit="direction", disable=quiet, dynamic_ncols=True) as bar:
         rows = []
-        for row in _resumed(settings, sampling, partial, files):
+
+        def announce(num: int) -> None:
+            if not quiet:
+                pace = pace_of(loss, loss.net.params)
+                passes = 2 + 3 * bool(sampling.settings["num_jvps"]) + 10 * (settings.curvature == "exact")
+                lines = [pace.estimate(num, "directions", passes), pace.note]
+                bar.write("\n".join(filter(None, lines)), file=sys.stderr)
+
+        for row in _resumed(settings, sampling, partial, files, announce):
             rows.append(row)
             bar.update(len(row["losses"]))
     return sampling.result(rows)
 
 
-def _resumed(settings: Settings, sampling: Sampling, partial: Path, files: list[Any]) -> Iterator[dict[str, Tensor]]:
-    """The rows that an earlier call has left, then new ones; all are on disk when this ends or is interrupted."""
+def _resumed(
+    settings: Settings, sampling: Sampling, partial: Path, files: list[Any], announce: Callable[[int], None]
+) -> Iterator[dict[str, Tensor]]:
+    """The rows that an earlier call has left, then new ones; all are on disk when this ends or is interrupted.
+
+    announce: is told how many directions are to come, before the first.
+    """
     baseline = sampling.settings["baseline_loss"]
     wanted = to_json(
         {
@@ -195,9 +210,11 @@ def _resumed(settings: Settings, sampling: Sampling, partial: Path, files: list[
     left = reusable(partial, wanted, max(1e-6, sampling.settings["unit_roundoff"]))
     rows = [] if left is None else [{name: torch.from_numpy(x) for name, x in left.arrays.items()}]
     yield from rows
-    saved = time.monotonic()
+    done, saved = sum(len(row["losses"]) for row in rows), time.monotonic()
+    if done < settings.n_samples:
+        announce(settings.n_samples - done)
     try:
-        for row in sampling.rows(sum(len(row["losses"]) for row in rows)):
+        for row in sampling.rows(done):
             rows.append(row)
             yield row
             if time.monotonic() - saved > KEEP_EVERY:

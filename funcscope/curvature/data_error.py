@@ -1,0 +1,219 @@
+"""Errors over data of eigenvalues: how far they would move on other sequences; and of the differences of two models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from scipy.stats import t as student
+from tabulate import tabulate
+from torch import Tensor
+
+from ..core.estimate import Estimate
+from ..core.objective import Loss, Theta
+from ..linalg.eigen import Eigenpairs
+from .sequence_forms import Matrix, SequenceForms, check_sum, crossed_forms
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EigenvalueErrors:
+    """Eigenvalues with what other data would change in them, to first order; made by `eigenvalue_errors`."""
+
+    values: Float[Tensor, " k"]
+    residuals: Float[Tensor, " k"]
+    """Of the iteration: an eigenvalue of the matrix of these data is within it."""
+    forms: SequenceForms
+    """What each sequence adds to each value."""
+    bias: Float[Tensor, " k"]
+    """How much the values of n sequences lie, in the mean, beyond those of all data, to second order; see there."""
+
+    @property
+    def stderr(self) -> Float[Tensor, " k"]:
+        """Standard errors over sequences; nan for one sequence."""
+        return self.forms.stderr
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """Each value with its standard error over sequences, the bias not taken off."""
+        return _estimates(self.values, self.forms)
+
+    def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
+        """Between which ends the eigenvalues of all data lie: bias off, residuals on, Student's t of n - 1 degrees.
+
+        Honest while `first_order` holds.
+        """
+        return _intervals(self.values - self.bias, self.forms, self.residuals, level)
+
+    @property
+    def first_order(self) -> Tensor:
+        """Per value, whether its bias is below its standard error, so that the first order says what happens."""
+        return self.bias.abs() < self.stderr
+
+    def __str__(self) -> str:
+        return _table("eigenvalue", self.values, self.intervals(), self.stderr, self.residuals, self._rest())
+
+    __repr__ = __str__
+
+    def _rest(self) -> list[tuple[str, str]]:
+        notes = ["" if good else "beyond first order: score more sequences" for good in self.first_order.tolist()]
+        return [(f"{bias:.2g}", note) for bias, note in zip(self.bias.tolist(), notes, strict=True)]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EigenvalueDifferences:
+    """Eigenvalues of one model minus those of another, in their order; made by `compare_eigenvalues`."""
+
+    first: EigenvalueErrors
+    second: EigenvalueErrors
+    paired: bool
+    """Whether the errors are taken in pairs: both score the same sequences with the same weights."""
+
+    @property
+    def values(self) -> Float[Tensor, " k"]:
+        """second - first."""
+        return self.second.values - self.first.values
+
+    @property
+    def bias(self) -> Float[Tensor, " k"]:
+        """The difference of the two biases."""
+        return self.second.bias - self.first.bias
+
+    @property
+    def stderr(self) -> Float[Tensor, " k"]:
+        """Over the sequences, in pairs where `paired`."""
+        if self.paired:
+            return self.second.forms.minus(self.first.forms).stderr
+        return torch.hypot(self.first.stderr, self.second.stderr)
+
+    @property
+    def residuals(self) -> Float[Tensor, " k"]:
+        """What both iterations may be off by, together."""
+        return self.first.residuals + self.second.residuals
+
+    def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
+        """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired."""
+        num = min(len(self.first.forms.weights), len(self.second.forms.weights))
+        half = _quantile(level, num) * self.stderr + self.residuals
+        middle = self.values - self.bias
+        return torch.stack([middle - half, middle + half], 1)
+
+    @property
+    def resolved(self) -> Tensor:
+        """Per value, whether the 95 % interval leaves 0 out."""
+        low, high = self.intervals().T
+        return (low > 0) | (high < 0)
+
+    def __str__(self) -> str:
+        notes = [("", "" if good else "not resolved") for good in self.resolved.tolist()]
+        head = "second - first, " + ("paired over the same sequences" if self.paired else "not paired")
+        return f"{head}\n{_table('difference', self.values, self.intervals(), self.stderr, self.residuals, notes)}"
+
+    __repr__ = __str__
+
+
+def eigenvalue_errors(
+    loss: Loss,
+    theta: Theta,
+    pairs: Eigenpairs,
+    *,
+    matrix: Matrix = "hessian",
+    group: int | None = None,
+    chunk_size: int | None = None,
+) -> EigenvalueErrors:
+    r"""What the choice of the sequences leaves open about eigenvalues: $d\lambda = v^\top (dH)\, v$, sequence by sequence.
+
+    $$\mathrm{SE}(\lambda_j) = \mathrm{SE}\Big(\frac{\sum_i v_j^\top H_i v_j}{\sum_i w_i}\Big), \qquad
+      \mathrm{bias}_j \approx \sum_{l \ne j} \frac{\mathrm{Var}(v_l^\top H v_j)}{\lambda_j - \lambda_l}$$
+
+    with the vectors held where these data put them, the error by the jackknife over sequences, taken for a random sample of
+    those that are spoken of. Eigenvectors turn towards the data: the largest eigenvalue of n sequences is larger than that
+    of all in the mean, the smallest smaller, by an order 1/n that `bias` estimates, from the known pairs and, for all
+    directions that are none of them, as if their eigenvalues were 0: right where the rest is small beside $\lambda_j$. Where
+    it is not below the standard error, `first_order` is False and the interval is only an order of magnitude: gaps of the
+    size of the error, or fewer sequences than the eigenvectors have directions to turn to.
+
+    pairs: `eigenpairs(hessian(loss, theta), ..., vectors=True)` of the same loss at the same theta, or of `ggn` with
+    matrix="ggn". Cost, group and chunk_size: see `sequence_forms`; above 128 sequences the errors are those over groups.
+
+    Raises ValueError for pairs without vectors, where the sequences do not add up to the value (pairs of another matrix;
+    batch statistics), and as `sequence_forms` does.
+
+    First order: Kato (1995), Perturbation theory for linear operators, II.2; bias: second order of the same.
+
+    >>> from funcscope.core import criterion, keys, model, objective
+    >>> from funcscope.curvature.hessian import hessian
+    >>> from funcscope.linalg.eigen import eigenpairs
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> data = [(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]), torch.zeros(3, 1))]
+    >>> loss = objective.objective(net, data, square)
+    >>> top = eigenpairs(hessian(loss, net.theta), net.theta, key=keys.key(0), num=1, vectors=True)
+    >>> print(eigenvalue_errors(loss, net.theta, top).estimates[0])                 # the mean of x^2: 1, 4, 9
+    4.667 ± 2.3 (n = 3)
+    """
+    if pairs.vectors is None:
+        raise ValueError("`pairs` has no vectors: ask for them, `eigenpairs(..., vectors=True)`.")
+    values, residuals = (x.cpu().double() for x in (pairs.values, pairs.residuals))
+    table, weights, size = crossed_forms(loss, theta, pairs.vectors, matrix=matrix, group=group, chunk_size=chunk_size)
+    own = torch.stack([table[j, :, j] for j in range(len(values))])
+    forms = SequenceForms(own, weights, size)
+    check_sum(forms.values, values, residuals, torch.finfo(pairs.vectors.dtype).eps)
+    return EigenvalueErrors(values, residuals, forms, _bias(table, weights, values))
+
+
+def compare_eigenvalues(first: EigenvalueErrors, second: EigenvalueErrors) -> EigenvalueDifferences:
+    """How much larger the eigenvalues of the second model are, value by value, with errors over the sequences.
+
+    Both by `eigenvalue_errors`, with as many values; of other weights, other architectures too. Where both losses give every
+    sequence the same weight, which is taken to mean that they are the same tokens, what the sequences have in common cancels.
+
+    Raises ValueError for other numbers of values.
+    """
+    if len(first.values) != len(second.values):
+        raise ValueError(
+            f"`first` has {len(first.values)} values and `second` {len(second.values)}: ask for as many of both."
+        )
+    return EigenvalueDifferences(first, second, second.forms.paired_with(first.forms))
+
+
+def _bias(table: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """The second order of every value's expectation, from v_l' H_i v_j and |H_i v_j|^2."""
+    num, total = len(weights), weights.sum()
+    if num < 2:
+        return torch.full_like(values, math.nan)
+    cross, squares = table[..., :-1], table[..., -1]
+    mean = torch.diag(values)[:, None, :]  # v_l' H v_j
+    spread = num / (num - 1) / total**2
+    coupled = spread * (cross - weights[:, None] * mean).square().sum(1)
+    own = cross.diagonal(dim1=0, dim2=2).T
+    length = squares - 2 * weights * values[:, None] * own + (weights * values[:, None]).square()
+    rest = (spread * length.sum(1) - coupled.sum(1)).clamp_min(0)
+    gaps = (values[:, None] - values).fill_diagonal_(math.inf)
+    return (coupled / gaps).sum(1) + rest / values
+
+
+def _quantile(level: float, num: int) -> float:
+    return float(student.ppf((1 + level) / 2, num - 1)) if num > 1 else math.nan
+
+
+def _intervals(middle: Tensor, forms: SequenceForms, margin: Tensor, level: float) -> Tensor:
+    half = _quantile(level, len(forms.weights)) * forms.stderr + margin
+    return torch.stack([middle - half, middle + half], 1)
+
+
+def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:
+    return tuple(Estimate(v, e, len(forms.weights)) for v, e in zip(values, forms.stderr, strict=True))
+
+
+def _table(
+    name: str, values: Tensor, intervals: Tensor, stderr: Tensor, residuals: Tensor, rest: list[tuple[str, str]]
+) -> str:
+    headers = (name, "over data", "residual", "95 % interval", "bias" if any(b for b, _ in rest) else "", "")
+    columns = (values, stderr, residuals, intervals)
+    rows = [
+        (f"{v:.5g}", f"{e:.2g}", f"{r:.1g}", f"{ends[0]:.4g} to {ends[1]:.4g}", *more)
+        for v, e, r, ends, more in zip(*(x.tolist() for x in columns), rest, strict=True)
+    ]
+    return str(tabulate(rows, headers=headers, disable_numparse=True))

@@ -1,0 +1,253 @@
+"""Quadratic forms v'Hv taken apart into what each sequence adds to them: where errors over data come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..core.checks import check_choice, check_count
+from ..core.estimate import ratio_stderr
+from ..core.objective import Loss, Theta
+from ..core.progress import tick
+from ..linalg.matvec import Matvec
+from .head import hessian_of, total_of
+from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
+from .sam_micro import micro_batches
+
+Matrix = Literal["hessian", "ggn"]
+UNITS = 128
+"""Groups of sequences that an error over data is taken from at most, unless `group` says otherwise: it is good to 6 %."""
+NUMBERS = 2**22
+"""Of the products of sequences that are made at once, unless `chunk_size` says otherwise."""
+
+
+@dataclass(frozen=True)
+class TwoWay:
+    """A mean over vectors of a mean over sequences, with the error of each, and of both together."""
+
+    value: float
+    over_vectors: float
+    """Standard error over the vectors, for these sequences; nan for one vector."""
+    over_sequences: float
+    """Standard error over the sequences, for these vectors; nan for one sequence."""
+    stderr: float
+    """Of both: what vectors and sequences make only together is in each of the two errors, and counted once here."""
+    num_vectors: int
+    num_sequences: int
+    """Or groups of sequences."""
+    group: int = 1
+
+    def __str__(self) -> str:
+        units = "sequences" if self.group == 1 else f"groups of {self.group} sequences"
+        return (
+            f"{self.value:.4g} ± {self.stderr:.2g} ({self.over_vectors:.2g} over {self.num_vectors} vectors, "
+            f"{self.over_sequences:.2g} over {self.num_sequences} {units})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceForms:
+    r"""$q_{ji} = v_j^\top A_i v_j$ of k vectors and n sequences that are scored; made by `sequence_forms`.
+
+    $A_i$ is the matrix of the *sum* of the weighted token losses of sequence i, so that the form of the mean is
+    $\sum_i q_{ji} / \sum_i w_i$. Float64 on the CPU. Two of the same vectors, or of each model's own, on the same
+    sequences have a difference, `second - first`, with errors in pairs.
+    """
+
+    terms: Float[Tensor, "k n"]
+    weights: Float[Tensor, " n"]
+    group: int = 1
+    """Sequences that are taken together, as one of n: errors are then those over groups."""
+
+    @cached_property
+    def values(self) -> Float[Tensor, " k"]:
+        """The forms of the whole."""
+        return self.terms.sum(1) / self.weights.sum()
+
+    @cached_property
+    def stderr(self) -> Float[Tensor, " k"]:
+        """Of each value, over the sequences (jackknife); nan for one sequence."""
+        return ratio_stderr(self.terms, self.weights)
+
+    @property
+    def mean(self) -> TwoWay:
+        r"""The mean over the vectors, taken for a random sample of all, and its errors.
+
+        With $x_{ji}$ the share of sequence i in the form of vector j, centred, the two errors estimate
+        $\sigma_v^2/k + \sigma_{vs}^2/kn$ and $\sigma_s^2/n + \sigma_{vs}^2/kn$; the joint one takes the last term off once.
+        """
+        k, n = self.terms.shape
+        nan = self.values.new_tensor(math.nan)
+        vectors = self.values.std() / k**0.5 if k > 1 else nan
+        sequences = ratio_stderr(self.terms.mean(0), self.weights)
+        x = n / self.weights.sum() * (self.terms - self.values[:, None] * self.weights)
+        both = (x - x.mean(0)).square().sum() / ((k - 1) * (n - 1) * k * n) if k > 1 and n > 1 else nan
+        squares = torch.stack([vectors**2, sequences**2])
+        joint = (squares.sum() - both).maximum(squares.max()).sqrt()
+        return TwoWay(float(self.values.mean()), float(vectors), float(sequences), float(joint), k, n, self.group)
+
+    def paired_with(self, other: SequenceForms) -> bool:
+        """Whether both score the same sequences with the same weights, which is taken to mean the same data."""
+        same = self.group == other.group and self.terms.shape == other.terms.shape
+        return same and torch.equal(self.weights, other.weights)
+
+    def minus(self, other: SequenceForms) -> SequenceForms:
+        """The differences, vector by vector and sequence by sequence. Raises ValueError where they are not paired."""
+        if not self.paired_with(other):
+            raise ValueError(
+                f"forms of {tuple(other.terms.shape)} vectors and sequences cannot be taken in pairs from "
+                f"{tuple(self.terms.shape)}, or their weights differ: both need the same batches and as many vectors."
+            )
+        return SequenceForms(self.terms - other.terms, self.weights, self.group)
+
+
+def sequence_forms(
+    loss: Loss,
+    theta: Theta,
+    vectors: Float[Tensor, "k p"],
+    *,
+    matrix: Matrix = "hessian",
+    group: int | None = None,
+    chunk_size: int | None = None,
+) -> SequenceForms:
+    r"""What every sequence adds to $v^\top A v$, for each of some vectors: the error over data of any such form.
+
+    matrix: the Hessian of the loss, or its Gauss-Newton matrix. Reverse mode over reverse mode, as `hessian` computes it,
+    sequence by sequence: one product per vector and sequence, on one sequence each.
+    group: neighbouring sequences of a batch that are taken together; default: as many as make 128 groups, single ones up
+    to 128 sequences. Errors over groups are as right as those over sequences, from fewer numbers.
+    chunk_size: single sequences whose products exist at once, each of the length of theta (default: 4 million numbers in
+    all; one at a time needs no rule of `vmap`).
+
+    Every tensor of a batch has as many rows as the batch has sequences, or one, which serves all; what couples the rows of
+    a batch (statistics of the batch) makes the parts differ from the whole: `eigenvalue_errors` and `trace_errors` check
+    that they add up to it.
+
+    Raises ValueError where batches cannot be cut by rows, and where a kernel has no second derivative.
+
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2)
+    >>> loss = objective.objective(net, [(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.zeros(2, 1))], square)
+    >>> sequence_forms(loss, torch.zeros(2), torch.eye(2)).terms.tolist()               # 2 x^2 in the first coordinate
+    [[2.0, 8.0], [0.0, 0.0]]
+    """
+    rows, weights, group = _tables(loss, theta, vectors, matrix, group, chunk_size, lambda v, image: (v @ image)[None])
+    return SequenceForms(rows[:, :, 0].T, weights, group)
+
+
+def crossed_forms(
+    loss: Loss,
+    theta: Theta,
+    vectors: Float[Tensor, "k p"],
+    *,
+    matrix: Matrix,
+    group: int | None,
+    chunk_size: int | None,
+) -> tuple[Float[Tensor, "k n l"], Float[Tensor, " n"], int]:
+    r"""Per vector and sequence: $v_l^\top A_i v_j$ for every l, and last $\|A_i v_j\|^2$; the weights; the size of groups."""
+
+    def parts(_: Tensor, image: Tensor) -> Tensor:
+        return torch.cat([rows @ image, (image @ image)[None]])
+
+    rows = vectors.to(flat(loss, theta))
+    table, weights, size = _tables(loss, theta, vectors, matrix, group, chunk_size, parts)
+    return table.transpose(0, 1), weights, size
+
+
+def check_sum(parts: Tensor, whole: Tensor, residuals: Tensor, eps: float, scale: float | None = None) -> None:
+    """What the sequences add up to is the whole, up to the residual and the rounding of products."""
+    allowed = residuals + eps**0.5 * (float(whole.abs().max()) if scale is None else scale)
+    off = (parts - whole).abs()
+    if bool((off > allowed).any()):
+        worst = int((off - allowed).argmax())
+        raise ValueError(
+            f"the sequences add up to {float(parts[worst]):.6g} where the whole has {float(whole[worst]):.6g}: take the "
+            "pairs of this loss, theta and `matrix`; or the rows of a batch are coupled (statistics of the batch), so that "
+            "sequences have no parts of their own; or a derivative is wrong under `vmap`, which `chunk_size=1` leaves out."
+        )
+
+
+def _tables(
+    loss: Loss,
+    theta: Theta,
+    vectors: Tensor,
+    matrix: Matrix,
+    group: int | None,
+    chunk_size: int | None,
+    parts: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, int]:
+    """`parts(v, A_i v)` of every scored unit and vector, the weights of those units, and the sequences in each."""
+    check_choice("matrix", matrix, get_args(Matrix))
+    theta = flat(loss, theta)
+    if vectors.ndim != 2 or vectors.shape[1] != len(theta):
+        raise ValueError(f"`vectors` must have shape (k, {len(theta)}), got {tuple(vectors.shape)}.")
+    if chunk_size is None:
+        chunk_size = max(1, NUMBERS // len(theta))
+    check_count("chunk_size", chunk_size)
+    with torch.no_grad():
+        weights = loss.terms(theta)[1].cpu().double()
+    group = -(-len(weights) // UNITS) if group is None else group
+    check_count("group", group)
+    rows, cut = vectors.to(theta), micro_batches(loss, group if group > 1 else chunk_size)
+    sizes = [_num_rows(part) for part in cut]
+    if sum(sizes) != len(weights):
+        raise ValueError(
+            f"the batches have {sum(sizes)} rows and {len(weights)} losses: their rows are not their sequences."
+        )
+    with named_if_missing(loss, "the error over data needs second derivatives"):
+        table = torch.cat([_chunk(part, theta, rows, matrix, parts, whole=group > 1) for part in cut])
+    if group > 1:
+        weights = torch.stack([x.sum() for x in weights.split(sizes)])
+    return table[weights != 0], weights[weights != 0], group
+
+
+def _num_rows(part: Loss) -> int:
+    return max((len(x) for x in tree_leaves(part.batches[0]) if isinstance(x, Tensor) and x.ndim), default=1)
+
+
+def _chunk(
+    part: Loss, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[[Tensor, Tensor], Tensor], whole: bool
+) -> Tensor:
+    """The rows of one micro-batch: one for it as a `whole`, or one per sequence, several by `vmap`."""
+    leaves, spec = tree_flatten(part.batches[0])
+    num = _num_rows(part)
+    cut = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim and len(x) == num]
+
+    def of(batch: list[Any]) -> Tensor:
+        product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
+        return torch.stack([parts(v, product(v)) for v in vectors])
+
+    def one(*own: Tensor) -> Tensor:
+        batch = list(leaves)
+        for i, x in zip(cut, own, strict=True):
+            batch[i] = x[None]
+        return of(batch)
+
+    tick("forward")
+    with torch.enable_grad(), ONE_AT_A_TIME:
+        table = of(leaves)[None] if whole or num == 1 else vmap(one)(*(leaves[i] for i in cut))
+    return table.detach().cpu().double()
+
+
+def _hessian(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
+    _, pull = vjp(grad(lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)), theta)
+    return lambda v: pull(v)[0]
+
+
+def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
+    out, pull = vjp(lambda t: loss.net.apply(loss.params(t), inputs), theta)
+    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(out))
+    return lambda v: pull(hessian_of(loss.criterion, out, targets, push(v)[0]))[0]
+
+
+_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {"hessian": _hessian, "ggn": _ggn}

@@ -1,0 +1,117 @@
+"""Progress: counts against the costs that results state, the same numbers watched or not, one bar however many."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import loss_of
+from torch.func import vmap
+
+import funcscope as fs
+from funcscope.core import pace as paces
+from funcscope.core.pace import Pace, pace_of, warn_if_threads_wait
+from funcscope.core.progress import tick, watched
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return loss_of("cnn")  # one batch: a pass over all batches is one over a batch
+
+
+@pytest.mark.parametrize("operator", [fs.hessian, fs.ggn])
+@pytest.mark.parametrize("keep", [True, False])
+def test_products_are_those_that_the_result_states(loss, operator, keep):
+    theta = loss.net.theta
+    matvec = operator(loss, theta, keep=keep)
+    with fs.progress(quiet=True) as counts:
+        pairs = fs.eigenpairs(matvec, theta, key=fs.key(0), num=1)
+        trace = fs.hutchinson_trace(matvec, theta, key=fs.key(0), num=3)
+    assert counts.products == pairs.num_matvecs + trace.num_matvecs
+    again = fs.eigenpairs(matvec, theta, key=fs.key(0), num=1)
+    assert torch.equal(again.values, pairs.values)  # the same bits without anybody watching
+    assert counts.products == pairs.num_matvecs + 3  # which is over
+
+
+def test_forwards_are_those_that_the_result_states(loss):
+    theta = loss.net.theta
+    with fs.progress(quiet=True) as counts:
+        average = fs.average_sharpness(loss, theta, key=fs.key(0), num=3)
+    assert (counts.forwards, counts.products) == (average.num_forwards, 0)
+    with fs.progress(quiet=True) as counts:
+        sam = fs.sam_sharpness(loss, theta, curvature=False)
+    assert counts.forwards == sam.num_forwards + sam.num_gradients
+    two = loss_of("mlp")
+    with fs.progress(quiet=True) as counts:
+        two(two.net.theta)
+    assert counts.forwards == len(two.batches) == 2
+
+
+def test_a_mapped_pass_is_one(loss):
+    phi = fs.restrict(loss, loss.net.theta, fs.directions(loss.net, key=fs.key(0), num=2))
+    points = fs.grid(2, span=0.1, dtype=torch.float64)
+    with fs.progress(quiet=True) as counts:
+        mapped = vmap(phi, chunk_size=2)(points)
+    assert counts.forwards == 2
+    torch.testing.assert_close(mapped, torch.stack([phi(point) for point in points]))
+
+
+def test_watchers_end_with_their_context_and_may_end_the_work(loss):
+    outer, inner = [], []
+    with watched(outer.append):
+        with pytest.raises(RuntimeError, match="stop"), watched(inner.append):
+            tick("product")
+            raise RuntimeError("stop")
+        tick("forward")
+    tick("forward")
+    assert (outer, inner) == (["product", "forward"], ["product"])
+
+    def enough(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(enough):
+        loss(loss.net.theta)
+    loss(loss.net.theta)
+
+
+def test_there_is_one_bar_which_says_what_was_counted(loss, capsys):
+    with fs.progress(total=4) as outer:
+        loss(loss.net.theta)
+        with fs.progress(total=9) as inner:
+            fs.hessian(loss, loss.net.theta)(loss.net.theta)
+    shown = capsys.readouterr().err
+    assert (outer.products, inner.products, inner.forwards) == (1, 1, outer.forwards - 1)
+    assert "/4" in shown
+    assert "/9" not in shown
+    assert "products=1" in shown
+    with fs.progress(quiet=True):
+        loss(loss.net.theta)
+    assert capsys.readouterr().err == ""
+
+
+def test_threads_that_wait_for_each_other_are_told_and_put_back(loss, monkeypatch):
+    before = torch.get_num_threads()
+    pace = pace_of(loss, loss.net.theta)
+    assert torch.get_num_threads() == before
+    assert 0 < pace.seconds < math.inf
+    assert Pace(0.1, 0.09, 2).note == ""
+    assert "OMP_NUM_THREADS=1" in Pace(0.1, 0.001, 2).note
+    warn_if_threads_wait(loss, loss.net.theta)
+    monkeypatch.setattr(paces, "pace_of", lambda *_: Pace(0.1, 0.001, 2))
+    torch.set_num_threads(2)
+    try:
+        with pytest.warns(UserWarning, match="threads wait for each other"):
+            warn_if_threads_wait(loss, loss.net.theta)
+    finally:
+        torch.set_num_threads(before)
+    assert "20 s" in Pace(0.1, 0.1, 2).estimate(100, "directions", 2)
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    """What OpenMP is told must be told before torch is loaded: in a fresh process."""
+    code = "import os, funcscope; print(os.environ['OMP_WAIT_POLICY'])"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "passive"
