@@ -69,7 +69,14 @@ class Long(nn.Module):
 
     def __init__(self):
         super().__init__()
-        shapes = {"thin": (3, 200_001), "tall": (351, 2999), "row": (1, 40_001), "flat": (50_001,), "one": (), "odd": (7,)}
+        shapes = {
+            "thin": (3, 200_001),
+            "tall": (351, 2999),
+            "row": (1, 40_001),
+            "flat": (50_001,),
+            "one": (),
+            "odd": (7,),
+        }
         for name, shape in shapes.items():
             value = fs.normal(fs.fold_in(fs.key(0), name), torch.zeros(shape))
             self.register_parameter(name, nn.Parameter(value))

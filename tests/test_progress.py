@@ -11,9 +11,9 @@ from problems import loss_of
 from torch.func import vmap
 
 import funcscope as fs
-from funcscope.core import pace as paces
-from funcscope.core.pace import Pace, pace_of, warn_if_threads_wait
 from funcscope.core.progress import tick, watched
+from funcscope.study import pace as paces
+from funcscope.study.pace import Pace, pace_of, warn_if_threads_wait
 
 
 @pytest.fixture(scope="module")

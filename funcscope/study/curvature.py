@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import key
-from ..core.pace import Pace, pace_of
 from ..core.progress import Kind, watched
 from ..core.store import save, to_json
 from ..curvature.summary import Matrix
@@ -24,6 +23,7 @@ from ..linalg.summary import SpectrumSummary
 from .curvature_stages import STAGES, Settings, Work, check_vectors, expected
 from .inputs import Data
 from .opening import Opened, check_source, counts, free_stem, names_of, open_model
+from .pace import Pace, pace_of
 from .record import versions
 from .spectrum import Part, summary_of
 from .unfinished import files_of, remove, reusable, unfinished

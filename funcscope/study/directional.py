@@ -18,13 +18,13 @@ from ..core.checks import check_choice, check_count
 from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
-from ..core.pace import pace_of
 from ..core.store import save, to_json
 from ..landscape.compare import Comparison, compare_directional
 from ..landscape.directional import Sampling, prepare
 from ..landscape.samples import DirectionalLosses
 from .inputs import Data
 from .opening import Source, check_source, counts, free_stem, names_of, open_model
+from .pace import pace_of
 from .record import versions
 from .unfinished import files_of, remove, reusable, unfinished
 

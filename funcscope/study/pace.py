@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .objective import Loss, Theta
+from ..core.objective import Loss, Theta
 
 SLOWER = 3.0
 """A pass on all threads that takes so many times what it takes on one is waiting for threads that do not run."""
