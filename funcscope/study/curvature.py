@@ -104,8 +104,11 @@ def _check(settings: Settings) -> None:
     for name in ("tol", "epsilon", "memory"):
         check_positive(name, getattr(settings, name))
     check_source(settings)
-    if settings.attention == "keep":
-        raise ValueError("fused attention has no second derivative: the curvature needs `attention` 'eager' or 'math'.")
+    if settings.attention == "keep" and settings.matrix != "hessian":
+        raise ValueError(
+            f"fused attention has no second derivative: the matrix {settings.matrix!r} needs `attention` 'eager' or 'math', "
+            "and 'hessian' is made from differences of gradients under 'keep'."
+        )
 
 
 def _made(
