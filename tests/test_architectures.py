@@ -212,3 +212,136 @@ def test_a_head_that_is_scaled_or_capped_is_no_linear_map(monkeypatch):
         off = bold.readout(bold.params, bold.hidden(bold.params, inputs)) - bold.apply(bold.params, inputs)
         assert off.abs().max() > 1e-2
         monkeypatch.undo()
+
+
+def unknown(name: str):
+    """A small model whose masks the table does not know, in float32 and with the kernel that transformers chooses."""
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    more = {"shared_expert_intermediate_size": 8, "state_size": 4, "cls_token_id": 1, "sep_token_id": 1}
+    settings = {**TINY, **experts, **more}
+    if name != "gpt_oss":
+        settings = {k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")}
+    config = transformers.AutoConfig.for_model(name, **settings)
+    make = transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
+    return seeded(0, lambda: make.from_config(config)).eval()
+
+
+def by_differences(value, params, d, step):
+    """The untouched model's gradient, and its Hessian product by the difference of two of them."""
+
+    def slope(shift):
+        places = d.split([p.numel() for p in params])
+        with torch.no_grad():
+            for param, part in zip(params, places, strict=True):
+                param.add_(part.view_as(param), alpha=shift)
+        found = flat(torch.autograd.grad(value(), params, allow_unused=True), params)
+        with torch.no_grad():
+            for param, part in zip(params, places, strict=True):
+                param.sub_(part.view_as(param), alpha=shift)
+        return found
+
+    return slope(0.0), (slope(step) - slope(-step)) / (2 * step)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "mamba", "modernbert"])
+def test_what_is_not_known_is_refused_and_what_the_refusal_offers_is_right(name):
+    model = unknown(name)
+    criterion = fs.masked_lm if name == "modernbert" else fs.causal_lm
+    mask = tokens(1, 3, 9, pad=3)
+    batch = {**mask, "labels": mask["input_ids"].masked_fill(mask["attention_mask"] == 0, -100)}
+    with pytest.raises(ValueError, match=rf"how a '{name}' model masks its attention is not known.*attention=\"keep\""):
+        fs.objective(fs.functional(model), [batch], criterion)
+    net = fs.functional(model, attention="keep")
+    loss, theta = fs.objective(net, [batch], criterion), net.theta
+    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
+    shift = int(criterion is fs.causal_lm)
+
+    def value():
+        logits = model(**mask).logits[:, : 9 - shift]
+        return F.cross_entropy(logits.reshape(-1, VOCAB), batch["labels"][:, shift:].reshape(-1), ignore_index=-100)
+
+    d = fs.normal(fs.key(1), theta)
+    d /= d.norm()
+    slope, product = by_differences(value, params, d, 1e-2)
+    assert_close(loss(theta).float(), value().detach(), rtol=1e-5, atol=0)
+    assert float((grad(loss)(theta) - slope).norm() / slope.norm()) < 1e-5
+    ours = fs.hessian_difference(loss, theta, step=1e-2)(d)
+    assert float((ours - product).norm() / product.norm()) < 1e-3
+
+
+def masks_by_hand(mask, length):
+    """Float masks of a causal model, full and with a window, written out position by position."""
+    rows, n = mask.shape
+    full, near = torch.full((2, rows, 1, n, n), torch.finfo(torch.float32).min)
+    for row in range(rows):
+        for q in range(n):
+            for k in range(q + 1):
+                if mask[row, k]:
+                    full[row, 0, q, k] = 0
+                    if q - k < length:
+                        near[row, 0, q, k] = 0
+    return full, near
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3"])
+def test_a_family_with_layer_types_is_offered_a_mapping_that_is_right(name, monkeypatch):
+    model, batch = model_of(name, torch.float32), tokens(7, 3, 9, pad=4)
+    known = fs.functional(model)
+    monkeypatch.delitem(FAMILIES, name)
+    net = fs.functional(model)
+    with pytest.raises(ValueError, match=r"mapping of two float masks.*'full_attention' and 'sliding_attention'"):
+        net.apply(net.params, batch)
+    full, near = masks_by_hand(batch["attention_mask"], 4)
+    ids, read = batch["input_ids"], batch["attention_mask"].bool()
+    with pytest.raises(ValueError, match="of several types"):
+        net.apply(net.params, {"input_ids": ids, "attention_mask": full})
+    masks = {FULL: full, SLIDING: near}
+    with torch.no_grad():
+        ours = net.apply(net.params, {"input_ids": ids, "attention_mask": masks})
+        assert_close(ours[read], model(**batch).logits[read], rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"of several types.*\(batch, tokens\)"):
+        known.apply(known.params, {"input_ids": ids, "attention_mask": full})
+
+
+def test_masks_of_four_dimensions_where_the_model_counts_in_two():
+    batch = {"input_ids": tokens(7, 3, 9)["input_ids"], "attention_mask": torch.zeros(3, 1, 9, 9)}
+    for line, remedy in (("bloom", r"\(batch, tokens\)"), ("falcon, alibi", r"\(batch, tokens\)"), ("opt", "`position_ids`")):
+        net = fs.functional(model_of(line, torch.float32))
+        with pytest.raises(ValueError, match=remedy):
+            net.apply(net.params, batch)
+    bloom = fs.functional(model_of("bloom", torch.float64))
+    with pytest.raises(ValueError, match="pad them on the right"):
+        bloom.apply(bloom.params, tokens(7, 3, 9, pad=4, left=True))
+
+
+def test_attention_in_both_directions_is_not_known_of_a_causal_family():
+    net = fs.functional(model_of("gemma3_text", torch.float32, use_bidirectional_attention=True))
+    with pytest.raises(ValueError, match=r"'gemma3_text'.*attention=\"keep\""):
+        net.apply(net.params, tokens(7, 3, 9))
+
+
+@pytest.mark.parametrize("name", OWN_KERNEL)
+def test_a_model_without_the_kernel_names_the_one_that_it_has(name):
+    with pytest.raises(ValueError, match='attention="eager"'):
+        fs.functional(model_of(name, torch.float32), attention="math")
+
+
+def test_images_have_every_derivative_from_python():
+    config = transformers.ViTConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    model = seeded(0, lambda: transformers.ViTForImageClassification(config)).eval()
+    model.set_attn_implementation("eager")
+    x, y = seeded(1, lambda: torch.randn(3, 1, 8, 8)), torch.tensor([0, 1, 2])
+    net = fs.functional(model)
+    loss, theta = fs.objective(net, [({"pixel_values": x}, y)], fs.classification), net.theta
+    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
+    value = F.cross_entropy(model(pixel_values=x).logits, y)
+    slope = flat(torch.autograd.grad(value, params, create_graph=True), params)
+    v = fs.normal(fs.key(1), theta)
+    product = flat(torch.autograd.grad(slope @ v, params, allow_unused=True), params)
+    assert_close(loss(theta).float(), value.detach(), rtol=1e-5, atol=0)
+    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-4
+    assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-4

@@ -181,11 +181,12 @@ def sharpness(work: Work, parts: Mapping[str, Part]) -> Part:
     at = leaves_of(loss, theta)
     gradient = norm(gradient_at(loss, at)[0])
     length = AVERAGE_STEP * norm(at)
+    exact = s.attention != "keep"
     of_hessian = trace_of(*parts["trace"]) if s.matrix == "hessian" else None
     told = {
         "gradient_norm": gradient,
-        "sam": _told(lambda: _sam(sam_sharpness(loss, theta, epsilon=s.epsilon))),
-        "asam": _told(lambda: _sam(asam_sharpness(loss, theta))),
+        "sam": _told(lambda: _sam(sam_sharpness(loss, theta, epsilon=s.epsilon, curvature=exact))),
+        "asam": _told(lambda: _sam(asam_sharpness(loss, theta, curvature=exact))),
         "average": _told(lambda: _average(work, length, None if of_hessian is None else float(of_hessian.value))),
         "critical": _told(lambda: _critical(loss, theta)),
     }
