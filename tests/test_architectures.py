@@ -5,13 +5,12 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from problems import VOCAB, gpt2, problem, qwen2, seeded, tokens
+from problems import VOCAB, seeded, tokens
 from torch.func import grad, jvp
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.core import architectures
 from funcscope.core.architectures import FAMILIES, FULL, SLIDING, computes_in_float32
 
 TINY = {
@@ -28,7 +27,14 @@ CHANGES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4},
     "gptj": {"rotary_dim": 4},
     "opt": {"word_embed_proj_dim": 16, "ffn_dim": 20},
-    "t5": {"layer_types": None, "num_decoder_layers": 2, "d_kv": 8, "d_ff": 20, "decoder_start_token_id": 0, "relative_attention_num_buckets": 8},
+    "t5": {
+        "layer_types": None,
+        "num_decoder_layers": 2,
+        "d_kv": 8,
+        "d_ff": 20,
+        "decoder_start_token_id": 0,
+        "relative_attention_num_buckets": 8,
+    },
 }
 VARIANTS = {
     "falcon, alibi": {"alibi": True},
@@ -53,7 +59,9 @@ def model_of(line: str, dtype: torch.dtype, **changes):
     """A small model of one line in eager attention, its norms and biases away from 1 and 0."""
     name = line.split(",")[0]
     settings = {**TINY, **CHANGES.get(name, {}), **VARIANTS.get(line, {}), **changes}
-    config = transformers.AutoConfig.for_model(name, **{k: v for k, v in settings.items() if (k, v) != ("head_dim", None)})
+    config = transformers.AutoConfig.for_model(
+        name, **{k: v for k, v in settings.items() if (k, v) != ("head_dim", None)}
+    )
     kind = {"encoder": "MaskedLM", "both": "Seq2SeqLM"}.get(FAMILIES[name].attention, "CausalLM")
     make = getattr(transformers, f"AutoModelFor{kind}")
     model = seeded(0, lambda: make.from_config(config, attn_implementation="eager")).to(dtype).eval()
@@ -118,13 +126,17 @@ def mean_loss(model, line, batches):
         given = batch if criterion_of(line) is fs.seq2seq_lm else {k: v for k, v in batch.items() if k != "labels"}
         logits = model(**given).logits
         logits = logits[:, :-1] if shift else logits
-        scored.append(F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1), ignore_index=-100, reduction="none"))
+        scored.append(
+            F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1), ignore_index=-100, reduction="none")
+        )
     count = sum(int((batch["labels"][:, int(shift) :] != -100).sum()) for batch in batches)
     return torch.cat(scored).sum() / count
 
 
 def flat(tensors, params):
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, params, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, params, strict=True)]
+    )
 
 
 @cache
@@ -220,7 +232,9 @@ def unknown(name: str):
     more = {"shared_expert_intermediate_size": 8, "state_size": 4, "cls_token_id": 1, "sep_token_id": 1}
     settings = {**TINY, **experts, **more}
     if name != "gpt_oss":
-        settings = {k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")}
+        settings = {
+            k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")
+        }
     config = transformers.AutoConfig.for_model(name, **settings)
     make = transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
     return seeded(0, lambda: make.from_config(config)).eval()
@@ -306,7 +320,11 @@ def test_a_family_with_layer_types_is_offered_a_mapping_that_is_right(name, monk
 
 def test_masks_of_four_dimensions_where_the_model_counts_in_two():
     batch = {"input_ids": tokens(7, 3, 9)["input_ids"], "attention_mask": torch.zeros(3, 1, 9, 9)}
-    for line, remedy in (("bloom", r"\(batch, tokens\)"), ("falcon, alibi", r"\(batch, tokens\)"), ("opt", "`position_ids`")):
+    for line, remedy in (
+        ("bloom", r"\(batch, tokens\)"),
+        ("falcon, alibi", r"\(batch, tokens\)"),
+        ("opt", "`position_ids`"),
+    ):
         net = fs.functional(model_of(line, torch.float32))
         with pytest.raises(ValueError, match=remedy):
             net.apply(net.params, batch)
