@@ -257,14 +257,6 @@ def test_an_interrupt_says_what_is_kept(model, data, tmp_path, capsys, monkeypat
     assert "no stage was finished yet" in capsys.readouterr().out
 
 
-def test_fused_attention_has_the_hessian_by_differences_of_gradients(whole, model, data, tmp_path, capsys):
-    assert command(model, "--data", data, "--out", tmp_path, "--quiet", "--attention", "keep", *SMALL) == 0
-    values = load(next(tmp_path.glob("*.npz"))).meta["models"][0]["values"]
-    assert_close(values["max_eigenvalue"], float(whole.summary.max_eigenvalue), rtol=2e-2, atol=0)
-    page = next(tmp_path.glob("*.html")).read_text()
-    assert "differences of gradients" in page
-
-
 def test_a_point_without_gradient_has_a_spectrum_and_says_why_it_has_no_sharpness(data, tmp_path, capsys):
     flat = folder(tmp_path / "flat", scale=0.0)
     assert command(flat, "--data", data, "--out", tmp_path / "out", "--quiet", *SMALL) == 0
@@ -287,7 +279,7 @@ def _nan(path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--attention", "keep", "--matrix", "ggn"], "fused attention has no second derivative"),
+        (["--attention", "keep"], "fused attention has no second derivative"),
         (["--num", "100000"], "`--num` = 100000 at each of both ends asks for 200000 eigenvalues of a matrix that has"),
         (["--num", "0"], "`--num` must be an integer of at least 1"),
         (["--trace-products", "1"], "`--trace-products` must be an integer of at least 2"),

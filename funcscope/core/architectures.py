@@ -156,8 +156,8 @@ def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 _KEEP = (
-    'make the functional with `attention="keep"`, under which the model masks itself: values, first derivatives and '
-    "`hessian_difference` are right there."
+    'make the functional with `attention="keep"`, under which the model masks itself: values and gradients are right '
+    "there, and `hessian_difference` up to the error of its step."
 )
 
 

@@ -104,10 +104,10 @@ def _check(settings: Settings) -> None:
     for name in ("tol", "epsilon", "memory"):
         check_positive(name, getattr(settings, name))
     check_source(settings)
-    if settings.attention == "keep" and settings.matrix != "hessian":
+    if settings.attention == "keep":
         raise ValueError(
-            f"fused attention has no second derivative: the matrix {settings.matrix!r} needs `attention` 'eager' or 'math', "
-            "and 'hessian' is made from differences of gradients under 'keep'."
+            "fused attention has no second derivative: the curvature needs `attention` 'eager' or 'math'; from Python, "
+            "`fs.hessian_difference` makes single products from gradients, at two steps that must agree."
         )
 
 

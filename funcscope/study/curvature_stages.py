@@ -18,7 +18,7 @@ from ..curvature.asam import asam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
 from ..curvature.ggn import ggn
-from ..curvature.hessian import hessian, hessian_difference
+from ..curvature.hessian import hessian
 from ..curvature.sam import SamSharpness, sam_sharpness
 from ..curvature.sam_gradient import gradient_at, leaves_of, norm
 from ..curvature.summary import Matrix, hessian_block_traces, only
@@ -70,13 +70,7 @@ class Work:
     @cached_property
     def matvec(self) -> Matvec:
         """The matrix, its graph made at first use: a call that finds every stage on disk makes none."""
-        return self.matrix(self.loss, self.theta)
-
-    def matrix(self, loss: Loss, theta: Tensor) -> Matvec:
-        """The matrix of a loss; from differences of gradients under fused attention, which has no second derivative."""
-        if self.settings.attention == "keep":
-            return self.watched(hessian_difference(loss, theta))
-        return self.watched(_MATRICES[self.settings.matrix](loss, theta, keep=self.settings.keep))
+        return self.watched(_MATRICES[self.settings.matrix](self.loss, self.theta, keep=self.settings.keep))
 
     def release(self) -> None:
         """Give the graph back."""
@@ -164,7 +158,7 @@ def block_eigenvalues(work: Work, _: Mapping[str, Part]) -> Part:
     for block, names in work.groups.items():
         part = only(work.loss, work.theta, names)
         at = part.net.theta.to(work.theta)
-        matvec = work.matrix(part, at)
+        matvec = work.watched(_MATRICES[s.matrix](part, at, keep=s.keep))
         key = fold_in(fold_in(work.key, "block eigenvalues"), block)
         limit = None if work.vectors >= 100 else max(3, work.vectors)
         found.append(eigenpairs(matvec, at, key=key, num=1, which="largest", tol=s.tol, max_basis=limit))
@@ -181,12 +175,11 @@ def sharpness(work: Work, parts: Mapping[str, Part]) -> Part:
     at = leaves_of(loss, theta)
     gradient = norm(gradient_at(loss, at)[0])
     length = AVERAGE_STEP * norm(at)
-    exact = s.attention != "keep"
     of_hessian = trace_of(*parts["trace"]) if s.matrix == "hessian" else None
     told = {
         "gradient_norm": gradient,
-        "sam": _told(lambda: _sam(sam_sharpness(loss, theta, epsilon=s.epsilon, curvature=exact))),
-        "asam": _told(lambda: _sam(asam_sharpness(loss, theta, curvature=exact))),
+        "sam": _told(lambda: _sam(sam_sharpness(loss, theta, epsilon=s.epsilon))),
+        "asam": _told(lambda: _sam(asam_sharpness(loss, theta))),
         "average": _told(lambda: _average(work, length, None if of_hessian is None else float(of_hessian.value))),
         "critical": _told(lambda: _critical(loss, theta)),
     }

@@ -74,7 +74,7 @@ def open_model(source: Source, folder: Path, *, length: int = 128) -> Opened:
     if source.attention != "keep" and family_of(model.config) is None:
         raise ValueError(
             f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` the "
-            "model masks itself, for losses, slopes, difference curvatures and the Hessian by differences of gradients."
+            "model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
         )
     length = source.max_seq_length or min(length, max_positions(model) or length)
     data = make_batches(

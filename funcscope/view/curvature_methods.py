@@ -69,11 +69,6 @@ def _matrix(found: Curvature) -> list[str]:
         "finite step too, and are not in the Hessian."
     )
     graph = "with the graph kept" if found.settings["keep"] else "with the graph made again for every product"
-    if found.settings.get("attention") == "keep":
-        return [
-            "H = ∇²L(θ), by products Hv from central differences of gradients, as fused attention has no second derivative: "
-            f"they carry the error of a finite step, and the residuals do not show it. {kinks}"
-        ]
     if found.settings["matrix"] == "ggn":
         return [
             f"G = mean over tokens of JᵀMJ, {graph}: J the Jacobian of the logits, M = diag p − ppᵀ. It is the Hessian "

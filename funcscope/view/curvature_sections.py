@@ -117,9 +117,7 @@ def sam_sentence(found: Curvature) -> str:
     sam = found.sharpness["sam"]
     if "undefined" in sam:
         return f"The sharpness is undefined: the gradient has norm {number(found.sharpness['gradient_norm'])}."
-    parts = f"{number(sam['first_order'])} by slope"
-    if sam["second_order"] is not None:
-        parts += f" and {number(sam['second_order'])} by curvature"
+    parts = f"{number(sam['first_order'])} by slope and {number(sam['second_order'])} by curvature"
     return (
         f"A step of {setting(sam['epsilon'])} up the gradient raises the loss by "
         f"{with_error(sam['absolute'], sam['stderr'])} nats, {_share(sam)} of the loss: {parts}."
@@ -224,7 +222,8 @@ def _rates(found: Curvature) -> Table:
             ends = f"{number(known['low'])} to {number(known['high'])}"
             value = with_error(known["value"], known["stderr"])
             rows.append(["critical sharpness", value, ends, number(known["learning_rate"])])
-    if (bent := told["sam"].get("curvature")) is not None:
+    if "undefined" not in told["sam"]:
+        bent = told["sam"]["curvature"]
         rows.append(["curvature along the gradient", number(bent), "", _rate(bent)])
     residual = float(top.ends.residuals[0])
     near = f"{number(top.max_eigenvalue - residual, 4)} to {number(top.max_eigenvalue + residual, 4)}"
