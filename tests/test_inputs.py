@@ -431,6 +431,12 @@ REFUSED = {
         partial(bert, CLASSES, num_labels=3, problem_type="multi_label_classification"), None,
         ["multi_label_classification", "fs.custom"],
     ),
+    "images": (
+        lambda: seeded(
+            0, lambda: hf.ViTForImageClassification(hf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        ),
+        None, ["ViTForImageClassification", "none of the tasks", "from Python", "fs.functional"],
+    ),
     "no such head": (partial(gpt2, hf.GPT2Model), "masked", ["gpt2", "none of those for 'masked'"]),
 }
 # fmt: on

@@ -502,14 +502,6 @@ def test_wrong_shapes_do_not_broadcast():
         net.apply({**net.params, "bias": torch.zeros(1)}, torch.ones(1, 3))
 
 
-def test_families_whose_masks_are_not_known_are_refused_with_the_remedy():
-    model = seeded(0, gpt2)
-    model.config.model_type = "bloom"
-    with pytest.raises(ValueError, match=r"how 'bloom' masks its attention is not known here.*attention=\"keep\""):
-        net = fs.functional(model)
-        net.apply(net.params, tokens(1, 2, 4))
-
-
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_output_is_the_readout_of_the_hidden_states_where_a_head_is_known(name):
     loss = loss_of(name)

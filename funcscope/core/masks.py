@@ -8,29 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch._C._functorch import is_batchedtensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-KNOWN = frozenset(
-    {
-        "gpt2",
-        "llama",
-        "qwen2",
-        "bert",
-        "roberta",
-        "distilbert",
-        "electra",
-        "mistral",
-        "gpt_neo",
-        "gpt_neox",
-        "olmo",
-        "t5",
-    }
-)
-"""Model types whose logits under these masks were compared with the untouched model's."""
-
-
-CLEAN = frozenset({"gpt2", "bert", "roberta", "distilbert", "electra"})
-"""Of these, the ones that compute in the dtype of their parameters; the others take norms or softmax in float32."""
+from .architectures import FULL, SLIDING, Family, computes_in_float32, family_of, has_alibi, layer_types, remedy, window
 
 
 def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,23 +20,73 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     Causal where the model's attention is causal, with its sliding window where it has one; a mapping of two masks
     where some layers slide and others do not. Position ids that start again inside a row, without a mask, are sequences
     packed into one row, which do not see each other. An encoder-decoder gets the decoder's inputs, made of `labels`
-    where they are not given, and a mask for each side. A float 4-D mask, or such a mapping, is passed on as it is.
+    where they are not given, and a mask for each side. A float 4-D mask, or such a mapping, is passed on as it is, and so
+    is the 2-D mask of a model that counts its distances in it (ALiBi).
     """
     if model.config.is_encoder_decoder:
         inputs = _with_decoder(model, inputs)
     elif "labels" in inputs:
         raise ValueError("`labels` are no input of the model: they belong to the criterion, which scores its output.")
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()):
-        return dict(inputs)
     if not {"input_ids", "inputs_embeds"} & inputs.keys():
         return dict(inputs)  # no tokens: images, say
-    if model.config.model_type not in KNOWN:
+    mask = inputs.get("attention_mask")
+    _check_given(model.config, inputs)
+    if has_alibi(model.config):
+        _check_alibi(model, inputs)
+        return dict(inputs)
+    if isinstance(mask, Mapping) or _is_additive(mask):
+        return dict(inputs)
+    family = family_of(model.config)
+    if family is None:
+        kind = model.config.model_type
+        raise ValueError(f"how a {kind!r} model masks its attention is not known here: {remedy(model.config)}")
+    masks = _masks(model, family, inputs, _visible(inputs))
+    return {**inputs, **_positions(family, inputs), "attention_mask": masks}
+
+
+def _check_given(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> None:
+    """A mask that says all can be used as it is."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return
+    family, (length, mixed) = family_of(config), window(config)
+    types = layer_types(config)
+    if (mixed and mask.shape[-1] > (length or 0)) or (family is None and len(types) > 1):
+        instead = remedy(config) if family is None else f"pass one of shape (batch, tokens), or a mapping from {types}."
         raise ValueError(
-            f"how {model.config.model_type!r} masks its attention is not known here: pass a float mask of shape "
-            '(batch, 1, tokens, tokens), or `attention="keep"` to `functional` for values and first derivatives.'
+            f"the layers of a {config.model_type!r} model are of several types, and one mask would serve them all alike: "
+            f"{instead}"
         )
-    return {**inputs, "attention_mask": _masks(model, inputs, _visible(inputs), _dtype(model))}
+    if has_alibi(config):
+        raise ValueError(
+            f"a {config.model_type!r} model counts distances in its `attention_mask`: "
+            f"pass one of shape (batch, tokens), got {tuple(mask.shape)}."
+        )
+    if family is not None and family.counted and inputs.get("position_ids") is None:
+        raise ValueError(
+            f"a {config.model_type!r} model counts its positions in a mask of shape (batch, tokens): pass that, or "
+            f"`position_ids` beside a mask of shape {tuple(mask.shape)}."
+        )
+
+
+def _check_alibi(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """The lowest float64, which such a model puts into its own masks, is -inf in float32: a softmax over nothing."""
+    mask = inputs.get("attention_mask")
+    if mask is None or is_batchedtensor(mask) or _dtype(model) is not torch.float64 or bool(mask[:, 0].all()):
+        return
+    if computes_in_float32(model.config):
+        raise ValueError(
+            f"a {model.config.model_type!r} model in float64 gives nan for texts that are padded on the left: pad them on "
+            "the right, or compute in float32."
+        )
+
+
+def _positions(family: Family, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Positions as the model counts them in the 2-D mask that it does not get."""
+    if not family.counted or inputs.get("position_ids") is not None:
+        return {}
+    mask = _visible(inputs)[:, 0, 0].long()
+    return {"position_ids": mask.cumsum(-1) * mask - 1}
 
 
 def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +96,7 @@ def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
         if inputs.get("labels") is None:
             raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
         rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
-    mask = rest.get("decoder_attention_mask")
-    as_it_is = isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()
-    if model.config.model_type in KNOWN and not as_it_is:
+    if family_of(model.config) is not None and not _is_additive(rest.get("decoder_attention_mask")):
         given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
         visible = _visible(given)
         causal = visible if visible.shape[-2] > 1 else visible & (_back(visible) >= 0)
@@ -76,24 +105,19 @@ def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
 
 
 def _masks(
-    model: PreTrainedModel, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"], dtype: torch.dtype
+    model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"]
 ) -> Tensor | dict[str, Tensor]:
-    if visible.shape[-2] > 1:  # a boolean mask of four dimensions says all
-        return _additive(visible, dtype)
-    if model.config.is_encoder_decoder:
-        return _additive(visible, dtype)  # one row for all queries: those of the encoder and those of the decoder
-    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+    dtype = _dtype(model)
+    if family.attention == "both" or visible.shape[-2] > 1:
+        return _additive(visible, dtype)  # one row for all queries, the encoder's and the decoder's; or all is said
+    if family.attention == "encoder" and not any(getattr(module, "is_causal", False) for module in model.modules()):
         return _additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
-    back = _back(visible)
-    full = visible & _same_sequence(inputs) & (back >= 0)
-    window = getattr(model.config, "sliding_window", None)
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if not window or kinds == {"full_attention"} or getattr(model.config, "use_sliding_window", True) is False:
+    back, (length, mixed) = _back(visible), window(model.config)
+    full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
+    if length is None:
         return _additive(full, dtype)
-    sliding = full & (back < window)
-    if "full_attention" in kinds:
-        return {"full_attention": _additive(full, dtype), "sliding_attention": _additive(sliding, dtype)}
-    return _additive(sliding, dtype)
+    sliding = _additive(full & (back < length), dtype)
+    return {FULL: _additive(full, dtype), SLIDING: sliding} if mixed else sliding
 
 
 def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
@@ -125,6 +149,10 @@ def _back(visible: Tensor) -> Int[Tensor, "t t"]:
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _is_additive(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

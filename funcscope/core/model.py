@@ -16,18 +16,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from .architectures import computes_in_float32, has_linear_head
 from .checks import check_choice, check_device, check_params
 from .layout import Layout, Params
-from .masks import CLEAN, with_float_mask
+from .masks import with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 
 Inputs = Tensor | tuple | Mapping[str, Any]
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
-
-
-LINEAR_HEAD = frozenset({"gpt2", "llama", "qwen2", "mistral", "gpt_neox", "olmo"})
-"""Model types whose causal logits were compared with one linear map of the last hidden states."""
 
 
 class Head(NamedTuple):
@@ -80,7 +77,7 @@ class Functional:
         That of float32 at best for a Hugging Face model that takes norms or softmax in float32 whatever its dtype.
         """
         dtypes = {leaf.dtype for leaf in self.layout.leaves}
-        if isinstance(self._skeleton, PreTrainedModel) and self._skeleton.config.model_type not in CLEAN:
+        if isinstance(self._skeleton, PreTrainedModel) and computes_in_float32(self._skeleton.config):
             dtypes.add(torch.float32)
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
@@ -103,7 +100,7 @@ class Functional:
         can be made a few tokens at a time. None for other models: their output exists as a whole only.
         """
         module = self._skeleton
-        if not isinstance(module, PreTrainedModel) or module.config.model_type not in LINEAR_HEAD:
+        if not isinstance(module, PreTrainedModel) or not has_linear_head(module.config):
             return None
         last = module.get_output_embeddings()
         if type(last) is not nn.Linear or self._output is not _logits or not _is_as_compared(module, last):

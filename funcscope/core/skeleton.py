@@ -12,6 +12,7 @@ Two things in torch are right as values and wrong as functions to differentiate:
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -51,12 +52,25 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
             _use_true_gradient(name, module)
         elif isinstance(module, NewGELUActivation) and attention != "keep":
             module.forward = nn.GELU("tanh").forward  # type: ignore[method-assign]  # eight passes over memory in one
+        elif type(module).__name__ == "BloomGelu":  # an autograd function that torch.func does not take
+            module.forward = sys.modules[type(module).__module__].bloom_gelu_forward  # type: ignore[method-assign]
     if isinstance(skeleton, PreTrainedModel):
         if attention != "keep":
-            skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+            _use_kernel(skeleton, attention)
         if hasattr(skeleton.config, "use_cache"):
             skeleton.config.use_cache = False
     return skeleton
+
+
+def _use_kernel(skeleton: PreTrainedModel, attention: str) -> None:
+    if attention == "math" and not skeleton._supports_sdpa:
+        raise ValueError(
+            f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'
+        )
+    if skeleton._can_set_attn_implementation():
+        skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    elif attention == "eager":
+        skeleton.config._attn_implementation = "eager"  # where modules read it at every call, transformers only warns
 
 
 def _real(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

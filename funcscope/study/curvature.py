@@ -107,7 +107,10 @@ def _check(settings: Settings) -> None:
         check_positive(name, getattr(settings, name))
     check_source(settings)
     if settings.attention == "keep":
-        raise ValueError("fused attention has no second derivative: the curvature needs `attention` 'eager' or 'math'.")
+        raise ValueError(
+            "fused attention has no second derivative: the curvature needs `attention` 'eager' or 'math'; from Python, "
+            "`fs.hessian_difference` makes single products from gradients, at two steps that must agree."
+        )
 
 
 def _made(

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..core.architectures import family_of
 from ..core.checks import check_count
 from ..core.criterion import Criterion, causal_lm, classification, masked_lm
 from ..core.keys import fold_in, key
-from ..core.masks import KNOWN
 from ..core.model import functional
 from ..core.objective import Loss, objective
 from ..core.store import Damaged, load
@@ -70,11 +70,11 @@ def open_model(source: Source, folder: Path, *, length: int = 128) -> Opened:
     Raises ValueError or OSError in one line for whatever does not fit together.
     """
     model = load_model(folder, task=source.task, dtype=source.dtype, allow_pickle=source.allow_pickle)
-    task, family = task_of(model), model.config.model_type
-    if source.attention != "keep" and family not in KNOWN:
+    task = task_of(model)
+    if source.attention != "keep" and family_of(model.config) is None:
         raise ValueError(
-            f"how a {family!r} model masks its attention is not known here; known are {', '.join(sorted(KNOWN))}. "
-            "With `--attention keep` the model masks itself, for losses, slopes and difference curvatures."
+            f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` the "
+            "model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
         )
     length = source.max_seq_length or min(length, max_positions(model) or length)
     data = make_batches(

@@ -168,10 +168,17 @@ def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
             f"{path} holds a {architecture or config.model_type}: encoder-decoders are available from Python "
             f"(`fs.seq2seq_lm`), not from files, where the tasks are {_choices()}."
         )
+    possible = [name for name, (_, mapping) in _AUTO.items() if type(config) in mapping]
+    if not possible:
+        raise ValueError(
+            f"{path} holds a {architecture or config.model_type}, which has none of the tasks {_choices()}: score it from "
+            "Python, where `fs.objective(fs.functional(model), batches, criterion)` takes whatever the model takes."
+        )
     named = _named(architecture or "")
     if (task := given or named) is None:
         raise ValueError(
-            f"{path} holds a {architecture or config.model_type}, which says no task: pass `task`, one of {_choices()}."
+            f"{path} holds a {architecture or config.model_type}, which says no task: pass `task`, one of "
+            f"{', '.join(map(repr, possible))}."
         )
     if given and named and given != named:
         raise ValueError(f"`task` is {given!r}, and {path} holds a {architecture}: pass {named!r}, or another folder.")

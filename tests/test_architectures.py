@@ -1,0 +1,365 @@
+"""Every line of the table of architectures, against the untouched model: a family is added by its line alone."""
+
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from problems import VOCAB, seeded, tokens
+from torch.func import grad, jvp
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import funcscope as fs
+from funcscope.core.architectures import FAMILIES, FULL, SLIDING, computes_in_float32
+
+TINY = {
+    "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCAB, "max_position_embeddings": 32, "bos_token_id": 1,
+    "eos_token_id": 1, "pad_token_id": 0, "sliding_window": 4, "use_sliding_window": True, "layer_types": [SLIDING, FULL],
+}  # fmt: skip
+"""One configuration for all: whoever has no window must leave it alone."""
+CHANGES = {
+    "albert": {"embedding_size": 16},
+    "distilbert": {"hidden_dim": 20},
+    "falcon": {"head_dim": None},
+    "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 16, "ffn_dim": 20},
+    "t5": {
+        "layer_types": None,
+        "num_decoder_layers": 2,
+        "d_kv": 8,
+        "d_ff": 20,
+        "decoder_start_token_id": 0,
+        "relative_attention_num_buckets": 8,
+    },
+}
+VARIANTS = {
+    "falcon, alibi": {"alibi": True},
+    "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 1},
+    "gemma3_text, capped": {"final_logit_softcapping": 5.0},
+    "gemma3_text, all slide": {"layer_types": [SLIDING, SLIDING]},
+    "gpt_bigcode, several keys": {"multi_query": False},
+    "granite, scaled": {"logits_scaling": 3.0},
+    "opt, projected": {"word_embed_proj_dim": 8},
+    "phi3, no window": {"sliding_window": None, "layer_types": None},
+    "qwen2, no window": {"use_sliding_window": False, "layer_types": None},
+    "stablelm, parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+}
+LINES = [*FAMILIES, *VARIANTS]
+QUICK = ("bloom", "falcon, alibi", "gemma2", "llama", "opt", "t5")
+HEAVY = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
+OWN_KERNEL = ("bloom", "gemma2", "mpt")
+
+
+@cache
+def model_of(line: str, dtype: torch.dtype, **changes):
+    """A small model of one line in eager attention, its norms and biases away from 1 and 0."""
+    name = line.split(",")[0]
+    settings = {**TINY, **CHANGES.get(name, {}), **VARIANTS.get(line, {}), **changes}
+    config = transformers.AutoConfig.for_model(
+        name, **{k: v for k, v in settings.items() if (k, v) != ("head_dim", None)}
+    )
+    kind = {"encoder": "MaskedLM", "both": "Seq2SeqLM"}.get(FAMILIES[name].attention, "CausalLM")
+    make = getattr(transformers, f"AutoModelFor{kind}")
+    model = seeded(0, lambda: make.from_config(config, attn_implementation="eager")).to(dtype).eval()
+    noise = seeded(1, lambda: [torch.randn(p.shape).to(dtype) for p in model.parameters()])
+    with torch.no_grad():
+        for param, step in zip(model.parameters(), noise, strict=True):
+            param.add_(step, alpha=0.1)
+    return model
+
+
+def labelled(line: str, batch: dict) -> dict:
+    """The batch for the family's criterion: every real token is a label."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return {**batch, "labels": batch["input_ids"].masked_fill(mask == 0, -100)}
+
+
+def criterion_of(line: str) -> fs.Criterion:
+    return {"encoder": fs.masked_lm, "both": fs.seq2seq_lm}.get(FAMILIES[line.split(",")[0]].attention, fs.causal_lm)
+
+
+def inputs_of(line: str) -> dict[str, dict]:
+    """Batches by name: padding on both sides, no mask, positions that are shifted, counted or start again."""
+    right, left = (tokens(7, 3, 9, pad=4, left=side) for side in (False, True))
+    bare = {"input_ids": right["input_ids"].clamp(min=1)}
+    made = {"right": right, "left": left, "no mask": bare}
+    if FAMILIES[line.split(",")[0]].attention == "both":
+        return {kind: labelled(line, batch) for kind, batch in made.items()}
+    if line in ("bloom", "distilbert", "mpt"):  # they take no positions
+        return made
+    counted = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    shifted, again = torch.arange(3, 12).expand(3, 9), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(3, 9)
+    positions = {"counted": {**left, "position_ids": counted}, "shifted": {**bare, "position_ids": shifted}}
+    return {**made, **positions, "packed": {**bare, "position_ids": again}}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_logits_are_the_untouched_models(line):
+    model = model_of(line, torch.float32)
+    net = fs.functional(model)
+    batches = inputs_of(line)
+    cacheless = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with torch.no_grad():
+        for kind, batch in batches.items():
+            read = batch.get("labels", batch.get("attention_mask", batch["input_ids"])).ge(0)
+            read &= batch.get("attention_mask", read).bool()
+            theirs = model(**batch, **cacheless).logits[read]
+            scale = float(theirs.abs().max())
+            ours = net.apply(net.params, batch)[read]
+            assert_close(ours, theirs, rtol=0, atol=3e-6 * scale, msg=lambda text, kind=kind: f"{kind}: {text}")
+    if FAMILIES[line.split(",")[0]].window != "none" and "no window" not in line:
+        far = fs.functional(model_of(line, torch.float32, sliding_window=32))
+        near, whole = (n.apply(n.params, batches["no mask"]).detach() for n in (net, far))
+        assert (near - whole).abs().max() > 1e-3  # the window matters in these texts
+
+
+def mean_loss(model, line, batches):
+    """The untouched model's mean loss over all scored tokens of all batches."""
+    shift = criterion_of(line) is fs.causal_lm
+    scored = []
+    for batch in batches:
+        labels = batch["labels"][:, int(shift) :]
+        given = batch if criterion_of(line) is fs.seq2seq_lm else {k: v for k, v in batch.items() if k != "labels"}
+        logits = model(**given).logits
+        logits = logits[:, :-1] if shift else logits
+        scored.append(
+            F.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1), ignore_index=-100, reduction="none")
+        )
+    count = sum(int((batch["labels"][:, int(shift) :] != -100).sum()) for batch in batches)
+    return torch.cat(scored).sum() / count
+
+
+def flat(tensors, params):
+    return torch.cat(
+        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, params, strict=True)]
+    )
+
+
+@cache
+def studied(line: str):
+    """The model in float64, its loss over a ragged pair of batches, and both first derivatives that torch itself has."""
+    model = model_of(line, torch.float64)
+    batches = [labelled(line, tokens(1, 3, 9, pad=3)), labelled(line, tokens(2, 2, 5))]
+    loss = fs.objective(fs.functional(model), batches, criterion_of(line))
+    params = [dict(model.named_parameters())[name] for name in loss.net.layout.names]
+    value = mean_loss(model, line, batches)
+    slope = flat(torch.autograd.grad(value, params, create_graph=True, allow_unused=True), params)
+    return model, loss, params, value, slope
+
+
+def tolerance(line: str) -> float:
+    return 2e-5 if computes_in_float32(model_of(line, torch.float64).config) else 1e-10
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_loss_and_gradient_are_the_untouched_models(line):
+    _, loss, _, value, slope = studied(line)
+    theta, slope, within = loss.net.theta, slope.detach(), tolerance(line)
+    assert_close(loss(theta), value.detach().double(), rtol=within, atol=0)
+    ours = grad(loss)(theta)
+    assert float((ours - _without_padding_rows(loss, slope, ours)).norm() / slope.norm()) < within
+
+
+def _without_padding_rows(loss, theirs, ours):
+    """Reverse mode leaves out the row of `padding_idx` in the untouched model; nothing is to be compared there."""
+    return torch.where((theirs == 0) & (ours != 0), ours, theirs)
+
+
+@pytest.mark.parametrize("line", HEAVY)
+def test_hessian_products_are_those_of_double_backward(line):
+    _, loss, params, _, slope = studied(line)
+    theta, within = loss.net.theta, tolerance(line)
+    v = fs.normal(fs.key(1), theta)
+    theirs = flat(torch.autograd.grad(slope @ v, params, allow_unused=True, retain_graph=True), params)
+    for ours in (fs.hessian(loss, theta)(v), jvp(grad(loss), (theta,), (v,))[1]):
+        assert float((ours - _without_padding_rows(loss, theirs, ours)).norm() / theirs.norm()) < within
+
+
+@pytest.mark.parametrize("line", HEAVY)
+def test_the_dtype_that_it_computes_in(line):
+    """In float64 throughout, a difference over 1e-9 of theta is a slope; with float32 inside it is noise."""
+    _, loss, _, _, _ = studied(line)
+    theta = loss.net.theta
+    d = fs.normal(fs.key(1), theta)
+    d *= theta.norm() / d.norm()
+    with torch.no_grad():
+        difference = (loss(theta + 1e-9 * d) - loss(theta - 1e-9 * d)) / 2e-9
+    slope = jvp(loss, (theta,), (d,))[1]
+    noisy = abs(float(difference - slope)) > 1e-3 * abs(float(slope))
+    assert noisy == computes_in_float32(model_of(line, torch.float64).config)
+    assert (loss.net.unit_roundoff > 1e-8) == noisy
+
+
+@pytest.mark.parametrize("line", HEAVY)
+def test_a_head_that_is_known_is_one_linear_map(line):
+    """Against the model with an output of its own, whose logits exist as a whole."""
+    model, loss, _, _, _ = studied(line)
+    net, params, theta = loss.net, loss.net.params, loss.net.theta
+    if net.head is None:
+        with pytest.raises(ValueError, match="`head_chunk` needs"):
+            fs.ggn(loss, theta, head_chunk=4)
+        return
+    moved = {name: value + 0.1 for name, value in params.items()}
+    for inputs, _ in loss.batches:
+        assert_close(net.readout(moved, net.hidden(moved, inputs)), net.apply(moved, inputs), rtol=1e-10, atol=1e-10)
+    whole = fs.Loss(fs.functional(model, output=lambda out: out.logits), loss.batches, loss.criterion)
+    assert whole.net.head is None
+    v = fs.normal(fs.key(1), theta)
+    for operator in (fs.hessian, fs.ggn):
+        ours, theirs = operator(loss, theta, head_chunk=4)(v), operator(whole, theta)(v)
+        assert float((ours - theirs).norm() / theirs.norm()) < tolerance(line)
+
+
+def test_a_head_that_is_scaled_or_capped_is_no_linear_map(monkeypatch):
+    for line in ("granite, scaled", "gemma3_text, capped", "cohere"):
+        net = studied(line)[1].net
+        assert net.head is None
+        monkeypatch.setattr("funcscope.core.model.has_linear_head", lambda _: True)
+        bold = fs.functional(studied(line)[0])
+        inputs = studied(line)[1].batches[0][0]
+        off = bold.readout(bold.params, bold.hidden(bold.params, inputs)) - bold.apply(bold.params, inputs)
+        assert off.abs().max() > 1e-2
+        monkeypatch.undo()
+
+
+def unknown(name: str):
+    """A small model whose masks the table does not know, in float32 and with the kernel that transformers chooses."""
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    more = {"shared_expert_intermediate_size": 8, "state_size": 4, "cls_token_id": 1, "sep_token_id": 1}
+    settings = {**TINY, **experts, **more}
+    if name != "gpt_oss":
+        settings = {
+            k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")
+        }
+    config = transformers.AutoConfig.for_model(name, **settings)
+    make = transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
+    return seeded(0, lambda: make.from_config(config)).eval()
+
+
+def by_differences(value, params, d, step):
+    """The untouched model's gradient, and its Hessian product by the difference of two of them."""
+
+    def slope(shift):
+        places = d.split([p.numel() for p in params])
+        with torch.no_grad():
+            for param, part in zip(params, places, strict=True):
+                param.add_(part.view_as(param), alpha=shift)
+        found = flat(torch.autograd.grad(value(), params, allow_unused=True), params)
+        with torch.no_grad():
+            for param, part in zip(params, places, strict=True):
+                param.sub_(part.view_as(param), alpha=shift)
+        return found
+
+    return slope(0.0), (slope(step) - slope(-step)) / (2 * step)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "mamba", "modernbert"])
+def test_what_is_not_known_is_refused_and_what_the_refusal_offers_is_right(name):
+    model = unknown(name)
+    criterion = fs.masked_lm if name == "modernbert" else fs.causal_lm
+    mask = tokens(1, 3, 9, pad=3)
+    batch = {**mask, "labels": mask["input_ids"].masked_fill(mask["attention_mask"] == 0, -100)}
+    with pytest.raises(ValueError, match=rf"how a '{name}' model masks its attention is not known.*attention=\"keep\""):
+        fs.objective(fs.functional(model), [batch], criterion)
+    net = fs.functional(model, attention="keep")
+    loss, theta = fs.objective(net, [batch], criterion), net.theta
+    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
+    shift = int(criterion is fs.causal_lm)
+
+    def value():
+        logits = model(**mask).logits[:, : 9 - shift]
+        return F.cross_entropy(logits.reshape(-1, VOCAB), batch["labels"][:, shift:].reshape(-1), ignore_index=-100)
+
+    d = fs.normal(fs.key(1), theta)
+    d /= d.norm()
+    slope, product = by_differences(value, params, d, 1e-2)
+    assert_close(loss(theta).float(), value().detach(), rtol=1e-5, atol=0)
+    assert float((grad(loss)(theta) - slope).norm() / slope.norm()) < 1e-5
+    ours = fs.hessian_difference(loss, theta, step=1e-2)(d)
+    assert float((ours - product).norm() / product.norm()) < 1e-3
+
+
+def masks_by_hand(mask, length):
+    """Float masks of a causal model, full and with a window, written out position by position."""
+    rows, n = mask.shape
+    full, near = torch.full((2, rows, 1, n, n), torch.finfo(torch.float32).min)
+    for row in range(rows):
+        for q in range(n):
+            for k in range(q + 1):
+                if mask[row, k]:
+                    full[row, 0, q, k] = 0
+                    if q - k < length:
+                        near[row, 0, q, k] = 0
+    return full, near
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3"])
+def test_a_family_with_layer_types_is_offered_a_mapping_that_is_right(name, monkeypatch):
+    model, batch = model_of(name, torch.float32), tokens(7, 3, 9, pad=4)
+    known = fs.functional(model)
+    monkeypatch.delitem(FAMILIES, name)
+    net = fs.functional(model)
+    with pytest.raises(ValueError, match=r"mapping of two float masks.*'full_attention' and 'sliding_attention'"):
+        net.apply(net.params, batch)
+    full, near = masks_by_hand(batch["attention_mask"], 4)
+    ids, read = batch["input_ids"], batch["attention_mask"].bool()
+    with pytest.raises(ValueError, match="of several types"):
+        net.apply(net.params, {"input_ids": ids, "attention_mask": full})
+    masks = {FULL: full, SLIDING: near}
+    with torch.no_grad():
+        ours = net.apply(net.params, {"input_ids": ids, "attention_mask": masks})
+        assert_close(ours[read], model(**batch).logits[read], rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"of several types.*\(batch, tokens\)"):
+        known.apply(known.params, {"input_ids": ids, "attention_mask": full})
+
+
+def test_masks_of_four_dimensions_where_the_model_counts_in_two():
+    batch = {"input_ids": tokens(7, 3, 9)["input_ids"], "attention_mask": torch.zeros(3, 1, 9, 9)}
+    for line, remedy in (
+        ("bloom", r"\(batch, tokens\)"),
+        ("falcon, alibi", r"\(batch, tokens\)"),
+        ("opt", "`position_ids`"),
+    ):
+        net = fs.functional(model_of(line, torch.float32))
+        with pytest.raises(ValueError, match=remedy):
+            net.apply(net.params, batch)
+    bloom = fs.functional(model_of("bloom", torch.float64))
+    with pytest.raises(ValueError, match="pad them on the right"):
+        bloom.apply(bloom.params, tokens(7, 3, 9, pad=4, left=True))
+
+
+def test_attention_in_both_directions_is_not_known_of_a_causal_family():
+    net = fs.functional(model_of("gemma3_text", torch.float32, use_bidirectional_attention=True))
+    with pytest.raises(ValueError, match=r"'gemma3_text'.*attention=\"keep\""):
+        net.apply(net.params, tokens(7, 3, 9))
+
+
+@pytest.mark.parametrize("name", OWN_KERNEL)
+def test_a_model_without_the_kernel_names_the_one_that_it_has(name):
+    with pytest.raises(ValueError, match='attention="eager"'):
+        fs.functional(model_of(name, torch.float32), attention="math")
+
+
+def test_images_have_every_derivative_from_python():
+    config = transformers.ViTConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    model = seeded(0, lambda: transformers.ViTForImageClassification(config)).eval()
+    model.set_attn_implementation("eager")
+    x, y = seeded(1, lambda: torch.randn(3, 1, 8, 8)), torch.tensor([0, 1, 2])
+    net = fs.functional(model)
+    loss, theta = fs.objective(net, [({"pixel_values": x}, y)], fs.classification), net.theta
+    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
+    value = F.cross_entropy(model(pixel_values=x).logits, y)
+    slope = flat(torch.autograd.grad(value, params, create_graph=True), params)
+    v = fs.normal(fs.key(1), theta)
+    product = flat(torch.autograd.grad(slope @ v, params, allow_unused=True), params)
+    assert_close(loss(theta).float(), value.detach(), rtol=1e-5, atol=0)
+    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-4
+    assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-4
