@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 Inputs = Tensor | tuple | Mapping[str, Any]
 
+WRITES = "Leave the write out, or do it in training mode only."
+
 _REMEDIES = {
     "setup_context": "the forward pass calls an `autograd.Function` of the old style or reentrant checkpointing, which "
     "torch.func cannot differentiate: give the function a `setup_context`, or switch the checkpointing off",
     "saved tensor hooks": "gradient checkpointing (or another saved-tensor hook) is switched on, which torch.func cannot "
     "differentiate: switch it off in the model, `gradient_checkpointing_disable()` for one of Hugging Face",
     "mutate a captured Tensor": "the forward pass writes to a buffer or another tensor of its own, and is no function of "
-    "theta: leave the write out, or do it in training mode only",
+    f"theta. {WRITES[:-1]}",
     ".item()": "the forward pass reads a value by `.item()`, which `vmap` refuses: compute with the tensor itself, or take "
     "a plan without vmap (`chunk=1`)",
     "data-dependent control flow": "the forward pass branches on a value, which `vmap` refuses: write it as `torch.where`, "

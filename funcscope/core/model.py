@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_choice, check_params
 from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
-from .forward import Inputs, arguments, kernel, named_errors
+from .forward import WRITES, Inputs, arguments, kernel, named_errors
 from .layout import Layout, Params
 from .masks import CLEAN, with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
@@ -87,6 +87,11 @@ class Functional:
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
     @property
+    def recurrent(self) -> bool:
+        """Does the model hold recurrent modules of torch, whose kernels cannot be mapped?"""
+        return any(isinstance(module, nn.RNNBase) for module in self._skeleton.modules())
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
@@ -148,7 +153,13 @@ class Functional:
         replacing = {f"{prefix}{name}": value for name, value in {**values, **self.buffers}.items()}
         true = nullcontext() if self.attention == "keep" else TrueDerivatives()
         with self._named(inputs), kernel(self.attention), true:
-            return functional_call(module, replacing, args, kwargs)
+            out = functional_call(module, replacing, args, kwargs)
+        for name, buffer in self.buffers.items():
+            if replacing[f"{prefix}{name}"] is not buffer:  # functional_call writes back what the module has afterwards
+                raise ValueError(
+                    f"the forward pass assigns the buffer `{name}` anew, and is no function of theta. {WRITES}"
+                )
+        return out
 
     def _named(self, inputs: Inputs) -> AbstractContextManager[None]:
         return named_errors(inputs, set(self._dtypes.values()))

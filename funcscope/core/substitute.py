@@ -54,14 +54,12 @@ class Substitute(TorchFunctionMode):
         self.params, self.base, self.dtypes, self.leaf = params, {**params, **frozen}, dtypes, leaf
         self.replaced = replaced if not fused else lambda func: func
         self.kept: dict[str, Tensor] = {}
-        self.used: set[str] = set()
 
     def value(self, name: str) -> Tensor:
         if name in self.kept:
             return self.kept[name]
         if name not in self.params:
             return self.base[name].to(self.dtypes[name])
-        self.used.add(name)
         made = self.leaf(name, self.base[name]).to(self.dtypes[name])
         if name in self.tied:
             self.kept[name] = made

@@ -17,7 +17,7 @@ from ..core.directions import Direction, Part, directions
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 
 Steps = Literal["sphere", "normal", "relative"]
@@ -129,6 +129,7 @@ def average_sharpness(
     check_count("num", num)
     check_positive("epsilon", epsilon)
     check_choice("distribution", distribution, get_args(Steps))
+    check_point(loss, theta)
     params = loss.leaves(theta)
     with torch.no_grad():
         centre = float(loss(theta))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def micro_batches(loss: Loss, m: int) -> list[Loss]:
     [2, 2, 1]
     """
     check_count("m", m)
-    return [Loss(loss.net, (part,), loss.criterion) for batch in loss.batches for part in _cut(batch, m)]
+    return [replace(loss, batches=(part,)) for batch in loss.batches for part in _cut(batch, m)]
 
 
 def _cut(batch: tuple[Any, Any], m: int) -> Iterator[tuple[Any, Any]]:
