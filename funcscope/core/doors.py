@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def skeleton_of(model: nn.Module, attention: str, dtype: torch.dtype | None) -> 
     """`make_skeleton` without backward hooks, which see gradients and are no part of the function."""
     try:
         skeleton = make_skeleton(model, attention, dtype)
-    except TypeError as err:
+    except (TypeError, pickle.PickleError) as err:
         raise TypeError(
             f"the module tree cannot be copied ({err}): {_uncopied(model)} holds something that belongs to this process, "
             "such as a lock, a file or a generator. Delete the attribute, or make it when it is used."
@@ -153,6 +154,6 @@ def _uncopied(model: nn.Module) -> str:
             if attribute not in ("_parameters", "_buffers", "_modules"):
                 try:
                     copy.deepcopy(value)
-                except (TypeError, RuntimeError):
+                except (TypeError, RuntimeError, pickle.PickleError):
                     return f"`{f'{name}.{attribute}'.lstrip('.')}`"
     return "a part of it"

@@ -44,6 +44,16 @@ def arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
+def logits_of(out: Any) -> Tensor:
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned a {type(out).__name__} without `.logits`; "
+            "pass `output=lambda out: ...` to `functional` to say which tensor is scored."
+        )
+    return logits
+
+
 @contextmanager
 def named_errors(inputs: Any, dtypes: set[torch.dtype]) -> Iterator[None]:
     """Errors of torch that say neither the rule nor the remedy get both; all others pass unchanged.

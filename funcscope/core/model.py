@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .checks import check_choice, check_params
 from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
-from .forward import WRITES, Inputs, arguments, kernel, named_errors
+from .forward import WRITES, Inputs, arguments, kernel, logits_of, named_errors
 from .layout import Layout, Params
 from .masks import CLEAN, with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
@@ -113,7 +113,7 @@ class Functional:
         if not isinstance(module, PreTrainedModel) or module.config.model_type not in LINEAR_HEAD:
             return None
         last = module.get_output_embeddings()
-        if type(last) is not nn.Linear or self._output is not _logits or not _is_as_compared(module, last):
+        if type(last) is not nn.Linear or self._output is not logits_of or not _is_as_compared(module, last):
             return None
         names = {id(param): name for name, param in module.named_parameters()}
         return Head(names[id(last.weight)], None if last.bias is None else names[id(last.bias)])
@@ -263,7 +263,7 @@ def functional(
         attention=attention,
         _skeleton=skeleton,
         _frozen={name: value for name, value in values.items() if not keep(name)},
-        _output=_logits if output == "logits" else output,  # type: ignore[arg-type]
+        _output=logits_of if output == "logits" else output,  # type: ignore[arg-type]
     )
 
 
@@ -285,13 +285,3 @@ def _is_as_compared(model: PreTrainedModel, head: nn.Module) -> bool:
     parts = (model, model.base_model, head)
     hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
     return causal and own and not hooked
-
-
-def _logits(out: Any) -> Tensor:
-    logits = getattr(out, "logits", out)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model returned a {type(out).__name__} without `.logits`; "
-            "pass `output=lambda out: ...` to `functional` to say which tensor is scored."
-        )
-    return logits

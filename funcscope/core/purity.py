@@ -39,7 +39,7 @@ def check_function(loss: Loss) -> None:
     batch = min(loss.batches, key=lambda pair: sum(x.numel() for x in tensors(pair)))
     fresh = replace(net, buffers={name: value.clone() for name, value in net.buffers.items()})
     versions = {name: value._version for name, value in net.buffers.items() if not value.is_inference()}
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[net.device] if net.device.type == "cuda" else []):
         first = _output(net, lambda _, value: value, batch[0])
         _check_labels(loss, first)
         later, alone = _output(net, _moved, batch[0]), _output(fresh, _moved, batch[0])
