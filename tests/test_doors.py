@@ -312,6 +312,8 @@ def test_rows_that_do_not_add_up_are_refused():
     loss = fs.objective(fs.functional(model.double()), [(x, Y)], fs.classification)
     with pytest.raises(ValueError, match="sequences see each other"):
         list(gradient_chunks(loss, loss.net.theta, chunk_size=2))
+    with pytest.raises(ValueError, match="sequences see each other"):
+        fs.m_sharpness(loss, loss.net.theta, m=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -19,7 +19,7 @@ from .substitute import LeafFn, immovable
 if TYPE_CHECKING:
     from .objective import Loss
 
-DENSE_UP_TO = 2**26
+DENSE_UP_TO = 2**24
 """Larger models are moved leaf by leaf: a second set of weights might not fit."""
 
 
@@ -72,7 +72,8 @@ def _moved(step: float) -> LeafFn:
     def leaf(_: str, value: Tensor) -> Tensor:
         if not bool(value.any()):
             return value + step
-        return torch.add(value, value.flip(0) if value.ndim else value, alpha=step)
+        other = value.flip(0) if value.ndim else value.clone()
+        return other.mul_(step).add_(value)  # in one new tensor: leaves may be large
 
     return leaf
 
