@@ -110,6 +110,18 @@ def test_backward_hooks_stay_with_the_caller():
     assert len(seen) == 2
 
 
+def test_checkpointing_of_transformers_is_one_of_training():
+    model, batches, criterion = problem("gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its name is about to change
+        model.gradient_checkpointing_enable()
+    hooks = dict(model.get_input_embeddings()._forward_hooks)
+    loss, plain = fs.objective(fs.functional(model), batches, criterion), loss_of("gpt2")
+    v = fs.normal(fs.key(0), loss.net.theta)
+    assert_close(fs.hessian(loss, loss.net.theta)(v), fs.hessian(plain, plain.net.theta)(v))
+    assert dict(model.get_input_embeddings()._forward_hooks) == hooks
+
+
 # --- weights that do not move ----------------------------------------------------------------------------------------
 
 

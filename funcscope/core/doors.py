@@ -50,6 +50,11 @@ def skeleton_of(model: nn.Module, attention: str, dtype: torch.dtype | None) -> 
     for module in skeleton.modules():
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        for key, hook in list(module._forward_hooks.items()):
+            if (
+                getattr(hook, "__name__", "") == "make_inputs_require_grads"
+            ):  # of transformers, for checkpointing in training
+                del module._forward_hooks[key]
     return skeleton
 
 

@@ -20,6 +20,8 @@ _REMEDIES = {
     "torch.func cannot differentiate: give the function a `setup_context`, or switch the checkpointing off",
     "saved tensor hooks": "gradient checkpointing (or another saved-tensor hook) is switched on, which torch.func cannot "
     "differentiate: switch it off in the model, `gradient_checkpointing_disable()` for one of Hugging Face",
+    "requires_grad_()": "the forward pass or a hook calls `requires_grad_()`, which no function may: take it out, or "
+    "switch gradient checkpointing off",
     "mutate a captured Tensor": "the forward pass writes to a buffer or another tensor of its own, and is no function of "
     f"theta. {WRITES[:-1]}",
     ".item()": "the forward pass reads a value by `.item()`, which `vmap` refuses: compute with the tensor itself, or take "
