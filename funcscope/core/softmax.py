@@ -1,7 +1,4 @@
-"""The cross-entropy of labels, with its second derivative and its distribution in closed form.
-
-The second derivative: proofs/softmax_hessian.py.
-"""
+"""The cross-entropy of labels, with its second derivative and its distribution in closed form."""
 
 from __future__ import annotations
 
