@@ -212,7 +212,7 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("make", [wrong_inputs.Noisy, wrong_inputs.Remembering, wrong_inputs.Counting])
+@pytest.mark.parametrize("make", [wrong_inputs.Noisy, wrong_inputs.Remembering])
 @pytest.mark.parametrize("use", USES)
 def test_no_door_is_open_to_what_is_no_function_of_theta(use, make):
     loss = wrong_inputs.loss_of(make())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import dense_hessian, seeded
 from torch import nn
@@ -75,6 +75,7 @@ def test_values_and_derivatives_are_those_of_torchs_loss(case):
     assert_close(rows.sum(0), total * grad(whole)(theta))
 
 
+@settings(max_examples=8)
 @given(seed=st.integers(0, 99), rows=st.integers(1, 4))
 def test_output_hessians_are_second_derivatives_of_weighted_sums(seed, rows):
     out, v = (fs.normal(fs.fold_in(fs.key(seed), i), torch.zeros(rows, 3).double()) for i in range(2))
@@ -126,11 +127,11 @@ def test_drawn_targets_estimate_the_fisher_information(case):
     net = net_of()
     loss = fs.objective(net, [(X, targets)], criterion)
     theta, v = net.theta, fs.normal(fs.key(0), net.theta)
-    draws = torch.stack([v @ fs.fisher_mc(loss, theta, key=fs.key(seed))(v) for seed in range(40)])
+    draws = torch.stack([v @ fs.fisher_mc(loss, theta, key=fs.key(seed))(v) for seed in range(25)])
     exact = v @ fs.exact_fisher(loss, theta)(v)
     stderr = draws.std() / len(draws) ** 0.5
     assert abs(draws.mean() - exact) < 5 * stderr
-    assert stderr < 0.2 * exact
+    assert stderr < 0.25 * exact
 
 
 def test_drawn_targets_have_the_right_moments():
