@@ -16,6 +16,7 @@ from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
 from .core.keys import Key, fold_in, key, normal, rademacher
 from .core.layout import Layout
+from .core.losses import binary_cross_entropy, cross_entropy, mse
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
 from .core.restrict import grid, restrict
@@ -113,6 +114,7 @@ __all__ = [
     "barrier_matrix",
     "bezier",
     "bezier_path",
+    "binary_cross_entropy",
     "causal_lm",
     "classification",
     "common_directions",
@@ -123,6 +125,7 @@ __all__ = [
     "connect",
     "criterion_of",
     "critical_sharpness",
+    "cross_entropy",
     "curvature",
     "custom",
     "difference_step",
@@ -156,6 +159,7 @@ __all__ = [
     "loss_plane",
     "m_sharpness",
     "masked_lm",
+    "mse",
     "normal",
     "objective",
     "per_sample_gradients",

@@ -18,7 +18,14 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 ROOMS = {
-    "transformers": ("core/model.py", "core/masks.py", "core/skeleton.py", "families", "study"),
+    "transformers": (
+        "core/architectures.py",
+        "core/model.py",
+        "core/masks.py",
+        "core/skeleton.py",
+        "families",
+        "study",
+    ),
     "plotly": ("view",),
     "dash": ("view",),
 }

@@ -13,6 +13,11 @@ from torch import Tensor
 
 def check_flat(name: str, vector: Tensor, num: int) -> None:
     """`vector` is a floating vector of shape (num,)."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(
+            f"`{name}` must be a flat tensor, got a {type(vector).__name__}. Parameter dicts become flat vectors with "
+            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`."
+        )
     if tuple(vector.shape) != (num,):
         raise ValueError(
             f"`{name}` must be a flat vector of shape ({num},), got {tuple(vector.shape)}. "

@@ -9,28 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .keys import Key, uniform
-from .model import Inputs
+from .forward import Inputs
+from .keys import Key
+from .softmax import Labels, cross_entropy_of, draw_labels, softmax_hessian
 
 IGNORE = -100
 """The label of a position that is not scored, as everywhere in the field."""
-
-
-ROWS_ENTRIES = 2**16
-"""Entries of the logits that are worked on at a time in closed forms: 256 KiB of float32."""
-
-
-class Labels(NamedTuple):
-    """One class per position, aligned with the model's output, and the weight of each (0: not scored)."""
-
-    index: Int[Tensor, "..."]  # type: ignore[assignment]
-    weight: Float[Tensor, "..."]
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,9 @@ def custom(token_loss: Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]], 
     """A criterion from `token_loss(out, targets) -> loss` or `-> (loss, weight)`, for batches `(inputs, targets)`.
 
     The loss keeps one entry per sequence or per token: a function that returns the mean already has thrown away the
-    weights that an exact mean over unequal batches needs.
+    weights that an exact mean over unequal batches needs. Weights are constants: made of the targets, not of the output.
+
+    Raises ValueError where output and targets of other shapes were broadcast to a table of all pairs.
 
     >>> absolute = custom(lambda out, y: (out - y).abs())
     >>> absolute.token_loss(torch.zeros(2), torch.ones(2))
@@ -91,6 +82,7 @@ def custom(token_loss: Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]], 
     def weighted(out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         scored = token_loss(out, targets)
         loss, weight = scored if isinstance(scored, tuple) else (scored, torch.ones_like(scored))
+        _check_no_table(loss, out, targets)
         if loss.ndim == 0 or loss.shape != weight.shape:
             raise ValueError(
                 "a custom loss must keep its first dimension, one entry per sequence, and have weights of its own shape; "
@@ -99,15 +91,42 @@ def custom(token_loss: Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]], 
             )
         return loss, weight
 
-    return Criterion(name, _pair, weighted)
+    if not callable(token_loss):
+        raise TypeError(
+            f"`token_loss` must be a function of (output, targets) without reduction, got a {type(token_loss).__name__}."
+        )
+    return Criterion(name, pair, weighted)
 
 
-def _pair(batch: Any) -> tuple[Inputs, Any]:
+def _check_no_table(loss: Tensor, out: Tensor, targets: Any) -> None:
+    """(n, 1) against (n,) is (n, n), every output beside every target: nobody's loss."""
+    if (
+        isinstance(targets, Tensor)
+        and isinstance(loss, Tensor)
+        and loss.numel() > max(out.numel(), targets.numel())
+        and _fit(out, targets)
+        and loss.shape == torch.broadcast_shapes(out.shape, targets.shape)
+    ):
+        raise ValueError(
+            f"the model's output of shape {tuple(out.shape)} and the targets of shape {tuple(targets.shape)} were broadcast "
+            f"to losses of shape {tuple(loss.shape)}, every output beside every target: give both one shape, for example "
+            "`targets[:, None]`."
+        )
+
+
+def _fit(a: Tensor, b: Tensor) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a.shape), reversed(b.shape), strict=False))
+
+
+def pair(batch: Any) -> tuple[Inputs, Any]:
     if isinstance(batch, Mapping) and "labels" in batch:
         return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
     if isinstance(batch, tuple) and len(batch) == 2:
         return batch
-    raise ValueError("a batch must be a tuple `(inputs, targets)` or a mapping with an entry `labels`.")
+    raise ValueError(
+        f"a batch must be a tuple `(inputs, targets)` or a mapping with an entry `labels`, got a {type(batch).__name__}: "
+        "`batches` is a list of those, `[(inputs, targets)]`, or a `DataLoader`."
+    )
 
 
 def _causal(batch: Any) -> tuple[Inputs, Labels]:
@@ -144,9 +163,9 @@ def _translated(batch: Any) -> tuple[Inputs, Labels]:
     return inputs, _labels(batch["labels"], torch.ones_like(batch["labels"], dtype=torch.bool))
 
 
-def _classes(batch: Any) -> tuple[Inputs, Labels]:
-    inputs, labels = _pair(batch)
-    return inputs, _labels(labels, torch.ones_like(labels, dtype=torch.bool))
+def classes(batch: Any) -> tuple[Inputs, Labels]:
+    inputs, labels = pair(batch)
+    return inputs, _labels(labels, torch.tensor(True))
 
 
 def _language(batch: Any) -> tuple[Inputs, Tensor, Tensor, Tensor]:
@@ -173,73 +192,33 @@ def _language(batch: Any) -> tuple[Inputs, Tensor, Tensor, Tensor]:
 
 
 def _labels(labels: Tensor, scored: Tensor) -> Labels:
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a tensor of integers, got a {type(labels).__name__}: `torch.as_tensor(labels)`."
+        )
     if labels.is_floating_point():
-        raise ValueError(f"labels must be integer classes, got {labels.dtype}; use `custom` for real-valued targets.")
+        raise ValueError(f"labels must be integer classes, got {labels.dtype}; use `custom` or `mse` for real targets.")
     labels = labels.long()
+    if bool(((labels < 0) & (labels != IGNORE)).any()):
+        least = int(labels[labels != IGNORE].min())
+        raise ValueError(f"labels must be classes from 0, or {IGNORE} where nothing is scored; got {least}.")
     scored = scored & (labels != IGNORE)
     return Labels(labels.masked_fill(~scored, 0), scored.to(torch.float32))
 
 
-def _cross_entropy(out: Tensor, targets: Labels) -> tuple[Tensor, Tensor]:
-    """-log softmax(out)[label] in at least float32, nats."""
-    _check_positions(out, targets)
-    logits = out.to(torch.promote_types(out.dtype, torch.float32))
-    chosen = logits.gather(-1, targets.index[..., None])[..., 0]
-    return logits.logsumexp(-1) - chosen, targets.weight
-
-
-def _check_positions(out: Tensor, targets: Labels) -> None:
-    if out.shape[:-1] != targets.index.shape:
-        raise ValueError(
-            f"the model's output of shape {tuple(out.shape)} must be labels of shape {tuple(targets.index.shape)} "
-            "with one more dimension of classes; choose another criterion, or another `output` in `functional`."
-        )
-
-
-def _softmax_hessian(out: Tensor, targets: Labels, v: Tensor) -> Tensor:
-    """weight * (diag p - p p') v, the second derivative of the cross-entropy in the logits, whatever the label.
-
-    A few rows at a time: what lies between the logits and the result stays in the cache.
-    """
-    wide = torch.promote_types(out.dtype, torch.float32)
-    classes = out.shape[-1]
-    rows = max(1, ROWS_ENTRIES // classes)
-    parts = []
-    for z, dz, weight in zip(
-        out.reshape(-1, classes).split(rows),
-        v.reshape(-1, classes).split(rows),
-        targets.weight.reshape(-1, 1).split(rows),
-        strict=True,
-    ):
-        p = z.to(wide).softmax(-1)
-        moved = p * dz
-        parts.append(torch.addcmul(moved, p, moved.sum(-1, keepdim=True), value=-1) * weight)
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(v.shape)
-
-
-def _draw_labels(out: Tensor, targets: Labels, key: Key) -> Labels:
-    """Labels drawn from softmax(out) by inversion of the distribution function, at the same positions and weights."""
-    cumulative = out.double().softmax(-1).cumsum(-1)
-    unit = uniform(key, cumulative[..., 0]) * cumulative[..., -1]
-    index = torch.searchsorted(cumulative, unit[..., None], right=True)[..., 0].clamp(max=out.shape[-1] - 1)
-    return Labels(index, targets.weight)
-
-
-causal_lm = Criterion("causal_lm", _causal, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
+causal_lm = Criterion("causal_lm", _causal, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
 """Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0.
 
 Why the shift: proofs/causal_shift.py.
 """
 
-masked_lm = Criterion("masked_lm", _masked, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
+masked_lm = Criterion("masked_lm", _masked, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
 """Cross-entropy of the masked tokens at their own positions; `labels` are -100 where nothing was masked."""
 
-classification = Criterion(
-    "classification", _classes, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True
-)
+classification = Criterion("classification", classes, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
 """Cross-entropy of one class per output row, for batches `(inputs, labels)` or mappings with `labels`."""
 
-seq2seq_lm = Criterion("seq2seq_lm", _translated, _cross_entropy, _softmax_hessian, _draw_labels, positionwise=True)
+seq2seq_lm = Criterion("seq2seq_lm", _translated, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
 """Cross-entropy of an encoder-decoder's labels (-100: not scored), each at the decoder position that predicts it.
 
 Without `decoder_input_ids`, the labels stay among the inputs, and the model's door makes the decoder's inputs of them.

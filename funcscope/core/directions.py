@@ -128,6 +128,10 @@ def directions(
     >>> torch.allclose(d.leaf("weight").norm(dim=1), net.params["weight"].norm(dim=1))
     True
     """
+    if not isinstance(net, Functional):
+        raise TypeError(
+            f"`net` must be what `functional` returns, got a {type(net).__name__}: `functional(model)`, `loss.net`."
+        )
     check_key(key)
     check_choice("normalize", normalize, get_args(Normalize))
     check_choice("distribution", distribution, get_args(Distribution))

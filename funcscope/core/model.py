@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,18 +13,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from .architectures import computes_in_float32, has_linear_head
 from .checks import check_choice, check_device, check_params
+from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
+from .forward import WRITES, Inputs, arguments, kernel, logits_of, named_errors
 from .layout import Layout, Params
 from .masks import with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
-
-Inputs = Tensor | tuple | Mapping[str, Any]
-Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
 
 
 class Head(NamedTuple):
@@ -66,6 +64,11 @@ class Functional:
         return self._frozen
 
     @cached_property
+    def _running(self) -> nn.Module:
+        """The module that is called: a copy of the skeleton, which stays as it was made, on these buffers."""
+        return running(self._skeleton, self.buffers)
+
+    @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that each parameter is used in, frozen ones included."""
         return {name: param.dtype for name, param in self._skeleton.named_parameters()}
@@ -82,6 +85,11 @@ class Functional:
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
     @property
+    def recurrent(self) -> bool:
+        """Does the model hold recurrent modules of torch, whose kernels cannot be mapped?"""
+        return any(isinstance(module, nn.RNNBase) for module in self._skeleton.modules())
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
@@ -90,7 +98,7 @@ class Functional:
 
         The caller's model is never written to. A forward pass that writes to a buffer writes to the private copy.
         """
-        return self._output(self._call(self._skeleton, "", self._values(params), inputs))
+        return self._output(self._call(self._running, "", self._values(params), inputs))
 
     @cached_property
     def head(self) -> Head | None:
@@ -103,7 +111,7 @@ class Functional:
         if not isinstance(module, PreTrainedModel) or not has_linear_head(module.config):
             return None
         last = module.get_output_embeddings()
-        if type(last) is not nn.Linear or self._output is not _logits or not _is_as_compared(module, last):
+        if type(last) is not nn.Linear or self._output is not logits_of or not _is_as_compared(module, last):
             return None
         names = {id(param): name for name, param in module.named_parameters()}
         return Head(names[id(last.weight)], None if last.bias is None else names[id(last.bias)])
@@ -111,7 +119,7 @@ class Functional:
     def hidden(self, params: Params, inputs: Inputs) -> Tensor:
         """What the last linear layer reads; for models with a `head`."""
         self._check_head()
-        return self._call(_Body(self._skeleton), "whole.", self._values(params), inputs)
+        return self._call(_Body(self._running), "whole.", self._values(params), inputs)
 
     def readout(self, params: Params, hidden: Tensor) -> Tensor:
         """The output from what the last linear layer reads; for models with a `head`."""
@@ -139,24 +147,36 @@ class Functional:
         return {name: value.to(self._dtypes[name]) for name, value in {**params, **self._frozen}.items()}
 
     def _call(self, module: nn.Module, prefix: str, values: Params, inputs: Inputs) -> Any:
-        args, kwargs = _arguments(self.prepare(inputs))
+        args, kwargs = arguments(self.prepare(inputs))
         replacing = {f"{prefix}{name}": value for name, value in {**values, **self.buffers}.items()}
-        with _kernel(self.attention), nullcontext() if self.attention == "keep" else TrueDerivatives():
-            return functional_call(module, replacing, args, kwargs)
+        true = nullcontext() if self.attention == "keep" else TrueDerivatives()
+        with self._named(inputs), kernel(self.attention), true:
+            out = functional_call(module, replacing, args, kwargs)
+        for name, buffer in self.buffers.items():
+            if replacing[f"{prefix}{name}"] is not buffer:  # functional_call writes back what the module has afterwards
+                raise ValueError(
+                    f"the forward pass assigns the buffer `{name}` anew, and is no function of theta. {WRITES}"
+                )
+        return out
+
+    def _named(self, inputs: Inputs) -> AbstractContextManager[None]:
+        return named_errors(inputs, set(self._dtypes.values()))
 
     def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
         """The output with each parameter replaced by `leaf(name, value)` at the moment it is used.
 
         No second set of weights exists at any time: the memory is that of the largest leaf. A tied parameter is made
         once per call. Bit for bit equal to `apply` with a dict of the same values.
+
+        Raises ValueError where a parameter belongs to a scripted module, which takes no other value in its place.
         """
-        args, kwargs = _arguments(self.prepare(inputs))
-        with _kernel(self.attention), self._substitute(leaf):
-            return self._output(functional_call(self._skeleton, dict(self.buffers), args, kwargs))
+        args, kwargs = arguments(self.prepare(inputs))
+        with self._named(inputs), kernel(self.attention), self._substitute(leaf):
+            return self._output(self._running(*args, **kwargs))
 
     def _substitute(self, leaf: LeafFn) -> Substitute:
         fused = self.attention == "keep"
-        return Substitute(self._skeleton, self.params, self._frozen, self._dtypes, leaf, fused=fused)
+        return Substitute(self._running, self.params, self._frozen, self._dtypes, leaf, fused=fused)
 
     def in_dtype(self, dtype: torch.dtype) -> Functional:
         """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
@@ -228,22 +248,24 @@ def functional(
     the exact function of bfloat16 weights, at the memory of one leaf where it is perturbed leaf by leaf. None: as stored.
 
     Raises ValueError where two parameters share memory without being one object, where a parameter lies on the meta
-    device, or where nothing is trainable; TypeError where a parameter is not floating-point.
+    device, or where nothing is trainable, for pruned modules and for hooks that hold a parameter; TypeError where a
+    parameter is not floating-point, and for what is no Python module (a scripted one, a class, a state dict).
 
     >>> net = functional(nn.Linear(3, 2))
     >>> net.apply(net.params, torch.ones(5, 3)).shape
     torch.Size([5, 2])
     """
     check_choice("attention", attention, ("eager", "math", "keep"))
-    keep = _selector(model, trainable)
-    _check_parameters(model, keep, explicit=trainable is not None)
+    model = unwrapped(model)
+    keep = selector(model, trainable)
+    check_parameters(model, keep, explicit=trainable is not None)
     layout = Layout.of(model, keep, dtype)
     values = {name: param.detach() for name, param in model.named_parameters()}
     if isinstance(output, str):
         check_choice("output", output, ("logits",))
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}.")
-    skeleton = make_skeleton(model, attention, dtype)
+    skeleton = skeleton_of(model, attention, dtype)
     return Functional(
         params={name: values[name] for name in layout.names},
         buffers=dict(skeleton.named_buffers()),
@@ -251,75 +273,8 @@ def functional(
         attention=attention,
         _skeleton=skeleton,
         _frozen={name: value for name, value in values.items() if not keep(name)},
-        _output=_logits if output == "logits" else output,  # type: ignore[arg-type]
+        _output=logits_of if output == "logits" else output,  # type: ignore[arg-type]
     )
-
-
-def _selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:
-    names = {name for name, _ in model.named_parameters()}
-    if trainable is None:
-        chosen = {name for name, param in model.named_parameters() if param.requires_grad}
-    elif trainable == "all":
-        chosen = names
-    elif isinstance(trainable, str):
-        raise TypeError(f'`trainable` takes "all", a list of names or a predicate, got the string {trainable!r}.')
-    elif callable(trainable):
-        chosen = {name for name in names if trainable(name)}
-    else:
-        chosen = set(trainable)
-        if unknown := sorted(chosen - names):
-            raise ValueError(f"`trainable` names parameters that the model does not have: {unknown[:3]}.")
-    if not chosen:
-        raise ValueError(
-            f"`trainable={trainable!r}` selects none of the model's {len(names)} parameters: "
-            'theta would be empty. Pass `trainable="all"` for a model with frozen weights.'
-        )
-    return chosen.__contains__
-
-
-def _check_parameters(model: nn.Module, keep: Callable[[str], bool], explicit: bool) -> None:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) > 1:
-        raise ValueError(f"the model is spread over {', '.join(sorted(map(str, devices)))}: move it to one device.")
-    for name, param in model.named_parameters():
-        if param.is_meta:
-            raise ValueError(f"`{name}` is on the meta device and has no values: load the weights first.")
-        if not param.is_floating_point() and (keep(name) or not explicit):
-            raise TypeError(
-                f"`{name}` is a parameter of dtype {param.dtype}; theta holds real floating-point numbers only. "
-                "Dequantise it, register it as a buffer, or name the parameters of theta by `trainable`."
-            )
-    _check_aliases(model)
-
-
-def _check_aliases(model: nn.Module) -> None:
-    """Two tensors on one memory would be two independent coordinates here and one in the caller's model."""
-    spans: dict[int, list[tuple[int, int, str]]] = {}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        if tensor.layout is torch.strided and tensor.numel():
-            start = tensor.storage_offset() * tensor.element_size()
-            extent = 1 + sum((n - 1) * step for n, step in zip(tuple(tensor.shape), tensor.stride(), strict=True))
-            span = (int(start), int(start + extent * tensor.element_size()), name)
-            spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
-    parameters = {name for name, _ in model.named_parameters()}
-    for shared in spans.values():
-        for (_, end, first), (start, _, second) in zip(sorted(shared), sorted(shared)[1:], strict=False):
-            if start < end and {first, second} & parameters:
-                raise ValueError(
-                    f"`{first}` and `{second}` share memory without being one parameter. Tie them by assigning the same "
-                    "`nn.Parameter` object to both modules, or clone one of them."
-                )
-
-
-def _kernel(attention: str) -> AbstractContextManager[Any]:
-    return nullcontext() if attention == "keep" else sdpa_kernel(SDPBackend.MATH)
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 class _Body(nn.Module):
@@ -340,13 +295,3 @@ def _is_as_compared(model: PreTrainedModel, head: nn.Module) -> bool:
     parts = (model, model.base_model, head)
     hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
     return causal and own and not hooked
-
-
-def _logits(out: Any) -> Tensor:
-    logits = getattr(out, "logits", out)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model returned a {type(out).__name__} without `.logits`; "
-            "pass `output=lambda out: ...` to `functional` to say which tensor is scored."
-        )
-    return logits

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .batches import Prepared, prepared, tensors, with_finite_targets
 from .checks import check_device
 from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
 from .model import Functional, Inputs, LeafFn
 from .progress import tick
+from .purity import check_function
+from .substitute import NOT_LEAF_BY_LEAF
 
 Theta = Tensor | Params
 
@@ -29,8 +33,10 @@ class Loss:
     """
 
     net: Functional
-    batches: tuple[tuple[Inputs, Any], ...]
+    batches: Prepared
     criterion: Criterion
+    _verdicts: set[str] = field(default_factory=set)
+    """What was checked and is right ("function"), names of parameters that the model does not use, and what was said."""
 
     def __repr__(self) -> str:  # short: torch's vmap takes the repr of its function at every call
         return f"Loss({self.criterion.name}, {len(self.batches)} batches, {self.net!r})"
@@ -45,7 +51,40 @@ class Loss:
 
     def at_leaves(self, leaf: LeafFn) -> Float[Tensor, ""]:
         """The loss with each parameter replaced by `leaf(name, value)` when it is used; see `Functional.apply_leaves`."""
-        return self._mean(lambda inputs: self.net.apply_leaves(leaf, inputs))
+        used = set()
+
+        def asked(name: str, value: Tensor) -> Tensor:
+            used.add(name)
+            return leaf(name, value)
+
+        mean = self._mean(lambda inputs: self.net.apply_leaves(asked, inputs))
+        if unused := set(self.layout.names) - used - self._verdicts:
+            self._check_unused(unused)
+        return mean
+
+    def check_function(self) -> None:
+        """Raises where the loss is no function of theta, before its first use by an operator or a metric."""
+        if "function" not in self._verdicts:
+            check_function(self)
+            self._verdicts.add("function")
+
+    def say_once(self, text: str) -> None:
+        """A warning that this objective gives once."""
+        if text not in self._verdicts:
+            self._verdicts.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _check_unused(self, names: set[str]) -> None:
+        """A parameter that was not asked for makes no difference: not even nan in its place does."""
+        lost = {**self.net.params, **{name: torch.full_like(self.net.params[name], torch.nan) for name in names}}
+        with torch.no_grad():
+            for inputs, _ in self.batches:
+                one, other = self.net.apply(self.net.params, inputs), self.net.apply(lost, inputs)
+                if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+                    raise ValueError(
+                        f"`{min(names)}` or another parameter is used past torch's Python, {NOT_LEAF_BY_LEAF}"
+                    )
+        self._verdicts.update(names)
 
     def terms(self, theta: Theta) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Per sequence, in the order of the batches: the weighted sum of its token losses, and the sum of its weights.
@@ -71,7 +110,7 @@ class Loss:
 
     def tensors(self) -> Iterable[Tensor]:
         """Every tensor of the batches."""
-        return _tensors(self.batches)
+        return tensors(self.batches)
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
         parts = [self.scored(outputs, *batch) for batch in self.batches]
@@ -88,11 +127,16 @@ class Loss:
 def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> Loss:
     """The mean loss of `net` over `batches`, weighted by scored tokens: the same however the data are batched.
 
-    batches: a list of batches (or one mapping, tensor or tuple: one batch), each as the criterion's `prepare` takes
-    it. They are fixed here: every evaluation sees the same data.
+    batches: a list of batches, a `DataLoader`, or one mapping, tensor or tuple: one batch; each as the criterion's
+    `prepare` takes it, of tensors or numpy arrays. They are fixed here: every evaluation sees the same data. A batch
+    without a sequence is left out.
+
+    Targets that are not finite are missing ones where the criterion gives them weight 0: neither the loss nor its
+    derivatives look at them.
 
     Raises ValueError for an empty list, for batches on another device than the parameters, and where no position is
-    scored at all.
+    scored at all; TypeError for a net, criterion or batches of another kind. What takes a forward pass to see is raised at
+    the first use by an operator or a metric (core/purity.py).
 
     >>> from funcscope.core.criterion import classification
     >>> from funcscope.core.model import functional
@@ -101,41 +145,34 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
     >>> round(float(loss({name: 0 * value for name, value in net.params.items()})), 4)      # ln 2
     0.6931
     """
-    one = isinstance(batches, (Mapping, Tensor)) or (isinstance(batches, tuple) and isinstance(batches[0], Tensor))
-    listed = [batches] if one else list(batches)
-    if not listed:
-        raise ValueError("`batches` is empty: a mean over nothing is undefined.")
-    for tensor in _tensors(listed):
-        check_device("the batch", tensor.device, "the model", net.device)
-    prepared = tuple((_checked(net.prepare(inputs)), targets) for inputs, targets in map(criterion.prepare, listed))
-    weights = [targets.weight for _, targets in prepared if hasattr(targets, "weight")]
-    if weights and not any(bool(weight.any()) for weight in weights):
-        raise ValueError(
-            "no position is scored: every label is -100 or masked. "
-            "Check `labels` and `attention_mask`; the mean over no token is undefined."
+    if not isinstance(net, Functional):
+        raise TypeError(f"`net` must be what `functional` returns, got a {type(net).__name__}: `functional(model)`.")
+    if not isinstance(criterion, Criterion):
+        raise TypeError(
+            f"`criterion` must be a criterion such as `fs.classification`, got a {type(criterion).__name__}: a function of "
+            "(output, targets) without reduction becomes one by `fs.custom(function)`."
         )
-    return Loss(net, prepared, criterion)
+    pairs = prepared(net, batches, criterion)
+    return Loss(net, pairs, with_finite_targets(criterion, pairs))
 
 
-def _checked(inputs: Inputs) -> Inputs:
-    """Negative ids would be taken from the end of the embedding."""
-    for name, ids in inputs.items() if isinstance(inputs, Mapping) else ():
-        if name in ("input_ids", "decoder_input_ids") and isinstance(ids, Tensor) and bool((ids < 0).any()):
-            raise ValueError(f"`{name}` holds the negative id {int(ids.min())}: -100 belongs into `labels` only.")
-    return inputs
+def check_point(loss: Any, theta: Any) -> None:
+    """The door of whatever takes a loss and theta: they are what they should be, and the loss is a function of theta."""
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"`loss` must be what `objective` returns, got a {type(loss).__name__}: "
+            "`objective(functional(model), batches, criterion)`."
+        )
+    if not isinstance(theta, (Tensor, Mapping)):
+        raise TypeError(
+            f"`theta` must be a flat tensor or a dict of parameters, got a {type(theta).__name__}: `net.theta`, "
+            "`net.params`, `dict(model.named_parameters())`, or `torch.as_tensor` of an array."
+        )
+    if isinstance(theta, Tensor):
+        check_device("theta", theta.device, "the model", loss.net.device)
+    loss.check_function()
 
 
 def per_sequence(x: Tensor) -> Tensor:
     """Sums over all but the first dimension."""
     return x.flatten(1).sum(1, dtype=wide(x.device)) if x.ndim > 1 else x.to(wide(x.device))
-
-
-def _tensors(tree: Any) -> Iterable[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from _tensors(value)

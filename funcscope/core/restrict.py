@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_count, check_device, check_flat, check_positive
 from .directions import Direction, Part, stack
-from .objective import Loss, Theta
+from .objective import Loss, Theta, check_point
 
 LAZY_ABOVE = 2**24
 """Directions with more numbers than this in all are made leaf by leaf while the model runs (64 MiB of float32)."""
@@ -57,6 +57,7 @@ def restrict(
     >>> float(phi(torch.tensor(1.0))), float(torch.func.grad(phi)(torch.tensor(0.0)))
     (16.0, 6.0)
     """
+    check_point(loss, base)
     single = not isinstance(dirs, Sequence) and not (isinstance(dirs, Tensor) and dirs.ndim == 2)
     if isinstance(dirs, Tensor):
         if lazy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,17 @@ from .skeleton import replaced
 
 LeafFn = Callable[[str, Tensor], Tensor]
 """(name, value) -> what takes the parameter's place."""
+
+
+NOT_LEAF_BY_LEAF = (
+    "so that the plan that makes weights leaf by leaf would leave it where it is: take the dense one, `lazy=False` "
+    "(with `chunk=1` where directions are sampled), or pass the Python module that it was made of."
+)
+
+
+def immovable(skeleton: nn.Module, names: Collection[str]) -> str | None:
+    """A parameter that is no placeholder: C++ holds it, and no torch call through which it could be replaced takes it."""
+    return next((name for name, param in skeleton.named_parameters() if name in names and not param.is_meta), None)
 
 
 class Substitute(TorchFunctionMode):
@@ -36,6 +47,8 @@ class Substitute(TorchFunctionMode):
         fused: bool,
     ):
         super().__init__()
+        if (name := immovable(skeleton, params)) is not None:
+            raise ValueError(f"`{name}` belongs to a scripted or traced module, {NOT_LEAF_BY_LEAF}")
         self.names = {id(param): name for name, param in skeleton.named_parameters()}
         self.tied = {name for name, count in _uses(skeleton).items() if count > 1}
         self.params, self.base, self.dtypes, self.leaf = params, {**params, **frozen}, dtypes, leaf

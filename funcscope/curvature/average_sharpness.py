@@ -18,7 +18,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
 from ..core.model import Inputs
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 from .sequence_forms import SequenceForms, TwoWay
 
@@ -139,6 +139,7 @@ def average_sharpness(
     check_count("num", num)
     check_positive("epsilon", epsilon)
     check_choice("distribution", distribution, get_args(Steps))
+    check_point(loss, theta)
     params = loss.leaves(theta)
     with torch.no_grad():
         before, weights = (x.cpu().double() for x in loss.terms(theta))

@@ -9,7 +9,7 @@ tokens at a time if need be.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def normalised(loss: Loss, theta: Tensor) -> tuple[Loss, float]:
     batches = tuple(
         (inputs, targets._replace(weight=targets.weight.to(theta.dtype) * scale)) for inputs, targets in loss.batches
     )
-    return Loss(loss.net, batches, loss.criterion), 1.0
+    return replace(loss, batches=batches), 1.0
 
 
 def whole(net: Functional, criterion: Criterion, inputs: Inputs, targets: Any) -> Outputs:

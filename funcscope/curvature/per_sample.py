@@ -1,7 +1,8 @@
-"""Gradients of single sequences, by `vmap` of `grad` over the rows of every batch."""
+"""Gradients of single sequences, by `vmap` of `grad` over the rows of every batch, or by a loop."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -28,7 +29,10 @@ def per_sample_gradients(
     for a sequence without a scored position. n P numbers are in memory; `gradient_chunks` gives them a few at a time.
 
     chunk_size: sequences whose gradients are computed at once. Tensors of a batch whose first dimension is the number of
-    sequences are taken to have one entry per sequence; all others are shared.
+    sequences are taken to have one entry per sequence; all others are shared. Models that `vmap` refuses (recurrent ones, a
+    `.item()` in the forward pass) are differentiated one sequence at a time, which a warning says once.
+
+    Raises ValueError where the rows of a batch do not add up to its gradient: sequences that see each other.
 
     >>> from funcscope.core import criterion, model, objective
     >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
@@ -47,26 +51,66 @@ def gradient_chunks(
     check_choice("reduction", reduction, ("sum", "mean"))
     check_count("chunk_size", chunk_size)
     theta = flat(loss, theta)
-    for inputs, targets in loss.batches:
-        rows = next(len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim)
-        yield from _of_batch(loss, theta, inputs, targets, rows, reduction, chunk_size)
+    for batch in loss.batches:
+        yield from _Batch(loss, *batch).gradients(theta, reduction, chunk_size)
 
 
-def _of_batch(
-    loss: Loss, theta: Tensor, inputs: Any, targets: Any, rows: int, reduction: str, chunk_size: int
-) -> Iterator[Tensor]:
-    def one(t: Tensor, *sequence: Any) -> Tensor:
-        inputs, targets = sequence
-        out = loss.net.apply(loss.params(t), inputs)
-        total = total_of(loss.criterion, out, targets)
-        return total if reduction == "sum" else total / loss.criterion.token_loss(out, targets)[1].sum()
+class _Batch:
+    """One batch, cut into batches of one sequence."""
 
-    dims = tuple(_each(tree, lambda _: 0, rows, otherwise=None) for tree in (inputs, targets))
-    alone = tuple(_each(tree, lambda x: x[:, None], rows) for tree in (inputs, targets))  # batches of one sequence
-    for first in range(0, rows, chunk_size):
-        chunk = slice(first, first + chunk_size)
-        some = tuple(_each(tree, lambda x, chunk=chunk: x[chunk], rows) for tree in alone)
-        yield vmap(grad(one), in_dims=(None, *dims))(theta, *some)
+    def __init__(self, loss: Loss, inputs: Any, targets: Any):
+        self.loss, self.whole = loss, (inputs, targets)
+        self.rows = next(len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim)
+        self.dims = tuple(_each(tree, lambda _: 0, self.rows, otherwise=None) for tree in self.whole)
+        self.mapped = not loss.net.recurrent
+
+    def gradients(self, theta: Tensor, reduction: str, chunk_size: int) -> Iterator[Tensor]:
+        """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
+        total, lengths = torch.zeros_like(theta), 0.0
+        for first in range(0, self.rows, chunk_size):
+            sums, weights = self._chunk(theta, slice(first, min(first + chunk_size, self.rows)))
+            total, lengths = total + sums.sum(0), lengths + float(torch.linalg.vector_norm(sums, dim=1).sum())
+            if first + chunk_size >= self.rows:
+                self._check_sum(theta, total, lengths)
+            yield sums if reduction == "sum" else sums / weights[:, None].to(sums.dtype)
+
+    def _one(self, theta: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        out = self.loss.net.apply(self.loss.params(theta), inputs)
+        return total_of(self.loss.criterion, out, targets), self.loss.criterion.token_loss(out, targets)[1].sum()
+
+    def _chunk(self, theta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        one, reason = grad(self._one, has_aux=True), "a recurrent module"
+        if self.mapped:
+            some = tuple(_each(tree, lambda x: x[rows][:, None], self.rows) for tree in self.whole)
+            try:
+                return vmap(one, in_dims=(None, *self.dims))(theta, *some)
+            except RuntimeError as err:
+                reason = str(err).split("\n", 1)[0][:100]
+            self.mapped = False
+        gradients = self._looped(one, theta, rows)  # raises what is wrong with the model itself
+        self.loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({reason}).")
+        return gradients
+
+    def _looped(self, one: Any, theta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        singles = (
+            tuple(_each(tree, lambda x, r=r: x[r : r + 1], self.rows) for tree in self.whole)
+            for r in range(rows.start, rows.stop)
+        )
+        gradients, weights = zip(*(one(theta, *single) for single in singles), strict=True)
+        return torch.stack(gradients), torch.stack(weights)
+
+    def _check_sum(self, theta: Tensor, total: Tensor, lengths: float) -> None:
+        whole, _ = grad(self._one, has_aux=True)(theta, *self.whole)
+        roundoff = self.loss.net.unit_roundoff
+        tolerance = max(32 * roundoff, min(1e-4, 1e8 * roundoff))
+        off = float(torch.linalg.vector_norm(total - whole))
+        if math.isfinite(off) and off > tolerance * lengths:
+            raise ValueError(
+                f"the gradients of {self.rows} single sequences add up to another one than that of their batch, off by "
+                f"{off / lengths:.1e} of their lengths: sequences see each other (statistics over the batch, a loss across "
+                f"rows), or a tensor that all share has {self.rows} rows by chance and was cut. Use a batch of another "
+                "size, give the shared tensor a dimension of 1 in front, or take statistics that do not depend on the batch."
+            )
 
 
 def _each(tree: Any, change: Any, rows: int, **otherwise: Any) -> Any:

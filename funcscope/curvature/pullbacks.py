@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from ..core.checks import check_flat
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from ..core.progress import tick
 from ..linalg.matvec import Matvec
 from .head import Outs
@@ -27,7 +27,8 @@ AtOutputs = Callable[[Outs, Outs], Outs]
 
 
 def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
-    """Theta as one vector, in float32 at least: a constant to whoever differentiates later."""
+    """Theta as one vector, in float32 at least: a constant to whoever differentiates later. The door of the operators."""
+    check_point(loss, theta)
     if isinstance(theta, Tensor):
         check_flat("theta", theta, loss.layout.num)
         return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))

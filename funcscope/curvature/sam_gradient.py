@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from ..core.directions import PART, dot
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 
 Leaves = Mapping[str, Tensor]
 """One tensor per parameter: a point, a gradient or a step."""
@@ -37,6 +38,7 @@ def leaves_of(loss: Loss, theta: Theta, name: str = "theta") -> dict[str, Tensor
 
     Raises ValueError for another length, other names or other shapes than those of the layout.
     """
+    check_point(loss, theta)
     leaves = loss.leaves(theta)
     if {k: tuple(v.shape) for k, v in leaves.items()} != loss.layout.shapes:
         raise ValueError(
@@ -138,7 +140,7 @@ def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Terms:
 
 
 def _one_by_one(loss: Loss) -> Iterator[Loss]:
-    return (Loss(loss.net, (batch,), loss.criterion) for batch in loss.batches)
+    return (replace(loss, batches=(batch,)) for batch in loss.batches)
 
 
 def _along(one: Loss, leaves: Leaves, v: Leaves, *, order: int) -> float:

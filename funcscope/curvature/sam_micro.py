@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.checks import check_count
 from ..core.estimate import Estimate
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from .sam import SamSharpness, sam_sharpness
 
 
@@ -60,8 +60,8 @@ def m_sharpness(
     batches are cut in the order of the data, within each batch; means are not weighted by tokens. The standard error takes
     micro-batches as independent.
 
-    Raises ValueError where no batch has m sequences, where its tensors cannot be cut by rows, and as `sam_sharpness` does,
-    naming the micro-batch.
+    Raises ValueError where no batch has m sequences, where its tensors cannot be cut by rows, where sequences score another
+    loss in their micro-batch than in their batch, and as `sam_sharpness` does, naming the micro-batch.
 
     Foret, Kleiner, Mobahi, Neyshabur (2021), section 4.1.
 
@@ -72,12 +72,14 @@ def m_sharpness(
     >>> print(m_sharpness(loss, torch.zeros(1), m=1, epsilon=0.5))                    # 1.5^2 - 1^2 and 3.5^2 - 3^2
     1-sharpness within 0.5 of theta: 2.25 ± 1 (n = 2)
     """
+    check_point(loss, theta)
     cut = micro_batches(loss, m)
     kept = [part for part in cut if _rows(part) == m and not _unscored(part)]
     if not kept:
         raise ValueError(f"no batch has {m} sequences that are scored, so there is no micro-batch: `m` is too large.")
     found = [_of_one(i, part, theta, epsilon, adaptive_epsilon, norm_threshold) for i, part in enumerate(kept)]
     total = sum(map(_rows, cut))
+    _check_alone(loss, theta, cut, dict(zip(map(id, kept), found, strict=True)))
 
     def column(name: str) -> Tensor:
         return torch.tensor([getattr(one, name) for one in found], dtype=torch.float64)
@@ -106,7 +108,7 @@ def micro_batches(loss: Loss, m: int) -> list[Loss]:
     [2, 2, 1]
     """
     check_count("m", m)
-    return [Loss(loss.net, (part,), loss.criterion) for batch in loss.batches for part in _cut(batch, m)]
+    return [replace(loss, batches=(part,)) for batch in loss.batches for part in _cut(batch, m)]
 
 
 def _cut(batch: tuple[Any, Any], m: int) -> Iterator[tuple[Any, Any]]:
@@ -135,6 +137,25 @@ def _of_one(i: int, part: Loss, theta: Theta, epsilon: float, adaptive_epsilon: 
             f"a micro-batch of {_rows(part)} rows has {len(found.sums)} losses: its rows are not its sequences."
         )
     return found
+
+
+def _check_alone(loss: Loss, theta: Theta, cut: list[Loss], found: dict[int, SamSharpness]) -> None:
+    """A sequence scores in its micro-batch what it scores in its batch."""
+    with torch.no_grad():
+        whole = loss.terms(theta)[0].cpu().double()
+    first = 0
+    for part in cut:
+        if id(part) in found and len(whole) == sum(map(_rows, cut)):
+            inside, alone = float(whole[first : first + _rows(part)].sum()), float(found[id(part)].sums.sum())
+            roundoff, scale = loss.net.unit_roundoff, float(whole[first : first + _rows(part)].abs().sum())
+            if abs(alone - inside) > max(32 * roundoff, min(1e-4, 1e8 * roundoff)) * scale:
+                raise ValueError(
+                    f"sequences {first} to {first + _rows(part) - 1} score {inside:.6g} in their batch and "
+                    f"{alone:.6g} as a micro-batch: sequences see each other (statistics over the batch), or a "
+                    "tensor that all share has as many rows as the batch by chance and was cut. Use a batch of another size, "
+                    "or statistics that do not depend on the batch."
+                )
+        first += _rows(part)
 
 
 def _lengths(tree: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -135,4 +136,4 @@ def hessian_block_eigenvalues(
 def only(loss: Loss, theta: Theta, names: list[str]) -> Loss:
     """The loss as a function of some of the parameters, the others held where theta has them."""
     at: Mapping[str, torch.Tensor] = loss.params(flat(loss, theta))
-    return Loss(loss.net.only(names, at), loss.batches, loss.criterion)
+    return replace(loss, net=loss.net.only(names, at))

@@ -39,7 +39,9 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_c
     check_no_own_model(model, loss_fn)
     net = functional(model, attention="keep")
     scored = replace(net, _skeleton=_Scored(net._skeleton, loss_fn))
-    return objective(scored, [((batch,), None)], custom(lambda out, _: out[None], "loss_fn"))
+    loss = objective(scored, [((batch,), None)], custom(lambda out, _: out[None], "loss_fn"))
+    # documented: one call per evaluation; the baseline is evaluated twice, and a `loss_fn` that differs is refused there
+    return replace(loss, _verdicts={"function"})
 
 
 def _criterion(model: nn.Module, batch: Any) -> Criterion:

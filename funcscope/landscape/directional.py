@@ -16,7 +16,7 @@ from ..core.checks import check_choice, check_count, check_device, check_flat, c
 from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from .along import GRADIENT_UP_TO, Wanted, sampled
 from .precision import check_baseline, is_half, loss_error, realised, warn_if_swallowed
 from .samples import DirectionalLosses, Plan
@@ -239,6 +239,7 @@ def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradi
 
 
 def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk) -> None:
+    check_point(loss, theta)
     check_count("n_samples", n_samples)
     check_positive("span", span)
     if span * span < 1e-300:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
 from ..core.directions import Direction, Normalize, norm, stack
 from ..core.keys import Key, check_key
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import restrict
 from .along import mapped
 from .common import CommonDirections, drawn
@@ -221,6 +221,7 @@ def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float
 
 
 def _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk) -> None:
+    check_point(loss, theta)
     check_key(key)
     check_count("n_directions", n_directions)
     if not epsilons:

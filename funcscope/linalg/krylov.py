@@ -28,7 +28,7 @@ NOTICEABLE = 0.7
 
 def check_vector(like: Float[Tensor, " p"]) -> None:
     """`like` is a flat vector of float32 or float64, the dtypes in which a basis stays orthogonal, of one entry at least."""
-    check_flat("like", like, like.numel())
+    check_flat("like", like, like.numel() if isinstance(like, Tensor) else 0)
     if like.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: pass a float32 one, cast in the matvec.")
     if len(like) == 0:

@@ -28,6 +28,11 @@ class Products:
     """
 
     def __init__(self, matvec: Matvec):
+        if not callable(matvec):
+            raise TypeError(
+                f"`matvec` must be a function v -> A v such as `fs.hessian(loss, theta)`, got a {type(matvec).__name__}: "
+                "a matrix becomes one by `lambda v: A @ v`."
+            )
         self.matvec = matvec
         self.num = 0
 

@@ -21,5 +21,9 @@ def show(numbers: str | PathLike[str]) -> Page:
     from .page import Page
 
     path = Path(numbers)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}: pass the `.npz` of numbers that a command or a study wrote beside its page."
+        )
     kind = load(path).meta.get("kind", "demo")
     return Page({"demo": demo, "curvature": curvature}.get(kind, directional).write_page(path))

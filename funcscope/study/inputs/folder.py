@@ -41,6 +41,10 @@ def local_folder(folder: str | Path) -> Path:
 
 def settings(path: Path) -> dict[str, Any]:
     """The content of `config.json`, for a folder that holds a whole model that can be read without running its code."""
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds an adapter: merge it into its model (`merge_and_unload`) and save that in a folder of its own."
+        )
     if not (path / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG_NAME}: a Hugging Face folder has one beside its weights.")
     config = json_object(path / CONFIG_NAME)
@@ -53,8 +57,6 @@ def settings(path: Path) -> dict[str, Any]:
         )
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path} holds quantised weights, which have no derivatives: pass the unquantised model.")
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} holds an adapter: merge it into its model and save that in a folder of its own.")
     if any(path.glob("shard-*-model-*-of-*.safetensors")):
         raise ValueError(f"{path} holds a distributed checkpoint: save the model with `save_pretrained` and pass that.")
     return config

@@ -1,0 +1,138 @@
+"""The door for data: batches as loaders and arrays bring them, and what a criterion makes of them, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .checks import check_device
+from .criterion import Criterion, Labels
+from .model import Functional, Inputs
+
+Prepared = tuple[tuple[Inputs, Any], ...]
+
+
+def prepared(net: Functional, batches: Any, criterion: Criterion) -> Prepared:
+    """(inputs, targets) of every batch that has a sequence; see `objective`."""
+    listed = _listed(batches)
+    if not listed:
+        raise ValueError("`batches` is empty: a mean over nothing is undefined.")
+    for tensor in tensors(listed):
+        check_device("the batch", tensor.device, "the model", net.device)
+    pairs = tuple((_checked(net.prepare(inputs)), targets) for inputs, targets in map(criterion.prepare, listed))
+    full = tuple(pair for pair in pairs if _rows(pair) != 0)
+    if not full:
+        raise ValueError("`batches` hold no sequence: the first dimension of every one is 0.")
+    for _, targets in full:
+        if isinstance(targets, Labels) and not targets.index.ndim:
+            raise ValueError(
+                "a batch has one label and no first dimension: batches of one have shape (1, ...), `x[None]`."
+            )
+    weights = [targets.weight for _, targets in full if hasattr(targets, "weight")]
+    if weights and not any(bool(weight.any()) for weight in weights):
+        raise ValueError(
+            "no position is scored: every label is -100 or masked. "
+            "Check `labels` and `attention_mask`; the mean over no token is undefined."
+        )
+    return full
+
+
+def tensors(tree: Any) -> Iterable[Tensor]:
+    """Every tensor of nested mappings, tuples and lists."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors(value)
+
+
+class Filled:
+    """A `token_loss` whose targets are 0 where they are not finite and weigh nothing.
+
+    The backward pass of a loss multiplies its cotangent, 0 there, by the target: 0 * nan is nan. Weights are those of the
+    targets as they are.
+    """
+
+    def __init__(self, token_loss: Any):
+        self.token_loss = token_loss
+
+    def __call__(self, out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        weight = self.token_loss(out, targets)[1]
+        return self.token_loss(out, _filled(targets, weight))[0], weight
+
+
+def with_finite_targets(criterion: Criterion, batches: Prepared) -> Criterion:
+    """The same criterion, with derivatives where targets are missing: nan, and of weight 0."""
+    real = (x for _, targets in batches for x in tensors(targets) if x.is_floating_point())
+    if all(bool(x.isfinite().all()) for x in real):
+        return criterion
+    return replace(criterion, token_loss=Filled(criterion.token_loss))
+
+
+def _filled(targets: Any, weight: Tensor) -> Any:
+    if isinstance(targets, Mapping):
+        return {name: _filled(value, weight) for name, value in targets.items()}
+    if isinstance(targets, (tuple, list)):
+        values = [_filled(value, weight) for value in targets]
+        return type(targets)(*values) if hasattr(targets, "_fields") else type(targets)(values)
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return targets
+    common = min(targets.ndim, weight.ndim)
+    if targets.shape[:common] != weight.shape[:common]:
+        return targets
+    unscored = (weight == 0).flatten(common - 1).all(-1) if weight.ndim > common else weight == 0
+    unscored = unscored.reshape(unscored.shape + (1,) * (targets.ndim - common))
+    return torch.where(unscored & ~targets.isfinite(), 0, targets)
+
+
+def _listed(batches: Any) -> list[Any]:
+    if isinstance(batches, Dataset):
+        raise TypeError(
+            f"`batches` is a dataset ({type(batches).__name__}) of single examples: pass a `DataLoader` over it, or batches."
+        )
+    if isinstance(batches, (Mapping, Tensor, np.ndarray)) or (
+        isinstance(batches, tuple) and batches and isinstance(batches[0], (Tensor, np.ndarray))
+    ):
+        return [_as_tensors(batches)]
+    if isinstance(batches, (str, bytes)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`batches` must be a list of batches, a `DataLoader` or one batch, got a {type(batches).__name__}: "
+            "a batch is a tuple `(inputs, targets)`, a mapping, or a tensor of token ids."
+        )
+    return [_as_tensors(batch, loaded=isinstance(batch, list)) for batch in batches]
+
+
+def _as_tensors(tree: Any, loaded: bool = False) -> Any:
+    """Arrays become tensors; in what the default collate function of a loader made, lists become tuples."""
+    if isinstance(tree, np.ndarray):
+        return torch.tensor(tree)
+    if isinstance(tree, Mapping):
+        values = {name: _as_tensors(value, loaded) for name, value in tree.items()}
+        return tree if all(values[name] is value for name, value in tree.items()) else values
+    if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
+        parts = [_as_tensors(value, loaded) for value in tree]
+        return tuple(parts) if loaded or isinstance(tree, tuple) else parts
+    return tree
+
+
+def _rows(pair: tuple[Inputs, Any]) -> int | None:
+    """The length of the first tensor of the targets, or else of the inputs; None where there is none."""
+    inputs, targets = pair
+    return next((len(x) for x in tensors((targets, inputs)) if x.ndim), None)
+
+
+def _checked(inputs: Inputs) -> Inputs:
+    """Negative ids would be taken from the end of the embedding."""
+    for name, ids in inputs.items() if isinstance(inputs, Mapping) else ():
+        if name in ("input_ids", "decoder_input_ids") and isinstance(ids, Tensor) and bool((ids < 0).any()):
+            raise ValueError(f"`{name}` holds the negative id {int(ids.min())}: -100 belongs into `labels` only.")
+    return inputs
