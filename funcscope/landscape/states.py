@@ -140,8 +140,9 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
         check_params(theta, loss.layout.shapes, name)
     else:
         check_flat(name, theta, loss.layout.num)
+    some = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
+    check_device(f"`{name}`", some.device, "the model", loss.net.device)
     found = flat(loss, theta)
-    check_device(f"`{name}`", found.device, "the model", loss.net.device)
     if bad := int((~found.isfinite()).sum()):
         raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(found)} are not: no path leads there.")
     return found
