@@ -14,7 +14,9 @@ from .core.model import Functional, functional
 from .core.objective import Loss, objective
 from .core.restrict import grid, restrict
 from .curvature import (
+    Audit,
     asam_sharpness,
+    audit,
     average_sharpness,
     compare_sharpness,
     critical_sharpness,
@@ -77,6 +79,7 @@ from .linalg import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Axes",
     "BarrierMatrix",
     "CommonDirections",
@@ -97,6 +100,7 @@ __all__ = [
     "LossPlane",
     "Trajectory",
     "asam_sharpness",
+    "audit",
     "average_sharpness",
     "barrier_matrix",
     "bezier",

@@ -14,7 +14,8 @@ aten, linalg = torch.ops.aten, torch.linalg
 def _slogdet(A: Tensor) -> Any:
     """Sign and log |det| as torch returns them. A singular matrix: a sign of 0, -inf, and no derivative."""
     even, pivots = _pivots(A)
-    return torch.return_types.linalg_slogdet((even * pivots.sgn().prod(-1), pivots.abs().log().sum(-1)))
+    pair = (even * pivots.sgn().prod(-1), pivots.abs().log().sum(-1))
+    return torch.return_types.linalg_slogdet(pair)  # type: ignore[attr-defined]
 
 
 def _det(A: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
 
 def _solve_ex(A: Tensor, B: Tensor, *, left: bool = True, check_errors: bool = False) -> Any:
     _, info = linalg.solve_ex(A.detach(), B.detach(), left=left, check_errors=check_errors)
-    return torch.return_types.linalg_solve_ex((_solve(A, B, left=left), info))
+    return torch.return_types.linalg_solve_ex((_solve(A, B, left=left), info))  # type: ignore[attr-defined]
 
 
 def _tensorsolve(A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
@@ -51,7 +52,9 @@ def _tensorsolve(A: Tensor, B: Tensor, dims: Any = None) -> Tensor:
     return _solve(A.reshape(B.numel(), -1), B.reshape(-1)).reshape(A.shape[B.ndim :])
 
 
-def _triangular_solve(b: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False) -> Any:
+def _triangular_solve(
+    b: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> Any:
     T = A.mT if transpose else A
     X = linalg.solve_triangular(T, b, upper=upper != transpose, unitriangular=unitriangular)
     return torch.return_types.triangular_solve((X, A.clone()))

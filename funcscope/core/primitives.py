@@ -1,13 +1,14 @@
+# ruff: noqa: ARG001  (signatures are those of torch)
 """Functions of torch whose values are right and whose derivatives are wrong or missing, written in primitives.
 
 What is wrong in torch 2.13, by differences of values in float64 (tests/test_derivatives.py):
 
-- The fused norms (layer norm; batch and instance norm on statistics of their input): `jvp` of `jvp`, `grad` of `jvp`, and what
-  differentiates through a `vmap` of `vjp` take the saved mean and deviation for constants.
+- The fused norms (layer norm; batch and instance norm on statistics of their input): `jvp` of `jvp`, `grad` of `jvp`, and
+  what differentiates through a `vmap` of `vjp` take the saved mean and deviation for constants.
   https://github.com/pytorch/pytorch/issues/196700
 - `_weight_norm`, on which `nn.utils.parametrizations.weight_norm` rests: the saved norm is a constant to `vjp` of `grad`.
-- Determinants, `linalg.solve`, `householder_product`: the saved factors are constants to `jvp` of `jvp`. `triangular_solve` and
-  `cholesky_inverse`: `jvp` itself.
+- Determinants, `linalg.solve`, `householder_product`: the saved factors are constants to `jvp` of `jvp`. In
+  `triangular_solve` and `cholesky_inverse`, `jvp` itself is wrong.
 
 Missing: second derivatives of `glu`, `hardsigmoid` and `embedding_bag`, and what core/recurrent.py says.
 """
@@ -98,6 +99,20 @@ def _embedding_bag(
     input, weight, offsets=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, mode="mean", sparse=False,
     per_sample_weights=None, include_last_offset=False, padding_idx=None,
 ):  # fmt: skip
+    if max_norm is not None:
+        return F.embedding_bag(
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
     if input.ndim == 1:
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
         bag = torch.searchsorted(ends, torch.arange(len(input), device=input.device), right=True)

@@ -64,7 +64,9 @@ def _layers(fused: Callable, step: Step) -> Callable:
         x = data.transpose(0, 1) if first else data
         steps = list(x) if sizes is None else list(x.split(sizes.tolist()))
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
-        steps, ends = _run(step, steps, states, _grouped(params, has_biases, num_layers * (1 + bidirectional)), bidirectional)
+        steps, ends = _run(
+            step, steps, states, _grouped(params, has_biases, num_layers * (1 + bidirectional)), bidirectional
+        )
         out = torch.cat(steps) if sizes is not None else torch.stack(steps, 1 if first else 0)
         return (out, *(torch.stack(end) for end in zip(*ends, strict=True)))
 

@@ -1,6 +1,8 @@
 """Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
 
 from .asam import asam_sharpness
+from .audit import audit
+from .audit_result import Audit, Culprit, Way
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
@@ -13,14 +15,18 @@ from .sam_micro import MSharpness, m_sharpness, micro_batches
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 
 __all__ = [
+    "Audit",
     "AverageSharpness",
     "CriticalSharpness",
+    "Culprit",
     "Eigenvalue",
     "FisherDiagonal",
     "MSharpness",
     "SamSharpness",
     "SharpnessComparison",
+    "Way",
     "asam_sharpness",
+    "audit",
     "average_sharpness",
     "block_slices",
     "compare_sharpness",

@@ -88,7 +88,9 @@ class Audit:
     def _advice(self) -> list[str]:
         if self.right:
             return []
-        sound = [way for way in ("hessian", "hessian, keep=False", "hessian_difference") if way in self.named("right", 2)]
+        sound = [
+            way for way in ("hessian", "hessian, keep=False", "hessian_difference") if way in self.named("right", 2)
+        ]
         return [f"second derivatives that can be trusted: {', '.join(sound) or 'none'}"]
 
 

@@ -52,16 +52,21 @@ class Faults(NamedTuple):
 def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
     """The modules, and the criterion, that break a derivative that no part of them breaks; each kind once."""
     loss = in_float64(loss)
-    loss = Loss(loss.net.in_dtype(torch.float64), loss.batches[:1], loss.criterion)  # a skeleton of its own, to be listened to
-    kernels, faults, out = _Kernels(loss), {}, []
+    loss = Loss(
+        loss.net.in_dtype(torch.float64), loss.batches[:1], loss.criterion
+    )  # a skeleton of its own, to be listened to
+    kernels, out = _Kernels(loss), []
+    faults: dict[str, Faults | None] = {}
     calls, outputs = _calls(loss, theta.double())
     for call in calls:  # parts come before the whole
         f, at = _of_module(call, kernels), (call.weights, call.args, call.kwargs)
-        faults[call.name] = faults_of(f, at, fold_in(key, call.name))
+        faults[call.name] = broken = faults_of(f, at, fold_in(key, call.name))
         inside = [other for name, other in faults.items() if name != call.name and name.startswith(_prefix(call.name))]
-        if own := _minus(faults[call.name], inside):
-            operations = _operations(f, at, faults[call.name], fold_in(key, call.name))
-            out.append(Culprit(call.name or "the model", type(call.module).__name__, operations, own.wrong, own.missing))
+        if broken and (own := _minus(broken, inside)):
+            operations = _operations(f, at, broken, fold_in(key, call.name))
+            out.append(
+                Culprit(call.name or "the model", type(call.module).__name__, operations, own.wrong, own.missing)
+            )
     targets = loss.batches[0][1]
     own = faults_of(lambda z: total_of(loss.criterion, z, targets), (outputs,), fold_in(key, "the criterion"))
     if own:
@@ -137,7 +142,9 @@ def _line_of(f: Callable[..., Any], at: tuple, key: Key) -> tuple[Callable[[Tens
         return None
 
     def phi(x: Tensor) -> Tensor:
-        return torch.stack([(w * out + 0.5 * out.square()).mean() for w, out in zip(weights, outputs(x), strict=True)]).sum()
+        return torch.stack(
+            [(w * out + 0.5 * out.square()).mean() for w, out in zip(weights, outputs(x), strict=True)]
+        ).sum()
 
     size = torch.where(x.std(correction=0) > 0, x.std(correction=0), 1.0)
     return phi, x, size * normal(fold_in(key, "direction"), x)
@@ -234,10 +241,8 @@ def _prefix(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _minus(faults: Faults | None, others: list[Faults | None]) -> Faults | None:
+def _minus(faults: Faults, others: list[Faults | None]) -> Faults | None:
     """What is not explained by the parts."""
-    if faults is None:
-        return None
     wrong = {way for other in others if other for way in other.wrong}
     missing = {way for other in others if other for way in other.missing}
     own = Faults(

@@ -15,7 +15,7 @@ from ..core.keys import Key, normal
 from ..core.objective import Loss
 from .pullbacks import ONE_AT_A_TIME
 
-FIRST_STEP, RATIO, NUM_STEPS = 0.05, 3.0, 9
+FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.05, 2e-3, 3.0, 9
 
 
 class Derivative(NamedTuple):
@@ -25,12 +25,15 @@ class Derivative(NamedTuple):
     error: float
 
 
-def along_line(values: Callable[[float], float], unit_roundoff: float) -> tuple[Derivative, Derivative]:
+def along_line(
+    values: Callable[[float], float], unit_roundoff: float, first_step: float = FIRST_STEP
+) -> tuple[Derivative, Derivative]:
     r"""The first and second derivative of a function of one number at 0, by extrapolated central differences.
 
-    Steps $h_k = 0.05 \cdot 3^{-k}$, k < 9, two values each. Of Neville's table for $h^2 \to 0$, the entry is taken that differs
-    least from its neighbours (Ridders), the rounding of the values included: $4 u |f| / h^2$ for the second derivative. A
-    function with kinks, where the smallest steps cross one, has no entry that agrees with its neighbours: its error is large.
+    Steps $h_k = h_0 3^{-k}$, k < 9, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
+    $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the rounding of the values included:
+    $4 u |f| / h^2$ for the second derivative. A function with kinks, where the smallest steps cross one, has no entry that
+    agrees with its neighbours: its error is large.
 
     Ridders (1982), doi:10.1016/S0141-1195(82)80057-0.
 
@@ -41,7 +44,7 @@ def along_line(values: Callable[[float], float], unit_roundoff: float) -> tuple[
     True
     """
     middle = values(0.0)
-    steps = [FIRST_STEP * RATIO**-k for k in range(NUM_STEPS)]
+    steps = [first_step * RATIO**-k for k in range(NUM_STEPS)]
     pairs = [(values(h), values(-h)) for h in steps]
     noise = [4 * unit_roundoff * max(abs(middle), abs(p), abs(m)) for p, m in pairs]
     first = [(p - m) / (2 * h) for h, (p, m) in zip(steps, pairs, strict=True)]
@@ -109,15 +112,18 @@ def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], key: Key) -> Float[Tens
     for leaf in loss.layout.leaves:
         part = theta[leaf.offset : leaf.offset + leaf.numel]
         size = part.norm() / leaf.numel**0.5
-        out[leaf.offset : leaf.offset + leaf.numel] *= torch.where(size > 0, size, torch.where(typical > 0, typical, 1.0))
+        out[leaf.offset : leaf.offset + leaf.numel] *= torch.where(
+            size > 0, size, torch.where(typical > 0, typical, 1.0)
+        )
     return out
 
 
-def differenced(values: Values, theta: Tensor, direction: Tensor) -> tuple[Derivative, Derivative]:
+def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
     """Slope and curvature of the loss along a direction at theta."""
     wide = torch.float64 if values.dtype == torch.float64 else theta.dtype
     base, step = theta.to(wide), direction.to(wide)
-    return along_line(lambda a: values.at(base + a * step), values.unit_roundoff)
+    first_step = FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP
+    return along_line(lambda a: values.at(base + a * step), values.unit_roundoff, first_step)
 
 
 def central(values: Any, h: float) -> tuple[float, float]:

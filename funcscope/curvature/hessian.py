@@ -88,9 +88,10 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
     $$D_h = \frac{\nabla L(\theta + h \hat v) - \nabla L(\theta - h \hat v)}{2h}\,\|v\|, \qquad
       Hv \approx \frac{4 D_{h/2} - D_h}{3} \pm \|D_{h/2} - D_h\|,$$
 
-    which has an error of order $h^4$ and of $u \|\nabla L\| / h$ by rounding; the discrepancy is more than the first and shows
-    the second. Without a `step`, h begins at $u^{1/3} \max(\|\theta\|, 1)$, u the model's unit roundoff, and is halved until
-    the discrepancy is below 0.3 % of the product, or rose three times: the best pair counts. Warns where more than 5 % remain.
+    which has an error of order $h^4$ and of $u \|\nabla L\| / h$ by rounding; the discrepancy is more than the first and
+    shows the second. Without a `step`, h begins at $u^{1/3} \max(\|\theta\|, 1)$, u the model's unit roundoff, and is
+    halved until the discrepancy is below 0.3 % of the product, or rose three times: the pair that agrees best counts. Warns
+    where more than 5 % remain.
 
     `matvec.error()` is the largest discrepancy so far, divided by $\|v\|$: an eigenvalue from these products is not known
     better. 0 before the first product.
@@ -155,8 +156,9 @@ def _extrapolated(central: Callable[[float], Tensor], step: float, halve: bool) 
             product, error = (4 * fine - coarse) / 3, discrepancy
     if error > _RESOLVED * _norm(product):
         warnings.warn(
-            f"a Hessian product by differences is known to {error / _norm(product):.0%} only: its steps disagree by rounding or "
-            "kinks. Compute in a wider dtype (`dtype` of `functional`), or take `hessian`; `matvec.error()` bounds eigenvalues.",
+            f"a Hessian product by differences is known to {error / _norm(product):.0%} only: its steps disagree by rounding "
+            "or kinks. Compute in a wider dtype (`dtype` of `functional`), or take `hessian`; `matvec.error()` says how far "
+            "eigenvalues may be off.",
             stacklevel=3,
         )
     return product, error

@@ -71,14 +71,15 @@ def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: 
 
 
 def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, way: str) -> None:
-    judge = differenced(values_of(loss), theta, d)[1]
+    kinks = has_kinks(loss, theta)
+    judge = differenced(values_of(loss), theta, d, kinks)[1]
     if not contradicts(form, judge, rounding):
         return
     other = "keep=False" if way == "keep=True" else "keep=True"
     second = math.nan
     with suppress(NotImplementedError, RuntimeError):  # a way that torch does not have
         second = second_form(loss, theta, d, other)
-    if has_kinks(loss, theta) and abs(second - form) <= DIFFERENT * abs(form) + rounding:
+    if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
         return
     right = not math.isnan(second) and not contradicts(second, judge, rounding)
     raise ValueError(
@@ -117,10 +118,13 @@ class _Called(TorchFunctionMode):
 
 
 KINKED = frozenset(
-    "abs amax amin aminmax argmax argmin argsort ceil clamp clamp_max clamp_min clip cummax cummin floor frac hardshrink "
-    "hardsigmoid hardswish hardtanh hinge_embedding_loss isin kthvalue l1_loss leaky_relu max max_pool1d max_pool2d max_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d boolean_dispatch fn huber_loss smooth_l1_loss maximum median min minimum mode "
-    "multi_margin_loss nonzero norm one_hot prelu quantile relu relu6 round searchsorted sgn sign softshrink sort threshold "
-    "topk trunc where __gt__ __lt__ __ge__ __le__ gt lt ge le".split()
-)
+    {
+        "abs", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "amin", "aminmax", "argmax", "argmin", "argsort",
+        "ceil", "clamp", "clamp_max", "clamp_min", "clip", "cummax", "cummin", "floor", "frac", "ge", "gt",
+        "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "huber_loss", "kthvalue", "l1_loss", "le", "leaky_relu",
+        "lt", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "median", "min", "minimum", "mode",
+        "multi_margin_loss", "nonzero", "one_hot", "prelu", "quantile", "relu", "relu6", "round", "searchsorted", "sgn",
+        "sign", "smooth_l1_loss", "softshrink", "sort", "threshold", "topk", "trunc",
+    }
+)  # fmt: skip
 """Functions with a kink or a jump, or that choose one."""

@@ -62,7 +62,7 @@ def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
-_NO_RULE = ("Batching rule not implemented", "vmap: we do not yet support", "vmap: inplace arithmetic")
+_NO_RULE = ("Batching rule not implemented", "vmap: we do not yet support", "does not have vmap support")
 
 
 def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
@@ -73,7 +73,9 @@ def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
         raise
     except RuntimeError as err:
         if any(words in str(err) for words in _NO_RULE):
-            warnings.warn(f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2)
+            warnings.warn(
+                f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2
+            )
             return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in over])
         err.add_note(f"If this model cannot be mapped over its parameters, pass `{remedy}`: a plain loop.")
         raise
