@@ -55,7 +55,10 @@ REPLACED = {
     "weight_norm of columns": (lambda t: torch._weight_norm(t[1:], t[:1], 1), X),
     "weight_norm of all": (lambda t: torch._weight_norm(t[1:], t[0, 0], -1), X),
     "aten.weight_norm": (lambda t: aten._weight_norm.default(t[:, 1:], t[:, :1], 0), X),
-    "weight_norm_interface": (lambda t: torch._weight_norm_interface(t[:, 1:].contiguous(), t[:, :1], 0)[0], X),
+    "weight_norm_interface": (
+        lambda t: torch._weight_norm_interface(t[:, 1:].contiguous(), t[:, :1].contiguous(), 0)[0],
+        X,
+    ),
     "det": (torch.det, SQUARE),
     "Tensor.det": (lambda t: t.det(), SQUARE),
     "linalg.det": (lambda t: linalg.det(-t), SQUARE),
@@ -73,7 +76,7 @@ REPLACED = {
     "glu": (lambda t: F.glu(t[:, :4]), X),
     "hardsigmoid": (lambda t: F.hardsigmoid(t), X),
     "embedding_bag": (lambda t: F.embedding_bag(IDS, t), X),
-    "embedding_bag, max": (lambda t: F.embedding_bag(IDS, t, mode="max"), X),
+    "embedding_bag, max": (lambda t: F.embedding_bag(IDS, t, mode="max"), Y),
     "embedding_bag, weighted": (lambda t: F.embedding_bag(IDS, t, mode="sum", per_sample_weights=t[:2, :3]), X),
     "embedding_bag, bags": (
         lambda t: F.embedding_bag(IDS.flatten(), t, torch.tensor([0, 2, 2]), padding_idx=2, mode="mean"),
@@ -132,7 +135,7 @@ def form(f, x, name):
     return phi, draw(f"{name} d", *x.shape), draw(f"{name} e", *x.shape)
 
 
-def differences(phi, x, d, e, h=2e-3):
+def differences(phi, x, d, e, h=5e-4):
     """First derivative along d, second along d, and mixed, of fourth order in h."""
 
     def at(v, k):
@@ -289,7 +292,7 @@ Tensor = torch.Tensor
 class Reader(nn.Module):
     """A recurrent classifier."""
 
-    def __init__(self, kind, size=6):
+    def __init__(self, kind, size=4):
         super().__init__()
         self.layer, self.out = kind(3, size, batch_first=True), nn.Linear(size, 3)
 
@@ -304,7 +307,7 @@ def reading(kind, dtype=torch.float64, scale=1.0):
             param.mul_(scale)
     return fs.objective(
         fs.functional(model),
-        [(draw("texts", 7, 6, 3).to(dtype), torch.tensor([0, 1, 2, 0, 1, 2, 0]))],
+        [(draw("texts", 7, 4, 3).to(dtype), torch.tensor([0, 1, 2, 0, 1, 2, 0]))],
         fs.classification,
     )
 
@@ -348,7 +351,7 @@ def test_a_difference_hessian_is_right_where_one_step_is_not(kind):
     single = fs.hessian_difference(loss, loss.net.theta)
     off = float((single(v.float()).double() - H @ v).norm())
     assert off < 0.05 * float(top.eigenvalues[-1])
-    one_step = fs.hessian_difference(loss, loss.net.theta, step=0.3)
+    one_step = fs.hessian_difference(loss, loss.net.theta, step=3.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rough = one_step(v.float()).double()
@@ -363,7 +366,7 @@ def test_the_error_of_a_difference_hessian_covers_it():
     theta = loss.net.theta
     H = dense(loss, theta)
     covered = []
-    for i, step in itertools.product(range(20), (None, 1e-2, 1e-1, 1e-6)):
+    for i, step in itertools.product(range(5), (None, 1e-2, 1e-1, 1e-6)):
         v = draw(f"direction {i}", len(theta))
         matvec = fs.hessian_difference(loss, theta, step=step)
         assert matvec.error() == 0
@@ -382,7 +385,6 @@ def test_the_error_of_a_difference_hessian_covers_it():
         parametrizations.spectral_norm,
         lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"),
         lambda m: parametrizations.orthogonal(m, orthogonal_map="matrix_exp"),
-        lambda m: parametrizations.orthogonal(m, orthogonal_map="householder"),
     ],
 )
 def test_parametrized_weights_have_the_hessian_of_the_values(change):

@@ -38,8 +38,8 @@ class Pair(NamedTuple):
 def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     r"""Which derivatives of this loss are right, to which order, and which module breaks those that are not.
 
-    Along `num` random directions that move every parameter by its own size, slopes $g^\top d$, curvatures $d^\top H d$ and,
-    for neighbouring directions, $e^\top H d$ are taken from values alone (float64, nine steps, extrapolated, with an error:
+    Along the gradient and random directions that move every parameter by its own size, `num` in all, slopes $g^\top d$,
+    curvatures $d^\top H d$ and, for neighbouring directions, $e^\top H d$ are taken from values alone (float64, eleven steps, extrapolated, with an error:
     curvature/differences.py), and compared with gradient, `jvp`, `jvp` and `vjp` of the gradient, `jvp` of `jvp`, and the
     operators. Values are compared with those by `vmap`, leaf by leaf, of a sequence alone, and of a later call; a product by
     `vmap` with a loop's; u'Hv with v'Hu. Where a derivative is wrong or missing, each module is looked at alone, on the
@@ -49,7 +49,7 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     (ReLU, a maximum, routing), in the median of the comparisons, as a step may cross one. It is undecided where the
     differences are not known to 10 %, as everything is in bfloat16.
 
-    num: at least 2. About 40 forward passes in float64 and 60 in the model's own dtype per direction.
+    num: at least 2. About 50 forward passes in float64 and 60 in the model's own dtype per direction.
 
     Raises ValueError where the loss at theta is not finite.
 
@@ -66,7 +66,7 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     if not math.isfinite(first):
         raise ValueError(f"the loss at theta is {first}: it has no derivatives. Check the weights and the batch.")
     kinks = has_kinks(loss, theta)
-    dirs = [moved_leaves(loss, theta, fold_in(key, i)) for i in range(num)]
+    dirs = _directions(loss, theta, key, num)
     judges = _Judges(loss, theta, dirs, kinks)
     ways = [
         *_of_values(loss, theta, dirs),
@@ -78,6 +78,18 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     broken = any(way.order and way.verdict in ("wrong", "missing") for way in ways)
     culprits = culprits_of(loss, theta, fold_in(key, "modules")) if broken else ()
     return Audit(tuple(ways), culprits, num, kinks, judges.dtype, key)
+
+
+def _directions(loss: Loss, theta: Tensor, key: Key, num: int) -> list[Tensor]:
+    """Random ones, and the gradient's, along which curvature is far above rounding; a tenth as long, as it is steep."""
+    dirs = [moved_leaves(loss, theta, fold_in(key, i)) for i in range(num)]
+    try:
+        with torch.enable_grad(), ONE_AT_A_TIME:
+            g = grad(loss)(theta)
+    except (NotImplementedError, RuntimeError):
+        return dirs
+    length = _norm(g)
+    return [*dirs[:-1], g * (0.1 * _norm(dirs[-1]) / length)] if 0 < length < math.inf else dirs
 
 
 class _Judges:

@@ -15,7 +15,7 @@ from ..core.keys import Key, normal
 from ..core.objective import Loss
 from .pullbacks import ONE_AT_A_TIME
 
-FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.05, 2e-3, 3.0, 9
+FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 11
 
 
 class Derivative(NamedTuple):
@@ -30,7 +30,7 @@ def along_line(
 ) -> tuple[Derivative, Derivative]:
     r"""The first and second derivative of a function of one number at 0, by extrapolated central differences.
 
-    Steps $h_k = h_0 3^{-k}$, k < 9, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
+    Steps $h_k = h_0 2.5^{-k}$, k < 11, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
     $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the rounding of the values included:
     $4 u |f| / h^2$ for the second derivative. A function with kinks, where the smallest steps cross one, has no entry that
     agrees with its neighbours: its error is large.

@@ -19,11 +19,11 @@ from ..core.keys import fold_in, key
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..linalg.matvec import Matvec
-from .differences import FIRST_STEP, Derivative, central, differenced, moved_leaves, values_of
+from .differences import Derivative, central, differenced, moved_leaves, values_of
 from .pullbacks import ONE_AT_A_TIME
 
-DIFFERENT = 0.05
-"""Relative; below it, two curvatures are not called different, whatever their errors."""
+STEP, DIFFERENT = 0.05, 0.05
+"""Of the direction; and relative, below which two curvatures are not called different, whatever their errors."""
 
 _passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = weakref.WeakKeyDictionary()
 
@@ -31,7 +31,7 @@ _passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = we
 def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: str) -> None:
     r"""Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
 
-    One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with nine
+    One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with eleven
     steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What cannot
     be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with functions
     that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net, criterion
@@ -64,8 +64,8 @@ def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: 
         with torch.no_grad(), ONE_AT_A_TIME:
             return float(loss(theta + a * d))
 
-    difference, level = central(at, FIRST_STEP)
-    noise = 32 * loss.net.unit_roundoff * level / FIRST_STEP**2
+    difference, level = central(at, STEP)
+    noise = 32 * loss.net.unit_roundoff * level / STEP**2
     allowed = DIFFERENT * max(abs(form), abs(difference)) + noise + rounding
     return not abs(form - difference) > allowed  # nan: others say what is not finite
 
