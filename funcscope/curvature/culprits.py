@@ -84,7 +84,7 @@ def faults_of(f: Callable[..., Any], at: tuple, key: Key) -> Faults | None:
         return None
     phi, x, d = line
     with torch.no_grad():
-        judges = along_line(lambda a: float(phi(x + a * d)), torch.finfo(torch.float64).eps / 2)
+        judges = along_line(lambda a: float(phi(x + a * d)))
     wrong, missing = [], []
     for way, (order, take) in _ways(phi, x, d).items():
         try:

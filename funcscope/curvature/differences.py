@@ -16,6 +16,7 @@ from ..core.objective import Loss
 from .pullbacks import ONE_AT_A_TIME
 
 FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 11
+_TINY = 1e-6
 
 
 class Derivative(NamedTuple):
@@ -25,33 +26,31 @@ class Derivative(NamedTuple):
     error: float
 
 
-def along_line(
-    values: Callable[[float], float], unit_roundoff: float, first_step: float = FIRST_STEP
-) -> tuple[Derivative, Derivative]:
+def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP) -> tuple[Derivative, Derivative]:
     r"""The first and second derivative of a function of one number at 0, by extrapolated central differences.
 
     Steps $h_k = h_0 2.5^{-k}$, k < 11, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
-    $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the rounding of the values included:
-    $4 u |f| / h^2$ for the second derivative. A function with kinks, where the smallest steps cross one, has no entry that
-    agrees with its neighbours: its error is large.
+    $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the noise of the values included: what
+    three second differences over a millionth show, divided by $h^2$. A function with kinks, where the smallest steps cross
+    one, has no entry that agrees with its neighbours: its error is large.
 
     Ridders (1982), doi:10.1016/S0141-1195(82)80057-0.
 
-    >>> slope, curvature = along_line(lambda a: math.exp(2 * a), 2**-53)
+    >>> slope, curvature = along_line(lambda a: math.exp(2 * a))
     >>> abs(slope.value - 2) < 1e-9, abs(curvature.value - 4) < 1e-7, curvature.error < 1e-6
     (True, True, True)
-    >>> along_line(lambda a: abs(a - 1e-9), 2**-53)[1].error > 1
+    >>> along_line(lambda a: abs(a - 1e-9))[1].error > 1
     True
     """
     middle = values(0.0)
     steps = [first_step * RATIO**-k for k in range(NUM_STEPS)]
     pairs = [(values(h), values(-h)) for h in steps]
-    noise = [4 * unit_roundoff * max(abs(middle), abs(p), abs(m)) for p, m in pairs]
+    noise = max(2**-51 * abs(middle), *(abs(values(k * _TINY) - 2 * middle + values(-k * _TINY)) for k in (1, 2, 3)))
     first = [(p - m) / (2 * h) for h, (p, m) in zip(steps, pairs, strict=True)]
     second = [(p - 2 * middle + m) / h**2 for h, (p, m) in zip(steps, pairs, strict=True)]
     return (
-        _extrapolated(first, [n / (2 * h) for h, n in zip(steps, noise, strict=True)]),
-        _extrapolated(second, [n / h**2 for h, n in zip(steps, noise, strict=True)]),
+        _extrapolated(first, [noise / (2 * h) for h in steps]),
+        _extrapolated(second, [noise / h**2 for h in steps]),
     )
 
 
@@ -73,7 +72,6 @@ class Values(NamedTuple):
     """The loss as a judge sees it."""
 
     at: Callable[[Tensor], float]
-    unit_roundoff: float
     dtype: torch.dtype
 
 
@@ -86,7 +84,7 @@ def values_of(loss: Loss) -> Values:
         if "dtype" not in str(err) and "scalar type" not in str(err):
             raise
         wide = loss
-    return Values(lambda theta: _value(wide, theta), wide.net.unit_roundoff, wide.layout.dtype)
+    return Values(lambda theta: _value(wide, theta), wide.layout.dtype)
 
 
 def in_float64(loss: Loss) -> Loss:
@@ -123,7 +121,7 @@ def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -
     wide = torch.float64 if values.dtype == torch.float64 else theta.dtype
     base, step = theta.to(wide), direction.to(wide)
     first_step = FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP
-    return along_line(lambda a: values.at(base + a * step), values.unit_roundoff, first_step)
+    return along_line(lambda a: values.at(base + a * step), first_step)
 
 
 def central(values: Any, h: float) -> tuple[float, float]:
