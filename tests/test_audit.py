@@ -164,7 +164,7 @@ def test_the_first_product_of_a_wrong_operator_is_refused(reverse_is_wrong):
         fs.hessian(loss, theta)
         return
     for keep in (True, False, True):
-        with pytest.raises(ValueError, match="hessian_difference.*audit"):
+        with pytest.raises(ValueError, match=r"hessian_difference.*audit"):
             fs.hessian(loss, theta, keep=keep)
 
 

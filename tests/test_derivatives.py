@@ -83,18 +83,22 @@ REPLACED = {
         X,
     ),
 }
+
+
+def over_rows(f):
+    """The function along the last dimension."""
+    return lambda t: f(t, dim=-1)
+
+
 PLAIN = {
     **{
         name: (getattr(F, name), 1.3 * X) for name in "relu gelu silu mish elu selu celu softplus softsign tanh".split()
     },
     **{name: (getattr(F, name), 1.3 * X) for name in "sigmoid logsigmoid hardswish leaky_relu tanhshrink".split()},
-    **{name: (lambda t, f=getattr(F, name): f(t, -1), X) for name in "softmax log_softmax softmin".split()},
-    **{
-        name: (lambda t, f=getattr(torch, name): f(t, -1), X)
-        for name in "logsumexp logcumsumexp cumsum cumprod".split()
-    },
-    **{name: (lambda t, f=getattr(torch, name): f(t, dim=-1), X) for name in "var std prod amax mean".split()},
-    **{name: (lambda t, f=getattr(linalg, name): f(t), SQUARE) for name in "inv matrix_exp pinv svdvals".split()},
+    **{name: (over_rows(getattr(F, name)), X) for name in "softmax log_softmax softmin".split()},
+    **{name: (over_rows(getattr(torch, name)), X) for name in "logsumexp logcumsumexp cumsum cumprod".split()},
+    **{name: (over_rows(getattr(torch, name)), X) for name in "var std prod amax mean".split()},
+    **{name: (getattr(linalg, name), SQUARE) for name in "inv matrix_exp pinv svdvals".split()},
     "cholesky": (lambda t: linalg.cholesky(definite(t)), SQUARE),
     "eigvalsh": (lambda t: linalg.eigvalsh(t + t.T), SQUARE),
     "qr": (lambda t: linalg.qr(t)[1], SQUARE),

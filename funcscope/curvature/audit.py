@@ -39,11 +39,11 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     r"""Which derivatives of this loss are right, to which order, and which module breaks those that are not.
 
     Along the gradient and random directions that move every parameter by its own size, `num` in all, slopes $g^\top d$,
-    curvatures $d^\top H d$ and, for neighbouring directions, $e^\top H d$ are taken from values alone (float64, eleven steps, extrapolated, with an error:
-    curvature/differences.py), and compared with gradient, `jvp`, `jvp` and `vjp` of the gradient, `jvp` of `jvp`, and the
-    operators. Values are compared with those by `vmap`, leaf by leaf, of a sequence alone, and of a later call; a product by
-    `vmap` with a loop's; u'Hv with v'Hu. Where a derivative is wrong or missing, each module is looked at alone, on the
-    inputs that it gets in the first batch.
+    curvatures $d^\top H d$ and, for neighbouring directions, $e^\top H d$ are taken from values alone (float64, eleven steps,
+    extrapolated, with an error: curvature/differences.py), and compared with gradient, `jvp`, `jvp` and `vjp` of the
+    gradient, `jvp` of `jvp`, and the operators. Values are compared with those by `vmap`, leaf by leaf, of a sequence alone,
+    and of a later call; a product by `vmap` with a loop's; u'Hv with v'Hu. Where a derivative is wrong or missing, each
+    module is looked at alone, on the inputs that it gets in the first batch.
 
     A way is wrong where it is off by more than ten errors of the differences, rounding, and 0.1 %; in a model with kinks
     (ReLU, a maximum, routing), in the median of the comparisons, as a step may cross one. It is undecided where the
