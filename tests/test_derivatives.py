@@ -504,6 +504,13 @@ def test_products_without_forward_mode_are_taken_in_reverse_and_say_so():
     with pytest.warns(UserWarning, match="keep=True"):
         H = fs.hessian(loss, loss.net.theta, keep=False)
     assert float(e @ H(d)) == pytest.approx(differences(loss, loss.net.theta, d, e)[2], rel=1e-6)
+    with pytest.warns(UserWarning, match="keep=True"):
+        product = fs.ggn(loss, loss.net.theta, keep=False)(d)
+    torch.testing.assert_close(product, fs.ggn(loss, loss.net.theta)(d), rtol=1e-10, atol=1e-12)
+    p = loss.net.apply(loss.net.params, loss.batches[0][0]).softmax(-1)
+    J = torch.func.jacrev(lambda t: loss.net.apply(loss.params(t), loss.batches[0][0]))(loss.net.theta)
+    M = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    torch.testing.assert_close(product, torch.einsum("bip,bij,bjq,q->p", J, M, J, d) / len(p), rtol=1e-9, atol=1e-11)
 
 
 def test_a_function_that_is_not_in_the_table_is_left_alone():

@@ -20,7 +20,7 @@ from .head import total_of
 from .outputs import Outputs, check_head, normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
 from .product_check import check_product
-from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing, summed, unchanged
+from .pullbacks import ONE_AT_A_TIME, flat, forward_or_reverse, named_if_missing, summed, unchanged
 
 _NEEDS = "the Hessian needs second derivatives"
 _AGREE, _RESOLVED, _PATIENCE = 3e-3, 0.05, 3
@@ -180,26 +180,12 @@ def _total(loss: Loss, inputs: Inputs, targets: Any) -> Callable[[Tensor], Tenso
 
 
 def _rebuilt(loss: Loss, theta: Tensor, inputs: Inputs, targets: Any) -> Matvec:
-    total = _total(loss, inputs, targets)
-    missing: list[str] = []
+    slope = grad(_total(loss, inputs, targets))
+    product = forward_or_reverse(lambda v: jvp(slope, (theta,), (v,))[1], lambda v: vjp(slope, theta)[1](v)[0])
 
     def matvec(v: Tensor) -> Tensor:
         # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
         with torch.enable_grad(), ONE_AT_A_TIME:
-            if missing:
-                return vjp(grad(total), theta)[1](v)[0]
-            try:
-                return jvp(grad(total), (theta,), (v,))[1]
-            except NotImplementedError as err:
-                if "forward AD" not in str(err):
-                    raise
-                product = vjp(grad(total), theta)[1](v)[0]
-                missing.append(str(err).splitlines()[0][:100])
-            warnings.warn(
-                f"no forward mode for a kernel of this model ({missing[0]}): every product differentiates the gradient in "
-                "reverse mode, at the memory of both graphs. keep=True takes as much memory, and less time.",
-                stacklevel=2,
-            )
-            return product
+            return product(v)
 
     return matvec

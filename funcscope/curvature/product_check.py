@@ -32,10 +32,10 @@ def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: s
     r"""Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
 
     One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
-    eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What cannot
-    be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with functions
-    that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net, criterion
-    and way.
+    eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What
+    cannot be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with
+    functions that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net,
+    criterion and way.
 
     way: "keep=True" or "keep=False".
     """
