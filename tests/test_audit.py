@@ -75,7 +75,7 @@ def test_ordinary_models_have_every_derivative(middle, dtype):
     assert result.has_kinks == isinstance(middle, nn.ReLU)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "cnn"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama")), "cnn"])
 def test_models_of_the_catalogue_have_them(name):
     result = fs.audit(loss_of(name), loss_of(name).net.theta, key=fs.key(5), num=2)
     assert result.right, str(result)
@@ -136,7 +136,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("middle", [nn.ReLU(), nn.Hardtanh(), nn.LeakyReLU(), Routed()])
-@pytest.mark.parametrize("units", [6, 100])
+@pytest.mark.parametrize("units", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_models_with_kinks_are_not_called_wrong(middle, dtype, units):
     if isinstance(middle, Routed) and units != 6:
         pytest.skip("of one width")
