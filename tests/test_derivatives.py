@@ -529,3 +529,18 @@ def test_products_without_forward_mode_are_taken_in_reverse_and_say_so():
 def test_a_function_that_is_not_in_the_table_is_left_alone():
     assert replaced(torch.tanh) is torch.tanh
     assert replaced(F.layer_norm) is not F.layer_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_that_are_too_long_are_halved(dtype):
+    """1 - cos(w x't) has the Hessian w^2 cos(w x't) xx', and its derivatives change within 1 / w."""
+    x, w = torch.tensor([[0.6, 0.8]], dtype=dtype), 1e3 if dtype == torch.float32 else 1e6
+    net = fs.functional(seeded(0, lambda: nn.Linear(2, 1, bias=False)).to(dtype))
+    loss = fs.objective(
+        net, [(x, torch.zeros(1, 1, dtype=dtype))], fs.custom(lambda out, _: (1 - torch.cos(w * out))[:, 0])
+    )
+    exact = w**2 * torch.cos(w * (x @ net.theta)) * x[0]
+    matvec = fs.hessian_difference(loss, net.theta)
+    off = float((matvec(x[0]) - exact).norm())
+    assert off < 1e-3 * float(exact.norm())
+    assert off <= matvec.error() < 0.05 * float(exact.norm())
