@@ -22,7 +22,9 @@ from .core.objective import Loss, objective
 from .core.restrict import grid, restrict
 from .core.running import running_statistics
 from .curvature import (
+    Audit,
     asam_sharpness,
+    audit,
     average_sharpness,
     compare_eigenvalues,
     compare_sharpness,
@@ -90,6 +92,7 @@ from .study.progress import progress
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Axes",
     "BarrierMatrix",
     "CommonDirections",
@@ -110,6 +113,7 @@ __all__ = [
     "LossPlane",
     "Trajectory",
     "asam_sharpness",
+    "audit",
     "average_sharpness",
     "barrier_matrix",
     "bezier",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
+from .check import add_check
 from .own_model import FIELDS, add_curvature, add_directional
 from .runs import add_analyze, add_dashboard, add_demo, add_train
 
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_demo, add_directional, add_curvature, add_train, add_analyze, add_dashboard):
+    for add in (add_demo, add_directional, add_curvature, add_check, add_train, add_analyze, add_dashboard):
         add(commands)
     return parser
 

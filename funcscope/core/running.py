@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from .layout import Params
 from .model import Functional, Inputs
 from .objective import Loss, Theta
-from .skeleton import _affine, _per_channel
+from .primitives import affine, per_channel
 
 NAMES = ("running_mean", "running_var")
 
@@ -159,7 +159,7 @@ class _Recorder(TorchFunctionMode):
         self._add(name, x.numel() // channels, centre.mean(rows))
         self._add(self.names[id(var)], x.numel() // channels, square.mean(rows) * (num / (num - 1)))
         unit = centred * (square + eps).rsqrt()
-        return _affine(unit, _per_channel(weight, x), _per_channel(bias, x), x)
+        return affine(unit, per_channel(weight, x), per_channel(bias, x), x)
 
     def _add(self, name: str, num: int, value: Tensor) -> None:
         """The mean so far moves by the share of the new values: exactly theirs where they are the first."""

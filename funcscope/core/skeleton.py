@@ -1,28 +1,24 @@
 """The private skeleton of a model: its module tree without weights, with derivatives that are those of its values.
 
-Two things in torch are right as values and wrong as functions to differentiate:
-
-- The fused layer norm, and batch norm on batch statistics. `grad`, `grad` of `grad` and `jvp` of `grad` are right;
-  `jvp` of `jvp`, `grad` of `jvp`, and whatever differentiates through a `vmap` of `vjp` (`torch.func.hessian` does), are
-  silently wrong: the saved mean and deviation are taken for constants. https://github.com/pytorch/pytorch/issues/196700
-- Embeddings with `padding_idx`, `scale_grad_by_freq` or `sparse`: conventions of training, under which reverse mode
-  gives something else than the derivative.
+Functions of torch whose derivatives are wrong or missing are replaced while it runs (core/primitives.py). Embeddings with
+`padding_idx`, `scale_grad_by_freq` or `sparse` lose them here: conventions of training, under which reverse mode gives
+something else than the derivative.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+
+from .primitives import replaced as replaced
 
 
 def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -104,56 +100,8 @@ def _check_closures(model: nn.Module) -> None:
 
 
 class TrueDerivatives(TorchFunctionMode):
-    """While a model runs: norms from primitives, which torch can differentiate again and again."""
+    """While a model runs: primitives, which torch can differentiate again and again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func = replaced(func)
         return func(*args, **kwargs) if kwargs else func(*args)
-
-
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    return _affine(_standardised(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias, input)
-
-
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if not training and running_mean is not None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    unit = _standardised(input, (0, *range(2, input.ndim)), eps)
-    return _affine(unit, _per_channel(weight, input), _per_channel(bias, input), input)
-
-
-def _instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-):
-    if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    unit = _standardised(input, tuple(range(2, input.ndim)), eps)
-    return _affine(unit, _per_channel(weight, input), _per_channel(bias, input), input)
-
-
-def replaced(func: Callable) -> Callable:
-    """What takes the place of a function of torch while a model runs: another one, or itself."""
-    return _REPLACED.get(func, func)
-
-
-_REPLACED: dict[Callable, Callable] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-}
-
-
-def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16; the fused kernels widen too
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-
-
-def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
-    if weight is not None:
-        unit = unit * weight if bias is None else torch.addcmul(bias, unit, weight)
-    return unit.to(like.dtype)
-
-
-def _per_channel(x: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if x is None else x.view(-1, *[1] * (like.ndim - 2))

@@ -1,6 +1,8 @@
 """Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
 
 from .asam import asam_sharpness
+from .audit import audit
+from .audit_result import Audit, Culprit, Way
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
@@ -16,8 +18,10 @@ from .summary import block_slices, hessian_block_eigenvalues, hessian_block_trac
 from .trace_error import TraceErrors, trace_errors
 
 __all__ = [
+    "Audit",
     "AverageSharpness",
     "CriticalSharpness",
+    "Culprit",
     "Eigenvalue",
     "EigenvalueDifferences",
     "EigenvalueErrors",
@@ -28,7 +32,9 @@ __all__ = [
     "SharpnessComparison",
     "TraceErrors",
     "TwoWay",
+    "Way",
     "asam_sharpness",
+    "audit",
     "average_sharpness",
     "block_slices",
     "compare_eigenvalues",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -86,16 +88,48 @@ def _kept(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matve
 
 
 def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
-    def matvec(v: Tensor) -> Tensor:
-        def of(t: Tensor) -> Outs:
-            return batch.of(loss.params(t))
+    def of(t: Tensor) -> Outs:
+        return batch.of(loss.params(t))
 
+    pushed = forward_or_reverse(lambda v: jvp(of, (theta,), (v,))[1], lambda v: _push_in_reverse(of, theta, v))
+
+    def matvec(v: Tensor) -> Tensor:
         with torch.enable_grad(), ONE_AT_A_TIME:  # the graph of the pullback, whatever the caller's mode
             outs, pull = vjp(of, theta)
-            _, moved = jvp(of, (theta,), (v,))
+            moved = pushed(v)
         return pull(middle(outs, moved))[0]
 
     return matvec
+
+
+def _push_in_reverse(of: Callable[[Tensor], Outs], theta: Tensor, v: Tensor) -> Outs:
+    """J v, as the pullback of u -> J'u."""
+    outs, pull = vjp(of, theta)
+    return vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))[1](v)
+
+
+def forward_or_reverse(forward: Callable[[Tensor], Any], reverse: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The first of two ways to one product; the second from then on, with a warning, where a kernel has no forward mode."""
+    missing: list[str] = []
+
+    def product(v: Tensor) -> Any:
+        if missing:
+            return reverse(v)
+        try:
+            return forward(v)
+        except NotImplementedError as err:
+            if "forward AD" not in str(err):
+                raise
+            out = reverse(v)
+            missing.append(str(err).splitlines()[0][:100])
+        warnings.warn(
+            f"no forward mode for a kernel of this model ({missing[0]}): every product is made in reverse mode, at the "
+            "memory of both graphs. keep=True takes as much memory, and less time.",
+            stacklevel=2,
+        )
+        return out
+
+    return product
 
 
 @contextmanager

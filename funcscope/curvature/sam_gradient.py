@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vjp
 
 from ..core.directions import PART, dot
 from ..core.objective import Loss, Theta, check_point
@@ -78,19 +78,25 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
 
 
 def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
-    r"""$v^\top H v$ exactly, as a `jvp` of a `jvp`: no graph of a backward pass is held. `weight`: that of all tokens.
+    r"""$v^\top H v$ exactly: v with the gradient differentiated along v, at the memory of one batch's two graphs.
 
     Raises ValueError where the model keeps kernels of its own, which have no reliable second derivatives.
     """
     _check_kernels(loss)
-    return sum(_along(one, leaves, v, order=2) for one in _one_by_one(loss)) / weight
+    total = 0.0
+    for one in _one_by_one(loss):
+        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
+            _, pull = vjp(grad(lambda at, one=one: one.terms(at)[0].sum()), dict(leaves))
+            along = {k: v[k].to(x.dtype) for k, x in leaves.items()}
+            total += inner(pull(along)[0], along)
+    return total / weight
 
 
 def slope_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
     r"""$g^\top v$ by one `jvp`; by the gradient where the model keeps kernels that have no forward derivative."""
     if loss.net.attention == "keep":
         return inner(gradient_at(loss, leaves)[0], v)
-    return sum(_along(one, leaves, v, order=1) for one in _one_by_one(loss)) / weight
+    return sum(_along(one, leaves, v) for one in _one_by_one(loss)) / weight
 
 
 def inner(a: Leaves, b: Leaves) -> float:
@@ -143,20 +149,15 @@ def _one_by_one(loss: Loss) -> Iterator[Loss]:
     return (replace(loss, batches=(batch,)) for batch in loss.batches)
 
 
-def _along(one: Loss, leaves: Leaves, v: Leaves, *, order: int) -> float:
-    """The first or second derivative along v of the sum of the token losses of one batch."""
+def _along(one: Loss, leaves: Leaves, v: Leaves) -> float:
+    """The derivative along v of the sum of the token losses of one batch."""
     some = next(iter(leaves.values()))
-    zero, unit = some.new_zeros(()), some.new_ones(())
 
     def line(a: Tensor) -> Tensor:
         at = {k: torch.addcmul(x, a.to(x.dtype), v[k].to(x.dtype)) for k, x in leaves.items()}
         return one.terms(at)[0].sum()
 
-    def slope(a: Tensor) -> Tensor:
-        return jvp(line, (a,), (unit,))[1]
-
-    with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
-        return float(slope(zero) if order == 1 else jvp(slope, (zero,), (unit,))[1])
+    return float(jvp(line, (some.new_zeros(()),), (some.new_ones(()),))[1])
 
 
 def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

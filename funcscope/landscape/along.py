@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
+from torch.utils._pytree import tree_map
 
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
@@ -60,13 +62,21 @@ def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
+_NO_RULE = ("Batching rule not implemented", "vmap: we do not yet support", "does not have vmap support")
+
+
 def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
-    """`vmap`, and what to do instead where a model refuses it."""
+    """`vmap`; a loop where torch has no batching rule; and what to do instead where a model refuses it otherwise."""
     try:
         return vmap(function)(over)
     except NotImplementedError:  # a derivative that torch does not have: no matter of the plan
         raise
     except RuntimeError as err:
+        if any(words in str(err) for words in _NO_RULE):
+            warnings.warn(
+                f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2
+            )
+            return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in over])
         err.add_note(f"If this model cannot be mapped over its parameters, pass `{remedy}`: a plain loop.")
         raise
 
