@@ -5,21 +5,42 @@ from __future__ import annotations
 import html
 import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Estimate
+from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from . import statistics
-from .notes import half_precision, low_correlation, undecided_signs
+from .notes import curvature_and_step, half_precision, large_step, low_correlation, undecided_signs, unresolved
 from .precision import Realised
+from .sequences import Residuals, crossed
+from .truncation import Truncation
 
-HEADERS = ("", "value", "stderr")
+HEADERS = ("", "value", "stderr", "over sequences", "in all")
+_STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = (
+    ("loss_mean", statistics.mean, ("loss",)),
+    ("loss_std", statistics.spread, ("loss",)),
+    ("delta_mean", statistics.mean, ("delta",)),
+    ("delta_std", statistics.spread, ("delta",)),
+    ("landscape_roughness", statistics.variation, ("loss",)),
+    ("dir_grad_mean", statistics.mean, ("dir_grad",)),
+    ("dir_grad_std", statistics.spread, ("dir_grad",)),
+    ("dir_grad_delta_corr", statistics.correlation, ("dir_grad", "delta")),
+    ("curvature_mean", statistics.mean, ("curvature",)),
+    ("curvature_std", statistics.spread, ("curvature",)),
+    *((f"curvature_p{p}", partial(statistics.quantile, q=p / 100), ("curvature",)) for p in (10, 50, 90)),
+    ("rayleigh_mean", statistics.mean, ("rayleigh",)),
+    ("loss_mean_negative", statistics.mean, ("negative",)),
+    ("loss_std_negative", statistics.spread, ("negative",)),
+)
+"""By their documented names: what is made of which columns."""
 
 
 class Plan(NamedTuple):
@@ -36,6 +57,9 @@ class DirectionalLosses:
 
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
     are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
+    Those whose terms per sequence are known (a `Crossed`) have an error over sequences, too, and one over both: a loss change
+    always, slopes and curvatures with two sides, from $(L_s^+ - L_s^-)/2h$ and $(L_s^+ + L_s^- - 2 L_{s0})/h^2$ of each
+    sequence s, also where the value itself is exact. It takes the sequences for a random sample.
     Direction norms are those by construction: 1, or that of the parameters that move.
     `asdict()` gives the documented dictionary.
     """
@@ -64,6 +88,10 @@ class DirectionalLosses:
     num_gradients: int
     num_jvps: int
     num_second_jvps: int
+    num_matvecs: int = 0
+    residuals: Residuals | None = None
+    finer: Float[Tensor, "m 4"] | None = None
+    """Losses of the first m directions at +h/2, -h/2, +h/4, -h/4, where curvatures are differences."""
 
     @property
     def n_samples(self) -> int:
@@ -133,6 +161,24 @@ class DirectionalLosses:
         half = self.realised is not None
         return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
 
+    @cached_property
+    def truncation(self) -> Truncation | None:
+        """Second differences at three steps, along the first directions; None for exact curvatures."""
+        if self.finer is None or self.curvatures is None:
+            return None
+        at, h, num = self.baseline_loss, self.actual_span, len(self.finer)
+        half, quarter = (
+            central_second_difference(self.finer[:, i], self.finer[:, i + 1], at, h / (2 + i)) for i in (0, 2)
+        )
+        every = torch.stack([self.curvatures[:num], half, quarter])
+        return Truncation(*every[:, every.isfinite().all(0)], noise=self.curvature_noise_floor)
+
+    @property
+    def step_note(self) -> str | None:
+        """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
+        known = self.truncation
+        return None if known is None else curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
+
     @property
     def displacement(self) -> float:
         """Distance travelled in parameter space, span x ||d||."""
@@ -148,32 +194,71 @@ class DirectionalLosses:
         """Directions where both the slope and the loss are finite."""
         return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
 
+    @property
+    def columns(self) -> dict[str, Float[Tensor, " n"]]:
+        """The samples of every quantity that is there."""
+        negative = self.losses_negative
+        columns = {
+            "loss": self.losses,
+            "negative": negative,
+            "delta": self.deltas,
+            "delta_two_sided": None if negative is None else (self.losses + negative) / 2 - self.baseline_loss,
+            "dir_grad": self.slopes,
+            "curvature": self.curvatures,
+            "rayleigh": self.rayleigh_quotients,
+        }
+        return {name: samples for name, samples in columns.items() if samples is not None}
+
+    def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
+        """What each sequence adds to that quantity beside its mean over sequences; None where that is not known."""
+        if self.residuals is None:
+            return None
+        one, two = 1 / (2 * self.actual_span), 1 / self.actual_span**2
+        factors = {
+            "loss": (1, 0, 0), "delta": (1, 0, -1), "negative": (0, 1, 0), "delta_two_sided": (0.5, 0.5, -1),
+            "dir_grad": (one, -one, 0), "curvature": (two, two, -2 * two), "rayleigh": (two, two, -2 * two),
+        }  # fmt: skip
+        positive, negative, centre = factors[quantity]
+        if negative and self.residuals.negative is None:
+            return None
+        found = positive * self.residuals.positive + centre * self.residuals.centre
+        found = found + negative * self.residuals.negative if negative else found
+        return found / self.direction_norms.square()[:, None] if quantity == "rayleigh" else found
+
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """Every sampled statistic by its documented name, with its standard error over directions."""
-        losses = _finite(self.losses)
-        found = {
-            "loss_mean": statistics.mean(losses),
-            "loss_std": statistics.spread(losses),
-            "delta_mean": statistics.mean(losses - self.baseline_loss),
-            "delta_std": statistics.spread(losses - self.baseline_loss),
-            "landscape_roughness": statistics.variation(losses),
+        """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
+        columns = self.columns
+        return {
+            name: self._estimated(statistic, {quantity: columns[quantity] for quantity in over})
+            for name, statistic, over in _STATISTICS
+            if all(quantity in columns for quantity in over)
         }
-        if self.slopes is not None:
-            both = self.slopes.isfinite() & self.losses.isfinite()
-            found["dir_grad_mean"] = statistics.mean(_finite(self.slopes))
-            found["dir_grad_std"] = statistics.spread(_finite(self.slopes))
-            found["dir_grad_delta_corr"] = statistics.correlation(self.slopes[both], self.deltas[both])
-        if (curvatures := self.curvatures) is not None and self.rayleigh_quotients is not None:
-            finite = _finite(curvatures)
-            found["curvature_mean"] = statistics.mean(finite)
-            found["curvature_std"] = statistics.spread(finite)
-            found |= {f"curvature_p{p}": statistics.quantile(finite, p / 100) for p in (10, 50, 90)}
-            found["rayleigh_mean"] = statistics.mean(_finite(self.rayleigh_quotients))
-        if self.losses_negative is not None:
-            found["loss_mean_negative"] = statistics.mean(_finite(self.losses_negative))
-            found["loss_std_negative"] = statistics.spread(_finite(self.losses_negative))
-        return found
+
+    def _estimated(self, statistic: Callable[..., Estimate], columns: dict[str, Tensor]) -> Estimate:
+        """A statistic of these columns, over the directions where all of them are finite."""
+        seen = torch.stack(list(columns.values())).isfinite().all(0)
+        rows = [None if (row := self.rows(quantity)) is None else row[seen] for quantity in columns]
+        return crossed(statistic, [samples[seen] for samples in columns.values()], rows)
+
+    @cached_property
+    def baseline(self) -> Estimate:
+        """The loss at theta with its standard error over sequences; nan where that is not known."""
+        if self.residuals is None:
+            return Estimate(torch.tensor(self.baseline_loss), torch.tensor(math.nan), 0)
+        centre = self.residuals.centre
+        stderr = (
+            (centre.square().sum() * len(centre) / (len(centre) - 1)).sqrt()
+            if len(centre) > 1
+            else centre[0] * math.nan
+        )
+        return Estimate(centre.new_tensor(self.baseline_loss), stderr, self.residuals.num)
+
+    @property
+    def signs(self) -> dict[str, statistics.Signs]:
+        """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
+        names = ("delta", "dir_grad", "curvature")
+        return {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in names}
 
     @property
     def note(self) -> str | None:
@@ -184,7 +269,10 @@ class DirectionalLosses:
         return low_correlation(corr, self.deltas, self.slopes, self.actual_span)
 
     def asdict(self) -> dict[str, Any]:
-        """The documented dictionary, then standard errors (`..._stderr`), settings, costs and per-direction arrays.
+        """The documented dictionary, then standard errors, settings, costs and per-direction arrays.
+
+        `<name>_stderr` is over directions; where terms per sequence are known, `<name>_stderr_data` is over sequences and
+        `<name>_stderr_total` over both, with `<name>_dof` degrees of freedom.
 
         Plain numbers, strings and numpy arrays; keys of what was not asked for are absent, as documented.
         """
@@ -193,13 +281,22 @@ class DirectionalLosses:
         values["loss_max"] = float(finite.max()) if len(finite) else math.nan
         values["loss_min"] = float(finite.min()) if len(finite) else math.nan
         values |= {name: float(estimate.value) for name, estimate in self.estimates.items()}
-        values |= {f"{name}_stderr": float(estimate.stderr) for name, estimate in self.estimates.items()}
+        for name, estimate in self.estimates.items():
+            values |= estimate.named(name)
+        values["baseline_loss_stderr_data"] = float(self.baseline.stderr)
+        values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
+        for name, (above, below, p) in self.signs.items():
+            values |= {f"{name}_n_above": above, f"{name}_n_below": below, f"{name}_sign_p_value": p}
         if self.slopes is not None:
             values["n_samples_for_corr"] = self.n_samples_for_corr
         if self.compute_curvature:
             values["curvature_noise_floor"] = self.curvature_noise_floor
             values["n_curvatures_undecided"] = self.n_curvatures_undecided
             values["precision_note"] = self.precision_note
+        if self.truncation is not None:
+            values |= self.truncation.bias.named("curvature_truncation")
+            values |= {"curvature_settling": self.truncation.settling, "curvature_status": self.truncation.status}
+            values["step_note"] = self.step_note
         if self.realised is not None:
             values |= {f"realised_{name}": value for name, value in self.realised._asdict().items()}
         return values | self._settings() | self._arrays()
@@ -228,6 +325,7 @@ class DirectionalLosses:
             "num_gradients": self.num_gradients,
             "num_jvps": self.num_jvps,
             "num_second_jvps": self.num_second_jvps,
+            "num_matvecs": self.num_matvecs,
             "note": self.note,
         }
 
@@ -260,9 +358,15 @@ class DirectionalLosses:
             f"(relative step {self.relative_step:.3g}), {self.key!r}"
         )
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "")]
-        return rows + [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
+    def _rows(self) -> list[tuple[str, ...]]:
+        over = f"{float(self.baseline.stderr):.2g}"
+        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "", over, over)]
+        rough = self.truncation is not None and self.truncation.status == "rough"
+        unclear = ("curvature_mean", "rayleigh_mean") if rough else ()
+        return rows + [
+            (*cells[:2], *["not resolved"] * 3) if cells[0] in unclear else cells
+            for cells in (row(name, estimate) for name, estimate in self.estimates.items())
+        ]
 
     def _tail(self) -> list[str]:
         """What the table does not say: lost samples, what half precision does, and notes."""
@@ -271,7 +375,23 @@ class DirectionalLosses:
             tail += [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"]
         if self.realised is not None:
             tail += [half_precision(self.displacement, self.realised)]
-        return tail + [note for note in (self.note, self.precision_note) if note]
+        names = {"delta": "loss change", "curvature": "curvature"}
+        tail += [
+            text
+            for name, what in names.items()
+            if name in self.columns
+            and (text := unresolved(what, self.estimates[f"{name}_mean"], _finite(self.columns[name])))
+        ]
+        notes = (large_step(self.relative_step), self.note, self.step_note, self.precision_note)
+        return tail + [note for note in notes if note]
+
+
+def row(name: str, estimate: Estimate) -> tuple[str, ...]:
+    """A line of a result's table: value, and the errors over directions, over sequences, and over both."""
+    errors = [estimate.stderr]
+    errors += [estimate.stderr_data, estimate.stderr_total] if isinstance(estimate, Crossed) else []
+    cells = [f"{float(error):.2g}" for error in errors]
+    return (name, f"{float(estimate.value):.5g}", *cells, *[""] * (3 - len(cells)))
 
 
 def central_second_difference(

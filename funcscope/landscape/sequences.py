@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ..core.estimate import Crossed, Estimate
+
+MOST = 2**22
+"""Numbers that are stored per side, over directions and sequences: beyond, sequences are summed in groups."""
 
 
 class Means(NamedTuple):
@@ -36,3 +43,53 @@ def means(sums: Float[Tensor, "m n"], weights: Float[Tensor, " n"]) -> Means:
     scatter = (sums - value[:, None] * weights).square().sum(1)
     factor = num / (num - 1) if num > 1 else math.nan
     return Means(value, (factor * scatter).sqrt() / total)
+
+
+class Residuals(NamedTuple):
+    r"""What each sequence (or group of them) adds beside the mean: $(s_{ds} - L_d w_{ds}) / W_d$; rows add up to 0.
+
+    For directions by sequences, `negative` where both sides were evaluated. Linear: those of a loss change, of a second
+    difference or of a mean over directions are the same combination of these.
+    """
+
+    centre: Float[Tensor, " g"]
+    positive: Float[Tensor, "n g"]
+    negative: Float[Tensor, "n g"] | None
+    num: int
+    """Sequences that score something; their groups are the columns."""
+
+
+def num_groups(num_sequences: int, num_directions: int) -> int:
+    """As many groups as sequences where there is room for them, 64 at the least."""
+    return min(num_sequences, max(64, MOST // num_directions))
+
+
+def residuals(
+    terms: Float[Tensor, "*d 2 n"], scored: Tensor, groups: int
+) -> tuple[Float[Tensor, " *d"], Float[Tensor, "*d g"]]:
+    """The loss, and what each group of sequences adds beside it, from sums and weights per sequence.
+
+    scored: the places of the sequences that score something; sequence i is of group i modulo `groups`.
+    """
+    sums, weights = terms.unbind(-2)
+    total = weights.sum(-1)
+    value = sums.sum(-1) / total
+    beside = ((sums - value[..., None] * weights) / total[..., None])[..., scored]
+    more = -len(scored) % groups
+    return value, torch.nn.functional.pad(beside, (0, more)).unflatten(-1, (-1, groups)).sum(-2)
+
+
+def crossed(
+    statistic: Callable[..., Estimate], columns: Sequence[Tensor], rows: Sequence[Float[Tensor, "n g"] | None]
+) -> Estimate:
+    """A statistic of columns over directions, with its error over sequences where the rows of all columns are known.
+
+    To first order: sequence s of direction d moves it by the derivative by that direction's value times its residual.
+    """
+    estimate = statistic(*columns)
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows) or not estimate.value.isfinite():
+        return estimate
+    slopes = torch.func.grad(lambda *x: statistic(*x).value, argnums=tuple(range(len(columns))))(*columns)
+    moves = torch.stack([slope[:, None] * row for slope, row in zip(slopes, known, strict=True)]).sum(0)
+    return Crossed.of_rows(estimate, moves)
