@@ -60,7 +60,7 @@ class Crossed(Estimate):
       \nu = \frac{V^2}{V_D^2 / (n-1) + V_S^2 / (g-1) + V_I^2 / ((n-1)(g-1))}:$$
 
     both one-way errors hold the interaction of draws and data, which counts once (V is not taken below the larger of them);
-    degrees of freedom by Satterthwaite. For statistics that are no means, to first order in z. nan for a single draw or
+    degrees of freedom by Satterthwaite, at least the smaller of n - 1 and g - 1. For statistics that are no means, to first order in z. nan for a single draw or
     datum.
 
     Cornfield, Tukey (1956), doi:10.1214/aoms/1177728067; Satterthwaite (1946), doi:10.2307/3002019.
@@ -86,7 +86,7 @@ class Crossed(Estimate):
         both = scale * num / max(num - 1, 1) * (rows - rows.mean(0)).square().sum()
         total = torch.maximum(draws + data - both, torch.maximum(draws, data))
         parts = draws**2 / max(num - 1, 1) + (data**2 + both**2 / max(num - 1, 1)) / max(num_data - 1, 1)
-        dof = float(total**2 / parts) if parts else float(min(num, num_data) - 1)
+        dof = max(float(total**2 / parts) if parts else 0.0, float(min(num, num_data) - 1))
         return cls(estimate.value, estimate.stderr, estimate.num, data.sqrt(), total.sqrt(), dof)
 
     def __str__(self) -> str:

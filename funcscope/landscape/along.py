@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from .values import PerSequence
 
 GRADIENT_UP_TO = 2**28
 """Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
+AGREEMENT = 1e-2
+"""Second derivatives of single sequences are used where they add up to the product's, to this share of their size."""
 
 
 class Wanted(NamedTuple):
@@ -37,7 +39,7 @@ class Wanted(NamedTuple):
     curvature: Literal["product", "jvp"] | None
     """Of an exact one: d'Hd by a product with the Hessian, or `jvp` of `jvp`."""
     refined: int
-    """The first so many directions are evaluated at shorter steps, too."""
+    """The first so many directions are evaluated at shorter steps, or differentiated sequence by sequence."""
     scored: Tensor
     """Places of the sequences that score something."""
     groups: int
@@ -56,7 +58,10 @@ def sampled(
             if loss.layout.num > GRADIENT_UP_TO:  # what is handed back costs time to get again
                 hand_back()
             out = _lazy(loss, params, direction, wanted, gradient, refined=number < wanted.refined)
-            yield out | _forms(product, [direction.dense()] if product is not None else [])
+            if product is not None:
+                phis = [restrict(PerSequence.of(loss), params, direction, lazy=True)] if number < wanted.refined else []
+                out |= _forms(product, direction.dense()[None], phis, wanted)
+            yield out
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
     slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
@@ -66,8 +71,16 @@ def sampled(
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
         few = rows[: max(0, wanted.refined - start)]
-        finer = [_over(lambda row: _finer(loss, flat, row, wanted), few, plan)] if len(few) else []
-        yield out | _padded(finer, len(rows), out["losses"], wanted) | _forms(product, rows)
+        if product is not None:
+            out |= _forms(product, rows, [restrict(PerSequence.of(loss), flat, row) for row in few], wanted)
+        elif wanted.refined:
+            finer = (
+                _over(lambda row: _finer(loss, flat, row, wanted), few, plan)
+                if len(few)
+                else rows.new_empty((0, len(STEPS)))
+            )
+            out["finer"] = _padded(finer, len(rows))
+        yield out
 
 
 def _over(function: Callable[[Tensor], Any], rows: Tensor, plan: Plan) -> Any:
@@ -77,11 +90,26 @@ def _over(function: Callable[[Tensor], Any], rows: Tensor, plan: Plan) -> Any:
     return tree_map_only(Tensor, lambda x: x[None], function(rows[0]))
 
 
-def _forms(product: Matvec | None, rows: Iterable[Tensor]) -> dict[str, Tensor]:
-    """d'Hd of every row."""
-    if product is None:
-        return {}
-    return {"curvatures": torch.tensor([dot(row, product(row).to(row)) for row in rows], dtype=torch.float64)}
+def _forms(product: Matvec, rows: Tensor, phis: Sequence[Phi], wanted: Wanted) -> dict[str, Tensor]:
+    """d'Hd of every row; of the first few, what each group of sequences adds beside the mean."""
+    forms = [dot(row, product(row).to(row)) for row in rows]
+    zero = rows.new_zeros(())
+    bent = [_bent(phi, zero, form, wanted) for phi, form in zip(phis, forms, strict=False)]
+    known = torch.stack(bent) if bent else zero.new_empty((0, wanted.groups))
+    return {"curvatures": torch.tensor(forms, dtype=torch.float64), "residuals_curvatures": _padded(known, len(rows))}
+
+
+def _bent(phi: Phi, zero: Tensor, form: float, wanted: Wanted) -> Tensor:
+    """Residuals of d'Hd by `jvp` of `jvp`; nan where there is none, or where its sum is not the product's."""
+    one = torch.ones_like(zero)
+    try:
+        with torch.enable_grad():
+            (terms, _), (_, second) = jvp(lambda a: jvp(phi, (a,), (one,)), (zero,), (one,))
+    except NotImplementedError:  # a kernel without a forward derivative
+        return zero.new_full((wanted.groups,), math.nan)
+    value, beside = residuals(torch.stack([second[0], terms[1]]), wanted.scored, wanted.groups)
+    scale = float((second[0] / terms[1].sum()).abs().sum())
+    return beside if abs(float(value) - form) <= AGREEMENT * scale else torch.full_like(beside, math.nan)
 
 
 def _settled(out: dict[str, Tensor], wanted: Wanted) -> dict[str, Tensor]:
@@ -97,12 +125,9 @@ def _finer(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> Tensor:
     return torch.stack([phi(share * wanted.step) for share in STEPS])
 
 
-def _padded(finer: list[Tensor], num: int, like: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    """Losses at shorter steps, nan for directions that are not evaluated there; nothing where none is."""
-    if not wanted.refined:
-        return {}
-    rest = like.new_full((num - sum(map(len, finer)), len(STEPS)), math.nan)
-    return {"finer": torch.cat([*finer, rest])}
+def _padded(few: Tensor, num: int) -> Tensor:
+    """Rows of the first directions, nan for those that are not evaluated so."""
+    return torch.cat([few, few.new_full((num - len(few), few.shape[1]), math.nan)])
 
 
 def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
@@ -164,8 +189,10 @@ def _lazy(
         out["slopes"] = torch.tensor(tapped.slope, dtype=torch.float64)
     out = _settled(out, wanted) | _derivatives(phi, zero, wanted)
     out = {name: value[None] for name, value in out.items()}
-    finer = [x for share in STEPS[::2] for x in _pair(phi, share * h, zero, loss)] if refined else []
-    return out | _padded([torch.stack(finer)[None]] if finer else [], 1, out["losses"], wanted)
+    if wanted.refined and wanted.curvature is None:
+        finer = [x for share in STEPS[::2] for x in _pair(phi, share * h, zero, loss)] if refined else []
+        out["finer"] = _padded(torch.stack(finer)[None] if finer else zero.new_empty((0, len(STEPS))), 1)
+    return out
 
 
 def _pair(phi: Phi, step: float, zero: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

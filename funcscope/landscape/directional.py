@@ -73,7 +73,11 @@ def directional_losses(
     two_sided: also $L^-$. compute_gradient: slopes, exact: by one gradient and a dot product per direction, or by one
     `jvp` per direction (`slope`; "auto" takes the gradient for two directions or more, where it is cheaper, up to 2^28
     parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
-    compute_curvature: from the two-sided difference, or `exact`, by `jvp` of `jvp` (some 10 forwards a direction).
+    compute_curvature: from the two-sided difference, which is also taken at h/2 and h/4 along a tenth of the directions, 3 to
+    16 of them (`truncation`: what the step does to it); or `exact`, d'Hd by a product with the Hessian, whose graph is kept
+    (some 6 forwards a direction, and 10 for a tenth of them, whose sequences are differentiated one by one for the error over
+    sequences). Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of `jvp`; torch has that
+    wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
     the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch, and above
     2^28 in any case.
@@ -152,13 +156,15 @@ class Sampling:
 
     def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
         column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        sides = (column["residuals_losses"], column.get("residuals_losses_negative"))
+        beside = [column.get(f"residuals_{name}") for name in ("losses", "losses_negative", "curvatures")]
+        if beside[2] is not None:
+            beside[2] = beside[2][: self.wanted.refined]
         return DirectionalLosses(
             losses=column["losses"],
             losses_negative=column.get("losses_negative"),
             slopes=column.get("slopes"),
             exact_curvatures=column.get("curvatures"),
-            residuals=Residuals(self.centre, *sides, len(self.wanted.scored)),
+            residuals=Residuals(self.centre, *beside, num=len(self.wanted.scored)),
             finer=column["finer"][: self.wanted.refined] if "finer" in column else None,
             **self.settings,
         )
@@ -206,7 +212,7 @@ def prepare(
         _warn_renorm(normalize, span, step, param_norm)
     large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
     exact = compute_curvature and curvature == "exact"
-    refined = num_refined(n_samples) if compute_curvature and not exact else 0
+    refined = num_refined(n_samples) if compute_curvature and not (exact and large) else 0
     if large:
         hand_back()
     with torch.no_grad():
@@ -239,10 +245,10 @@ def prepare(
         "realised": found,
         "key": key,
         "plan": plan,
-        "num_forwards": 2 + n_samples * (1 + two_sided) + len(STEPS) * refined + 2 * math.isfinite(off),
+        "num_forwards": 2 + n_samples * (1 + two_sided) + len(STEPS) * refined * (not exact) + 2 * math.isfinite(off),
         "num_gradients": int(wanted.slope == "gradient"),
         "num_jvps": n_samples * (wanted.slope == "jvp"),
-        "num_second_jvps": n_samples * (wanted.curvature == "jvp"),
+        "num_second_jvps": {"jvp": n_samples, "product": refined}.get(wanted.curvature or "", 0),
         "num_matvecs": n_samples * (wanted.curvature == "product"),
     }
     return Sampling(loss, theta, dirs, wanted, plan, centre.cpu().double(), settings)

@@ -163,7 +163,7 @@ def flatness_profile(
     sides = [x.split(1 + two_sided, dim=1) for x in (deltas, beside)]
     return tuple(
         Flatness(
-            *_sides(side), float(epsilon), step, residuals=Residuals(centre, *_sides(row), len(scored)), **settings
+            *_sides(side), float(epsilon), step, residuals=Residuals(centre, *_sides(row), num=len(scored)), **settings
         )
         for epsilon, step, side, row in zip(epsilons, steps, *sides, strict=True)
     )

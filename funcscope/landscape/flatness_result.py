@@ -18,9 +18,10 @@ from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from ..linalg.trace import TraceEstimate
 from . import statistics
+from .directional_text import HEADERS, row
 from .notes import large_step, unresolved
 from .paired import jackknifed
-from .samples import HEADERS, Plan, row
+from .samples import Plan
 from .sequences import Residuals, crossed
 
 SHARE_OF_BASELINE = 0.1
@@ -229,7 +230,7 @@ class Flatness:
     def _crossed(
         self, statistic: Callable[..., Estimate], seen: Tensor, columns: tuple[Tensor, ...], signs: tuple[int, ...]
     ) -> Estimate:
-        """A statistic with both errors. signs: 0 for changes at +d, 1 and -1 for half the sum and difference of both sides."""
+        """A statistic with both errors. signs: 0 for changes at +d, 1 and -1 for half the sum or difference of both sides."""
         return crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
 
     def _residuals(self, sign: int, seen: Tensor) -> Tensor | None:

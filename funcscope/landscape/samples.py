@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import math
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,18 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Crossed, Estimate
+from ..core.estimate import Estimate
 from ..core.keys import Key
-from . import statistics
-from .notes import curvature_and_step, half_precision, large_step, low_correlation, undecided_signs, unresolved
+from . import directional_text, statistics
+from .notes import curvature_and_step, large_step, low_correlation, undecided_signs
 from .precision import Realised
 from .sequences import Residuals, crossed
 from .truncation import Truncation
 
-HEADERS = ("", "value", "stderr", "over sequences", "in all")
 _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = (
     ("loss_mean", statistics.mean, ("loss",)),
     ("loss_std", statistics.spread, ("loss",)),
@@ -37,6 +33,7 @@ _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = 
     ("curvature_std", statistics.spread, ("curvature",)),
     *((f"curvature_p{p}", partial(statistics.quantile, q=p / 100), ("curvature",)) for p in (10, 50, 90)),
     ("rayleigh_mean", statistics.mean, ("rayleigh",)),
+    ("delta_mean_negative", statistics.mean, ("delta_negative",)),
     ("loss_mean_negative", statistics.mean, ("negative",)),
     ("loss_std_negative", statistics.spread, ("negative",)),
 )
@@ -58,8 +55,8 @@ class DirectionalLosses:
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
     are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
     Those whose terms per sequence are known (a `Crossed`) have an error over sequences, too, and one over both: a loss change
-    always, slopes and curvatures with two sides, from $(L_s^+ - L_s^-)/2h$ and $(L_s^+ + L_s^- - 2 L_{s0})/h^2$ of each
-    sequence s, also where the value itself is exact. It takes the sequences for a random sample.
+    always, slopes with two sides, from $(L_s^+ - L_s^-)/2h$ of each sequence s, curvatures by difference, and exact ones from
+    the second derivatives of single sequences along some directions. It takes the sequences for a random sample.
     Direction norms are those by construction: 1, or that of the parameters that move.
     `asdict()` gives the documented dictionary.
     """
@@ -202,6 +199,7 @@ class DirectionalLosses:
             "loss": self.losses,
             "negative": negative,
             "delta": self.deltas,
+            "delta_negative": None if negative is None else negative - self.baseline_loss,
             "delta_two_sided": None if negative is None else (self.losses + negative) / 2 - self.baseline_loss,
             "dir_grad": self.slopes,
             "curvature": self.curvatures,
@@ -213,17 +211,12 @@ class DirectionalLosses:
         """What each sequence adds to that quantity beside its mean over sequences; None where that is not known."""
         if self.residuals is None:
             return None
-        one, two = 1 / (2 * self.actual_span), 1 / self.actual_span**2
-        factors = {
-            "loss": (1, 0, 0), "delta": (1, 0, -1), "negative": (0, 1, 0), "delta_two_sided": (0.5, 0.5, -1),
-            "dir_grad": (one, -one, 0), "curvature": (two, two, -2 * two), "rayleigh": (two, two, -2 * two),
-        }  # fmt: skip
-        positive, negative, centre = factors[quantity]
-        if negative and self.residuals.negative is None:
-            return None
-        found = positive * self.residuals.positive + centre * self.residuals.centre
-        found = found + negative * self.residuals.negative if negative else found
-        return found / self.direction_norms.square()[:, None] if quantity == "rayleigh" else found
+        bent = quantity in ("curvature", "rayleigh")
+        if bent and self.exact_curvatures is not None:
+            rows = self.residuals.exact
+        else:
+            rows = self.residuals.of("curvature" if bent else quantity, self.actual_span)
+        return rows / self.direction_norms.square()[:, None] if rows is not None and quantity == "rayleigh" else rows
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
@@ -287,6 +280,8 @@ class DirectionalLosses:
         values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
         for name, (above, below, p) in self.signs.items():
             values |= {f"{name}_n_above": above, f"{name}_n_below": below, f"{name}_sign_p_value": p}
+        values["delta_largest_share"] = statistics.largest_share(_finite(self.deltas))
+        values["relative_step_note"] = large_step(self.relative_step)
         if self.slopes is not None:
             values["n_samples_for_corr"] = self.n_samples_for_corr
         if self.compute_curvature:
@@ -299,99 +294,16 @@ class DirectionalLosses:
             values["step_note"] = self.step_note
         if self.realised is not None:
             values |= {f"realised_{name}": value for name, value in self.realised._asdict().items()}
-        return values | self._settings() | self._arrays()
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "n_samples": self.n_samples,
-            "n_nonfinite_pos": self.n_nonfinite_pos,
-            "n_nonfinite_neg": self.n_nonfinite_neg,
-            "actual_span": self.actual_span,
-            "displacement": self.displacement,
-            "param_norm": self.param_norm,
-            "relative_step": self.relative_step,
-            "use_filter_norm": self.normalize == "filter",
-            "global_renorm": self.global_renorm or self.normalize == "global",
-            "normalize": self.normalize,
-            "distribution": self.distribution,
-            "relative_span": self.relative_span,
-            "seed": self.key.seed,
-            "key": f"{self.key.bits:032x}",
-            "homogeneous_dtype": self.homogeneous_dtype,
-            "fast_vec_path": not self.plan.lazy,
-            "chunk": self.plan.chunk,
-            "threads": self.plan.threads,
-            "num_forwards": self.num_forwards,
-            "num_gradients": self.num_gradients,
-            "num_jvps": self.num_jvps,
-            "num_second_jvps": self.num_second_jvps,
-            "num_matvecs": self.num_matvecs,
-            "note": self.note,
-        }
-
-    def _arrays(self) -> dict[str, Any]:
-        arrays = {
-            "losses": self.losses,
-            "losses_negative": self.losses_negative,
-            "slopes": self.slopes,
-            "curvatures": self.curvatures,
-            "rayleigh_quotients": self.rayleigh_quotients,
-            "direction_norms": self.direction_norms,
-        }
-        return {name: array.numpy() for name, array in arrays.items() if array is not None}
+        return values | directional_text.settings(self) | directional_text.arrays(self)
 
     def __str__(self) -> str:
-        table = tabulate(self._rows(), headers=HEADERS, disable_numparse=True)
-        return "\n".join([self._head(), table, *(textwrap.fill(text, 100) for text in self._tail())])
+        return directional_text.plain(self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same table, for notebooks."""
-        table = tabulate(self._rows(), headers=HEADERS, tablefmt="html", disable_numparse=True)
-        paragraphs = [f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._tail())]
-        return "\n".join([paragraphs[0], str(table), *paragraphs[1:]])
-
-    def _head(self) -> str:
-        return (
-            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
-            f"(relative step {self.relative_step:.3g}), {self.key!r}"
-        )
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        over = f"{float(self.baseline.stderr):.2g}"
-        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "", over, over)]
-        rough = self.truncation is not None and self.truncation.status == "rough"
-        unclear = ("curvature_mean", "rayleigh_mean") if rough else ()
-        return rows + [
-            (*cells[:2], *["not resolved"] * 3) if cells[0] in unclear else cells
-            for cells in (row(name, estimate) for name, estimate in self.estimates.items())
-        ]
-
-    def _tail(self) -> list[str]:
-        """What the table does not say: lost samples, what half precision does, and notes."""
-        tail = []
-        if self.n_nonfinite_pos + self.n_nonfinite_neg:
-            tail += [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"]
-        if self.realised is not None:
-            tail += [half_precision(self.displacement, self.realised)]
-        names = {"delta": "loss change", "curvature": "curvature"}
-        tail += [
-            text
-            for name, what in names.items()
-            if name in self.columns
-            and (text := unresolved(what, self.estimates[f"{name}_mean"], _finite(self.columns[name])))
-        ]
-        notes = (large_step(self.relative_step), self.note, self.step_note, self.precision_note)
-        return tail + [note for note in notes if note]
-
-
-def row(name: str, estimate: Estimate) -> tuple[str, ...]:
-    """A line of a result's table: value, and the errors over directions, over sequences, and over both."""
-    errors = [estimate.stderr]
-    errors += [estimate.stderr_data, estimate.stderr_total] if isinstance(estimate, Crossed) else []
-    cells = [f"{float(error):.2g}" for error in errors]
-    return (name, f"{float(estimate.value):.5g}", *cells, *[""] * (3 - len(cells)))
+        return directional_text.page(self)
 
 
 def central_second_difference(

@@ -55,8 +55,33 @@ class Residuals(NamedTuple):
     centre: Float[Tensor, " g"]
     positive: Float[Tensor, "n g"]
     negative: Float[Tensor, "n g"] | None
-    num: int
+    curvature: Float[Tensor, "m g"] | None = None
+    """Of exact curvatures, along the first m directions; nan where they are not known."""
+    num: int = 0
     """Sequences that score something; their groups are the columns."""
+
+    def of(self, quantity: str, step: float) -> Float[Tensor, "n g"] | None:
+        """The same of a quantity that is linear in the losses; None where it needs a side that was not evaluated."""
+        one, two = 1 / (2 * step), 1 / step**2
+        positive, negative, centre = {
+            "loss": (1, 0, 0), "delta": (1, 0, -1), "negative": (0, 1, 0), "delta_negative": (0, 1, -1),
+            "delta_two_sided": (0.5, 0.5, -1), "dir_grad": (one, -one, 0), "curvature": (two, two, -2 * two),
+        }[quantity]  # fmt: skip
+        rows = positive * self.positive + centre * self.centre
+        if negative == 0:
+            return rows
+        return None if self.negative is None else rows + negative * self.negative
+
+    @property
+    def exact(self) -> Float[Tensor, "n g"] | None:
+        """Of exact curvatures: the directions that are not known take the mean of those that are.
+
+        That leaves more of the scatter over directions in an error over sequences, not less.
+        """
+        known = self.curvature
+        if known is None or not known.isfinite().all():
+            return None
+        return torch.cat([known, known.mean(0).expand(len(self.positive) - len(known), -1)])
 
 
 def num_groups(num_sequences: int, num_directions: int) -> int:

@@ -59,7 +59,7 @@ class Truncation:
     def status(self) -> Literal["smooth", "rough", "rounding", "undefined"]:
         """`rough`: halving the step again moves the differences by more, not by less, and not because of rounding.
 
-        `rounding`: the second halving moves them by no more than rounding may. `undefined`: no direction is finite throughout.
+        `rounding`: the second halving moves them by no more than rounding may. `undefined`: no direction is finite at all.
         """
         if not len(self.whole):
             return "undefined"
@@ -68,9 +68,9 @@ class Truncation:
         return "rough" if self.settling > 1 else "smooth"
 
     def dominates(self, estimate: Estimate, stderr: float) -> bool:
-        """Whether the bias is seen, above its own error and rounding, and is larger than the error of the mean."""
+        """Whether the bias is larger than rounding and its own error, and larger than the error of the mean."""
         value, error = abs(float(self.bias.value)), float(self.bias.stderr)
-        seen = value > max(4 / 3 * 5 * self.noise, 2 * error if math.isfinite(error) else 0.0)
+        seen = value > max(4 / 3 * 5 * self.noise, error if math.isfinite(error) else 0.0)
         return seen and value > max(stderr if math.isfinite(stderr) else 0.0, 1e-3 * abs(float(estimate.value)))
 
 
