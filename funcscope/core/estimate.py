@@ -60,8 +60,8 @@ class Crossed(Estimate):
       \nu = \frac{V^2}{V_D^2 / (n-1) + V_S^2 / (g-1) + V_I^2 / ((n-1)(g-1))}:$$
 
     both one-way errors hold the interaction of draws and data, which counts once (V is not taken below the larger of them);
-    degrees of freedom by Satterthwaite, at least the smaller of n - 1 and g - 1. For statistics that are no means, to first order in z. nan for a single draw or
-    datum.
+    degrees of freedom by Satterthwaite, at least the smaller of n - 1 and g - 1. For statistics that are no means, to first
+    order in z. nan for a single draw or datum.
 
     Cornfield, Tukey (1956), doi:10.1214/aoms/1177728067; Satterthwaite (1946), doi:10.2307/3002019.
 
@@ -90,14 +90,12 @@ class Crossed(Estimate):
         return cls(estimate.value, estimate.stderr, estimate.num, data.sqrt(), total.sqrt(), dof)
 
     def __str__(self) -> str:
-        errors = (float(x) for x in (self.value, self.stderr, self.stderr_data, self.stderr_total))
-        return "{:.4g} ± {:.2g} over {} draws, ± {:.2g} over data, ± {:.2g} in all".format(
-            *(next(errors), next(errors), self.num, *errors)
-        )
+        draws, data, total = (f"{float(x):.2g}" for x in (self.stderr, self.stderr_data, self.stderr_total))
+        return f"{float(self.value):.4g} ± {draws} over {self.num} draws, ± {data} over data, ± {total} in all"
 
     def named(self, name: str) -> dict[str, float]:
-        errors = {"stderr_data": self.stderr_data, "stderr_total": self.stderr_total, "dof": self.dof}
-        return super().named(name) | {f"{name}_{ending}": float(value) for ending, value in errors.items()}
+        errors = {f"{name}_stderr_data": float(self.stderr_data), f"{name}_stderr_total": float(self.stderr_total)}
+        return super().named(name) | errors | {f"{name}_dof": self.dof}
 
 
 def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float]:

@@ -374,8 +374,8 @@ def _of_spreads(
 def _difference(
     estimate: Callable[[Samples], Estimate], pair: _Pair, difference: Estimate, level: float, pairs: Pairs | None
 ) -> Difference:
-    alone = [crossed(estimate, [x], [rows]) for x, rows in zip(pair.samples, pair.rows, strict=True)]
-    return Difference(*alone, difference, interval(difference, level), pair.num_lost, pairs)
+    first, second = (crossed(estimate, [x], [rows]) for x, rows in zip(pair.samples, pair.rows, strict=True))
+    return Difference(first, second, difference, interval(difference, level), pair.num_lost, pairs)
 
 
 def _truncation(first: DirectionalLosses, second: DirectionalLosses) -> Estimate | None:

@@ -156,16 +156,21 @@ class Sampling:
 
     def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
         column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        beside = [column.get(f"residuals_{name}") for name in ("losses", "losses_negative", "curvatures")]
-        if beside[2] is not None:
-            beside[2] = beside[2][: self.wanted.refined]
+        bent, few = column.get("residuals_curvatures"), self.wanted.refined
+        residuals = Residuals(
+            self.centre,
+            column["residuals_losses"],
+            column.get("residuals_losses_negative"),
+            None if bent is None else bent[:few],
+            num=len(self.wanted.scored),
+        )
         return DirectionalLosses(
             losses=column["losses"],
             losses_negative=column.get("losses_negative"),
             slopes=column.get("slopes"),
             exact_curvatures=column.get("curvatures"),
-            residuals=Residuals(self.centre, *beside, num=len(self.wanted.scored)),
-            finer=column["finer"][: self.wanted.refined] if "finer" in column else None,
+            residuals=residuals,
+            finer=column["finer"][:few] if "finer" in column else None,
             **self.settings,
         )
 

@@ -137,7 +137,7 @@ class Flatness:
         """Every sampled statistic by its name, with its standard error; those of pairs where there are any."""
         finite = self._finite
         relative = SHARE_OF_BASELINE * (self.baseline_loss if self.baseline_loss > 0 else 1.0)
-        of_rises = {
+        of_rises: dict[str, Callable[..., Estimate]] = {
             "mean_delta_loss": statistics.mean,
             "median_delta_loss": partial(_quantile, q=0.5),
             "std_delta_loss": statistics.spread,
@@ -279,7 +279,8 @@ def _variance_ratio(even: Tensor, odd: Tensor) -> Estimate:
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    errors = {"value": estimate.value * factor, "stderr": estimate.stderr * abs(factor)}
-    if isinstance(estimate, Crossed):
-        errors |= {name: getattr(estimate, name) * abs(factor) for name in ("stderr_data", "stderr_total")}
-    return replace(estimate, **errors)
+    scaled = replace(estimate, value=estimate.value * factor, stderr=estimate.stderr * abs(factor))
+    if not isinstance(scaled, Crossed):
+        return scaled
+    size = abs(factor)
+    return replace(scaled, stderr_data=scaled.stderr_data * size, stderr_total=scaled.stderr_total * size)
