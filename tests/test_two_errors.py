@@ -221,7 +221,7 @@ def test_intervals_cover_the_truth_of_a_population_and_those_over_directions_alo
     truth = {name: float(d.difference.value) for name, d in compare_directional(*whole).differences.items()}
     single = {name: float(e.value) for name, e in whole[0].estimates.items()}
     names = ("loss_mean", "delta_mean", "delta_two_sided_mean", "dir_grad_mean", "curvature_mean")
-    alone = ("loss_mean", "delta_mean", "curvature_mean", "rayleigh_mean", "curvature_p50", "loss_std")
+    alone = ("loss_mean", "delta_mean", "curvature_mean", "rayleigh_mean", "curvature_p50", "curvature_std")
     hits, one, narrow = (dict.fromkeys(group, 0) for group in (names, alone, names))
     for seed in range(200):
         texts = torch.from_numpy(np.random.default_rng(seed).integers(0, 4000, 40))
