@@ -57,7 +57,7 @@ def filled(template, samples, **changes):
     """The template with these samples, and as many entries in whatever else it has per direction."""
     num = len(samples["losses"])
     rest = {name: x[:1].expand(num) for name, x in per_direction(template).items()}
-    return replace(template, **{**rest, **samples, **changes})
+    return replace(template, **{**rest, **samples, "residuals": None, "finer": None, **changes})
 
 
 def synthetic(num, seed, baseline=0.25):
@@ -82,6 +82,11 @@ def take(result, index):
     return replace(result, **{name: x[index] for name, x in per_direction(result).items()})
 
 
+def alone(result):
+    """The result without what is known of its sequences."""
+    return replace(result, residuals=None)
+
+
 def leave_one_out(statistic, *samples):
     """Oracle: the statistic recomputed without each pair."""
     num = len(samples[0])
@@ -96,7 +101,7 @@ def leave_one_out(statistic, *samples):
 @pytest.mark.parametrize("level", [0.5, 0.95])
 def test_means_intervals_and_tests_are_those_of_scipy(pair, level):
     """Outsider: scipy's paired t interval, signed-rank test, correlation."""
-    first, second = (sampled(), sampled(0.1)) if pair == "two models" else synthetic(*pair)
+    first, second = (alone(sampled()), alone(sampled(0.1))) if pair == "two models" else synthetic(*pair)
     found = compare_directional(first, second, level=level)
     assert set(found.differences) == {*MEANS, *SPREADS}
     assert found.num_tests == 5
@@ -106,6 +111,7 @@ def test_means_intervals_and_tests_are_those_of_scipy(pair, level):
         interval = theirs.confidence_interval(level)
         assert_close(got.interval, (float(interval.low), float(interval.high)))
         assert_close(float(got.difference.value / got.difference.stderr), float(theirs.statistic))
+        assert_close(got.p_value, float(theirs.pvalue))
         assert_close(float(got.first.value), float(x.mean()))
         assert_close(float(got.second.stderr), float(stats.sem(y)))
         assert (got.num_pairs, got.num_lost) == (len(x), 0)
@@ -278,7 +284,8 @@ def test_too_few_pairs_are_undefined_and_not_zero(num):
     errors = {f"loss_mean_{name}" for name in ("rank_biserial_stderr", "cohen_dz_stderr", "correlation")}
     errors |= {"loss_mean_correlation_stderr"}
     tests = {f"loss_mean_{name}" for name in ("wilcoxon", "p_value", "rank_biserial", "cohen_dz", "pairing_gain")}
-    tests |= {f"loss_mean_difference{end}" for end in ("_stderr", "_low", "_high")}
+    tests |= {f"loss_mean_difference{end}" for end in ("_stderr", "_low", "_high")} | {"loss_mean_wilcoxon_p_value"}
+    tests |= {"loss_mean_sign_p_value"} if num < 1 else set()
     tests |= {"loss_mean_first_stderr", "loss_mean_second_stderr"}
     means = {"loss_mean_first", "loss_mean_second", "loss_mean_difference"}
     assert undefined == errors | (tests if num < 2 else set()) | (means if num < 1 else set())

@@ -23,6 +23,7 @@ from funcscope.landscape.compare import compare_directional
 from funcscope.landscape.precision import Realised
 from funcscope.landscape.samples import DirectionalLosses, Plan
 from funcscope.view import comparison_sections, directional, directional_sections, page, samples, show, theme
+from funcscope.view.numbers import number
 from funcscope.view.pairing import Comparison
 from funcscope.view.result import is_resolved, mark, read
 
@@ -409,9 +410,11 @@ def test_the_comparison_is_told_in_full(tmp_path):
     rows = {row[0]: row for row in table.rows}
     assert set(rows) == set(compare_directional(first, second).differences)
     assert all(len(row) == len(table.headers) for row in table.rows)
-    p = c.values["curvature_mean_p_value"]
+    p = c.values["curvature_mean_wilcoxon_p_value"]
     assert 1e-6 < p < 2e-6  # 2^-19: every difference of 20 has one sign
-    assert rows["curvature_mean"][table.headers.index("p")] == "1.9 × 10⁻⁶"
+    student = stats.ttest_rel(second.curvatures, first.curvatures).pvalue
+    assert c.values["curvature_mean_p_value"] == pytest.approx(student)
+    assert rows["curvature_mean"][table.headers.index("p")] == number(student, 2)
     assert rows["loss_std"][table.headers.index("p")] == ""
     path = stored(tmp_path, first, second)
     before = written(path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student
+from scipy import stats
 from torch import Tensor
 
 
@@ -43,6 +43,84 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{float(self.value):.4g} ± {float(self.stderr):.2g} (n = {self.num})"
+
+    def named(self, name: str) -> dict[str, float]:
+        """Plain numbers: the value by that name, and every error of it by the name with an ending."""
+        return {name: float(self.value), f"{name}_stderr": float(self.stderr)}
+
+
+@dataclass(frozen=True)
+class Crossed(Estimate):
+    r"""A statistic of n draws (directions), each of them a mean over the same g data (sequences): both are samples.
+
+    `stderr` is over draws, with the data as they are; `stderr_data` over data, with the draws as they are; `stderr_total`
+    over both. With $V_D, V_S$ the squares of the first two and $z_{ds}$ what datum s of draw d moves the statistic by,
+
+    $$V = V_D + V_S - V_I, \qquad V_I = \tfrac{n}{n-1} \textstyle\sum_{ds} (z_{ds} - \bar z_s)^2, \qquad
+      \nu = \frac{V^2}{V_D^2 / (n-1) + V_S^2 / (g-1) + V_I^2 / ((n-1)(g-1))}:$$
+
+    both one-way errors hold the interaction of draws and data, which counts once (V is not taken below the larger of them);
+    degrees of freedom by Satterthwaite, at least the smaller of n - 1 and g - 1. For statistics that are no means, to first
+    order in z. nan for a single draw or datum.
+
+    Cornfield, Tukey (1956), doi:10.1214/aoms/1177728067; Satterthwaite (1946), doi:10.2307/3002019.
+
+    >>> import torch
+    >>> rows = torch.tensor([[1.0, -1.0], [1.0, -1.0]])               # what two data add to the values 0 and 2
+    >>> print(Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), rows / 2))
+    1 ± 1 over 2 draws, ± 2 over data, ± 2.2 in all
+    """
+
+    stderr_data: Float[Tensor, ""]
+    stderr_total: Float[Tensor, ""]
+    dof: float
+
+    @classmethod
+    def of_rows(cls, estimate: Estimate, rows: Float[Tensor, "n g"]) -> Crossed:
+        """rows: z, centred over data; the statistic's own error is over draws."""
+        (num, num_data), rows = rows.shape, rows.double()
+        if num_data < 2:
+            rows = torch.full_like(rows, math.nan)
+        scale = num_data / max(num_data - 1, 1)
+        draws, data = estimate.stderr.double().square(), scale * rows.sum(0).square().sum()
+        both = scale * num / max(num - 1, 1) * (rows - rows.mean(0)).square().sum()
+        total = torch.maximum(draws + data - both, torch.maximum(draws, data))
+        parts = draws**2 / max(num - 1, 1) + (data**2 + both**2 / max(num - 1, 1)) / max(num_data - 1, 1)
+        dof = max(float(total**2 / parts) if parts else 0.0, float(min(num, num_data) - 1))
+        return cls(estimate.value, estimate.stderr, estimate.num, data.sqrt(), total.sqrt(), dof)
+
+    def __str__(self) -> str:
+        draws, data, total = (f"{float(x):.2g}" for x in (self.stderr, self.stderr_data, self.stderr_total))
+        return f"{float(self.value):.4g} ± {draws} over {self.num} draws, ± {data} over data, ± {total} in all"
+
+    def named(self, name: str) -> dict[str, float]:
+        errors = {f"{name}_stderr_data": float(self.stderr_data), f"{name}_stderr_total": float(self.stderr_total)}
+        return super().named(name) | errors | {f"{name}_dof": self.dof}
+
+
+def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of an estimate, from its total error where it has one; nan where no error is defined."""
+    stderr, dof = _error(estimate)
+    half = float(stats.t.ppf((1 + level) / 2, dof)) * stderr if dof > 0 else math.nan
+    return float(estimate.value) - half, float(estimate.value) + half
+
+
+def p_value(estimate: Estimate) -> float:
+    """Two-sided, of Student's t test that the truth is 0, from the total error where there is one; 1 for 0 without error."""
+    stderr, dof = _error(estimate)
+    value = abs(float(estimate.value))
+    if not dof > 0 or math.isnan(stderr):
+        return math.nan
+    if stderr == 0:
+        return 1.0 if value == 0 else 0.0
+    return float(2 * stats.t.sf(value / stderr, dof))
+
+
+def _error(estimate: Estimate) -> tuple[float, float]:
+    """The error that intervals and tests take, with its degrees of freedom."""
+    if isinstance(estimate, Crossed) and estimate.stderr_total.isfinite():
+        return float(estimate.stderr_total), estimate.dof
+    return float(estimate.stderr), estimate.num - 1.0
 
 
 def jackknife_stderr(left_out: Float[Tensor, "*m n"]) -> Float[Tensor, "*m"]:
@@ -102,7 +180,7 @@ def ratio_interval(
         return math.nan, math.nan
     both = torch.stack([numerators, denominators]).double()
     a, b = both.mean(1).tolist()
-    (aa, ab), (_, bb) = (float(student.ppf((1 + level) / 2, num - 1)) ** 2 / num * both.cov()).tolist()
+    (aa, ab), (_, bb) = (float(stats.t.ppf((1 + level) / 2, num - 1)) ** 2 / num * both.cov()).tolist()
     square, middle, rest = b * b - bb, a * b - ab, a * a - aa
     if square <= 0:
         return math.nan, math.nan

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
@@ -17,10 +18,17 @@ from ..core.layout import Params
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
+from ..curvature.hessian import hessian
+from ..linalg.matvec import Matvec
 from .samples import Plan
+from .sequences import residuals
+from .truncation import STEPS
+from .values import PerSequence
 
 GRADIENT_UP_TO = 2**28
 """Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
+AGREEMENT = 1e-2
+"""Second derivatives of single sequences are used where they add up to the product's, to this share of their size."""
 
 
 class Wanted(NamedTuple):
@@ -29,32 +37,98 @@ class Wanted(NamedTuple):
     step: float
     two_sided: bool
     slope: Literal["gradient", "jvp"] | None
-    exact_curvature: bool
+    curvature: Literal["product", "jvp"] | None
+    """Of an exact one: d'Hd by a product with the Hessian, or `jvp` of `jvp`."""
+    refined: int
+    """The first so many directions are evaluated at shorter steps, or differentiated sequence by sequence."""
+    scored: Tensor
+    """Places of the sequences that score something."""
+    groups: int
+    """Of sequences, of which residuals are summed."""
 
 
 def sampled(
-    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan
+    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan, first: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Losses, slopes and curvatures, one dict of columns per chunk of directions."""
+    """Losses, residuals, slopes and curvatures of direction `first` and on, one dict of columns per chunk of directions."""
+    product = hessian(loss, theta) if wanted.curvature == "product" else None
     if plan.lazy:
         params = loss.leaves(theta)
         gradient = grad(loss)(_computed(loss, params)) if wanted.slope == "gradient" else None
-        for direction in dirs:
+        for number, direction in enumerate(dirs[first:], start=first):
             if loss.layout.num > GRADIENT_UP_TO:  # what is handed back costs time to get again
                 hand_back()
-            yield _lazy(loss, params, direction, wanted, gradient)
+            out = _lazy(loss, params, direction, wanted, gradient, refined=number < wanted.refined)
+            if product is not None:
+                phis = [restrict(PerSequence.of(loss), params, direction, lazy=True)] if number < wanted.refined else []
+                out |= _forms(product, direction.dense()[None], phis, wanted)
+            yield out
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
     slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
-    for first in range(0, len(dirs), plan.chunk):
-        rows = stack(dirs[first : first + plan.chunk])
-        if plan.chunk > 1:
-            out = mapped(lambda row: _along(loss, flat, row, wanted), rows, "chunk=1")
-        else:
-            out = _along_one(loss, flat, rows[0], wanted)
+    for start in range(first, len(dirs), plan.chunk):
+        rows = stack(dirs[start : start + plan.chunk])
+        out = _settled(_over(lambda row: _along(loss, flat, row, wanted), rows, plan), wanted)
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
+        few = rows[: max(0, wanted.refined - start)]
+        if product is not None:
+            out |= _forms(product, rows, [restrict(PerSequence.of(loss), flat, row) for row in few], wanted)
+        elif wanted.refined:
+            finer = (
+                _over(lambda row: _finer(loss, flat, row, wanted), few, plan)
+                if len(few)
+                else rows.new_empty((0, len(STEPS)))
+            )
+            out["finer"] = _padded(finer, len(rows))
         yield out
+
+
+def _over(function: Callable[[Tensor], Any], rows: Tensor, plan: Plan) -> Any:
+    """The function of every row: mapped, or of the only one."""
+    if plan.chunk > 1:
+        return mapped(function, rows, "chunk=1")
+    return tree_map_only(Tensor, lambda x: x[None], function(rows[0]))
+
+
+def _forms(product: Matvec, rows: Tensor, phis: Sequence[Phi], wanted: Wanted) -> dict[str, Tensor]:
+    """d'Hd of every row; of the first few, what each group of sequences adds beside the mean."""
+    forms = [dot(row, product(row).to(row)) for row in rows]
+    zero = rows.new_zeros(())
+    bent = [_bent(phi, zero, form, wanted) for phi, form in zip(phis, forms, strict=False)]
+    known = torch.stack(bent) if bent else zero.new_empty((0, wanted.groups))
+    return {"curvatures": torch.tensor(forms, dtype=torch.float64), "residuals_curvatures": _padded(known, len(rows))}
+
+
+def _bent(phi: Phi, zero: Tensor, form: float, wanted: Wanted) -> Tensor:
+    """Residuals of d'Hd by `jvp` of `jvp`; nan where there is none, or where its sum is not the product's."""
+    one = torch.ones_like(zero)
+    try:
+        with torch.enable_grad():
+            (terms, _), (_, second) = jvp(lambda a: jvp(phi, (a,), (one,)), (zero,), (one,))
+    except NotImplementedError:  # a kernel without a forward derivative
+        return zero.new_full((wanted.groups,), math.nan)
+    value, beside = residuals(torch.stack([second[0], terms[1]]), wanted.scored, wanted.groups)
+    scale = float((second[0] / terms[1].sum()).abs().sum())
+    return beside if abs(float(value) - form) <= AGREEMENT * scale else torch.full_like(beside, math.nan)
+
+
+def _settled(out: dict[str, Tensor], wanted: Wanted) -> dict[str, Tensor]:
+    """Losses and residuals in the place of sums and weights per sequence."""
+    for side in ("losses", "losses_negative"):
+        if side in out:
+            out[side], out[f"residuals_{side}"] = residuals(out[side], wanted.scored, wanted.groups)
+    return out
+
+
+def _finer(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> Tensor:
+    phi = restrict(loss, theta, row)
+    return torch.stack([phi(share * wanted.step) for share in STEPS])
+
+
+def _padded(few: Tensor, num: int) -> Tensor:
+    """Rows of the first directions, nan for those that are not evaluated so."""
+    return torch.cat([few, few.new_full((num - len(few), few.shape[1]), math.nan)])
 
 
 def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
@@ -82,16 +156,12 @@ def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
 
 
 def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    """Everything that is wanted along one dense direction, as derivatives of phi; mapped over directions."""
-    phi = restrict(loss, theta, row)
+    """Terms and derivatives of phi along one dense direction; mapped over directions."""
+    phi = restrict(PerSequence.of(loss), theta, row)
     out = {"losses": phi(wanted.step)}
     if wanted.two_sided:
         out["losses_negative"] = phi(-wanted.step)
-    return out | _derivatives(phi, theta.new_zeros(()), wanted)
-
-
-def _along_one(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    return {name: value[None] for name, value in _along(loss, theta, row, wanted).items()}
+    return out | _derivatives(restrict(loss, theta, row), theta.new_zeros(()), wanted)
 
 
 def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
@@ -100,7 +170,7 @@ def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     def rate(a: Tensor) -> Tensor:
         return jvp(phi, (a,), (one,))[1]
 
-    if wanted.exact_curvature:
+    if wanted.curvature == "jvp":
         with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
             slope, curvature = jvp(rate, (zero,), (one,))
         return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
@@ -108,22 +178,38 @@ def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def _lazy(
-    loss: Loss, params: Params, direction: Direction, wanted: Wanted, gradient: dict[str, Tensor] | None
+    loss: Loss,
+    params: Params,
+    direction: Direction,
+    wanted: Wanted,
+    gradient: dict[str, Tensor] | None,
+    refined: bool,
 ) -> dict[str, Tensor]:
-    """Everything that is wanted along one direction that is made leaf by leaf."""
+    """Everything that is wanted along one direction that is made leaf by leaf, but products."""
     tapped = _Tapped(direction, gradient or {})
-    phi = restrict(loss, params, tapped, lazy=True)
-    zero = torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
-    if wanted.two_sided and loss.net.attention != "keep":  # one draw serves both signs
-        signs = zero.new_tensor([wanted.step, -wanted.step])
-        positive, negative = mapped(phi, signs, "lazy=False, chunk=1")
+    at, phi = restrict(PerSequence.of(loss), params, tapped, lazy=True), restrict(loss, params, direction, lazy=True)
+    h, zero = wanted.step, torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
+    if wanted.two_sided:
+        positive, negative = _pair(at, h, zero, loss)
         out = {"losses": positive, "losses_negative": negative}
     else:
-        out = {"losses": phi(wanted.step)} | ({"losses_negative": phi(-wanted.step)} if wanted.two_sided else {})
+        out = {"losses": at(h)}
     if gradient is not None:
         out["slopes"] = torch.tensor(tapped.slope, dtype=torch.float64)
-    out |= _derivatives(restrict(loss, params, direction, lazy=True), zero, wanted)
-    return {name: value[None] for name, value in out.items()}
+    out = _settled(out, wanted) | _derivatives(phi, zero, wanted)
+    out = {name: value[None] for name, value in out.items()}
+    if wanted.refined and wanted.curvature is None:
+        finer = [x for share in STEPS[::2] for x in _pair(phi, share * h, zero, loss)] if refined else []
+        out["finer"] = _padded(torch.stack(finer)[None] if finer else zero.new_empty((0, len(STEPS))), 1)
+    return out
+
+
+def _pair(phi: Phi, step: float, zero: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Values at both ends of a step; one draw serves both signs where the model can be mapped."""
+    if loss.net.attention == "keep":
+        return phi(step), phi(-step)
+    positive, negative = mapped(phi, zero.new_tensor([step, -step]), "lazy=False, chunk=1")
+    return positive, negative
 
 
 class _Tapped:

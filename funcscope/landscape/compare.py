@@ -6,17 +6,19 @@ import html
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from scipy import stats
 from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Estimate
+from ..core.estimate import Crossed, Estimate, interval, p_value
 from ..core.keys import Key
 from . import paired, statistics
+from .directional_text import row
+from .notes import large_step
 from .samples import DirectionalLosses
-from .statistics import Samples
+from .sequences import crossed
+from .statistics import Samples, Signs
 
 OfMoments = Callable[[Tensor, Tensor], Tensor]
 """A statistic as a function of mean and variance."""
@@ -24,25 +26,32 @@ OfMoments = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of a quantity that every direction has of its own, beyond its mean."""
+    """What is known, over directions and the data being fixed, of a quantity that every direction has of its own."""
 
     correlation: Estimate
     """Pearson's r between the two models' samples: what pairing takes out of the difference."""
     wilcoxon: float
     """The smaller of the two signed rank sums."""
     p_value: float
+    """Wilcoxon's, over directions alone."""
     rank_biserial: Estimate
     cohen_dz: Estimate
+    signs: Signs
+    """How many differences are above and below 0, and the exact binomial p value."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One statistic of two models, and its difference, second - first, over the pairs that are finite in both."""
+    """One statistic of two models, and its difference, second - first, over the pairs that are finite in both.
+
+    Where terms per sequence are known, the three are `Crossed`: with an error over sequences, too, paired in the difference.
+    """
 
     first: Estimate
     second: Estimate
     difference: Estimate
     interval: tuple[float, float]
+    """From the error over directions and sequences together; from that over directions where the other is not known."""
     num_lost: int
     """Pairs left out because the quantity is not finite in one of the two, or in both."""
     pairs: Pairs | None
@@ -51,6 +60,15 @@ class Difference:
     @property
     def num_pairs(self) -> int:
         return self.difference.num
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, of Student's t test that the difference is 0; its error is that of `interval`."""
+        return p_value(self.difference)
+
+    @property
+    def has_data_error(self) -> bool:
+        return isinstance(self.difference, Crossed) and bool(self.difference.stderr_total.isfinite())
 
     @property
     def pairing_gain(self) -> float:
@@ -65,13 +83,15 @@ class Difference:
         """Plain numbers by short names."""
         found: dict[str, float | int] = {}
         for name in ("first", "second", "difference"):
-            found |= _plain(name, getattr(self, name))
+            found |= getattr(self, name).named(name)
         found |= {"difference_low": self.interval[0], "difference_high": self.interval[1]}
         found |= {"pairing_gain": self.pairing_gain, "n_pairs": self.num_pairs, "n_lost": self.num_lost}
         if self.pairs is not None:
-            found |= {"wilcoxon": self.pairs.wilcoxon, "p_value": self.pairs.p_value}
+            found |= {"p_value": self.p_value, "wilcoxon": self.pairs.wilcoxon, "wilcoxon_p_value": self.pairs.p_value}
+            above, below, p = self.pairs.signs
+            found |= {"n_above": above, "n_below": below, "sign_p_value": p}
             for name in ("rank_biserial", "cohen_dz", "correlation"):
-                found |= _plain(name, getattr(self.pairs, name))
+                found |= getattr(self.pairs, name).named(name)
         return found
 
 
@@ -91,6 +111,13 @@ class Comparison:
     distribution: str
     span: float
     key: Key
+    num_sequences: int = 0
+    relative_step: float = math.nan
+    """The larger of the two."""
+    truncation: Estimate | None = None
+    """What the step does to the difference of the mean curvatures; None for exact ones."""
+    step_notes: tuple[str | None, str | None] = (None, None)
+    """What each result says of its step and its curvatures."""
 
     @property
     def num_tests(self) -> int:
@@ -107,7 +134,9 @@ class Comparison:
         for statistic, difference in self.differences.items():
             values |= {f"{statistic}_{name}": value for name, value in difference.asdict().items()}
         return values | {
+            **({} if self.truncation is None else self.truncation.named("curvature_mean_truncation")),
             "n_directions": self.num_directions,
+            "n_sequences": self.num_sequences,
             "n_tests": self.num_tests,
             "normalize": self.normalize,
             "distribution": self.distribution,
@@ -135,24 +164,45 @@ class Comparison:
         )
 
     def _headers(self) -> tuple[str, ...]:
-        return ("", *self.names, "difference", "stderr", f"{100 * self.level:g} % interval", "p", "rank-biserial")
+        errors = ("stderr", "over sequences")
+        return ("", *self.names, "difference", *errors, f"{100 * self.level:g} % interval", "p", "rank-biserial")
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for name, found in self.differences.items():
             means = (f"{float(found.first.value):.5g}", f"{float(found.second.value):.5g}")
-            gap = (f"{float(found.difference.value):.4g}", f"{float(found.difference.stderr):.2g}")
+            gap = (f"{float(found.difference.value):.4g}", *row("", found.difference)[2:4])
             interval = "{:.4g} to {:.4g}".format(*found.interval)
             test = ("", "")
             if found.pairs is not None:
-                test = (f"{found.pairs.p_value:.2g}", f"{float(found.pairs.rank_biserial.value):.2f}")
+                test = (f"{found.p_value:.2g}", f"{float(found.pairs.rank_biserial.value):.2f}")
             yield (name, *means, *gap, interval, *test)
 
     def _notes(self) -> list[str]:
         lost = {name: found.num_lost for name, found in self.differences.items() if found.num_lost}
-        notes = [f"p: Wilcoxon's signed-rank test, not corrected for {self.num_tests} quantities tested."]
+        notes = [
+            "p and interval: Student's t, from the errors over directions and over sequences together; not corrected for "
+            f"{self.num_tests} quantities tested."
+        ]
+        ranks = [f"{name} {found.pairs.p_value:.2g}" for name, found in self.differences.items() if found.pairs]
+        notes += [f"Wilcoxon's signed-rank test, over directions on these data alone: {', '.join(ranks)}"]
+        if alone := [name for name, found in self.differences.items() if not found.has_data_error]:
+            notes += [
+                f"no error over sequences is known, interval and p are about these data alone: {', '.join(alone)}"
+            ]
+        notes += [f"{name}: {note}" for name, note in zip(self.names, self.step_notes, strict=True) if note]
+        notes += [note for note in (self._signs(), large_step(self.relative_step)) if note]
         if lost:
             notes += ["pairs lost to non-finite values: " + ", ".join(f"{name} {num}" for name, num in lost.items())]
         return notes
+
+    def _signs(self) -> str | None:
+        """How many differences are on either side, of quantities whose interval holds 0."""
+        unclear = [
+            "{} {} up, {} down (p = {:.2g})".format(name, *found.pairs.signs)
+            for name, found in self.differences.items()
+            if found.pairs is not None and found.interval[0] <= 0 <= found.interval[1] and found.pairs.signs.p_value < 1
+        ]
+        return f"not told from 0 by their intervals; signs over directions: {', '.join(unclear)}" if unclear else None
 
 
 def compare_directional(
@@ -173,23 +223,31 @@ def compare_directional(
     (`delta_two_sided_mean`), slope (`dir_grad_mean`) and curvature, as far as both results have them, with
     $d_i = y_i - x_i$ over the n pairs that are finite in both:
 
-    $$\bar d \pm t_{n-1} \frac{s_d}{\sqrt n}, \qquad d_z = \frac{\bar d}{s_d}, \qquad
+    $$\bar d \pm t_\nu \sqrt V, \qquad V = \frac{s_d^2}{n} + V_S - V_I, \qquad d_z = \frac{\bar d}{s_d}, \qquad
       r = \frac{R^+ - R^-}{n (n + 1) / 2}.$$
 
-    $R^\pm$ are the sums of the ranks of |d| over positive and negative differences. The p value is that of Wilcoxon's
-    signed-rank test, two-sided (scipy: exact up to 50 pairs, up to 13 where there are zeros or ties; else normal with
-    continuity correction). A difference of exactly 0 is ranked and then left out of both sums (Pratt). r is the
-    matched-pairs rank-biserial correlation, the favourable share of all ranks minus the unfavourable one: +1 where the
-    second is larger along every direction; zeros pull it towards 0. The test asks whether d lies symmetrically around 0,
-    the interval where its mean lies: for skewed d they may disagree. `pairing_gain` is $(s_x^2 + s_y^2) / s_d^2$.
+    $V_S$ is the variance over sequences of the mean difference (from the differences of every sequence's own terms: the
+    same data in both results), $V_I$ the part of it that the scatter over directions has already, $\nu$ by Satterthwaite
+    (`core.estimate.Crossed`). Interval and `Difference.p_value` (Student's t) are about other directions and other sequences
+    from where these come from; where terms per sequence are not known (exact curvatures along a model without forward
+    derivatives, slopes of one side, a single sequence) they are about directions alone, $V = s_d^2 / n$.
+
+    `pairs` is about directions, the data being fixed. $R^\pm$ are the sums of the ranks of |d| over positive and negative
+    differences; `pairs.p_value` is that of Wilcoxon's signed-rank test, two-sided (scipy: exact up to 50 pairs, up to 13
+    where there are zeros or ties; else normal with continuity correction). A difference of exactly 0 is ranked and then left
+    out of both sums (Pratt). r is the matched-pairs rank-biserial correlation, the favourable share of all ranks minus the
+    unfavourable one: +1 where the second is larger along every direction; zeros pull it towards 0. That test asks whether d
+    lies symmetrically around 0, the interval where its mean lies: for skewed d they may disagree. `pairing_gain` is
+    $(s_x^2 + s_y^2) / s_d^2$.
 
     For `loss_std`, `landscape_roughness` and `curvature_std`, which are no means over directions, the standard error of
     the difference is a paired jackknife: direction i is left out of both. Its t interval is approximate, and there is no
-    test. Errors of r and $d_z$ are jackknives over pairs; that of r is 0, and says nothing, where all signs are equal.
+    test. `pairs.signs` counts signs, whatever the tails. Errors of r and $d_z$ are jackknives over pairs; that of r is 0, and
+    says nothing, where all signs are equal.
 
-    What it does not say. An interval over directions is about other directions of the same two models on the same
-    batches: it says nothing about other data or other training seeds. Several quantities are tested, and the p values
-    are not corrected for that. They are not independent either: `loss_mean` and `delta_mean` differ by the constant
+    What it does not say. An interval is about these two sets of weights: it says nothing about other training seeds. The data
+    error takes the sequences for a random sample and is rough for fewer than 20 or so. Several quantities are tested, and the
+    p values are not corrected for that. They are not independent either: `loss_mean` and `delta_mean` differ by the constant
     difference of the baselines, and a curvature by difference is 2 / h^2 times the two-sided change. The
     document's Mann-Whitney test is for samples that are not paired: it throws the pairing away, and most of the power
     with it. That both have one architecture and one list of batches is for the caller to see to.
@@ -218,12 +276,15 @@ def compare_directional(
     (25.0, 100.0, 0.03125)
     """
     _check(first, second, names, level)
-    ours, theirs = _columns(first), _columns(second)
-    shared = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
-    differences = {f"{name}_mean": _of_means(*pair, level) for name, pair in shared.items()}
+    shared = {
+        name: _Pair.of(first, second, name)
+        for name in _QUANTITIES
+        if name in first.columns.keys() & second.columns.keys()
+    }
+    differences = {f"{name}_mean": _of_means(pair, level) for name, pair in shared.items()}
     for name, quantity, estimate, of_moments in _SPREADS:
         if quantity in shared:
-            differences[name] = _of_spreads(*shared[quantity], estimate, of_moments, level)
+            differences[name] = _of_spreads(shared[quantity], estimate, of_moments, level)
     return Comparison(
         names=names,
         level=level,
@@ -234,6 +295,10 @@ def compare_directional(
         distribution=first.distribution,
         span=first.span,
         key=first.key,
+        num_sequences=0 if first.residuals is None else first.residuals.num,
+        relative_step=max(first.relative_step, second.relative_step),
+        truncation=_truncation(first, second),
+        step_notes=(first.step_note, second.step_note),
     )
 
 
@@ -267,40 +332,58 @@ def _settings(result: DirectionalLosses) -> dict[str, Any]:
     }
 
 
-def _columns(result: DirectionalLosses) -> dict[str, Tensor]:
-    """The samples of every quantity that the result has."""
-    negative = result.losses_negative
-    found = {
-        "loss": result.losses,
-        "delta": result.deltas,
-        "delta_two_sided": None if negative is None else (result.losses + negative) / 2 - result.baseline_loss,
-        "dir_grad": result.slopes,
-        "curvature": result.curvatures,
-    }
-    return {name: samples for name, samples in found.items() if samples is not None}
+_QUANTITIES = ("loss", "delta", "delta_two_sided", "dir_grad", "curvature")
 
 
-def _of_means(x: Tensor, y: Tensor, level: float) -> Difference:
-    x, y, num_lost = _both_finite(x, y)
-    d = y - x
-    difference = statistics.mean(d)
-    statistic, p_value = paired.signed_rank_test(d)
-    pairs = Pairs(
-        statistics.correlation(x, y), statistic, p_value, paired.rank_biserial(d), paired.standardised_mean(d)
-    )
-    interval = _t_interval(difference, level)
-    return Difference(statistics.mean(x), statistics.mean(y), difference, interval, num_lost, pairs)
+class _Pair(NamedTuple):
+    """Samples of a quantity along the directions where both are finite, with the rows of their sequences."""
+
+    samples: tuple[Tensor, Tensor]
+    rows: tuple[Tensor | None, Tensor | None]
+    num_lost: int
+
+    @classmethod
+    def of(cls, first: DirectionalLosses, second: DirectionalLosses, name: str) -> _Pair:
+        x, y = (result.columns[name] for result in (first, second))
+        both = x.isfinite() & y.isfinite()
+        one, other = (None if (rows := result.rows(name)) is None else rows[both] for result in (first, second))
+        if one is None or other is None or one.shape != other.shape:
+            one = other = None
+        return cls((x[both], y[both]), (one, other), int((~both).sum()))
+
+
+def _of_means(pair: _Pair, level: float) -> Difference:
+    (x, y), d = pair.samples, pair.samples[1] - pair.samples[0]
+    difference = crossed(lambda x, y: statistics.mean(y - x), pair.samples, pair.rows)
+    statistic, p = paired.signed_rank_test(d)
+    effects = (paired.rank_biserial(d), paired.standardised_mean(d), statistics.signs(d))
+    pairs = Pairs(statistics.correlation(x, y), statistic, p, *effects)
+    return _difference(statistics.mean, pair, difference, level, pairs)
 
 
 def _of_spreads(
-    x: Tensor, y: Tensor, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
+    pair: _Pair, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
 ) -> Difference:
-    x, y, num_lost = _both_finite(x, y)
-    first, second = estimate(x), estimate(y)
-    difference = paired.jackknifed(
-        second.value - first.value, lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x)), x
-    )
-    return Difference(first, second, difference, _t_interval(difference, level), num_lost, None)
+    def gap(x: Tensor, y: Tensor) -> Estimate:
+        left_out = lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x))  # noqa: E731
+        return paired.jackknifed(estimate(y).value - estimate(x).value, left_out, x)
+
+    return _difference(estimate, pair, crossed(gap, pair.samples, pair.rows), level, None)
+
+
+def _difference(
+    estimate: Callable[[Samples], Estimate], pair: _Pair, difference: Estimate, level: float, pairs: Pairs | None
+) -> Difference:
+    first, second = (crossed(estimate, [x], [rows]) for x, rows in zip(pair.samples, pair.rows, strict=True))
+    return Difference(first, second, difference, interval(difference, level), pair.num_lost, pairs)
+
+
+def _truncation(first: DirectionalLosses, second: DirectionalLosses) -> Estimate | None:
+    """Of the difference of mean curvatures, along the directions that both have at shorter steps."""
+    one, other = first.truncation, second.truncation
+    if one is None or other is None or len(one.whole) != len(other.whole):
+        return None
+    return Estimate.of(4 / 3 * (other.whole - other.half - one.whole + one.half))
 
 
 _SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] = (
@@ -308,19 +391,3 @@ _SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] 
     ("landscape_roughness", "loss", statistics.variation, lambda m, v: v.sqrt() / m.abs()),
     ("curvature_std", "curvature", statistics.spread, lambda _, v: v.sqrt()),
 )
-
-
-def _both_finite(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-    both = x.isfinite() & y.isfinite()
-    return x[both], y[both], int((~both).sum())
-
-
-def _t_interval(difference: Estimate, level: float) -> tuple[float, float]:
-    if difference.num < 2:
-        return math.nan, math.nan
-    half = float(stats.t.ppf((1 + level) / 2, difference.num - 1)) * float(difference.stderr)
-    return float(difference.value) - half, float(difference.value) + half
-
-
-def _plain(name: str, estimate: Estimate) -> dict[str, float | int]:
-    return {name: float(estimate.value), f"{name}_stderr": float(estimate.stderr)}

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +19,9 @@ from ..core.objective import Loss, Theta, check_point
 from .along import GRADIENT_UP_TO, Wanted, sampled
 from .precision import check_baseline, is_half, loss_error, realised, warn_if_swallowed
 from .samples import DirectionalLosses, Plan
+from .sequences import Residuals, num_groups, residuals
+from .truncation import STEPS, num_refined
+from .values import PerSequence
 
 CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
@@ -71,7 +73,11 @@ def directional_losses(
     two_sided: also $L^-$. compute_gradient: slopes, exact: by one gradient and a dot product per direction, or by one
     `jvp` per direction (`slope`; "auto" takes the gradient for two directions or more, where it is cheaper, up to 2^28
     parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
-    compute_curvature: from the two-sided difference, or `exact`, by `jvp` of `jvp` (some 10 forwards a direction).
+    compute_curvature: from the two-sided difference, which is also taken at h/2 and h/4 along a tenth of the directions, 3 to
+    16 of them (`truncation`: what the step does to it); or `exact`, d'Hd by a product with the Hessian, whose graph is kept
+    (some 6 forwards a direction, and 10 for a tenth of them, whose sequences are differentiated one by one for the error over
+    sequences). Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of `jvp`; torch has that
+    wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
     the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch, and above
     2^28 in any case.
@@ -132,6 +138,8 @@ class Sampling:
     dirs: tuple[Direction, ...]
     wanted: Wanted
     plan: Plan
+    centre: Tensor
+    """Residuals of the sequences at theta."""
     settings: dict[str, Any]
     """The fields of the result that are known beforehand."""
 
@@ -143,16 +151,26 @@ class Sampling:
         if first >= len(self.dirs):
             return
         with torch.no_grad():
-            for row in sampled(self.loss, self.theta, self.dirs[first:], self.wanted, self.plan):
+            for row in sampled(self.loss, self.theta, self.dirs, self.wanted, self.plan, first):
                 yield {name: values.cpu().double() for name, values in row.items()}
 
     def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
         column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        bent, few = column.get("residuals_curvatures"), self.wanted.refined
+        residuals = Residuals(
+            self.centre,
+            column["residuals_losses"],
+            column.get("residuals_losses_negative"),
+            None if bent is None else bent[:few],
+            num=len(self.wanted.scored),
+        )
         return DirectionalLosses(
             losses=column["losses"],
             losses_negative=column.get("losses_negative"),
             slopes=column.get("slopes"),
             exact_curvatures=column.get("curvatures"),
+            residuals=residuals,
+            finer=column["finer"][:few] if "finer" in column else None,
             **self.settings,
         )
 
@@ -197,15 +215,25 @@ def prepare(
         raise ValueError("`relative_span` is a share of ||theta||, which is 0 here: leave it out.")
     if global_renorm and normalize != "global":
         _warn_renorm(normalize, span, step, param_norm)
+    large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
     exact = compute_curvature and curvature == "exact"
-    wanted = Wanted(step, two_sided, _slope(loss, plan, slope, n_samples) if compute_gradient else None, exact)
-    if plan.lazy and loss.layout.num > GRADIENT_UP_TO:
+    refined = num_refined(n_samples) if compute_curvature and not (exact and large) else 0
+    if large:
         hand_back()
     with torch.no_grad():
-        baseline = baseline_at(loss, theta, plan)
+        baseline, centre, scored = centre_at(loss, theta, plan, n_samples)
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
         found = realised(loss.layout, base, dirs[0], step, off)
     warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
+    wanted = Wanted(
+        step,
+        two_sided,
+        _slope(loss, plan, slope, n_samples) if compute_gradient else None,
+        ("jvp" if large else "product") if exact else None,
+        refined,
+        scored,
+        len(centre),
+    )
     settings = {
         "baseline_loss": baseline,
         "direction_norms": torch.tensor([direction.norm for direction in dirs], dtype=torch.float64),
@@ -222,12 +250,13 @@ def prepare(
         "realised": found,
         "key": key,
         "plan": plan,
-        "num_forwards": 2 + n_samples * (1 + two_sided) + 2 * math.isfinite(off),
+        "num_forwards": 2 + n_samples * (1 + two_sided) + len(STEPS) * refined * (not exact) + 2 * math.isfinite(off),
         "num_gradients": int(wanted.slope == "gradient"),
         "num_jvps": n_samples * (wanted.slope == "jvp"),
-        "num_second_jvps": n_samples * exact,
+        "num_second_jvps": {"jvp": n_samples, "product": refined}.get(wanted.curvature or "", 0),
+        "num_matvecs": n_samples * (wanted.curvature == "product"),
     }
-    return Sampling(loss, theta, dirs, wanted, plan, settings)
+    return Sampling(loss, theta, dirs, wanted, plan, centre.cpu().double(), settings)
 
 
 def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradient", "jvp"]:
@@ -275,13 +304,25 @@ def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
 
 
-def baseline_at(loss: Loss, theta: Theta, plan: Plan) -> float:
-    """The loss at theta by that plan. Raises ValueError where it is not finite, or not the same twice."""
+def centre_at(loss: Loss, theta: Theta, plan: Plan, num: int) -> tuple[float, Tensor, Tensor]:
+    """The loss at theta by that plan, the residuals of its sequences for `num` directions, and which of them are scored.
+
+    Raises ValueError where the loss is not finite, or not the same twice.
+    """
     params = loss.leaves(theta)
-    at = partial(loss.at_leaves, lambda name, _: params[name]) if plan.lazy else partial(loss, theta)
-    value, again = float(at()), float(at())
-    check_baseline(value, again, loss.net.unit_roundoff)
-    return value
+
+    def at(of: Loss) -> Tensor:
+        return of.at_leaves(lambda name, _: params[name]) if plan.lazy else of(theta)
+
+    return centred(at(PerSequence.of(loss)), at(loss), loss, num)
+
+
+def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, Tensor, Tensor]:
+    """The same from sums and weights per sequence, and the loss evaluated once more."""
+    scored = terms[1].nonzero()[:, 0]
+    value, centre = residuals(terms, scored, num_groups(len(scored), num))
+    check_baseline(float(value), float(again), loss.net.unit_roundoff)
+    return float(value), centre, scored
 
 
 def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:

@@ -17,12 +17,13 @@ from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import restrict
 from .along import mapped
 from .common import CommonDirections, drawn
-from .directional import baseline_at, plan_of
+from .directional import centre_at, centred, plan_of
 from .flatness_result import Flatness
 from .points import default_chunk
-from .precision import check_baseline, realised, warn_if_swallowed
+from .precision import realised, warn_if_swallowed
 from .samples import Plan
-from .values import Values
+from .sequences import Residuals, residuals
+from .values import PerSequence, Values
 
 
 def flatness(
@@ -50,7 +51,8 @@ def flatness(
 
     Losses in nats where the criterion is a cross-entropy. The documented statistics (mean, median, max, sd, 90th and 10th
     percentile, `flatness_ratio`) are of the one-sided $\Delta_i^+$; `pair_mean` is the mean of $e_i$, with its error from
-    pairs. Pairs cancel the gradient and all odd orders exactly; at an equal number of evaluations they have the smaller
+    pairs. Every statistic but the two shares has an error over directions and one over sequences, which are taken for random
+    samples. Pairs cancel the gradient and all odd orders exactly; at an equal number of evaluations they have the smaller
     error only where the gradient is not small (`pair_variance_ratio`): proofs/antithetic_pairs.py.
 
     theta: a flat vector of shape (P,), or a dict of parameters.
@@ -139,11 +141,13 @@ def flatness_profile(
     steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
     signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
     with torch.no_grad():
-        looped = not plan.lazy and plan.chunk == 1
-        baseline = _baseline_of_values(loss, theta) if looped else baseline_at(loss, theta, plan)
+        looped, num = not plan.lazy and plan.chunk == 1, n_directions * len(signed)
+        baseline, centre, scored = _centre_of_values(loss, theta, num) if looped else centre_at(loss, theta, plan, num)
         _warn_of_half(loss, base, dirs[0], steps)
         rows = None if directions is None else directions.rows
-        deltas = torch.cat(list(_losses(loss, theta, dirs, rows, signed, plan))) - baseline
+        parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, rows, signed, plan)]
+        losses, beside = (torch.cat([x.cpu().double() for x in column]) for column in zip(*parts, strict=True))
+        deltas, centre = losses - baseline, centre.cpu().double()
     settings: dict[str, Any] = {
         "baseline_loss": baseline,
         "direction_norm": length,
@@ -156,20 +160,28 @@ def flatness_profile(
         "plan": plan,
         "num_forwards": 2 + n_directions * (1 + two_sided),
     }
+    sides = [x.split(1 + two_sided, dim=1) for x in (deltas, beside)]
     return tuple(
-        Flatness(side[:, 0].clone(), side[:, 1].clone() if two_sided else None, float(epsilon), step, **settings)
-        for epsilon, step, side in zip(epsilons, steps, deltas.split(1 + two_sided, dim=1), strict=True)
+        Flatness(
+            *_sides(side), float(epsilon), step, residuals=Residuals(centre, *_sides(row), num=len(scored)), **settings
+        )
+        for epsilon, step, side, row in zip(epsilons, steps, *sides, strict=True)
     )
 
 
-def _losses(
+def _sides(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return x[:, 0].clone(), x[:, 1].clone() if x.shape[1] == 2 else None
+
+
+def _terms(
     loss: Loss, theta: Theta, dirs: tuple[Direction, ...], rows: Tensor | None, steps: list[float], plan: Plan
-) -> Iterator[Float[Tensor, "m k"]]:
-    """The loss at every step along every direction, one row per direction, some directions at a time."""
+) -> Iterator[Float[Tensor, "m k 2 n"]]:
+    """Sums and weights per sequence at every step along every direction, some directions at a time."""
+    per = PerSequence.of(loss)
     if plan.lazy:
         params = loss.leaves(theta)
         for direction in dirs:
-            yield torch.stack(_along_lazy(loss, params, direction, steps))[None].cpu().double()
+            yield torch.stack(_along_lazy(per, params, direction, steps))[None]
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
     values, point = Values(loss), None
@@ -177,25 +189,20 @@ def _losses(
         last = min(first + plan.chunk, len(dirs))
         part = stack(dirs[first:last]) if rows is None else rows[first:last]
         if plan.chunk > 1:
-            found = [mapped(lambda row, a=a: restrict(loss, flat, row)(a), part, "chunk=1") for a in steps]
+            found = [mapped(lambda row, a=a: restrict(per, flat, row)(a), part, "chunk=1") for a in steps]
         else:
             point = (
                 part.new_empty(len(flat), dtype=torch.promote_types(part.dtype, flat.dtype)) if point is None else point
             )
-            found = [_mean(*values(torch.add(flat, part[0], alpha=a, out=point)))[None] for a in steps]
-        yield torch.stack(found, dim=1).cpu().double()
+            found = [torch.stack(values(torch.add(flat, part[0], alpha=a, out=point)))[None] for a in steps]
+        yield torch.stack(found, dim=1)
 
 
-def _baseline_of_values(loss: Loss, theta: Theta) -> float:
-    """The loss at theta by the kernels of the loop: differences have no rounding of another kernel in them."""
+def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor, Tensor]:
+    """`centre_at` by the kernels of the loop: differences have no rounding of another kernel in them."""
     values, params = Values(loss), loss.params(theta)
-    value, again = (float(_mean(*values.of(params))) for _ in range(2))
-    check_baseline(value, again, loss.net.unit_roundoff)
-    return value
-
-
-def _mean(sums: Tensor, weights: Tensor) -> Tensor:
-    return sums.sum() / weights.sum()
+    terms, (sums, weights) = torch.stack(values.of(params)), values.of(params)
+    return centred(terms, sums.sum() / weights.sum(), loss, num)
 
 
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Estimate
+from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from ..linalg.trace import TraceEstimate
 from . import statistics
+from .directional_text import HEADERS, row
+from .notes import large_step, unresolved
 from .paired import jackknifed
-from .samples import HEADERS, Plan
+from .samples import Plan
+from .sequences import Residuals, crossed
 
 SHARE_OF_BASELINE = 0.1
 """A direction counts as flat for `flatness_ratio` where the loss rises by less than this share of the baseline."""
@@ -29,7 +34,8 @@ class Flatness:
 
     Samples are float64 tensors of shape (n,) on the CPU, non-finite ones included. Statistics are over the finite ones
     (pairs: where both sides are), but the two shares, which count a non-finite change as not flat. Errors are over
-    directions; nan where too few samples define one. `asdict()` has the documented names.
+    directions, and for all but the shares (which have no derivative by a loss) over sequences, too (`Crossed`); nan where too
+    few samples define one. `asdict()` has the documented names.
     """
 
     delta_losses: Float[Tensor, " n"]
@@ -48,6 +54,7 @@ class Flatness:
     plan: Plan
     num_forwards: int
     """Evaluations of the loss for this epsilon, and two at theta, which the epsilons of a profile share."""
+    residuals: Residuals | None = None
 
     @property
     def displacement(self) -> float:
@@ -84,7 +91,7 @@ class Flatness:
 
         Exact cancellation, expectation and when pairs win: proofs/antithetic_pairs.py.
         """
-        return Estimate.of(self.even)
+        return self._crossed(statistics.mean, self._pairs_seen, (self.even,), (1,))
 
     @property
     def pair_variance_ratio(self) -> Estimate:
@@ -95,14 +102,7 @@ class Flatness:
         On a quadratic above 1 only if $\|g\|^2 > \epsilon^2 (\|H\|_F^2 - \mathrm{tr}(H)^2/P) / (2(P+2))$,
         proofs/antithetic_pairs.py. nan below 2 pairs (the error below 3), or where nothing varies.
         """
-        even, odd = self.even, self._pairs(-1)
-        if len(even) < 2:
-            return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
-
-        def left_out() -> Tensor:
-            return (1 + statistics.left_out(odd)[1] / statistics.left_out(even)[1]) / 2
-
-        return jackknifed((1 + odd.var() / even.var()) / 2, left_out, even)
+        return self._crossed(_variance_ratio, self._pairs_seen, (self.even, self._pairs(-1)), (1, -1))
 
     @property
     def second_order(self) -> Estimate:
@@ -137,12 +137,16 @@ class Flatness:
         """Every sampled statistic by its name, with its standard error; those of pairs where there are any."""
         finite = self._finite
         relative = SHARE_OF_BASELINE * (self.baseline_loss if self.baseline_loss > 0 else 1.0)
-        found = {
-            "mean_delta_loss": statistics.mean(finite),
-            "median_delta_loss": _quantile(finite, 0.5),
-            "std_delta_loss": statistics.spread(finite),
-            "p90_delta_loss": _quantile(finite, 0.9),
-            "p10_delta_loss": _quantile(finite, 0.1),
+        of_rises: dict[str, Callable[..., Estimate]] = {
+            "mean_delta_loss": statistics.mean,
+            "median_delta_loss": partial(_quantile, q=0.5),
+            "std_delta_loss": statistics.spread,
+            "p90_delta_loss": partial(_quantile, q=0.9),
+            "p10_delta_loss": partial(_quantile, q=0.1),
+        }
+        seen = self.delta_losses.isfinite()
+        found = {name: self._crossed(statistic, seen, (finite,), (0,)) for name, statistic in of_rises.items()}
+        found |= {
             "flatness_ratio": self._share_below(relative),
             "flatness_fraction": self._share_below(self.threshold),
         }
@@ -153,13 +157,16 @@ class Flatness:
         return found
 
     def asdict(self) -> dict[str, Any]:
-        """Documented names, standard errors (`..._stderr`), settings, costs, samples: plain numbers, strings, numpy arrays.
+        """Documented names, standard errors, settings, costs, samples: plain numbers, strings, numpy arrays.
+
+        `<name>_stderr` is over directions, `<name>_stderr_data` over sequences, `<name>_stderr_total` over both.
 
         Keys of the other side and of pairs are absent where one side was evaluated only.
         """
         values: dict[str, Any] = {"baseline_loss": self.baseline_loss, "max_delta_loss": self.max_delta_loss}
         for name, estimate in self.estimates.items():
-            values |= {name: float(estimate.value), f"{name}_stderr": float(estimate.stderr)}
+            values |= estimate.named(name)
+        values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
         values |= {"epsilon": self.epsilon, "delta_losses": self.delta_losses.numpy()}
         if self.delta_losses_negative is not None:
             values["delta_losses_negative"] = self.delta_losses_negative.numpy()
@@ -205,17 +212,41 @@ class Flatness:
             f"({self.epsilon_relative:.3g} of ||theta||), {self.key!r}"
         )
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [
-            ("baseline_loss", f"{self.baseline_loss:.6g}", ""),
-            ("max_delta_loss", f"{self.max_delta_loss:.5g}", ""),
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("baseline_loss", f"{self.baseline_loss:.6g}", "", "", ""),
+            ("max_delta_loss", f"{self.max_delta_loss:.5g}", "", "", ""),
         ]
-        return rows + [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
+        return rows + [row(name, estimate) for name, estimate in self.estimates.items()]
 
     def _tail(self) -> list[str]:
-        if not self.n_nonfinite + self.n_nonfinite_negative:
-            return []
-        return [f"non-finite losses: {self.n_nonfinite} at +d, {self.n_nonfinite_negative} at -d"]
+        tail = []
+        if self.n_nonfinite + self.n_nonfinite_negative:
+            tail += [f"non-finite losses: {self.n_nonfinite} at +d, {self.n_nonfinite_negative} at -d"]
+        mean = self.estimates["mean_delta_loss"]
+        notes = (large_step(self.epsilon_relative), unresolved("loss change", mean, self._finite))
+        return tail + [note for note in notes if note]
+
+    def _crossed(
+        self, statistic: Callable[..., Estimate], seen: Tensor, columns: tuple[Tensor, ...], signs: tuple[int, ...]
+    ) -> Estimate:
+        """A statistic with both errors. signs: 0 for changes at +d, 1 and -1 for half the sum or difference of both sides."""
+        return crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
+
+    def _residuals(self, sign: int, seen: Tensor) -> Tensor | None:
+        if self.residuals is None or (sign and self.residuals.negative is None):
+            return None
+        rows = self.residuals.positive - self.residuals.centre
+        if sign:
+            assert self.residuals.negative is not None
+            rows = (rows + sign * (self.residuals.negative - self.residuals.centre)) / 2
+        return rows[seen]
+
+    @property
+    def _pairs_seen(self) -> Tensor:
+        negative = self.delta_losses_negative
+        seen = self.delta_losses.isfinite()
+        return seen & negative.isfinite() if negative is not None else torch.zeros_like(seen)
 
     @property
     def _finite(self) -> Tensor:
@@ -226,7 +257,7 @@ class Flatness:
         if self.delta_losses_negative is None:
             return self.delta_losses.new_empty(0)
         halves = (self.delta_losses + sign * self.delta_losses_negative) / 2
-        return halves[self.delta_losses.isfinite() & self.delta_losses_negative.isfinite()]
+        return halves[self._pairs_seen]
 
     def _share_below(self, rise: float) -> Estimate:
         return Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
@@ -237,5 +268,19 @@ def _quantile(x: Tensor, q: float) -> Estimate:
     return Estimate(x[0], x.new_tensor(math.nan), 1) if len(x) == 1 else statistics.quantile(x, q)
 
 
+def _variance_ratio(even: Tensor, odd: Tensor) -> Estimate:
+    if len(even) < 2:
+        return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
+
+    def left_out() -> Tensor:
+        return (1 + statistics.left_out(odd)[1] / statistics.left_out(even)[1]) / 2
+
+    return jackknifed((1 + odd.var() / even.var()) / 2, left_out, even)
+
+
 def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.value * factor, estimate.stderr * abs(factor), estimate.num)
+    scaled = replace(estimate, value=estimate.value * factor, stderr=estimate.stderr * abs(factor))
+    if not isinstance(scaled, Crossed):
+        return scaled
+    size = abs(factor)
+    return replace(scaled, stderr_data=scaled.stderr_data * size, stderr_total=scaled.stderr_total * size)

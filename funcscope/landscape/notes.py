@@ -7,7 +7,10 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.estimate import Estimate, interval
 from .precision import Realised
+from .statistics import largest_share, signs
+from .truncation import Truncation
 
 LOW_CORRELATION = 0.3
 """Below this the result carries a note on why slopes do not predict loss changes."""
@@ -64,3 +67,53 @@ def half_precision(displacement: float, realised: Realised) -> str:
         f"half precision: asked to move by {displacement:.4g}, moves by {realised.displacement:.4g} "
         f"(error {realised.error:.1%} of the step, {realised.unmoved:.1%} of the weights do not move)"
     )
+
+
+def curvature_and_step(truncation: Truncation, mean: Estimate, step: float) -> str | None:
+    """What shorter steps say of a mean of second differences; None where the step does not matter."""
+    if truncation.status == "rough":
+        moved = truncation.settling
+        return (
+            f"the curvature is not resolved: along {len(truncation.whole)} directions, halving the step {step:.3g} once more "
+            f"moves the second differences {moved:.2g} times as far as halving it once (a smooth loss: a quarter). The loss "
+            "jumps or has kinks at this scale (routing, sampling, ReLU), and the value depends on the step. "
+            "`curvature='exact'` is the derivative of the smooth pieces and has no jumps in it."
+        )
+    if not truncation.dominates(mean, _total(mean)):
+        return None
+    bias = truncation.bias
+    return (
+        f"the step, not the sampling, decides the mean curvature: at {step:.3g} it is off by about {float(bias.value):.2g} ± "
+        f"{float(bias.stderr):.1g} (from half the step along {bias.num} directions). Take a smaller span, or "
+        "`curvature='exact'`, which takes no step."
+    )
+
+
+def large_step(relative: float) -> str | None:
+    """That the weights move by more than their own norm."""
+    if not relative > 1:
+        return None
+    return (
+        f"relative step {relative:.3g}: the weights move by more than their own length. These are losses of other networks, "
+        "and no neighbourhood of this one."
+    )
+
+
+def unresolved(what: str, mean: Estimate, samples: Float[Tensor, " n"]) -> str | None:
+    """What signs and tails say where the t interval of a mean holds 0; None where it does not, or there is no interval."""
+    low, high = interval(mean)
+    if not low <= 0 <= high or len(samples) < 2 or not samples.any():
+        return None
+    above, below, p = signs(samples)
+    text = (
+        f"mean {what}: its 95 % interval by Student's t holds 0 ({low:.3g} to {high:.3g}). It is positive along {above} and "
+        f"negative along {below} of {len(samples)} directions (sign test over directions, p = {p:.2g})."
+    )
+    share = largest_share(samples)
+    heavy = len(samples) > 2 and share > 0.5
+    return f"{text} One direction makes {share:.0%} of the sum: the interval does not hold." if heavy else text
+
+
+def _total(mean: Estimate) -> float:
+    low, high = interval(mean, 0.6827)
+    return (high - low) / 2

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import html
 import math
-import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate
 from ..core.keys import Key
-from . import statistics
-from .notes import half_precision, low_correlation, undecided_signs
+from . import directional_text, statistics
+from .notes import curvature_and_step, large_step, low_correlation, undecided_signs
 from .precision import Realised
+from .sequences import Residuals, crossed
+from .truncation import Truncation
 
-HEADERS = ("", "value", "stderr")
+_STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = (
+    ("loss_mean", statistics.mean, ("loss",)),
+    ("loss_std", statistics.spread, ("loss",)),
+    ("delta_mean", statistics.mean, ("delta",)),
+    ("delta_std", statistics.spread, ("delta",)),
+    ("landscape_roughness", statistics.variation, ("loss",)),
+    ("dir_grad_mean", statistics.mean, ("dir_grad",)),
+    ("dir_grad_std", statistics.spread, ("dir_grad",)),
+    ("dir_grad_delta_corr", statistics.correlation, ("dir_grad", "delta")),
+    ("curvature_mean", statistics.mean, ("curvature",)),
+    ("curvature_std", statistics.spread, ("curvature",)),
+    *((f"curvature_p{p}", partial(statistics.quantile, q=p / 100), ("curvature",)) for p in (10, 50, 90)),
+    ("rayleigh_mean", statistics.mean, ("rayleigh",)),
+    ("delta_mean_negative", statistics.mean, ("delta_negative",)),
+    ("loss_mean_negative", statistics.mean, ("negative",)),
+    ("loss_std_negative", statistics.spread, ("negative",)),
+)
+"""By their documented names: what is made of which columns."""
 
 
 class Plan(NamedTuple):
@@ -36,6 +54,9 @@ class DirectionalLosses:
 
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
     are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
+    Those whose terms per sequence are known (a `Crossed`) have an error over sequences, too, and one over both: a loss change
+    always, slopes with two sides, from $(L_s^+ - L_s^-)/2h$ of each sequence s, curvatures by difference, and exact ones from
+    the second derivatives of single sequences along some directions. It takes the sequences for a random sample.
     Direction norms are those by construction: 1, or that of the parameters that move.
     `asdict()` gives the documented dictionary.
     """
@@ -64,6 +85,10 @@ class DirectionalLosses:
     num_gradients: int
     num_jvps: int
     num_second_jvps: int
+    num_matvecs: int = 0
+    residuals: Residuals | None = None
+    finer: Float[Tensor, "m 4"] | None = None
+    """Losses of the first m directions at +h/2, -h/2, +h/4, -h/4, where curvatures are differences."""
 
     @property
     def n_samples(self) -> int:
@@ -133,6 +158,24 @@ class DirectionalLosses:
         half = self.realised is not None
         return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
 
+    @cached_property
+    def truncation(self) -> Truncation | None:
+        """Second differences at three steps, along the first directions; None for exact curvatures."""
+        if self.finer is None or self.curvatures is None:
+            return None
+        at, h, num = self.baseline_loss, self.actual_span, len(self.finer)
+        half, quarter = (
+            central_second_difference(self.finer[:, i], self.finer[:, i + 1], at, h / (2 + i)) for i in (0, 2)
+        )
+        every = torch.stack([self.curvatures[:num], half, quarter])
+        return Truncation(*every[:, every.isfinite().all(0)], noise=self.curvature_noise_floor)
+
+    @property
+    def step_note(self) -> str | None:
+        """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
+        known = self.truncation
+        return None if known is None else curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
+
     @property
     def displacement(self) -> float:
         """Distance travelled in parameter space, span x ||d||."""
@@ -148,32 +191,67 @@ class DirectionalLosses:
         """Directions where both the slope and the loss are finite."""
         return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
 
+    @property
+    def columns(self) -> dict[str, Float[Tensor, " n"]]:
+        """The samples of every quantity that is there."""
+        negative = self.losses_negative
+        columns = {
+            "loss": self.losses,
+            "negative": negative,
+            "delta": self.deltas,
+            "delta_negative": None if negative is None else negative - self.baseline_loss,
+            "delta_two_sided": None if negative is None else (self.losses + negative) / 2 - self.baseline_loss,
+            "dir_grad": self.slopes,
+            "curvature": self.curvatures,
+            "rayleigh": self.rayleigh_quotients,
+        }
+        return {name: samples for name, samples in columns.items() if samples is not None}
+
+    def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
+        """What each sequence adds to that quantity beside its mean over sequences; None where that is not known."""
+        if self.residuals is None:
+            return None
+        bent = quantity in ("curvature", "rayleigh")
+        if bent and self.exact_curvatures is not None:
+            rows = self.residuals.exact
+        else:
+            rows = self.residuals.of("curvature" if bent else quantity, self.actual_span)
+        return rows / self.direction_norms.square()[:, None] if rows is not None and quantity == "rayleigh" else rows
+
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
-        """Every sampled statistic by its documented name, with its standard error over directions."""
-        losses = _finite(self.losses)
-        found = {
-            "loss_mean": statistics.mean(losses),
-            "loss_std": statistics.spread(losses),
-            "delta_mean": statistics.mean(losses - self.baseline_loss),
-            "delta_std": statistics.spread(losses - self.baseline_loss),
-            "landscape_roughness": statistics.variation(losses),
+        """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
+        columns = self.columns
+        return {
+            name: self._estimated(statistic, {quantity: columns[quantity] for quantity in over})
+            for name, statistic, over in _STATISTICS
+            if all(quantity in columns for quantity in over)
         }
-        if self.slopes is not None:
-            both = self.slopes.isfinite() & self.losses.isfinite()
-            found["dir_grad_mean"] = statistics.mean(_finite(self.slopes))
-            found["dir_grad_std"] = statistics.spread(_finite(self.slopes))
-            found["dir_grad_delta_corr"] = statistics.correlation(self.slopes[both], self.deltas[both])
-        if (curvatures := self.curvatures) is not None and self.rayleigh_quotients is not None:
-            finite = _finite(curvatures)
-            found["curvature_mean"] = statistics.mean(finite)
-            found["curvature_std"] = statistics.spread(finite)
-            found |= {f"curvature_p{p}": statistics.quantile(finite, p / 100) for p in (10, 50, 90)}
-            found["rayleigh_mean"] = statistics.mean(_finite(self.rayleigh_quotients))
-        if self.losses_negative is not None:
-            found["loss_mean_negative"] = statistics.mean(_finite(self.losses_negative))
-            found["loss_std_negative"] = statistics.spread(_finite(self.losses_negative))
-        return found
+
+    def _estimated(self, statistic: Callable[..., Estimate], columns: dict[str, Tensor]) -> Estimate:
+        """A statistic of these columns, over the directions where all of them are finite."""
+        seen = torch.stack(list(columns.values())).isfinite().all(0)
+        rows = [None if (row := self.rows(quantity)) is None else row[seen] for quantity in columns]
+        return crossed(statistic, [samples[seen] for samples in columns.values()], rows)
+
+    @cached_property
+    def baseline(self) -> Estimate:
+        """The loss at theta with its standard error over sequences; nan where that is not known."""
+        if self.residuals is None:
+            return Estimate(torch.tensor(self.baseline_loss), torch.tensor(math.nan), 0)
+        centre = self.residuals.centre
+        stderr = (
+            (centre.square().sum() * len(centre) / (len(centre) - 1)).sqrt()
+            if len(centre) > 1
+            else centre[0] * math.nan
+        )
+        return Estimate(centre.new_tensor(self.baseline_loss), stderr, self.residuals.num)
+
+    @property
+    def signs(self) -> dict[str, statistics.Signs]:
+        """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
+        names = ("delta", "dir_grad", "curvature")
+        return {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in names}
 
     @property
     def note(self) -> str | None:
@@ -184,7 +262,10 @@ class DirectionalLosses:
         return low_correlation(corr, self.deltas, self.slopes, self.actual_span)
 
     def asdict(self) -> dict[str, Any]:
-        """The documented dictionary, then standard errors (`..._stderr`), settings, costs and per-direction arrays.
+        """The documented dictionary, then standard errors, settings, costs and per-direction arrays.
+
+        `<name>_stderr` is over directions; where terms per sequence are known, `<name>_stderr_data` is over sequences and
+        `<name>_stderr_total` over both, with `<name>_dof` degrees of freedom.
 
         Plain numbers, strings and numpy arrays; keys of what was not asked for are absent, as documented.
         """
@@ -193,85 +274,36 @@ class DirectionalLosses:
         values["loss_max"] = float(finite.max()) if len(finite) else math.nan
         values["loss_min"] = float(finite.min()) if len(finite) else math.nan
         values |= {name: float(estimate.value) for name, estimate in self.estimates.items()}
-        values |= {f"{name}_stderr": float(estimate.stderr) for name, estimate in self.estimates.items()}
+        for name, estimate in self.estimates.items():
+            values |= estimate.named(name)
+        values["baseline_loss_stderr_data"] = float(self.baseline.stderr)
+        values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
+        for name, (above, below, p) in self.signs.items():
+            values |= {f"{name}_n_above": above, f"{name}_n_below": below, f"{name}_sign_p_value": p}
+        values["delta_largest_share"] = statistics.largest_share(_finite(self.deltas))
+        values["relative_step_note"] = large_step(self.relative_step)
         if self.slopes is not None:
             values["n_samples_for_corr"] = self.n_samples_for_corr
         if self.compute_curvature:
             values["curvature_noise_floor"] = self.curvature_noise_floor
             values["n_curvatures_undecided"] = self.n_curvatures_undecided
             values["precision_note"] = self.precision_note
+        if self.truncation is not None:
+            values |= self.truncation.bias.named("curvature_truncation")
+            values |= {"curvature_settling": self.truncation.settling, "curvature_status": self.truncation.status}
+            values["step_note"] = self.step_note
         if self.realised is not None:
             values |= {f"realised_{name}": value for name, value in self.realised._asdict().items()}
-        return values | self._settings() | self._arrays()
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "n_samples": self.n_samples,
-            "n_nonfinite_pos": self.n_nonfinite_pos,
-            "n_nonfinite_neg": self.n_nonfinite_neg,
-            "actual_span": self.actual_span,
-            "displacement": self.displacement,
-            "param_norm": self.param_norm,
-            "relative_step": self.relative_step,
-            "use_filter_norm": self.normalize == "filter",
-            "global_renorm": self.global_renorm or self.normalize == "global",
-            "normalize": self.normalize,
-            "distribution": self.distribution,
-            "relative_span": self.relative_span,
-            "seed": self.key.seed,
-            "key": f"{self.key.bits:032x}",
-            "homogeneous_dtype": self.homogeneous_dtype,
-            "fast_vec_path": not self.plan.lazy,
-            "chunk": self.plan.chunk,
-            "threads": self.plan.threads,
-            "num_forwards": self.num_forwards,
-            "num_gradients": self.num_gradients,
-            "num_jvps": self.num_jvps,
-            "num_second_jvps": self.num_second_jvps,
-            "note": self.note,
-        }
-
-    def _arrays(self) -> dict[str, Any]:
-        arrays = {
-            "losses": self.losses,
-            "losses_negative": self.losses_negative,
-            "slopes": self.slopes,
-            "curvatures": self.curvatures,
-            "rayleigh_quotients": self.rayleigh_quotients,
-            "direction_norms": self.direction_norms,
-        }
-        return {name: array.numpy() for name, array in arrays.items() if array is not None}
+        return values | directional_text.settings(self) | directional_text.arrays(self)
 
     def __str__(self) -> str:
-        table = tabulate(self._rows(), headers=HEADERS, disable_numparse=True)
-        return "\n".join([self._head(), table, *(textwrap.fill(text, 100) for text in self._tail())])
+        return directional_text.plain(self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """The same table, for notebooks."""
-        table = tabulate(self._rows(), headers=HEADERS, tablefmt="html", disable_numparse=True)
-        paragraphs = [f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._tail())]
-        return "\n".join([paragraphs[0], str(table), *paragraphs[1:]])
-
-    def _head(self) -> str:
-        return (
-            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span {self.actual_span:g} "
-            f"(relative step {self.relative_step:.3g}), {self.key!r}"
-        )
-
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [("baseline_loss", f"{self.baseline_loss:.6g}", "")]
-        return rows + [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}") for name, e in self.estimates.items()]
-
-    def _tail(self) -> list[str]:
-        """What the table does not say: lost samples, what half precision does, and notes."""
-        tail = []
-        if self.n_nonfinite_pos + self.n_nonfinite_neg:
-            tail += [f"non-finite losses: {self.n_nonfinite_pos} at +span, {self.n_nonfinite_neg} at -span"]
-        if self.realised is not None:
-            tail += [half_precision(self.displacement, self.realised)]
-        return tail + [note for note in (self.note, self.precision_note) if note]
+        return directional_text.page(self)
 
 
 def central_second_difference(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 from jaxtyping import Float
-from scipy.stats.mstats import mjci
+from scipy import special, stats
 from torch import Tensor
 
 from ..core.estimate import Estimate, jackknife_stderr
@@ -50,12 +53,53 @@ def correlation(x: Samples, y: Samples) -> Estimate:
 
 
 def quantile(x: Samples, q: float) -> Estimate:
-    """Sample quantile (linear interpolation); Maritz-Jarrett standard error."""
-    if len(x) < 2:
+    r"""Sample quantile (linear interpolation at $h = (n - 1) q$); standard error of the order statistic of rank h + 1.
+
+    $$\mathrm{SE}^2 = \textstyle\sum_i W_i (x_{(i)} - \bar x_W)^2, \quad
+      W_i = I_{i/n}(h + 1, n - h) - I_{(i-1)/n}(h + 1, n - h),$$
+
+    with the regularised incomplete beta function I: for a whole h, the exact variance of the quantile under resampling.
+    Maritz, Jarrett (1978), doi:10.1080/01621459.1978.10480027, take other shapes of the beta, which do not exist near the
+    ends.
+    """
+    num = len(x)
+    if num < 2:
         return _undefined(x)
-    value = x.quantile(q)
-    centred = (x - value).numpy()  # the method takes a difference of squares
-    return Estimate(value, x.new_tensor(float(mjci(centred, prob=[q])[0])), len(x))
+    ordered, rank = x.sort().values, (num - 1) * q
+    weights = x.new_tensor(np.diff(special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
+    centre = weights @ ordered
+    return Estimate(x.quantile(q), (weights @ (ordered - centre).square()).sqrt(), num)
+
+
+class Signs(NamedTuple):
+    """How many samples lie above and below 0, and the exact two-sided binomial p value that both are equally likely."""
+
+    num_above: int
+    num_below: int
+    p_value: float
+
+    @property
+    def are_one(self) -> bool:
+        """Whether there are two samples or more, all on one side."""
+        return self.num_above + self.num_below > 1 and 0 in (self.num_above, self.num_below)
+
+
+def signs(x: Samples) -> Signs:
+    """The sign test: of the median, whatever the tails; zeros are left out, and nan without any sample.
+
+    >>> import torch
+    >>> signs(torch.tensor([1e10, 1.0, 2.0, -1.0, 3.0, 5.0]))
+    Signs(num_above=5, num_below=1, p_value=0.21875)
+    """
+    above, below = int((x > 0).sum()), int((x < 0).sum())
+    if not len(x):
+        return Signs(0, 0, float("nan"))
+    return Signs(above, below, float(stats.binomtest(above, above + below).pvalue) if above + below else 1.0)
+
+
+def largest_share(x: Samples) -> float:
+    """Share of the largest |x| in the sum of all: near 1, a mean is one sample and its t interval does not hold."""
+    return float(x.abs().max() / x.abs().sum()) if x.any() else float("nan")
 
 
 def left_out(x: Samples) -> tuple[Tensor, Tensor]:

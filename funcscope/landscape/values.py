@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,30 @@ from torch import Tensor
 
 from ..core.criterion import Labels
 from ..core.layout import Params
-from ..core.objective import Loss, per_sequence
+from ..core.model import Inputs, LeafFn
+from ..core.objective import Loss, Theta, per_sequence
 
 ROWS = 2**19
 """Entries of the output that are scored at a time, so that what the loss makes of them stays in the cache."""
+
+
+class PerSequence(Loss):
+    """The loss before it is a mean, shape (2, n): a row of sums and a row of weights over sequences."""
+
+    @classmethod
+    def of(cls, loss: Loss) -> PerSequence:
+        return cls(loss.net, loss.batches, loss.criterion)
+
+    def __call__(self, theta: Theta) -> Tensor:
+        params = self.params(theta)
+        return self._rows(lambda inputs: self.net.apply(params, inputs))
+
+    def at_leaves(self, leaf: LeafFn) -> Tensor:
+        return self._rows(lambda inputs: self.net.apply_leaves(leaf, inputs))
+
+    def _rows(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
+        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
+        return torch.stack([torch.cat(sums), torch.cat(weights)])
 
 
 class Values:

@@ -49,7 +49,8 @@ def curvature(c: Comparison) -> Section:
         )
     blocks: list[str | Chart | Quote] = [text]
     for result in c.results:
-        blocks += directional_sections.note(result.values["precision_note"], result.name)
+        for kind in ("precision_note", "step_note"):
+            blocks += directional_sections.note(result.values.get(kind), result.name)
     if np.isfinite(second - first).any():
         fig = samples.pairs(first, second, c.short_names, name="curvature", unit=unit)
         blocks.append(Chart(fig, f"{_PAIRED}{_lost(second - first)}"))
@@ -62,9 +63,10 @@ def table(c: Comparison) -> Section:
     headers = ["second − first", *c.short_names, "difference", c.level, "p", "rank-biserial", "d_z", "correlation",
                "gain", "pairs"]  # fmt: skip
     text = (
-        "± is one standard error over pairs. p: Wilcoxon’s signed-rank test. Rank-biserial: the share of ranks of "
-        "directions with the larger value in the second model, minus that of the others. d_z: mean difference over its "
-        "standard deviation. Gain: the variance of the difference if the models were sampled apart, over the paired one. "
+        f"± is one standard error {c.over}; p: Student’s t test with that error. Over directions alone, rank-biserial: the "
+        "share of ranks of directions with the larger value in the second model, minus that of the others; d_z: mean "
+        "difference over its standard deviation. Gain: the variance of the difference if the models were sampled apart, over "
+        "the paired one. "
         "Spreads are no means over directions and have an interval by the jackknife, without a test."
     )
     return Section("The comparison", [text, Table(headers, [_row(c, name) for name in c.statistics], "named")])
@@ -86,16 +88,28 @@ def reading(c: Comparison) -> Section:
         [
             "Direction i of the one model and direction i of the other are the same draw, and what they have in common "
             f"cancels in the difference. A Mann-Whitney test would ignore the pairing{apart}.",
-            "Intervals and p values are about other random directions of these two sets of weights on these texts. They "
-            f"say nothing about other data, and nothing about other training seeds. {p}",
+            f"{_about(c)} {p}",
             "A model whose loss rises less around its weights is flatter along random directions on these texts. By "
             "itself that does not say that it generalises better.",
         ],
     )
 
 
+def _about(c: Comparison) -> str:
+    """What intervals and p values are about."""
+    if c.over == "over directions":
+        return (
+            "Intervals and p values are about other random directions of these two sets of weights on these texts. They "
+            "say nothing about other data, and nothing about other training seeds."
+        )
+    return (
+        f"Intervals and p values have an error {c.over}, the texts taken for a random sample. They are about these two sets "
+        "of weights, and say nothing about other training seeds."
+    )
+
+
 def both(c: Comparison) -> Section:
-    text = f"± is one standard error over directions. {directional_sections.NO_RANK}"
+    text = f"± is one standard error {c.first.over}. {directional_sections.NO_RANK}"
     return Section("All statistics of both models", [text, directional_sections.table(c.results, c.short_names)])
 
 
@@ -145,10 +159,21 @@ def _tested(c: Comparison, name: str, what: str, unit: str) -> str:
     larger, num = number(c.of(f"{name}_rank_biserial"), 2), counted(c.values[f"{name}_n_pairs"], "pair")
     p = number(c.of(f"{name}_p_value"), 2)
     return (
-        f"The mean {what} differs by {c.said(f'{name}_difference')} {unit} ({c.level} {c.interval(name)}; Wilcoxon’s "
-        f"p\u00a0=\u00a0{p}; rank-biserial correlation {larger}; {num}). "
+        f"The mean {what} differs by {c.said(f'{name}_difference')} {unit} ({c.level} {c.interval(name)}; "
+        f"p\u00a0=\u00a0{p}; {num}). {_directions_alone(c, name)}; rank-biserial correlation {larger}. "
         f"Over directions, the values of the two models have a correlation of {c.said(f'{name}_correlation')}."
     )
+
+
+def _directions_alone(c: Comparison, name: str) -> str:
+    """What is known over directions, the texts being fixed."""
+    rank = c.values.get(f"{name}_wilcoxon_p_value", c.values.get(f"{name}_p_value"))
+    text = f"Over directions, on these texts: Wilcoxon’s p\u00a0=\u00a0{number(rank, 2)}"
+    if c.values.get(f"{name}_sign_p_value") is None:
+        return text
+    above, below = (c.values[f"{name}_{name_of}"] for name_of in ("n_above", "n_below"))
+    p = number(c.of(f"{name}_sign_p_value"), 2)
+    return f"{text}, {above} differences above 0 and {below} below (sign test p\u00a0=\u00a0{p})"
 
 
 def _why_both(c: Comparison) -> str:

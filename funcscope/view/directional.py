@@ -29,7 +29,7 @@ def write_page(numbers: Path) -> Path:
 
 def _rendered(stored: Stored, files: Files) -> str:
     (result,) = read(stored)
-    text = "± is one standard error over directions. Names are those of the stored file."
+    text = f"± is one standard error {result.over}. Names are those of the stored file."
     body = [
         sections.loss_changes(result),
         *([sections.curvature(result)] if result.has("curvatures") else []),
@@ -51,7 +51,7 @@ def title(result: Result) -> str:
     if num == 1:
         return f"Along one random direction, the loss {_way(found.value)} nats at {result.step}"
     if not is_resolved(found):
-        return f"The mean loss change at {result.step} cannot be told from zero"
+        return _unresolved(result)
     return f"The loss {'rises' if found.value > 0 else 'falls'} by {_size(result)} nats at {result.step}"
 
 
@@ -71,7 +71,9 @@ def lede(result: Result) -> list[str]:
     if num > 1 and not is_resolved(found):
         low, high = number(found.low), number(found.high)
         first += f" The change is {result.said('delta_mean')} nats, its 95 % interval reaches from {low} to {high}."
-    return [f"{first}{left_out}", *_shape(result)]
+        first += _signs(result)
+    step = result.values.get("relative_step_note")
+    return [f"{first}{left_out}", *_shape(result), *([f"{step[0].upper()}{step[1:]}"] if step else [])]
 
 
 def strip(result: Result, data: dict[str, Any]) -> list[Fact]:
@@ -96,6 +98,30 @@ def strip(result: Result, data: dict[str, Any]) -> list[Fact]:
             f"{'both sides' if result.has('losses_negative') else 'one side'}, seed {result.values['seed']}",
         ),
     ]
+
+
+def _unresolved(result: Result) -> str:
+    """What signs say where the interval of the mean holds 0."""
+    above, below, p = (result.values.get(f"delta_{name}") for name in ("n_above", "n_below", "sign_p_value"))
+    if above is None or below is None or p is None or (0 not in (above, below) and p >= 0.05) or above == below:
+        return f"The mean loss change at {result.step} cannot be told from zero"
+    way, most = ("rises", above) if above > below else ("falls", below)
+    most_of = f"all {most}" if most == result.num else f"{most} of {result.num}"
+    return f"The loss {way} along {most_of} directions at {result.step}; how much on average is not resolved"
+
+
+def _signs(result: Result) -> str:
+    """The sign test beside an interval that holds 0, and a tail that makes the interval worthless."""
+    values = result.values
+    if values.get("delta_sign_p_value") is None:
+        return ""
+    text = (
+        f" The loss is higher along {values['delta_n_above']} and lower along {values['delta_n_below']} directions (sign "
+        f"test over directions, p\u00a0=\u00a0{number(values['delta_sign_p_value'], 2)})."
+    )
+    share = values.get("delta_largest_share")
+    heavy = share is not None and share > 0.5 and values["n_samples"] > 2
+    return f"{text} One direction makes {share:.0%} of the sum, and the interval does not hold." if heavy else text
 
 
 def _way(change: float) -> str:
@@ -131,6 +157,8 @@ def _shape(result: Result) -> list[str]:
             return [f"Its curvature is {number(bent.value)} {unit}."]
         sign = ("upward" if bent.value > 0 else "downward") + " on average"
         way = f"bends {sign}" if is_resolved(bent) else "has no mean curvature that can be told from zero"
+        if result.values.get("curvature_status") == "rough":
+            way = "has no curvature that is resolved: it depends on the step"
         text = f"Along these directions it {way}, {result.said('curvature_mean')} {unit}"
         said.append(f"{text}; rounding may decide the sign of {few} of {result.num} curvatures." if few else f"{text}.")
     if result.has("slopes") and result.values["dir_grad_delta_corr"] is not None:

@@ -95,9 +95,14 @@ def _formulas(results: tuple[Result, ...]) -> list[str]:
     if result.has("slopes"):
         lines += ["slope: s = ∇L · d; gradient-delta correlation: Pearson’s r of s and L₊ − L₀"]
     if result.has("curvatures"):
-        formula = "dᵀ∇²L d, by forward differentiation twice" if result.is_exact else "(L₊ + L₋ − 2 L₀) / h²"
+        exact = (
+            "by a product with the Hessian" if result.values.get("num_matvecs") else "by forward differentiation twice"
+        )
+        formula = f"dᵀ∇²L d, {exact}" if result.is_exact else "(L₊ + L₋ − 2 L₀) / h²"
         lines += [f"curvature: c = {formula}; per unit of distance: c / ‖d‖²"]
         lines += [] if result.is_exact else [_rounding(result)]
+    if "curvature_truncation" in result.values:
+        lines += [f"what the step does to c: 4/3 (c at h − c at h/2), {result.said('curvature_truncation')} on average"]
     return lines
 
 
@@ -114,10 +119,11 @@ def _rounding(result: Result) -> str:
 def _errors(results: tuple[Result, ...]) -> list[str]:
     return [
         "Standard errors are over directions: sd / √n for means, the jackknife for standard deviations, roughness and "
-        "correlation, Maritz and Jarrett’s for percentiles. ± in the text is one standard error; the 95 % intervals of "
-        f"means are by Student’s t over {results[0].num:,} directions or as many as are finite.",
-        "They are about other random directions of the same weights on the same texts, not about other texts or another "
-        "training run.",
+        "correlation, that of the order statistic for percentiles. Those over texts are the scatter of what single texts add "
+        "to a statistic, to first order; both together count their interaction once. ± in the text is one standard error "
+        f"{results[0].over}; the 95 % intervals of means are by Student’s t with it, over {results[0].num:,} directions or "
+        "as many as are finite.",
+        "They are about the same weights, not about another training run.",
     ]
 
 
@@ -128,6 +134,7 @@ def _cost(result: Result, models: int) -> str:
         "gradient": values["num_gradients"],
         "directional derivative": values["num_jvps"],
         "second directional derivative": values["num_second_jvps"],
+        "Hessian product": values.get("num_matvecs", 0),
     }
     used = ", ".join(counted(num, what) for what, num in counts.items() if num)
     path = f"{values['chunk']} directions at a time" if values["fast_vec_path"] else "weights perturbed leaf by leaf"

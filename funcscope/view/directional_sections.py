@@ -24,8 +24,10 @@ _DOTS = (
 )
 _UNITS = {"loss": "nats", "delta": "nats", "dir_grad": "nats per {}", "curvature": "nats per {}²"}
 _PLAIN = (
-    "loss_min", "loss_max", "curvature_noise_floor", "n_curvatures_undecided", "n_samples", "n_samples_for_corr",
-    "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm", "relative_step",
+    "loss_min", "loss_max", "baseline_loss_stderr_data", "n_sequences", "curvature_noise_floor", "n_curvatures_undecided",
+    "curvature_settling", "delta_sign_p_value", "dir_grad_sign_p_value", "curvature_sign_p_value", "delta_largest_share",
+    "n_samples", "n_samples_for_corr", "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm",
+    "relative_step",
 )  # fmt: skip
 """Stored numbers that are no estimates."""
 
@@ -46,6 +48,7 @@ def curvature(result: Result) -> Section:
     """The distribution of curvatures, and what rounding can do to them."""
     values, unit = result.column("curvatures"), f"nats per {result.unit}²"
     blocks: list[str | Chart | Quote] = [_bend(result, unit), *note(result.values["precision_note"])]
+    blocks += note(result.values.get("step_note"))
     if np.isfinite(values).any():
         shown, means = {"": values}, {"": result.mean("curvature_mean", "curvatures")}
         extent = samples.extent(shown, means)
@@ -148,9 +151,17 @@ def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
     names = [*estimates, *(name for name in _PLAIN if name in values)]
     rows = [["baseline_loss", *(number(result.values["baseline_loss"], 6) for result in results), "nats"]]
     for name in names:
-        cells = (result.said(name) if name in estimates else _exactly(result.values.get(name)) for result in results)
+        cells = (_cell(result, name) if name in estimates else _exactly(result.values.get(name)) for result in results)
         rows.append([name, *cells, _unit(name, results[0])])
     return Table(["statistic", *headers, "unit"], rows, "listed")
+
+
+def _cell(result: Result, name: str) -> str:
+    """A statistic with its error, and the two errors that this is made of where it is."""
+    over = [result.values.get(f"{name}_{ending}") for ending in ("stderr", "stderr_data")]
+    if None in over or result.values.get(f"{name}_stderr_total") is None:
+        return result.said(name)
+    return "{} (directions {}, texts {})".format(result.said(name), *(number(x, 2) for x in over))
 
 
 def _exactly(value: float | int | None) -> str:

@@ -49,7 +49,15 @@ class Comparison:
         return Mark(*(self.of(f"{statistic}_difference{end}") for end in ("", "_low", "_high")))
 
     def estimate(self, name: str) -> tuple[float, float]:
-        return self.of(name), self.of(f"{name}_stderr")
+        """With the error over directions and texts together, where that is known."""
+        total = self.values.get(f"{name}_stderr_total")
+        return self.of(name), self.of(f"{name}_stderr") if total is None else float(total)
+
+    @property
+    def over(self) -> str:
+        """What errors are over."""
+        known = self.values.get(f"{self.headline}_difference_stderr_total") is not None
+        return "over directions and texts together" if known else "over directions"
 
     def said(self, name: str) -> str:
         return with_error(*self.estimate(name))

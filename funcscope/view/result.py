@@ -70,7 +70,7 @@ class Result:
     @property
     def is_exact(self) -> bool:
         """Whether curvatures are second derivatives, not differences."""
-        return bool(self.values["num_second_jvps"])
+        return bool(self.values["num_second_jvps"] or self.values.get("num_matvecs"))
 
     @cached_property
     def changes(self) -> dict[str, Column]:
@@ -83,10 +83,15 @@ class Result:
     def mean_changes(self) -> dict[str, Mark]:
         """The mean of each of `changes`, with its interval, from the stored statistics."""
         base = self.values["baseline_loss"]
-        value, stderr = self.of("loss_mean_negative")
-        negative = (value - base, stderr)
-        both = zip(self.changes.items(), (self.of("delta_mean"), negative), strict=False)
-        return {side: mark(*found, _count(values)) for (side, values), found in both}
+        names = ("delta_mean", "delta_mean_negative")
+        if self.has("losses_negative") and "delta_mean_negative" not in self.values:
+            value, stderr = self.of("loss_mean_negative")
+            marks = [self._mark("delta_mean", self.changes[self.side])]
+            marks.append(mark(value - base, stderr, _count(self.column("losses_negative"))))
+            return dict(zip(self.changes, marks, strict=True))
+        return {
+            side: self._mark(name, values) for name, (side, values) in zip(names, self.changes.items(), strict=False)
+        }
 
     def column(self, name: str) -> Column:
         """Samples of every direction; nan where they are not finite."""
@@ -97,8 +102,10 @@ class Result:
         return name in self.arrays
 
     def of(self, name: str) -> tuple[float, float]:
-        """A stored statistic and its standard error; nan where undefined or absent."""
+        """A stored statistic and its standard error, over directions and texts where both are known; nan where undefined."""
         value, stderr = self.values.get(name), self.values.get(f"{name}_stderr")
+        total = self.values.get(f"{name}_stderr_total")
+        stderr = stderr if total is None else total
         return math.nan if value is None else float(value), math.nan if stderr is None else float(stderr)
 
     def said(self, name: str) -> str:
@@ -107,7 +114,17 @@ class Result:
 
     def mean(self, name: str, samples: str) -> Mark:
         """A stored mean with its 95 % interval, `samples` being the array that it is over."""
-        return mark(*self.of(name), _count(self.column(samples)))
+        return self._mark(name, self.column(samples))
+
+    @property
+    def over(self) -> str:
+        """What the errors are over."""
+        known = self.values.get("delta_mean_stderr_total") is not None
+        return "over directions and texts together" if known else "over directions"
+
+    def _mark(self, name: str, values: Column) -> Mark:
+        known = self.values.get(f"{name}_stderr_total") is not None
+        return mark(*self.of(name), self.values[f"{name}_dof"] + 1 if known else _count(values))
 
 
 def read(stored: Stored) -> tuple[Result, ...]:
@@ -120,8 +137,10 @@ def read(stored: Stored) -> tuple[Result, ...]:
     )
 
 
-def mark(value: float, stderr: float, num: int) -> Mark:
+def mark(value: float, stderr: float, num: float | int) -> Mark:
     """A mean over `num` directions with its 95 % interval, by Student's t; without one for fewer than two.
+
+    num: one more than the degrees of freedom.
 
     >>> [round(x, 2) for x in mark(1.0, 0.1, 3)], [round(x, 2) for x in mark(1.0, 0.1, 10**6)]
     ([1.0, 0.57, 1.43], [1.0, 0.8, 1.2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...core.keys import key
 from ...landscape import directional_losses
+from ...landscape.truncation import num_refined
 from ..analyzer import Analyzer, Subject, Values
 
 _WITH_ERROR = ("landscape_roughness", "curvature_mean", "dir_grad_delta_corr", "delta_mean")
@@ -34,5 +35,5 @@ DIRECTIONAL_LOSSES = Analyzer(
     summary_keys=SUMMARY,
     compute_summary=lambda values: {name: values[name] for name in SUMMARY},
     settings={"n_samples": 50, "span": 0.1, "split": "train", "seed": 42},
-    forwards=lambda settings: 5 + 2 * settings["n_samples"],
+    forwards=lambda settings: 5 + 2 * settings["n_samples"] + 4 * num_refined(settings["n_samples"]),
 )

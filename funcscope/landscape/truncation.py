@@ -1,0 +1,78 @@
+"""What a finite step does to second differences: from the same differences at a half and a quarter of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.estimate import Estimate
+
+STEPS = (1 / 2, -1 / 2, 1 / 4, -1 / 4)
+"""Shares of the step at which the first directions are evaluated, too."""
+MOST = 16
+
+
+def num_refined(num: int) -> int:
+    """How many of `num` directions are evaluated at shorter steps: a tenth, 3 at the least."""
+    return min(num, max(3, num // 10), MOST)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    r"""Second differences c of a few directions at the steps h, h/2 and h/4.
+
+    Where the loss has four derivatives, $c(h) = L'' + a h^2 + O(h^4)$: halving the step moves c by 3/4 of its error, halving
+    it again by a quarter of that. Where it jumps or has kinks (routing, ReLU), differences grow as the step shrinks.
+    Richardson (1911), doi:10.1098/rsta.1911.0009.
+
+    >>> import torch
+    >>> two = torch.tensor([2.0, 2.0])
+    >>> smooth = Truncation(two + 1.6, two + 0.4, two + 0.1, noise=0.0)          # 2 + 1.6 (h / h_0)^2
+    >>> print(smooth.bias, smooth.status)
+    1.6 ± 0 (n = 2) smooth
+    >>> Truncation(two, 4 * two, 16 * two, noise=0.0).status                     # a jump, over h^2
+    'rough'
+    """
+
+    whole: Float[Tensor, " m"]
+    half: Float[Tensor, " m"]
+    quarter: Float[Tensor, " m"]
+    noise: float
+    """What rounding may do to a difference at h; four times as much at h/2, sixteen times at h/4."""
+
+    @property
+    def bias(self) -> Estimate:
+        r"""$\tfrac43 (c(h) - c(h/2))$: by how much the step makes the mean too large, with its error over directions."""
+        return Estimate.of(4 / 3 * (self.whole - self.half))
+
+    @property
+    def settling(self) -> float:
+        """Root mean square of c(h/2) - c(h/4) over that of c(h) - c(h/2): 1/4 for a smooth loss and a small step."""
+        first = _rms(self.whole - self.half)
+        return _rms(self.half - self.quarter) / first if first else math.nan
+
+    @property
+    def status(self) -> Literal["smooth", "rough", "rounding", "undefined"]:
+        """`rough`: halving the step again moves the differences by more, not by less, and not because of rounding.
+
+        `rounding`: the second halving moves them by no more than rounding may. `undefined`: no direction is finite at all.
+        """
+        if not len(self.whole):
+            return "undefined"
+        if _rms(self.half - self.quarter) <= 16 * self.noise or not self.noise < math.inf:
+            return "rounding"
+        return "rough" if self.settling > 1 else "smooth"
+
+    def dominates(self, estimate: Estimate, stderr: float) -> bool:
+        """Whether the bias is larger than rounding and its own error, and larger than the error of the mean."""
+        value, error = abs(float(self.bias.value)), float(self.bias.stderr)
+        seen = value > max(4 / 3 * 5 * self.noise, error if math.isfinite(error) else 0.0)
+        return seen and value > max(stderr if math.isfinite(stderr) else 0.0, 1e-3 * abs(float(estimate.value)))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
