@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
-import torch
 from jaxtyping import Bool, Float
 from tabulate import tabulate
 from torch import Tensor
@@ -14,13 +13,10 @@ from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Key, check_key, fold_in
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
-
-Which = Literal["magnitude", "largest", "smallest", "both"]
+from .search import Search, Which
 
 BASIS = 100
 """Basis vectors that are kept before a restart, unless more are asked for."""
-CHEAP = 2**15
-"""Up to this P a look at the projected matrix may cost more than a product: it is taken every few products."""
 NAMES = {
     "magnitude": "of largest magnitude",
     "largest": "largest",
@@ -114,101 +110,21 @@ def eigenpairs(
         check_symmetric(products, like, key=fold_in(key, "check"))
     budget = products.num + (100 + 20 * wanted if max_matvecs is None else max_matvecs)
     space = Krylov(products, like, key=fold_in(key, "start"), block=block)
-    search = _Search(space, wanted, which, tol)
+    search = Search(space, wanted, which, tol, block, limit=limit, patient=max_matvecs is not None)
     while not search.over(budget):
-        if min(space.basis.num + block, space.num) > limit:
-            search.restart(wanted + (limit - 2 * block - wanted) // 2)
-        space.expand()
-    return search.found(products.num, vectors, key)
-
-
-class _Closed(NamedTuple):
-    """When the space was last closed: its size, the length of its last part, and the wanted values.
-
-    Each part is the Krylov space of a new random vector, and shows one more copy of every multiple eigenvalue.
-    """
-
-    size: int
-    length: int
-    values: Tensor
-
-    def unchanged(self, values: Tensor, S: Tensor, residuals: Tensor, allowed: float) -> bool:
-        """The part that came since has found its own most wanted value, and no wanted one differs for it."""
-        new = residuals[S[self.size :].square().sum(0) > 0.5][:1]
-        same = (values[: len(self.values)] - self.values).abs() <= allowed
-        return bool(same.all()) and bool((new <= allowed).all())
-
-
-class _Search:
-    """Looks at the Ritz values of a growing space, and says when the wanted ones are found."""
-
-    def __init__(self, space: Krylov, wanted: int, which: Which, tol: float):
-        self.space, self.wanted, self.which, self.tol = space, wanted, which, tol
-        self.bound = 0.0
-        """The largest |theta| seen."""
-        self.closed: _Closed | None = None
-        self.next = wanted
-
-    def over(self, budget: int) -> bool:
-        space = self.space
-        if space.whole:
-            return True
-        if space.size >= self.next or (space.size >= self.wanted and space.left <= self.tol * self.bound):
-            self.next = space.size + (1 if space.num > CHEAP else 1 + space.size // 64)
-            if self._settled():
-                return True
-        return space.products.num + space.basis.num - space.size > budget
-
-    def restart(self, num: int) -> None:
-        values, S, _ = self._look(num)
-        self.space.restart(values, S)
-        self.next, self.closed = 0, None
-
-    def found(self, num_matvecs: int, vectors: bool, key: Key) -> Eigenpairs:
-        values, S, residuals = self._look(self.wanted)
-        down = values.argsort(descending=True)
-        return Eigenpairs(
-            values[down],
-            residuals[down].clamp_min(self.space.rounding),
-            (residuals.clamp_min(self.space.rounding) <= self.tol * self.bound)[down],
-            self.space.basis.combined(S[:, down]) if vectors else None,
-            num_matvecs,
-            self.which,
-            self.tol,
-            key,
-        )
-
-    def _settled(self) -> bool:
-        """The wanted residuals are small; if the space was closed, what came after it has been heard out, too."""
-        values, S, residuals = self._look(self.space.size)
-        allowed, size, before = self.tol * self.bound, self.space.size, self.closed
-        if before and size - before.size > before.length:
-            before = self.closed = None  # longer than the part before: R was small by chance
-        good = bool((residuals[: self.wanted] <= allowed).all())
-        if self.space.left <= allowed:
-            self.closed = _Closed(size, size - (before.size if before else 0), values[: self.wanted])
-        elif not before:
-            return good
-        return good and before is not None and before.unchanged(values, S, residuals, allowed)
-
-    def _look(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `num` Ritz values, vectors (columns) and residuals, the most wanted first."""
-        values, S, residuals = self.space.ritz()
-        self.bound = max(self.bound, float(values.abs().max()))
-        first = _order(values, self.which)[:num]
-        return values[first], S[:, first], residuals[first]
-
-
-def _order(values: Tensor, which: Which) -> Tensor:
-    """Indices of ascending values, the most wanted first; for both ends in turns."""
-    if which == "magnitude":
-        return values.abs().argsort(descending=True, stable=True)
-    up = torch.arange(len(values))
-    if which == "smallest":
-        return up
-    if which == "largest":
-        return up.flip(0)
-    return torch.stack([up.flip(0), up], 1).flatten()[: len(values)]
+        search.step()
+    look = search.look(wanted)
+    down = look.values.argsort(descending=True)
+    return Eigenpairs(
+        look.values[down],
+        look.residuals[down],
+        search.converged(look)[down],
+        space.basis.combined(look.S[:, down]) if vectors else None,
+        products.num,
+        which,
+        tol,
+        key,
+    )
 
 
 def _check_request(num_rows: int, num: int, which: str, tol: float, block: int, max_matvecs: int | None) -> int:
