@@ -25,6 +25,9 @@ NAMES = {
 }
 
 
+REMEDY = "What is not converged has no sure rank: pass a larger `max_matvecs`, or ask for fewer."
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Eigenpairs:
     """Some eigenvalues in descending order, each with the norm of its residual; prints itself as a table."""
@@ -34,13 +37,26 @@ class Eigenpairs:
     residuals: Float[Tensor, " k"]
     """||A y - theta y||, at least what rounding of the products explains: an eigenvalue lies within it of theta."""
     converged: Bool[Tensor, " k"]
-    """Residual at most `tol` times the largest |theta| seen."""
+    """Residual at most `tol` times the largest |theta| at its end (or what rounding explains), and its place certain."""
     vectors: Float[Tensor, "k p"] | None
     """Unit vectors, one per value, where they were asked for."""
     num_matvecs: int
     which: Which
     tol: float
     key: Key
+
+    @property
+    def resolved(self) -> Bool[Tensor, " k"]:
+        """|theta| is above its residual: the sign is known, and the value can be told from 0."""
+        return self.values.abs() > self.residuals
+
+    @property
+    def states(self) -> list[str]:
+        """For each value: converged, not converged, or not resolved (from 0)."""
+        return [
+            "converged" if done else "not converged" if told else "not resolved"
+            for done, told in zip(self.converged.tolist(), self.resolved.tolist(), strict=True)
+        ]
 
     def __repr__(self) -> str:
         return (
@@ -50,11 +66,13 @@ class Eigenpairs:
 
     def __str__(self) -> str:
         rows = [
-            (f"{value:.6g}", f"{residual:.1g}", "yes" if done else "no")
-            for value, residual, done in zip(self.values, self.residuals, self.converged, strict=True)
+            (f"{value:.6g}", f"{residual:.1g}", state)
+            for value, residual, state in zip(self.values, self.residuals, self.states, strict=True)
         ]
-        table = tabulate(rows, headers=("eigenvalue", "residual", "converged"), disable_numparse=True)
-        return f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)\n{table}"
+        table = tabulate(rows, headers=("eigenvalue", "residual", ""), disable_numparse=True)
+        advice = "" if self.converged.all() else f"\n{REMEDY}"
+        head = f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)"
+        return f"{head}\n{table}{advice}"
 
 
 def eigenpairs(
@@ -74,20 +92,21 @@ def eigenpairs(
     r"""The `num` eigenvalues of a symmetric A that are largest in magnitude, largest, smallest, or at each end.
 
     Ritz values $\theta$ of A on a Krylov space of a random start, with unit vectors y and residuals $\|Ay - \theta y\|$.
-    The search ends at the first look at which every wanted residual is at most `tol` $\max|\theta|$ (a look after every
-    product, or every few where products are cheap: P up to 32,768), at `max_matvecs` products (default: 100 and 20
-    per wanted value), or where the space is exhausted and all is exact.
+    A value is converged where its residual is at most `tol` times the largest $|\theta|$ at its own end, or what rounding
+    explains, and where no eigenvalue before it can have been missed: when residuals are small, a fresh random start is
+    given to what the space leaves out, until a missed eigenvalue would have shown itself but for a chance of 1 %. The
+    search ends where all are converged, at `max_matvecs` products, or where the space is exhausted and all is exact.
+    Without `max_matvecs` it ends at 100 and 20 per wanted value, or at 1.4 times the products after which all residuals
+    are below `tol` times the largest $|\theta|$ of all: an end that is dense, or near 0, then stays unconverged.
 
     like: a vector of shape (P,), float32 or float64, for dtype and device. Values have the unit of A, in float64.
     Memory: up to `max_basis` vectors (default: 100, or twice the wanted values and blocks), allocated as the basis grows,
-    and `block` more; a smaller basis restarts (thick restart) and takes more products.
+    `block` more, and one for every fresh start; a smaller basis restarts (thick restart) and takes more products.
 
-    A residual r guarantees an eigenvalue within r of $\theta$; not that no larger one was missed, nor that the value
-    itself is accurate to less than the rounding of the products. Where the budget ends the search, `converged` says
-    which values are not found yet. A block of one shows one copy of each eigenvalue: copies of a multiple one need a
-    `block` of its multiplicity, or appear where the Krylov space closes (a residual of `tol` for all of it): the search
-    then goes on from new random vectors, until one has changed nothing. A larger block goes on only where all its columns
-    close together. In float32, scale a matrix of norm below 1e-15 first: squares of its products vanish.
+    A residual r guarantees an eigenvalue within r of $\theta$, nothing more: its rank is sure only where `converged`, its
+    sign only where `resolved` ($|\theta| > r$). One start shows one copy of each eigenvalue; further copies, and members of
+    tight clusters, come with the fresh starts, or sooner with a `block` of the multiplicity. In float32, scale a matrix of
+    norm below 1e-15 first: squares of its products vanish.
 
     Raises ValueError for `num` above P ("both": P / 2), `block` above P, `max_basis` too small, an unknown `which`,
     and, with `check=True` (two more products), a matvec that is not symmetric; NonFinite for a product that is not

@@ -175,11 +175,18 @@ class Krylov:
         found, left = self.basis.remove(W, 0, last)
         H += found
         new = self._append(W, sizes, left, H)
-        T, R = torch.zeros(size, size, dtype=torch.float64), torch.zeros(self.basis.num - size, size, dtype=torch.float64)
+        T, R = (
+            torch.zeros(size, size, dtype=torch.float64),
+            torch.zeros(self.basis.num - size, size, dtype=torch.float64),
+        )
         T[:first, :first] = self.T
         T[:first, first:], T[first:, :first] = H[:first], H[:first].T
         T[first:, first:] = (H[first:size] + H[first:size].T) / 2
-        R[: last - size, :first], R[: last - size, first:], R[last - size :, first:] = self.R[size - first :], H[size:], new
+        R[: last - size, :first], R[: last - size, first:], R[last - size :, first:] = (
+            self.R[size - first :],
+            H[size:],
+            new,
+        )
         self.T, self.R, self.size, self._before = T, R, size, size - first
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
