@@ -115,6 +115,7 @@ def eigenpairs(
     Krylov spaces: Paige (1972), doi:10.1093/imamat/10.3.373; restart: Wu and Simon (2000),
     doi:10.1137/S0895479898334605.
 
+    >>> import torch
     >>> from funcscope.core.keys import key
     >>> found = eigenpairs(lambda v: torch.arange(-9.0, 6.0) * v, torch.zeros(15), key=key(0), num=2)
     >>> [round(value, 2) for value in found.values.tolist()]     # of -9, -8, ..., 5

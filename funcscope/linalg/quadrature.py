@@ -29,9 +29,9 @@ class Resolution(NamedTuple):
     moved: float
     """By how much the number with half the steps differs from it."""
     bound: float
-    """The truth of the same probes is at most this far from it (Chebyshev, Markov, Stieltjes); nan where there is no bound."""
+    """The truth of the same probes is at most this far away (Chebyshev, Markov, Stieltjes); nan where there is no bound."""
     resolved: bool
-    """The bound, or the move where there is none, is at most twice the standard error, or a hundredth of the number's scale."""
+    """The bound, or else the move, is at most twice the standard error, or a hundredth of the number's scale."""
     steps: int
     """Steps that it would take, if the error falls as 1 / steps; those taken, where it is resolved."""
 
@@ -108,7 +108,7 @@ class SpectralDensity:
         return self.function(torch.square)
 
     def trace_squared_interval(self, level: float = 0.95) -> tuple[float, float]:
-        r"""Where tr A^2 lies at this level: wide to the right where a few eigenvalues have most of it, as 8 probes then may miss it.
+        r"""Where tr A^2 lies at this level: wide to the right where a few eigenvalues, which probes may miss, have most.
 
         A normal probe's v'A^2v is a sum of lambda^2 times squared normal numbers: in its first two moments
         $\mathrm{tr} A^2\,\chi^2_k / k$ with $k = (P + 2) (\mathrm{tr} A^2)^2 / (P\,\mathrm{tr} A^4 - (\mathrm{tr} A^2)^2)$
@@ -165,7 +165,7 @@ class SpectralDensity:
 
     @property
     def halved(self) -> SpectralDensity:
-        """The same probes with half the steps, which cost no products: their Lanczos matrices are corners of the larger ones."""
+        """The same probes with half the steps, at no products: corners of the Lanczos matrices."""
         steps = max(1, self.steps // 2)
         rules = [_rule(_corner(*rule, steps), steps) for rule in zip(self.nodes, self.weights, strict=True)]
         nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))

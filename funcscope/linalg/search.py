@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -170,7 +169,7 @@ class Probe:
         else:
             space.admit()
         self.before, self.claims, self.certain = look, claims, torch.zeros_like(claims)
-        self.num, self.most, self.closed = 0, space.products.num // 2, False
+        self.num, self.most, self.closed = 0, max(20, space.products.num // 2), False
         self.rest = space.num - space.size
         self.diagonal: list[float] = []
         self.beside: list[float] = []

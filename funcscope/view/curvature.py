@@ -72,7 +72,7 @@ def strip(found: Curvature) -> list[Fact]:
     share = summary.negative_fraction
     negative = estimated("Negative eigenvalues", 100 * float(share.value), 100 * float(share.stderr), "% of all")
     negative = negative._replace(value=f"{negative.value} %", detail=negative.detail.removeprefix("% "))
-    if not summary.density.negative_resolution().resolved:
+    if not (summary.density.negative_resolution().resolved or math.isnan(share.stderr)):
         negative = Fact("Negative eigenvalues", "not resolved", negative_share(found))
     if "undefined" in sam:
         return [top, trace, negative, Fact("SAM sharpness", "undefined", "the gradient vanishes")]

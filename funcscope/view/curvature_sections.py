@@ -143,8 +143,8 @@ def eigenvalues(found: Curvature) -> Section:
         row[0] = row[0] if done else ""
     text = (
         f"An eigenvalue lies within the residual of each value. The search ended after {ends.num_matvecs} products, and "
-        f"asked for residuals of {setting(ends.tol)} of the largest |eigenvalue| at the same end. Only what is converged has a "
-        f"rank; what is not resolved is smaller than its residual. All in {UNIT}."
+        f"asked for residuals of {setting(ends.tol)} of the largest |eigenvalue| at the same end. Only what is converged has "
+        f"a rank; what is not resolved is smaller than its residual. All in {UNIT}."
     )
     return Section("Eigenvalues", [text, Table(["rank", "eigenvalue", "residual", ""], rows, "listed")])
 
@@ -165,7 +165,7 @@ def _late(found: Curvature) -> list[Quote]:
     if found.summary.converged:
         return []
     lost = int((~found.summary.ends.converged).sum())
-    text = f"{lost} of {len(found.summary.ends.values)} eigenvalues are not converged: their ranks, or their values, are open."
+    text = f"{lost} of {len(found.summary.ends.values)} eigenvalues are not converged: their ranks or values are open."
     return [Quote(text, "Fewer of them, or a larger tolerance, will be reached.")]
 
 
