@@ -244,6 +244,7 @@ def test_it_prints_itself_in_a_few_lines():
     assert repr(found) == "SpectralDensity(3 probes, 12 steps, 36 products)"
     assert str(found).startswith("300 eigenvalues, nodes from -1.963 to 41.9 (36 products)\n")
     assert len(str(found).splitlines()) == 5
+    assert "within" in str(found)
 
 
 def test_bad_requests_get_one_clear_line():
@@ -266,3 +267,42 @@ def test_bad_requests_get_one_clear_line():
         found.mass_between(1.0, 1.0)
     with pytest.raises(ValueError, match="`width` must be a finite number above 0"):
         found.density(found.grid(3), 0.0)
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_the_negative_share_of_a_probe_is_within_the_bound(reorthogonalize):
+    d = torch.cat([torch.linspace(5, 50, 10), 0.1 * normal(key(1), torch.zeros(600)) + 0.05]).double()
+    for steps in (10, 30, 60):
+        found = of(d, num_probes=1, steps=steps, reorthogonalize=reorthogonalize)
+        v = normal(fold_in(key(0), 0), d)
+        exact = float(v[d < -found.edge()].square().sum() / (v @ v))  # oracle: the probe itself
+        assert abs(float(found.negative_fraction().value) - exact) <= found.negative_resolution().bound + 1e-9
+
+
+def test_a_fraction_that_few_steps_miss_is_not_resolved():
+    d = torch.cat([torch.linspace(5, 50, 10), 0.3 * normal(key(1), torch.zeros(600)) + 0.2]).double()
+    few, many = of(d, steps=8, reorthogonalize=True), of(d, steps=300, num_probes=3, reorthogonalize=True)
+    assert not few.negative_resolution().resolved
+    assert few.negative_resolution().steps > 8
+    assert "not resolved" in str(few)
+    assert abs(float(many.negative_fraction().value) - float((d < 0).double().mean())) < 0.05
+    assert many.negative_resolution().resolved
+
+
+def test_half_the_steps_are_those_of_a_shorter_run():
+    d = spread(3)
+    half, short = of(d, steps=16, reorthogonalize=True).halved, of(d, steps=8, reorthogonalize=True)
+    assert_close(half.nodes, short.nodes)
+    assert_close(half.weights, short.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("top", [1, 2, 30])
+def test_the_interval_of_the_square_covers(top):
+    d = torch.full((150,), 0.05, dtype=torch.float64)
+    d[:top] = torch.linspace(3, 2, top, dtype=torch.float64)
+    hits = 0
+    for index in range(200):
+        low, high = of(d, key=key(index), steps=4).trace_squared_interval()
+        hits += low <= float(d.square().sum()) <= high
+    assert 0.9 <= hits / 200 <= 0.99

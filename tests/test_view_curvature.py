@@ -313,7 +313,7 @@ def test_a_matrix_of_zeros_has_a_page(tmp_path):
 def test_eigenvalues_that_did_not_converge_are_told(tmp_path):
     path, _ = made(tmp_path)
     changed(path, lambda _, arrays: arrays["end_converged"].__setitem__(0, False))
-    assert "1 of 6 eigenvalues have residuals above what was asked for" in written(path)
+    assert "1 of 6 eigenvalues are not converged" in written(path)
 
 
 def test_names_are_escaped_and_nothing_is_loaded(tmp_path):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
-import torch
 from jaxtyping import Bool, Float
 from tabulate import tabulate
 from torch import Tensor
@@ -14,19 +13,19 @@ from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Key, check_key, fold_in
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
-
-Which = Literal["magnitude", "largest", "smallest", "both"]
+from .search import Search, Which
 
 BASIS = 100
 """Basis vectors that are kept before a restart, unless more are asked for."""
-CHEAP = 2**15
-"""Up to this P a look at the projected matrix may cost more than a product: it is taken every few products."""
 NAMES = {
     "magnitude": "of largest magnitude",
     "largest": "largest",
     "smallest": "smallest",
     "both": "from both ends",
 }
+
+
+REMEDY = "What is not converged has no sure rank: pass a larger `max_matvecs`, or ask for fewer."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,13 +37,26 @@ class Eigenpairs:
     residuals: Float[Tensor, " k"]
     """||A y - theta y||, at least what rounding of the products explains: an eigenvalue lies within it of theta."""
     converged: Bool[Tensor, " k"]
-    """Residual at most `tol` times the largest |theta| seen."""
+    """Residual at most `tol` times the largest |theta| at its end (or what rounding explains), and its place certain."""
     vectors: Float[Tensor, "k p"] | None
     """Unit vectors, one per value, where they were asked for."""
     num_matvecs: int
     which: Which
     tol: float
     key: Key
+
+    @property
+    def resolved(self) -> Bool[Tensor, " k"]:
+        """|theta| is above its residual: the sign is known, and the value can be told from 0."""
+        return self.values.abs() > self.residuals
+
+    @property
+    def states(self) -> list[str]:
+        """For each value: converged, not converged, or not resolved (from 0)."""
+        return [
+            "converged" if done else "not converged" if told else "not resolved"
+            for done, told in zip(self.converged.tolist(), self.resolved.tolist(), strict=True)
+        ]
 
     def __repr__(self) -> str:
         return (
@@ -54,11 +66,13 @@ class Eigenpairs:
 
     def __str__(self) -> str:
         rows = [
-            (f"{value:.6g}", f"{residual:.1g}", "yes" if done else "no")
-            for value, residual, done in zip(self.values, self.residuals, self.converged, strict=True)
+            (f"{value:.6g}", f"{residual:.1g}", state)
+            for value, residual, state in zip(self.values, self.residuals, self.states, strict=True)
         ]
-        table = tabulate(rows, headers=("eigenvalue", "residual", "converged"), disable_numparse=True)
-        return f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)\n{table}"
+        table = tabulate(rows, headers=("eigenvalue", "residual", ""), disable_numparse=True)
+        advice = "" if self.converged.all() else f"\n{REMEDY}"
+        head = f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)"
+        return f"{head}\n{table}{advice}"
 
 
 def eigenpairs(
@@ -78,20 +92,21 @@ def eigenpairs(
     r"""The `num` eigenvalues of a symmetric A that are largest in magnitude, largest, smallest, or at each end.
 
     Ritz values $\theta$ of A on a Krylov space of a random start, with unit vectors y and residuals $\|Ay - \theta y\|$.
-    The search ends at the first look at which every wanted residual is at most `tol` $\max|\theta|$ (a look after every
-    product, or every few where products are cheap: P up to 32,768), at `max_matvecs` products (default: 100 and 20
-    per wanted value), or where the space is exhausted and all is exact.
+    A value is converged where its residual is at most `tol` times the largest $|\theta|$ at its own end, or what rounding
+    explains, and where no eigenvalue before it can have been missed: when residuals are small, a fresh random start is
+    given to what the space leaves out, until a missed eigenvalue would have shown itself but for a chance of 1 %. The
+    search ends where all are converged, at `max_matvecs` products, or where the space is exhausted and all is exact.
+    Without `max_matvecs` it ends at 100 and 20 per wanted value, or at 1.4 times the products after which all residuals
+    are below `tol` times the largest $|\theta|$ of all: an end that is dense, or near 0, then stays unconverged.
 
     like: a vector of shape (P,), float32 or float64, for dtype and device. Values have the unit of A, in float64.
     Memory: up to `max_basis` vectors (default: 100, or twice the wanted values and blocks), allocated as the basis grows,
-    and `block` more; a smaller basis restarts (thick restart) and takes more products.
+    `block` more, and one for every fresh start; a smaller basis restarts (thick restart) and takes more products.
 
-    A residual r guarantees an eigenvalue within r of $\theta$; not that no larger one was missed, nor that the value
-    itself is accurate to less than the rounding of the products. Where the budget ends the search, `converged` says
-    which values are not found yet. A block of one shows one copy of each eigenvalue: copies of a multiple one need a
-    `block` of its multiplicity, or appear where the Krylov space closes (a residual of `tol` for all of it): the search
-    then goes on from new random vectors, until one has changed nothing. A larger block goes on only where all its columns
-    close together. In float32, scale a matrix of norm below 1e-15 first: squares of its products vanish.
+    A residual r guarantees an eigenvalue within r of $\theta$, nothing more: its rank is sure only where `converged`, its
+    sign only where `resolved` ($|\theta| > r$). One start shows one copy of each eigenvalue; further copies, and members of
+    tight clusters, come with the fresh starts, or sooner with a `block` of the multiplicity. In float32, scale a matrix of
+    norm below 1e-15 first: squares of its products vanish.
 
     Raises ValueError for `num` above P ("both": P / 2), `block` above P, `max_basis` too small, an unknown `which`,
     and, with `check=True` (two more products), a matvec that is not symmetric; NonFinite for a product that is not
@@ -100,6 +115,7 @@ def eigenpairs(
     Krylov spaces: Paige (1972), doi:10.1093/imamat/10.3.373; restart: Wu and Simon (2000),
     doi:10.1137/S0895479898334605.
 
+    >>> import torch
     >>> from funcscope.core.keys import key
     >>> found = eigenpairs(lambda v: torch.arange(-9.0, 6.0) * v, torch.zeros(15), key=key(0), num=2)
     >>> [round(value, 2) for value in found.values.tolist()]     # of -9, -8, ..., 5
@@ -114,101 +130,21 @@ def eigenpairs(
         check_symmetric(products, like, key=fold_in(key, "check"))
     budget = products.num + (100 + 20 * wanted if max_matvecs is None else max_matvecs)
     space = Krylov(products, like, key=fold_in(key, "start"), block=block)
-    search = _Search(space, wanted, which, tol)
+    search = Search(space, wanted, which, tol, block, limit=limit, patient=max_matvecs is not None)
     while not search.over(budget):
-        if min(space.basis.num + block, space.num) > limit:
-            search.restart(wanted + (limit - 2 * block - wanted) // 2)
-        space.expand()
-    return search.found(products.num, vectors, key)
-
-
-class _Closed(NamedTuple):
-    """When the space was last closed: its size, the length of its last part, and the wanted values.
-
-    Each part is the Krylov space of a new random vector, and shows one more copy of every multiple eigenvalue.
-    """
-
-    size: int
-    length: int
-    values: Tensor
-
-    def unchanged(self, values: Tensor, S: Tensor, residuals: Tensor, allowed: float) -> bool:
-        """The part that came since has found its own most wanted value, and no wanted one differs for it."""
-        new = residuals[S[self.size :].square().sum(0) > 0.5][:1]
-        same = (values[: len(self.values)] - self.values).abs() <= allowed
-        return bool(same.all()) and bool((new <= allowed).all())
-
-
-class _Search:
-    """Looks at the Ritz values of a growing space, and says when the wanted ones are found."""
-
-    def __init__(self, space: Krylov, wanted: int, which: Which, tol: float):
-        self.space, self.wanted, self.which, self.tol = space, wanted, which, tol
-        self.bound = 0.0
-        """The largest |theta| seen."""
-        self.closed: _Closed | None = None
-        self.next = wanted
-
-    def over(self, budget: int) -> bool:
-        space = self.space
-        if space.whole:
-            return True
-        if space.size >= self.next or (space.size >= self.wanted and space.left <= self.tol * self.bound):
-            self.next = space.size + (1 if space.num > CHEAP else 1 + space.size // 64)
-            if self._settled():
-                return True
-        return space.products.num + space.basis.num - space.size > budget
-
-    def restart(self, num: int) -> None:
-        values, S, _ = self._look(num)
-        self.space.restart(values, S)
-        self.next, self.closed = 0, None
-
-    def found(self, num_matvecs: int, vectors: bool, key: Key) -> Eigenpairs:
-        values, S, residuals = self._look(self.wanted)
-        down = values.argsort(descending=True)
-        return Eigenpairs(
-            values[down],
-            residuals[down].clamp_min(self.space.rounding),
-            (residuals.clamp_min(self.space.rounding) <= self.tol * self.bound)[down],
-            self.space.basis.combined(S[:, down]) if vectors else None,
-            num_matvecs,
-            self.which,
-            self.tol,
-            key,
-        )
-
-    def _settled(self) -> bool:
-        """The wanted residuals are small; if the space was closed, what came after it has been heard out, too."""
-        values, S, residuals = self._look(self.space.size)
-        allowed, size, before = self.tol * self.bound, self.space.size, self.closed
-        if before and size - before.size > before.length:
-            before = self.closed = None  # longer than the part before: R was small by chance
-        good = bool((residuals[: self.wanted] <= allowed).all())
-        if self.space.left <= allowed:
-            self.closed = _Closed(size, size - (before.size if before else 0), values[: self.wanted])
-        elif not before:
-            return good
-        return good and before is not None and before.unchanged(values, S, residuals, allowed)
-
-    def _look(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `num` Ritz values, vectors (columns) and residuals, the most wanted first."""
-        values, S, residuals = self.space.ritz()
-        self.bound = max(self.bound, float(values.abs().max()))
-        first = _order(values, self.which)[:num]
-        return values[first], S[:, first], residuals[first]
-
-
-def _order(values: Tensor, which: Which) -> Tensor:
-    """Indices of ascending values, the most wanted first; for both ends in turns."""
-    if which == "magnitude":
-        return values.abs().argsort(descending=True, stable=True)
-    up = torch.arange(len(values))
-    if which == "smallest":
-        return up
-    if which == "largest":
-        return up.flip(0)
-    return torch.stack([up.flip(0), up], 1).flatten()[: len(values)]
+        search.step()
+    look = search.look(wanted)
+    down = look.values.argsort(descending=True)
+    return Eigenpairs(
+        look.values[down],
+        look.residuals[down],
+        search.converged(look)[down],
+        space.basis.combined(look.S[:, down]) if vectors else None,
+        products.num,
+        which,
+        tol,
+        key,
+    )
 
 
 def _check_request(num_rows: int, num: int, which: str, tol: float, block: int, max_matvecs: int | None) -> int:

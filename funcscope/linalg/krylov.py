@@ -55,6 +55,13 @@ class Basis:
         self.num += 1
         torch.div(vector, size, out=self[self.num - 1])
 
+    def swap(self, one: int, other: int) -> None:
+        """Two rows change places."""
+        if one != other:
+            row = self[one].clone()
+            self[one].copy_(self[other])
+            self[other].copy_(row)
+
     def remove(self, W: Float[Tensor, "b p"], first: int, last: int) -> tuple[Tensor, list[float]]:
         """W - (W Q') Q in place, for rows `first` to `last` of Q; returns Q W' in float64 and the norms that are left."""
         parts = list(self._between(first, last))
@@ -106,7 +113,8 @@ class Krylov:
 
     `expand` takes the products of the newest rows, completes T by their full projections (in float64: rows and
     columns need no special form, also after a restart), and appends what is left, orthonormalised:
-    $A Q^\top = Q^\top T + Q_{new}^\top R\,E_{last}^\top$, so that the residual of a Ritz pair is $\|R\,s_{last}\|$.
+    $A Q^\top = Q^\top T + Q_{new}^\top R$ with the rows $Q_{new}$ whose products are not known, so that the residual of a
+    Ritz pair is $\|R\,s\|$.
 
     A vector of which nothing but rounding is left closes an invariant space. A new random one, orthogonal to the basis,
     takes its place with coupling 0: an eigenvalue then appears again only if it is a multiple one.
@@ -149,39 +157,64 @@ class Krylov:
         """Norm of R: a bound on all residuals; 0 where the space is invariant."""
         return float(torch.linalg.matrix_norm(self.R)) if self.R.numel() else 0.0
 
-    def expand(self) -> None:
-        """One product for each of the newest rows; the basis grows by as many rows, as far as the space has them."""
+    def expand(self, width: int | None = None) -> None:
+        """One product for each of the first `width` rows that have none (the block's, unless given); the basis grows by
+        as many, as far as the space has them."""
         first, last = self.size, self.basis.num
-        W = self._work[: last - first]
-        for w, row in zip(W, range(first, last), strict=True):
+        size = min(last, first + (width or len(self._work)))
+        W = self._work[: size - first]
+        for w, row in zip(W, range(first, size), strict=True):
             w.copy_(self.products(self.basis[row]).detach())  # its own memory: a product may be its argument
         sizes = self.basis.norms(W)
         self.scale = max(self.scale, *sizes)
-        H = torch.zeros(last, last - first, dtype=torch.float64)
+        H = torch.zeros(last, size - first, dtype=torch.float64)
         near = max(0, first - self._before)
         if near:  # in exact arithmetic all there is to remove: a cheap pass, after which one full pass is enough
             found, sizes = self.basis.remove(W, near, last)
             H[near:] += found
         found, left = self.basis.remove(W, 0, last)
         H += found
-        self.R = self._append(W, sizes, left, H)
-        T = torch.zeros(last, last, dtype=torch.float64)
+        new = self._append(W, sizes, left, H)
+        T, R = (
+            torch.zeros(size, size, dtype=torch.float64),
+            torch.zeros(self.basis.num - size, size, dtype=torch.float64),
+        )
         T[:first, :first] = self.T
-        T[:, first:], T[first:, :] = H, H.T
-        T[first:, first:] = (H[first:] + H[first:].T) / 2
-        self.T, self.size, self._before = T, last, last - first
+        T[:first, first:], T[first:, :first] = H[:first], H[:first].T
+        T[first:, first:] = (H[first:size] + H[first:size].T) / 2
+        R[: last - size, :first], R[: last - size, first:], R[last - size :, first:] = (
+            self.R[size - first :],
+            H[size:],
+            new,
+        )
+        self.T, self.R, self.size, self._before = T, R, size, size - first
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values in ascending order, their vectors in the basis as columns, and their residuals."""
         values, S = torch.linalg.eigh(self.T)
-        tail = S[self.size - self.R.shape[1] :] if self.R.numel() else S[:0]
-        return values, S, (self.R @ tail if len(tail) else S.new_zeros(1, self.size)).square().sum(0).sqrt()
+        return values, S, (self.R @ S).square().sum(0).sqrt()
+
+    def admit(self) -> None:
+        """A new random row, orthogonal to all others, is the next one whose product is taken.
+
+        Nothing couples it to the rows before: its space is that of A restricted to what they leave out, and its Ritz
+        values stand beside theirs. It shows what one start cannot: further copies of a multiple eigenvalue.
+        """
+        if self.basis.num < self.num:
+            self._append_random()
+            self.R = torch.cat([self.R, self.R.new_zeros(1, self.size)])
+            self.advance(self.basis.num - self.size - 1)
+
+    def advance(self, row: int) -> None:
+        """The row of this index among those without a product becomes the first of them."""
+        self.basis.swap(self.size, self.size + row)
+        self.R[[0, row]] = self.R[[row, 0]]
 
     def restart(self, values: Float[Tensor, " m"], S: Float[Tensor, "k m"]) -> None:
         """Keep these Ritz pairs and the rows whose products are not known yet; give up the rest of the space."""
         kept, new = len(values), self.basis.num - self.size
         self.basis.rotate(torch.block_diag(S, torch.eye(new, dtype=torch.float64)))
-        self.T = torch.diag(values)
+        self.T, self.R = torch.diag(values), self.R @ S
         self.size = self._before = kept  # the new rows couple to every kept one
 
     def _append(self, W: Tensor, sizes: list[float], left: list[float], H: Tensor) -> Tensor:

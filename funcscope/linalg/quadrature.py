@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,23 @@ from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
 
 Scale = Literal["linear", "symlog"]
+Rank = Literal["effective_rank", "participation_ratio"]
+
+
+class Resolution(NamedTuple):
+    """How far the steps determine a number, beside what is left to chance in the probes."""
+
+    moved: float
+    """By how much the number with half the steps differs from it."""
+    bound: float
+    """The truth of the same probes is at most this far away (Chebyshev, Markov, Stieltjes); nan where there is no bound."""
+    resolved: bool
+    """The bound, or else the move, is at most twice the standard error, or a hundredth of the number's scale."""
+    steps: int
+    """Steps that it would take, if the error falls as 1 / steps; those taken, where it is resolved."""
+
+    def __str__(self) -> str:
+        return "resolved" if self.resolved else f"not resolved: some {self.steps:,} steps would be needed"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +45,7 @@ class SpectralDensity:
 
     Every number is an `Estimate`: a mean over probes with its standard error, which holds what is left to chance in
     the probes, not the error of few `steps`. Polynomials up to degree 2 `steps` - 1 have none (proofs/lanczos_quadrature.py);
-    steps and logarithms are slow in `steps`.
+    steps and logarithms are slow in `steps`: `negative_resolution` and `resolution` say whether these are enough.
     """
 
     nodes: Float[Tensor, "n m"]
@@ -49,15 +67,30 @@ class SpectralDensity:
         return f"SpectralDensity({self.num_probes} probes, {self.steps} steps, {self.num_matvecs} products)"
 
     def __str__(self) -> str:
+        low, high = self.trace_squared_interval()
         rows = {
-            "trace": self.trace,
-            "trace of the square": self.trace_squared,
-            "effective rank": self.effective_rank,
-            "negative fraction": self.negative_fraction(),
+            "trace": str(self.trace),
+            "trace of the square": f"{float(self.trace_squared.value):.4g}, 95 % in {low:.4g} to {high:.4g}",
+            "effective rank": self.said("effective_rank"),
+            "negative fraction": self.said_negative(),
         }
         low, high = self.range
         head = f"{self.num_parameters} eigenvalues, nodes from {low:.4g} to {high:.4g} ({self.num_matvecs} products)"
         return "\n".join([head, *(f"{name:20} {value}" for name, value in rows.items())])
+
+    def said(self, name: Rank) -> str:
+        """A rank with its standard error, and, where the steps leave it open, that they do."""
+        open_ = self.resolution(name)
+        value = getattr(self, name)
+        return str(value) if open_.resolved else f"{float(value.value):.4g}, {open_}"
+
+    def said_negative(self) -> str:
+        """The negative fraction with its threshold and the share within it; where the steps leave it open, its bounds."""
+        edge, within = self.edge(), float(self.mass_between(-self.edge(), self.edge()).value) if self.edge() else 1.0
+        value, open_ = self.negative_fraction(), self.negative_resolution()
+        least, most = (min(1.0, max(0.0, float(value.value) + sign * open_.bound)) for sign in (-1, 1))
+        said = str(value) if open_.resolved else f"{least:.2g} to {most:.2g}, {open_}"
+        return f"{said}; below {-edge:.2g}, {within:.2g} within ±{edge:.2g}"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -74,6 +107,26 @@ class SpectralDensity:
         """tr A^2 = ||A||_F^2, unbiased from 2 steps on."""
         return self.function(torch.square)
 
+    def trace_squared_interval(self, level: float = 0.95) -> tuple[float, float]:
+        r"""Where tr A^2 lies at this level: wide to the right where a few eigenvalues, which probes may miss, have most.
+
+        A normal probe's v'A^2v is a sum of lambda^2 times squared normal numbers: in its first two moments
+        $\mathrm{tr} A^2\,\chi^2_k / k$ with $k = (P + 2) (\mathrm{tr} A^2)^2 / (P\,\mathrm{tr} A^4 - (\mathrm{tr} A^2)^2)$
+        (Satterthwaite 1946), of which both traces are known from the same probes. Random signs scatter less.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`level` must be between 0 and 1, got {level!r}: 0.95, for instance.")
+        squares, fourth = self._means(torch.square), self._means(lambda x: x**4)
+        if not bool(squares.any()):
+            return 0.0, 0.0
+        num, share = self.num_parameters, float(squares.mean() ** 2 / fourth.mean())
+        if share >= 1 - 1e-12:
+            return (float(self.trace_squared.value),) * 2
+        freedom, value = self.num_probes * max(1.0, share * (num + 2) / (1 - share)), float(self.trace_squared.value)
+        tail = NormalDist().inv_cdf((1 + level) / 2)
+        low, high = (freedom / _chi_square(freedom, sign * tail) for sign in (1, -1))
+        return value * low, value * high
+
     def function(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """tr f(A), the sum of f over the eigenvalues; f maps a tensor entry by entry, and is called at nodes only."""
         return Estimate.of(self.num_parameters * self._means(f))
@@ -87,8 +140,43 @@ class SpectralDensity:
 
         Rounding of the products gives half of a singular matrix's zeros a negative sign: a smaller `tol` counts them.
         """
-        edge = -(self.rounding if tol is None else tol) * float(self.nodes.abs().max())
-        return self.mass_between(-math.inf, edge)
+        return self.mass_between(-math.inf, -self.edge(tol))
+
+    def edge(self, tol: float | None = None) -> float:
+        """`tol` (`rounding` unless given) times the largest |node|: what is within it of 0 counts as neither sign."""
+        return (self.rounding if tol is None else tol) * float(self.nodes.abs().max())
+
+    def negative_resolution(self, tol: float | None = None) -> Resolution:
+        r"""Whether the steps determine `negative_fraction`.
+
+        A quadrature and the probe's spectrum agree on 2 `steps` moments, and two such distributions differ at x by at most
+        $1 / \sum_{k < m} p_k(x)^2$, p the orthonormal polynomials of the probe: the inequalities of Chebyshev, Markov and
+        Stieltjes (Krein and Nudelman 1977, The Markov Moment Problem). `bound` is the mean of that over probes.
+        """
+        edge = self.edge(tol)
+        value, half = self.negative_fraction(tol), self.halved.mass_between(-math.inf, -edge)
+        bounds = [_christoffel(*rule, -edge, self.rounding) for rule in zip(self.nodes, self.weights, strict=True)]
+        return self._resolution(value, half, sum(bounds) / len(bounds), 1.0)
+
+    def resolution(self, name: Rank) -> Resolution:
+        """Whether the steps determine `effective_rank`, or `participation_ratio` (which two steps do)."""
+        value: Estimate = getattr(self, name)
+        return self._resolution(value, getattr(self.halved, name), math.nan, abs(float(value.value)))
+
+    @property
+    def halved(self) -> SpectralDensity:
+        """The same probes with half the steps, at no products: corners of the Lanczos matrices."""
+        steps = max(1, self.steps // 2)
+        rules = [_rule(_corner(*rule, steps), steps) for rule in zip(self.nodes, self.weights, strict=True)]
+        nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))
+        return replace(self, nodes=nodes, weights=weights, steps=steps)
+
+    def _resolution(self, value: Estimate, half: Estimate, bound: float, scale: float) -> Resolution:
+        moved = abs(float(value.value - half.value))
+        error = moved if math.isnan(bound) else bound
+        allowed = max(2 * float(value.stderr.nan_to_num(0.0)), 0.01 * scale)
+        resolved = error <= allowed or math.isnan(error)
+        return Resolution(moved, bound, resolved, self.steps if resolved else math.ceil(self.steps * error / allowed))
 
     def mass_between(self, low: float, high: float) -> Estimate:
         """The share of eigenvalues in low <= lambda < high."""
@@ -266,3 +354,42 @@ def _rule(T: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     weights = S[0].square()
     missing = steps - len(nodes)
     return torch.cat([nodes, nodes[:1].expand(missing)]), torch.nn.functional.pad(weights / weights.sum(), (0, missing))
+
+
+def _corner(nodes: Tensor, weights: Tensor, steps: int) -> Tensor:
+    """The leading part of the Lanczos matrix of which these are Gauss's nodes and weights: Lanczos on the nodes."""
+    rows, T = [weights.sqrt() / weights.sum().sqrt()], torch.zeros(steps, steps, dtype=torch.float64)
+    scale = float(nodes.abs().max())
+    for i in range(steps):
+        w = nodes * rows[i]
+        T[i, i] = w @ rows[i]
+        for _ in range(2):
+            w = w - torch.stack(rows).T @ (torch.stack(rows) @ w)
+        beta = float(w.norm())
+        if beta <= 1e-12 * scale:  # all nodes of the probe are used
+            return T[: i + 1, : i + 1]
+        if i + 1 < steps:
+            T[i, i + 1] = T[i + 1, i] = beta
+            rows.append(w / beta)
+    return T
+
+
+def _christoffel(nodes: Tensor, weights: Tensor, at: float, rounding: float) -> float:
+    """1 / sum of p_k(at)^2 = 1 / sum of L_i(at)^2 / w_i, with L_i Lagrange's polynomials; copies of a node count as one."""
+    real = weights > 1e-14
+    values, shares = nodes[real], weights[real]
+    new = torch.ones(len(values), dtype=torch.bool)
+    new[1:] = values.diff() > rounding * float(nodes.abs().max())
+    group = new.cumsum(0) - 1
+    masses = torch.zeros(int(new.sum()), dtype=torch.float64).index_add(0, group, shares)
+    points = torch.zeros_like(masses).index_add(0, group, shares * values) / masses
+    apart = points[:, None] - points + torch.eye(len(points), dtype=torch.float64)
+    ratio = (at - points)[None] / apart  # (at - x_j) / (x_i - x_j)
+    logs = (ratio.abs().log() * (1 - torch.eye(len(points), dtype=torch.float64))).nan_to_num(0.0).sum(1)
+    return float(torch.exp(-torch.logsumexp(2 * logs - masses.log(), 0)).clamp_max(1.0))
+
+
+def _chi_square(freedom: float, normal_quantile: float) -> float:
+    """A quantile of chi squared, by Wilson and Hilferty (1931): to 1 % from 8 degrees of freedom on."""
+    spread = 2 / (9 * freedom)
+    return freedom * max(1 - spread + normal_quantile * spread**0.5, 1e-3) ** 3

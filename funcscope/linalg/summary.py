@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.checks import check_positive
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in
-from .eigen import Eigenpairs, eigenpairs
+from .eigen import REMEDY, Eigenpairs, eigenpairs
 from .matvec import Matvec
 from .quadrature import SpectralDensity, spectral_density
 from .trace import TraceEstimate, xtrace
@@ -62,9 +62,9 @@ class SpectrumSummary:
 
     @property
     def spectral_gap(self) -> float:
-        """The largest eigenvalue minus the second; nan where one was asked for. 0 of a multiple eigenvalue is not seen."""
+        """The largest eigenvalue minus the second; nan where one was asked for, or where either is not converged."""
         top = self.top_eigenvalues
-        return float(top[0] - top[1]) if len(top) > 1 else math.nan
+        return float(top[0] - top[1]) if len(top) > 1 and bool(self.ends.converged[:2].all()) else math.nan
 
     @property
     def condition_number(self) -> float:
@@ -72,21 +72,29 @@ class SpectrumSummary:
 
         That of the damped matrix where it is positive semidefinite. An indefinite or singular matrix has none of its own:
         the ratio is then that of an optimiser that leaves negative directions to the damping. nan where no eigenvalue is
-        positive.
+        positive, where the largest is not converged, or where the smallest may be positive and is neither converged nor
+        known to within the damping.
         """
-        if self.max_eigenvalue <= 0:
+        open_ = not bool(self.ends.converged[-1]) and self.min_eigenvalue > self.damping
+        if self.max_eigenvalue <= 0 or not bool(self.ends.converged[0]) or open_:
             return math.nan
         return (self.max_eigenvalue + self.damping) / (max(self.min_eigenvalue, 0.0) + self.damping)
 
     @property
-    def has_negative_eigenvalues(self) -> bool:
-        """The smallest Ritz value, which the smallest eigenvalue never exceeds, is below what rounding explains."""
-        return self.min_eigenvalue < -self.density.rounding * self.spectral_norm
+    def has_negative_eigenvalues(self) -> bool | None:
+        """The smallest Ritz value, which the smallest eigenvalue never exceeds, is below what rounding explains.
+
+        None where it is not, and is not converged: a negative eigenvalue may then have been missed.
+        """
+        if self.min_eigenvalue < -self.density.rounding * self.spectral_norm:
+            return True
+        return False if bool(self.ends.converged[-1]) else None
 
     @property
     def negative_curvature_ratio(self) -> float:
-        """-lambda_min / lambda_max; nan where no eigenvalue is positive."""
-        return -self.min_eigenvalue / self.max_eigenvalue if self.max_eigenvalue > 0 else math.nan
+        """-lambda_min / lambda_max; nan where no eigenvalue is positive, or one of the two is not converged."""
+        known = self.max_eigenvalue > 0 and bool(self.ends.converged[[0, -1]].all())
+        return -self.min_eigenvalue / self.max_eigenvalue if known else math.nan
 
     @property
     def negative_fraction(self) -> Estimate:
@@ -110,7 +118,7 @@ class SpectrumSummary:
 
     @property
     def converged(self) -> bool:
-        """Every residual is at most `tol` times the largest |eigenvalue|."""
+        """Every eigenvalue of both ends is; `ends.converged` says it one by one."""
         return bool(self.ends.converged.all())
 
     @property
@@ -141,16 +149,38 @@ class SpectrumSummary:
     def __str__(self) -> str:
         num = len(self.top_eigenvalues)
         rows = [
-            ("largest eigenvalues", _listed(self.top_eigenvalues), _worst(self.residuals[:num])),
-            ("smallest eigenvalues", _listed(self.bottom_eigenvalues), _worst(self.residuals[num:])),
-            ("spectral gap", f"{self.spectral_gap:.4g}", ""),
-            ("trace", str(self.trace), "XTrace"),
-            ("negative fraction", str(self.negative_fraction), f"quadrature, {self.density.steps} steps"),
-            ("effective rank", str(self.effective_rank), f"of {self.num_parameters:,}"),
-            ("condition number", f"{self.condition_number:.4g}", f"damping {self.damping:.2g}"),
+            ("largest eigenvalues", *listed(self.ends, slice(0, num))),
+            ("smallest eigenvalues", *listed(self.ends, slice(num, None))),
+            *((name, *said) for name, said in shape(self).items()),
         ]
-        state = "all converged" if self.converged else "NOT all converged: raise `max_matvecs`"
+        state = "all converged" if self.converged else f"NOT all converged. {REMEDY}"
         return f"{tabulate(rows, disable_numparse=True)}\n{self.num_matvecs} products; eigenvalues {state}"
+
+
+def shape(summary: SpectrumSummary) -> dict[str, tuple[str, str]]:
+    """Rows of a table: the numbers beside the eigenvalues, each with its error or what is open, and how it was made."""
+    density = summary.density
+    method = {"xtrace": "XTrace", "exact": "exact"}.get(summary.trace.method, "Hutchinson")
+    return {
+        "trace": (str(summary.trace), method),
+        "negative fraction": (density.said_negative(), f"quadrature, {density.steps} steps"),
+        "effective rank": (density.said("effective_rank"), f"of {summary.num_parameters:,}"),
+        "spectral gap": (_or_open(summary.spectral_gap), ""),
+        "condition number": (_or_open(summary.condition_number), f"damping {summary.damping:.2g}"),
+    }
+
+
+def listed(ends: Eigenpairs, part: slice) -> tuple[str, str]:
+    """Some eigenvalues, each with its residual, and how many of them are not converged."""
+    pairs = zip(ends.values[part].tolist(), ends.residuals[part].tolist(), strict=True)
+    lost = int((~ends.converged[part]).sum())
+    return "  ".join(
+        f"{value:.4g} ± {residual:.1g}" for value, residual in pairs
+    ), f"{lost} not converged" if lost else "converged"
+
+
+def _or_open(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4g}"
 
 
 def spectrum_summary(
@@ -169,8 +199,8 @@ def spectrum_summary(
 ) -> SpectrumSummary:
     r"""Both ends of the spectrum of a symmetric A, its trace, and its density.
 
-    num: eigenvalues from each end, to a residual of `tol` times the largest |eigenvalue| (`eigenpairs`), in at most
-    `max_matvecs` products. num_probes, steps: of the quadrature (`spectral_density`), for the negative fraction and the
+    num: eigenvalues from each end, to a residual of `tol` times the largest |eigenvalue| at that end (`eigenpairs`), in at
+    most `max_matvecs` products. num_probes, steps: of the quadrature (`spectral_density`), for the negative fraction and the
     ranks. trace_matvecs: products of `xtrace`. damping: of the condition number, an absolute number; default: `tol` times
     the largest |eigenvalue|, below which no eigenvalue is resolved here.
 
@@ -199,11 +229,3 @@ def spectrum_summary(
         len(like),
         key,
     )
-
-
-def _listed(values: Tensor) -> str:
-    return "  ".join(f"{value:.4g}" for value in values.tolist())
-
-
-def _worst(residuals: Tensor) -> str:
-    return f"residuals up to {float(residuals.max()):.1g}"

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from ..core.estimate import Estimate
 from ..core.store import Stored
-from ..linalg.summary import SpectrumSummary
+from ..linalg.summary import SpectrumSummary, shape
 
 MATRICES = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}
 _PARTS = ("absolute", "stderr", "relative", "first_order", "second_order", "remainder")
@@ -58,14 +58,7 @@ def cost(meta: dict[str, Any]) -> str:
 
 
 def _shape(summary: SpectrumSummary) -> str:
-    rows = [
-        ("trace", str(summary.trace), {"xtrace": "XTrace", "exact": "exact"}.get(summary.trace.method, "Hutchinson")),
-        ("negative fraction", str(summary.negative_fraction), f"quadrature, {summary.density.steps} steps"),
-        ("effective rank", str(summary.effective_rank), f"of {summary.num_parameters:,}"),
-        ("spectral gap", f"{summary.spectral_gap:.4g}", ""),
-        ("condition number", f"{summary.condition_number:.4g}", f"damping {summary.damping:.2g}"),
-    ]
-    return tabulate(rows, disable_numparse=True)
+    return tabulate([(name, *said) for name, said in shape(summary).items()], disable_numparse=True)
 
 
 def _blocks(stored: Stored) -> str:

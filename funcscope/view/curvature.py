@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.store import load, write
 from . import curvature_methods
 from . import curvature_sections as sections
-from .curvature_result import UNIT, Curvature, is_resolved, percent, said
+from .curvature_result import UNIT, Curvature, is_resolved, negative_share, said
 from .directional_sections import estimated
 from .numbers import number, setting
 from .page import Fact, Files, Section, render
@@ -47,11 +47,12 @@ def title(found: Curvature) -> str:
 def lede(found: Curvature) -> list[str]:
     """The spectrum in words, then sharpness, then where the curvature is."""
     summary = found.summary
-    sign = "none" if not summary.has_negative_eigenvalues else percent(summary.negative_fraction)
+    sign = "none" if summary.has_negative_eigenvalues is False else negative_share(found)
     top = summary.max_eigenvalue
     stable = f", for which gradient descent is stable up to a learning rate of {number(2 / top)}" if top > 0 else ""
     first = (
-        f"The largest eigenvalue of the {found.matrix} is {number(top, 4)} {UNIT}{stable}; the smallest is "
+        f"The largest eigenvalue of the {found.matrix} is {number(top, 4)} {UNIT}{stable}; the smallest "
+        f"{'is' if bool(summary.ends.converged[-1]) else 'is not converged, and at most'} "
         f"{number(summary.min_eigenvalue, 4)}. Negative beyond rounding: {sign} of all {found.num:,}."
     )
     where = f" {sections.where(found)}" if found.blocks else ""
@@ -71,6 +72,8 @@ def strip(found: Curvature) -> list[Fact]:
     share = summary.negative_fraction
     negative = estimated("Negative eigenvalues", 100 * float(share.value), 100 * float(share.stderr), "% of all")
     negative = negative._replace(value=f"{negative.value} %", detail=negative.detail.removeprefix("% "))
+    if not (summary.density.negative_resolution().resolved or math.isnan(share.stderr)):
+        negative = Fact("Negative eigenvalues", "not resolved", negative_share(found))
     if "undefined" in sam:
         return [top, trace, negative, Fact("SAM sharpness", "undefined", "the gradient vanishes")]
     detail = f"nats, a step of {setting(sam['epsilon'])} up the gradient"

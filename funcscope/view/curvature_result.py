@@ -18,7 +18,7 @@ from ..linalg.summary import SpectrumSummary
 from ..study.curvature_table import MATRICES
 from ..study.spectrum import summary_of
 from .curvature_figures import place
-from .numbers import with_error
+from .numbers import number, with_error
 
 UNIT = "nats per unit of distance²"
 
@@ -141,6 +141,15 @@ def percent(found: Estimate) -> str:
     '50.0 ± 1.3 %'
     """
     return f"{with_error(100 * float(found.value), 100 * float(found.stderr))} %"
+
+
+def negative_share(found: Curvature) -> str:
+    """The share of negative eigenvalues with its error; where the steps leave it open, what it may be."""
+    share, open_ = found.summary.negative_fraction, found.summary.density.negative_resolution()
+    if open_.resolved:
+        return percent(share)
+    least, most = (100 * min(1.0, max(0.0, float(share.value) + sign * open_.bound)) for sign in (-1, 1))
+    return f"between {number(least, 2)} and {number(most, 2)} % (not resolved by {found.summary.density.steps} steps)"
 
 
 def _share(samples: np.ndarray, whole: np.ndarray) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import torch
 
 from ..core.estimate import Estimate
 from . import curvature_figures as figures
-from .curvature_result import UNIT, Block, Curvature, percent, said
+from .curvature_result import UNIT, Block, Curvature, negative_share, said
 from .numbers import number, setting, with_error
 from .page import Chart, Quote, Section, Table
 from .theme import VERMILION
@@ -24,7 +24,7 @@ MEASURES = (("sam", "SAM"), ("asam", "ASAM"), ("average", "average case"))
 
 def spectrum(found: Curvature) -> Section:
     """The density of all eigenvalues, and those that were found one by one."""
-    summary = found.summary
+    summary, rank = found.summary, found.summary.density.resolution("effective_rank")
     tie = found.rounding or 1.0
     values, residuals = (x.numpy() for x in (summary.ends.values, summary.ends.residuals))
     points, mean, stderr = found.spectrum(tie, WIDTH)
@@ -38,8 +38,9 @@ def spectrum(found: Curvature) -> Section:
         f"±{number(tie, 2)}, which is what rounding may make of a zero, and logarithmic beyond."
     )
     text = (
-        f"Of {found.num:,} eigenvalues, {percent(summary.negative_fraction)} are negative beyond rounding. The effective "
-        f"rank, the number of equal eigenvalues of the same entropy, is {said(summary.effective_rank)}."
+        f"Of {found.num:,} eigenvalues, {negative_share(found)} are negative beyond rounding (below "
+        f"−{number(summary.density.edge(), 2)}). The effective rank, the number of equal eigenvalues of the same entropy, is "
+        f"{said(summary.effective_rank)}{'' if rank.resolved else f' ({rank})'}."
     )
     return Section("The spectrum", [text, Chart(fig, caption), _first_instrument(found), *_late(found)])
 
@@ -128,19 +129,24 @@ def eigenvalues(found: Curvature) -> Section:
     """Every eigenvalue that was found, with its residual."""
     ends = found.summary.ends
     rows = [
-        [str(i), number(value, 5), number(residual, 2), "yes" if done else "no"]
-        for i, (value, residual, done) in enumerate(
-            zip(ends.values.tolist(), ends.residuals.tolist(), ends.converged.tolist(), strict=True), start=1
+        [
+            f"{i if 2 * i <= len(ends.values) else found.num - len(ends.values) + i:,}",
+            number(value, 5),
+            number(residual, 2),
+            state,
+        ]
+        for i, (value, residual, state) in enumerate(
+            zip(ends.values.tolist(), ends.residuals.tolist(), ends.states, strict=True), start=1
         )
     ]
-    half = len(rows) // 2
-    for i in range(half, len(rows)):
-        rows[i][0] = f"{found.num - len(rows) + i + 1:,}"
+    for row, done in zip(rows, ends.converged.tolist(), strict=True):
+        row[0] = row[0] if done else ""
     text = (
         f"An eigenvalue lies within the residual of each value. The search ended after {ends.num_matvecs} products, and "
-        f"asked for residuals of {setting(ends.tol)} of the largest |eigenvalue|. All in {UNIT}."
+        f"asked for residuals of {setting(ends.tol)} of the largest |eigenvalue| at the same end. Only what is converged has "
+        f"a rank; what is not resolved is smaller than its residual. All in {UNIT}."
     )
-    return Section("Eigenvalues", [text, Table(["rank", "eigenvalue", "residual", "converged"], rows, "listed")])
+    return Section("Eigenvalues", [text, Table(["rank", "eigenvalue", "residual", ""], rows, "listed")])
 
 
 def _first_instrument(found: Curvature) -> str:
@@ -159,7 +165,7 @@ def _late(found: Curvature) -> list[Quote]:
     if found.summary.converged:
         return []
     lost = int((~found.summary.ends.converged).sum())
-    text = f"{lost} of {len(found.summary.ends.values)} eigenvalues have residuals above what was asked for."
+    text = f"{lost} of {len(found.summary.ends.values)} eigenvalues are not converged: their ranks or values are open."
     return [Quote(text, "Fewer of them, or a larger tolerance, will be reached.")]
 
 
