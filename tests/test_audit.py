@@ -184,6 +184,8 @@ def test_the_check_costs_three_forward_passes_and_a_product_once():
 
     loss = model_of(nn.Tanh(), criterion=fs.custom(counted))
     theta = loss.net.theta
+    loss.check_function()
+    calls.clear()
     fs.hessian(loss, theta, check=False)
     unchecked = len(calls)
     fs.hessian(loss, theta, check=False)(theta)

@@ -155,10 +155,10 @@ def test_more_pairs_leave_the_error_over_sequences_where_it_is():
         one = average_sharpness(part, theta, key=fs.key(0), num=3, epsilon=0.5)
         rises.append(float(one.estimate.value))
     rises = torch.tensor(rises, dtype=torch.float64)
-    assert_close(few.errors.value, float(rises.mean()))
-    assert_close(few.errors.value, float(few.estimate.value))
-    assert_close(few.errors.over_sequences, float(rises.std() / len(rises) ** 0.5))
-    assert_close(few.errors.over_vectors, float(few.estimate.stderr))
-    assert many.errors.over_vectors < 0.6 * some.errors.over_vectors
-    assert many.errors.over_sequences > 0.8 * some.errors.over_sequences
-    assert many.errors.stderr >= many.errors.over_sequences
+    assert_close(float(few.errors.value), float(rises.mean()))
+    assert_close(float(few.errors.value), float(few.estimate.value))
+    assert_close(float(few.errors.stderr_data), float(rises.std() / len(rises) ** 0.5))
+    assert_close(float(few.errors.stderr), float(few.estimate.stderr))
+    assert many.errors.stderr < 0.6 * some.errors.stderr
+    assert many.errors.stderr_data > 0.8 * some.errors.stderr_data
+    assert many.errors.stderr_total >= many.errors.stderr_data

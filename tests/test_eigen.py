@@ -347,3 +347,23 @@ def test_a_value_within_its_residual_of_zero_is_not_resolved():
     assert torch.equal(found.resolved, found.values.abs() > found.residuals)
     assert not found.converged[~found.resolved].any()
     assert "not converged" in str(found) or "not resolved" in str(found)
+
+
+def test_an_error_that_products_say_they_have_is_in_the_residuals():
+    """Products of a matrix that is not the one that is meant: its values lie within what is reported."""
+    A = torch.diag(torch.cat([torch.linspace(1, 20, 59), torch.tensor([30.0])]).double())
+    E = normal(key(1), torch.zeros(60, 60).double())
+    E = E + E.T
+    E *= 0.3 / float(torch.linalg.matrix_norm(E, 2))
+
+    def matvec(v):
+        return (A + E) @ v
+
+    without = eigenpairs(matvec, A[0], key=key(0), num=2)
+    matvec.error = lambda: 0.3
+    off = (without.values - torch.linalg.eigvalsh(A).flip(0)[:2]).abs()
+    within = eigenpairs(matvec, A[0], key=key(0), num=2)
+    assert bool((off > without.residuals).any())  # negative control
+    assert bool((off <= within.residuals).all())
+    assert bool(without.converged.all())
+    assert not bool(within.converged.any())

@@ -85,11 +85,6 @@ class Functional:
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
     @property
-    def recurrent(self) -> bool:
-        """Does the model hold recurrent modules of torch, whose kernels cannot be mapped?"""
-        return any(isinstance(module, nn.RNNBase) for module in self._skeleton.modules())
-
-    @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 

@@ -13,7 +13,7 @@ from .per_sample import gradient_chunks, per_sample_gradients
 from .sam import SamSharpness, sam_sharpness
 from .sam_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .sam_micro import MSharpness, m_sharpness, micro_batches
-from .sequence_forms import SequenceForms, TwoWay, sequence_forms
+from .sequence_forms import SequenceForms, sequence_forms
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 from .trace_error import TraceErrors, trace_errors
 
@@ -31,7 +31,6 @@ __all__ = [
     "SequenceForms",
     "SharpnessComparison",
     "TraceErrors",
-    "TwoWay",
     "Way",
     "asam_sharpness",
     "audit",

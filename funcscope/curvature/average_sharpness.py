@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.directions import Direction, Part, directions
-from ..core.estimate import Estimate
+from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
-from .sequence_forms import SequenceForms, TwoWay
+from .sequence_forms import SequenceForms
 
 Steps = Literal["sphere", "normal", "relative"]
 
@@ -64,7 +64,7 @@ class AverageSharpness:
         return Estimate.of(self.values[self.values.isfinite()])
 
     @property
-    def errors(self) -> TwoWay:
+    def errors(self) -> Crossed:
         """The same with its errors over the pairs, over the sequences, and over both."""
         return self.forms.mean
 
@@ -89,7 +89,8 @@ class AverageSharpness:
     def __str__(self) -> str:
         second = "" if self.predicted is None else f"; second order {self.predicted}"
         lost = f"; {self.num_nonfinite} pairs not finite" if self.num_nonfinite else ""
-        data = f" over steps, ± {self.errors.stderr:.2g} over steps and {self.errors.num_sequences} sequences"
+        total, num = float(self.errors.stderr_total), self.forms.terms.shape[1]
+        data = f" over steps, ± {total:.2g} over steps and {num} sequences"
         head = f"average sharpness, {self.distribution} steps, epsilon {self.epsilon:.4g}"
         return f"{head}: {self.estimate}{data}{second}{lost}"
 

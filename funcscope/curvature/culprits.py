@@ -158,7 +158,7 @@ def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
     """Every kind of call of a module in a forward pass over the first batch, parts before the whole; and the output."""
     calls: dict[tuple, Call] = {}
     handles = []
-    for name, module in loss.net._skeleton.named_modules():
+    for name, module in loss.net._running.named_modules():
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], _: Any, name: str = name) -> None:
             weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -29,7 +29,7 @@ def per_sample_gradients(
     for a sequence without a scored position. n P numbers are in memory; `gradient_chunks` gives them a few at a time.
 
     chunk_size: sequences whose gradients are computed at once. Tensors of a batch whose first dimension is the number of
-    sequences are taken to have one entry per sequence; all others are shared. Models that `vmap` refuses (recurrent ones, a
+    sequences are taken to have one entry per sequence; all others are shared. Models that `vmap` refuses (a
     `.item()` in the forward pass) are differentiated one sequence at a time, which a warning says once.
 
     Raises ValueError where the rows of a batch do not add up to its gradient: sequences that see each other.
@@ -62,7 +62,7 @@ class _Batch:
         self.loss, self.whole = loss, (inputs, targets)
         self.rows = next(len(leaf) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.ndim)
         self.dims = tuple(_each(tree, lambda _: 0, self.rows, otherwise=None) for tree in self.whole)
-        self.mapped = not loss.net.recurrent
+        self.mapped = True
 
     def gradients(self, theta: Tensor, reduction: str, chunk_size: int) -> Iterator[Tensor]:
         """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
@@ -79,7 +79,7 @@ class _Batch:
         return total_of(self.loss.criterion, out, targets), self.loss.criterion.token_loss(out, targets)[1].sum()
 
     def _chunk(self, theta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        one, reason = grad(self._one, has_aux=True), "a recurrent module"
+        one, reason = grad(self._one, has_aux=True), ""
         if self.mapped:
             some = tuple(_each(tree, lambda x: x[rows][:, None], self.rows) for tree in self.whole)
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.checks import check_choice, check_count
-from ..core.estimate import ratio_stderr
+from ..core.estimate import Crossed, Estimate, ratio_stderr
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..linalg.matvec import Matvec
@@ -28,30 +27,6 @@ UNITS = 128
 """Groups of sequences that an error over data is taken from at most, unless `group` says otherwise: it is good to 6 %."""
 NUMBERS = 2**22
 """Of the products of sequences that are made at once, unless `chunk_size` says otherwise."""
-
-
-@dataclass(frozen=True)
-class TwoWay:
-    """A mean over vectors of a mean over sequences, with the error of each, and of both together."""
-
-    value: float
-    over_vectors: float
-    """Standard error over the vectors, for these sequences; nan for one vector."""
-    over_sequences: float
-    """Standard error over the sequences, for these vectors; nan for one sequence."""
-    stderr: float
-    """Of both: what vectors and sequences make only together is in each of the two errors, and counted once here."""
-    num_vectors: int
-    num_sequences: int
-    """Or groups of sequences."""
-    group: int = 1
-
-    def __str__(self) -> str:
-        units = "sequences" if self.group == 1 else f"groups of {self.group} sequences"
-        return (
-            f"{self.value:.4g} ± {self.stderr:.2g} ({self.over_vectors:.2g} over {self.num_vectors} vectors, "
-            f"{self.over_sequences:.2g} over {self.num_sequences} {units})"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +54,10 @@ class SequenceForms:
         return ratio_stderr(self.terms, self.weights)
 
     @property
-    def mean(self) -> TwoWay:
-        r"""The mean over the vectors, taken for a random sample of all, and its errors.
-
-        With $x_{ji}$ the share of sequence i in the form of vector j, centred, the two errors estimate
-        $\sigma_v^2/k + \sigma_{vs}^2/kn$ and $\sigma_s^2/n + \sigma_{vs}^2/kn$; the joint one takes the last term off once.
-        """
-        k, n = self.terms.shape
-        nan = self.values.new_tensor(math.nan)
-        vectors = self.values.std() / k**0.5 if k > 1 else nan
-        sequences = ratio_stderr(self.terms.mean(0), self.weights)
-        x = n / self.weights.sum() * (self.terms - self.values[:, None] * self.weights)
-        both = (x - x.mean(0)).square().sum() / ((k - 1) * (n - 1) * k * n) if k > 1 and n > 1 else nan
-        squares = torch.stack([vectors**2, sequences**2])
-        joint = (squares.sum() - both).maximum(squares.max()).sqrt()
-        return TwoWay(float(self.values.mean()), float(vectors), float(sequences), float(joint), k, n, self.group)
+    def mean(self) -> Crossed:
+        """The mean over the vectors, taken for a random sample of all, with its errors over vectors and sequences."""
+        rows = (self.terms - self.values[:, None] * self.weights) / self.weights.sum() / len(self.terms)
+        return Crossed.of_rows(Estimate.of(self.values), rows)
 
     def paired_with(self, other: SequenceForms) -> bool:
         """Whether both score the same sequences with the same weights, which is taken to mean the same data."""

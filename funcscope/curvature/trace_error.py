@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from ..core.checks import check_count
+from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
 from .ggn import ggn
 from .hessian import hessian
 from .pullbacks import flat
-from .sequence_forms import NUMBERS, Matrix, SequenceForms, TwoWay, check_sum, sequence_forms
+from .sequence_forms import NUMBERS, Matrix, SequenceForms, check_sum, sequence_forms
 
 _OPERATORS = {"hessian": hessian, "ggn": ggn}
 
@@ -25,10 +26,10 @@ class TraceErrors:
     key: Key
 
     @property
-    def trace(self) -> TwoWay:
+    def trace(self) -> Crossed:
         return self.forms.mean
 
-    def minus(self, other: TraceErrors) -> TwoWay:
+    def minus(self, other: TraceErrors) -> Crossed:
         """The difference to another model's trace, in pairs of sequences, and of probes where the keys are the same.
 
         Raises ValueError for other sequences or another number of probes.
@@ -69,7 +70,7 @@ def trace_errors(
     >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
     >>> loss = objective.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
     >>> trace_errors(loss, net.theta, key=keys.key(0), num=2)                       # the mean of x^2: 1, 4, 9
-    trace 4.667 ± 2.3 (0 over 2 vectors, 2.3 over 3 sequences)
+    trace 4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
     """
     check_key(key)
     check_count("num", num)

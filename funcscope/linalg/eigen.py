@@ -35,7 +35,8 @@ class Eigenpairs:
     values: Float[Tensor, " k"]
     """Ritz values in float64."""
     residuals: Float[Tensor, " k"]
-    """||A y - theta y||, at least what rounding of the products explains: an eigenvalue lies within it of theta."""
+    """||A y - theta y||, at least what rounding of the products explains, and the error that they say they have beside
+    it (`matvec.error()`, as `hessian_difference` has it): an eigenvalue lies within it of theta."""
     converged: Bool[Tensor, " k"]
     """Residual at most `tol` times the largest |theta| at its end (or what rounding explains), and its place certain."""
     vectors: Float[Tensor, "k p"] | None
@@ -134,11 +135,15 @@ def eigenpairs(
     while not search.over(budget):
         search.step()
     look = search.look(wanted)
+    converged = search.converged(look)
+    if products.error:  # the residuals are those of the matrix that the products belong to
+        look = look._replace(residuals=look.residuals + products.error)
+        converged = converged & search.near(look)
     down = look.values.argsort(descending=True)
     return Eigenpairs(
         look.values[down],
         look.residuals[down],
-        search.converged(look)[down],
+        converged[down],
         space.basis.combined(look.S[:, down]) if vectors else None,
         products.num,
         which,

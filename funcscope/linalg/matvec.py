@@ -36,6 +36,14 @@ class Products:
         self.matvec = matvec
         self.num = 0
 
+    @property
+    def error(self) -> float:
+        """How far products of unit vectors are from those of the matrix that is meant, where the matvec says so; else 0.
+
+        `hessian_difference` does, by an attribute `error`, a function of no arguments.
+        """
+        return float(getattr(self.matvec, "error", float)())
+
     def __call__(self, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         self.num += 1
         with torch.no_grad():

@@ -95,7 +95,7 @@ class Search:
 
     def converged(self, look: Look) -> Tensor:
         """Which of the wanted values have a small residual, and none before them that may have been missed."""
-        near = self._near(look)
+        near = self.near(look)
         if self.space.whole:
             return near
         if self.probe is None or self.probe.contradicts(look):
@@ -106,7 +106,7 @@ class Search:
     def _width(self) -> int:
         return 1 if self.probing else self.block
 
-    def _near(self, look: Look) -> Tensor:
+    def near(self, look: Look) -> Tensor:
         """Which of the wanted residuals are at most `tol` times the largest wanted |theta| at their end, or rounding."""
         near = torch.zeros(self.wanted, dtype=torch.bool)
         for end in ends(self.wanted, self.which):
@@ -124,7 +124,7 @@ class Search:
             if not self.probe.over(self.space, look, self.which) and spent < limit:
                 return False
             self.probing = False
-        near = self._near(look)
+        near = self.near(look)
         done = bool(near.all())
         self.steady = (self.steady or spent + 1 + spent // STEADY) if done else None
         steady = self.steady is not None and (spent >= self.steady or not self.space.left)

@@ -254,7 +254,7 @@ def _average(work: Work, length: float, of_hessian: float | None) -> dict[str, A
     )
     told = {"epsilon": length, "num": AVERAGE_PAIRS, "num_nonfinite": found.num_nonfinite, "rounding": found.rounding}
     told |= {"absolute": float(found.estimate.value), "stderr": float(found.estimate.stderr)}
-    told |= {"stderr_sequences": found.errors.over_sequences, "stderr_joint": found.errors.stderr}
+    told |= {"stderr_sequences": float(found.errors.stderr_data), "stderr_joint": float(found.errors.stderr_total)}
     return told | {"second_order": None if found.predicted is None else float(found.predicted.value)}
 
 
