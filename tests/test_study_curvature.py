@@ -219,7 +219,7 @@ def test_less_memory_changes_the_algorithms_and_not_the_numbers(whole, model, da
 
         monkeypatch.setattr(curvature_stages, name, spy)
     study = run(Settings(data, memory=gib, blocks=False, **{**FEW, "trace_products": 64}), model, tmp_path, quiet=True)
-    assert study.summary.converged
+    assert bool((study.summary.ends.residuals <= 2e-3 * study.summary.ends.values.abs()).all())
     assert_close(study.summary.ends.values, whole.summary.ends.values, rtol=1e-3, atol=1e-3)
     trace, whole_trace = study.summary.trace, whole.summary.trace
     assert trace.method == "hutchinson"

@@ -30,8 +30,10 @@ def _logdet(A: Tensor) -> Tensor:
 
 def _pivots(A: Tensor) -> tuple[Tensor, Tensor]:
     """A = P L U: the determinant of P, which is no function to differentiate, and the diagonal of U."""
-    P, _, U = linalg.lu(A)
-    return torch.det(P.detach()), U.diagonal(dim1=-2, dim2=-1)
+    LU, swaps = linalg.lu_factor(A)
+    row = torch.arange(1, A.shape[-1] + 1, dtype=swaps.dtype, device=A.device)
+    odd = (swaps != row).sum(-1) % 2
+    return (1 - 2 * odd).to(A.dtype), LU.diagonal(dim1=-2, dim2=-1)
 
 
 def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
