@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
 from torch.func import grad, jacfwd
@@ -166,6 +167,10 @@ CATALOGUE: dict[str, tuple[Callable[[], nn.Module], list[Any], fs.Criterion]] = 
     "mlp": (mlp, [_points(3, 5, 4), _points(4, 2, 4)], fs.classification),
     "cnn": (cnn, [_points(5, 4, 1, 5, 5)], fs.classification),
 }
+
+QUICK = ("mlp", "cnn", "gpt2")
+"""Where every family is tried and each takes seconds, the others come with the slow tests."""
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CATALOGUE]
 LANGUAGE = ("gpt2", "llama", "qwen2", "mistral", "gpt_neox", "bert", "t5")
 IN_FLOAT32 = ("llama", "qwen2", "mistral", "gpt_neox", "t5")
 """Families that compute norms and softmax in float32 whatever the dtype, so that differences carry its noise."""

@@ -176,6 +176,7 @@ def run(code, variant, **options):
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", source], text=True, **options)
 
 
+@pytest.mark.slow
 def test_killed_while_an_artifact_is_written_and_resumed_is_uninterrupted_byte_for_byte(variant):
     analyse(variant, [NORM], quiet=True)
     whole = files(variant)
@@ -213,6 +214,7 @@ def test_killed_while_an_artifact_is_written_and_resumed_is_uninterrupted_byte_f
     assert files(variant) == whole  # and it is gone
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder_share_the_work_and_lose_nothing(variant):
     alone = Variant(variant.path.parent / "alone")
     begin(alone.path, "modular_addition", "tiny", asdict(TINY))

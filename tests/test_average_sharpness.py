@@ -17,6 +17,7 @@ from funcscope.curvature.sam_micro import micro_batches
 DISTRIBUTIONS = ["sphere", "normal", "relative"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_on_a_quadratic_the_mean_is_the_second_order_within_its_error(distribution):
     """z scores of 60 independent runs, each against the exact expectation: mean 0, variance 1."""
@@ -41,6 +42,7 @@ def test_pairs_cancel_the_gradient_exactly():
     assert s.values.abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", ["gpt2", "cnn"])
 def test_dense_and_leaf_by_leaf_flat_and_dict_are_one(name, distribution, monkeypatch):
@@ -60,6 +62,7 @@ def test_dense_and_leaf_by_leaf_flat_and_dict_are_one(name, distribution, monkey
     assert not torch.equal(average_sharpness(loss, theta, **{**options, "key": fs.key(4)}).positive, dense.positive)
 
 
+@pytest.mark.slow
 def test_the_steps_have_the_lengths_and_the_coordinates_of_their_distributions():
     """Seen through L = ||x||^2 and L = sum of x_i^4 at 0, whose values are the moments."""
     size = 6

@@ -46,6 +46,7 @@ def original(net: fs.Functional, key: fs.Key) -> torch.Tensor:
     return torch.stack([one, two])
 
 
+@pytest.mark.slow
 def test_directions_are_orthogonal_with_exact_group_norms_over_1000_seeds_where_the_original_fails():
     net = fs.functional(seeded(0, small))
     assert net.layout.num == 26

@@ -61,6 +61,7 @@ def test_a_second_run_reuses_what_is_there_and_another_setting_is_computed_anew(
     assert len(list(tmp_path.glob("modular-addition-p7-seed*"))) == 2
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
     real, calls = directional.directional_losses, []
@@ -81,6 +82,7 @@ def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny,
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
     real, calls = curvature.sam_sharpness, []
@@ -102,6 +104,7 @@ def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, t
     assert len(calls) == steps + 1  # curvature does not depend on the directions
 
 
+@pytest.mark.slow
 def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     rows = load(tmp_path / "modular-addition-p7.npz").meta["table"]
@@ -151,6 +154,7 @@ def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(t
     assert [point.step for _, point in zip(range(last // 10 + 1), run, strict=False)][-1] == last
 
 
+@pytest.mark.slow
 def test_landscapes_of_other_weights_are_not_reused(tiny, tmp_path, capsys):
     """A checkpoint that was made again, elsewhere or otherwise, makes its landscape again."""
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
@@ -324,6 +328,7 @@ def test_the_table_times_only_what_cost_as_much(run, capsys):
     assert "5000" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_modules_of_the_current_folder_are_found(run, capsys):
     Path("mine.py").write_text(
         "from funcscope.study.analyzer import Analyzer\nfrom funcscope.study.analyzers import register\n"
@@ -338,6 +343,7 @@ def test_modules_of_the_current_folder_are_found(run, capsys):
     assert run.epochs("mine") == (0, 10, 20)
 
 
+@pytest.mark.slow
 def test_demo_and_train_share_a_folder(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(modular.FAMILY.variants, "p7", Setup(TINY.config, (0, 100)))
     assert cli.main(["train", "modular_addition", "p7", "--out", str(tmp_path), "--quiet"]) == 0

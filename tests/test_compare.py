@@ -129,6 +129,7 @@ def rank_biserial(d):
     return torch.tensor((ranks[d > 0].sum() - ranks[d < 0].sum()) / ranks.sum())
 
 
+@pytest.mark.slow
 @given(pair=PAIRS, coarse=st.booleans())
 def test_effect_sizes_are_the_closed_forms_and_their_errors_leave_out_one_pair(pair, coarse):
     """Brute force; coarse samples have ties and zeros among their differences."""
@@ -332,6 +333,7 @@ def correlated(num, gap=0.5, common=2.0, spread=1.0, relation=0.8):
     return make
 
 
+@pytest.mark.slow
 def test_the_paired_interval_covers_as_often_as_it_says():
     """One look at 400 repetitions of 12 normal pairs, where the t interval is exact: binomial z below 4."""
     repetitions, level, make = 400, 0.95, correlated(12)
@@ -342,6 +344,7 @@ def test_the_paired_interval_covers_as_often_as_it_says():
     assert abs(wrong - level * repetitions) > 4 * scatter  # another truth is told apart
 
 
+@pytest.mark.slow
 def test_the_paired_jackknife_covers_and_an_unpaired_error_would_not():
     """400 repetitions of 40 pairs, the truth being 2 x 1.5 - 2 = 1; approximate, so between 0.91 and 0.98."""
     repetitions, z = 400, stats.norm.ppf(0.975)
@@ -354,6 +357,7 @@ def test_the_paired_jackknife_covers_and_an_unpaired_error_would_not():
     assert np.mean(np.array(errors) < z * np.array(apart)) > 0.99  # errors added as if unpaired are far too wide
 
 
+@pytest.mark.slow
 def test_the_p_value_is_uniform_where_nothing_differs_and_the_gain_is_what_theory_says():
     """Under H0 with 20 pairs, p <= 0.05 in at most 5 %: one look, z below 4; gain = (1 + 1) / (2 - 2 r)."""
     repetitions, relation = 400, 0.8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, IN_FLOAT32, dense_hessian, loss_of, problem, seeded, tokens
+from problems import EVERY, IN_FLOAT32, dense_hessian, loss_of, problem, seeded, tokens
 from torch import nn
 from torch.func import grad
 from torch.testing import assert_close
@@ -44,7 +44,7 @@ class Vector(nn.Module):
         return x * self.theta[:, 0]
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 def test_losses_slopes_and_curvatures_are_those_of_the_dense_directions(name, normalize):
     """Oracle: theta + h d built by hand, the dense gradient, H d by forward over reverse."""
@@ -66,7 +66,9 @@ def test_losses_slopes_and_curvatures_are_those_of_the_dense_directions(name, no
     assert_close(result.param_norm, float(theta.norm()))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "mlp", "cnn"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow), "mlp", "cnn"]
+)
 def test_every_plan_gives_the_same_samples(name):
     loss = loss_of(name)
     make = {"key": fs.key(1), "n_samples": 5, "span": 0.3, **FULL}
@@ -89,6 +91,7 @@ def test_every_plan_gives_the_same_samples(name):
     assert_close(more.losses[:5], first.losses)
 
 
+@pytest.mark.slow
 def test_float32_plans_agree_to_the_stated_tolerance():
     loss = loss_of("gpt2", torch.float32)
     make = {"key": fs.key(1), "n_samples": 9, "span": 0.3}
@@ -98,6 +101,7 @@ def test_float32_plans_agree_to_the_stated_tolerance():
     assert_close(found[0], found[2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 99), h=st.floats(0.01, 0.2))
 def test_the_difference_curvature_converges_with_the_square_of_the_step(seed, h):
     loss = loss_of("mlp")
@@ -114,6 +118,7 @@ def test_the_difference_curvature_converges_with_the_square_of_the_step(seed, h)
         assert 3.5 < coarse / fine < 4.5
 
 
+@pytest.mark.slow
 def test_mean_curvature_estimates_what_theory_says():
     """E[c] = tr(H) / P for unit directions, sum_f |theta_f|^2 tr(H_ff) / n_f for filters; one look, 4 standard errors."""
     loss = loss_of("mlp")

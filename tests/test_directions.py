@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, loss_of, seeded
+from problems import EVERY, loss_of, seeded
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing import assert_close
@@ -121,7 +121,7 @@ def test_no_bit_depends_on_where_in_memory_the_numbers_lie(monkeypatch, dtype):
         assert torch.equal(*pair)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_a_direction_has_the_same_bits_whole_in_leaves_and_in_any_chunk(name, normalize, distribution):
@@ -200,6 +200,7 @@ def test_every_draw_is_independent_of_the_one_before_where_the_documented_loop_d
     assert documented[-1] > 3  # grows like sqrt(k) at span 1
 
 
+@pytest.mark.slow
 def test_directions_have_the_moments_of_independent_ones():
     net = loss_of("mlp").net
     rows = fs.stack(fs.directions(net, key=fs.key(5), num=4000, normalize="global"))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from problems import CATALOGUE, bert, cnn, gpt2, llama, masked, mlp, problem, qwen2, seeded, tokens
+from problems import CATALOGUE, EVERY, bert, cnn, gpt2, llama, masked, mlp, problem, qwen2, seeded, tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -231,7 +231,7 @@ def the_same(first, second):
         assert np.array_equal(value, second[name], equal_nan=isinstance(value, float)), name
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 def test_it_is_the_direct_call(name):
     model, batches, criterion = problem(name, torch.float32)
     net = fs.functional(model)
@@ -399,6 +399,7 @@ def test_a_loss_function_that_is_the_default_gives_the_same_losses_and_slopes(ma
     assert own["param_norm"] == default["param_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("make", [gpt2, qwen2])
 def test_slopes_of_a_loss_function_are_those_of_finite_differences(make, big, monkeypatch):

@@ -154,6 +154,7 @@ def test_a_small_remainder_by_chance_is_no_closed_space():
     assert not short.converged.any() or abs(float(short.values[0]) - 5) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("block", [1, 2])
 def test_a_restart_finds_the_same_values_in_less_memory(which, block):

@@ -155,6 +155,7 @@ def test_a_kept_pull_gives_one_hessian_product_after_another(name):
     assert_close(mapped[1], pull(rows[1])[0], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_fused_kernels_are_kept_for_values_and_first_derivatives(name):
     """No float 4-D mask, no other kernel: the model as it is, in every plan."""

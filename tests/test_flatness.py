@@ -123,6 +123,7 @@ def test_the_error_of_a_trace_is_carried():
     assert (round(float(expected.value), 6), round(float(expected.stderr), 6), expected.num) == (0.04, 0.0025, 7)
 
 
+@pytest.mark.slow
 def test_standard_errors_cover():
     """The mean's and the pair mean's 2-sigma intervals hold the truth in about 95 % of the draws."""
     hessian, gradient = symmetric(8) + torch.eye(8), torch.ones(8).double() / 8

@@ -262,6 +262,7 @@ def test_loading_prints_nothing_and_leaves_the_settings_of_transformers_alone(tm
         hf_logging.remove_handler(handler)
 
 
+@pytest.mark.slow
 def test_memory_holds_the_weights_once_and_no_network_is_used(tmp_path):
     """Peak resident memory in a process of its own. Negative control: a copied state dict is seen."""
     model = gpt2(n_layer=12, n_embd=512, n_head=8, vocab_size=30000)

@@ -88,6 +88,7 @@ def test_a_block_is_philox_at_its_key_and_counter(seed, block):
     assert (keys._tools().philox_at(key, block).random_raw(7) == wanted).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [3 * BLOCK, 5])
 def test_draws_have_their_distributions(num):
     rows = torch.empty(2 if num > 5 else 20_000, num)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from problems import (
-    CATALOGUE,
+    EVERY,
     IN_FLOAT32,
     LANGUAGE,
     dense_hessian,
@@ -49,7 +49,7 @@ def same(before: dict, after: dict) -> bool:
     return values and all(before[part] == after[part] for part in before if part != "values")
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 def test_no_public_function_touches_the_callers_model(name):
     model, batches, criterion = problem(name)
     model.register_forward_hook(lambda *_: None)
@@ -85,7 +85,7 @@ def test_the_snapshot_notices_what_a_tool_might_do():
         assert not same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("attention", ["eager", "math", "keep"])
 def test_apply_gives_the_untouched_models_output_in_eval_mode(name, attention):
     model, batches, criterion = problem(name, torch.float32)
@@ -143,7 +143,7 @@ def test_a_boolean_4d_mask_is_applied_and_not_added():
     assert (added - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", EVERY)
 def test_transforms_agree_with_each_other_and_with_differences(name):
     loss = loss_of(name)
     theta = loss.net.theta

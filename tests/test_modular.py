@@ -57,6 +57,7 @@ def stored(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "checkpoints").iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 3, 5, 6])
 def test_interrupted_and_resumed_is_the_uninterrupted_run_byte_for_byte(tmp_path, stop):
     curves = list(modular.train(TINY, tmp_path / "whole", STEPS))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, IN_FLOAT32, LANGUAGE, dense_hessian, loss_of, seeded, tokens
+from problems import CATALOGUE, EVERY, IN_FLOAT32, LANGUAGE, dense_hessian, loss_of, seeded, tokens
 from torch import nn
 from torch.func import jacrev, vmap
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -99,7 +99,7 @@ def small_gpt2():
     return fs.objective(fs.functional(model), batches, fs.causal_lm)
 
 
-@pytest.mark.parametrize("name", sorted(CATALOGUE))
+@pytest.mark.parametrize("name", EVERY)
 def test_all_ways_to_a_hessian_product_agree(name):
     loss = loss_of(name)
     theta = loss.net.theta
@@ -193,6 +193,7 @@ def test_per_sample_gradients_add_up_to_the_gradient_in_any_chunks():
         torch.testing.assert_close(means * weights[:, None], whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampled_fisher_is_the_exact_one_in_expectation():
     """z-tests on the estimator's own errors, over independent keys, entry by entry of some quadratic forms."""
     loss = small_gpt2()

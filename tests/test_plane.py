@@ -54,6 +54,7 @@ def test_the_plane_of_a_quadratic_in_closed_form(chunk):
     assert_close(plane.displacement, torch.tensor([0.5, 0.9], **WIDE) * axes.norm(dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_both_plans_are_direct_evaluation(name):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if name in IN_FLOAT32 else {"rtol": 1e-9, "atol": 1e-11}

@@ -103,6 +103,7 @@ def test_full_precision_has_nothing_to_report(pair):
     assert "half precision" not in str(result)
 
 
+@pytest.mark.slow
 def test_the_noise_floor_is_the_size_of_the_error_that_bfloat16_makes(pair):
     """Oracle: the same weights and directions in float32."""
     half, full = pair
@@ -112,6 +113,7 @@ def test_the_noise_floor_is_the_size_of_the_error_that_bfloat16_makes(pair):
         assert error / 5 < ours.curvature_noise_floor < 20 * error
 
 
+@pytest.mark.slow
 def test_the_result_says_where_rounding_decides_the_sign(pair):
     half, full = pair
     calm, rough = sampled(half, 0.2), sampled(half, 1e-3)
@@ -165,6 +167,7 @@ def test_large_models_take_slopes_without_a_second_set_of_weights(monkeypatch):
     assert costs(lazy=True, slope="gradient") == (1, 0)
 
 
+@pytest.mark.slow
 def test_slopes_in_a_wider_dtype_are_not_rounded_to_the_stored_one(pair):
     """The gradient is taken for float32 leaves, whatever the plan."""
     full = pair[1]

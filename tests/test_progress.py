@@ -109,6 +109,7 @@ def test_threads_that_wait_for_each_other_are_told_and_put_back(loss, monkeypatc
     assert "20 s" in Pace(0.1, 0.1, 2).estimate(100, "directions", 2)
 
 
+@pytest.mark.slow
 def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
     """What OpenMP is told must be told before torch is loaded: in a fresh process."""
     code = "import os, funcscope; print(os.environ['OMP_WAIT_POLICY'])"

@@ -38,6 +38,7 @@ def test_curvatures_are_those_of_directional_losses():
     torch.testing.assert_close(found.hessian, exact.curvatures, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_mean_of_unit_directions_is_the_trace_over_the_number_of_parameters():
     loss = loss_of("mlp")
     theta, num = loss.net.theta, loss.layout.num

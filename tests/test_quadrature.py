@@ -91,6 +91,7 @@ def test_every_number_agrees_with_the_dense_spectrum_within_its_error():
         assert estimate.num == 40
 
 
+@pytest.mark.slow
 def test_error_bars_cover():
     """One look at 100 groups of 8 probes: nominal 95 % intervals of Student's t hold the exact value."""
     d = spread(7, 120)

@@ -738,6 +738,7 @@ def test_html_is_whole_loads_nothing_and_is_the_same_twice(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.html"]
 
 
+@pytest.mark.slow
 @BROWSER
 @pytest.mark.parametrize(("ending", "head"), [("svg", b"<svg"), ("png", b"\x89PNG\r\n")])
 def test_images_are_images_of_the_size_asked_for(tmp_path, ending, head):

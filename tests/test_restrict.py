@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import CATALOGUE, IN_FLOAT32, dense_hessian, loss_of
+from problems import CATALOGUE, IN_FLOAT32, QUICK, dense_hessian, loss_of
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
@@ -14,7 +14,10 @@ def rate(phi):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [(name, None) for name in CATALOGUE] + [("gpt2", 24), ("qwen2", 24), ("cnn", 24)]
+    ("name", "part"),
+    [("gpt2", None), ("cnn", None), ("cnn", 24), ("mlp", None)]
+    + [pytest.param(name, None, marks=pytest.mark.slow) for name in CATALOGUE if name not in QUICK]
+    + [pytest.param(name, 24, marks=pytest.mark.slow) for name in ("gpt2", "qwen2")],
 )
 def test_lazy_and_dense_agree_with_the_definition_under_every_transform(name, part, monkeypatch):
     if part is not None:  # leaves are made a row or two at a time

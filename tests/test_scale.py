@@ -54,6 +54,7 @@ LEAF = 98
 """MiB of 50,000 x 512 entries in float32."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_the_largest_leaf_for_both_signs(dtype):
     """In half precision, of the largest leaf in float32 too: the loss is computed once in it, to know its rounding."""

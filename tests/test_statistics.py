@@ -55,6 +55,7 @@ def test_too_few_samples_are_undefined_and_not_zero():
     assert statistics.correlation(constant, sample(5, 0)).value.isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimate", "truth"),
     [

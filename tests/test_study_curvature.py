@@ -143,6 +143,7 @@ def _interrupted_at(monkeypatch, stage):
     monkeypatch.setitem(curvature_stages.STAGES, stage, cut)
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_from_every_stage_and_ends_with_the_same_numbers(
     whole, model, data, tmp_path, monkeypatch
 ):
@@ -206,6 +207,7 @@ def test_the_gauss_newton_matrix_has_no_negative_eigenvalues_and_blocks_may_be_l
     assert study.meta["stages"]["sharpness"]["average"]["second_order"] is None  # the trace is not the Hessian's
 
 
+@pytest.mark.slow
 def test_less_memory_changes_the_algorithms_and_not_the_numbers(whole, model, data, tmp_path, monkeypatch):
     vectors = 7
     gib = (vectors + 0.5) * 4 * whole.meta["models"][0]["num_parameters"] / 2**30

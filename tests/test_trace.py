@@ -211,6 +211,7 @@ def test_xtrace_has_no_scatter_on_a_multiple_of_the_identity():
     assert_close(found.samples, torch.full((5,), 3.0 * P, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_draws")
 @pytest.mark.parametrize("f", ALL)
 def test_error_bars_cover(f):
