@@ -40,6 +40,10 @@ _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = 
 """By their documented names: what is made of which columns."""
 
 
+AGREEMENT = 0.05
+"""Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
+
+
 class Plan(NamedTuple):
     """How the samples were evaluated. The same plan on the same machine gives the same bits."""
 
@@ -214,9 +218,19 @@ class DirectionalLosses:
         bent = quantity in ("curvature", "rayleigh")
         if bent and self.exact_curvatures is not None:
             rows = self.residuals.exact
+        elif quantity == "dir_grad" and not self._slopes_are_differences:
+            rows = None
         else:
             rows = self.residuals.of("curvature" if bent else quantity, self.actual_span)
         return rows / self.direction_norms.square()[:, None] if rows is not None and quantity == "rayleigh" else rows
+
+    @property
+    def _slopes_are_differences(self) -> bool:
+        """At this step, differences of both sides are the slopes: then the slopes of single sequences are theirs, too."""
+        if self.slopes is None or self.losses_negative is None:
+            return False
+        off = _finite((self.losses - self.losses_negative) / (2 * self.actual_span) - self.slopes)
+        return bool(off.norm() <= AGREEMENT * _finite(self.slopes).norm())
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
