@@ -42,7 +42,9 @@ def spectrum(found: Curvature) -> Section:
         f"−{number(summary.density.edge(), 2)}). The effective rank, the number of equal eigenvalues of the same entropy, is "
         f"{said(summary.effective_rank)}{'' if rank.resolved else f' ({rank})'}."
     )
-    return Section("The spectrum", [text, Chart(fig, caption), _first_instrument(found), *_late(found)])
+    return Section(
+        "The spectrum", [text, *_over_data(found), Chart(fig, caption), _first_instrument(found), *_late(found)]
+    )
 
 
 def blocks(found: Curvature) -> Section:
@@ -106,7 +108,8 @@ def sharpness(found: Curvature) -> Section:
     text = (
         f"The gradient has norm {number(told['gradient_norm'])} nats per unit of distance. The rise of the loss (nats) in a "
         "step of a given length is a slope, a curvature and what is left: only the second part is about curvature. ± is one "
-        f"standard error over {num} sequences, with the step held fixed; for the average case over random steps."
+        f"standard error over {num} sequences, with the step held fixed; for the average case over random steps. Shares of "
+        "the loss have 95 % intervals over sequences in brackets."
     )
     headers = ["", "length", "rise", "share of loss", "slope", "curvature", "remainder", "rounding"]
     table = [Table(headers, rows, "named")] if rows else []
@@ -203,10 +206,32 @@ def _row(title: str, told: dict[str, Any]) -> list[str]:
 
 
 def _share(told: dict[str, Any]) -> str:
-    relative, stderr = told["relative"], told["relative_stderr"]
-    if relative is None:
+    """Of the loss, with its interval; that the sequences do not support one, where they do not."""
+    if told["relative"] is None:
         return "undefined"
-    return f"{with_error(100 * relative, None if stderr is None else 100 * stderr)} %"
+    if told.get("relative_note"):
+        return "an unresolved share"
+    relative, stderr = told["relative"], told["relative_stderr"]
+    low, high = (told.get(f"relative_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return f"{with_error(100 * relative, None if stderr is None else 100 * stderr)} %"
+    return f"{number(100 * relative, 3)} ({number(100 * low, 3)} to {number(100 * high, 3)}) %"
+
+
+def _over_data(found: Curvature) -> list[str]:
+    """What other sequences would change in the two outermost eigenvalues."""
+    arrays, values = found.stored.arrays, found.summary.ends.values
+    if "end_data_stderr" not in arrays:
+        return []
+    each = (
+        f"{name} {with_error(float(values[i]), float(arrays['end_data_stderr'][i]))} "
+        f"({number(float(arrays['end_data_low'][i]), 3)} to {number(float(arrays['end_data_high'][i]), 3)})"
+        for name, i in (("the largest", 0), ("the smallest", -1))
+    )
+    return [
+        f"Other sequences would give other eigenvalues. Over {found.meta['data']['num_samples']} of them, with the standard "
+        f"error and, in brackets, the 95 % interval without the bias of so few: {'; '.join(each)}."
+    ]
 
 
 def _rates_text() -> str:
