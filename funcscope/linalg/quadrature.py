@@ -5,38 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import NormalDist
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
+from scipy import stats
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.directions import dot
 from ..core.estimate import Estimate, jackknife_stderr
 from ..core.keys import Distribution, Key, check_key, fold_in, normal, rademacher
+from .gauss import Resolution, christoffel, corner, rule
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
 
 Scale = Literal["linear", "symlog"]
 Rank = Literal["effective_rank", "participation_ratio"]
-
-
-class Resolution(NamedTuple):
-    """How far the steps determine a number, beside what is left to chance in the probes."""
-
-    moved: float
-    """By how much the number with half the steps differs from it."""
-    bound: float
-    """The truth of the same probes is at most this far away (Chebyshev, Markov, Stieltjes); nan where there is no bound."""
-    resolved: bool
-    """The bound, or else the move, is at most twice the standard error, or a hundredth of the number's scale."""
-    steps: int
-    """Steps that it would take, if the error falls as 1 / steps; those taken, where it is resolved."""
-
-    def __str__(self) -> str:
-        return "resolved" if self.resolved else f"not resolved: some {self.steps:,} steps would be needed"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,8 +108,7 @@ class SpectralDensity:
         if share >= 1 - 1e-12:
             return (float(self.trace_squared.value),) * 2
         freedom, value = self.num_probes * max(1.0, share * (num + 2) / (1 - share)), float(self.trace_squared.value)
-        tail = NormalDist().inv_cdf((1 + level) / 2)
-        low, high = (freedom / _chi_square(freedom, sign * tail) for sign in (1, -1))
+        low, high = (freedom / float(stats.chi2.ppf((1 + sign * level) / 2, freedom)) for sign in (1, -1))
         return value * low, value * high
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Estimate:
@@ -155,7 +139,7 @@ class SpectralDensity:
         """
         edge = self.edge(tol)
         value, half = self.negative_fraction(tol), self.halved.mass_between(-math.inf, -edge)
-        bounds = [_christoffel(*rule, -edge, self.rounding) for rule in zip(self.nodes, self.weights, strict=True)]
+        bounds = [christoffel(*each, -edge, self.rounding) for each in zip(self.nodes, self.weights, strict=True)]
         return self._resolution(value, half, sum(bounds) / len(bounds), 1.0)
 
     def resolution(self, name: Rank) -> Resolution:
@@ -167,7 +151,7 @@ class SpectralDensity:
     def halved(self) -> SpectralDensity:
         """The same probes with half the steps, at no products: corners of the Lanczos matrices."""
         steps = max(1, self.steps // 2)
-        rules = [_rule(_corner(*rule, steps), steps) for rule in zip(self.nodes, self.weights, strict=True)]
+        rules = [rule(corner(*each, steps), steps) for each in zip(self.nodes, self.weights, strict=True)]
         nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))
         return replace(self, nodes=nodes, weights=weights, steps=steps)
 
@@ -308,7 +292,7 @@ def spectral_density(
     draw = normal if distribution == "normal" else rademacher
     starts = (draw(fold_in(key, i), like) for i in range(num_probes))
     run = _orthogonal(products, like, key) if reorthogonalize else _three_term(products)
-    nodes, weights = (torch.stack(rows) for rows in zip(*(_rule(run(v, steps), steps) for v in starts), strict=True))
+    nodes, weights = (torch.stack(rows) for rows in zip(*(rule(run(v, steps), steps) for v in starts), strict=True))
     rounding = torch.finfo(like.dtype).eps ** 0.5
     return SpectralDensity(nodes, weights, len(like), products.num, steps, rounding, key)
 
@@ -346,50 +330,3 @@ def _three_term(products: Products) -> Callable[[Tensor, int], Tensor]:
         return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(side, 1) + torch.diag(side, -1)
 
     return run
-
-
-def _rule(T: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss's nodes and weights; what is missing of `steps` nodes is filled with the first one, at weight 0."""
-    nodes, S = torch.linalg.eigh(T)
-    weights = S[0].square()
-    missing = steps - len(nodes)
-    return torch.cat([nodes, nodes[:1].expand(missing)]), torch.nn.functional.pad(weights / weights.sum(), (0, missing))
-
-
-def _corner(nodes: Tensor, weights: Tensor, steps: int) -> Tensor:
-    """The leading part of the Lanczos matrix of which these are Gauss's nodes and weights: Lanczos on the nodes."""
-    rows, T = [weights.sqrt() / weights.sum().sqrt()], torch.zeros(steps, steps, dtype=torch.float64)
-    scale = float(nodes.abs().max())
-    for i in range(steps):
-        w = nodes * rows[i]
-        T[i, i] = w @ rows[i]
-        for _ in range(2):
-            w = w - torch.stack(rows).T @ (torch.stack(rows) @ w)
-        beta = float(w.norm())
-        if beta <= 1e-12 * scale:  # all nodes of the probe are used
-            return T[: i + 1, : i + 1]
-        if i + 1 < steps:
-            T[i, i + 1] = T[i + 1, i] = beta
-            rows.append(w / beta)
-    return T
-
-
-def _christoffel(nodes: Tensor, weights: Tensor, at: float, rounding: float) -> float:
-    """1 / sum of p_k(at)^2 = 1 / sum of L_i(at)^2 / w_i, with L_i Lagrange's polynomials; copies of a node count as one."""
-    real = weights > 1e-14
-    values, shares = nodes[real], weights[real]
-    new = torch.ones(len(values), dtype=torch.bool)
-    new[1:] = values.diff() > rounding * float(nodes.abs().max())
-    group = new.cumsum(0) - 1
-    masses = torch.zeros(int(new.sum()), dtype=torch.float64).index_add(0, group, shares)
-    points = torch.zeros_like(masses).index_add(0, group, shares * values) / masses
-    apart = points[:, None] - points + torch.eye(len(points), dtype=torch.float64)
-    ratio = (at - points)[None] / apart  # (at - x_j) / (x_i - x_j)
-    logs = (ratio.abs().log() * (1 - torch.eye(len(points), dtype=torch.float64))).nan_to_num(0.0).sum(1)
-    return float(torch.exp(-torch.logsumexp(2 * logs - masses.log(), 0)).clamp_max(1.0))
-
-
-def _chi_square(freedom: float, normal_quantile: float) -> float:
-    """A quantile of chi squared, by Wilson and Hilferty (1931): to 1 % from 8 degrees of freedom on."""
-    spread = 2 / (9 * freedom)
-    return freedom * max(1 - spread + normal_quantile * spread**0.5, 1e-3) ** 3
