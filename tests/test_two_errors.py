@@ -107,6 +107,19 @@ def test_errors_over_sequences_are_those_of_terms_made_by_hand(plan):
     assert_close((bent[0].square().sum() * len(weights) / (len(weights) - 1)).sqrt(), one, rtol=1e-8, atol=0)
 
 
+def test_slopes_have_an_error_over_sequences_where_differences_are_slopes_and_none_where_they_are_not():
+    """Oracle: per-sequence slopes by reverse mode, one sequence at a time."""
+    loss, key = loss_of("mlp"), fs.key(5)
+    near, far = (
+        fs.directional_losses(loss, loss.net.theta, key=key, n_samples=4, span=span, **FULL).estimates["dir_grad_mean"]
+        for span in (1e-3, 3.0)
+    )
+    rows = fs.per_sample_gradients(loss, loss.net.theta) @ fs.stack(fs.directions(loss.net, key=key, num=4)).mean(0)
+    assert isinstance(near, Crossed)
+    assert_close(near.stderr_data, means(rows[None], loss.terms(loss.net.theta)[1]).stderr[0], rtol=1e-4, atol=0)
+    assert not isinstance(far, Crossed)
+
+
 @pytest.mark.parametrize("name", ["loss_std", "landscape_roughness", "dir_grad_delta_corr", "curvature_p90"])
 def test_errors_over_sequences_of_other_statistics_are_those_of_small_weights(name):
     """Oracle: the statistic at data with one sequence counted a little more often, by differences."""
