@@ -58,6 +58,8 @@ class Search:
         self.probe: Probe | None = None
         """The fresh start that is under way (`probing`), or the last one, as long as nothing contradicts it."""
         self.probing = False
+        self.beside = 0
+        """Rows beside the fresh start whose products are still to be taken: what hides in them is seen then."""
         self.next = wanted
         self.coarse: int | None = None
         self.steady: int | None = None
@@ -80,7 +82,9 @@ class Search:
             self._restart()
         before = space.basis.num
         space.expand(self._width)
-        if self.probe and self.probing:
+        if self.probe and not self.probing:
+            self.beside = max(0, self.beside - 1)
+        elif self.probe:
             grown = space.basis.num > before
             self.probe.grow(space, closed=not grown or not space.R[-1].any())
             if grown:
@@ -98,13 +102,13 @@ class Search:
         near = self.near(look)
         if self.space.whole:
             return near
-        if self.probe is None or self.probe.contradicts(look):
+        if self.probe is None or self.beside or self.probe.contradicts(look):
             return torch.zeros_like(near)
         return near & self.probe.certain
 
     @property
     def _width(self) -> int:
-        return 1 if self.probing else self.block
+        return 1 if self.probing or self.beside else self.block
 
     def near(self, look: Look) -> Tensor:
         """Which of the wanted residuals are at most `tol` times the largest wanted |theta| at their end, or rounding."""
@@ -118,12 +122,16 @@ class Search:
         """All is found, or the time is up; starts the fresh start, and chooses the row that comes next."""
         look, spent = self.look(self.space.size), self.space.products.num
         if self.probe and self.probe.contradicts(look):
-            self.probe, self.probing, self.coarse, self.steady = None, False, None, None
+            self.probe, self.probing, self.beside, self.coarse, self.steady = None, False, 0, None, None
         limit = self._limit(look, spent, budget)
         if self.probe and self.probing:
-            if not self.probe.over(self.space, look, self.which) and spent < limit:
+            if not self.probe.over(self.space, look, self.which) and spent < limit - self.beside:
                 return False
             self.probing = False
+        if self.probe and self.beside and len(self.space.R) and spent < limit:
+            self.space.advance(min(1, len(self.space.R) - 1))  # behind the row that the fresh start would go on with
+            self.next = self.space.size + 1
+            return False
         near = self.near(look)
         done = bool(near.all())
         self.steady = (self.steady or spent + 1 + spent // STEADY) if done else None
@@ -133,6 +141,7 @@ class Search:
             if 2 * self.space.size > self.limit + self.wanted:  # the fresh start needs room
                 self._restart()
             self.probe, self.probing = Probe(look, near, self.space), True
+            self.beside = self.space.basis.num - self.space.size - 1
             return False
         self._turn(look, ~near)
         return spent >= limit or (done and self.probe is not None)
@@ -141,7 +150,7 @@ class Search:
         """Products at which the search ends, found or not."""
         if self.coarse is None and bool((look.residuals[: self.wanted] <= self.tol * self.bound).all()):
             self.coarse = spent
-        return budget if self.patient or self.coarse is None else min(budget, int(PATIENCE * self.coarse) + 2)
+        return budget if self.patient or self.coarse is None else min(budget, int(PATIENCE * self.coarse) + 3)
 
     def _turn(self, look: Look, far: Tensor) -> None:
         """The row that comes next is the one to which the residuals that are still large owe most."""
