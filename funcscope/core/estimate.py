@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
+
+from .result import Result, quantity
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -20,8 +21,7 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(Result):
     """A mean over `num` independent samples and the standard error of that mean.
 
     >>> import torch
@@ -29,7 +29,7 @@ class Estimate:
     2 ± 0.58 (n = 3)
     """
 
-    value: Float[Tensor, ""]
+    value: Float[Tensor, ""] = quantity("value", stderr="stderr")
     stderr: Float[Tensor, ""]
     num: int
 
@@ -44,12 +44,14 @@ class Estimate:
     def __str__(self) -> str:
         return f"{float(self.value):.4g} ± {float(self.stderr):.2g} (n = {self.num})"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
     def named(self, name: str) -> dict[str, float]:
         """Plain numbers: the value by that name, and every error of it by the name with an ending."""
         return {name: float(self.value), f"{name}_stderr": float(self.stderr)}
 
 
-@dataclass(frozen=True)
 class Crossed(Estimate):
     r"""A statistic of n draws (directions), each of them a mean over the same g data (sequences): both are samples.
 

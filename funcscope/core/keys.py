@@ -21,12 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .pack import storable
+
 Distribution = Literal["normal", "rademacher"]
 
 BLOCK = 2**16
 """Entries per block: 256 KiB of float32 stay in a core's cache while they are drawn."""
 
 
+@storable
 @dataclass(frozen=True)
 class Key:
     """A node of the tree of random streams: 128 bits, hashable, and the root seed that it came from."""

@@ -1,0 +1,183 @@
+"""Numbers with their errors as text, tables and tidy frames, from what they say they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+from torch import Tensor
+from uncertainties import ufloat
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Coordinates = Mapping[str, Sequence[Any]]
+"""Names or numbers along axes."""
+ERRORS = ("stderr", "stderr_data", "stderr_total")
+HEADERS = ("", "value", "stderr", "over data", "in all")
+LONGEST = 40
+"""Rows of a table; what is per more things than this is drawn, not printed."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a field or property of a result is."""
+
+    label: str
+    unit: str
+    per: tuple[str, ...]
+    """The axes of its array, in order."""
+    name: str
+    """As documented, where that is not the name of the attribute; "*" for a mapping whose keys are names themselves."""
+    stderr: str
+    """The attribute that has its standard errors, of the same shape."""
+    shown: bool
+    """Whether tables have it."""
+
+
+class Entry(NamedTuple):
+    """One quantity of one result."""
+
+    name: str
+    quantity: Quantity
+    value: Any
+    stderr: Any
+
+
+def said(value: float, stderr: float = math.nan) -> str:
+    """A number with its standard error as text, rounded by the error: two digits of that.
+
+    >>> said(0.032912, 0.000213), said(3.14159), said(float("nan"))
+    ('0.03291 ± 0.00021', '3.1416', 'undefined')
+    """
+    if math.isnan(value):
+        return "undefined"
+    if math.isnan(stderr) or math.isinf(value):
+        return f"{value:.5g}"
+    if stderr == 0:
+        return f"{value:.5g} ± 0"
+    return f"{ufloat(value, stderr):.2uP}".replace("±", " ± ")
+
+
+def frame(entries: Iterable[Entry], coordinates: Coordinates) -> DataFrame:
+    """A row per number: quantity, unit, axes, value, errors."""
+    import pandas as pd
+
+    parts = [part for entry in entries if (part := _columns(entry, coordinates)) is not None]
+    if not parts:
+        return pd.DataFrame(columns=["quantity", "unit", "value"])
+    whole = pd.concat(map(pd.DataFrame, parts), ignore_index=True)
+    axes = [name for name in whole.columns if name not in ("quantity", "unit", "value", *ERRORS)]
+    errors = [name for name in ERRORS if name in whole.columns]
+    return whole[["quantity", "unit", *axes, "value", *errors]]
+
+
+def table(entries: Iterable[Entry], coordinates: Coordinates, tablefmt: str) -> str:
+    """Scalars in one table, and one more for everything that is per the same axes, where these have names."""
+    shown = [entry for entry in entries if entry.quantity.shown]
+    parts = []
+    if single := [_row(entry) for entry in shown if not entry.quantity.per]:
+        used = [i for i in range(len(HEADERS)) if any(row[i] for row in single)]
+        headers = [HEADERS[i] for i in used] if len(used) > 2 else ()
+        parts += [_tabulated([[row[i] for i in used] for row in single], headers, tablefmt)]
+    for axes in dict.fromkeys(entry.quantity.per for entry in shown if entry.quantity.per):
+        names = [list(map(str, coordinates.get(axis, ()))) for axis in axes]
+        same = [entry for entry in shown if entry.quantity.per == axes]
+        if all(0 < len(each) <= LONGEST for each in names):
+            parts += [_list(axes[0], names[0], same, tablefmt)] if len(axes) == 1 else _matrices(names, same, tablefmt)
+    return "\n\n".join(parts)
+
+
+def is_estimate(value: Any) -> bool:
+    """A value with its standard errors (`estimate.Estimate`)."""
+    return hasattr(value, "named") and hasattr(value, "stderr")
+
+
+def _list(axis: str, names: list[str], entries: list[Entry], tablefmt: str) -> str:
+    cells = [_cells(entry) for entry in entries]
+    rows = [[name, *row] for name, row in zip(names, zip(*cells, strict=True), strict=True)]
+    return _tabulated(rows, [axis, *(entry.name for entry in entries)], tablefmt)
+
+
+def _matrices(names: list[list[str]], entries: list[Entry], tablefmt: str) -> list[str]:
+    if len(names) > 2:
+        return []
+    width = len(names[1])
+    parts = []
+    for entry in entries:
+        cells = _cells(entry)
+        rows = [[name, *cells[i * width : (i + 1) * width]] for i, name in enumerate(names[0])]
+        parts.append(_tabulated(rows, [entry.name, *names[1]], tablefmt))
+    return parts
+
+
+def _tabulated(rows: Sequence[Sequence[str]], headers: Sequence[str], tablefmt: str) -> str:
+    return str(tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True))
+
+
+def _columns(entry: Entry, coordinates: Coordinates) -> dict[str, Any] | None:
+    """The rows of one quantity for a frame; None where it is no number."""
+    values = _numbers(entry)
+    if values is None:
+        return None
+    sizes = zip(entry.quantity.per, values["value"].shape, strict=True)
+    places = [np.asarray(coordinates.get(axis, range(size))) for axis, size in sizes]
+    grids = np.meshgrid(*places, indexing="ij") if places else []
+    columns: dict[str, Any] = {"quantity": entry.name, "unit": entry.quantity.unit}
+    columns |= {axis: grid.ravel() for axis, grid in zip(entry.quantity.per, grids, strict=True)}
+    return columns | {name: np.ravel(value) for name, value in values.items()}
+
+
+def _numbers(entry: Entry) -> dict[str, np.ndarray] | None:
+    """Value and errors as float arrays of one shape."""
+    value = list(entry.value.values()) if isinstance(entry.value, Mapping) else entry.value
+    if isinstance(value, (list, tuple)) and value and is_estimate(value[0]):
+        each = [_errors(estimate) for estimate in value]
+        return {name: np.array([numbers.get(name, math.nan) for numbers in each]) for name in each[0]}
+    if is_estimate(value):
+        return {name: np.array(number) for name, number in _errors(value).items()}
+    if isinstance(value, str) or value is None:
+        return None
+    numbers = {"value": _array(value)}
+    return numbers if entry.stderr is None else numbers | {"stderr": _array(entry.stderr)}
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().double().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
+
+
+def _errors(estimate: Any) -> dict[str, float]:
+    names = [name for name in ERRORS if hasattr(estimate, name)]
+    return {"value": float(estimate.value)} | {name: float(getattr(estimate, name)) for name in names}
+
+
+def _cells(entry: Entry) -> list[str]:
+    """One text per number, each with its standard error where there is one."""
+    values = _numbers(entry)
+    if values is None:
+        return list(entry.value)
+    errors = values.get("stderr_total", values.get("stderr"))
+    flat = np.ravel(values["value"]).tolist()
+    known = [math.nan] * len(flat) if errors is None else np.ravel(errors).tolist()
+    return [said(value, error) for value, error in zip(flat, known, strict=True)]
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    """Name, value, and errors over draws, over data, over both where there is more than one."""
+    value = entry.value
+    if is_estimate(value):
+        errors = _errors(value)
+        if len(errors) == 2:
+            return entry.name, said(errors["value"], errors["stderr"]), "", "", ""
+        return entry.name, f"{errors['value']:.5g}", *(f"{errors[name]:.2g}" for name in ERRORS)
+    if entry.stderr is not None:
+        return entry.name, said(float(value), float(entry.stderr)), "", "", ""
+    if isinstance(value, (bool, str)):
+        return entry.name, str(value), "", "", ""
+    if isinstance(value, (tuple, list)):
+        return entry.name, " to ".join(said(each) for each in value), "", "", ""
+    return entry.name, said(float(value)), "", "", ""
