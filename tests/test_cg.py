@@ -147,9 +147,3 @@ def test_bad_requests_get_one_clear_line():
         conjugate_gradient(lambda v: 2 * v, b, preconditioner=lambda v: -v)
     with pytest.raises(NonFinite):
         conjugate_gradient(lambda v: v / 0, b)
-
-
-def test_a_solution_prints_in_one_line():
-    text = repr(conjugate_gradient(lambda v: 2 * v, torch.ones(4)))
-    assert text == "Solution(converged: x of 4, residual=0, num_matvecs=2)"
-    assert "curvature=-2)" in repr(conjugate_gradient(lambda v: -2 * v, torch.ones(4)))

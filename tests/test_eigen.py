@@ -347,7 +347,6 @@ def test_a_value_within_its_residual_of_zero_is_not_resolved():
     assert found.converged[:4].all()
     assert torch.equal(found.resolved, found.values.abs() > found.residuals)
     assert not found.converged[~found.resolved].any()
-    assert "not converged" in str(found) or "not resolved" in str(found)
 
 
 def test_an_error_that_products_say_they_have_is_in_the_residuals():

@@ -240,14 +240,6 @@ def test_the_same_key_gives_the_same_bits_whatever_the_number_of_probes():
     assert not torch.equal(few.nodes, other.nodes)
 
 
-def test_it_prints_itself_in_a_few_lines():
-    found = of(network(300), num_probes=3, steps=12)
-    assert repr(found) == "SpectralDensity(3 probes, 12 steps, 36 products)"
-    assert str(found).startswith("300 eigenvalues, nodes from -1.963 to 41.9 (36 products)\n")
-    assert len(str(found).splitlines()) == 5
-    assert "within" in str(found)
-
-
 def test_bad_requests_get_one_clear_line():
     like, raw = torch.zeros(6), inspect.unwrap(spectral_density)
     for how, message in (

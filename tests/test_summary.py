@@ -69,7 +69,7 @@ def test_a_semidefinite_matrix_has_no_negative_eigenvalues_and_a_damped_conditio
     assert math.isnan(below.negative_curvature_ratio)
 
 
-def test_it_is_a_table_and_a_dictionary_by_the_documented_names():
+def test_it_has_the_documented_names():
     found = spectrum_summary(*spectrum(np.linspace(1, 9, 30)), key=fs.key(0), num=2)
     documented = {
         "top_eigenvalues", "max_eigenvalue", "min_eigenvalue", "condition_number", "trace", "spectral_gap",
@@ -79,9 +79,6 @@ def test_it_is_a_table_and_a_dictionary_by_the_documented_names():
     assert documented <= values.keys()
     assert values["trace"] == pytest.approx(150)  # more products than coordinates: exact
     assert values["trace_stderr"] == 0
-    for word in ("largest eigenvalues", "all converged", "damping", "effective rank"):
-        assert word in str(found)
-    assert "SpectrumSummary(max_eigenvalue=9" in repr(found)
 
 
 def test_a_budget_that_is_too_small_is_said():

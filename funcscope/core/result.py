@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -104,6 +104,16 @@ class Result:
         return ()
 
     @property
+    def unresolved(self) -> Collection[str]:
+        """Documented names of the values that these samples, steps or digits do not resolve."""
+        return ()
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """By documented name, what tables say where a value with its error would not say enough."""
+        return {}
+
+    @property
     def coords(self) -> Mapping[str, Sequence[Any]]:
         """Names or numbers along the axes; positions where an axis is not here."""
         return {}
@@ -169,12 +179,15 @@ class Result:
         return cls.restore(store.load(Path(path)))
 
     def frame(self) -> DataFrame:
-        """Tidy: a row per number, with its quantity, unit, axes (nan where a quantity is not per one) and errors."""
-        return tables.frame(self.entries(), self.coords)
+        """Tidy: a row per number, with its quantity, unit, axes (nan where a quantity is not per one) and errors.
+
+        `resolved` is False for those in `unresolved`.
+        """
+        return tables.frame(self.entries(), self.coords, self.unresolved)
 
     def table(self, tablefmt: str = "simple") -> str:
         """Numbers as rows; what is per one named axis as a table of its own, per two as a matrix."""
-        return tables.table(self.entries(), self.coords, tablefmt)
+        return tables.table(self.entries(), self.coords, self._texts, tablefmt)
 
     def __str__(self) -> str:
         return "\n".join([self.head, "", self.table(), *(textwrap.fill(text, 100) for text in self.notes)])
@@ -190,6 +203,10 @@ class Result:
         return isinstance(other, Result) and equal(self._packed, other._packed)
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _texts(self) -> dict[str, str]:
+        return dict.fromkeys(self.unresolved, "not resolved") | dict(self.texts)
 
     @cached_property
     def _packed(self) -> Packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +63,7 @@ def said(value: float, stderr: float = math.nan) -> str:
     return f"{ufloat(value, stderr):.2uP}".replace("±", " ± ")
 
 
-def frame(entries: Iterable[Entry], coordinates: Coordinates) -> DataFrame:
+def frame(entries: Iterable[Entry], coordinates: Coordinates, unresolved: Collection[str]) -> DataFrame:
     """A row per number: quantity, unit, axes, value, errors."""
     import pandas as pd
 
@@ -73,14 +73,17 @@ def frame(entries: Iterable[Entry], coordinates: Coordinates) -> DataFrame:
     whole = pd.concat(map(pd.DataFrame, parts), ignore_index=True)
     axes = [name for name in whole.columns if name not in ("quantity", "unit", "value", *ERRORS)]
     errors = [name for name in ERRORS if name in whole.columns]
+    if unresolved:
+        whole["resolved"] = ~whole["quantity"].isin(list(unresolved))
+        errors.append("resolved")
     return whole[["quantity", "unit", *axes, "value", *errors]]
 
 
-def table(entries: Iterable[Entry], coordinates: Coordinates, tablefmt: str) -> str:
+def table(entries: Iterable[Entry], coordinates: Coordinates, texts: Mapping[str, str], tablefmt: str) -> str:
     """Scalars in one table, and one more for everything that is per the same axes, where these have names."""
     shown = [entry for entry in entries if entry.quantity.shown]
     parts = []
-    if single := [_row(entry) for entry in shown if not entry.quantity.per]:
+    if single := [_row(entry, texts.get(entry.name)) for entry in shown if not entry.quantity.per]:
         used = [i for i in range(len(HEADERS)) if any(row[i] for row in single)]
         headers = [HEADERS[i] for i in used] if len(used) > 2 else ()
         parts += [_tabulated([[row[i] for i in used] for row in single], headers, tablefmt)]
@@ -140,7 +143,7 @@ def _numbers(entry: Entry) -> dict[str, np.ndarray] | None:
         return {name: np.array([numbers.get(name, math.nan) for numbers in each]) for name in each[0]}
     if is_estimate(value):
         return {name: np.array(number) for name, number in _errors(value).items()}
-    if isinstance(value, str) or value is None:
+    if isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(each, str) for each in value)):
         return None
     numbers = {"value": _array(value)}
     return numbers if entry.stderr is None else numbers | {"stderr": _array(entry.stderr)}
@@ -166,9 +169,11 @@ def _cells(entry: Entry) -> list[str]:
     return [said(value, error) for value, error in zip(flat, known, strict=True)]
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: Entry, instead: str | None) -> tuple[str, ...]:
     """Name, value, and errors over draws, over data, over both where there is more than one."""
     value = entry.value
+    if instead is not None:
+        return entry.name, instead, "", "", ""
     if is_estimate(value):
         errors = _errors(value)
         if len(errors) == 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,30 +12,29 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_flat, check_positive
 from ..core.directions import dot
+from ..core.result import Result, internal, quantity
 from .algebra import check_like
 from .matvec import Matvec, Products
 
 Status = Literal["converged", "max_steps", "negative_curvature", "stagnated"]
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(Result):
     """What conjugate gradients found, and how they ended."""
 
-    x: Float[Tensor, " p"]
-    residual: float
+    x: Float[Tensor, " p"] = internal()
+    residual: float = quantity("relative residual")
     """$\\|b - (A + \\lambda I) x\\| / \\|b\\|$, from a product with x itself, not from the recursion; 0 for b = 0."""
     num_matvecs: int
     status: Status
-    direction: Float[Tensor, " p"] | None = None
+    direction: Float[Tensor, " p"] | None = internal(default=None)
     """With `negative_curvature`: the direction p along which the steps ended."""
-    curvature: float | None = None
+    curvature: float | None = quantity("curvature of the direction", default=None)
     """With `negative_curvature`: $p^\\top (A + \\lambda I) p / p^\\top p \\le 0$; an upper bound of the least eigenvalue."""
 
-    def __repr__(self) -> str:
-        more = "" if self.curvature is None else f", curvature={self.curvature:.3g}"
-        size = f"x of {len(self.x)}, residual={self.residual:.2g}, num_matvecs={self.num_matvecs}"
-        return f"Solution({self.status}: {size}{more})"
+    @property
+    def head(self) -> str:
+        return f"{self.status.replace('_', ' ')}: {len(self.x)} unknowns, {self.num_matvecs} products"
 
 
 def conjugate_gradient(

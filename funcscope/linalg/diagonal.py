@@ -12,22 +12,29 @@ from torch import Tensor
 from ..core.checks import check_count
 from ..core.directions import dot
 from ..core.keys import BLOCK, Key, check_key, draw, fold_in, rademacher
+from ..core.result import Result, derived, internal, quantity
 from .algebra import check_like
 from .matvec import Matvec, Products
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalEstimate:
+class DiagonalEstimate(Result):
     """A diagonal with the standard error of each of its entries, both of shape (P,)."""
 
-    value: Float[Tensor, " p"]
-    stderr: Float[Tensor, " p"]
+    value: Float[Tensor, " p"] = quantity("diagonal entry", per="parameter", stderr="stderr")
+    stderr: Float[Tensor, " p"] = internal()
     num_matvecs: int
 
-    def __repr__(self) -> str:
-        error = float(self.stderr.double().square().mean().sqrt())
-        mean = float(self.value.double().mean())
-        return f"DiagonalEstimate({len(self.value)} entries, mean {mean:.4g}, rms stderr {error:.2g}, n = {self.num_matvecs})"
+    @derived("mean entry")
+    def mean(self) -> float:
+        return float(self.value.double().mean())
+
+    @derived("root mean square of the standard errors")
+    def rms_stderr(self) -> float:
+        return float(self.stderr.double().square().mean().sqrt())
+
+    @property
+    def head(self) -> str:
+        return f"diagonal of {len(self.value)} entries from {self.num_matvecs} products"
 
 
 def hutchinson_diagonal(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> DiagonalEstimate:
@@ -44,8 +51,9 @@ def hutchinson_diagonal(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, 
     proofs/hutchinson.py.
 
     >>> from funcscope.core.keys import key
-    >>> hutchinson_diagonal(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4)
-    DiagonalEstimate(5 entries, mean 2, rms stderr 0, n = 4)
+    >>> found = hutchinson_diagonal(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4)
+    >>> found.mean, found.rms_stderr
+    (2.0, 0.0)
     """
     check_sampled(like, key, num, 1)
     products, mean, scatter = Products(matvec), torch.zeros_like(like), torch.zeros_like(like)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 from jaxtyping import Bool, Float
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Key, check_key, fold_in
+from ..core.result import Result, derived, internal, quantity
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
 from .search import Search, Which
@@ -28,18 +27,17 @@ NAMES = {
 REMEDY = "What is not converged has no sure rank: pass a larger `max_matvecs`, or ask for fewer."
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Eigenpairs:
+class Eigenpairs(Result):
     """Some eigenvalues in descending order, each with the norm of its residual; prints itself as a table."""
 
-    values: Float[Tensor, " k"]
+    values: Float[Tensor, " k"] = quantity("eigenvalue", per="rank", name="eigenvalues")
     """Ritz values in float64."""
-    residuals: Float[Tensor, " k"]
+    residuals: Float[Tensor, " k"] = quantity("residual", per="rank")
     """||A y - theta y||, at least what rounding of the products explains, and the error that they say they have beside
     it (`matvec.error()`, as `hessian_difference` has it): an eigenvalue lies within it of theta."""
-    converged: Bool[Tensor, " k"]
+    converged: Bool[Tensor, " k"] = quantity("converged", per="rank", shown=False)
     """Residual at most `tol` times the largest |theta| at its end (or what rounding explains), and its place certain."""
-    vectors: Float[Tensor, "k p"] | None
+    vectors: Float[Tensor, "k p"] | None = internal()
     """Unit vectors, one per value, where they were asked for."""
     num_matvecs: int
     which: Which
@@ -51,7 +49,7 @@ class Eigenpairs:
         """|theta| is above its residual: the sign is known, and the value can be told from 0."""
         return self.values.abs() > self.residuals
 
-    @property
+    @derived("state", per="rank")
     def states(self) -> list[str]:
         """For each value: converged, not converged, or not resolved (from 0)."""
         return [
@@ -59,21 +57,17 @@ class Eigenpairs:
             for done, told in zip(self.converged.tolist(), self.resolved.tolist(), strict=True)
         ]
 
-    def __repr__(self) -> str:
-        return (
-            f"Eigenpairs({len(self.values)} {NAMES[self.which]}, {self.num_matvecs} products, "
-            f"{int(self.converged.sum())} converged)"
-        )
+    @property
+    def head(self) -> str:
+        return f"{len(self.values)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)"
 
-    def __str__(self) -> str:
-        rows = [
-            (f"{value:.6g}", f"{residual:.1g}", state)
-            for value, residual, state in zip(self.values, self.residuals, self.states, strict=True)
-        ]
-        table = tabulate(rows, headers=("eigenvalue", "residual", ""), disable_numparse=True)
-        advice = "" if self.converged.all() else f"\n{REMEDY}"
-        head = f"{len(rows)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)"
-        return f"{head}\n{table}{advice}"
+    @property
+    def coords(self) -> dict[str, range]:
+        return {"rank": range(1, len(self.values) + 1)}
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if bool(self.converged.all()) else [REMEDY]
 
 
 def eigenpairs(

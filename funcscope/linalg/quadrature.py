@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -16,16 +16,17 @@ from ..core.checks import check_choice, check_count, check_positive
 from ..core.directions import dot
 from ..core.estimate import Estimate, jackknife_stderr
 from ..core.keys import Distribution, Key, check_key, fold_in, normal, rademacher
+from ..core.result import Result, derived, quantity
 from .gauss import Resolution, christoffel, corner, rule
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric
 
 Scale = Literal["linear", "symlog"]
 Rank = Literal["effective_rank", "participation_ratio"]
+RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity:
+class SpectralDensity(Result):
     r"""Quadrature nodes and weights of every probe, and what they say about the spectrum.
 
     Every number is an `Estimate`: a mean over probes with its standard error, which holds what is left to chance in
@@ -33,9 +34,9 @@ class SpectralDensity:
     steps and logarithms are slow in `steps`: `negative_resolution` and `resolution` say whether these are enough.
     """
 
-    nodes: Float[Tensor, "n m"]
+    nodes: Float[Tensor, "n m"] = quantity("Ritz value", per=("probe", "node"))
     """Ritz values of each probe, ascending, in float64; where a Krylov space ends early, its first one again."""
-    weights: Float[Tensor, "n m"]
+    weights: Float[Tensor, "n m"] = quantity("weight of a Ritz value", per=("probe", "node"))
     """Squared first components; rows sum to 1, and a node that only fills a row has weight 0."""
     num_parameters: int
     num_matvecs: int
@@ -48,20 +49,23 @@ class SpectralDensity:
     def num_probes(self) -> int:
         return len(self.nodes)
 
-    def __repr__(self) -> str:
-        return f"SpectralDensity({self.num_probes} probes, {self.steps} steps, {self.num_matvecs} products)"
-
-    def __str__(self) -> str:
-        low, high = self.trace_squared_interval()
-        rows = {
-            "trace": str(self.trace),
-            "trace of the square": f"{float(self.trace_squared.value):.4g}, 95 % in {low:.4g} to {high:.4g}",
-            "effective rank": self.said("effective_rank"),
-            "negative fraction": self.said_negative(),
-        }
+    @property
+    def head(self) -> str:
         low, high = self.range
-        head = f"{self.num_parameters} eigenvalues, nodes from {low:.4g} to {high:.4g} ({self.num_matvecs} products)"
-        return "\n".join([head, *(f"{name:20} {value}" for name, value in rows.items())])
+        nodes = f"{self.num_probes} probes of {self.steps} steps, nodes from {low:.4g} to {high:.4g}"
+        return f"density of {self.num_parameters:,} eigenvalues: {nodes} ({self.num_matvecs} products)"
+
+    @property
+    def unresolved(self) -> list[str]:
+        open_ = [name for name in RANKS if not self.resolution(name).resolved]
+        return open_ if self.negative_resolution().resolved else [*open_, "negative_fraction"]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        low, high = self.trace_squared_interval()
+        square = f"{float(self.trace_squared.value):.4g}, 95 % in {low:.4g} to {high:.4g}"
+        ranks = {name: self.said(name) for name in RANKS}
+        return {"trace_squared": square, "negative_fraction": self.said_negative(), **ranks}
 
     def said(self, name: Rank) -> str:
         """A rank with its standard error, and, where the steps leave it open, that they do."""
@@ -82,12 +86,12 @@ class SpectralDensity:
         """The smallest and the largest node; both lie inside the spectrum."""
         return float(self.nodes.min()), float(self.nodes.max())
 
-    @property
+    @derived("trace")
     def trace(self) -> Estimate:
         """tr A, unbiased whatever the steps."""
         return self.function(lambda x: x)
 
-    @property
+    @derived("trace of the square")
     def trace_squared(self) -> Estimate:
         """tr A^2 = ||A||_F^2, unbiased from 2 steps on."""
         return self.function(torch.square)
@@ -118,6 +122,10 @@ class SpectralDensity:
     def log_determinant(self, damping: float) -> Estimate:
         """log det(A + damping I); nan where a node is at or below -damping: no logarithm of that matrix exists."""
         return self.function(lambda x: (x + damping).clamp_min(0).log() if self.range[0] > -damping else x * math.nan)
+
+    @derived("share of negative eigenvalues", name="negative_fraction")
+    def _negative_fraction(self) -> Estimate:
+        return self.negative_fraction()
 
     def negative_fraction(self, tol: float | None = None) -> Estimate:
         """The share of eigenvalues below -`tol` max|node|; `tol` is `rounding` unless given (3.5e-4 in float32).
@@ -168,7 +176,7 @@ class SpectralDensity:
             raise ValueError(f"`low` must be below `high`, got {low!r} and {high!r}.")
         return Estimate.of(self._means(lambda x: ((x >= low) & (x < high)).double()))
 
-    @property
+    @derived("effective rank", unit="eigenvalues")
     def effective_rank(self) -> Estimate:
         r"""$e^H$, H the entropy of |lambda| / sum |lambda|: 1 for one eigenvalue, r for r equal ones; nan for A = 0.
 
@@ -183,7 +191,7 @@ class SpectralDensity:
 
         return self._of_means(rank)
 
-    @property
+    @derived("participation ratio", unit="eigenvalues")
     def participation_ratio(self) -> Estimate:
         """tr(A)^2 / tr(A^2): r for r equal eigenvalues; a rank for A >= 0 only, as signs cancel in the trace.
 

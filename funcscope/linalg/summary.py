@@ -3,70 +3,62 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.checks import check_positive
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in
+from ..core.result import Result, derived, internal, quantity
 from .eigen import REMEDY, Eigenpairs, eigenpairs
 from .matvec import Matvec
 from .quadrature import SpectralDensity, spectral_density
 from .trace import TraceEstimate, xtrace
 
-_PLAIN = (
-    "max_eigenvalue", "min_eigenvalue", "spectral_norm", "spectral_gap", "condition_number", "damping",
-    "has_negative_eigenvalues", "negative_curvature_ratio", "converged", "lanczos_iterations", "num_matvecs",
-)  # fmt: skip
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SpectrumSummary:
+class SpectrumSummary(Result):
     """Eigenvalues from both ends, a trace, and a spectral density of one matrix; prints itself as a table."""
 
-    ends: Eigenpairs
+    ends: Eigenpairs = internal()
     """`num` eigenvalues from each end, in descending order."""
-    trace: TraceEstimate
-    density: SpectralDensity
+    trace: TraceEstimate = quantity("trace")
+    density: SpectralDensity = internal()
     damping: float
     num_parameters: int
     key: Key
 
-    @property
+    @derived("large eigenvalue", per="rank", shown=False)
     def top_eigenvalues(self) -> Float[Tensor, " k"]:
         """The largest ones, in descending order."""
         return self.ends.values[: len(self.ends.values) // 2]
 
-    @property
+    @derived("small eigenvalue", per="rank", shown=False)
     def bottom_eigenvalues(self) -> Float[Tensor, " k"]:
         """The smallest ones, in descending order: the last is the smallest of all."""
         return self.ends.values[len(self.ends.values) // 2 :]
 
-    @property
+    @derived("largest eigenvalue")
     def max_eigenvalue(self) -> float:
         return float(self.ends.values[0])
 
-    @property
+    @derived("smallest eigenvalue")
     def min_eigenvalue(self) -> float:
         """The smallest Ritz value: no eigenvalue found lies below, and the true smallest is at most this."""
         return float(self.ends.values[-1])
 
-    @property
+    @derived("spectral norm")
     def spectral_norm(self) -> float:
         """The largest |eigenvalue|."""
         return float(self.ends.values.abs().max())
 
-    @property
+    @derived("spectral gap")
     def spectral_gap(self) -> float:
         """The largest eigenvalue minus the second; nan where one was asked for, or where either is not converged."""
         top = self.top_eigenvalues
         return float(top[0] - top[1]) if len(top) > 1 and bool(self.ends.converged[:2].all()) else math.nan
 
-    @property
+    @derived("condition number")
     def condition_number(self) -> float:
         r"""$(\lambda_{max} + \delta) / (\max(\lambda_{min}, 0) + \delta)$, with the stated `damping` $\delta$.
 
@@ -80,7 +72,7 @@ class SpectrumSummary:
             return math.nan
         return (self.max_eigenvalue + self.damping) / (max(self.min_eigenvalue, 0.0) + self.damping)
 
-    @property
+    @derived("whether an eigenvalue is negative")
     def has_negative_eigenvalues(self) -> bool | None:
         """The smallest Ritz value, which the smallest eigenvalue never exceeds, is below what rounding explains.
 
@@ -90,71 +82,76 @@ class SpectrumSummary:
             return True
         return False if bool(self.ends.converged[-1]) else None
 
-    @property
+    @derived("-smallest / largest eigenvalue")
     def negative_curvature_ratio(self) -> float:
         """-lambda_min / lambda_max; nan where no eigenvalue is positive, or one of the two is not converged."""
         known = self.max_eigenvalue > 0 and bool(self.ends.converged[[0, -1]].all())
         return -self.min_eigenvalue / self.max_eigenvalue if known else math.nan
 
-    @property
+    @derived("share of negative eigenvalues")
     def negative_fraction(self) -> Estimate:
         """The share of negative eigenvalues: those below -`density.rounding` times the largest node."""
         return self.density.negative_fraction()
 
-    @property
+    @derived("effective rank")
     def effective_rank(self) -> Estimate:
         """exp of the entropy of |lambda| / sum |lambda| (Roy and Vetterli)."""
         return self.density.effective_rank
 
-    @property
+    @derived("participation ratio")
     def participation_ratio(self) -> Estimate:
         """tr(A)^2 / tr(A^2); a rank for positive semidefinite matrices only."""
         return self.density.participation_ratio
 
-    @property
+    @derived("residual", per="place")
     def residuals(self) -> Float[Tensor, " k"]:
         """Of all eigenvalues, top and bottom."""
         return self.ends.residuals
 
-    @property
+    @derived("all eigenvalues converged", shown=False)
     def converged(self) -> bool:
         """Every eigenvalue of both ends is; `ends.converged` says it one by one."""
         return bool(self.ends.converged.all())
 
-    @property
+    @derived("products for the eigenvalues", shown=False)
     def lanczos_iterations(self) -> int:
         """Products that the eigenvalues took."""
         return self.ends.num_matvecs
 
-    @property
+    @derived("products", shown=False)
     def num_matvecs(self) -> int:
         """Products in all."""
         return self.ends.num_matvecs + self.trace.num_matvecs + self.density.num_matvecs
 
-    def asdict(self) -> dict[str, Any]:
-        """Everything by its documented name; standard errors under `<name>_stderr`, arrays as numpy."""
-        found: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
-        for name in ("trace", "negative_fraction", "effective_rank", "participation_ratio"):
-            estimate = getattr(self, name)
-            found[name], found[f"{name}_stderr"] = float(estimate.value), float(estimate.stderr)
-        arrays = ("top_eigenvalues", "bottom_eigenvalues", "residuals")
-        return found | {name: getattr(self, name).numpy() for name in arrays}
+    @property
+    def head(self) -> str:
+        state = "all converged" if self.converged else "NOT all converged"
+        return f"spectrum of {self.num_parameters:,} eigenvalues, {self.num_matvecs} products; the ends {state}"
 
-    def __repr__(self) -> str:
-        return (
-            f"SpectrumSummary(max_eigenvalue={self.max_eigenvalue:.4g}, min_eigenvalue={self.min_eigenvalue:.4g}, "
-            f"trace={self.trace}, {self.num_matvecs} products)"
-        )
+    @derived("eigenvalue", per="place")
+    def eigenvalues(self) -> Float[Tensor, " k"]:
+        return self.ends.values
 
-    def __str__(self) -> str:
-        num = len(self.top_eigenvalues)
-        rows = [
-            ("largest eigenvalues", *listed(self.ends, slice(0, num))),
-            ("smallest eigenvalues", *listed(self.ends, slice(num, None))),
-            *((name, *said) for name, said in shape(self).items()),
-        ]
-        state = "all converged" if self.converged else f"NOT all converged. {REMEDY}"
-        return f"{tabulate(rows, disable_numparse=True)}\n{self.num_matvecs} products; eigenvalues {state}"
+    @derived("state", per="place")
+    def states(self) -> list[str]:
+        return self.ends.states
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        num, last = len(self.top_eigenvalues), self.num_parameters
+        return {"place": [f"{i + 1:,}" if i < num else f"{last - 2 * num + i + 1:,}" for i in range(2 * num)]}
+
+    @property
+    def unresolved(self) -> list[str]:
+        return self.density.unresolved
+
+    @property
+    def texts(self) -> dict[str, str]:
+        return self.density.texts
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.converged else [REMEDY]
 
 
 def shape(summary: SpectrumSummary) -> dict[str, tuple[str, str]]:

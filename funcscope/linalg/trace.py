@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +13,7 @@ from ..core.checks import check_choice
 from ..core.directions import dot
 from ..core.estimate import Estimate
 from ..core.keys import Distribution, Key, fold_in, normal, rademacher
+from ..core.result import Result, derived, internal, quantity
 from .algebra import Slices, check_slices
 from .diagonal import check_sampled, narrow, sketch, unit_products
 from .matvec import Matvec, Products
@@ -22,46 +22,43 @@ Method = Literal["hutchinson", "hutch++", "xtrace", "exact"]
 _DRAWS = {"normal": normal, "rademacher": rademacher}
 
 
-@dataclass(frozen=True, eq=False)
-class TraceEstimate:
-    """A trace as the mean of `samples`, with its standard error and its price; prints the number of products as n."""
+class TraceEstimate(Estimate):
+    """A trace as the mean of `samples`, with its standard error and its price; prints the number of products as n.
 
-    value: Float[Tensor, ""]
-    stderr: Float[Tensor, ""]
-    """sd / sqrt(number of samples); nan where there is one sample only, 0 for `exact`."""
+    stderr: sd / sqrt(number of samples); nan where there is one sample only, 0 for `exact`.
+    """
+
     num_matvecs: int
     method: Method
-    samples: Float[Tensor, " n"]
+    samples: Float[Tensor, " n"] = quantity("sample of the trace", per="probe")
     """What `value` is the mean of, float64 on the CPU: one per probe; for XTrace one per vector left out."""
 
     @classmethod
-    def of(cls, samples: Float[Tensor, " n"], num_matvecs: int, method: Method) -> TraceEstimate:
+    def of_samples(cls, samples: Float[Tensor, " n"], num_matvecs: int, method: Method) -> TraceEstimate:
         mean = Estimate.of(samples)
         stderr = torch.zeros_like(mean.value) if method == "exact" else mean.stderr
-        return cls(mean.value, stderr, num_matvecs, method, samples)
+        return cls(mean.value, stderr, mean.num, num_matvecs, method, samples)
 
     def __str__(self) -> str:
-        return str(Estimate(self.value, self.stderr, self.num_matvecs))
+        return f"{float(self.value):.4g} ± {float(self.stderr):.2g} (n = {self.num_matvecs})"
 
 
-@dataclass(frozen=True, eq=False)
-class BlockTraces:
+class BlockTraces(Result):
     """Traces of several blocks from the same probes, by name: `found["head"]` is an `Estimate`."""
 
-    samples: dict[str, Float[Tensor, " n"]]
-    total: TraceEstimate
+    samples: dict[str, Float[Tensor, " n"]] = internal()
+    total: TraceEstimate = quantity("trace", name="trace")
 
     def __getitem__(self, name: str) -> Estimate:
         return Estimate.of(self.samples[name])
 
-    @property
+    @derived("trace of the block", per="block", name="block_trace")
     def estimates(self) -> dict[str, Estimate]:
         return {name: self[name] for name in self.samples}
 
-    def __str__(self) -> str:
-        rows = {**self.estimates, "(all coordinates)": self.total}
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {row}" for name, row in rows.items())
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"block": list(self.samples)}
 
 
 def hutchinson_trace(
@@ -86,7 +83,7 @@ def hutchinson_trace(
     check_sampled(like, key, num, 1)
     check_choice("distribution", distribution, get_args(Distribution))
     products = Products(matvec)
-    return TraceEstimate.of(_forms(products, like, key, num, distribution), num, "hutchinson")
+    return TraceEstimate.of_samples(_forms(products, like, key, num, distribution), num, "hutchinson")
 
 
 def block_traces(
@@ -125,7 +122,7 @@ def block_traces(
         for name, slices in groups.items():
             samples[name][i] = sum(dot(z[s], az[s]) for s in slices)
         total.append(dot(z, az))
-    return BlockTraces(samples, TraceEstimate.of(torch.tensor(total, dtype=torch.float64), num, "hutchinson"))
+    return BlockTraces(samples, TraceEstimate.of_samples(torch.tensor(total, dtype=torch.float64), num, "hutchinson"))
 
 
 def hutchpp_trace(
@@ -163,7 +160,7 @@ def hutchpp_trace(
 
     forms = _forms(products, like, fold_in(key, "rest"), num - 2 * third, distribution, rest)
     head = sum(dot(q, products(q)) for q in basis)
-    return TraceEstimate.of(head + forms, products.num, "hutch++")
+    return TraceEstimate.of_samples(head + forms, products.num, "hutch++")
 
 
 def xtrace(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> TraceEstimate:
@@ -212,7 +209,7 @@ def xtrace(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> 
     head = small.trace() - (out * (small @ out)).sum(0)
     form = found.forms - 2 * (x * found.coefs).sum(0) + (x * (small @ x)).sum(0)
     free = len(like) - found.rank + out.any(0).double()
-    return TraceEstimate.of(head + free * form / (squares - x.square().sum(0)), products.num, "xtrace")
+    return TraceEstimate.of_samples(head + free * form / (squares - x.square().sum(0)), products.num, "xtrace")
 
 
 def _forms(
@@ -230,4 +227,4 @@ def _forms(
 
 def _exact(products: Products, like: Tensor) -> TraceEstimate:
     trace = unit_products(products, like).cpu().double().sum()
-    return TraceEstimate.of(trace[None], products.num, "exact")
+    return TraceEstimate.of_samples(trace[None], products.num, "exact")

@@ -47,7 +47,7 @@ def summary_of(arrays: Mapping[str, np.ndarray], told: Mapping[str, Mapping[str,
 
 def trace_of(arrays: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> TraceEstimate:
     """The trace of which the samples were stored."""
-    return TraceEstimate.of(_tensor(arrays, "trace_samples"), told["num_matvecs"], told["method"])
+    return TraceEstimate.of_samples(_tensor(arrays, "trace_samples"), told["num_matvecs"], told["method"])
 
 
 def _ends(arrays: Mapping[str, np.ndarray], told: Mapping[str, Any], key: Key) -> Eigenpairs:
