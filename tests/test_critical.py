@@ -166,11 +166,7 @@ def test_every_status():
     wide = critical_sharpness(bump, 0.9 * at, tolerance=1e-9, max_forwards=6)
     assert wide.status == "not narrowed"
     assert wide.interval[0] < wide.value < wide.interval[1]
-    found = critical_sharpness(square, at)
-    assert "2 ± nan in" in str(found)
-    assert math.isnan(found.stderr)
-    assert "nan (ascent direction" in str(up)
-    assert str(found.num_forwards) in str(found)
+    assert math.isnan(critical_sharpness(square, at).stderr)
 
 
 def test_an_infinite_loss_counts_as_a_rise():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Coordinates = Mapping[str, Sequence[Any]]
 """Names or numbers along axes."""
 ERRORS = ("stderr", "stderr_data", "stderr_total")
-HEADERS = ("", "value", "stderr", "over data", "in all")
+HEADERS = ("", "value", "over draws", "over data", "in all")
 LONGEST = 40
 """Rows of a table; what is per more things than this is drawn, not printed."""
 
@@ -83,10 +83,8 @@ def table(entries: Iterable[Entry], coordinates: Coordinates, texts: Mapping[str
     """Scalars in one table, and one more for everything that is per the same axes, where these have names."""
     shown = [entry for entry in entries if entry.quantity.shown]
     parts = []
-    if single := [_row(entry, texts.get(entry.name)) for entry in shown if not entry.quantity.per]:
-        used = [i for i in range(len(HEADERS)) if any(row[i] for row in single)]
-        headers = [HEADERS[i] for i in used] if len(used) > 2 else ()
-        parts += [_tabulated([[row[i] for i in used] for row in single], headers, tablefmt)]
+    if single := [entry for entry in shown if not entry.quantity.per]:
+        parts += [_scalars(single, texts, tablefmt)]
     for axes in dict.fromkeys(entry.quantity.per for entry in shown if entry.quantity.per):
         names = [list(map(str, coordinates.get(axis, ()))) for axis in axes]
         same = [entry for entry in shown if entry.quantity.per == axes]
@@ -98,6 +96,21 @@ def table(entries: Iterable[Entry], coordinates: Coordinates, texts: Mapping[str
 def is_estimate(value: Any) -> bool:
     """A value with its standard errors (`estimate.Estimate`)."""
     return hasattr(value, "named") and hasattr(value, "stderr")
+
+
+def _scalars(entries: list[Entry], texts: Mapping[str, str], tablefmt: str) -> str:
+    """A row each; errors in columns where some are over draws and over data, else beside their values."""
+    crossed = any(is_estimate(entry.value) and len(_errors(entry.value)) > 2 for entry in entries)
+    rows = []
+    for entry in entries:
+        if entry.name in texts:
+            rows.append([entry.name, texts[entry.name]])
+        elif crossed and is_estimate(entry.value):
+            value, *errors = _errors(entry.value).values()
+            rows.append([entry.name, said(value), *(f"{error:.2g}" for error in errors)])
+        else:
+            rows.append([entry.name, _cell(entry)])
+    return _tabulated(rows, HEADERS if crossed else (), tablefmt)
 
 
 def _list(axis: str, names: list[str], entries: list[Entry], tablefmt: str) -> str:
@@ -169,20 +182,9 @@ def _cells(entry: Entry) -> list[str]:
     return [said(value, error) for value, error in zip(flat, known, strict=True)]
 
 
-def _row(entry: Entry, instead: str | None) -> tuple[str, ...]:
-    """Name, value, and errors over draws, over data, over both where there is more than one."""
+def _cell(entry: Entry) -> str:
+    """A single number, word or range, with its standard error."""
     value = entry.value
-    if instead is not None:
-        return entry.name, instead, "", "", ""
-    if is_estimate(value):
-        errors = _errors(value)
-        if len(errors) == 2:
-            return entry.name, said(errors["value"], errors["stderr"]), "", "", ""
-        return entry.name, f"{errors['value']:.5g}", *(f"{errors[name]:.2g}" for name in ERRORS)
-    if entry.stderr is not None:
-        return entry.name, said(float(value), float(entry.stderr)), "", "", ""
     if isinstance(value, (bool, str)):
-        return entry.name, str(value), "", "", ""
-    if isinstance(value, (tuple, list)):
-        return entry.name, " to ".join(said(each) for each in value), "", "", ""
-    return entry.name, said(float(value)), "", "", ""
+        return str(value)
+    return " to ".join(_cells(entry))

@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from tabulate import tabulate
 
 from ..core.keys import Key
+from ..core.pack import storable
+from ..core.result import Result, derived
 
 Verdict = Literal["right", "wrong", "missing", "undecided"]
 
 
+@storable
 @dataclass(frozen=True)
 class Way:
     """One way to a number, compared with another that does not share its faults.
@@ -29,6 +31,7 @@ class Way:
     reason: str = ""
 
 
+@storable
 @dataclass(frozen=True)
 class Culprit:
     """A module, or the criterion, whose own derivatives are wrong or missing, and not because of a part of it.
@@ -43,8 +46,7 @@ class Culprit:
     missing: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(Result):
     """Which derivatives of a loss are right, judged by differences of its values. Made by `audit`."""
 
     ways: tuple[Way, ...]
@@ -63,24 +65,41 @@ class Audit:
         """The ways of one verdict, of one order or of all."""
         return tuple(way.name for way in self.ways if way.verdict == verdict and order in (None, way.order))
 
+    @derived("order of the derivative", per="way")
+    def order(self) -> list[int]:
+        return [way.order for way in self.ways]
+
+    @derived("verdict", per="way")
+    def verdict(self) -> list[str]:
+        return [way.verdict for way in self.ways]
+
+    @derived("deviation from the judge, relative", per="way")
+    def deviation(self) -> list[float]:
+        return [way.deviation for way in self.ways]
+
+    @derived("deviation that is explained, relative", per="way")
+    def allowed(self) -> list[float]:
+        return [way.allowed for way in self.ways]
+
+    @derived("reason", per="way")
+    def reason(self) -> list[str]:
+        return [way.reason for way in self.ways]
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"way": [way.name for way in self.ways]}
+
+    @property
+    def notes(self) -> list[str]:
+        return [*map(_line, self.culprits), *self._advice()]
+
     def asdict(self) -> dict[str, Any]:
         """Plain numbers and names."""
-        return {
-            "ways": [asdict(way) for way in self.ways],
-            "culprits": [asdict(culprit) for culprit in self.culprits],
-            "num_directions": self.num_directions,
-            "has_kinks": self.has_kinks,
-            "values_dtype": str(self.values_dtype).removeprefix("torch."),
-            "key": str(self.key),
-        }
+        parts = {"ways": [asdict(way) for way in self.ways], "culprits": [asdict(each) for each in self.culprits]}
+        return super().asdict() | parts | {"values_dtype": str(self.values_dtype).removeprefix("torch.")}
 
-    def __str__(self) -> str:
-        rows = [(way.name, way.order, way.verdict, way.deviation, way.allowed, way.reason) for way in self.ways]
-        headers = ("", "order", "verdict", "deviation", "allowed", "")
-        table = tabulate(rows, headers=headers, floatfmt=".1e", missingval="")
-        return "\n".join([self._title(), table, *map(_line, self.culprits), *self._advice()])
-
-    def _title(self) -> str:
+    @property
+    def head(self) -> str:
         pieces = ", piecewise smooth" if self.has_kinks else ""
         dtype = str(self.values_dtype).removeprefix("torch.")
         return f"derivatives along {self.num_directions} directions, judged by differences of values in {dtype}{pieces}"

@@ -20,40 +20,40 @@ from ..core.layout import Params
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
+from ..core.result import Result, derived, internal, quantity
 from .sequence_forms import SequenceForms
 
 Steps = Literal["sphere", "normal", "relative"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AverageSharpness:
+class AverageSharpness(Result):
     r"""Losses after random steps and their opposites; made by `average_sharpness`.
 
     `positive` and `negative` have one entry per pair, float64 on the CPU, non-finite ones included. Nats.
     """
 
-    loss: float
+    loss: float = quantity("loss", unit="nats")
     r"""$L(\theta)$."""
-    forms: SequenceForms
+    forms: SequenceForms = internal()
     """The mean rise of each finite pair, sequence by sequence."""
-    positive: Float[Tensor, " n"]
+    positive: Float[Tensor, " n"] = quantity("loss after the step", unit="nats", per="pair")
     r"""$L(\theta + d_i)$."""
-    negative: Float[Tensor, " n"]
+    negative: Float[Tensor, " n"] = quantity("loss after the opposite step", unit="nats", per="pair")
     r"""$L(\theta - d_i)$."""
     distribution: str
     epsilon: float
     num_parameters: int
-    trace: Estimate | None
+    trace: Estimate | None = internal()
     """What the caller passed: the trace, or for `relative` the trace weighted by squared parameters."""
     unit_roundoff: float
     key: Key
 
-    @property
+    @derived("mean rise of a pair", unit="nats", per="pair")
     def values(self) -> Float[Tensor, " n"]:
         """The mean rise of each pair; odd orders of the loss cancel in it."""
         return (self.positive - self.loss + (self.negative - self.loss)) / 2
 
-    @property
+    @derived("pairs that are not finite")
     def num_nonfinite(self) -> int:
         """Pairs with a loss that is not finite; they are in `values`, and in no mean."""
         return int((~self.values.isfinite()).sum())
@@ -63,12 +63,12 @@ class AverageSharpness:
         """The sharpness with its standard error over finite pairs: biased downwards where `num_nonfinite` is not 0."""
         return Estimate.of(self.values[self.values.isfinite()])
 
-    @property
+    @derived("average sharpness", unit="nats", name="sharpness")
     def errors(self) -> Crossed:
         """The same with its errors over the pairs, over the sequences, and over both."""
         return self.forms.mean
 
-    @property
+    @derived("second order from the trace", unit="nats")
     def predicted(self) -> Estimate | None:
         r"""The second order, $\epsilon^2 \operatorname{tr} H / 2P$, from the trace that was passed; None without one."""
         if self.trace is None:
@@ -76,25 +76,19 @@ class AverageSharpness:
         factor = self.epsilon**2 / 2 / (1 if self.distribution == "relative" else self.num_parameters)
         return Estimate(self.trace.value * factor, self.trace.stderr * factor, self.trace.num)
 
-    @property
+    @derived("rounding", unit="nats")
     def rounding(self) -> float:
         r"""The order of what rounding of the losses does to each value: $2 u |L|$, u the model's unit roundoff."""
         return 2 * self.unit_roundoff * abs(self.loss)
 
-    @property
+    @derived("forward passes", shown=False)
     def num_forwards(self) -> int:
         """Passes over all batches."""
         return 2 * len(self.positive) + 1
 
-    def __str__(self) -> str:
-        second = "" if self.predicted is None else f"; second order {self.predicted}"
-        lost = f"; {self.num_nonfinite} pairs not finite" if self.num_nonfinite else ""
-        total, num = float(self.errors.stderr_total), self.forms.terms.shape[1]
-        data = f" over steps, ± {total:.2g} over steps and {num} sequences"
-        head = f"average sharpness, {self.distribution} steps, epsilon {self.epsilon:.4g}"
-        return f"{head}: {self.estimate}{data}{second}{lost}"
-
-    __repr__ = __str__
+    @property
+    def head(self) -> str:
+        return f"average sharpness, {len(self.positive)} pairs of {self.distribution} steps, epsilon {self.epsilon:.4g}"
 
 
 def average_sharpness(

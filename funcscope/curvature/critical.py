@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -11,43 +11,44 @@ from torch import Tensor
 from ..core.checks import check_count, check_positive
 from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
+from ..core.result import Result, quantity
 from .critical_search import Bracket, bracket
 from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 
 
-@dataclass(frozen=True)
-class CriticalSharpness:
+class CriticalSharpness(Result):
     r"""The critical learning rate of a loss along an update; made by `critical_sharpness`.
 
     Sharpness is in nats per squared unit of theta where the update is a gradient: $2 / \eta$ for the learning rate $\eta$.
     """
 
-    value: float
+    value: float = quantity("critical sharpness", stderr="stderr")
     r"""$\lambda_c = 2 / \eta_c$; nan where `status` is neither `found` nor `not narrowed`."""
-    interval: tuple[float, float]
+    interval: tuple[float, float] = quantity("interval of the critical sharpness", per="bound")
     """Between these lies the sharpness: the loss has risen at the learning rate of the one and not at that of the other."""
     stderr: float
     """Over sequences, with the update held fixed; nan for one sequence."""
     status: Status
-    learning_rate: float
+    learning_rate: float = quantity("critical learning rate")
     r"""$\eta_c$."""
-    learning_rate_interval: tuple[float, float]
-    slope: float
+    learning_rate_interval: tuple[float, float] = quantity("interval of the critical learning rate", per="bound")
+    slope: float = quantity("slope along the update")
     r"""$g^\top u$: how fast the loss falls along the update."""
-    loss: float
+    loss: float = quantity("loss", unit="nats")
     rounding: float
     """The relative error of the value that rounding of two losses may make."""
     num_forwards: int
     """Passes over all batches, beside the one gradient (or the one `jvp` along a given update)."""
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        known = (
-            f"{self.value:.4g} ± {self.stderr:.2g} in [{low:.4g}, {high:.4g}]" if math.isfinite(self.value) else "nan"
-        )
-        return f"critical sharpness {known} ({self.status}, {self.num_forwards} forward passes)"
+    @property
+    def head(self) -> str:
+        return f"critical sharpness: {self.status}, {self.num_forwards} forward passes"
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"bound": ["low", "high"]}
 
 
 def critical_sharpness(
@@ -91,8 +92,9 @@ def critical_sharpness(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
     >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
-    >>> print(critical_sharpness(loss, torch.tensor([3.0])))                                # L'' = 2 at every point
-    critical sharpness 2 ± nan in [1.956, 2.044] (found, 3 forward passes)
+    >>> found = critical_sharpness(loss, torch.tensor([3.0]))                               # L'' = 2 at every point
+    >>> round(found.value, 3), [round(end, 3) for end in found.interval]
+    (2.0, [1.956, 2.044])
     """
     at = leaves_of(loss, theta)
     if direction is not None:

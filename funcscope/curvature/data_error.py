@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from scipy.stats import t as student
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
 from ..linalg.eigen import Eigenpairs
 from .sequence_forms import Matrix, SequenceForms, check_sum, crossed_forms
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EigenvalueErrors:
+class EigenvalueErrors(Result):
     """Eigenvalues with what other data would change in them, to first order; made by `eigenvalue_errors`."""
 
-    values: Float[Tensor, " k"]
-    residuals: Float[Tensor, " k"]
+    values: Float[Tensor, " k"] = quantity("eigenvalue", per="rank", name="eigenvalues", stderr="stderr")
+    residuals: Float[Tensor, " k"] = quantity("residual", per="rank")
     """Of the iteration: an eigenvalue of the matrix of these data is within it."""
-    forms: SequenceForms
+    forms: SequenceForms = internal()
     """What each sequence adds to each value."""
-    bias: Float[Tensor, " k"]
+    bias: Float[Tensor, " k"] = quantity("bias", per="rank")
     """How much the values of n sequences lie, in the mean, beyond those of all data, to second order; see there."""
 
-    @property
+    @derived("standard error over sequences", per="rank", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
         """Standard errors over sequences; nan for one sequence."""
         return self.forms.stderr
@@ -46,48 +44,55 @@ class EigenvalueErrors:
         """
         return _intervals(self.values - self.bias, self.forms, self.residuals, level)
 
-    @property
+    @derived("bias below the standard error", per="rank", shown=False)
     def first_order(self) -> Tensor:
         """Per value, whether its bias is below its standard error, so that the first order says what happens."""
         return self.bias.abs() < self.stderr
 
-    def __str__(self) -> str:
-        return _table("eigenvalue", self.values, self.intervals(), self.stderr, self.residuals, self._rest())
+    @derived("95 % interval", per="rank")
+    def interval(self) -> list[str]:
+        return _said(self.intervals())
 
-    __repr__ = __str__
+    @property
+    def head(self) -> str:
+        return f"{len(self.values)} eigenvalues, errors over {len(self.forms.weights)} sequences"
 
-    def _rest(self) -> list[tuple[str, str]]:
-        notes = ["" if good else "beyond first order: score more sequences" for good in self.first_order.tolist()]
-        return [(f"{bias:.2g}", note) for bias, note in zip(self.bias.tolist(), notes, strict=True)]
+    @property
+    def coords(self) -> dict[str, range]:
+        return {"rank": range(1, len(self.values) + 1)}
+
+    @property
+    def notes(self) -> list[str]:
+        open_ = [str(i + 1) for i, good in enumerate(self.first_order.tolist()) if not good]
+        return [f"beyond first order, score more sequences: rank {', '.join(open_)}"] if open_ else []
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EigenvalueDifferences:
+class EigenvalueDifferences(Result):
     """Eigenvalues of one model minus those of another, in their order; made by `compare_eigenvalues`."""
 
-    first: EigenvalueErrors
-    second: EigenvalueErrors
+    first: EigenvalueErrors = internal()
+    second: EigenvalueErrors = internal()
     paired: bool
     """Whether the errors are taken in pairs: both score the same sequences with the same weights."""
 
-    @property
+    @derived("difference, second - first", per="rank", name="differences", stderr="stderr")
     def values(self) -> Float[Tensor, " k"]:
         """second - first."""
         return self.second.values - self.first.values
 
-    @property
+    @derived("bias", per="rank")
     def bias(self) -> Float[Tensor, " k"]:
         """The difference of the two biases."""
         return self.second.bias - self.first.bias
 
-    @property
+    @derived("standard error over sequences", per="rank", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
         """Over the sequences, in pairs where `paired`."""
         if self.paired:
             return self.second.forms.minus(self.first.forms).stderr
         return torch.hypot(self.first.stderr, self.second.stderr)
 
-    @property
+    @derived("residual", per="rank")
     def residuals(self) -> Float[Tensor, " k"]:
         """What both iterations may be off by, together."""
         return self.first.residuals + self.second.residuals
@@ -99,18 +104,28 @@ class EigenvalueDifferences:
         middle = self.values - self.bias
         return torch.stack([middle - half, middle + half], 1)
 
-    @property
+    @derived("resolved", per="rank", shown=False)
     def resolved(self) -> Tensor:
         """Per value, whether the 95 % interval leaves 0 out."""
         low, high = self.intervals().T
         return (low > 0) | (high < 0)
 
-    def __str__(self) -> str:
-        notes = [("", "" if good else "not resolved") for good in self.resolved.tolist()]
-        head = "second - first, " + ("paired over the same sequences" if self.paired else "not paired")
-        return f"{head}\n{_table('difference', self.values, self.intervals(), self.stderr, self.residuals, notes)}"
+    @derived("95 % interval", per="rank")
+    def interval(self) -> list[str]:
+        return _said(self.intervals())
 
-    __repr__ = __str__
+    @property
+    def head(self) -> str:
+        return "second - first, " + ("paired over the same sequences" if self.paired else "not paired")
+
+    @property
+    def coords(self) -> dict[str, range]:
+        return {"rank": range(1, len(self.values) + 1)}
+
+    @property
+    def notes(self) -> list[str]:
+        open_ = [str(i + 1) for i, good in enumerate(self.resolved.tolist()) if not good]
+        return [f"not resolved by these sequences: rank {', '.join(open_)}"] if open_ else []
 
 
 def eigenvalue_errors(
@@ -207,13 +222,5 @@ def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:
     return tuple(Estimate(v, e, len(forms.weights)) for v, e in zip(values, forms.stderr, strict=True))
 
 
-def _table(
-    name: str, values: Tensor, intervals: Tensor, stderr: Tensor, residuals: Tensor, rest: list[tuple[str, str]]
-) -> str:
-    headers = (name, "over data", "residual", "95 % interval", "bias" if any(b for b, _ in rest) else "", "")
-    columns = (values, stderr, residuals, intervals)
-    rows = [
-        (f"{v:.5g}", f"{e:.2g}", f"{r:.1g}", f"{ends[0]:.4g} to {ends[1]:.4g}", *more)
-        for v, e, r, ends, more in zip(*(x.tolist() for x in columns), rest, strict=True)
-    ]
-    return str(tabulate(rows, headers=headers, disable_numparse=True))
+def _said(intervals: Tensor) -> list[str]:
+    return [f"{low:.4g} to {high:.4g}" for low, high in intervals.tolist()]

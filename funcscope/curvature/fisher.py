@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from ..core.checks import check_choice, check_count
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
 from ..linalg.matvec import Matvec
 from .ggn import ggn
 from .head import total_of
@@ -91,16 +91,15 @@ def empirical_fisher(
     return sandwich(loss, theta, parts, 1 / scale, keep)
 
 
-@dataclass(frozen=True, eq=False)
-class FisherDiagonal:
+class FisherDiagonal(Result):
     """The diagonal of the Fisher information, estimated from `num` draws of all labels."""
 
-    value: Float[Tensor, " p"] = field(repr=False)
-    stderr: Float[Tensor, " p"] = field(repr=False)
+    value: Float[Tensor, " p"] = quantity("diagonal entry", per="parameter", stderr="stderr")
+    stderr: Float[Tensor, " p"] = internal()
     """Of each entry, over the draws; nan for one draw."""
     num: int
 
-    @property
+    @derived("trace")
     def trace(self) -> Float[Tensor, ""]:
         return self.value.double().sum()
 

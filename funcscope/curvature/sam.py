@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.checks import check_count, check_positive
 from ..core.estimate import Estimate, ratio_interval, ratio_stderr
 from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
 from .sam_gradient import (
     Leaves,
     Terms,
@@ -29,21 +27,20 @@ from .sam_gradient import (
 )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SamSharpness:
+class SamSharpness(Result):
     r"""The rise of the loss in a step $\delta$ and its parts; made by `sam_sharpness` and `asam_sharpness`.
 
     The samples are the sequences that are scored: `sums`, `differences` and `weights` have one entry each, float64 on the
     CPU. All else in the loss's unit (nats), but `epsilon` (of theta), `relative` (none), `gradient_norm`, `curvature`.
     """
 
-    loss: float
+    loss: float = quantity("loss", unit="nats")
     r"""$L(\theta)$."""
-    sums: Float[Tensor, " n"]
+    sums: Float[Tensor, " n"] = internal()
     r"""Per sequence, the weighted sum of its token losses at $\theta$."""
-    differences: Float[Tensor, " n"]
+    differences: Float[Tensor, " n"] = internal()
     r"""Per sequence, the same sum at $\theta + \delta$ minus that at $\theta$, subtracted in float64."""
-    weights: Float[Tensor, " n"]
+    weights: Float[Tensor, " n"] = internal()
     epsilon: float
     r"""The radius of the ball that was used; $\|\delta\|$ for one step."""
     adaptive_epsilon: bool
@@ -52,12 +49,12 @@ class SamSharpness:
     """Fewer than `steps` where the ascent came to a point without gradient."""
     displacement: float
     r"""$\|[\theta + \delta] - [\theta]\|$, where [.] rounds to the dtypes that the model computes in."""
-    gradient_norm: float
-    first_order: float
+    gradient_norm: float = quantity("gradient norm")
+    first_order: float = quantity("first order of the rise", unit="nats")
     r"""$g^\top \delta_1$, $\delta_1$ the one-step displacement: $\epsilon \|g\|$."""
-    curvature: float
+    curvature: float = quantity("curvature along the step")
     r"""$\delta_1^\top H \delta_1 / \|\delta_1\|^2$, a Rayleigh quotient of the Hessian; nan where it was not asked for."""
-    second_order: float
+    second_order: float = quantity("second order of the rise", unit="nats")
     r"""$\delta_1^\top H \delta_1 / 2$: $\tfrac{\epsilon^2}{2}$ times the curvature."""
     rounding: float
     """The order of what rounding may do to `absolute`; see `sam_gradient.rounding_of_difference`."""
@@ -65,27 +62,27 @@ class SamSharpness:
     """Passes over all batches without a derivative."""
     num_gradients: int
 
-    @cached_property
+    @derived("sharpness", unit="nats", stderr="stderr")
     def absolute(self) -> float:
         r"""The sharpness, $L(\theta + \delta) - L(\theta)$."""
         return float(self.differences.sum() / self.weights.sum())
 
-    @property
+    @derived("standard error of the sharpness over sequences", unit="nats", shown=False)
     def stderr(self) -> float:
         """Its standard error over sequences, with the step held fixed; nan for one sequence."""
         return float(ratio_stderr(self.differences, self.weights))
 
-    @property
+    @derived("sharpness over the loss", stderr="relative_stderr")
     def relative(self) -> float:
         r"""$(L(\theta + \delta) - L(\theta)) / |L(\theta)|$; nan where the loss is 0."""
         return self.absolute / abs(self.loss) if self.loss else math.nan
 
-    @property
+    @derived("standard error of the sharpness over the loss", shown=False)
     def relative_stderr(self) -> float:
         """The standard error of `relative`: the loss in the denominator varies along with the difference."""
         return float(ratio_stderr(self.differences, self.sums)) if self.loss else math.nan
 
-    @property
+    @derived("95 % interval of the sharpness over the loss", per="bound")
     def relative_interval(self) -> tuple[float, float]:
         """Fieller's 95 % interval of `relative` over sequences; nan where they do not support one (`relative_note`).
 
@@ -108,7 +105,7 @@ class SamSharpness:
             return f"not resolved: the loss is {loss} over {num} sequences and may be 0, score more"
         return ""
 
-    @property
+    @derived("rise beyond the second order", unit="nats")
     def remainder(self) -> float:
         r"""`absolute - first_order - second_order`: $\epsilon^3$ and up; for several steps, also what they gain over one."""
         return self.absolute - self.first_order - self.second_order
@@ -118,25 +115,16 @@ class SamSharpness:
         """`absolute` with its standard error."""
         return Estimate(self.sums.new_tensor(self.absolute), self.sums.new_tensor(self.stderr), len(self.sums))
 
-    def __str__(self) -> str:
-        names = (
-            "absolute",
-            "relative",
-            "first_order",
-            "second_order",
-            "remainder",
-            "curvature",
-            "gradient_norm",
-            "loss",
-        )
-        errors = {"absolute": self.stderr, "relative": self.relative_stderr}
-        rows = [(name, getattr(self, name), errors.get(name, "")) for name in names]
-        low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
-        share = self.relative_note or f"{low} to {high} % of the loss at 95 % confidence"
-        head = f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
-        return f"{head}\n{tabulate(rows, headers=('', 'value', 'stderr'), floatfmt='.4g')}\nrelative: {share}"
+    @property
+    def head(self) -> str:
+        return f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
 
-    __repr__ = __str__
+    @property
+    def notes(self) -> list[str]:
+        if self.relative_note:
+            return [f"relative: {self.relative_note}"]
+        low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
+        return [f"relative: {low} to {high} % of the loss at 95 % confidence"]
 
 
 def sam_sharpness(

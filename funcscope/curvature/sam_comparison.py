@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.stats import t as student
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate, jackknife_stderr
 from ..core.objective import Loss, Theta
+from ..core.pack import storable
+from ..core.result import Result, derived, internal
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
 from .sam import SamSharpness, sam_sharpness
 
 Sharper = Literal["A", "B"] | None
 
 
+@storable
 class Eigenvalue(NamedTuple):
     """The largest eigenvalue of a Hessian as far as it is known: some true eigenvalue is within `residual` of `value`."""
 
@@ -32,30 +33,29 @@ class Eigenvalue(NamedTuple):
 Eigenvalues = tuple[Eigenvalue, Eigenvalue] | Callable[[Loss, Theta], Eigenvalue] | None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SharpnessComparison:
+class SharpnessComparison(Result):
     """Two models beside each other; made by `compare_sharpness`."""
 
-    a: SamSharpness
-    b: SamSharpness
-    eigenvalue_a: Eigenvalue | None
-    eigenvalue_b: Eigenvalue | None
+    a: SamSharpness = internal()
+    b: SamSharpness = internal()
+    eigenvalue_a: Eigenvalue | None = internal()
+    eigenvalue_b: Eigenvalue | None = internal()
     paired: bool
     """Whether both losses score the same sequences with the same weights, so that their errors are taken in pairs."""
 
-    @property
+    @derived("difference of the sharpnesses, A - B", unit="nats")
     def sam_difference(self) -> Estimate:
         """S_A - S_B; standard error over sequences, paired where they are the same."""
         return self._statistic(lambda a, b: a - b, lambda: math.hypot(self.a.stderr, self.b.stderr))
 
-    @property
+    @derived("95 % interval of the difference", unit="nats", per="bound")
     def sam_interval(self) -> tuple[float, float]:
         """95 % interval of `sam_difference`, by Student's t of n - 1 sequences; nan for one."""
         gap = self.sam_difference
         half = float(student.ppf(0.975, gap.num - 1)) * float(gap.stderr) if gap.num > 1 else math.nan
         return float(gap.value) - half, float(gap.value) + half
 
-    @property
+    @derived("ratio of the sharpnesses, A / B")
     def sam_ratio(self) -> Estimate:
         """S_A / S_B; meaningful where both are positive, nan where S_B is 0."""
         a, b = self.a.absolute, self.b.absolute
@@ -65,14 +65,14 @@ class SharpnessComparison:
 
         return self._statistic(lambda a, b: a / b, separate)
 
-    @property
+    @derived("ratio of the largest eigenvalues, A / B")
     def eigenvalue_ratio(self) -> float:
         """lambda_A / lambda_B; nan where they are not known, or B's is 0."""
         if self.eigenvalue_a is None or self.eigenvalue_b is None or self.eigenvalue_b.value == 0:
             return math.nan
         return self.eigenvalue_a.value / self.eigenvalue_b.value
 
-    @property
+    @derived("what the residuals leave of the ratio", per="bound")
     def eigenvalue_ratio_interval(self) -> tuple[float, float]:
         """What the residuals leave of the ratio, for two positive eigenvalues; nan where B's may be 0 or less."""
         a, b = self.eigenvalue_a, self.eigenvalue_b
@@ -88,12 +88,12 @@ class SharpnessComparison:
             return None
         return compare_eigenvalues(b.errors, a.errors)
 
-    @property
+    @derived("the sharper one by SAM")
     def sharper_by_sam(self) -> Sharper:
         """The model whose loss rises more; None where they are equal. `sam_difference` has the certainty."""
         return _larger(self.a.absolute - self.b.absolute, 0.0)
 
-    @property
+    @derived("the sharper one by the largest eigenvalue")
     def sharper_by_eigenvalue(self) -> Sharper:
         """The model of the larger eigenvalue on these data; None where the residuals leave it open, or nothing is known.
 
@@ -116,27 +116,38 @@ class SharpnessComparison:
         error = jackknife_stderr(of(_left_out(self.a), _left_out(self.b))) if num > 1 else value.new_tensor(math.nan)
         return Estimate(value, error, num)
 
-    def __str__(self) -> str:
-        def known(x: Eigenvalue | None) -> str:
-            if x is None:
-                return ""
-            data = "" if x.errors is None else f" ± {float(x.errors.stderr[0]):.2g}"
-            return f"{x.value:.4g}{data} (residual {x.residual:.2g})"
+    @property
+    def head(self) -> str:
+        return "A and B " + ("in pairs over the same sequences" if self.paired else "over sequences, not paired")
 
-        gap = self.eigenvalue_difference
-        apart = "" if gap is None else f"{float(gap.values[0]):.4g} ± {float(gap.stderr[0]):.2g}"
-        rows = [
-            ("A", self.a.estimate, self.a.first_order, known(self.eigenvalue_a)),
-            ("B", self.b.estimate, self.b.first_order, known(self.eigenvalue_b)),
-            ("A - B", self.sam_difference, "", apart),
-            ("A / B", self.sam_ratio, "", f"{self.eigenvalue_ratio:.4g}"),
-            ("sharper", self.sharper_by_sam, "", self.sharper_by_eigenvalue),
-        ]
-        table = tabulate(rows, headers=("", "SAM", "of it slope", "largest eigenvalue"), floatfmt=".4g")
-        over = "in pairs over the same sequences" if self.paired else "over sequences, not paired"
-        return "\n".join([str(table), f"± {over}", *self._open()])
+    @derived("sharpness", unit="nats", per="model")
+    def sharpness(self) -> dict[str, Estimate]:
+        return {"A": self.a.estimate, "B": self.b.estimate}
 
-    def _open(self) -> list[str]:
+    @derived("first order of the sharpness", unit="nats", per="model")
+    def first_order(self) -> list[float]:
+        return [self.a.first_order, self.b.first_order]
+
+    @derived("largest eigenvalue", per="model", stderr="eigenvalue_stderr")
+    def eigenvalue(self) -> list[float]:
+        return [math.nan if x is None else x.value for x in (self.eigenvalue_a, self.eigenvalue_b)]
+
+    @property
+    def eigenvalue_stderr(self) -> list[float]:
+        """Over the sequences; nan where it is not known."""
+        pair = (self.eigenvalue_a, self.eigenvalue_b)
+        return [math.nan if x is None or x.errors is None else float(x.errors.stderr[0]) for x in pair]
+
+    @derived("residual of the largest eigenvalue", per="model")
+    def residual(self) -> list[float]:
+        return [math.nan if x is None else x.residual for x in (self.eigenvalue_a, self.eigenvalue_b)]
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"bound": ["low", "high"], "model": ["A", "B"]}
+
+    @property
+    def notes(self) -> list[str]:
         """What the sequences do not decide."""
         low, high = self.sam_interval
         notes = [] if low > 0 or high < 0 else ["SAM: which model is sharper is not resolved by these sequences"]
@@ -144,8 +155,6 @@ class SharpnessComparison:
         if gap is not None and not bool(gap.resolved[0]):
             notes.append("largest eigenvalue: which is larger is not resolved by these sequences")
         return notes
-
-    __repr__ = __str__
 
 
 def compare_sharpness(

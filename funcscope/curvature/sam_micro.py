@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..core.checks import check_count
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta, check_point
+from ..core.result import Result, derived, quantity
 from .sam import SamSharpness, sam_sharpness
 
 
-@dataclass(frozen=True, eq=False)
-class MSharpness:
+class MSharpness(Result):
     """One-step sharpness of every micro-batch of m sequences; made by `m_sharpness`."""
 
-    values: Float[Tensor, " n"]
+    values: Float[Tensor, " n"] = quantity("sharpness", unit="nats", per="micro-batch")
     """One per micro-batch, float64, nats."""
-    losses: Float[Tensor, " n"]
-    gradient_norms: Float[Tensor, " n"]
+    losses: Float[Tensor, " n"] = quantity("loss", unit="nats", per="micro-batch")
+    gradient_norms: Float[Tensor, " n"] = quantity("gradient norm", per="micro-batch")
     m: int
     epsilon: float
     num_left_out: int
@@ -32,13 +32,14 @@ class MSharpness:
     num_forwards: float
     """Passes over as many sequences as the loss has, without a derivative; as many gradients."""
 
-    @property
+    @derived("mean sharpness", unit="nats", name="sharpness")
     def estimate(self) -> Estimate:
         """The mean over micro-batches with its standard error."""
         return Estimate.of(self.values)
 
-    def __str__(self) -> str:
-        return f"{self.m}-sharpness within {self.epsilon:.4g} of theta: {self.estimate}"
+    @property
+    def head(self) -> str:
+        return f"{self.m}-sharpness within {self.epsilon:.4g} of theta"
 
 
 def m_sharpness(
@@ -69,8 +70,8 @@ def m_sharpness(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
     >>> loss = objective.objective(net, [(torch.ones(2, 1), torch.tensor([[1.0], [-3.0]]))], square)
-    >>> print(m_sharpness(loss, torch.zeros(1), m=1, epsilon=0.5))                    # 1.5^2 - 1^2 and 3.5^2 - 3^2
-    1-sharpness within 0.5 of theta: 2.25 ± 1 (n = 2)
+    >>> print(m_sharpness(loss, torch.zeros(1), m=1, epsilon=0.5).estimate)           # 1.5^2 - 1^2 and 3.5^2 - 3^2
+    2.25 ± 1 (n = 2)
     """
     check_point(loss, theta)
     cut = micro_batches(loss, m)

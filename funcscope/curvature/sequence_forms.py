@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +15,7 @@ from ..core.checks import check_choice, check_count
 from ..core.estimate import Crossed, Estimate, ratio_stderr
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
+from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Matvec
 from .head import hessian_of, total_of
 from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
@@ -29,8 +28,7 @@ NUMBERS = 2**22
 """Of the products of sequences that are made at once, unless `chunk_size` says otherwise."""
 
 
-@dataclass(frozen=True, eq=False)
-class SequenceForms:
+class SequenceForms(Result):
     r"""$q_{ji} = v_j^\top A_i v_j$ of k vectors and n sequences that are scored; made by `sequence_forms`.
 
     $A_i$ is the matrix of the *sum* of the weighted token losses of sequence i, so that the form of the mean is
@@ -38,22 +36,22 @@ class SequenceForms:
     sequences have a difference, `second - first`, with errors in pairs.
     """
 
-    terms: Float[Tensor, "k n"]
-    weights: Float[Tensor, " n"]
+    terms: Float[Tensor, "k n"] = quantity("form of the sum", per=("vector", "sequence"))
+    weights: Float[Tensor, " n"] = quantity("weight", per="sequence")
     group: int = 1
     """Sequences that are taken together, as one of n: errors are then those over groups."""
 
-    @cached_property
+    @derived("form", per="vector", name="forms", stderr="stderr")
     def values(self) -> Float[Tensor, " k"]:
         """The forms of the whole."""
         return self.terms.sum(1) / self.weights.sum()
 
-    @cached_property
+    @derived("standard error over sequences", per="vector", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
         """Of each value, over the sequences (jackknife); nan for one sequence."""
         return ratio_stderr(self.terms, self.weights)
 
-    @property
+    @derived("mean of the forms")
     def mean(self) -> Crossed:
         """The mean over the vectors, taken for a random sample of all, with its errors over vectors and sequences."""
         rows = (self.terms - self.values[:, None] * self.weights) / self.weights.sum() / len(self.terms)

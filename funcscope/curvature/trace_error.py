@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..core.checks import check_count
 from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal
 from .ggn import ggn
 from .hessian import hessian
 from .pullbacks import flat
@@ -18,14 +17,13 @@ from .sequence_forms import NUMBERS, Matrix, SequenceForms, check_sum, sequence_
 _OPERATORS = {"hessian": hessian, "ggn": ggn}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class TraceErrors:
+class TraceErrors(Result):
     """A trace from random probes and a sample of sequences, with the errors of both; made by `trace_errors`."""
 
-    forms: SequenceForms
+    forms: SequenceForms = internal()
     key: Key
 
-    @property
+    @derived("trace")
     def trace(self) -> Crossed:
         return self.forms.mean
 
@@ -35,11 +33,6 @@ class TraceErrors:
         Raises ValueError for other sequences or another number of probes.
         """
         return self.forms.minus(other.forms).mean
-
-    def __str__(self) -> str:
-        return f"trace {self.trace}"
-
-    __repr__ = __str__
 
 
 def trace_errors(
@@ -69,8 +62,8 @@ def trace_errors(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
     >>> loss = objective.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
-    >>> trace_errors(loss, net.theta, key=keys.key(0), num=2)                       # the mean of x^2: 1, 4, 9
-    trace 4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
+    >>> print(trace_errors(loss, net.theta, key=keys.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
+    4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
     """
     check_key(key)
     check_count("num", num)

@@ -57,14 +57,14 @@ class SpectralDensity(Result):
 
     @property
     def unresolved(self) -> list[str]:
-        open_ = [name for name in RANKS if not self.resolution(name).resolved]
+        open_: list[str] = [name for name in RANKS if not self.resolution(name).resolved]
         return open_ if self.negative_resolution().resolved else [*open_, "negative_fraction"]
 
     @property
     def texts(self) -> dict[str, str]:
         low, high = self.trace_squared_interval()
         square = f"{float(self.trace_squared.value):.4g}, 95 % in {low:.4g} to {high:.4g}"
-        ranks = {name: self.said(name) for name in RANKS}
+        ranks: dict[str, str] = {name: self.said(name) for name in RANKS}
         return {"trace_squared": square, "negative_fraction": self.said_negative(), **ranks}
 
     def said(self, name: Rank) -> str:

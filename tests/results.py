@@ -1,0 +1,73 @@
+"""One example of every result of the package, made by the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+import funcscope as fs
+from funcscope.core.estimate import Crossed, Estimate
+from funcscope.core.result import Result
+from funcscope.curvature.fisher import fisher_diagonal_mc
+from funcscope.linalg import block_traces, hutchinson_diagonal
+
+NUM = 6
+BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
+
+
+@cache
+def loss() -> fs.Loss:
+    """A small classifier on six sequences."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    inputs = fs.normal(fs.key(1), torch.zeros(NUM, 3, dtype=torch.float64))
+    return fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+
+
+@cache
+def theta() -> torch.Tensor:
+    return loss().net.theta
+
+
+def matrix() -> Callable[[torch.Tensor], torch.Tensor]:
+    return fs.hessian(loss(), theta())
+
+
+def pairs() -> Result:
+    return fs.eigenpairs(matrix(), theta(), key=fs.key(0), num=2, vectors=True)
+
+
+EXAMPLES: dict[str, Callable[[], Result]] = {
+    "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
+    "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
+    "TraceEstimate": lambda: fs.xtrace(matrix(), theta(), key=fs.key(0), num=8),
+    "BlockTraces": lambda: block_traces(
+        matrix(), theta(), {"in": [slice(0, 16)], "out": [slice(16, 26)]}, key=fs.key(0), num=3
+    ),
+    "DiagonalEstimate": lambda: hutchinson_diagonal(matrix(), theta(), key=fs.key(0), num=4),
+    "Solution": lambda: fs.conjugate_gradient(matrix(), theta(), damping=10.0),
+    "Eigenpairs": pairs,
+    "SpectralDensity": lambda: fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6),
+    "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
+    "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
+    "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),
+    "MSharpness": lambda: fs.m_sharpness(loss(), theta(), m=2),
+    "SamSharpness": lambda: fs.sam_sharpness(loss(), theta()),
+    "AverageSharpness": lambda: fs.average_sharpness(
+        loss(), theta(), key=fs.key(0), num=3, trace=Estimate.of(torch.ones(2))
+    ),
+    "SharpnessComparison": lambda: fs.compare_sharpness(loss(), theta(), loss(), 2 * theta()),
+    "SequenceForms": lambda: fs.sequence_forms(loss(), theta(), torch.stack([theta(), 2 * theta()])),
+    "EigenvalueErrors": lambda: fs.eigenvalue_errors(loss(), theta(), pairs()),
+    "EigenvalueDifferences": lambda: fs.compare_eigenvalues(*2 * [fs.eigenvalue_errors(loss(), theta(), pairs())]),
+    "TraceErrors": lambda: fs.trace_errors(loss(), theta(), key=fs.key(0), num=3),
+    "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
+}
+
+
+@cache
+def example(name: str) -> Result:
+    return EXAMPLES[name]()

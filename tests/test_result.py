@@ -1,0 +1,157 @@
+"""Laws of every result: stored and restored, as a dictionary, a frame, a table, in a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from results import EXAMPLES, example  # imports funcscope, with all its results
+
+from funcscope.core.pack import equal, pack, unpack
+from funcscope.core.result import Result
+from funcscope.core.store import Damaged, to_json
+
+every = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def classes(base: type = Result) -> set[type]:
+    return {each for sub in base.__subclasses__() for each in {sub, *classes(sub)}}
+
+
+def test_every_result_of_the_package_has_an_example_here():
+    assert {each.__name__ for each in classes() if each.__module__.startswith("funcscope.")} == EXAMPLES.keys()
+
+
+@every
+def test_a_result_that_was_stored_comes_back_equal_to_the_last_bit(name, tmp_path):
+    result = example(name)
+    for suffix in ("npz", "safetensors"):
+        result.save(tmp_path / f"a.{suffix}")
+        back = type(result).load(tmp_path / f"a.{suffix}")
+        assert type(back) is type(result)
+        assert back == result
+        assert str(back) == str(result)
+        same(back.asdict(), result.asdict())
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(other[key]))
+
+
+@every
+def test_every_field_decides_equality(name):
+    result = example(name)
+    for each in dataclasses.fields(result):
+        value = getattr(result, each.name)
+        other = value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else "another"
+        if other == value or (isinstance(value, float) and not math.isfinite(value)):
+            other = 0.5
+        changed = object.__new__(type(result))
+        vars(changed).update(
+            {key: x for key, x in vars(result).items() if key in {f.name for f in dataclasses.fields(result)}}
+        )
+        vars(changed)[each.name] = other
+        assert changed != result, each.name
+
+
+@every
+def test_a_dictionary_holds_plain_values_that_json_and_numpy_can_say(name):
+    result = example(name)
+    values = result.asdict()
+    assert values
+    json.dumps(to_json(values), allow_nan=False)
+    for key, value in values.items():
+        assert isinstance(key, str)
+        assert isinstance(value, (bool, int, float, str, tuple, list, np.ndarray)), key
+        if isinstance(value, np.ndarray) and value.size:
+            value[...] = 0  # it is the reader's own
+    same(type(result).asdict(example(name)), example(name).asdict())
+
+
+@every
+def test_a_frame_has_every_number_once_with_its_unit_axes_and_error(name):
+    result = example(name)
+    frame = result.frame()
+    assert {"quantity", "unit", "value"} <= set(frame.columns)
+    for entry in result.entries():
+        rows = frame[frame["quantity"] == entry.name]
+        if isinstance(entry.value, torch.Tensor):
+            assert rows["value"].to_numpy() == pytest.approx(entry.value.double().flatten().numpy(), nan_ok=True)
+            assert len(entry.quantity.per) == entry.value.ndim, entry.name
+        for axis in entry.quantity.per:
+            assert not len(rows) or rows[axis].notna().all()
+    assert not frame.duplicated(["quantity", *(set(frame.columns) & axes(result))]).any()
+
+
+def axes(result):
+    return {axis for entry in result.entries() for axis in entry.quantity.per}
+
+
+@every
+def test_what_is_printed_has_every_number_that_has_no_axis(name):
+    result = example(name)
+    if type(result).__str__ is not Result.__str__:
+        assert f"{float(result.value):.4g}" in str(result)
+        return
+    for text in (str(result), result._repr_html_()):
+        for entry in result.entries():
+            assert entry.quantity.per or not entry.quantity.shown or entry.name in text, entry.name
+        assert all(note.split()[0] in text for note in result.notes)
+    html.parser.HTMLParser().feed(result._repr_html_())
+
+
+@every
+def test_results_are_frozen_and_documented(name):
+    result = example(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(result, dataclasses.fields(result)[0].name, 0)
+    assert type(result).__doc__
+    assert all(each.label for each in result.quantities().values())
+
+
+def test_the_guards_of_the_store_hold(tmp_path):
+    pairs = example("Eigenpairs")
+    path = tmp_path / "a.npz"
+    pairs.save(path)
+    with pytest.raises(ValueError, match="stored Eigenpairs, no Solution"):
+        type(example("Solution")).load(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(Damaged):
+        Result.load(path)
+    arrays, meta = pairs.arrays(), pairs.meta()
+    with pytest.raises(ValueError, match="Compute it again"):
+        unpack(type(pack(0))(arrays, {**meta, "is": "Nothing"}))
+    with pytest.raises(TypeError, match="no stored form"):
+        pack(object())
+
+
+def test_a_class_name_means_one_thing():
+    with pytest.raises(TypeError, match="name this one otherwise"):
+        type("Eigenpairs", (Result,), {"__module__": "elsewhere", "__annotations__": {}})
+
+
+numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+dtypes, shapes = st.sampled_from([np.float64, np.float32, np.int64, np.bool_]), hnp.array_shapes(min_dims=0, max_dims=3)
+arrays = hnp.arrays(dtypes, shapes)
+leaves = numbers | arrays | arrays.map(torch.as_tensor)
+trees = st.recursive(
+    leaves,
+    lambda x: st.lists(x, max_size=3) | st.tuples(x, x) | st.dictionaries(st.text(max_size=3), x, max_size=3),
+)
+
+
+@given(tree=trees)
+def test_whatever_is_packed_is_unpacked(tree):
+    packed = pack({"a": tree})
+    again = unpack(type(packed)(packed.arrays, json.loads(json.dumps(packed.tree, allow_nan=False))))
+    assert equal(pack(again), packed)
