@@ -16,7 +16,8 @@ def check_flat(name: str, vector: Tensor, num: int) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(
             f"`{name}` must be a flat tensor, got a {type(vector).__name__}. Parameter dicts become flat vectors with "
-            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`."
+            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`; a module is `fs.functional(model)` at an end of a path, "
+            "and the `theta` of that elsewhere."
         )
     if tuple(vector.shape) != (num,):
         raise ValueError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -45,14 +46,16 @@ def key(seed: int) -> Key:
     (True, False)
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+        raise TypeError(f"`seed` must be a Python integer, got {seed!r}: `fs.key(0)`, or `fs.key(int(seed))` of a number.")
     return Key(_digest(b"root", str(seed).encode()), seed)
 
 
 def check_key(key: object) -> None:
     """`key` is a key and not a bare seed."""
     if not isinstance(key, Key):
-        raise TypeError(f"`key` must be a key, got {key!r}: write `key=fs.key({key!r})`.")
+        seed = int(key) if isinstance(key, Integral) and not isinstance(key, bool) else 0
+        what = key if isinstance(key, (int, float, str, type(None))) else f"a {type(key).__name__}"
+        raise TypeError(f"`key` must be a key, made of an integer seed, got {what!r}: write `key=fs.key({seed})`.")
 
 
 def fold_in(key: Key, data: str | int) -> Key:

@@ -301,7 +301,8 @@ def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     if lazy:
         return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
     mapped = size <= CHUNKED_UP_TO and loss.net.attention != "keep"  # torch maps fused attention by a loop of its own
-    return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
+    chunk = chunk or (8 if mapped else 1)
+    return Plan(lazy=False, chunk=chunk if chunk == 1 or loss.is_mapped() else 1, threads=torch.get_num_threads())
 
 
 def centre_at(loss: Loss, theta: Theta, plan: Plan, num: int) -> tuple[float, Tensor, Tensor]:

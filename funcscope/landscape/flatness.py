@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -19,7 +19,7 @@ from .along import mapped
 from .common import CommonDirections, drawn
 from .directional import centre_at, centred, plan_of
 from .flatness_result import Flatness
-from .points import default_chunk
+from .points import points_at_once
 from .precision import realised, warn_if_swallowed
 from .samples import Plan
 from .sequences import Residuals, residuals
@@ -131,7 +131,7 @@ def flatness_profile(
     >>> [round(float(result.pair_mean.value), 4) for result in profile]
     [0.005, 0.02]
     """
-    epsilons = tuple(epsilons)
+    epsilons = tuple(epsilons) if isinstance(epsilons, Iterable) else (epsilons,)
     _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk)
     plan, base = _planned(loss, chunk, directions), loss.leaves(theta)
     dirs = drawn(loss.net, base, key, n_directions, normalize, directions)
@@ -207,7 +207,7 @@ def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor
 
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
     phi = restrict(loss, params, direction, lazy=True)
-    if len(steps) == 1 or loss.net.attention == "keep":
+    if len(steps) == 1 or loss.net.attention == "keep" or not loss.is_mapped():
         return [phi(a) for a in steps]
     signed = torch.tensor(steps, dtype=direction.scales.dtype, device=direction.scales.device)
     return list(mapped(phi, signed, "chunk=1"))  # one draw serves them all
@@ -216,7 +216,7 @@ def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, 
 def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:
     """As for directional losses where leaves are made one by one, else as for planes; rows that are there are used."""
     plan = plan_of(loss, chunk, False if common is not None else None)
-    return plan if plan.lazy or chunk is not None else plan._replace(chunk=default_chunk(loss))
+    return plan if plan.lazy or chunk is not None else plan._replace(chunk=points_at_once(loss))
 
 
 def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:

@@ -16,7 +16,7 @@ from ..core.directions import dot
 from ..core.objective import Loss
 from .along import mapped
 from .barriers import BarrierMatrix, LossPath
-from .points import default_chunk
+from .points import points_at_once
 from .states import Buffers, End, EndPoint, States
 
 Write = Callable[[int, Tensor], Any]
@@ -213,5 +213,4 @@ def on_line(start: Tensor, end: Tensor, num: int) -> Write:
 def chunk_size(loss: Loss, chunk: int | None) -> int:
     if chunk is not None:
         check_count("chunk", chunk)
-        return chunk
-    return default_chunk(loss)
+    return points_at_once(loss, chunk)
