@@ -16,8 +16,8 @@ def check_flat(name: str, vector: Tensor, num: int) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(
             f"`{name}` must be a flat tensor, got a {type(vector).__name__}. Parameter dicts become flat vectors with "
-            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`; a module is `fs.functional(model)` at an end of a path, "
-            "and the `theta` of that elsewhere."
+            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`; for a module pass `fs.functional(model)` as an end "
+            "of a path, and its `theta` elsewhere."
         )
     if tuple(vector.shape) != (num,):
         raise ValueError(
@@ -26,6 +26,12 @@ def check_flat(name: str, vector: Tensor, num: int) -> None:
         )
     if not vector.is_floating_point():
         raise TypeError(f"`{name}` must hold floating-point numbers, got {vector.dtype}.")
+
+
+def check_instance(name: str, value: object, kind: type, remedy: str) -> None:
+    """`value` is of that kind; the remedy is how one is made."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}, got a {type(value).__name__}: {remedy}.")
 
 
 def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> None:

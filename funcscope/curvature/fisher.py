@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_instance
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
@@ -53,6 +53,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     """
     check_key(key)
     check_count("num", num)
+    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
     _check_distribution(loss.criterion)
     theta = flat(loss, theta)
     _check_apart(loss, theta)

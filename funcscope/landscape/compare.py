@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 from torch import Tensor
 
+from ..core.checks import check_instance
 from ..core.estimate import Crossed, Estimate, interval, p_value
 from ..core.keys import Key
 from . import paired, statistics
@@ -303,6 +304,10 @@ def compare_directional(
 
 
 def _check(first: DirectionalLosses, second: DirectionalLosses, names, level) -> None:
+    for name, result in (("first", first), ("second", second)):
+        check_instance(
+            name, result, DirectionalLosses, "what `directional_losses` returns for each model, with one `key`"
+        )
     settings = _settings(second)
     for name, one in _settings(first).items():
         other = settings[name]

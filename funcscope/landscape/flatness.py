@@ -108,7 +108,7 @@ def flatness_profile(
     theta: Theta,
     *,
     key: Key,
-    epsilons: Sequence[float],
+    epsilons: float | Sequence[float],
     n_directions: int = 50,
     relative: bool = False,
     normalize: Normalize = "global",

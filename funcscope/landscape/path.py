@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from itertools import combinations
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import check_count, check_instance
 from ..core.directions import dot
 from ..core.objective import Loss
 from .along import mapped
@@ -117,6 +117,7 @@ def barrier_matrix(
     ([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 0.6667)
     """
     check_count("num", num, least=3)
+    check_instance("thetas", thetas, Sized, "a list of the models, `[fs.functional(model), ...]`")
     check_count("the number of models", len(thetas), least=2)
     names = _named(names, len(thetas))
     states = States.of(loss, buffers)
