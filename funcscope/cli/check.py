@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import check_count
 from ..core.keys import fold_in, key
 from ..curvature.audit import audit
 from ..study.opening import Source, check_source, open_model
@@ -36,6 +37,7 @@ def add_check(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> int:
     source = Source(**_given(args, Source))
     check_source(source)
+    check_count("directions", args.directions, least=2)
     loss, data, _ = open_model(source, args.model, length=LENGTH)
     result = audit(loss, loss.net.params, key=fold_in(key(source.seed), "audit"), num=args.directions)
     print(data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +33,13 @@ def check_instance(name: str, value: object, kind: type, remedy: str) -> None:
     """`value` is of that kind; the remedy is how one is made."""
     if not isinstance(value, kind):
         raise TypeError(f"`{name}` must be a {kind.__name__}, got a {type(value).__name__}: {remedy}.")
+
+
+def check_options(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
+    """Every option is an argument of the function that they are passed on to."""
+    known = [each for each, what in signature(function).parameters.items() if what.kind is what.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"`{name}` has no option `{unknown[0]}`: beside its own arguments it takes {', '.join(known)}.")
 
 
 def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> None:

@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from tabulate import tabulate
 from torch import Tensor
 
+from ..core.checks import check_instance
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..linalg.eigen import Eigenpairs
@@ -42,9 +43,10 @@ class EigenvalueErrors:
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
         """Between which ends the eigenvalues of all data lie: bias off, residuals on, Student's t of n - 1 degrees.
 
-        Honest while `first_order` holds.
+        nan where `first_order` does not hold: the series says nothing there, and the interval may even leave the value out.
         """
-        return _intervals(self.values - self.bias, self.forms, self.residuals, level)
+        ends = _intervals(self.values - self.bias, self.forms, self.residuals, level)
+        return torch.where(self.first_order[:, None], ends, math.nan)
 
     @property
     def first_order(self) -> Tensor:
@@ -93,15 +95,19 @@ class EigenvalueDifferences:
         return self.first.residuals + self.second.residuals
 
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
-        """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired."""
+        """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired.
+
+        nan where the bias of either is not below its standard error.
+        """
         num = min(len(self.first.forms.weights), len(self.second.forms.weights))
         half = _quantile(level, num) * self.stderr + self.residuals
         middle = self.values - self.bias
-        return torch.stack([middle - half, middle + half], 1)
+        known = self.first.first_order & self.second.first_order
+        return torch.where(known[:, None], torch.stack([middle - half, middle + half], 1), math.nan)
 
     @property
     def resolved(self) -> Tensor:
-        """Per value, whether the 95 % interval leaves 0 out."""
+        """Per value, whether the 95 % interval leaves 0 out; not where there is none."""
         low, high = self.intervals().T
         return (low > 0) | (high < 0)
 
@@ -131,7 +137,7 @@ def eigenvalue_errors(
     those that are spoken of. Eigenvectors turn towards the data: the largest eigenvalue of n sequences is larger than that
     of all in the mean, the smallest smaller, by an order 1/n that `bias` estimates, from the known pairs and, for all
     directions that are none of them, as if their eigenvalues were 0: right where the rest is small beside $\lambda_j$. Where
-    it is not below the standard error, `first_order` is False and the interval is only an order of magnitude: gaps of the
+    it is not below the standard error, `first_order` is False and there is no interval: gaps of the
     size of the error, or fewer sequences than the eigenvectors have directions to turn to.
 
     pairs: `eigenpairs(hessian(loss, theta), ..., vectors=True)` of the same loss at the same theta, or of `ggn` with
@@ -171,6 +177,10 @@ def compare_eigenvalues(first: EigenvalueErrors, second: EigenvalueErrors) -> Ei
 
     Raises ValueError for other numbers of values.
     """
+    for name, errors in (("first", first), ("second", second)):
+        check_instance(
+            name, errors, EigenvalueErrors, "`eigenvalue_errors(loss, theta, eigenpairs(..., vectors=True))`"
+        )
     if len(first.values) != len(second.values):
         raise ValueError(
             f"`first` has {len(first.values)} values and `second` {len(second.values)}: ask for as many of both."
