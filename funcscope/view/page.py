@@ -14,6 +14,9 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..study.listing import Listing
+from .numbers import typeset
+
 FRAME_HEIGHT = 760
 """Of a page in a notebook, in pixels."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
@@ -62,6 +65,12 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
     style: str = ""
     """"named" where rows start with words, "listed" where they end with words, too, and fit the column of text."""
+
+
+def listed(listing: Listing, style: str = "named") -> list[str | Table]:
+    """A listing of a study with its notes: the cells of the terminal, in the characters of print."""
+    rows = [[row[0], *map(typeset, row[1:])] for row in listing.rows]
+    return [*([Table(listing.headers, rows, style)] if rows else []), *map(typeset, listing.notes)]
 
 
 class Terms(NamedTuple):
