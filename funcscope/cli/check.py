@@ -8,8 +8,10 @@ from typing import Any
 
 from ..core.keys import fold_in, key
 from ..curvature.audit import audit
+from ..study.listing import terminal_width
 from ..study.opening import Source, check_source, open_model
 from .own_model import _add_computing, _add_texts, _given
+from .shared import print_data
 
 LENGTH = 32
 
@@ -38,6 +40,6 @@ def _check(args: argparse.Namespace) -> int:
     check_source(source)
     loss, data, _ = open_model(source, args.model, length=LENGTH)
     result = audit(loss, loss.net.params, key=fold_in(key(source.seed), "audit"), num=args.directions)
-    print(data)
+    print_data(source, data, terminal_width())
     print(f"\n{result}")
     return 0 if result.right else 1

@@ -95,7 +95,7 @@ def spectrum(summary: SpectrumSummary, stored: Stored) -> Listing:
     else:
         reason = stored.meta["stages"]["ends"].get("no_data_errors", "not computed")
         notes += [f"No errors over texts: {'there is one' if num == 1 else reason}."]
-    return Listing(("", "value", "over draws", "over texts", "95 % interval", ""), rows, tuple(notes)).trimmed()
+    return Listing(("", "value", "over draws", "over texts", "95 % interval", "note"), rows, tuple(notes)).trimmed()
 
 
 def eigenvalues(summary: SpectrumSummary, stored: Stored) -> Listing:
@@ -117,7 +117,7 @@ def eigenvalues(summary: SpectrumSummary, stored: Stored) -> Listing:
     rough = f"{ROUGH}: what so few texts add is above the standard error, and the interval an order of magnitude."
     rough = f"{rough[0].upper()}{rough[1:]}"
     notes = [advice] * bool(lost) + [rough] * any(_is_rough(stored, i) for i in range(num))
-    headers = ("rank", "eigenvalue", "residual", "over texts", "95 % interval", "")
+    headers = ("rank", "eigenvalue", "residual", "over texts", "95 % interval", "note")
     return Listing(headers, tuple(rows), tuple(notes)).trimmed()
 
 
@@ -156,7 +156,7 @@ def block_table(stored: Stored) -> Listing:
         )
         for block in blocks(stored)
     )
-    headers = ("block", "parameters", "trace", "of the trace", "largest eigenvalue", "residual", "")
+    headers = ("block", "parameters", "trace", "of the trace", "largest eigenvalue", "residual", "note")
     num = stored.meta["settings"]["block_products"]
     notes = (f"Traces: ± is one standard error over {num} products, on these texts.",)
     return Listing(headers, rows, notes).trimmed()
@@ -207,8 +207,8 @@ def _negative(summary: SpectrumSummary, share: Estimate) -> Row:
     if resolution.resolved:
         known = error(stderr)
         return Row("negative eigenvalues", f"{number(value)} %", f"{known} %" if known else "", note=note)
-    ends = (min(100.0, max(0.0, value + sign * 100 * resolution.bound)) for sign in (-1, 1))
-    return Row("negative eigenvalues", f"{between(*ends, 2)} %", note=f"{resolution}; {note}")
+    low, high = (min(100.0, max(0.0, value + sign * 100 * resolution.bound)) for sign in (-1, 1))
+    return Row("negative eigenvalues", f"{between(low, high, 2)} %", note=f"{resolution}; {note}")
 
 
 def _open(value: float, which: str, before: str = "") -> str:

@@ -10,9 +10,13 @@ from .numbers import UNDEFINED, between, error, is_known, number
 
 Values = Mapping[str, Any]
 """The documented dictionary of a result, as it was stored: what is undefined is None."""
-OVER_DIRECTIONS = "over directions: one standard error over random directions, on these texts"
-OVER_TEXTS = "over texts: one standard error over the texts, along these directions"
-IN_ALL = "in all: both together, their interaction counted once"
+OVER = {
+    "over directions": "over directions: one standard error over random directions, on these texts",
+    "over texts": "over texts: one standard error over the texts, along these directions",
+    "in all": "in all: both together, their interaction counted once",
+}
+"""Columns of errors and what is in them."""
+TRUNCATION = "curvature_truncation"
 
 
 def text(meta: Mapping[str, Any], *, width: int = 0) -> str:
@@ -20,65 +24,85 @@ def text(meta: Mapping[str, Any], *, width: int = 0) -> str:
     parts = []
     for model in meta["models"]:
         head = f"{model['name']}: {_sampling(model['values'])}"
-        parts += [f"{wrapped(head, width)}\n{model_table(model['values']).text(width)}"]
+        parts += [f"{wrapped(head, width)}\n{model_table(model).text(width)}"]
     if "comparison" in meta:
         first, second = (model["name"] for model in meta["models"])
-        head = f"{second} - {first}, paired over {meta['comparison']['n_directions']:,} directions"
+        head = f"{second} - {first}, paired over {_directions(meta['comparison']['n_directions'])}"
         parts += [f"{wrapped(head, width)}\n{comparison_table(meta).text(width)}"]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "\n".join(wrapped(note, width) for note in explained(meta))])
 
 
-def model_table(values: Values) -> Listing:
-    """Every statistic with its errors over directions, over texts, and over both; then what they are and what is missing."""
+def model_table(model: Mapping[str, Any]) -> Listing:
+    """Every statistic with its errors over directions, over texts, and over both; then what is missing."""
+    values = model["values"]
     names = [name for name in values if f"{name}_stderr" in values]
     base = error(values.get("baseline_loss_stderr_data"))
     rows = [("baseline_loss", number(values["baseline_loss"], 6), "", base, base)]
     rows += [_row(values, name) for name in names if is_known(values[name])]
     headers = ("", "value", "over directions", "over texts", "in all")
-    notes = [_columns(rows), *_missing(values, names), *stored_notes(values)]
-    return Listing(headers, tuple(rows), tuple(note for note in notes if note)).trimmed()
+    return Listing(headers, tuple(rows), (*_missing(values, names), *stored_notes(model))).trimmed()
 
 
 def comparison_table(meta: Mapping[str, Any]) -> Listing:
     """Every compared statistic: both models, the difference with its errors, interval and tests."""
     values, (first, second) = meta["comparison"], (model["name"] for model in meta["models"])
     names = [name.removesuffix("_difference") for name in values if name.endswith("_difference")]
-    level = f"{100 * values['level']:g} %"
     rows = tuple(_difference(values, name) for name in names if is_known(values[f"{name}_difference"]))
-    headers = ("", first, second, "difference", "over directions", "over texts", "in all", f"{level} interval",
-               "p", "Wilcoxon's p", "rank-biserial")  # fmt: skip
-    has_data = any(row[5] for row in rows)
-    notes = [
-        _columns(tuple((row[0], "", *row[4:7]) for row in rows)),
-        f"Interval and p: Student's t, from the error {'in all' if has_data else 'over directions'}; {values['n_tests']} "
-        "quantities are tested, and no p is corrected for that. Wilcoxon's p and rank-biserial: over directions, on these "
-        "texts."
-        if any(row[7] for row in rows)
-        else "",
-        *_missing(values, [f"{name}_difference" for name in names]),
-        *[f"{model['name']}: {note}" for model in meta["models"] for note in stored_notes(model["values"])],
-    ]
-    return Listing(headers, rows, tuple(note for note in notes if note)).trimmed()
+    headers = ("", first, second, "difference", "over directions", "over texts", "in all",
+               f"{100 * values['level']:g} % interval", "p", "Wilcoxon's p", "rank-biserial")  # fmt: skip
+    notes = []
+    if any(row[7] for row in rows):
+        over = (
+            "in all, over directions alone where there is no other"
+            if any(row[6] for row in rows)
+            else "over directions"
+        )
+        notes += [
+            f"Interval and p: Student's t, from the error {over}; {values['n_tests']} quantities are tested, and no p is "
+            "corrected for that. Wilcoxon's p and rank-biserial: over directions, on these texts."
+        ]
+    notes += [*_missing(values, [f"{name}_difference" for name in names]), *_signs(values, names)]
+    lost = [f"{name} {values[f'{name}_n_lost']}" for name in names if values[f"{name}_n_lost"]]
+    notes += [f"Pairs lost to values that are not finite: {', '.join(lost)}."] if lost else []
+    return Listing(headers, rows, tuple(notes)).trimmed()
 
 
-def stored_notes(values: Values) -> list[str]:
-    """What a result says of its own numbers."""
-    notes = (values.get(name) for name in ("relative_step_note", "note", "step_note", "precision_note"))
-    return [note.replace(" ± nan", "") for note in notes if note]
+def explained(meta: Mapping[str, Any]) -> list[str]:
+    """What the columns of errors are, of those that there are; why there are none over directions."""
+    tables = [model_table(model) for model in meta["models"]]
+    seen = [note for column, note in OVER.items() if any(column in table.headers for table in tables)]
+    notes = ["; ".join(seen).capitalize() + "."] if seen else []
+    if any(row[0] == TRUNCATION for table in tables for row in table.rows):
+        notes += [f"{TRUNCATION}: what the length of the step adds to the mean curvature, from half the step."]
+    if max(model["values"]["n_samples"] for model in meta["models"]) == 1:
+        notes += ["One direction has no error over directions and no spread: `--samples` takes more."]
+    return notes
+
+
+def stored_notes(model: Mapping[str, Any]) -> list[str]:
+    """What a result says of its own numbers, as sentences."""
+    values = model["values"]
+    named = [values.get(name) for name in ("relative_step_note", "note", "step_note", "precision_note")]
+    notes = [note.replace(" ± nan", "") for note in model.get("notes", named) if note]
+    return [f"{note[0].upper()}{note[1:]}" for note in notes]
 
 
 def _sampling(values: Values) -> str:
-    num = values["n_samples"] + max(values["n_nonfinite_pos"], 0)
-    lost = values["n_nonfinite_pos"] + values["n_nonfinite_neg"]
-    holes = f"; {lost} losses are not finite ({values['n_nonfinite_pos']} at +span)" if lost else ""
+    kind = f"{values['normalize']}-normalised {values['distribution']} "
     return (
-        f"{num:,} {values['normalize']}-normalised {values['distribution']} directions at span {values['actual_span']:g} "
-        f"(relative step {values['relative_step']:.3g}), seed {values['seed']}, key {values['key']}{holes}"
+        f"{_directions(values['n_samples'] + values['n_nonfinite_pos'], kind)} at span {values['actual_span']:g} (relative "
+        f"step {values['relative_step']:.3g}), seed {values['seed']}"
     )
 
 
+def _directions(num: int, kind: str = "") -> str:
+    return f"{num:,} {kind}direction{'' if num == 1 else 's'}"
+
+
 def _row(values: Values, name: str) -> tuple[str, ...]:
-    errors = (error(values.get(f"{name}_{ending}")) for ending in ("stderr", "stderr_data", "stderr_total"))
+    errors = [error(values.get(f"{name}_{ending}")) for ending in ("stderr", "stderr_data", "stderr_total")]
+    if values.get("curvature_status") == "rough" and name in ("curvature_mean", "rayleigh_mean"):
+        errors = ["not resolved"] * 3
     return (name, number(values[name], 5), *errors)
 
 
@@ -90,26 +114,26 @@ def _difference(values: Values, name: str) -> tuple[str, ...]:
     return (name, *each, *_row(values, gap)[2:], between(values[f"{gap}_low"], values[f"{gap}_high"], 4), *tests)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """What the columns of errors are, of those that there are."""
-    texts = [OVER_DIRECTIONS, OVER_TEXTS, IN_ALL]
-    seen = [text for i, text in enumerate(texts, start=2) if any(row[i] for row in rows)]
-    return f"{'; '.join(seen)}." .capitalize() if seen else ""
+def _signs(values: Values, names: Sequence[str]) -> list[str]:
+    """The sign test of means of which the interval holds 0."""
+    signs = [
+        f"{name} {values[f'{name}_n_above']} up, {values[f'{name}_n_below']} down (p = "
+        f"{number(values[f'{name}_sign_p_value'], 2)})"
+        for name in names
+        if is_known(values.get(f"{name}_sign_p_value"))
+        and is_known(low := values[f"{name}_difference_low"])
+        and low <= 0 <= values[f"{name}_difference_high"]
+    ]
+    return [f"Not told from 0 by their intervals; signs over directions: {', '.join(signs)}."] if signs else []
 
 
 def _missing(values: Values, names: Sequence[str]) -> list[str]:
-    """Which numbers and errors are undefined or unknown, and why."""
-    notes, num = [], values.get("n_samples", values.get("n_directions"))
+    """Which numbers are undefined, and which errors over texts are unknown where others are known."""
     undefined = [name.removesuffix("_difference") for name in names if not is_known(values[name])]
-    if undefined:
-        notes += [f"{UNDEFINED.capitalize()}: {', '.join(undefined)}."]
-    if num == 1:
-        notes += ["One direction has no error over directions and no spread: take more (`--samples`)."]
-    if values.get("n_sequences", 0) == 1:
-        notes += ["One sequence has no error over texts."]
-        return notes
-    bare = [name for name in names if is_known(values[name]) and not is_known(values.get(f"{name}_stderr_data"))]
-    if bare:
+    notes = [f"{UNDEFINED.capitalize()}: {', '.join(undefined)}."] if undefined else []
+    known = [name for name in names if is_known(values[name]) and name != TRUNCATION]
+    bare = [name for name in known if not is_known(values.get(f"{name}_stderr_data"))]
+    if bare and values.get("n_sequences", 0) != 1:
         listed = ", ".join(name.removesuffix("_difference") for name in bare)
-        notes += [f"No error over texts is known, those given are over directions alone: {listed}."]
+        notes += [f"No error over texts is known: {listed}."]
     return notes

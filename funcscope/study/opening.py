@@ -125,7 +125,9 @@ def one_sequence(settings: Mapping[str, Any], num: int) -> str | None:
         remedy = f"`--unit line` makes every line of {file.name} a sequence."
     else:
         remedy = "Pass a file with more texts."
-    return f"There is one sequence: what other texts would change is unknown, and no error over texts is given. {remedy}"
+    return (
+        f"There is one sequence: what other texts would change is unknown, and no error over texts is given. {remedy}"
+    )
 
 
 def names_of(folders: list[Path]) -> list[str]:

@@ -58,7 +58,7 @@ def rates(summary: SpectrumSummary, stored: Stored) -> Listing:
     name = f"largest eigenvalue of the {MATRICES[stored.meta['settings']['matrix']]}"
     rate = _rate(summary.max_eigenvalue)
     rows.append((name, top.value, top.data, top.interval, rate, rate_interval(stored), top.note))
-    headers = ("", "curvature", "over texts", "95 % interval", "learning rate", "its interval", "")
+    headers = ("", "curvature", "over texts", "95 % interval", "learning rate", "its interval", "note")
     return Listing(headers, tuple(rows)).trimmed()
 
 

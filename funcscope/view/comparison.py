@@ -22,9 +22,9 @@ def rendered(stored: Stored, files: Files) -> str:
     body = [
         sections.changes(c),
         *([sections.curvature(c)] if "curvature_mean" in c.statistics else []),
-        sections.table(c),
+        sections.table(c, stored.meta),
         sections.reading(c),
-        sections.both(c),
+        sections.both(c, stored.meta),
         *([half] if (half := sections.half_precision(c)) is not None else []),
         Section("How these numbers were made", [directional_methods.terms(stored, c.results), files]),
     ]

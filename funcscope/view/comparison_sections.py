@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..study import directional_rows
 from . import directional_sections, samples
 from .numbers import counted, number
-from .page import Chart, Quote, Section, Table
+from .page import Chart, Quote, Section, Table, listed
 from .pairing import Comparison
-from .result import Column
+from .result import Column, short
 
 FEW = 8
 """Pairs from which the signed-rank test can give a p value below 0.01."""
@@ -58,18 +60,21 @@ def curvature(c: Comparison) -> Section:
     return Section("Curvature, pair by pair", blocks)
 
 
-def table(c: Comparison) -> Section:
-    """Every compared statistic: difference, interval, test, effect sizes, what pairing was good for."""
-    headers = ["second − first", *c.short_names, "difference", c.level, "p", "rank-biserial", "d_z", "correlation",
-               "gain", "pairs"]  # fmt: skip
+def table(c: Comparison, meta: dict[str, Any]) -> Section:
+    """Every compared statistic: difference, its errors, interval, tests, effect sizes, what pairing was good for."""
     text = (
-        f"± is one standard error {c.over}; p: Student’s t test with that error. Over directions alone, rank-biserial: the "
-        "share of ranks of directions with the larger value in the second model, minus that of the others; d_z: mean "
-        "difference over its standard deviation. Gain: the variance of the difference if the models were sampled apart, over "
-        "the paired one. "
-        "Spreads are no means over directions and have an interval by the jackknife, without a test."
+        "Differences are second − first. Wilcoxon’s p and rank-biserial are over directions alone; rank-biserial: the share "
+        "of ranks of directions with the larger value in the second model, minus that of the others. Spreads are no means "
+        "over directions and have an interval by the jackknife, without a test."
     )
-    return Section("The comparison", [text, Table(headers, [_row(c, name) for name in c.statistics], "named")])
+    more = (
+        "Over directions alone, d_z: mean difference over its standard deviation; correlation: of the two models’ values. "
+        "Gain: the variance of the difference if the models were sampled apart, over the paired one."
+    )
+    effects = Table(["", "d_z", "correlation", "gain", "pairs"], [_row(c, name) for name in c.statistics], "named")
+    listing = directional_rows.comparison_table(meta)
+    headers = tuple(short(header) for header in listing.headers)
+    return Section("The comparison", [text, *listed(listing._replace(headers=headers)), more, effects])
 
 
 def reading(c: Comparison) -> Section:
@@ -108,9 +113,11 @@ def _about(c: Comparison) -> str:
     )
 
 
-def both(c: Comparison) -> Section:
-    text = f"± is one standard error {c.first.over}. {directional_sections.NO_RANK}"
-    return Section("All statistics of both models", [text, directional_sections.table(c.results, c.short_names)])
+def both(c: Comparison, meta: dict[str, Any]) -> Section:
+    tables = [block for result in c.results for block in (result.name, *directional_sections.statistics(result))]
+    rest = directional_sections.plain(c.results, c.short_names)
+    text = [*directional_rows.explained(meta), directional_sections.NO_RANK]
+    return Section("All statistics of both models", [*text, *tables, rest])
 
 
 def half_precision(c: Comparison) -> Section | None:
@@ -124,16 +131,10 @@ def half_precision(c: Comparison) -> Section | None:
 
 def _row(c: Comparison, name: str) -> list[str]:
     num, lost = (c.values[f"{name}_{what}"] for what in ("n_pairs", "n_lost"))
-    has_test = f"{name}_p_value" in c.values
-    tested = [
-        number(c.of(f"{name}_p_value"), 2),
-        *(c.said(f"{name}_{what}") for what in ("rank_biserial", "cohen_dz", "correlation")),
-    ]
+    effects = [c.said(f"{name}_{what}") for what in ("cohen_dz", "correlation")]
     return [
         name,
-        *(c.said(f"{name}_{what}") for what in ("first", "second", "difference")),
-        c.interval(name),
-        *(tested if has_test else [""] * 4),
+        *(effects if f"{name}_p_value" in c.values else [""] * 2),
         number(c.of(f"{name}_pairing_gain"), 2),
         f"{num:,} ({lost:,} lost)" if lost else f"{num:,}",
     ]

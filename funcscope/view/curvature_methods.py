@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..study.curvature_table import cost
+from ..study.opening import one_sequence
 from .curvature_result import Curvature
 from .directional_methods import scored
-from .numbers import number, setting
+from .numbers import counted, number, setting
 from .page import Terms
 
 _METHODS = {
@@ -54,12 +55,13 @@ def _texts(found: Curvature) -> list[str]:
     what, how = scored(data["task"])
     batches = f"{data['num_batches']:,} " + ("batch" if data["num_batches"] == 1 else "batches")
     return [
-        f"{data['path']}: {data['num_samples']:,} texts in {batches}, {data['num_tokens']:,} tokens. "
+        f"{data['path']}: {counted(data['num_samples'], 'text')} in {batches}, {data['num_tokens']:,} tokens. "
         f"Scored are {data['num_scored']:,} {what}, {how}; the loss is their mean cross-entropy in nats, "
         f"{number(found.model['values']['baseline_loss'], 5)} at the weights.",
         f"{data['num_too_short']:,} were too short and skipped; {data['num_truncated']:,} were cut off at "
         f"{found.model['max_seq_length']} tokens. All curvature here is that of these texts alone, and exact for them: few "
         "texts have a larger top eigenvalue than many.",
+        *filter(None, [one_sequence(found.settings, data["num_samples"])]),
     ]
 
 

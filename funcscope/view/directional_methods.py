@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.store import Stored
+from ..study.opening import one_sequence
 from .numbers import counted, number, setting
 from .page import Terms
 from .result import Result
@@ -59,14 +60,15 @@ def _model(result: Result) -> str:
 def _texts(meta: dict[str, Any]) -> list[str]:
     data, settings = meta["data"], meta["settings"]
     what, how = scored(data["task"])
-    pieces = "blocks of joined texts" if settings.get("packing") else "texts"
+    pieces = "block of joined texts" if settings.get("packing") else "text"
     length = settings.get("max_seq_length") or meta["models"][0].get("max_seq_length")
+    batches = f"{data['num_batches']:,} {'batch' if data['num_batches'] == 1 else 'batches'}"
     return [
-        f"{data['path']}: {data['num_samples']:,} {pieces} in {data['num_batches']:,} batches, "
-        f"{data['num_tokens']:,} tokens. Scored are {data['num_scored']:,} {what}, {how}; the loss is their mean "
-        "cross-entropy in nats, each with the same weight.",
+        f"{data['path']}: {counted(data['num_samples'], pieces)} in {batches}, {data['num_tokens']:,} tokens. Scored are "
+        f"{data['num_scored']:,} {what}, {how}; the loss is their mean cross-entropy in nats, each with the same weight.",
         f"{data['num_too_short']:,} were too short to be scored and skipped; {data['num_truncated']:,} were cut off at "
         f"{length} tokens.",
+        *filter(None, [one_sequence(settings, data["num_samples"])]),
     ]
 
 

@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 
+from ..study import directional_rows
 from . import samples
 from .numbers import number, setting, with_error
-from .page import Chart, Fact, Quote, Section, Table, Terms
+from .page import Chart, Fact, Quote, Section, Table, Terms, listed
 from .result import Result, lost
 from .samples import Mark
 
@@ -144,24 +145,20 @@ def estimated(label: str, value: float, stderr: float, detail: str) -> Fact:
     return Fact(label, f"{shown}{power}", f"± {error}{power} {detail}")
 
 
-def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
-    """Every stored statistic by its documented name, with its standard error, a column per model."""
-    values = results[0].values
-    estimates = [name for name in values if f"{name}_stderr" in values]
-    names = [*estimates, *(name for name in _PLAIN if name in values)]
-    rows = [["baseline_loss", *(number(result.values["baseline_loss"], 6) for result in results), "nats"]]
-    for name in names:
-        cells = (_cell(result, name) if name in estimates else _exactly(result.values.get(name)) for result in results)
-        rows.append([name, *cells, _unit(name, results[0])])
-    return Table(["statistic", *headers, "unit"], rows, "listed")
+def statistics(result: Result) -> list[str | Table]:
+    """Every estimate with its errors, as the terminal has it, and its unit; what the result says of them."""
+    listing = directional_rows.model_table(result.model)
+    rows = tuple((*row, _unit(row[0], result)) for row in listing.rows)
+    return listed(listing._replace(headers=(*listing.headers, "unit"), rows=rows), "listed")
 
 
-def _cell(result: Result, name: str) -> str:
-    """A statistic with its error, and the two errors that this is made of where it is."""
-    over = [result.values.get(f"{name}_{ending}") for ending in ("stderr", "stderr_data")]
-    if None in over or result.values.get(f"{name}_stderr_total") is None:
-        return result.said(name)
-    return "{} (directions {}, texts {})".format(result.said(name), *(number(x, 2) for x in over))
+def plain(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
+    """Stored numbers that are no estimates, a column per model."""
+    names = [name for name in _PLAIN if name in results[0].values]
+    rows = [
+        [name, *(_exactly(result.values.get(name)) for result in results), _unit(name, results[0])] for name in names
+    ]
+    return Table(["stored number", *headers, "unit"], rows, "listed")
 
 
 def _exactly(value: float | int | None) -> str:
