@@ -83,8 +83,17 @@ def stored_notes(model: Mapping[str, Any]) -> list[str]:
     """What a result says of its own numbers, as sentences."""
     values = model["values"]
     named = [values.get(name) for name in ("relative_step_note", "note", "step_note", "precision_note")]
-    notes = [note.replace(" ± nan", "") for note in model.get("notes", named) if note]
+    notes = [without_unknown(note) for note in model.get("notes", named) if note]
     return [f"{note[0].upper()}{note[1:]}" for note in notes]
+
+
+def without_unknown(note: str) -> str:
+    """A note without the error of a number that has none, as along one direction.
+
+    >>> without_unknown("off by about 0.2 ± nan")
+    'off by about 0.2'
+    """
+    return note.replace(" ± nan", "")
 
 
 def _sampling(values: Values) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ..study import directional_rows
 from . import directional_sections, samples
 from .numbers import counted, number
-from .page import Chart, Quote, Section, Table, listed
+from .page import Block, Chart, Quote, Section, Table, listed
 from .pairing import Comparison
 from .result import Column, short
 
@@ -71,10 +71,11 @@ def table(c: Comparison, meta: dict[str, Any]) -> Section:
         "Over directions alone, d_z: mean difference over its standard deviation; correlation: of the two models’ values. "
         "Gain: the variance of the difference if the models were sampled apart, over the paired one."
     )
-    effects = Table(["", "d_z", "correlation", "gain", "pairs"], [_row(c, name) for name in c.statistics], "named")
+    effects = Table(["", "d_z", "correlation", "gain", "pairs"], [_row(c, name) for name in c.statistics], "listed")
     listing = directional_rows.comparison_table(meta)
     headers = tuple(short(header) for header in listing.headers)
-    return Section("The comparison", [text, *listed(listing._replace(headers=headers)), more, effects])
+    spread = [more, effects] if c.values["n_directions"] > 1 else []
+    return Section("The comparison", [text, *listed(listing._replace(headers=headers)), *spread])
 
 
 def reading(c: Comparison) -> Section:
@@ -83,7 +84,9 @@ def reading(c: Comparison) -> Section:
     apart = f": sampled apart, the variance of the difference would be {number(gain, 2)} times as large"
     apart = "" if math.isnan(gain) else apart
     p = f"{c.values['n_tests']} quantities are tested, and their p values are not corrected for that."
-    if c.values["n_tests"] < 2:
+    if math.isnan(c.of(f"{c.headline}_p_value")):
+        p = "One pair has neither."
+    elif c.values["n_tests"] < 2:
         p = "The p value is that of one test."
     num = c.values[f"{c.headline}_n_pairs"]
     if 2 <= num < FEW:
@@ -114,7 +117,9 @@ def _about(c: Comparison) -> str:
 
 
 def both(c: Comparison, meta: dict[str, Any]) -> Section:
-    tables = [block for result in c.results for block in (result.name, *directional_sections.statistics(result))]
+    tables: list[Block] = [
+        block for result in c.results for block in (result.name, *directional_sections.statistics(result))
+    ]
     rest = directional_sections.plain(c.results, c.short_names)
     text = [*directional_rows.explained(meta), directional_sections.NO_RANK]
     return Section("All statistics of both models", [*text, *tables, rest])
@@ -157,13 +162,25 @@ def _differences(c: Comparison, gaps: dict[str, tuple[Column, str]], name: str, 
 
 def _tested(c: Comparison, name: str, what: str, unit: str) -> str:
     """Difference, interval and test of a mean."""
-    larger, num = number(c.of(f"{name}_rank_biserial"), 2), counted(c.values[f"{name}_n_pairs"], "pair")
-    p = number(c.of(f"{name}_p_value"), 2)
+    num = counted(c.values[f"{name}_n_pairs"], "pair")
+    text = f"The mean {what} differs by {c.said(f'{name}_difference')} {unit}"
+    if math.isnan(c.of(f"{name}_p_value")):
+        return f"{text} ({num}: no interval and no test)."
     return (
-        f"The mean {what} differs by {c.said(f'{name}_difference')} {unit} ({c.level} {c.interval(name)}; "
-        f"p\u00a0=\u00a0{p}; {num}). {_directions_alone(c, name)}; rank-biserial correlation {larger}. "
+        f"{text} ({interval(c, name)}; p\u00a0=\u00a0{number(c.of(f'{name}_p_value'), 2)}; {num}). "
+        f"{_directions_alone(c, name)}; rank-biserial correlation {number(c.of(f'{name}_rank_biserial'), 2)}. "
         f"Over directions, the values of the two models have a correlation of {c.said(f'{name}_correlation')}."
     )
+
+
+def interval(c: Comparison, name: str) -> str:
+    """Of a difference, with its level; nothing where there is none."""
+    return "" if math.isnan(c.gap(name).low) else f"{c.level} {c.interval(name)}"
+
+
+def directions(c: Comparison) -> str:
+    num = c.values["n_directions"]
+    return "random direction" if num == 1 else f"{num:,} random directions"
 
 
 def _directions_alone(c: Comparison, name: str) -> str:

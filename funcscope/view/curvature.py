@@ -12,6 +12,7 @@ from ..study.curvature_table import UNIT
 from . import curvature_methods
 from . import curvature_sections as sections
 from .curvature_result import Curvature, said
+from .directional_methods import alone
 from .directional_sections import estimated
 from .numbers import number, setting, typeset
 from .page import Fact, Files, Section, render
@@ -33,7 +34,7 @@ def write_page(numbers: Path) -> Path:
         Section("How these numbers were made", [curvature_methods.terms(found), files]),
     ]
     kicker = f"{found.model['name']}: {found.model['class']}, {found.num:,} parameters"
-    write(page, render(title(found), kicker, lede(found), strip(found), body).encode())
+    write(page, render(title(found), kicker, [*lede(found), *alone(found.meta)], strip(found), body).encode())
     return page
 
 

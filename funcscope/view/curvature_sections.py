@@ -42,7 +42,7 @@ def spectrum(found: Curvature) -> Section:
         f"The numbers of the spectrum, in {UNIT}. Negative eigenvalues are those beyond rounding; the effective rank is the "
         f"number of equal eigenvalues of the same entropy, out of {found.num:,}."
     )
-    table = listed(curvature_rows.spectrum(summary, found.stored))
+    table = listed(curvature_rows.spectrum(summary, found.stored), "listed")
     return Section("The spectrum", [text, *table, Chart(fig, caption), _first_instrument(found)])
 
 
@@ -92,7 +92,8 @@ def where(found: Curvature) -> str:
     if math.isnan(most.share):
         return f"The trace cannot be told from zero, so that no block has a share of it. {sharpest}"
     part = with_error(100 * most.share, 100 * most.share_stderr)
-    return f"{most.name} has {part} % of the trace, and {_percent(most.size / found.num)} of the parameters. {sharpest}"
+    share = _percent(most.size / found.num)
+    return f"The block {most.name} has {part} % of it, and {share} of the parameters. {sharpest}"
 
 
 def sharpness(found: Curvature) -> Section:

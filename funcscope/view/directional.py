@@ -40,7 +40,13 @@ def _rendered(stored: Stored, files: Files) -> str:
         Section("How these numbers were made", [directional_methods.terms(stored, (result,)), files]),
     ]
     kicker = f"{result.name}: {result.model['class']}, {result.model['num_parameters']:,} parameters"
-    return render(title(result), kicker, lede(result), strip(result, stored.meta["data"]), body)
+    return render(
+        title(result),
+        kicker,
+        [*lede(result), *directional_methods.alone(stored.meta)],
+        strip(result, stored.meta["data"]),
+        body,
+    )
 
 
 def title(result: Result) -> str:
@@ -67,7 +73,7 @@ def lede(result: Result) -> list[str]:
     digits = _digits(values["baseline_loss"], found.value)
     first = (
         f"From {number(values['baseline_loss'], digits)} nats at the weights it goes to "
-        f"{number(values['loss_mean'], digits)} nats on average over {_directions(result)}."
+        f"{number(values['loss_mean'], digits)} nats {'on average over' if num > 1 else 'along'} {_directions(result)}."
     )
     if num > 1 and not is_resolved(found):
         low, high = number(found.low), number(found.high)

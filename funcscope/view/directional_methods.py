@@ -46,6 +46,12 @@ def scored(task: str) -> tuple[str, str]:
     return _SCORED.get(task, ("positions", "as the task has it"))
 
 
+def alone(meta: dict[str, Any]) -> list[str]:
+    """What a single sequence leaves unknown."""
+    note = one_sequence(meta["settings"], meta["data"]["num_samples"])
+    return [note] if note else []
+
+
 def _model(result: Result) -> str:
     model = result.model
     stored, computed = (model[name].removeprefix("torch.") for name in ("dtype", "compute_dtype"))
@@ -60,7 +66,7 @@ def _model(result: Result) -> str:
 def _texts(meta: dict[str, Any]) -> list[str]:
     data, settings = meta["data"], meta["settings"]
     what, how = scored(data["task"])
-    pieces = "block of joined texts" if settings.get("packing") else "text"
+    pieces = "joined block" if settings.get("packing") else "text"
     length = settings.get("max_seq_length") or meta["models"][0].get("max_seq_length")
     batches = f"{data['num_batches']:,} {'batch' if data['num_batches'] == 1 else 'batches'}"
     return [
@@ -68,7 +74,6 @@ def _texts(meta: dict[str, Any]) -> list[str]:
         f"{data['num_scored']:,} {what}, {how}; the loss is their mean cross-entropy in nats, each with the same weight.",
         f"{data['num_too_short']:,} were too short to be scored and skipped; {data['num_truncated']:,} were cut off at "
         f"{length} tokens.",
-        *filter(None, [one_sequence(settings, data["num_samples"])]),
     ]
 
 
