@@ -13,7 +13,7 @@ from . import directional_sections, samples
 from .numbers import counted, number
 from .page import Block, Chart, Quote, Section, Table, listed
 from .pairing import Comparison
-from .result import Column, short
+from .result import Column
 
 FEW = 8
 """Pairs from which the signed-rank test can give a p value below 0.01."""
@@ -73,8 +73,8 @@ def table(c: Comparison, meta: dict[str, Any]) -> Section:
     )
     effects = Table(["", "d_z", "correlation", "gain", "pairs"], [_row(c, name) for name in c.statistics], "listed")
     listing = directional_rows.comparison_table(meta)
-    headers = tuple(short(header) for header in listing.headers)
-    spread = [more, effects] if c.values["n_directions"] > 1 else []
+    headers = (listing.headers[0], *c.short_names, *listing.headers[3:])
+    spread: list[Block] = [more, effects] if c.values["n_directions"] > 1 else []
     return Section("The comparison", [text, *listed(listing._replace(headers=headers)), *spread])
 
 
