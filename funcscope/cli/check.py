@@ -53,7 +53,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _listing(result: Audit, num: int) -> Listing:
     """Ways and verdicts, then the modules that break them; a single sequence cannot be compared with itself in a batch."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for way in result.ways:
         if num == 1 and way.name == ALONE:
             rows.append((way.name, str(way.order), "undecided", "", "", "there is one sequence"))

@@ -157,6 +157,8 @@ def _differences(c: Comparison, gaps: dict[str, tuple[Column, str]], name: str, 
         f"Paired differences, {c.second.name} − {c.first.name}. Bar and tick: the middle half of the directions and the "
         f"median. Diamond: the mean with its {c.level}.{zero}"
     )
+    if c.values["n_directions"] == 1:
+        caption = f"The difference, {c.second.name} − {c.first.name}: of one direction, which has no interval.{zero}"
     return [Chart(fig, caption)]
 
 

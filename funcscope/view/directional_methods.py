@@ -87,7 +87,7 @@ def _directions(results: tuple[Result, ...]) -> list[str]:
     if len(results) > 1 and values["normalize"] == "global":
         same = " Both models have the same directions."
     return [
-        f"{results[0].num:,} directions d, drawn from the {values['distribution']} distribution and {scaled}. "
+        f"{counted(results[0].num, 'direction')} d, drawn from the {values['distribution']} distribution and {scaled}. "
         f"A step of h = {setting(results[0].span)} moves θ by {moves} of its own norm.{same}",
         f"Seed {values['seed']}, key {values['key']}; direction i depends on the key, on i and on the norms of θ only.",
     ]
