@@ -7,9 +7,10 @@ from folders import TEXTS, folder, texts
 from test_view_directional import visible
 
 from funcscope import cli
-from funcscope.core.store import load
-from funcscope.study import curvature_table, directional_rows, listing
+from funcscope.core.store import load, save
+from funcscope.study import curvature_rows, curvature_table, directional_rows, listing, sharpness_rows
 from funcscope.study.numbers import number
+from funcscope.view import curvature
 from funcscope.view.curvature_result import Curvature
 from funcscope.view.numbers import typeset
 
@@ -93,9 +94,14 @@ def test_every_row_of_the_terminal_is_on_the_page_with_the_same_text(name, made,
     assert len(missing(printed, another)) > 15
 
 
-def test_the_largest_eigenvalue_and_its_learning_rate_have_the_error_over_texts_everywhere(made, capsys):
-    printed, page = made("curvature", capsys)
-    shown, arrays = visible(page.read_text(encoding="utf-8")), load(page.with_suffix(".npz")).arrays
+def test_the_largest_eigenvalue_and_its_learning_rate_have_the_error_over_texts_everywhere(made, capsys, tmp_path):
+    _, page = made("curvature", capsys)
+    stored = load(page.with_suffix(".npz"))
+    arrays = {**stored.arrays, "end_data_bias": 0 * stored.arrays["end_data_bias"]}  # within first order
+    save(tmp_path / "run.npz", arrays, stored.meta)
+    shown = visible(curvature.write_page(tmp_path / "run.npz").read_text(encoding="utf-8"))
+    stored = load(tmp_path / "run.npz")
+    printed = curvature_table.text(Curvature(stored).summary, stored)
     value, stderr, low, high = (
         float(arrays[f"end_{name}"][0]) for name in ("values", "data_stderr", "data_low", "data_high")
     )
@@ -110,6 +116,20 @@ def test_the_largest_eigenvalue_and_its_learning_rate_have_the_error_over_texts_
     headline = f"{cells[0]} ± {cells[1]} over texts ({cells[2]})"
     assert typeset(headline) in shown
     assert typeset(f"learning rate of {number(2 / value)} ({fastest})") in shown
+
+
+def test_beyond_first_order_there_is_no_interval_anywhere(made, capsys):
+    _, page = made("curvature", capsys)
+    stored = load(page.with_suffix(".npz"))
+    stored.arrays["end_data_bias"] = 1.5 * stored.arrays["end_data_stderr"]
+    found = Curvature(stored)
+    assert found.rows["largest eigenvalue"].interval == ""
+    assert found.rows["largest eigenvalue"].said.endswith("over texts (beyond first order)")
+    assert sharpness_rows.rate_interval(stored) == ""
+    table = curvature_rows.eigenvalues(found.summary, stored)
+    assert "95 % interval" not in table.headers
+    assert all("beyond first order" in row[-1] for row in table.rows)
+    assert "beyond first order" in found.rows["smallest eigenvalue"].note
 
 
 @pytest.mark.parametrize("name", COMMANDS)

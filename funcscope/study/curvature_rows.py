@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +36,8 @@ class Row(NamedTuple):
         """With its error and interval, for a sentence."""
         over = [f"± {self.draws}"] if self.draws else []
         over += [f"± {self.data} over texts"] if self.data else []
-        return " ".join([self.value, *over, *([f"({self.interval})"] if self.interval else [])])
+        reach = self.interval or (ROUGH if ROUGH in self.note else "")
+        return " ".join([self.value, *over, *([f"({reach})"] if reach else [])])
 
 
 class Block(NamedTuple):
@@ -89,8 +89,8 @@ def spectrum(summary: SpectrumSummary, stored: Stored) -> Listing:
     notes = ["Over draws: one standard error over random vectors, on these texts."]
     if known:
         notes += [
-            f"Over texts: one standard error over {num}, to first order; the 95 % interval has the bias of so few taken off. "
-            "Where it is empty, the number is about these texts alone."
+            f"Over texts: one standard error over {num} texts, to first order; the 95 % interval has the bias of so few "
+            "taken off. Where both are empty, the number is about these texts alone."
         ]
     else:
         reason = stored.meta["stages"]["ends"].get("no_data_errors", "not computed")
@@ -114,8 +114,10 @@ def eigenvalues(summary: SpectrumSummary, stored: Stored) -> Listing:
         f"{lost} of {num} eigenvalues are not converged: their ranks or values are open. Ask for fewer (`--num`), or allow "
         "larger residuals (`--tol`)."
     )
-    rough = f"{ROUGH}: what so few texts add is above the standard error, and the interval an order of magnitude."
-    rough = f"{rough[0].upper()}{rough[1:]}"
+    rough = (
+        f"{ROUGH.capitalize()}: what so few texts add is above the standard error, which is then too small, and no interval "
+        "is given. Score more texts (`--num-samples`)."
+    )
     notes = [advice] * bool(lost) + [rough] * any(_is_rough(stored, i) for i in range(num))
     headers = ("rank", "eigenvalue", "residual", "over texts", "95 % interval", "note")
     return Listing(headers, tuple(rows), tuple(notes)).trimmed()
@@ -168,11 +170,10 @@ def is_resolved(estimate: Estimate) -> bool:
 
 
 def end_interval(stored: Stored, i: int) -> tuple[float, float] | None:
-    """Between which ends the i-th eigenvalue of all texts lies; None where that is not known."""
-    arrays: Mapping[str, Any] = stored.arrays
-    if "end_data_stderr" not in arrays or not is_known(float(arrays["end_data_stderr"][i])):
+    """Between which ends the i-th eigenvalue of all texts lies; None where that is not known, or beyond first order."""
+    if _stderr(stored, i) is None or _is_rough(stored, i):
         return None
-    return float(arrays["end_data_low"][i]), float(arrays["end_data_high"][i])
+    return float(stored.arrays["end_data_low"][i]), float(stored.arrays["end_data_high"][i])
 
 
 def _end(name: str, summary: SpectrumSummary, stored: Stored, i: int) -> Row:
@@ -184,17 +185,22 @@ def _end(name: str, summary: SpectrumSummary, stored: Stored, i: int) -> Row:
     return Row(name, number(float(ends.values[i]), 4), "", *data, "; ".join(notes))
 
 
+def _stderr(stored: Stored, i: int) -> float | None:
+    """Over texts, of the i-th eigenvalue; None where it is not known."""
+    known = "end_data_stderr" in stored.arrays and is_known(float(stored.arrays["end_data_stderr"][i]))
+    return float(stored.arrays["end_data_stderr"][i]) if known else None
+
+
 def _is_rough(stored: Stored, i: int) -> bool:
-    """Whether the second order of the i-th eigenvalue over texts is not below the first, so that the interval is rough."""
-    if end_interval(stored, i) is None:
-        return False
-    return abs(float(stored.arrays["end_data_bias"][i])) >= float(stored.arrays["end_data_stderr"][i])
+    """Whether the second order of the i-th eigenvalue over texts is not below the first, so that no interval holds."""
+    stderr = _stderr(stored, i)
+    return stderr is not None and abs(float(stored.arrays["end_data_bias"][i])) >= stderr
 
 
 def _data(stored: Stored, i: int) -> tuple[str, str]:
     """Standard error and interval over texts of the i-th eigenvalue."""
     interval = end_interval(stored, i)
-    return ("", "") if interval is None else (error(float(stored.arrays["end_data_stderr"][i])), between(*interval))
+    return error(_stderr(stored, i)), "" if interval is None else between(*interval)
 
 
 def _negative(summary: SpectrumSummary, share: Estimate) -> Row:
