@@ -94,10 +94,19 @@ def test_every_row_of_the_terminal_is_on_the_page_with_the_same_text(name, made,
     assert len(missing(printed, another)) > 15
 
 
-def test_the_largest_eigenvalue_and_its_learning_rate_have_the_error_over_texts_everywhere(made, capsys, tmp_path):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_eigenvalue_and_its_learning_rate_have_the_error_over_texts_everywhere(
+    sign, made, capsys, tmp_path
+):
     _, page = made("curvature", capsys)
     stored = load(page.with_suffix(".npz"))
-    arrays = {**stored.arrays, "end_data_bias": 0 * stored.arrays["end_data_bias"]}  # within first order
+    ends = stored.arrays["end_values"]
+    arrays = {
+        **stored.arrays,
+        "end_data_bias": 0 * ends,
+        "end_data_low": sign * 0.5 * ends,
+        "end_data_high": 1.4 * ends,
+    }
     save(tmp_path / "run.npz", arrays, stored.meta)
     shown = visible(curvature.write_page(tmp_path / "run.npz").read_text(encoding="utf-8"))
     stored = load(tmp_path / "run.npz")
