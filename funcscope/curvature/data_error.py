@@ -43,10 +43,11 @@ class EigenvalueErrors:
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
         """Between which ends the eigenvalues of all data lie: bias off, residuals on, Student's t of n - 1 degrees.
 
-        nan where `first_order` does not hold: the series says nothing there, and the interval may even leave the value out.
+        Where `first_order` does not hold, with the bias off and on, whichever is farther; nan where the bias alone is more
+        than the errors explain: the series says nothing there.
         """
-        ends = _intervals(self.values - self.bias, self.forms, self.residuals, level)
-        return torch.where(self.first_order[:, None], ends, math.nan)
+        half = _quantile(level, len(self.forms.weights)) * self.stderr + self.residuals
+        return _intervals(self.values, self.bias, half, self.first_order)
 
     @property
     def first_order(self) -> Tensor:
@@ -97,13 +98,12 @@ class EigenvalueDifferences:
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
         """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired.
 
-        nan where the bias of either is not below its standard error.
+        nan where either has none.
         """
         num = min(len(self.first.forms.weights), len(self.second.forms.weights))
         half = _quantile(level, num) * self.stderr + self.residuals
-        middle = self.values - self.bias
-        known = self.first.first_order & self.second.first_order
-        return torch.where(known[:, None], torch.stack([middle - half, middle + half], 1), math.nan)
+        ends = _intervals(self.values, self.bias, half, self.first.first_order & self.second.first_order)
+        return ends + 0 * (self.first.intervals() + self.second.intervals())  # nan stays nan
 
     @property
     def resolved(self) -> Tensor:
@@ -137,7 +137,7 @@ def eigenvalue_errors(
     those that are spoken of. Eigenvectors turn towards the data: the largest eigenvalue of n sequences is larger than that
     of all in the mean, the smallest smaller, by an order 1/n that `bias` estimates, from the known pairs and, for all
     directions that are none of them, as if their eigenvalues were 0: right where the rest is small beside $\lambda_j$. Where
-    it is not below the standard error, `first_order` is False and there is no interval: gaps of the
+    it is not below the standard error, `first_order` is False and the interval an order of magnitude, or none: gaps of the
     size of the error, or fewer sequences than the eigenvectors have directions to turn to.
 
     pairs: `eigenpairs(hessian(loss, theta), ..., vectors=True)` of the same loss at the same theta, or of `ggn` with
@@ -208,9 +208,11 @@ def _quantile(level: float, num: int) -> float:
     return float(student.ppf((1 + level) / 2, num - 1)) if num > 1 else math.nan
 
 
-def _intervals(middle: Tensor, forms: SequenceForms, margin: Tensor, level: float) -> Tensor:
-    half = _quantile(level, len(forms.weights)) * forms.stderr + margin
-    return torch.stack([middle - half, middle + half], 1)
+def _intervals(values: Tensor, bias: Tensor, half: Tensor, first_order: Tensor) -> Tensor:
+    """Around the values less their bias; around both where the bias is as uncertain as it is large."""
+    off, on = values - bias, torch.where(first_order, values - bias, values)
+    ends = torch.stack([torch.minimum(off, on) - half, torch.maximum(off, on) + half], 1)
+    return torch.where((bias.abs() <= half)[:, None], ends, math.nan)
 
 
 def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:

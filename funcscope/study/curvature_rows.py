@@ -115,8 +115,8 @@ def eigenvalues(summary: SpectrumSummary, stored: Stored) -> Listing:
         "larger residuals (`--tol`)."
     )
     rough = (
-        f"{ROUGH.capitalize()}: what so few texts add is above the standard error, which is then too small, and no interval "
-        "is given. Score more texts (`--num-samples`)."
+        f"{ROUGH.capitalize()}: what so few texts add is above the standard error, which is then too small; the interval is an "
+        "order of magnitude, and left out where not even that. Score more texts (`--num-samples`)."
     )
     notes = [advice] * bool(lost) + [rough] * any(_is_rough(stored, i) for i in range(num))
     headers = ("rank", "eigenvalue", "residual", "over texts", "95 % interval", "note")
@@ -170,8 +170,8 @@ def is_resolved(estimate: Estimate) -> bool:
 
 
 def end_interval(stored: Stored, i: int) -> tuple[float, float] | None:
-    """Between which ends the i-th eigenvalue of all texts lies; None where that is not known, or beyond first order."""
-    if _stderr(stored, i) is None or _is_rough(stored, i):
+    """Between which ends the i-th eigenvalue of all texts lies; None where that is not known."""
+    if _stderr(stored, i) is None or not is_known(float(stored.arrays["end_data_low"][i])):
         return None
     return float(stored.arrays["end_data_low"][i]), float(stored.arrays["end_data_high"][i])
 
@@ -192,7 +192,7 @@ def _stderr(stored: Stored, i: int) -> float | None:
 
 
 def _is_rough(stored: Stored, i: int) -> bool:
-    """Whether the second order of the i-th eigenvalue over texts is not below the first, so that no interval holds."""
+    """Whether the second order of the i-th eigenvalue over texts is not below the first, so that the interval is rough."""
     stderr = _stderr(stored, i)
     return stderr is not None and abs(float(stored.arrays["end_data_bias"][i])) >= stderr
 
