@@ -75,9 +75,10 @@ def directional_losses(
     parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
     compute_curvature: from the two-sided difference, which is also taken at h/2 and h/4 along a tenth of the directions, 3 to
     16 of them (`truncation`: what the step does to it); or `exact`, d'Hd by a product with the Hessian, whose graph is kept
-    (some 6 forwards a direction, and 10 for a tenth of them, whose sequences are differentiated one by one for the error over
-    sequences). Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of `jvp`; torch has that
-    wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
+    (some 6 forwards a direction), and for the error over sequences the same of every sequence, at 10 more: along all
+    directions up to 2^20 parameters, else along a tenth of them, from which means have that error, and spreads and
+    percentiles of curvatures have not. Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of
+    `jvp`; torch has that wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
     the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch, and above
     2^28 in any case.
@@ -218,6 +219,8 @@ def prepare(
     large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
     exact = compute_curvature and curvature == "exact"
     refined = num_refined(n_samples) if compute_curvature and not (exact and large) else 0
+    if refined and exact and loss.layout.num <= CHUNKED_UP_TO:
+        refined = n_samples
     if large:
         hand_back()
     with torch.no_grad():

@@ -56,7 +56,7 @@ class Residuals(NamedTuple):
     positive: Float[Tensor, "n g"]
     negative: Float[Tensor, "n g"] | None
     curvature: Float[Tensor, "m g"] | None = None
-    """Of exact curvatures, along the first m directions; nan where they are not known."""
+    """Of exact curvatures, along the first m directions; nan where those of a direction are not known."""
     num: int = 0
     """Sequences that score something; their groups are the columns."""
 
@@ -74,14 +74,11 @@ class Residuals(NamedTuple):
 
     @property
     def exact(self) -> Float[Tensor, "n g"] | None:
-        """Of exact curvatures: the directions that are not known take the mean of those that are.
-
-        That leaves more of the scatter over directions in an error over sequences, not less.
-        """
+        """Of exact curvatures; nan along the directions whose sequences are not known, None where none is."""
         known = self.curvature
-        if known is None or not known.isfinite().all():
+        if known is None or not known.isfinite().all(1).any():
             return None
-        return torch.cat([known, known.mean(0).expand(len(self.positive) - len(known), -1)])
+        return torch.cat([known, known.new_full((len(self.positive) - len(known), known.shape[1]), math.nan)])
 
 
 def num_groups(num_sequences: int, num_directions: int) -> int:
@@ -110,6 +107,8 @@ def crossed(
     """A statistic of columns over directions, with its error over sequences where the rows of all columns are known.
 
     To first order: sequence s of direction d moves it by the derivative by that direction's value times its residual.
+    Rows that are nan are not known: the rest, two or more, serve a mean over directions (whose derivatives are all the
+    same); any other statistic may hang on the directions that are missing, and its error over sequences is nan.
     """
     estimate = statistic(*columns)
     known = [row for row in rows if row is not None]
@@ -117,4 +116,8 @@ def crossed(
         return estimate
     slopes = torch.func.grad(lambda *x: statistic(*x).value, argnums=tuple(range(len(columns))))(*columns)
     moves = torch.stack([slope[:, None] * row for slope, row in zip(slopes, known, strict=True)]).sum(0)
+    there = torch.stack([row.isfinite().all(1) for row in known]).all(0)
+    if not there.all():
+        mean = int(there.sum()) > 1 and all(bool((slope == slope[0]).all()) for slope in slopes)
+        moves = moves[there] if mean else torch.full_like(moves, math.nan)
     return Crossed.of_rows(estimate, moves)
