@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..core.estimate import Crossed, Estimate
 
+FOLDS = 32
+"""Groups of sequences that are left out in turn, for the bias of a statistic that is no mean."""
 MOST = 2**22
 """Numbers that are stored per side, over directions and sequences: beyond, sequences are summed in groups."""
 
@@ -116,8 +118,19 @@ def crossed(
         return estimate
     slopes = torch.func.grad(lambda *x: statistic(*x).value, argnums=tuple(range(len(columns))))(*columns)
     moves = torch.stack([slope[:, None] * row for slope, row in zip(slopes, known, strict=True)]).sum(0)
+    linear = all(bool((slope == slope[0]).all()) for slope in slopes)
     there = torch.stack([row.isfinite().all(1) for row in known]).all(0)
     if not there.all():
-        mean = int(there.sum()) > 1 and all(bool((slope == slope[0]).all()) for slope in slopes)
-        moves = moves[there] if mean else torch.full_like(moves, math.nan)
-    return Crossed.of_rows(estimate, moves)
+        moves = moves[there] if linear and int(there.sum()) > 1 else torch.full_like(moves, math.nan)
+    return Crossed.of_rows(estimate, moves, 0.0 if linear else _bias(statistic, columns, known))
+
+
+def _bias(statistic: Callable[..., Estimate], columns: Sequence[Tensor], rows: Sequence[Float[Tensor, "n g"]]) -> float:
+    r"""Quenouille's $(k - 1)(\overline{T_{(s)}} - T)$ with one of k groups of sequences left out: what scatter over few
+    sequences adds to a spread over directions, or takes from a correlation."""
+    folds = min(FOLDS, rows[0].shape[1])
+    if folds < 2:
+        return math.nan
+    moves = [torch.stack([row[:, i::folds].sum(1) for i in range(folds)]) * folds / (folds - 1) for row in rows]
+    without = [statistic(*(x - move[i] for x, move in zip(columns, moves, strict=True))).value for i in range(folds)]
+    return (folds - 1) * float(torch.stack(without).mean() - statistic(*columns).value)
