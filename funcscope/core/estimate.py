@@ -54,7 +54,8 @@ class Crossed(Estimate):
     r"""A statistic of n draws (directions), each of them a mean over the same g data (sequences): both are samples.
 
     `stderr` is over draws, with the data as they are; `stderr_data` over data, with the draws as they are; `stderr_total`
-    over both, and holds the bias b that few data give to statistics that are no means. With $V_D, V_S$ the squares of the first two and $z_{ds}$ what datum s of draw d moves the statistic by,
+    over both, and holds the bias b that few data give to statistics that are no means. With $V_D, V_S$ the squares of the
+    first two and $z_{ds}$ what datum s of draw d moves the statistic by,
 
     $$V = V_D + V_S - V_I + b^2, \qquad V_I = \tfrac{n}{n-1} \textstyle\sum_{ds} (z_{ds} - \bar z_s)^2, \qquad
       \nu = \frac{V^2}{V_D^2 / (n-1) + V_S^2 / (g-1) + V_I^2 / ((n-1)(g-1))}:$$
@@ -78,7 +79,7 @@ class Crossed(Estimate):
 
     @classmethod
     def of_rows(cls, estimate: Estimate, rows: Float[Tensor, "n g"], bias: float = 0.0) -> Crossed:
-        """rows: z, centred over data, of all draws, or of some of a mean; the statistic's own error is over draws. bias: over data."""
+        """rows: z, centred over data, of all draws, or of some of a mean. The statistic's own error is over draws; bias: b."""
         (num, num_data), share = rows.shape, len(rows) / max(estimate.num, len(rows))
         rows = rows.double() / share
         if num_data < 2:

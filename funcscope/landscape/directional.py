@@ -17,11 +17,12 @@ from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta, check_point
 from .along import GRADIENT_UP_TO, Wanted, sampled
-from .precision import check_baseline, is_half, loss_error, realised, warn_if_swallowed
+from .baseline import centre_at, copies
+from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .resolution import unmoved
 from .samples import DirectionalLosses, Plan
-from .sequences import Residuals, num_groups, residuals
+from .sequences import Residuals
 from .truncation import STEPS, num_refined
-from .values import PerSequence
 
 CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
@@ -224,7 +225,7 @@ def prepare(
     if large:
         hand_back()
     with torch.no_grad():
-        baseline, centre, scored = centre_at(loss, theta, plan, n_samples)
+        baseline, centre, scored = centre_at(loss, theta, plan, n_samples, dirs, 1 + two_sided)
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
         found = realised(loss.layout, base, dirs[0], step, off)
     warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
@@ -251,9 +252,14 @@ def prepare(
         "unit_roundoff": loss.net.unit_roundoff,
         "homogeneous_dtype": len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
         "realised": found,
+        "unmoved": unmoved(loss.layout, base, dirs[0], step) if found is None else found.unmoved,
         "key": key,
         "plan": plan,
-        "num_forwards": 2 + n_samples * (1 + two_sided) + len(STEPS) * refined * (not exact) + 2 * math.isfinite(off),
+        "num_forwards": 1
+        + copies(loss, plan, n_samples, 1 + two_sided)
+        + n_samples * (1 + two_sided)
+        + len(STEPS) * refined * (not exact)
+        + 2 * math.isfinite(off),
         "num_gradients": int(wanted.slope == "gradient"),
         "num_jvps": n_samples * (wanted.slope == "jvp"),
         "num_second_jvps": {"jvp": n_samples, "product": refined}.get(wanted.curvature or "", 0),
@@ -305,27 +311,6 @@ def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
         return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
     mapped = size <= CHUNKED_UP_TO and loss.net.attention != "keep"  # torch maps fused attention by a loop of its own
     return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
-
-
-def centre_at(loss: Loss, theta: Theta, plan: Plan, num: int) -> tuple[float, Tensor, Tensor]:
-    """The loss at theta by that plan, the residuals of its sequences for `num` directions, and which of them are scored.
-
-    Raises ValueError where the loss is not finite, or not the same twice.
-    """
-    params = loss.leaves(theta)
-
-    def at(of: Loss) -> Tensor:
-        return of.at_leaves(lambda name, _: params[name]) if plan.lazy else of(theta)
-
-    return centred(at(PerSequence.of(loss)), at(loss), loss, num)
-
-
-def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, Tensor, Tensor]:
-    """The same from sums and weights per sequence, and the loss evaluated once more."""
-    scored = terms[1].nonzero()[:, 0]
-    value, centre = residuals(terms, scored, num_groups(len(scored), num))
-    check_baseline(float(value), float(again), loss.net.unit_roundoff)
-    return float(value), centre, scored
 
 
 def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:

@@ -19,8 +19,9 @@ from ..core.keys import Key
 from ..linalg.trace import TraceEstimate
 from . import statistics
 from .directional_text import HEADERS, row
-from .notes import large_step, unresolved
+from .notes import few_sequences, large_step, unresolved
 from .paired import jackknifed
+from .resolution import partly_moved, unresolved_step, without_error
 from .samples import Plan
 from .sequences import Residuals, crossed
 
@@ -55,6 +56,10 @@ class Flatness:
     num_forwards: int
     """Evaluations of the loss for this epsilon, and two at theta, which the epsilons of a profile share."""
     residuals: Residuals | None = None
+    unmoved: float = 0.0
+    """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
+    loss_rounding: float = 0.0
+    """By how much rounding alone may move a loss change; 0 in half precision, where it is not measured."""
 
     @property
     def displacement(self) -> float:
@@ -79,6 +84,11 @@ class Flatness:
         """The largest finite change at +d; it grows with the number of directions, and has no standard error."""
         finite = self._finite
         return float(finite.max()) if len(finite) else math.nan
+
+    @property
+    def resolution_note(self) -> str | None:
+        """Why loss changes at this step are not resolved, so that no statistic of them has an error; None where they are."""
+        return unresolved_step(self.unmoved, Estimate.of(self._finite), self.loss_rounding)
 
     @property
     def even(self) -> Float[Tensor, " m"]:
@@ -166,6 +176,7 @@ class Flatness:
         values: dict[str, Any] = {"baseline_loss": self.baseline_loss, "max_delta_loss": self.max_delta_loss}
         for name, estimate in self.estimates.items():
             values |= estimate.named(name)
+        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note}
         values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
         values |= {"epsilon": self.epsilon, "delta_losses": self.delta_losses.numpy()}
         if self.delta_losses_negative is not None:
@@ -224,14 +235,21 @@ class Flatness:
         if self.n_nonfinite + self.n_nonfinite_negative:
             tail += [f"non-finite losses: {self.n_nonfinite} at +d, {self.n_nonfinite_negative} at -d"]
         mean = self.estimates["mean_delta_loss"]
-        notes = (large_step(self.epsilon_relative), unresolved("loss change", mean, self._finite))
+        notes = (
+            self.resolution_note or partly_moved(self.unmoved),
+            large_step(self.epsilon_relative),
+            unresolved("loss change", mean, self._finite),
+            few_sequences(0 if self.residuals is None else self.residuals.num),
+        )
         return tail + [note for note in notes if note]
 
     def _crossed(
         self, statistic: Callable[..., Estimate], seen: Tensor, columns: tuple[Tensor, ...], signs: tuple[int, ...]
     ) -> Estimate:
         """A statistic with both errors. signs: 0 for changes at +d, 1 and -1 for half the sum or difference of both sides."""
-        return crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
+        estimate = crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
+        lost = unresolved_step(self.unmoved, Estimate.of(columns[0]), self.loss_rounding)
+        return estimate if lost is None else without_error(estimate)
 
     def _residuals(self, sign: int, seen: Tensor) -> Tensor | None:
         if self.residuals is None or (sign and self.residuals.negative is None):
@@ -260,7 +278,8 @@ class Flatness:
         return halves[self._pairs_seen]
 
     def _share_below(self, rise: float) -> Estimate:
-        return Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
+        share = Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
+        return share if self.resolution_note is None else without_error(share)
 
 
 def _quantile(x: Tensor, q: float) -> Estimate:

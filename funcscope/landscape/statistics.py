@@ -69,7 +69,9 @@ def quantile(x: Samples, q: float) -> Estimate:
     ordered, rank = x.sort().values, (num - 1) * q
     weights = x.new_tensor(np.diff(special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
     centre = weights @ ordered
-    return Estimate(x.quantile(q).detach() + (centre - centre.detach()), (weights @ (ordered - centre).square()).sqrt(), num)
+    return Estimate(
+        x.quantile(q).detach() + (centre - centre.detach()), (weights @ (ordered - centre).square()).sqrt(), num
+    )
 
 
 class Signs(NamedTuple):
