@@ -176,7 +176,7 @@ class Flatness:
         values: dict[str, Any] = {"baseline_loss": self.baseline_loss, "max_delta_loss": self.max_delta_loss}
         for name, estimate in self.estimates.items():
             values |= estimate.named(name)
-        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note}
+        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note or ""}
         values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
         values |= {"epsilon": self.epsilon, "delta_losses": self.delta_losses.numpy()}
         if self.delta_losses_negative is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from scipy import stats
 from torch import Tensor
 
 from ..core.estimate import Estimate, jackknife_stderr
+from .samples import DirectionalLosses
 from .statistics import Samples, left_out
 
 
@@ -53,3 +55,34 @@ def standardised_mean(d: Samples) -> Estimate:
 def jackknifed(value: Tensor, left_out: Callable[[], Tensor], x: Samples) -> Estimate:
     """The value with the error that its leave-one-out values give; nan below 3 samples."""
     return Estimate(value, jackknife_stderr(left_out()) if len(x) > 2 else x.new_tensor(math.nan), len(x))
+
+
+def check(first: DirectionalLosses, second: DirectionalLosses, names: tuple[str, str], level: float) -> None:
+    """Raises ValueError for results whose samples are no partners, for a level outside (0, 1), and for names that are one."""
+    settings = _settings(second)
+    for name, one in _settings(first).items():
+        other = settings[name]
+        if one != other and None not in (one, other):
+            raise ValueError(
+                f"`{name}` must be the same in both results for sample i of the one to be the partner of sample i of the "
+                f"other, got {one!r} and {other!r}: sample both models with one `{name}`."
+            )
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level!r}: 0.95 for a 95 % interval.")
+    if len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"`names` must be two different names, got {names!r}: one for each result, in their order.")
+
+
+def _settings(result: DirectionalLosses) -> dict[str, Any]:
+    """What makes samples partners; None for what was not asked for."""
+    curvature = "difference" if result.exact_curvatures is None else "exact"
+    return {
+        "key": result.key,
+        "n_samples": len(result.losses),
+        "span": result.span,
+        "normalize": result.normalize,
+        "distribution": result.distribution,
+        "relative_span": result.relative_span,
+        "global_renorm": result.global_renorm,
+        "curvature": curvature if result.compute_curvature else None,
+    }

@@ -17,7 +17,7 @@ from ..core.keys import Key
 from . import directional_text, statistics
 from .notes import curvature_and_step, large_step, low_correlation, undecided_signs
 from .precision import Realised
-from .resolution import loss_rounding, unresolved_step, without_error
+from .resolution import loss_rounding, unresolved_step, without_errors
 from .sequences import Residuals, crossed
 from .truncation import Truncation, central_second_difference, rounding_bound
 
@@ -41,8 +41,7 @@ _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = 
 """By their documented names: what is made of which columns."""
 
 
-_WITHOUT_STEP = ("loss_mean", "loss_mean_negative", "dir_grad_mean", "dir_grad_std")
-"""What is known also where the change of the loss is not."""
+_SIGNED = ("delta", "dir_grad", "curvature")
 AGREEMENT = 0.05
 """Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
 
@@ -251,19 +250,15 @@ class DirectionalLosses:
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
-        columns, lost = self.columns, self.resolution_note is not None
-        exact = self.exact_curvatures is not None
-        found = {
+        columns = self.columns
+        estimates = {
             name: self._estimated(statistic, {quantity: columns[quantity] for quantity in over})
             for name, statistic, over in _STATISTICS
             if all(quantity in columns for quantity in over)
         }
-        return {
-            name: without_error(estimate)
-            if lost and not (name in _WITHOUT_STEP or exact and name.startswith(("curvature", "rayleigh")))
-            else estimate
-            for name, estimate in found.items()
-        }
+        return (
+            estimates if self.resolution_note is None else without_errors(estimates, self.exact_curvatures is not None)
+        )
 
     def _estimated(self, statistic: Callable[..., Estimate], columns: dict[str, Tensor]) -> Estimate:
         """A statistic of these columns, over the directions where all of them are finite."""
@@ -287,18 +282,10 @@ class DirectionalLosses:
     @property
     def signs(self) -> dict[str, statistics.Signs]:
         """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
-        tests = {
-            name: statistics.signs(_finite(x))
-            for name, x in self.columns.items()
-            if name in ("delta", "dir_grad", "curvature")
-        }
         lost = (
-            ()
-            if self.resolution_note is None
-            else ("delta", "curvature")
-            if self.exact_curvatures is None
-            else ("delta",)
+            set() if self.resolution_note is None else {"delta", "curvature" if self.exact_curvatures is None else ""}
         )
+        tests = {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in _SIGNED}
         return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
 
     @property
