@@ -343,7 +343,7 @@ def test_costs_are_counted():
         0,
         0,
         0,
-    )  # the baseline mapped as the losses are, and once more: a forward that changes something is found out
+    )  # the baseline mapped as losses are, and once more
     assert counted(**FULL) == (28, 1, 0, 0)  # three directions at four shorter steps
     assert counted(**FULL, n_samples=50) == (129, 1, 0, 0)
     assert counted(compute_gradient=True, slope="jvp") == (11, 0, 5, 0)

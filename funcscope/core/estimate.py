@@ -79,7 +79,7 @@ class Crossed(Estimate):
 
     @classmethod
     def of_rows(cls, estimate: Estimate, rows: Float[Tensor, "n g"], bias: float = 0.0) -> Crossed:
-        """rows: z, centred over data, of all draws or, of a mean, of some; the statistic's own error is over draws; bias: b."""
+        """rows: z, centred over data, of all draws or, of a mean, of some. bias: b. The own error is over draws."""
         (num, num_data), share = rows.shape, len(rows) / max(estimate.num, len(rows))
         rows = rows.double() / share
         if num_data < 2:

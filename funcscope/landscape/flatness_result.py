@@ -20,7 +20,7 @@ from ..linalg.trace import TraceEstimate
 from . import statistics
 from .directional_text import HEADERS, row
 from .notes import few_sequences, large_step, unresolved
-from .paired import jackknifed
+from .paired import variance_ratio
 from .resolution import partly_moved, unresolved_step, without_error
 from .samples import Plan
 from .sequences import Residuals, crossed
@@ -104,7 +104,7 @@ class Flatness:
         return self._crossed(statistics.mean, self._pairs_seen, (self.even,), (1,))
 
     @property
-    def pair_variance_ratio(self) -> Estimate:
+    def pairvariance_ratio(self) -> Estimate:
         r"""Variance of the one-sided mean over that of the pair mean, at an equal number of evaluations.
 
         $\tfrac12 (1 + \mathrm{Var}(o) / \mathrm{Var}(e))$, $o = (\Delta^+ - \Delta^-)/2$; 1/2 at the least, where the
@@ -112,7 +112,7 @@ class Flatness:
         On a quadratic above 1 only if $\|g\|^2 > \epsilon^2 (\|H\|_F^2 - \mathrm{tr}(H)^2/P) / (2(P+2))$,
         proofs/antithetic_pairs.py. nan below 2 pairs (the error below 3), or where nothing varies.
         """
-        return self._crossed(_variance_ratio, self._pairs_seen, (self.even, self._pairs(-1)), (1, -1))
+        return self._crossed(variance_ratio, self._pairs_seen, (self.even, self._pairs(-1)), (1, -1))
 
     @property
     def second_order(self) -> Estimate:
@@ -162,7 +162,7 @@ class Flatness:
         }
         if self.delta_losses_negative is not None:
             found["pair_mean"] = self.pair_mean
-            found["pair_variance_ratio"] = self.pair_variance_ratio
+            found["pairvariance_ratio"] = self.pairvariance_ratio
             found["second_order"] = self.second_order
         return found
 
@@ -285,16 +285,6 @@ class Flatness:
 def _quantile(x: Tensor, q: float) -> Estimate:
     """The quantile of a single sample is that sample, its error undefined."""
     return Estimate(x[0], x.new_tensor(math.nan), 1) if len(x) == 1 else statistics.quantile(x, q)
-
-
-def _variance_ratio(even: Tensor, odd: Tensor) -> Estimate:
-    if len(even) < 2:
-        return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
-
-    def left_out() -> Tensor:
-        return (1 + statistics.left_out(odd)[1] / statistics.left_out(even)[1]) / 2
-
-    return jackknifed((1 + odd.var() / even.var()) / 2, left_out, even)
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

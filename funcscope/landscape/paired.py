@@ -57,7 +57,18 @@ def jackknifed(value: Tensor, left_out: Callable[[], Tensor], x: Samples) -> Est
     return Estimate(value, jackknife_stderr(left_out()) if len(x) > 2 else x.new_tensor(math.nan), len(x))
 
 
-def check(first: DirectionalLosses, second: DirectionalLosses, names: tuple[str, str], level: float) -> None:
+def variance_ratio(even: Samples, odd: Samples) -> Estimate:
+    r"""$\tfrac12 (1 + \mathrm{Var}(o) / \mathrm{Var}(e))$; jackknife standard error."""
+    if len(even) < 2:
+        return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
+
+    def ratios() -> Tensor:
+        return (1 + left_out(odd)[1] / left_out(even)[1]) / 2
+
+    return jackknifed((1 + odd.var() / even.var()) / 2, ratios, even)
+
+
+def check(first: DirectionalLosses, second: DirectionalLosses, names: Any, level: Any) -> None:
     """Raises ValueError for results whose samples are no partners, for a level outside (0, 1), and for names that are one."""
     settings = _settings(second)
     for name, one in _settings(first).items():
