@@ -104,7 +104,7 @@ class Flatness:
         return self._crossed(statistics.mean, self._pairs_seen, (self.even,), (1,))
 
     @property
-    def pairvariance_ratio(self) -> Estimate:
+    def pair_variance_ratio(self) -> Estimate:
         r"""Variance of the one-sided mean over that of the pair mean, at an equal number of evaluations.
 
         $\tfrac12 (1 + \mathrm{Var}(o) / \mathrm{Var}(e))$, $o = (\Delta^+ - \Delta^-)/2$; 1/2 at the least, where the
@@ -162,7 +162,7 @@ class Flatness:
         }
         if self.delta_losses_negative is not None:
             found["pair_mean"] = self.pair_mean
-            found["pairvariance_ratio"] = self.pairvariance_ratio
+            found["pair_variance_ratio"] = self.pair_variance_ratio
             found["second_order"] = self.second_order
         return found
 

@@ -28,6 +28,7 @@ _PLAIN = (
     "curvature_settling", "delta_sign_p_value", "dir_grad_sign_p_value", "curvature_sign_p_value", "delta_largest_share",
     "n_samples", "n_samples_for_corr", "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm",
     "relative_step",
+    "unmoved",
 )  # fmt: skip
 """Stored numbers that are no estimates."""
 
@@ -171,7 +172,7 @@ def _exactly(value: float | int | None) -> str:
 
 
 def _unit(name: str, result: Result) -> str:
-    if name in ("displacement", "param_norm", "landscape_roughness", "dir_grad_delta_corr", "relative_step"):
+    if name in ("displacement", "param_norm", "landscape_roughness", "dir_grad_delta_corr", "relative_step", "unmoved"):
         return ""
     if name == "rayleigh_mean":
         return "nats per unit of distance²"
