@@ -75,12 +75,13 @@ def lede(result: Result) -> list[str]:
         f"From {number(values['baseline_loss'], digits)} nats at the weights it goes to "
         f"{number(values['loss_mean'], digits)} nats {'on average over' if num > 1 else 'along'} {_directions(result)}."
     )
-    if num > 1 and not is_resolved(found):
+    unclear = result.values.get("resolution_note")
+    if num > 1 and not unclear and not is_resolved(found):
         low, high = number(found.low), number(found.high)
         first += f" The change is {result.said('delta_mean')} nats, its 95 % interval reaches from {low} to {high}."
         first += _signs(result)
-    step = result.values.get("relative_step_note")
-    return [f"{first}{left_out}", *_shape(result), *([f"{step[0].upper()}{step[1:]}"] if step else [])]
+    notes = [note for note in (unclear, result.values.get("relative_step_note")) if note]
+    return [f"{first}{left_out}", *_shape(result), *(f"{note[0].upper()}{note[1:]}" for note in notes)]
 
 
 def strip(result: Result, data: dict[str, Any]) -> list[Fact]:

@@ -24,6 +24,7 @@ _BARE = (
     "dir_grad_delta_corr",
     "relative_step",
     "curvature_settling",
+    "unmoved",
 )
 """Numbers without a unit."""
 MANY = 200
@@ -44,6 +45,7 @@ _PLAIN = (
     "curvature_settling", "delta_sign_p_value", "dir_grad_sign_p_value", "curvature_sign_p_value", "delta_largest_share",
     "n_samples", "n_samples_for_corr", "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm",
     "relative_step",
+    "unmoved",
 )  # fmt: skip
 """Stored numbers that are no estimates."""
 
