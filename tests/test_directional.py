@@ -364,7 +364,7 @@ def test_bad_requests_get_one_clear_line():
         ({"chunk": 0}, r"`chunk` must be an integer of at least 1, got 0"),
         ({"chunk": 4, "lazy": True}, r"`lazy` makes one direction at a time; leave `chunk` out"),
         ({"compute_curvature": True}, r"needs losses on both sides: pass `two_sided=True`, or `curvature=\"exact\"`"),
-        ({"key": 42}, r"`key` must be a key, got 42: write `key=fs.key\(42\)`"),
+        ({"key": 42}, r"`key` must be a key, made of an integer seed, got 42: write `key=fs.key\(42\)`"),
         ({"curvature": "forward"}, r"`curvature` must be one of 'difference', 'exact', got 'forward'"),
     ]
     for options, message in cases:
@@ -377,23 +377,6 @@ def test_bad_requests_get_one_clear_line():
         raw(loss, theta.to("meta"), key=key)
     with pytest.raises(TypeError, match="`theta` must hold floating-point numbers"):
         raw(loss, torch.zeros(51, dtype=torch.long), key=key)
-
-
-def test_a_model_that_vmap_refuses_says_what_to_do():
-    class Branching(nn.Linear):
-        def forward(self, x):
-            out = super().forward(x)
-            return out if bool((out > -100).all()) else -out
-
-    net = fs.functional(seeded(0, lambda: Branching(2, 2)))
-    loss = fs.objective(net, [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
-    with pytest.raises(RuntimeError) as caught:
-        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2)
-    assert any("pass `chunk=1`" in note for note in caught.value.__notes__)
-    with pytest.raises(RuntimeError) as caught:
-        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, lazy=True, two_sided=True)
-    assert any("pass `lazy=False, chunk=1`" in note for note in caught.value.__notes__)
-    assert fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, chunk=1).n_samples == 2
 
 
 class Drifting(nn.Linear):

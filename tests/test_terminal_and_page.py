@@ -23,12 +23,6 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_terminal(monkeypatch):
-    """Parallel test workers set a width of their own."""
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")

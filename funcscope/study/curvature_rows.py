@@ -115,8 +115,8 @@ def eigenvalues(summary: SpectrumSummary, stored: Stored) -> Listing:
         "larger residuals (`--tol`)."
     )
     rough = (
-        f"{ROUGH.capitalize()}: what so few texts add is above the standard error, which is then too small; the interval is an "
-        "order of magnitude, and left out where not even that. Score more texts (`--num-samples`)."
+        f"{ROUGH.capitalize()}: what so few texts add is above the standard error, which is then too small; the interval is "
+        "an order of magnitude, and left out where not even that. Score more texts (`--num-samples`)."
     )
     notes = [advice] * bool(lost) + [rough] * any(_is_rough(stored, i) for i in range(num))
     headers = ("rank", "eigenvalue", "residual", "over texts", "95 % interval", "note")

@@ -52,10 +52,10 @@ def lede(found: Curvature) -> list[str]:
     """The spectrum in words, then sharpness, then where the curvature is."""
     summary, rows = found.summary, found.rows
     top, bottom = (typeset(rows[f"{which} eigenvalue"].said) for which in ("largest", "smallest"))
-    stable = ""
-    if summary.max_eigenvalue > 0:
+    stable = "" if bool(summary.ends.converged[0]) else " (not converged)"
+    if summary.max_eigenvalue > 0 and found.settings["matrix"] == "hessian":
         rate, reach = number(2 / summary.max_eigenvalue), sharpness_rows.rate_interval(found.stored)
-        stable = f"; gradient descent is stable up to a learning rate of {rate}{f' ({reach})' if reach else ''}"
+        stable += f"; gradient descent is stable up to a learning rate of {rate}{f' ({reach})' if reach else ''}"
     negative = "none" if summary.has_negative_eigenvalues is False else typeset(rows["negative eigenvalues"].said)
     open_ = "" if summary.density.negative_resolution().resolved else ", not resolved"
     first = (
