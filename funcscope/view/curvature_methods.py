@@ -82,8 +82,8 @@ def _ends(found: Curvature) -> str:
     ends = found.summary.ends
     return (
         "Lanczos from a random start with full orthogonalisation. The residual is ‖Ay − θy‖ of the Ritz pair (θ, y), up to "
-        "rounding: an eigenvalue lies that near. Converged is what has a small residual for its own end and, by a "
-        "fresh random start beside the first, none before it that was missed but for a chance of 1 %; of what is not, the rank is open. "
+        "rounding: an eigenvalue lies that near. Converged is what has a small residual for its own end and, by a fresh "
+        "random start beside it, none before it that was missed, but for a chance of 1 %; the rank of others is open. "
         f"{ends.num_matvecs} products. The damping of the condition number, "
         f"{number(found.summary.condition_number)}, is {number(found.summary.damping)}."
     )
