@@ -21,3 +21,9 @@ def _global_generator_is_untouched():
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state()), "the global random generator was used"
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """Parallel test workers set a width of their own."""
+    monkeypatch.delenv("COLUMNS", raising=False)

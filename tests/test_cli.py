@@ -230,7 +230,7 @@ def test_the_table_says_undefined_where_a_number_is():
         row |= {name: None, f"{name}_stderr": None}
     assert demo.table({"table": [row]})[1][0][-3:] == ["undefined"] * 3
     one_sample = row | {"curvature_mean": 0.5}
-    assert demo.table({"table": [one_sample]})[1][0][-2] == "0.5 ± undefined"  # never a bare number
+    assert demo.table({"table": [one_sample]})[1][0][-2] == "0.500 ± undefined"  # never a bare number
 
 
 def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, capsys):

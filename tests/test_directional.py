@@ -313,7 +313,7 @@ def test_rounding_moves_a_float32_curvature_by_the_order_of_its_noise_floor():
     assert b.curvature_noise_floor < 1e-6 * a.curvature_noise_floor
     exact = fs.directional_losses(narrow, narrow.net.theta, curvature="exact", **make)
     assert exact.curvature_noise_floor == 0
-    assert (exact.num_matvecs, exact.num_second_jvps) == (20, 3)
+    assert (exact.num_matvecs, exact.num_second_jvps) == (20, 20)
 
 
 def test_a_small_step_in_half_precision_warns_with_what_it_costs():
@@ -338,12 +338,17 @@ def test_costs_are_counted():
         r = fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=options.pop("n_samples", 5), **options)
         return cost(r.num_forwards, r.num_gradients, r.num_jvps, r.num_matvecs)
 
-    assert counted() == (7, 0, 0, 0)  # the baseline twice: a forward that changes something is found out
-    assert counted(**FULL) == (24, 1, 0, 0)  # three directions at four shorter steps
-    assert counted(**FULL, n_samples=50) == (122, 1, 0, 0)
-    assert counted(compute_gradient=True, slope="jvp") == (7, 0, 5, 0)
+    assert counted() == (
+        11,
+        0,
+        0,
+        0,
+    )  # the baseline mapped as losses are, and once more
+    assert counted(**FULL) == (28, 1, 0, 0)  # three directions at four shorter steps
+    assert counted(**FULL, n_samples=50) == (129, 1, 0, 0)
+    assert counted(compute_gradient=True, slope="jvp") == (11, 0, 5, 0)
     assert counted(compute_gradient=True, n_samples=1) == (3, 0, 1, 0)  # one jvp is cheaper than one gradient
-    assert counted(compute_curvature=True, curvature="exact") == (7, 0, 0, 5)
+    assert counted(compute_curvature=True, curvature="exact") == (11, 0, 0, 5)
 
 
 def test_bad_requests_get_one_clear_line():
@@ -359,7 +364,7 @@ def test_bad_requests_get_one_clear_line():
         ({"chunk": 0}, r"`chunk` must be an integer of at least 1, got 0"),
         ({"chunk": 4, "lazy": True}, r"`lazy` makes one direction at a time; leave `chunk` out"),
         ({"compute_curvature": True}, r"needs losses on both sides: pass `two_sided=True`, or `curvature=\"exact\"`"),
-        ({"key": 42}, r"`key` must be a key, got 42: write `key=fs.key\(42\)`"),
+        ({"key": 42}, r"`key` must be a key, made of an integer seed, got 42: write `key=fs.key\(42\)`"),
         ({"curvature": "forward"}, r"`curvature` must be one of 'difference', 'exact', got 'forward'"),
     ]
     for options, message in cases:
@@ -372,23 +377,6 @@ def test_bad_requests_get_one_clear_line():
         raw(loss, theta.to("meta"), key=key)
     with pytest.raises(TypeError, match="`theta` must hold floating-point numbers"):
         raw(loss, torch.zeros(51, dtype=torch.long), key=key)
-
-
-def test_a_model_that_vmap_refuses_says_what_to_do():
-    class Branching(nn.Linear):
-        def forward(self, x):
-            out = super().forward(x)
-            return out if bool((out > -100).all()) else -out
-
-    net = fs.functional(seeded(0, lambda: Branching(2, 2)))
-    loss = fs.objective(net, [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
-    with pytest.raises(RuntimeError) as caught:
-        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2)
-    assert any("pass `chunk=1`" in note for note in caught.value.__notes__)
-    with pytest.raises(RuntimeError) as caught:
-        fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, lazy=True, two_sided=True)
-    assert any("pass `lazy=False, chunk=1`" in note for note in caught.value.__notes__)
-    assert fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=2, chunk=1).n_samples == 2
 
 
 class Drifting(nn.Linear):

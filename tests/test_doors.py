@@ -75,6 +75,39 @@ def test_a_batch_without_sequences_changes_nothing():
     assert torch.equal(fs.fisher_mc(one, theta, key=fs.key(1))(v), fs.fisher_mc(more, theta, key=fs.key(1))(v))
 
 
+# --- models that `vmap` refuses ---------------------------------------------------------------------------------------
+
+EVALUATED = {
+    "directional_losses": lambda loss, t, **plan: (
+        fs.directional_losses(loss, t, key=fs.key(0), n_samples=3, span=0.1, **plan).losses
+    ),
+    "flatness": lambda loss, t, **plan: fs.flatness(loss, t, key=fs.key(0), n_directions=3, **plan).delta_losses,
+    "loss_plane": lambda loss, t, **plan: (
+        fs.loss_plane(loss, t, fs.stack(fs.directions(loss.net, key=fs.key(1), num=2)), num=3, **plan).evaluated.losses
+    ),
+    "linear_path": lambda loss, t, **plan: fs.linear_path(loss, t, 1.1 * t, num=4, **plan).losses,
+}
+
+
+@pytest.mark.parametrize("function", EVALUATED)
+@pytest.mark.parametrize("model", ["mask", "nonzero", "unique", "list", "item", "branch", "numpy"])
+def test_where_vmap_is_a_matter_of_speed_a_loop_takes_its_place(model, function):
+    """The same numbers, bit for bit, as those of the loop that is asked for."""
+    made = {"item": wrong_inputs.Item, "branch": wrong_inputs.Branching, "numpy": wrong_inputs.Numpy}
+    model = made[model]() if model in made else wrong_inputs.Routed(way=model)
+    loss, loop = wrong_inputs.loss_of(model), wrong_inputs.loss_of(model)
+    with pytest.warns(UserWarning, match="one at a time"):
+        values = EVALUATED[function](loss, loss.net.theta, chunk=2)
+    assert values.isfinite().all()
+    assert torch.equal(values, EVALUATED[function](loop, loop.net.theta, chunk=1))
+
+
+def test_a_bare_epsilon_is_a_profile_of_one():
+    loss = wrong_inputs.loss_of(mlp())
+    profile = fs.flatness_profile(loss, loss.net.theta, key=fs.key(0), epsilons=0.1, n_directions=2)
+    assert [result.epsilon for result in profile] == [0.1]
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 

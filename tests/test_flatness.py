@@ -305,7 +305,7 @@ def test_asdict_is_plain_numbers_strings_and_float64_arrays(two_sided):
     pairs = {"delta_losses_negative", "pair_mean", "pair_mean_stderr", "second_order", "pair_variance_ratio"}
     assert pairs <= set(values) if two_sided else not pairs & set(values)
     assert values["seed"] == 5
-    assert values["num_forwards"] == 2 + 50 * (1 + two_sided)
+    assert values["num_forwards"] == 9 + 50 * (1 + two_sided)
     assert (values["two_sided"], values["n_directions"], values["num_params"]) == (two_sided, 50, 51)
     assert math.isnan(float(result.pair_mean.value)) is not two_sided
 

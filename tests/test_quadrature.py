@@ -119,6 +119,37 @@ def test_square_of_the_trace_has_no_bias_where_the_plain_square_has():
     assert float(plain.mean() / (plain.std() / 150**0.5)) > 5  # negative control
 
 
+@pytest.mark.slow
+def test_a_rank_from_few_probes_has_no_bias_where_the_plain_statistic_has():
+    d = torch.cat([torch.tensor([200.0, 100.0, 50.0]), torch.linspace(0, 1, 220)]).double()  # few values have the trace
+    share = d / d.sum()
+    exact = float((-torch.special.xlogy(share, share).sum()).exp())
+    parts = list(groups(of(d, num_probes=8 * 150, steps=16, reorthogonalize=True), 8))
+    values = torch.stack([part.effective_rank.value for part in parts])
+    assert abs(float((values.mean() - exact) / (values.std() / 150**0.5))) < 3.5
+    size = torch.stack([part.function(torch.abs).value for part in parts])
+    logs = torch.stack([part.function(lambda x: torch.special.xlogy(x.abs(), x.abs())).value for part in parts])
+    plain = size * torch.exp(-logs / size)
+    assert float((plain.mean() - exact) / (plain.std() / 150**0.5)) > 4  # negative control
+
+
+def test_one_step_resolves_the_trace_alone():
+    found = of(spread(7, 120), num_probes=8, steps=1)
+    assert abs(float(found.trace.value) - float(spread(7, 120).sum())) < 4 * float(found.trace.stderr)
+    assert found.trace_squared.value.isnan()
+    assert math.isnan(found.trace_squared_interval()[0])
+    assert not found.resolution("effective_rank").resolved
+    assert not found.negative_resolution().resolved
+    assert of(torch.ones(1), num_probes=3, steps=1).resolution("effective_rank").resolved  # one number, one step
+
+
+def test_no_more_steps_are_advised_than_there_are_eigenvalues():
+    d = torch.cat([torch.linspace(-1e-3, 1e-3, 29), torch.tensor([100.0])]).double()
+    found = of(d, num_probes=400, steps=6)
+    assert not found.negative_resolution(1e-9).resolved
+    assert found.negative_resolution(1e-9).steps == 30
+
+
 def test_the_density_integrates_to_one_and_has_its_error():
     d = network(400)
     found = of(d, num_probes=6, steps=30)

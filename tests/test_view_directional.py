@@ -249,18 +249,35 @@ def test_what_was_found_is_the_title(tmp_path):
     assert title(distance).endswith("at a distance of 0.5")
 
 
-def test_the_table_has_every_stored_statistic(tmp_path):
-    path = stored(tmp_path, made(12))
+def _cells(path):
+    """Names and first cells of both tables of statistics."""
     (result,) = read(load(path))
-    table = directional_sections.table((result,), ("value",))
-    rows = {name: cell for name, cell, _ in table.rows}
-    numbers = {name for name, x in result.values.items() if isinstance(x, float) and not name.endswith("_stderr")}
+    tables = [*directional_sections.statistics(result), directional_sections.plain((result,), ("value",))]
+    return result, dict(row[:2] for table in tables if isinstance(table, page.Table) for row in table.rows)
+
+
+def test_the_tables_have_every_stored_statistic(tmp_path):
+    path = stored(tmp_path, made(12))
+    result, rows = _cells(path)
+    endings = ("_stderr", "_stderr_data", "_stderr_total", "_dof")
+    numbers = {name for name, x in result.values.items() if isinstance(x, float) and not name.endswith(endings)}
     assert numbers <= rows.keys()
     for name in numbers:
         changed(path, lambda meta, _, name=name: meta["models"][0]["values"].update({name: 765.4321}))
-        cell = dict(row[:2] for row in directional_sections.table(read(load(path)), ("value",)).rows)[name]
+        cell = _cells(path)[1][name]
         assert cell != rows[name]
         assert cell.startswith("765")
+
+
+def test_numbers_have_their_own_units(tmp_path):
+    (result,) = read(load(stored(tmp_path, made(12))))
+    units = {row[0]: row[-1] for row in directional_sections.plain((result,), ("value",)).rows}
+    units |= {row[0]: row[-1] for row in directional_sections.statistics(result)[0].rows}
+    bare = [name for name in units if name.startswith("n_") or name.endswith(("_p_value", "_share", "_settling"))]
+    assert bare
+    assert {units[name] for name in bare} == {""}  # counts, probabilities and ratios
+    assert units["baseline_loss"] == units["loss_mean"] == "nats"
+    assert units["curvature_mean"] == units["curvature_noise_floor"] == "nats per relative step²"
 
 
 @pytest.mark.parametrize("name", ["delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss"])
@@ -406,7 +423,7 @@ def test_paired_figures_hold_both_models_and_their_differences(tmp_path):
 def test_the_comparison_is_told_in_full(tmp_path):
     first, second = made(20), made(20, rise=0.2)
     c = paired(tmp_path, first, second)
-    table = comparison_sections.table(c).blocks[1]
+    table = comparison_sections.table(c, load(stored(tmp_path, first, second)).meta).blocks[1]
     rows = {row[0]: row for row in table.rows}
     assert set(rows) == set(compare_directional(first, second).differences)
     assert all(len(row) == len(table.headers) for row in table.rows)

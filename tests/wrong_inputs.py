@@ -96,6 +96,34 @@ class Branching(Around):
         return out * 2 if out.sum() > 0 else out
 
 
+class Numpy(Around):
+    def forward(self, x):
+        out = self.inner(x)
+        return out * torch.as_tensor(out.detach().numpy() > 0)
+
+
+class Routed(Around):
+    """Two experts: each sees the rows that a gate gives to it."""
+
+    def __init__(self, way):
+        super().__init__(way=way)
+        with torch.random.fork_rng(devices=[]):
+            self.gate, self.other = nn.Linear(4, 2), nn.Linear(4, 3)
+        with torch.no_grad():
+            self.gate.weight.copy_(torch.eye(2, 4))
+            self.gate.bias.zero_()
+            self.other.weight.copy_(torch.linspace(-1, 1, 12).view(3, 4))
+            self.other.bias.zero_()
+
+    def forward(self, x):
+        expert, out = self.gate(x).argmax(-1), x.new_zeros(len(x), 3)
+        numbers = expert.tolist() if self.way == "list" else torch.unique(expert) if self.way == "unique" else (0, 1)
+        for i in sorted({int(number) for number in numbers}):
+            rows = expert == i if self.way == "mask" else (expert == i).nonzero()[:, 0]
+            out[rows] = (self.inner, self.other)[i](x[rows])
+        return out
+
+
 class Noisy(Around):
     def forward(self, x):
         return F.dropout(self.inner(x), 0.5)
@@ -135,6 +163,23 @@ def hessian_of(*args):
 def sampled(*args):
     loss = loss_of(*args)
     return fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=2)
+
+
+def mapped(model):
+    loss = loss_of(model)
+    return torch.func.vmap(fs.restrict(loss, loss.net.theta, fs.directions(loss.net, key=fs.key(0), num=2)))(
+        torch.eye(2)
+    )
+
+
+def on_plane(*coefficients, lazy=None):
+    loss = loss_of()
+    return fs.restrict(loss, loss.net.theta, fs.directions(loss.net, key=fs.key(0), num=2), lazy=lazy)(*coefficients)
+
+
+def path_to(end):
+    loss = loss_of()
+    return fs.linear_path(loss, loss.net.theta, end, num=3)
 
 
 def column(criterion):
@@ -177,8 +222,10 @@ CASES = {
     "an old-style function": (lambda: hessian_of(Exponential()), "setup_context"),
     "a counter": (lambda: hessian_of(Counting()), "Leave the write out"),
     "a buffer assigned anew": (lambda: hessian_of(Assigning()), "Leave the write out"),
-    "an item in a chunk": (lambda: sampled(Item()), "chunk=1"),
-    "a branch in a chunk": (lambda: sampled(Branching()), "torch.where"),
+    "an item under vmap": (lambda: mapped(Item()), "chunk=1"),
+    "a branch under vmap": (lambda: mapped(Branching()), "torch.where"),
+    "a mask under vmap": (lambda: mapped(Routed(way="mask")), "torch.where"),
+    "values taken out of torch": (lambda: hessian_of(Numpy()), "compute with tensors"),
     "random numbers": (lambda: hessian_of(Noisy()), "Take that out"),
     "random numbers in a sharpness": (
         lambda: (lambda loss: fs.sam_sharpness(loss, loss.net.theta))(loss_of(Noisy())),
@@ -192,6 +239,14 @@ CASES = {
     "columns against rows": (lambda: column(fs.custom(lambda out, y: (out - y) ** 2)), "targets[:, None]"),
     "columns against rows in mse": (lambda: column(fs.mse), "targets[:, None]"),
     "missing targets in mse": (lambda: loss_of(None, [(X, X[:, :3] / 0)], fs.mse), "y.isfinite()"),
+    **{
+        f"a label of {label} in {criterion.name}": (
+            lambda criterion=criterion, label=label: hessian_of(None, [(X, torch.where(Y == 0, label, Y))], criterion),
+            "-100",
+        )
+        for criterion in (fs.cross_entropy(), fs.cross_entropy(label_smoothing=0.1))
+        for label in (-1, 3)
+    },
     "labels of -1 and 1": (lambda: loss_of(nn.Linear(4, 4), [(X, X.sign())], fs.binary_cross_entropy), "(y + 1) / 2"),
     "weights for other classes": (
         lambda: hessian_of(None, None, fs.cross_entropy(weight=torch.ones(5))), "holds 5 classes",
@@ -224,6 +279,33 @@ CASES = {
     "a dict for `like`": (
         lambda: fs.eigenpairs(lambda v: v, fs.functional(mlp()).params, key=fs.key(0), num=1), "ravel(params)",
     ),
+    "a module at the end of a path": (lambda: path_to(mlp()), "fs.functional(model)"),
+    "an array at the end of a path": (lambda: path_to(np.ones(51)), "torch.as_tensor"),
+    "a net for many models": (lambda: fs.barrier_matrix(loss_of(), fs.functional(mlp())), "fs.functional(model)"),
+    "a module for an axis": (lambda: fs.loss_plane(loss_of(), torch.ones(51), mlp()), "plane_directions"),
+    "a module for directions": (lambda: fs.restrict(loss_of(), torch.ones(51), mlp()), "fs.directions"),
+    "numbers for directions": (lambda: fs.stack([1.0, 2.0]), "fs.directions"),
+    "no direction": (lambda: fs.stack([]), "at least 1"),
+    "three coefficients of two": (lambda: on_plane(torch.ones(3)), "vmap(phi)"),
+    "three coefficients of two, lazily": (lambda: on_plane(torch.ones(3), lazy=True), "vmap(phi)"),
+    "one coefficient of two": (lambda: on_plane(0.5), "one per direction"),
+    "an array of coefficients": (lambda: on_plane(np.ones(2)), "torch.as_tensor"),
+    "numbers for results": (lambda: fs.compare_directional(1, 2), "directional_losses"),
+    "vectors for eigenpairs": (lambda: fs.eigenvector_axes(torch.ones(2, 51)), "vectors=True"),
+    "a net for points": (lambda: fs.principal_directions(fs.functional(mlp())), "net.theta"),
+    "a net for running statistics": (
+        lambda: fs.running_statistics(fs.functional(mlp()), torch.ones(51)), "objective(",
+    ),
+    "a net for a sampled Fisher": (lambda: fs.fisher_mc(fs.functional(mlp()), torch.ones(51), key=fs.key(0)), "objective("),
+    "a list for `like`": (lambda: fs.hutchinson_trace(lambda v: v, [1.0], key=fs.key(0), num=3), "net.theta"),
+    "a generator for a key": (lambda: fs.directions(fs.functional(mlp()), key=torch.Generator(), num=1), "fs.key(0)"),
+    "None for a key": (lambda: fs.normal(None, torch.ones(3)), "fs.key(0)"),
+    "a seed for a key": (lambda: fs.directions(fs.functional(mlp()), key=7, num=1), "fs.key(7)"),
+    "a number of numpy for a key": (lambda: fs.fold_in(np.int64(7), 1), "fs.key(7)"),
+    "a tensor for a key": (lambda: fs.fold_in(torch.tensor(7), 1), "fs.key(0)"),
+    "a text for a key": (lambda: fs.rademacher("a", torch.ones(3)), "fs.key(0)"),
+    "a number of numpy for a seed": (lambda: fs.key(np.int64(7)), "int(seed)"),
+    "a negative epsilon": (lambda: fs.flatness_profile(loss_of(), torch.ones(51), key=fs.key(0), epsilons=-1.0), "above 0"),
     "a page that is not there": (lambda: show("nowhere.npz"), "`.npz`"),
 }  # fmt: skip
 """Name: what is done, and words of the remedy."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import check_count
 from ..core.keys import fold_in, key
 from ..curvature.audit import audit
+from ..curvature.audit_result import Audit
+from ..study.listing import Listing, terminal_width, wrapped
 from ..study.opening import Source, check_source, open_model
 from .own_model import _add_computing, _add_texts, _given
+from .shared import print_data
 
 LENGTH = 32
+ALONE = "a sequence alone"
+"""The way that compares sequences alone with the same in a batch."""
 
 
 def add_check(commands: Any) -> None:
@@ -36,8 +43,25 @@ def add_check(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> int:
     source = Source(**_given(args, Source))
     check_source(source)
+    check_count("directions", args.directions, least=2)
     loss, data, _ = open_model(source, args.model, length=LENGTH)
     result = audit(loss, loss.net.params, key=fold_in(key(source.seed), "audit"), num=args.directions)
-    print(data)
-    print(f"\n{result}")
+    width = terminal_width()
+    print_data(source, data, width)
+    title, *_ = str(result).split("\n")
+    print(f"\n{wrapped(title, width)}\n{_listing(result, data.num_samples).text(width)}")
     return 0 if result.right else 1
+
+
+def _listing(result: Audit, num: int) -> Listing:
+    """Ways and verdicts, then the modules that break them; a single sequence cannot be compared with itself in a batch."""
+    rows: list[tuple[str, ...]] = []
+    for way in result.ways:
+        if num == 1 and way.name == ALONE:
+            rows.append((way.name, str(way.order), "undecided", "", "", "there is one sequence"))
+            continue
+        numbers = ("" if math.isnan(x) else f"{x:.1e}" for x in (way.deviation, way.allowed))
+        rows.append((way.name, str(way.order), way.verdict, *numbers, way.reason))
+    headers = ("", "order", "verdict", "deviation", "allowed", "note")
+    table = tuple(str(result).split("\n")[3 + len(rows) :])
+    return Listing(headers, tuple(rows), table).trimmed()

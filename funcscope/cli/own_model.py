@@ -12,10 +12,12 @@ from ..study import curvature, directional
 from ..study.curvature_stages import STAGES
 from ..study.curvature_stages import Settings as CurvatureSettings
 from ..study.curvature_table import text as curvature_text
+from ..study.directional_rows import text as directional_text
 from ..study.inputs import DType, Task, Unit
+from ..study.listing import terminal_width
 from ..study.opening import Source
 from ..study.unfinished import kept
-from .shared import check_plotly, check_writable, print_files
+from .shared import check_plotly, check_writable, print_data, print_files
 
 FIELDS = directional.Settings.__dataclass_fields__ | CurvatureSettings.__dataclass_fields__
 """Settings that are arguments of Python and options here."""
@@ -147,14 +149,10 @@ def _directional(args: argparse.Namespace) -> int:
         left = f"samples are kept in {args.out}, the same command goes on from there" if kept(args.out) else ""
         print(f"\nfuncscope: interrupted; {left or 'nothing was sampled yet'}.")
         return 130
-    print(study.data)
-    for result in study.results:
-        print(f"\n{result}")
-    if study.comparison is not None:
-        print(f"\n{study.comparison}")
-    print(
-        f"\n{time.perf_counter() - started:.0f} s. Directions: {settings.n_samples}; errors are standard errors over them."
-    )
+    width = terminal_width()
+    print_data(settings, study.data, width)
+    print(f"\n{directional_text(load(study.numbers).meta, width=width)}")
+    print(f"\n{time.perf_counter() - started:.0f} s")
     print_files(page, study.numbers)
     return 0
 
@@ -174,8 +172,9 @@ def _curvature(args: argparse.Namespace) -> int:
         left = f"finished and kept in {args.out}: {', '.join(stages)}; the same command goes on from there"
         print(f"\nfuncscope: interrupted; {left if stages else 'no stage was finished yet'}.")
         return 130
-    print(study.data)
-    print(f"\n{curvature_text(study.summary, load(study.numbers))}")
+    width = terminal_width()
+    print_data(settings, study.data, width)
+    print(f"\n{curvature_text(study.summary, load(study.numbers), width=width)}")
     print_files(page, study.numbers)
     return 0
 

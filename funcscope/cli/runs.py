@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from ..core.store import load
 from ..families import family
 from ..study import demo
 from ..study.analysis import Unanalysed, analyse
 from ..study.analyzer import Analyzer
 from ..study.analyzers import ANALYZERS, analyzer
+from ..study.listing import Listing, terminal_width
 from ..study.runs import Runs, Variant, summarised
 from ..study.training import trained
 from .shared import check_plotly, check_writable, print_files
@@ -122,8 +121,10 @@ def _demo(args: argparse.Namespace) -> int:
         )
         return 130
     headers, rows = demo.table(load(numbers).meta)
-    print(tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
-    print(f"\n{time.perf_counter() - started:.0f} s. Errors are standard errors over {settings.n_samples} directions.")
+    width = terminal_width()
+    note = f"± is one standard error over {settings.n_samples} directions, on these training pairs."
+    print(Listing(tuple(headers), tuple(map(tuple, rows)), (note,)).text(width))
+    print(f"\n{time.perf_counter() - started:.0f} s")
     print_files(page, numbers)
     return 0
 
@@ -161,8 +162,9 @@ def _analyze(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nfuncscope: interrupted; what was finished is kept, the same command goes on from there.")
         return 130
-    rows = [row for variant in variants for row in _times(variant, chosen)]
-    print(tabulate(rows, headers=["variant", "analyzer", "epochs", "forwards each", "seconds each", "expected"]))
+    rows = [tuple(row) for variant in variants for row in _times(variant, chosen)]
+    headers = ("analyzer", "variant", "epochs", "forwards each", "seconds each", "expected")
+    print(Listing(headers, tuple(rows)).text(terminal_width()))
     print(f"\nnext  funcscope dashboard {args.folder}")
     if failures:
         raise Unanalysed(" ".join(failures))
@@ -193,8 +195,8 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
         forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         rows.append(
             [
-                variant.head["variant"],
                 one.name,
+                variant.head["variant"],
                 "all together" if one.across else f"{len(stored)} of {len(variant.checkpoints())}",
                 f"{cost:g}",
                 f"{seconds[len(seconds) // 2]:.2g}" if seconds else "",

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+
+from ..study.inputs import Data
+from ..study.listing import wrapped
+from ..study.opening import Source, one_sequence
+
+
+def print_data(settings: Source, data: Data, width: int) -> None:
+    """What is scored, and what a single sequence leaves unknown."""
+    for line in (str(data), one_sequence(asdict(settings), data.num_samples)):
+        if line:
+            print(wrapped(line, width))
 
 
 def print_files(page: Path, numbers: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,7 +17,8 @@ def check_flat(name: str, vector: Tensor, num: int) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(
             f"`{name}` must be a flat tensor, got a {type(vector).__name__}. Parameter dicts become flat vectors with "
-            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`."
+            "`net.layout.ravel(params)`, arrays with `torch.as_tensor`; for a module pass `fs.functional(model)` as an end "
+            "of a path, and its `theta` elsewhere."
         )
     if tuple(vector.shape) != (num,):
         raise ValueError(
@@ -25,6 +27,19 @@ def check_flat(name: str, vector: Tensor, num: int) -> None:
         )
     if not vector.is_floating_point():
         raise TypeError(f"`{name}` must hold floating-point numbers, got {vector.dtype}.")
+
+
+def check_instance(name: str, value: object, kind: type, remedy: str) -> None:
+    """`value` is of that kind; the remedy is how one is made."""
+    if not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be a {kind.__name__}, got a {type(value).__name__}: {remedy}.")
+
+
+def check_options(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
+    """Every option is an argument of the function that they are passed on to."""
+    known = [each for each, what in signature(function).parameters.items() if what.kind is what.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"`{name}` has no option `{unknown[0]}`: beside its own arguments it takes {', '.join(known)}.")
 
 
 def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checks import check_choice, check_count, check_names
+from .checks import check_choice, check_count, check_instance, check_names
 from .keys import BLOCK, Distribution, Key, check_key, draw, fill, fold_in, on_workers
 from .layout import Layout, Leaf, Params
 from .model import Functional
@@ -144,6 +144,12 @@ def directions(
 
 def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
     """Several directions of one `directions(...)` call as rows of a matrix, prepared together."""
+    check_instance(
+        "directions", directions, Sequence, "a list of directions, `fs.directions(net, key=fs.key(0), num=2)`"
+    )
+    check_count("the number of directions", len(directions))
+    for direction in directions:
+        check_instance("directions[i]", direction, Direction, "`fs.directions(net, key=fs.key(0), num=2)` makes them")
     scales = directions[0].scales
     if any(direction.scales is not scales for direction in directions):
         return torch.stack([direction.dense() for direction in directions])

@@ -56,14 +56,16 @@ class Crossed(Estimate):
     r"""A statistic of n draws (directions), each of them a mean over the same g data (sequences): both are samples.
 
     `stderr` is over draws, with the data as they are; `stderr_data` over data, with the draws as they are; `stderr_total`
-    over both. With $V_D, V_S$ the squares of the first two and $z_{ds}$ what datum s of draw d moves the statistic by,
+    over both, and holds the bias b that few data give to statistics that are no means. With $V_D, V_S$ the squares of the
+    first two and $z_{ds}$ what datum s of draw d moves the statistic by,
 
-    $$V = V_D + V_S - V_I, \qquad V_I = \tfrac{n}{n-1} \textstyle\sum_{ds} (z_{ds} - \bar z_s)^2, \qquad
+    $$V = V_D + V_S - V_I + b^2, \qquad V_I = \tfrac{n}{n-1} \textstyle\sum_{ds} (z_{ds} - \bar z_s)^2, \qquad
       \nu = \frac{V^2}{V_D^2 / (n-1) + V_S^2 / (g-1) + V_I^2 / ((n-1)(g-1))}:$$
 
     both one-way errors hold the interaction of draws and data, which counts once (V is not taken below the larger of them);
     degrees of freedom by Satterthwaite, at least the smaller of n - 1 and g - 1. For statistics that are no means, to first
-    order in z. nan for a single draw or datum.
+    order in z. nan for a single draw or datum. Of a mean, z of m < n draws will do: their mean square over data is that of
+    all plus (n - m) / n of the interaction in it, which is taken off.
 
     Cornfield, Tukey (1956), doi:10.1214/aoms/1177728067; Satterthwaite (1946), doi:10.2307/3002019.
 
@@ -78,18 +80,20 @@ class Crossed(Estimate):
     dof: float
 
     @classmethod
-    def of_rows(cls, estimate: Estimate, rows: Float[Tensor, "n g"]) -> Crossed:
-        """rows: z, centred over data; the statistic's own error is over draws."""
-        (num, num_data), rows = rows.shape, rows.double()
+    def of_rows(cls, estimate: Estimate, rows: Float[Tensor, "n g"], bias: float = 0.0) -> Crossed:
+        """rows: z, centred over data, of all draws or, of a mean, of some. bias: b. The own error is over draws."""
+        (num, num_data), share = rows.shape, len(rows) / max(estimate.num, len(rows))
+        rows = rows.double() / share
         if num_data < 2:
             rows = torch.full_like(rows, math.nan)
         scale = num_data / max(num_data - 1, 1)
         draws, data = estimate.stderr.double().square(), scale * rows.sum(0).square().sum()
         both = scale * num / max(num - 1, 1) * (rows - rows.mean(0)).square().sum()
-        total = torch.maximum(draws + data - both, torch.maximum(draws, data))
-        parts = draws**2 / max(num - 1, 1) + (data**2 + both**2 / max(num - 1, 1)) / max(num_data - 1, 1)
+        over_data = torch.maximum(data - (1 - share) * both, share * data)
+        total = torch.maximum(draws + data - both, torch.maximum(draws, over_data))
+        parts = draws**2 / max(estimate.num - 1, 1) + (data**2 + both**2 / max(num - 1, 1)) / max(num_data - 1, 1)
         dof = max(float(total**2 / parts) if parts else 0.0, float(min(num, num_data) - 1))
-        return cls(estimate.value, estimate.stderr, estimate.num, data.sqrt(), total.sqrt(), dof)
+        return cls(estimate.value, estimate.stderr, estimate.num, over_data.sqrt(), (total + bias**2).sqrt(), dof)
 
     def __str__(self) -> str:
         draws, data, total = (f"{float(x):.2g}" for x in (self.stderr, self.stderr_data, self.stderr_total))

@@ -24,16 +24,35 @@ _REMEDIES = {
     "switch gradient checkpointing off",
     "mutate a captured Tensor": "the forward pass writes to a buffer or another tensor of its own, and is no function of "
     f"theta. {WRITES[:-1]}",
+    "dynamic shape": "the forward pass makes tensors whose size depends on values (a boolean mask as an index, `nonzero`, "
+    "`unique`), which `vmap` refuses: weigh by `torch.where` instead, or take a plan without vmap (`chunk=1`)",
+    "Cannot access data pointer": "the forward pass takes values out of torch (`.tolist()`, `.numpy()`), which torch.func "
+    "cannot follow: compute with tensors, or, where only `vmap` refuses it, take a plan without (`chunk=1`)",
     ".item()": "the forward pass reads a value by `.item()`, which `vmap` refuses: compute with the tensor itself, or take "
     "a plan without vmap (`chunk=1`)",
     "data-dependent control flow": "the forward pass branches on a value, which `vmap` refuses: write it as `torch.where`, "
     "or take a plan without vmap (`chunk=1`)",
 }
+_UNMAPPED = (
+    "Batching rule not implemented",
+    "vmap: we do not yet support",
+    "does not have vmap support",
+    "dynamic shape",
+    "Cannot access data pointer",
+    ".item()",
+    "data-dependent control flow",
+)
+"""What torch says where a function can be called and not mapped."""
 _DTYPES = ("same dtype", "scalar type", "Input type", "dtype mismatch", "expected dtype")
 
 
 class ForwardError(ValueError, RuntimeError):
     """A forward pass that cannot be run or differentiated as it is."""
+
+
+def is_unmapped(err: RuntimeError) -> bool:
+    """It is `vmap` that refuses, so that a loop may do."""
+    return not isinstance(err, NotImplementedError) and any(words in str(err) for words in _UNMAPPED)
 
 
 def kernel(attention: str) -> AbstractContextManager[Any]:

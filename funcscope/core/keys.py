@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -48,14 +49,18 @@ def key(seed: int) -> Key:
     (True, False)
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+        raise TypeError(
+            f"`seed` must be a Python integer, got {seed!r}: `fs.key(0)`, or `fs.key(int(seed))` of a number."
+        )
     return Key(_digest(b"root", str(seed).encode()), seed)
 
 
 def check_key(key: object) -> None:
     """`key` is a key and not a bare seed."""
     if not isinstance(key, Key):
-        raise TypeError(f"`key` must be a key, got {key!r}: write `key=fs.key({key!r})`.")
+        seed = int(key) if isinstance(key, Integral) and not isinstance(key, bool) else 0
+        what = key if isinstance(key, (int, float, str, type(None))) else f"a {type(key).__name__}"
+        raise TypeError(f"`key` must be a key, made of an integer seed, got {what!r}: write `key=fs.key({seed})`.")
 
 
 def fold_in(key: Key, data: str | int) -> Key:
@@ -64,6 +69,7 @@ def fold_in(key: Key, data: str | int) -> Key:
     >>> fold_in(key(0), 1) == fold_in(key(0), "1")
     False
     """
+    check_key(key)
     tag = b"s" if isinstance(data, str) else b"i"
     return Key(_digest(key.bits.to_bytes(16, "little"), tag + str(data).encode()), key.seed)
 
@@ -97,6 +103,7 @@ def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     >>> float(uniform(key(0), torch.zeros(9)).max()) < 1
     True
     """
+    check_key(key)
     words = _tools().philox_at(key, 0).random_raw(-(-like.numel() // 2)).view(np.uint32)
     unit = (words[: like.numel()] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
     return torch.from_numpy(unit).view(like.shape).to(like)
@@ -122,6 +129,7 @@ def draw(
     key: Key, num: int, distribution: Distribution, start: int = 0, stop: int | None = None
 ) -> Float[Tensor, " m"]:
     """Entries `start` to `stop` of a draw of `num`, in float32 on the CPU, drawn by the worker threads."""
+    check_key(key)
     stop = num if stop is None else stop
     first, last = start // BLOCK, -(-stop // BLOCK)
     origin = first * BLOCK

@@ -18,7 +18,7 @@ from .estimate import wide
 from .layout import Layout, Params
 from .model import Functional, Inputs, LeafFn
 from .progress import tick
-from .purity import check_function
+from .purity import check_function, why_not_mapped
 from .substitute import NOT_LEAF_BY_LEAF
 
 Theta = Tensor | Params
@@ -67,6 +67,15 @@ class Loss:
         if "function" not in self._verdicts:
             check_function(self)
             self._verdicts.add("function")
+
+    def is_mapped(self) -> bool:
+        """Whether `vmap` over parameters takes this model, tried on one batch, once; says so where it does not."""
+        if not {"mapped", "looped"} & self._verdicts:
+            reason = why_not_mapped(self)
+            self._verdicts.add("looped" if reason else "mapped")
+            if reason:
+                self.say_once(f"points are evaluated one at a time, as `vmap` refuses this model ({reason}).")
+        return "mapped" in self._verdicts
 
     def say_once(self, text: str) -> None:
         """A warning that this objective gives once."""

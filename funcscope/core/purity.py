@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 
 from .batches import Filled, tensors
 from .criterion import Criterion
-from .forward import WRITES
+from .forward import WRITES, is_unmapped
 from .model import Functional
 from .softmax import Labels, check_classes
 from .substitute import LeafFn, immovable
@@ -36,7 +36,7 @@ def check_function(loss: Loss) -> None:
     labels are no classes, and where a loss of weight 0 has derivatives that are not finite.
     """
     net, criterion = loss.net, loss.criterion
-    inputs, targets = min(loss.batches, key=lambda pair: sum(x.numel() for x in tensors(pair)))
+    inputs, targets = _smallest(loss)
     fresh = replace(net, buffers={name: value.clone() for name, value in net.buffers.items()})
     versions = {name: value._version for name, value in net.buffers.items() if not value.is_inference()}
     with torch.no_grad(), torch.random.fork_rng(devices=[net.device] if net.device.type == "cuda" else []):
@@ -58,6 +58,24 @@ def check_function(loss: Loss) -> None:
         _check_filled(loss)
     elif bool((weight == 0).any()) and bool(losses.isfinite().all()):
         _check_slopes(criterion, out, targets)
+
+
+def why_not_mapped(loss: Loss) -> str | None:
+    """What torch says where `vmap` over parameters refuses the model or the criterion; None where it takes them."""
+    inputs, targets = _smallest(loss)
+    try:
+        with torch.no_grad():
+            one = {name: value[None] for name, value in loss.net.params.items()}
+            vmap(lambda params: loss.criterion.scored(loss.net.apply(params, inputs), targets)[0])(one)
+    except RuntimeError as err:
+        if is_unmapped(err):
+            return str(err).split("\n", 1)[0].split(", which ")[0][:120]
+        raise
+    return None
+
+
+def _smallest(loss: Loss) -> tuple[Any, Any]:
+    return min(loss.batches, key=lambda pair: sum(x.numel() for x in tensors(pair)))
 
 
 def _output(net: Functional, leaf: LeafFn, inputs: Any) -> Tensor:

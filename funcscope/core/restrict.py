@@ -6,6 +6,7 @@ Slopes, curvatures, lines, planes and barriers are values, derivatives and vmaps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -58,6 +59,10 @@ def restrict(
     (16.0, 6.0)
     """
     check_point(loss, base)
+    if not isinstance(dirs, (Tensor, Leaves, Sequence)):
+        raise TypeError(
+            f"`dirs` must be directions or a tensor, got a {type(dirs).__name__}: `fs.directions(net, key=fs.key(0), num=2)`."
+        )
     single = not isinstance(dirs, Sequence) and not (isinstance(dirs, Tensor) and dirs.ndim == 2)
     if isinstance(dirs, Tensor):
         if lazy:
@@ -91,6 +96,7 @@ def _dense(loss: Loss, base: Theta, dirs: Tensor) -> Phi:
     check_device("the direction", dirs.device, "theta", theta.device)
 
     def phi(a: Tensor | float | int) -> Tensor:
+        _check_coefficients(a, tuple(dirs.shape[:-1]))
         if not isinstance(a, Tensor):
             return loss(torch.add(theta, dirs, alpha=float(a)))
         a = a.to(dirs.dtype)
@@ -103,6 +109,7 @@ def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
     params = loss.leaves(base)
 
     def phi(a: Tensor | float | int) -> Tensor:
+        _check_coefficients(a, () if single else (len(dirs),))
         steps = list(a) if isinstance(a, Tensor) and not single else [a]
 
         def leaf(name: str, _: Tensor) -> Tensor:
@@ -111,6 +118,16 @@ def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
         return loss.at_leaves(leaf)
 
     return phi
+
+
+def _check_coefficients(a: Tensor | float | int, shape: tuple[int, ...]) -> None:
+    got = tuple(a.shape) if isinstance(a, Tensor) else () if isinstance(a, Real) else f"a {type(a).__name__}"
+    if got != shape:
+        what = f"a tensor of shape {shape}, one per direction" if shape else "a number, as there is one direction"
+        raise ValueError(
+            f"phi takes its coefficients as {what}; got {got}. Arrays and lists become tensors by `torch.as_tensor`; several "
+            "points are `torch.func.vmap(phi)(points)`."
+        )
 
 
 def _moved(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.overrides import TorchFunctionMode
 
+from .checks import check_instance
 from .layout import Params
 from .model import Functional, Inputs
 from .objective import Loss, Theta
@@ -65,6 +66,7 @@ def running_statistics(loss: Loss, theta: Theta) -> dict[str, Tensor]:
     >>> running_statistics(loss, net.theta)
     {'running_mean': tensor([2.]), 'running_var': tensor([2.])}
     """
+    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
     params, recorder = loss.params(theta), _Recorder(held_statistics(loss.net))
     if not recorder.buffers:
         return {}

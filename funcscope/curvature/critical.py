@@ -83,6 +83,11 @@ def critical_sharpness(
     `learning_rate_interval`; `always rises`, down to the lower end. `not narrowed` has a value with a wider interval. Where
     `rounding` is not far below `tolerance`, the signs are decided by rounding: compute in a wider dtype.
 
+    `stderr` is about the crossing along this update. Where the update is the gradient of the same data, as by default, other
+    data would have another: the value of n sequences then differs from that of all in the mean, by a part that falls like
+    1 / n and that no error here has (a gradient that is mostly noise points along other curvatures). For a curvature of the
+    whole, take the update from more data than the loss, or compare numbers of sequences.
+
     Raises ValueError for a direction of other shape, and a loss or gradient at theta that is not finite.
 
     Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller, Shvartsman (2026), arXiv 2601.16979.

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 from torch import Tensor
 
+from ..core.checks import check_instance
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
@@ -40,9 +41,11 @@ class EigenvalueErrors(Result):
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
         """Between which ends the eigenvalues of all data lie: bias off, residuals on, Student's t of n - 1 degrees.
 
-        Honest while `first_order` holds.
+        Where `first_order` does not hold, with the bias off and on, whichever is farther; nan where the bias alone is more
+        than the errors explain: the series says nothing there.
         """
-        return _intervals(self.values - self.bias, self.forms, self.residuals, level)
+        half = _quantile(level, len(self.forms.weights)) * self.stderr + self.residuals
+        return _intervals(self.values, self.bias, half, self.first_order)
 
     @derived("bias below the standard error", per="rank", shown=False)
     def first_order(self) -> Tensor:
@@ -98,15 +101,18 @@ class EigenvalueDifferences(Result):
         return self.first.residuals + self.second.residuals
 
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
-        """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired."""
+        """As those of `EigenvalueErrors`; degrees of freedom of the smaller side where not paired.
+
+        nan where either has none.
+        """
         num = min(len(self.first.forms.weights), len(self.second.forms.weights))
         half = _quantile(level, num) * self.stderr + self.residuals
-        middle = self.values - self.bias
-        return torch.stack([middle - half, middle + half], 1)
+        ends = _intervals(self.values, self.bias, half, self.first.first_order & self.second.first_order)
+        return ends + 0 * (self.first.intervals() + self.second.intervals())  # nan stays nan
 
     @derived("resolved", per="rank", shown=False)
     def resolved(self) -> Tensor:
-        """Per value, whether the 95 % interval leaves 0 out."""
+        """Per value, whether the 95 % interval leaves 0 out; not where there is none."""
         low, high = self.intervals().T
         return (low > 0) | (high < 0)
 
@@ -146,7 +152,7 @@ def eigenvalue_errors(
     those that are spoken of. Eigenvectors turn towards the data: the largest eigenvalue of n sequences is larger than that
     of all in the mean, the smallest smaller, by an order 1/n that `bias` estimates, from the known pairs and, for all
     directions that are none of them, as if their eigenvalues were 0: right where the rest is small beside $\lambda_j$. Where
-    it is not below the standard error, `first_order` is False and the interval is only an order of magnitude: gaps of the
+    it is not below the standard error, `first_order` is False and the interval an order of magnitude, or none: gaps of the
     size of the error, or fewer sequences than the eigenvectors have directions to turn to.
 
     pairs: `eigenpairs(hessian(loss, theta), ..., vectors=True)` of the same loss at the same theta, or of `ggn` with
@@ -186,6 +192,10 @@ def compare_eigenvalues(first: EigenvalueErrors, second: EigenvalueErrors) -> Ei
 
     Raises ValueError for other numbers of values.
     """
+    for name, errors in (("first", first), ("second", second)):
+        check_instance(
+            name, errors, EigenvalueErrors, "`eigenvalue_errors(loss, theta, eigenpairs(..., vectors=True))`"
+        )
     if len(first.values) != len(second.values):
         raise ValueError(
             f"`first` has {len(first.values)} values and `second` {len(second.values)}: ask for as many of both."
@@ -213,9 +223,11 @@ def _quantile(level: float, num: int) -> float:
     return float(student.ppf((1 + level) / 2, num - 1)) if num > 1 else math.nan
 
 
-def _intervals(middle: Tensor, forms: SequenceForms, margin: Tensor, level: float) -> Tensor:
-    half = _quantile(level, len(forms.weights)) * forms.stderr + margin
-    return torch.stack([middle - half, middle + half], 1)
+def _intervals(values: Tensor, bias: Tensor, half: Tensor, first_order: Tensor) -> Tensor:
+    """Around the values less their bias; around both where the bias is as uncertain as it is large."""
+    off, on = values - bias, torch.where(first_order, values - bias, values)
+    ends = torch.stack([torch.minimum(off, on) - half, torch.maximum(off, on) + half], 1)
+    return torch.where((bias.abs() <= half)[:, None], ends, math.nan)
 
 
 def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:

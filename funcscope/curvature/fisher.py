@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_instance
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
@@ -53,6 +53,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     """
     check_key(key)
     check_count("num", num)
+    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
     _check_distribution(loss.criterion)
     theta = flat(loss, theta)
     _check_apart(loss, theta)
@@ -112,7 +113,9 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     squared coordinate by coordinate, b over batches: with weights of 0 and 1, sum T_b^2 gbar_b^2 / sum T_b. Scores of labels
     that were drawn from the model are uncorrelated with mean 0, so that the cross terms vanish in expectation; those of the
     data's labels are not, and the same formula with them is no Fisher information (proofs/sampled_fisher.py). The standard
-    error is that over draws.
+    error is that over draws. Entries are means of squares, skewed where the model is sure of most labels and a rare draw has
+    most of the information: +- 2 errors of a single entry may then cover two thirds instead of 95 % at 8 draws, and 80 % at
+    32. Sums over many entries, the trace above all, do not suffer from that.
 
     Raises as `exact_fisher` does.
     """

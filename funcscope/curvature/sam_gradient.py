@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from ..core.checks import check_flat
 from ..core.directions import PART, dot
 from ..core.objective import Loss, Theta, check_point
 
@@ -39,6 +40,8 @@ def leaves_of(loss: Loss, theta: Theta, name: str = "theta") -> dict[str, Tensor
     Raises ValueError for another length, other names or other shapes than those of the layout.
     """
     check_point(loss, theta)
+    if isinstance(theta, Tensor):
+        check_flat(name, theta, loss.layout.num)
     leaves = loss.leaves(theta)
     if {k: tuple(v.shape) for k, v in leaves.items()} != loss.layout.shapes:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.checks import check_choice
+from ..core.checks import check_choice, check_options
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import By, Layout
 from ..core.objective import Loss, Theta
@@ -54,6 +54,7 @@ def hessian_summary(
     """
     check_key(key)
     check_choice("matrix", matrix, _MATRICES)
+    check_options("hessian_summary", spectrum_summary, options)
     theta = flat(loss, theta)
     return spectrum_summary(_MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
@@ -113,6 +114,7 @@ def hessian_block_eigenvalues(
     """
     check_key(key)
     check_choice("matrix", matrix, _MATRICES)
+    check_options("hessian_block_eigenvalues", eigenpairs, options)
     theta = flat(loss, theta)
     block_slices(loss.layout, by)  # refuses what does not keep parameters whole
     groups = loss.layout.group_of(by)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
+from ..core.forward import is_unmapped
 from ..core.layout import Params
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
@@ -136,9 +137,6 @@ def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
-_NO_RULE = ("Batching rule not implemented", "vmap: we do not yet support", "does not have vmap support")
-
-
 def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
     """`vmap`; a loop where torch has no batching rule; and what to do instead where a model refuses it otherwise."""
     try:
@@ -146,7 +144,7 @@ def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
     except NotImplementedError:  # a derivative that torch does not have: no matter of the plan
         raise
     except RuntimeError as err:
-        if any(words in str(err) for words in _NO_RULE):
+        if is_unmapped(err):
             warnings.warn(
                 f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2
             )
@@ -206,7 +204,7 @@ def _lazy(
 
 def _pair(phi: Phi, step: float, zero: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Values at both ends of a step; one draw serves both signs where the model can be mapped."""
-    if loss.net.attention == "keep":
+    if loss.net.attention == "keep" or not loss.is_mapped():
         return phi(step), phi(-step)
     positive, negative = mapped(phi, zero.new_tensor([step, -step]), "lazy=False, chunk=1")
     return positive, negative

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_instance
 from ..core.directions import Normalize, directions, stack
 from ..core.keys import Distribution, Key
 from ..core.layout import Params
@@ -207,6 +207,7 @@ def eigenvector_axes(pairs: Eigenpairs, *indices: int) -> Axes:
     >>> eigenvector_axes(eigenpairs(lambda v: scale * v, scale, key=key(0), num=2, vectors=True)).names
     ('eigenvalue 3', 'eigenvalue 2')
     """
+    check_instance("pairs", pairs, Eigenpairs, "`eigenpairs(matvec, theta, key=fs.key(0), num=2, vectors=True)`")
     if pairs.vectors is None:
         raise ValueError("`pairs` has no vectors: pass `vectors=True` to `eigenpairs`.")
     chosen = list(indices) or list(range(len(pairs.values)))
@@ -261,6 +262,7 @@ def _combined(points: Tensor, origin: Tensor, weights: Tensor) -> Tensor:
 
 def _stacked(thetas: Any) -> Tensor:
     """Points as rows of a matrix, cut off from any graph."""
+    check_instance("thetas", thetas, Iterable, "flat vectors, one per point, `[net.theta, ...]`")
     if not isinstance(thetas, Tensor) and not all(isinstance(theta, Tensor) for theta in thetas):
         raise TypeError("`thetas` must hold flat vectors: parameter dicts become such with `net.layout.ravel(params)`.")
     floating = thetas.is_floating_point() if isinstance(thetas, Tensor) else all(x.is_floating_point() for x in thetas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -16,6 +16,7 @@ from ..core.keys import Key
 from . import paired, statistics
 from .directional_text import row
 from .notes import large_step
+from .resolution import without_error
 from .samples import DirectionalLosses
 from .sequences import crossed
 from .statistics import Samples, Signs
@@ -68,7 +69,7 @@ class Difference:
 
     @property
     def has_data_error(self) -> bool:
-        return isinstance(self.difference, Crossed) and bool(self.difference.stderr_total.isfinite())
+        return isinstance(self.difference, Crossed) and bool(self.difference.stderr_data.isfinite())
 
     @property
     def pairing_gain(self) -> float:
@@ -78,6 +79,14 @@ class Difference:
         """
         apart = self.first.stderr.square() + self.second.stderr.square()
         return float(apart / self.difference.stderr.square())
+
+    @property
+    def unresolved(self) -> Difference:
+        """The same without errors and tests."""
+        pairs, nan = self.pairs, math.nan
+        if pairs is not None:
+            pairs = replace(pairs, p_value=nan, signs=pairs.signs._replace(p_value=nan))
+        return replace(self, difference=without_error(self.difference), interval=(nan, nan), pairs=pairs)
 
     def asdict(self) -> dict[str, float | int]:
         """Plain numbers by short names."""
@@ -185,6 +194,8 @@ class Comparison:
         ]
         ranks = [f"{name} {found.pairs.p_value:.2g}" for name, found in self.differences.items() if found.pairs]
         notes += [f"Wilcoxon's signed-rank test, over directions on these data alone: {', '.join(ranks)}"]
+        if few := [name for name, found in self.differences.items() if found.difference.stderr.isnan()]:
+            notes += [f"no error over directions, and with it no interval and no p: {', '.join(few)}"]
         if alone := [name for name, found in self.differences.items() if not found.has_data_error]:
             notes += [
                 f"no error over sequences is known, interval and p are about these data alone: {', '.join(alone)}"
@@ -275,7 +286,7 @@ def compare_directional(
     >>> round(float(found.first.value), 3), round(float(found.second.value), 3), found.pairs.p_value   # 2 / 2^6
     (25.0, 100.0, 0.03125)
     """
-    _check(first, second, names, level)
+    paired.check(first, second, names, level)
     shared = {
         name: _Pair.of(first, second, name)
         for name in _QUANTITIES
@@ -285,6 +296,12 @@ def compare_directional(
     for name, quantity, estimate, of_moments in _SPREADS:
         if quantity in shared:
             differences[name] = _of_spreads(shared[quantity], estimate, of_moments, level)
+    if first.resolution_note and second.resolution_note:
+        exact = first.exact_curvatures is not None
+        differences = {
+            name: each if (name.startswith("dir_grad") or (exact and name.startswith("curvature"))) else each.unresolved
+            for name, each in differences.items()
+        }
     return Comparison(
         names=names,
         level=level,
@@ -298,38 +315,8 @@ def compare_directional(
         num_sequences=0 if first.residuals is None else first.residuals.num,
         relative_step=max(first.relative_step, second.relative_step),
         truncation=_truncation(first, second),
-        step_notes=(first.step_note, second.step_note),
+        step_notes=(first.resolution_note or first.step_note, second.resolution_note or second.step_note),
     )
-
-
-def _check(first: DirectionalLosses, second: DirectionalLosses, names, level) -> None:
-    settings = _settings(second)
-    for name, one in _settings(first).items():
-        other = settings[name]
-        if one != other and None not in (one, other):
-            raise ValueError(
-                f"`{name}` must be the same in both results for sample i of the one to be the partner of sample i of the "
-                f"other, got {one!r} and {other!r}: sample both models with one `{name}`."
-            )
-    if not 0 < level < 1:
-        raise ValueError(f"`level` must lie between 0 and 1, got {level!r}: 0.95 for a 95 % interval.")
-    if len(names) != 2 or names[0] == names[1]:
-        raise ValueError(f"`names` must be two different names, got {names!r}: one for each result, in their order.")
-
-
-def _settings(result: DirectionalLosses) -> dict[str, Any]:
-    """What makes samples partners; None for what was not asked for."""
-    curvature = "difference" if result.exact_curvatures is None else "exact"
-    return {
-        "key": result.key,
-        "n_samples": len(result.losses),
-        "span": result.span,
-        "normalize": result.normalize,
-        "distribution": result.distribution,
-        "relative_span": result.relative_span,
-        "global_renorm": result.global_renorm,
-        "curvature": curvature if result.compute_curvature else None,
-    }
 
 
 _QUANTITIES = ("loss", "delta", "delta_two_sided", "dir_grad", "curvature")

@@ -17,11 +17,12 @@ from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta, check_point
 from .along import GRADIENT_UP_TO, Wanted, sampled
-from .precision import check_baseline, is_half, loss_error, realised, warn_if_swallowed
+from .baseline import centre_at, copies
+from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .resolution import unmoved
 from .samples import DirectionalLosses, Plan
-from .sequences import Residuals, num_groups, residuals
+from .sequences import Residuals
 from .truncation import STEPS, num_refined
-from .values import PerSequence
 
 CHUNKED_UP_TO = 2**20
 """Models of at most this many parameters are evaluated 8 directions at a time."""
@@ -75,9 +76,10 @@ def directional_losses(
     parameters: beyond, where leaves are made as they are used, it takes the `jvp`, which needs no second set of weights).
     compute_curvature: from the two-sided difference, which is also taken at h/2 and h/4 along a tenth of the directions, 3 to
     16 of them (`truncation`: what the step does to it); or `exact`, d'Hd by a product with the Hessian, whose graph is kept
-    (some 6 forwards a direction, and 10 for a tenth of them, whose sequences are differentiated one by one for the error over
-    sequences). Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of `jvp`; torch has that
-    wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
+    (some 6 forwards a direction), and for the error over sequences the same of every sequence, at 10 more: along all
+    directions up to 2^20 parameters, else along a tenth of them, from which means have that error, and spreads and
+    percentiles of curvatures have not. Above 2^28 parameters leaf by leaf, where no gradient is made, `exact` is `jvp` of
+    `jvp`; torch has that wrong for some operations (`det`, `linalg.solve`, fused norms called directly).
     chunk: directions per `vmap`; 1 is a plain loop. lazy: perturb leaf by leaf while the model runs, at the memory of
     the largest leaf. Defaults by size: chunks of 8 up to 2^20 parameters; lazy from 2^22 with a single batch, and above
     2^28 in any case.
@@ -218,10 +220,12 @@ def prepare(
     large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
     exact = compute_curvature and curvature == "exact"
     refined = num_refined(n_samples) if compute_curvature and not (exact and large) else 0
+    if refined and exact and loss.layout.num <= CHUNKED_UP_TO:
+        refined = n_samples
     if large:
         hand_back()
     with torch.no_grad():
-        baseline, centre, scored = centre_at(loss, theta, plan, n_samples)
+        baseline, centre, scored = centre_at(loss, theta, plan, n_samples, dirs, 1 + two_sided)
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
         found = realised(loss.layout, base, dirs[0], step, off)
     warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
@@ -248,9 +252,14 @@ def prepare(
         "unit_roundoff": loss.net.unit_roundoff,
         "homogeneous_dtype": len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
         "realised": found,
+        "unmoved": unmoved(loss.layout, base, dirs[0], step) if found is None else found.unmoved,
         "key": key,
         "plan": plan,
-        "num_forwards": 2 + n_samples * (1 + two_sided) + len(STEPS) * refined * (not exact) + 2 * math.isfinite(off),
+        "num_forwards": 1
+        + copies(loss, plan, n_samples, 1 + two_sided)
+        + n_samples * (1 + two_sided)
+        + len(STEPS) * refined * (not exact)
+        + 2 * math.isfinite(off),
         "num_gradients": int(wanted.slope == "gradient"),
         "num_jvps": n_samples * (wanted.slope == "jvp"),
         "num_second_jvps": {"jvp": n_samples, "product": refined}.get(wanted.curvature or "", 0),
@@ -301,28 +310,8 @@ def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     if lazy:
         return Plan(lazy=True, chunk=1, threads=torch.get_num_threads())
     mapped = size <= CHUNKED_UP_TO and loss.net.attention != "keep"  # torch maps fused attention by a loop of its own
-    return Plan(lazy=False, chunk=chunk or (8 if mapped else 1), threads=torch.get_num_threads())
-
-
-def centre_at(loss: Loss, theta: Theta, plan: Plan, num: int) -> tuple[float, Tensor, Tensor]:
-    """The loss at theta by that plan, the residuals of its sequences for `num` directions, and which of them are scored.
-
-    Raises ValueError where the loss is not finite, or not the same twice.
-    """
-    params = loss.leaves(theta)
-
-    def at(of: Loss) -> Tensor:
-        return of.at_leaves(lambda name, _: params[name]) if plan.lazy else of(theta)
-
-    return centred(at(PerSequence.of(loss)), at(loss), loss, num)
-
-
-def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, Tensor, Tensor]:
-    """The same from sums and weights per sequence, and the loss evaluated once more."""
-    scored = terms[1].nonzero()[:, 0]
-    value, centre = residuals(terms, scored, num_groups(len(scored), num))
-    check_baseline(float(value), float(again), loss.net.unit_roundoff)
-    return float(value), centre, scored
+    chunk = chunk or (8 if mapped else 1)
+    return Plan(lazy=False, chunk=chunk if chunk == 1 or loss.is_mapped() else 1, threads=torch.get_num_threads())
 
 
 def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:

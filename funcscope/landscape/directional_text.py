@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from ..core.estimate import Crossed, Estimate
-from .notes import half_precision, large_step, unresolved
+from .notes import few_sequences, half_precision, large_step, unresolved
+from .resolution import partly_moved
 
 if TYPE_CHECKING:
     from .samples import DirectionalLosses
@@ -90,7 +91,9 @@ def _head(result: DirectionalLosses) -> str:
 def _rows(result: DirectionalLosses) -> list[tuple[str, ...]]:
     over = f"{float(result.baseline.stderr):.2g}" if result.residuals is not None else ""
     rough = result.truncation is not None and result.truncation.status == "rough"
-    unclear = ("curvature_mean", "rayleigh_mean") if rough else ()
+    unclear = ["curvature_mean", "rayleigh_mean"] if rough else []
+    if result.resolution_note is not None:
+        unclear += [name for name, estimate in result.estimates.items() if estimate.stderr.isnan()]
     return [("baseline_loss", f"{result.baseline_loss:.6g}", "", over, over)] + [
         (*cells[:2], *["not resolved"] * 3) if cells[0] in unclear else cells
         for cells in (row(name, estimate) for name, estimate in result.estimates.items())
@@ -110,5 +113,23 @@ def _tail(result: DirectionalLosses) -> list[str]:
         for name, what in (("delta", "loss change"), ("curvature", "curvature"))
         if name in columns
     ]
-    notes = (*means, large_step(result.relative_step), result.note, result.step_note, result.precision_note)
+    steps = (result.resolution_note or partly_moved(result.unmoved), large_step(result.relative_step))
+    notes = (*steps, *means, result.note, result.step_note, result.precision_note, *_of_sequences(result))
     return tail + [note for note in notes if note]
+
+
+def _of_sequences(result: DirectionalLosses) -> list[str | None]:
+    """That they are few, and which statistics have no error over them."""
+    num = 0 if result.residuals is None else result.residuals.num
+    without = [
+        name
+        for name, estimate in result.estimates.items()
+        if not (isinstance(estimate, Crossed) and estimate.stderr_data.isfinite()) and estimate.stderr.isfinite()
+    ]
+    if num < 2 or not without:
+        return [few_sequences(num)]
+    return [
+        few_sequences(num),
+        "no error over sequences, as their own terms are not known along every direction; intervals are about these data "
+        f"alone: {', '.join(without)}",
+    ]

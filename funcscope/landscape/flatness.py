@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,11 +16,13 @@ from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import restrict
 from .along import mapped
+from .baseline import centre_at, centred, copies
 from .common import CommonDirections, drawn
-from .directional import centre_at, centred, plan_of
+from .directional import plan_of
 from .flatness_result import Flatness
-from .points import default_chunk
-from .precision import realised, warn_if_swallowed
+from .points import points_at_once
+from .precision import is_half, realised, warn_if_swallowed
+from .resolution import loss_rounding, unmoved
 from .samples import Plan
 from .sequences import Residuals, residuals
 from .values import PerSequence, Values
@@ -108,7 +110,7 @@ def flatness_profile(
     theta: Theta,
     *,
     key: Key,
-    epsilons: Sequence[float],
+    epsilons: float | Sequence[float],
     n_directions: int = 50,
     relative: bool = False,
     normalize: Normalize = "global",
@@ -131,7 +133,7 @@ def flatness_profile(
     >>> [round(float(result.pair_mean.value), 4) for result in profile]
     [0.005, 0.02]
     """
-    epsilons = tuple(epsilons)
+    epsilons = tuple(epsilons) if isinstance(epsilons, Iterable) else (epsilons,)
     _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk)
     plan, base = _planned(loss, chunk, directions), loss.leaves(theta)
     dirs = drawn(loss.net, base, key, n_directions, normalize, directions)
@@ -140,12 +142,19 @@ def flatness_profile(
         raise ValueError("`relative` makes epsilon a share of ||theta||, which is 0 here: leave it out.")
     steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
     signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
+    common = None if directions is None else directions.rows
     with torch.no_grad():
         looped, num = not plan.lazy and plan.chunk == 1, n_directions * len(signed)
-        baseline, centre, scored = _centre_of_values(loss, theta, num) if looped else centre_at(loss, theta, plan, num)
+        baseline, centre, scored = (
+            _centre_of_values(loss, theta, num)
+            if looped
+            else centre_at(loss, theta, plan, num, dirs, len(signed), common)
+        )
         _warn_of_half(loss, base, dirs[0], steps)
-        rows = None if directions is None else directions.rows
-        parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, rows, signed, plan)]
+        half = is_half(loss.layout)
+        rounding = 0.0 if half else loss_rounding(baseline, loss.net.unit_roundoff, len(scored))
+        still = [unmoved(loss.layout, base, dirs[0], step) for step in steps]
+        parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, common, signed, plan)]
         losses, beside = (torch.cat([x.cpu().double() for x in column]) for column in zip(*parts, strict=True))
         deltas, centre = losses - baseline, centre.cpu().double()
     settings: dict[str, Any] = {
@@ -153,19 +162,25 @@ def flatness_profile(
         "direction_norm": length,
         "param_norm": param_norm,
         "num_params": loss.layout.num,
+        "loss_rounding": rounding,
         "relative": relative,
         "normalize": normalize,
         "threshold": float(threshold),
         "key": key,
         "plan": plan,
-        "num_forwards": 2 + n_directions * (1 + two_sided),
+        "num_forwards": 1 + copies(loss, plan, n_directions, len(signed)) + n_directions * (1 + two_sided),
     }
     sides = [x.split(1 + two_sided, dim=1) for x in (deltas, beside)]
     return tuple(
         Flatness(
-            *_sides(side), float(epsilon), step, residuals=Residuals(centre, *_sides(row), num=len(scored)), **settings
+            *_sides(side),
+            float(epsilon),
+            step,
+            residuals=Residuals(centre, *_sides(row), num=len(scored)),
+            unmoved=share,
+            **settings,
         )
-        for epsilon, step, side, row in zip(epsilons, steps, *sides, strict=True)
+        for epsilon, step, share, side, row in zip(epsilons, steps, still, *sides, strict=True)
     )
 
 
@@ -207,7 +222,7 @@ def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor
 
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
     phi = restrict(loss, params, direction, lazy=True)
-    if len(steps) == 1 or loss.net.attention == "keep":
+    if len(steps) == 1 or loss.net.attention == "keep" or not loss.is_mapped():
         return [phi(a) for a in steps]
     signed = torch.tensor(steps, dtype=direction.scales.dtype, device=direction.scales.device)
     return list(mapped(phi, signed, "chunk=1"))  # one draw serves them all
@@ -216,7 +231,7 @@ def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, 
 def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> Plan:
     """As for directional losses where leaves are made one by one, else as for planes; rows that are there are used."""
     plan = plan_of(loss, chunk, False if common is not None else None)
-    return plan if plan.lazy or chunk is not None else plan._replace(chunk=default_chunk(loss))
+    return plan if plan.lazy or chunk is not None else plan._replace(chunk=points_at_once(loss))
 
 
 def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:

@@ -19,8 +19,9 @@ from ..core.keys import Key
 from ..linalg.trace import TraceEstimate
 from . import statistics
 from .directional_text import HEADERS, row
-from .notes import large_step, unresolved
-from .paired import jackknifed
+from .notes import few_sequences, large_step, unresolved
+from .paired import variance_ratio
+from .resolution import partly_moved, unresolved_step, without_error
 from .samples import Plan
 from .sequences import Residuals, crossed
 
@@ -55,6 +56,10 @@ class Flatness:
     num_forwards: int
     """Evaluations of the loss for this epsilon, and two at theta, which the epsilons of a profile share."""
     residuals: Residuals | None = None
+    unmoved: float = 0.0
+    """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
+    loss_rounding: float = 0.0
+    """By how much rounding alone may move a loss change; 0 in half precision, where it is not measured."""
 
     @property
     def displacement(self) -> float:
@@ -81,6 +86,11 @@ class Flatness:
         return float(finite.max()) if len(finite) else math.nan
 
     @property
+    def resolution_note(self) -> str | None:
+        """Why loss changes at this step are not resolved, so that no statistic of them has an error; None where they are."""
+        return unresolved_step(self.unmoved, Estimate.of(self._finite), self.loss_rounding)
+
+    @property
     def even(self) -> Float[Tensor, " m"]:
         """(D+ + D-) / 2 of the pairs with two finite sides; empty where one side was evaluated only."""
         return self._pairs(1)
@@ -102,7 +112,7 @@ class Flatness:
         On a quadratic above 1 only if $\|g\|^2 > \epsilon^2 (\|H\|_F^2 - \mathrm{tr}(H)^2/P) / (2(P+2))$,
         proofs/antithetic_pairs.py. nan below 2 pairs (the error below 3), or where nothing varies.
         """
-        return self._crossed(_variance_ratio, self._pairs_seen, (self.even, self._pairs(-1)), (1, -1))
+        return self._crossed(variance_ratio, self._pairs_seen, (self.even, self._pairs(-1)), (1, -1))
 
     @property
     def second_order(self) -> Estimate:
@@ -166,6 +176,7 @@ class Flatness:
         values: dict[str, Any] = {"baseline_loss": self.baseline_loss, "max_delta_loss": self.max_delta_loss}
         for name, estimate in self.estimates.items():
             values |= estimate.named(name)
+        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note or ""}
         values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
         values |= {"epsilon": self.epsilon, "delta_losses": self.delta_losses.numpy()}
         if self.delta_losses_negative is not None:
@@ -224,14 +235,21 @@ class Flatness:
         if self.n_nonfinite + self.n_nonfinite_negative:
             tail += [f"non-finite losses: {self.n_nonfinite} at +d, {self.n_nonfinite_negative} at -d"]
         mean = self.estimates["mean_delta_loss"]
-        notes = (large_step(self.epsilon_relative), unresolved("loss change", mean, self._finite))
+        notes = (
+            self.resolution_note or partly_moved(self.unmoved),
+            large_step(self.epsilon_relative),
+            unresolved("loss change", mean, self._finite),
+            few_sequences(0 if self.residuals is None else self.residuals.num),
+        )
         return tail + [note for note in notes if note]
 
     def _crossed(
         self, statistic: Callable[..., Estimate], seen: Tensor, columns: tuple[Tensor, ...], signs: tuple[int, ...]
     ) -> Estimate:
         """A statistic with both errors. signs: 0 for changes at +d, 1 and -1 for half the sum or difference of both sides."""
-        return crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
+        estimate = crossed(statistic, columns, [self._residuals(sign, seen) for sign in signs])
+        lost = unresolved_step(self.unmoved, Estimate.of(columns[0]), self.loss_rounding)
+        return estimate if lost is None else without_error(estimate)
 
     def _residuals(self, sign: int, seen: Tensor) -> Tensor | None:
         if self.residuals is None or (sign and self.residuals.negative is None):
@@ -260,22 +278,13 @@ class Flatness:
         return halves[self._pairs_seen]
 
     def _share_below(self, rise: float) -> Estimate:
-        return Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
+        share = Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
+        return share if self.resolution_note is None else without_error(share)
 
 
 def _quantile(x: Tensor, q: float) -> Estimate:
     """The quantile of a single sample is that sample, its error undefined."""
     return Estimate(x[0], x.new_tensor(math.nan), 1) if len(x) == 1 else statistics.quantile(x, q)
-
-
-def _variance_ratio(even: Tensor, odd: Tensor) -> Estimate:
-    if len(even) < 2:
-        return Estimate(even.new_tensor(math.nan), even.new_tensor(math.nan), len(even))
-
-    def left_out() -> Tensor:
-        return (1 + statistics.left_out(odd)[1] / statistics.left_out(even)[1]) / 2
-
-    return jackknifed((1 + odd.var() / even.var()) / 2, left_out, even)
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

@@ -14,6 +14,8 @@ from .truncation import Truncation
 
 LOW_CORRELATION = 0.3
 """Below this the result carries a note on why slopes do not predict loss changes."""
+FEW_SEQUENCES = 50
+"""Below this, intervals over sequences lean on how skewed the data are."""
 
 
 def low_correlation(corr: float, deltas: Float[Tensor, " n"], slopes: Float[Tensor, " n"], span: float) -> str | None:
@@ -96,6 +98,16 @@ def large_step(relative: float) -> str | None:
     return (
         f"relative step {relative:.3g}: the weights move by more than their own length. These are losses of other networks, "
         "and no neighbourhood of this one."
+    )
+
+
+def few_sequences(num: int) -> str | None:
+    """That an interval over few sequences may cover less than it says."""
+    if not 1 < num < FEW_SEQUENCES:
+        return None
+    return (
+        f"{num} sequences: errors over sequences assume that {num} of them show how they scatter. Where a few carry most of "
+        f"the loss, 95 % intervals cover less (about {'80' if num < 15 else '90'} % for lognormal losses)."
     )
 
 

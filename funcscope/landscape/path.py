@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from itertools import combinations
 from typing import Any, Literal
 
@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import check_count, check_instance
 from ..core.directions import dot
 from ..core.objective import Loss
 from .along import mapped
 from .barriers import BarrierMatrix, LossPath
-from .points import default_chunk
+from .points import points_at_once
 from .states import Buffers, End, EndPoint, States
 
 Write = Callable[[int, Tensor], Any]
@@ -117,6 +117,7 @@ def barrier_matrix(
     ([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 0.6667)
     """
     check_count("num", num, least=3)
+    check_instance("thetas", thetas, Sized, "a list of the models, `[fs.functional(model), ...]`")
     check_count("the number of models", len(thetas), least=2)
     names = _named(names, len(thetas))
     states = States.of(loss, buffers)
@@ -213,5 +214,4 @@ def on_line(start: Tensor, end: Tensor, num: int) -> Write:
 def chunk_size(loss: Loss, chunk: int | None) -> int:
     if chunk is not None:
         check_count("chunk", chunk)
-        return chunk
-    return default_chunk(loss)
+    return points_at_once(loss, chunk)

@@ -90,7 +90,7 @@ def evaluate(
     Raises ValueError where the loss at theta is not finite, or not the same twice.
     """
     check_choice("buffers", buffers, ("fixed", "reestimate"))
-    chunk = default_chunk(loss) if chunk is None else chunk
+    chunk = points_at_once(loss, chunk)
     tracked = bool(held_statistics(loss.net))
     terms: Callable[[Tensor], tuple[Tensor, Tensor]] = loss.terms if chunk > 1 else Values(loss)
     if tracked and buffers == "reestimate":
@@ -184,6 +184,12 @@ def coefficients(
     units = [1.0 if param_norm is None else param_norm / norm for norm in norms]
     cases = zip(ranges, nums, units, strict=True)
     return [spaced((low * unit, high * unit), num) for (low, high), num, unit in cases]
+
+
+def points_at_once(loss: Loss, chunk: int | None = None) -> int:
+    """Points per `vmap`: as told, else by default; 1 where the model cannot be mapped."""
+    chunk = default_chunk(loss) if chunk is None else chunk
+    return chunk if chunk == 1 or loss.is_mapped() else 1
 
 
 def default_chunk(loss: Loss) -> int:

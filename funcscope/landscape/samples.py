@@ -17,8 +17,9 @@ from ..core.keys import Key
 from . import directional_text, statistics
 from .notes import curvature_and_step, large_step, low_correlation, undecided_signs
 from .precision import Realised
+from .resolution import loss_rounding, unresolved_step, without_errors
 from .sequences import Residuals, crossed
-from .truncation import Truncation
+from .truncation import Truncation, central_second_difference, rounding_bound
 
 _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = (
     ("loss_mean", statistics.mean, ("loss",)),
@@ -40,6 +41,7 @@ _STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = 
 """By their documented names: what is made of which columns."""
 
 
+_SIGNED = ("delta", "dir_grad", "curvature")
 AGREEMENT = 0.05
 """Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
 
@@ -93,6 +95,8 @@ class DirectionalLosses:
     residuals: Residuals | None = None
     finer: Float[Tensor, "m 4"] | None = None
     """Losses of the first m directions at +h/2, -h/2, +h/4, -h/4, where curvatures are differences."""
+    unmoved: float = 0.0
+    """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
 
     @property
     def n_samples(self) -> int:
@@ -181,6 +185,17 @@ class DirectionalLosses:
         return None if known is None else curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
 
     @property
+    def loss_rounding(self) -> float:
+        """By how much rounding alone may move a loss change; see `resolution.loss_rounding`."""
+        num = 0 if self.residuals is None else self.residuals.num
+        return loss_rounding(self.baseline_loss, self.unit_roundoff, num, self.realised)
+
+    @property
+    def resolution_note(self) -> str | None:
+        """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
+        return unresolved_step(self.unmoved, Estimate.of(_finite(self.deltas)), self.loss_rounding)
+
+    @property
     def displacement(self) -> float:
         """Distance travelled in parameter space, span x ||d||."""
         return self.actual_span * float(self.direction_norms.mean())
@@ -236,11 +251,14 @@ class DirectionalLosses:
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
         columns = self.columns
-        return {
+        estimates = {
             name: self._estimated(statistic, {quantity: columns[quantity] for quantity in over})
             for name, statistic, over in _STATISTICS
             if all(quantity in columns for quantity in over)
         }
+        return (
+            estimates if self.resolution_note is None else without_errors(estimates, self.exact_curvatures is not None)
+        )
 
     def _estimated(self, statistic: Callable[..., Estimate], columns: dict[str, Tensor]) -> Estimate:
         """A statistic of these columns, over the directions where all of them are finite."""
@@ -264,8 +282,11 @@ class DirectionalLosses:
     @property
     def signs(self) -> dict[str, statistics.Signs]:
         """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
-        names = ("delta", "dir_grad", "curvature")
-        return {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in names}
+        lost = (
+            set() if self.resolution_note is None else {"delta", "curvature" if self.exact_curvatures is None else ""}
+        )
+        tests = {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in _SIGNED}
+        return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
 
     @property
     def note(self) -> str | None:
@@ -295,6 +316,7 @@ class DirectionalLosses:
         for name, (above, below, p) in self.signs.items():
             values |= {f"{name}_n_above": above, f"{name}_n_below": below, f"{name}_sign_p_value": p}
         values["delta_largest_share"] = statistics.largest_share(_finite(self.deltas))
+        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note}
         values["relative_step_note"] = large_step(self.relative_step)
         if self.slopes is not None:
             values["n_samples_for_corr"] = self.n_samples_for_corr
@@ -318,32 +340,6 @@ class DirectionalLosses:
     def _repr_html_(self) -> str:
         """The same table, for notebooks."""
         return directional_text.page(self)
-
-
-def central_second_difference(
-    positive: Float[Tensor, " n"], negative: Float[Tensor, " n"], centre: float, step: float
-) -> Float[Tensor, " n"]:
-    r"""$(L^+ + L^- - 2 L_0) / h^2$, the second derivative up to $h^2 L^{(4)} / 12$; float64.
-
-    Truncation, rounding and the best step: proofs/central_difference.py.
-
-    >>> import torch
-    >>> central_second_difference(torch.tensor([4.0]), torch.tensor([0.0]), 1.0, 1.0)       # (1 + a)^2
-    tensor([2.], dtype=torch.float64)
-    """
-    return (positive.double() + negative.double() - 2 * centre) / step**2
-
-
-def rounding_bound(level: float, step: float, unit_roundoff: float) -> float:
-    r"""The most that relative errors of `unit_roundoff` in three losses of size `level` do to the second difference.
-
-    $4 u |L| / h^2$. A float32 network rounds at every layer, so that its losses may be off by a few u more; averaging
-    over tokens works the other way. Take it as the order of magnitude. proofs/central_difference.py.
-
-    >>> rounding_bound(2.0, 0.5, 2.0**-24) == 8 * 2.0**-24 / 0.25
-    True
-    """
-    return 4 * unit_roundoff * abs(level) / step**2
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..core.estimate import Crossed, Estimate
 
+FOLDS = 16
+"""Groups of sequences that are left out in turn, for the bias of a statistic that is no mean."""
 MOST = 2**22
 """Numbers that are stored per side, over directions and sequences: beyond, sequences are summed in groups."""
 
@@ -56,7 +58,7 @@ class Residuals(NamedTuple):
     positive: Float[Tensor, "n g"]
     negative: Float[Tensor, "n g"] | None
     curvature: Float[Tensor, "m g"] | None = None
-    """Of exact curvatures, along the first m directions; nan where they are not known."""
+    """Of exact curvatures, along the first m directions; nan where those of a direction are not known."""
     num: int = 0
     """Sequences that score something; their groups are the columns."""
 
@@ -74,14 +76,11 @@ class Residuals(NamedTuple):
 
     @property
     def exact(self) -> Float[Tensor, "n g"] | None:
-        """Of exact curvatures: the directions that are not known take the mean of those that are.
-
-        That leaves more of the scatter over directions in an error over sequences, not less.
-        """
+        """Of exact curvatures; nan along the directions whose sequences are not known, None where none is."""
         known = self.curvature
-        if known is None or not known.isfinite().all():
+        if known is None or not known.isfinite().all(1).any():
             return None
-        return torch.cat([known, known.mean(0).expand(len(self.positive) - len(known), -1)])
+        return torch.cat([known, known.new_full((len(self.positive) - len(known), known.shape[1]), math.nan)])
 
 
 def num_groups(num_sequences: int, num_directions: int) -> int:
@@ -110,11 +109,36 @@ def crossed(
     """A statistic of columns over directions, with its error over sequences where the rows of all columns are known.
 
     To first order: sequence s of direction d moves it by the derivative by that direction's value times its residual.
+    Rows that are nan are not known: the rest, two or more, serve a mean over directions (whose derivatives are all the
+    same); any other statistic may hang on the directions that are missing, and its error over sequences is nan.
     """
     estimate = statistic(*columns)
     known = [row for row in rows if row is not None]
     if len(known) < len(rows) or not estimate.value.isfinite():
         return estimate
-    slopes = torch.func.grad(lambda *x: statistic(*x).value, argnums=tuple(range(len(columns))))(*columns)
+    slopes_at = torch.func.grad(lambda *x: statistic(*x).value, argnums=tuple(range(len(columns))))
+    slopes = slopes_at(*columns)
     moves = torch.stack([slope[:, None] * row for slope, row in zip(slopes, known, strict=True)]).sum(0)
-    return Crossed.of_rows(estimate, moves)
+    linear = all(bool((slope == slope[0]).all()) for slope in slopes)
+    there = torch.stack([row.isfinite().all(1) for row in known]).all(0)
+    if not there.all():
+        moves = moves[there] if linear and int(there.sum()) > 1 else torch.full_like(moves, math.nan)
+    return Crossed.of_rows(estimate, moves, 0.0 if linear else _bias(slopes_at, columns, known))
+
+
+def _bias(slopes_at: Callable[..., Sequence[Tensor]], columns: Sequence[Tensor], rows: Sequence[Tensor]) -> float:
+    r"""Quenouille's $(k - 1)(\overline{T_{(s)}} - T)$ with one of k groups of sequences left out: what scatter over few
+    sequences adds to a spread over directions, or takes from a correlation.
+
+    Differences by the trapezoid rule from derivatives: those of a percentile are smooth where its values have kinks. What
+    the derivatives at the columns themselves give adds up to 0.
+    """
+    folds = min(FOLDS, rows[0].shape[1])
+    if folds < 2:
+        return math.nan
+    moves = [torch.stack([row[:, i::folds].sum(1) for i in range(folds)]) * folds / (folds - 1) for row in rows]
+    total = 0.0
+    for each in zip(*moves, strict=True):
+        slopes = slopes_at(*(x - move for x, move in zip(columns, each, strict=True)))
+        total -= sum(float(slope @ move) for slope, move in zip(slopes, each, strict=True)) / 2
+    return (folds - 1) / folds * total

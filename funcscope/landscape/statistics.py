@@ -60,7 +60,8 @@ def quantile(x: Samples, q: float) -> Estimate:
 
     with the regularised incomplete beta function I: for a whole h, the exact variance of the quantile under resampling.
     Maritz, Jarrett (1978), doi:10.1080/01621459.1978.10480027, take other shapes of the beta, which do not exist near the
-    ends.
+    ends. Its derivative by a sample is that sample's W: the value hangs on one or two samples, whose own moves say more than
+    the quantile of many would move by.
     """
     num = len(x)
     if num < 2:
@@ -68,7 +69,9 @@ def quantile(x: Samples, q: float) -> Estimate:
     ordered, rank = x.sort().values, (num - 1) * q
     weights = x.new_tensor(np.diff(special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
     centre = weights @ ordered
-    return Estimate(x.quantile(q), (weights @ (ordered - centre).square()).sqrt(), num)
+    return Estimate(
+        x.quantile(q).detach() + (centre - centre.detach()), (weights @ (ordered - centre).square()).sqrt(), num
+    )
 
 
 class Signs(NamedTuple):

@@ -74,5 +74,31 @@ class Truncation:
         return seen and value > max(stderr if math.isfinite(stderr) else 0.0, 1e-3 * abs(float(estimate.value)))
 
 
+def central_second_difference(
+    positive: Float[Tensor, " n"], negative: Float[Tensor, " n"], centre: float, step: float
+) -> Float[Tensor, " n"]:
+    r"""$(L^+ + L^- - 2 L_0) / h^2$, the second derivative up to $h^2 L^{(4)} / 12$; float64.
+
+    Truncation, rounding and the best step: proofs/central_difference.py.
+
+    >>> import torch
+    >>> central_second_difference(torch.tensor([4.0]), torch.tensor([0.0]), 1.0, 1.0)       # (1 + a)^2
+    tensor([2.], dtype=torch.float64)
+    """
+    return (positive.double() + negative.double() - 2 * centre) / step**2
+
+
+def rounding_bound(level: float, step: float, unit_roundoff: float) -> float:
+    r"""The most that relative errors of `unit_roundoff` in three losses of size `level` do to the second difference.
+
+    $4 u |L| / h^2$. A float32 network rounds at every layer, so that its losses may be off by a few u more; averaging
+    over tokens works the other way. Take it as the order of magnitude. proofs/central_difference.py.
+
+    >>> rounding_bound(2.0, 0.5, 2.0**-24) == 8 * 2.0**-24 / 0.25
+    True
+    """
+    return 4 * unit_roundoff * abs(level) / step**2
+
+
 def _rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())

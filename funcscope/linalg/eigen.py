@@ -24,7 +24,10 @@ NAMES = {
 }
 
 
-REMEDY = "What is not converged has no sure rank: pass a larger `max_matvecs`, or ask for fewer."
+REMEDY = (
+    "What is not converged has no sure rank: pass a larger `max_matvecs`, or ask for fewer. A residual that is the error of "
+    "the products (`hessian_difference`) stays: compute in float64."
+)
 
 
 class Eigenpairs(Result):

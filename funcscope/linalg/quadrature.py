@@ -93,8 +93,8 @@ class SpectralDensity(Result):
 
     @derived("trace of the square")
     def trace_squared(self) -> Estimate:
-        """tr A^2 = ||A||_F^2, unbiased from 2 steps on."""
-        return self.function(torch.square)
+        """tr A^2 = ||A||_F^2, unbiased from 2 steps on; nan for one."""
+        return self.function(torch.square if self.steps > 1 else lambda x: x * math.nan)
 
     def trace_squared_interval(self, level: float = 0.95) -> tuple[float, float]:
         r"""Where tr A^2 lies at this level: wide to the right where a few eigenvalues, which probes may miss, have most.
@@ -108,6 +108,8 @@ class SpectralDensity(Result):
         squares, fourth = self._means(torch.square), self._means(lambda x: x**4)
         if not bool(squares.any()):
             return 0.0, 0.0
+        if self.steps < 2 < self.num_parameters:
+            return math.nan, math.nan
         num, share = self.num_parameters, float(squares.mean() ** 2 / fourth.mean())
         if share >= 1 - 1e-12:
             return (float(self.trace_squared.value),) * 2
@@ -167,8 +169,11 @@ class SpectralDensity(Result):
         moved = abs(float(value.value - half.value))
         error = moved if math.isnan(bound) else bound
         allowed = max(2 * float(value.stderr.nan_to_num(0.0)), 0.01 * scale)
+        if self.steps == 1 < self.num_parameters and math.isnan(bound):  # a step has no half
+            return Resolution(math.nan, bound, False, 2)
         resolved = error <= allowed or math.isnan(error)
-        return Resolution(moved, bound, resolved, self.steps if resolved else math.ceil(self.steps * error / allowed))
+        more = math.ceil(self.steps * error / allowed) if not resolved else self.steps
+        return Resolution(moved, bound, resolved, min(more, max(self.num_parameters, self.steps)))
 
     def mass_between(self, low: float, high: float) -> Estimate:
         """The share of eigenvalues in low <= lambda < high."""
@@ -244,10 +249,11 @@ class SpectralDensity(Result):
         return (self.weights * f(self.nodes)).sum(1)
 
     def _of_means(self, statistic: Callable[[Tensor], Tensor]) -> Estimate:
-        """A statistic of all probes, which are chosen by rows of 0 and 1, with its jackknife error."""
-        every = self.weights.new_ones(1, self.num_probes)
-        left_out = every - torch.eye(self.num_probes, dtype=every.dtype)
-        return Estimate(statistic(every)[0], jackknife_stderr(statistic(left_out)), self.num_probes)
+        """A statistic of all probes, chosen by rows of 0 and 1, less its jackknife bias, with its jackknife error."""
+        num, every = self.num_probes, self.weights.new_ones(1, self.num_probes)
+        rest = statistic(every - torch.eye(num, dtype=every.dtype))
+        value, bias = statistic(every)[0], (num - 1) * (rest.mean() - statistic(every)[0])
+        return Estimate(value - bias if bool(bias.isfinite()) else value, jackknife_stderr(rest), num)
 
 
 def spectral_density(

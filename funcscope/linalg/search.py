@@ -16,6 +16,8 @@ CHEAP = 2**15
 """Up to this P a look at the projected matrix may cost more than a product: it is taken every few products."""
 PATIENCE = 1.4
 """Without a stated budget: products in all, over those after which all residuals are small for the whole spectrum."""
+LOOSE = 1e-2
+"""A larger `tol` does not shorten that time: what a fresh start would show takes products whatever residuals may be."""
 STEADY = 10
 """One in so many products is taken once more after all is near enough: a tight cluster may look like one value until then."""
 PROBING = 0.2
@@ -148,7 +150,7 @@ class Search:
 
     def _limit(self, look: Look, spent: int, budget: int) -> int:
         """Products at which the search ends, found or not."""
-        if self.coarse is None and bool((look.residuals[: self.wanted] <= self.tol * self.bound).all()):
+        if self.coarse is None and bool((look.residuals[: self.wanted] <= min(self.tol, LOOSE) * self.bound).all()):
             self.coarse = spent
         return budget if self.patient or self.coarse is None else min(budget, int(PATIENCE * self.coarse) + 3)
 

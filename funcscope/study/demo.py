@@ -26,6 +26,7 @@ from .analyzers import (
     PHASE_PATH,
     TRAJECTORY_PLANE,
 )
+from .numbers import is_known, number, with_error
 from .phases import phases
 from .record import versions
 from .runs import Variant
@@ -163,7 +164,7 @@ def _rows(variant: Variant, steps: Sequence[int]) -> list[dict[str, Any]]:
 
 def _with_error(row: dict[str, Any], name: str) -> str:
     value, stderr = row[name], row[f"{name}_stderr"]
-    return "undefined" if value is None else f"{value:.3g} ± " + ("undefined" if stderr is None else f"{stderr:.1g}")
+    return f"{number(value)} ± undefined" if is_known(value) and not is_known(stderr) else with_error(value, stderr)
 
 
 def adjusted(

@@ -19,6 +19,7 @@ from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
 from ..core.store import save, to_json
+from ..landscape import directional_text
 from ..landscape.compare import Comparison, compare_directional
 from ..landscape.directional import Sampling, prepare
 from ..landscape.samples import DirectionalLosses
@@ -76,7 +77,8 @@ def run(
         opened = open_model(settings, folder)
         partial, files = unfinished(out, stem, number), files_of(folder, Path(settings.data))
         results.append(_sampled(settings, opened.loss, partial, files, name, quiet))
-        described.append({"name": name, **opened.described, "values": _scalars(results[-1])})
+        notes = directional_text._tail(results[-1])
+        described.append({"name": name, **opened.described, "values": _scalars(results[-1]), "notes": notes})
         data = opened.data
         del opened  # before the next model is loaded
     comparison = compare_directional(*results, names=tuple(names)) if len(results) == 2 else None  # type: ignore[arg-type]

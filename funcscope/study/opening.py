@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -109,6 +110,24 @@ def counts(source: Source, data: Data, task: str) -> dict[str, Any]:
     names = ("num_samples", "num_tokens", "num_scored", "num_too_short", "num_truncated")
     described = {"path": source.data, "task": task, **{name: getattr(data, name) for name in names}}
     return described | {"num_batches": len(data.batches)}
+
+
+def one_sequence(settings: Mapping[str, Any], num: int) -> str | None:
+    """That one sequence gives no errors over texts, and how there would be more; None where there are more."""
+    if num != 1:
+        return None
+    file = Path(settings["data"])
+    if settings.get("num_samples") == 1:
+        remedy = "`--num-samples` scores more."
+    elif settings.get("packing"):
+        remedy = "A smaller `--max-seq-length` cuts the texts into more blocks."
+    elif file.suffix.lower() == ".txt" and settings.get("unit") != "line":
+        remedy = f"`--unit line` makes every line of {file.name} a sequence."
+    else:
+        remedy = "Pass a file with more texts."
+    return (
+        f"There is one sequence: what other texts would change is unknown, and no error over texts is given. {remedy}"
+    )
 
 
 def names_of(folders: list[Path]) -> list[str]:

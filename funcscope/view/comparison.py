@@ -22,14 +22,16 @@ def rendered(stored: Stored, files: Files) -> str:
     body = [
         sections.changes(c),
         *([sections.curvature(c)] if "curvature_mean" in c.statistics else []),
-        sections.table(c),
+        sections.table(c, stored.meta),
         sections.reading(c),
-        sections.both(c),
+        sections.both(c, stored.meta),
         *([half] if (half := sections.half_precision(c)) is not None else []),
         Section("How these numbers were made", [directional_methods.terms(stored, c.results), files]),
     ]
-    kicker = f"{c.second.name} against {c.first.name}, on the same {c.values['n_directions']:,} random directions"
-    return render(title(c), kicker, lede(c), strip(c, stored.meta["data"]), body)
+    kicker = f"{c.second.name} against {c.first.name}, on the same {sections.directions(c)}"
+    return render(
+        title(c), kicker, [*lede(c), *directional_methods.alone(stored.meta)], strip(c, stored.meta["data"]), body
+    )
 
 
 def title(c: Comparison) -> str:
@@ -37,6 +39,8 @@ def title(c: Comparison) -> str:
     gap = c.gap(c.headline)
     if math.isnan(gap.value):
         return f"No loss at {c.first.step} is finite in both models"
+    if math.isnan(gap.low):
+        return f"The loss changes of {c.first.name} and {c.second.name} along one direction, without an error"
     if not is_resolved(gap):
         return f"The loss changes of {c.first.name} and {c.second.name} at {c.first.step} cannot be told apart"
     first, second = (c.of(f"{c.headline}_{which}") for which in ("first", "second"))
@@ -53,18 +57,20 @@ def title(c: Comparison) -> str:
 def lede(c: Comparison) -> list[str]:
     """The paired difference with its interval, and what it is a mean of; then the curvature and the baselines."""
     n, name = c.values["n_directions"], c.headline
+    interval = sections.interval(c, name)
     sides = "on both sides of the weights" if name == "delta_two_sided_mean" else f"at {c.first.side}"
     text = (
-        f"Along the same {n:,} random directions, {sides} at {c.first.step}, the loss changes by {_pair(c, name)} nats. "
-        f"The paired difference is {c.said(f'{name}_difference')} nats ({c.level} {c.interval(name)})."
+        f"Along the same {sections.directions(c)}, {sides} at {c.first.step}, the loss changes by {_pair(c, name)} nats. "
+        f"The paired difference is {c.said(f'{name}_difference')} nats{f' ({interval})' if interval else ''}."
     )
     lost = c.values[f"{name}_n_lost"]
     text += f" {lost} of {n} pairs are not finite and left out." if lost else ""
     more = f"The loss at the weights is {_baselines(c)} nats."
     if "curvature_mean" in c.statistics:
-        how = "differ" if is_resolved(c.gap("curvature_mean")) else "cannot be told apart"
+        gap = c.gap("curvature_mean")
+        how = "" if math.isnan(gap.low) else " differ" if is_resolved(gap) else " cannot be told apart"
         more += (
-            f" The mean curvatures {how}: {_pair(c, 'curvature_mean')} nats per {c.first.unit}², "
+            f" The mean curvatures{how}: {_pair(c, 'curvature_mean')} nats per {c.first.unit}², "
             f"a difference of {c.said('curvature_mean_difference')}."
         )
     return [text, more]

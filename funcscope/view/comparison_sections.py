@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..study import directional_rows
 from . import directional_sections, samples
 from .numbers import counted, number
-from .page import Chart, Quote, Section, Table
+from .page import Block, Chart, Quote, Section, Table, listed
 from .pairing import Comparison
 from .result import Column
 
@@ -58,18 +60,22 @@ def curvature(c: Comparison) -> Section:
     return Section("Curvature, pair by pair", blocks)
 
 
-def table(c: Comparison) -> Section:
-    """Every compared statistic: difference, interval, test, effect sizes, what pairing was good for."""
-    headers = ["second − first", *c.short_names, "difference", c.level, "p", "rank-biserial", "d_z", "correlation",
-               "gain", "pairs"]  # fmt: skip
+def table(c: Comparison, meta: dict[str, Any]) -> Section:
+    """Every compared statistic: difference, its errors, interval, tests, effect sizes, what pairing was good for."""
     text = (
-        f"± is one standard error {c.over}; p: Student’s t test with that error. Over directions alone, rank-biserial: the "
-        "share of ranks of directions with the larger value in the second model, minus that of the others; d_z: mean "
-        "difference over its standard deviation. Gain: the variance of the difference if the models were sampled apart, over "
-        "the paired one. "
-        "Spreads are no means over directions and have an interval by the jackknife, without a test."
+        "Differences are second − first. Wilcoxon’s p and rank-biserial are over directions alone; rank-biserial: the share "
+        "of ranks of directions with the larger value in the second model, minus that of the others. Spreads are no means "
+        "over directions and have an interval by the jackknife, without a test."
     )
-    return Section("The comparison", [text, Table(headers, [_row(c, name) for name in c.statistics], "named")])
+    more = (
+        "Over directions alone, d_z: mean difference over its standard deviation; correlation: of the two models’ values. "
+        "Gain: the variance of the difference if the models were sampled apart, over the paired one."
+    )
+    effects = Table(["", "d_z", "correlation", "gain", "pairs"], [_row(c, name) for name in c.statistics], "listed")
+    listing = directional_rows.comparison_table(meta)
+    headers = (listing.headers[0], *c.short_names, *listing.headers[3:])
+    spread: list[Block] = [more, effects] if c.values["n_directions"] > 1 else []
+    return Section("The comparison", [text, *listed(listing._replace(headers=headers)), *spread])
 
 
 def reading(c: Comparison) -> Section:
@@ -78,7 +84,9 @@ def reading(c: Comparison) -> Section:
     apart = f": sampled apart, the variance of the difference would be {number(gain, 2)} times as large"
     apart = "" if math.isnan(gain) else apart
     p = f"{c.values['n_tests']} quantities are tested, and their p values are not corrected for that."
-    if c.values["n_tests"] < 2:
+    if math.isnan(c.of(f"{c.headline}_p_value")):
+        p = "One pair has neither."
+    elif c.values["n_tests"] < 2:
         p = "The p value is that of one test."
     num = c.values[f"{c.headline}_n_pairs"]
     if 2 <= num < FEW:
@@ -108,9 +116,13 @@ def _about(c: Comparison) -> str:
     )
 
 
-def both(c: Comparison) -> Section:
-    text = f"± is one standard error {c.first.over}. {directional_sections.NO_RANK}"
-    return Section("All statistics of both models", [text, directional_sections.table(c.results, c.short_names)])
+def both(c: Comparison, meta: dict[str, Any]) -> Section:
+    tables: list[Block] = [
+        block for result in c.results for block in (result.name, *directional_sections.statistics(result))
+    ]
+    rest = directional_sections.plain(c.results, c.short_names)
+    text = [*directional_rows.explained(meta), directional_sections.NO_RANK]
+    return Section("All statistics of both models", [*text, *tables, rest])
 
 
 def half_precision(c: Comparison) -> Section | None:
@@ -124,16 +136,10 @@ def half_precision(c: Comparison) -> Section | None:
 
 def _row(c: Comparison, name: str) -> list[str]:
     num, lost = (c.values[f"{name}_{what}"] for what in ("n_pairs", "n_lost"))
-    has_test = f"{name}_p_value" in c.values
-    tested = [
-        number(c.of(f"{name}_p_value"), 2),
-        *(c.said(f"{name}_{what}") for what in ("rank_biserial", "cohen_dz", "correlation")),
-    ]
+    effects = [c.said(f"{name}_{what}") for what in ("cohen_dz", "correlation")]
     return [
         name,
-        *(c.said(f"{name}_{what}") for what in ("first", "second", "difference")),
-        c.interval(name),
-        *(tested if has_test else [""] * 4),
+        *(effects if f"{name}_p_value" in c.values else [""] * 2),
         number(c.of(f"{name}_pairing_gain"), 2),
         f"{num:,} ({lost:,} lost)" if lost else f"{num:,}",
     ]
@@ -151,18 +157,32 @@ def _differences(c: Comparison, gaps: dict[str, tuple[Column, str]], name: str, 
         f"Paired differences, {c.second.name} − {c.first.name}. Bar and tick: the middle half of the directions and the "
         f"median. Diamond: the mean with its {c.level}.{zero}"
     )
+    if c.values["n_directions"] == 1:
+        caption = f"The difference, {c.second.name} − {c.first.name}: of one direction, which has no interval.{zero}"
     return [Chart(fig, caption)]
 
 
 def _tested(c: Comparison, name: str, what: str, unit: str) -> str:
     """Difference, interval and test of a mean."""
-    larger, num = number(c.of(f"{name}_rank_biserial"), 2), counted(c.values[f"{name}_n_pairs"], "pair")
-    p = number(c.of(f"{name}_p_value"), 2)
+    num = counted(c.values[f"{name}_n_pairs"], "pair")
+    text = f"The mean {what} differs by {c.said(f'{name}_difference')} {unit}"
+    if math.isnan(c.of(f"{name}_p_value")):
+        return f"{text} ({num}: no interval and no test)."
     return (
-        f"The mean {what} differs by {c.said(f'{name}_difference')} {unit} ({c.level} {c.interval(name)}; "
-        f"p\u00a0=\u00a0{p}; {num}). {_directions_alone(c, name)}; rank-biserial correlation {larger}. "
+        f"{text} ({interval(c, name)}; p\u00a0=\u00a0{number(c.of(f'{name}_p_value'), 2)}; {num}). "
+        f"{_directions_alone(c, name)}; rank-biserial correlation {number(c.of(f'{name}_rank_biserial'), 2)}. "
         f"Over directions, the values of the two models have a correlation of {c.said(f'{name}_correlation')}."
     )
+
+
+def interval(c: Comparison, name: str) -> str:
+    """Of a difference, with its level; nothing where there is none."""
+    return "" if math.isnan(c.gap(name).low) else f"{c.level} {c.interval(name)}"
+
+
+def directions(c: Comparison) -> str:
+    num = c.values["n_directions"]
+    return "random direction" if num == 1 else f"{num:,} random directions"
 
 
 def _directions_alone(c: Comparison, name: str) -> str:

@@ -6,11 +6,15 @@ import math
 from pathlib import Path
 
 from ..core.store import load, write
+from ..study import sharpness_rows
+from ..study.curvature_rows import is_resolved
+from ..study.curvature_table import UNIT
 from . import curvature_methods
 from . import curvature_sections as sections
-from .curvature_result import UNIT, Curvature, is_resolved, negative_share, said
+from .curvature_result import Curvature, said
+from .directional_methods import alone
 from .directional_sections import estimated
-from .numbers import number, setting
+from .numbers import number, setting, typeset
 from .page import Fact, Files, Section, render
 
 
@@ -30,7 +34,7 @@ def write_page(numbers: Path) -> Path:
         Section("How these numbers were made", [curvature_methods.terms(found), files]),
     ]
     kicker = f"{found.model['name']}: {found.model['class']}, {found.num:,} parameters"
-    write(page, render(title(found), kicker, lede(found), strip(found), body).encode())
+    write(page, render(title(found), kicker, [*lede(found), *alone(found.meta)], strip(found), body).encode())
     return page
 
 
@@ -46,14 +50,18 @@ def title(found: Curvature) -> str:
 
 def lede(found: Curvature) -> list[str]:
     """The spectrum in words, then sharpness, then where the curvature is."""
-    summary = found.summary
-    sign = "none" if summary.has_negative_eigenvalues is False else negative_share(found)
-    top = summary.max_eigenvalue
-    stable = f", for which gradient descent is stable up to a learning rate of {number(2 / top)}" if top > 0 else ""
+    summary, rows = found.summary, found.rows
+    top, bottom = (typeset(rows[f"{which} eigenvalue"].said) for which in ("largest", "smallest"))
+    stable = "" if bool(summary.ends.converged[0]) else " (not converged)"
+    if summary.max_eigenvalue > 0 and found.settings["matrix"] == "hessian":
+        rate, reach = number(2 / summary.max_eigenvalue), sharpness_rows.rate_interval(found.stored)
+        stable += f"; gradient descent is stable up to a learning rate of {rate}{f' ({reach})' if reach else ''}"
+    negative = "none" if summary.has_negative_eigenvalues is False else typeset(rows["negative eigenvalues"].said)
+    open_ = "" if summary.density.negative_resolution().resolved else ", not resolved"
     first = (
-        f"The largest eigenvalue of the {found.matrix} is {number(top, 4)} {UNIT}{stable}; the smallest "
-        f"{'is' if bool(summary.ends.converged[-1]) else 'is not converged, and at most'} "
-        f"{number(summary.min_eigenvalue, 4)}. Negative beyond rounding: {sign} of all {found.num:,}."
+        f"The largest eigenvalue of the {found.matrix} is {top} {UNIT}{stable}. The smallest "
+        f"{'is' if bool(summary.ends.converged[-1]) else 'is not converged, and on these texts at most'} {bottom}. "
+        f"Negative beyond rounding: {negative} of all {found.num:,}{'' if negative == 'none' else open_}."
     )
     where = f" {sections.where(found)}" if found.blocks else ""
     resolved = f"The trace is {said(found.trace)}" + ("." if is_resolved(found.trace) else ", not told from zero.")
@@ -63,19 +71,15 @@ def lede(found: Curvature) -> list[str]:
 def strip(found: Curvature) -> list[Fact]:
     """The four numbers that come first."""
     summary, sam = found.summary, found.sharpness["sam"]
-    top = Fact(
-        "Largest eigenvalue",
-        number(summary.max_eigenvalue),
-        f"{UNIT}; residual {number(float(summary.residuals[0]), 1)}",
-    )
-    trace = estimated("Trace", float(found.trace.value), float(found.trace.stderr), UNIT)
-    share = summary.negative_fraction
-    negative = estimated("Negative eigenvalues", 100 * float(share.value), 100 * float(share.stderr), "% of all")
-    negative = negative._replace(value=f"{negative.value} %", detail=negative.detail.removeprefix("% "))
-    if not (summary.density.negative_resolution().resolved or math.isnan(share.stderr)):
-        negative = Fact("Negative eigenvalues", "not resolved", negative_share(found))
+    top, share = found.rows["largest eigenvalue"], found.rows["negative eigenvalues"]
+    over = f"± {typeset(top.data)} over texts" if top.data else "error over texts unknown"
+    largest = Fact("Largest eigenvalue", typeset(top.value), f"{over}; {UNIT}")
+    trace = estimated("Trace", float(found.trace.value), float(found.trace.stderr), f"over draws; {UNIT}")
+    resolved = summary.density.negative_resolution().resolved
+    error = f"± {typeset(share.draws)} over draws, of all" if share.draws else "of all"
+    negative = Fact("Negative eigenvalues", typeset(share.value), error if resolved else "of all, not resolved")
     if "undefined" in sam:
-        return [top, trace, negative, Fact("SAM sharpness", "undefined", "the gradient vanishes")]
+        return [largest, trace, negative, Fact("SAM sharpness", "undefined", "the gradient vanishes")]
     detail = f"nats, a step of {setting(sam['epsilon'])} up the gradient"
     stderr = math.nan if sam["stderr"] is None else sam["stderr"]
-    return [top, trace, negative, estimated("SAM sharpness", sam["absolute"], stderr, detail)]
+    return [largest, trace, negative, estimated("SAM sharpness", sam["absolute"], stderr, detail)]

@@ -7,7 +7,7 @@ from typing import Any
 from ..study.curvature_table import cost
 from .curvature_result import Curvature
 from .directional_methods import scored
-from .numbers import number, setting
+from .numbers import counted, number, setting
 from .page import Terms
 
 _METHODS = {
@@ -31,7 +31,7 @@ def terms(found: Curvature) -> Terms:
             ("Density", [_density(found)]),
             ("Trace", _trace(found)),
             ("Sharpness", _sharpness(found)),
-            ("Errors", _errors()),
+            ("Errors", _errors(found)),
             ("Cost", [cost(meta), f"{number(meta['seconds'], 2)} seconds in the last call."]),
             ("Settings", [settings]),
             ("Versions", [versions]),
@@ -54,7 +54,7 @@ def _texts(found: Curvature) -> list[str]:
     what, how = scored(data["task"])
     batches = f"{data['num_batches']:,} " + ("batch" if data["num_batches"] == 1 else "batches")
     return [
-        f"{data['path']}: {data['num_samples']:,} texts in {batches}, {data['num_tokens']:,} tokens. "
+        f"{data['path']}: {counted(data['num_samples'], 'text')} in {batches}, {data['num_tokens']:,} tokens. "
         f"Scored are {data['num_scored']:,} {what}, {how}; the loss is their mean cross-entropy in nats, "
         f"{number(found.model['values']['baseline_loss'], 5)} at the weights.",
         f"{data['num_too_short']:,} were too short and skipped; {data['num_truncated']:,} were cut off at "
@@ -82,8 +82,9 @@ def _ends(found: Curvature) -> str:
     ends = found.summary.ends
     return (
         "Lanczos from a random start with full orthogonalisation. The residual is ‖Ay − θy‖ of the Ritz pair (θ, y), up to "
-        "rounding: an eigenvalue lies that near. It does not prove that no larger one was missed, and repeated ones appear "
-        f"once. {ends.num_matvecs} products. The damping of the condition number, "
+        "rounding: an eigenvalue lies that near. Converged is what has a small residual for its own end and, by a fresh "
+        "random start beside it, none before it that was missed, but for a chance of 1 %; the rank of others is open. "
+        f"{ends.num_matvecs} products. The damping of the condition number, "
         f"{number(found.summary.condition_number)}, is {number(found.summary.damping)}."
     )
 
@@ -93,7 +94,7 @@ def _density(found: Curvature) -> str:
     kept = "" if density.steps <= _vectors(found) else ", without orthogonalisation (memory)"
     return (
         f"Stochastic Lanczos quadrature: {density.num_probes} normal starts of {density.steps} products{kept}, "
-        f"{density.num_matvecs} in all. Nodes are no eigenvalues; away from the ends they smear. The negative fraction "
+        f"{density.num_matvecs} in all. Nodes are no eigenvalues; away from the ends they smear. The negative share "
         f"counts what is below −{number(density.rounding, 2)} of the largest node, and converges slowly in the products per "
         "start."
     )
@@ -126,12 +127,17 @@ def _sharpness(found: Curvature) -> list[str]:
     ]
 
 
-def _errors() -> list[str]:
+def _errors(found: Curvature) -> list[str]:
+    data = (
+        "Eigenvalues over texts: the scatter of what single texts add, vᵀHᵢv with v held fixed, to first order; their "
+        "intervals have the residual added and the bias of few texts taken off, by Student’s t. Trace, ranks and shares have "
+        "errors about other random vectors on the same texts only."
+    )
     return [
         "± is one standard error, intervals in figures are 1.96 of them: over random starts for the density and what is read "
         "off it, over left-out test vectors for XTrace (a little low at few products), over products for blocks, over "
-        "sequences for SAM, ASAM and critical sharpness. Eigenvalues have residuals instead.",
-        "Errors of the spectrum are about other random vectors on the same texts, not about other texts.",
+        "sequences for SAM, ASAM and critical sharpness.",
+        data if found.has_data_errors else "Nothing here is about other texts: errors are over random vectors only.",
     ]
 
 

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.store import Stored
 from ..linalg.summary import SpectrumSummary
-from ..study.curvature_table import MATRICES
+from ..study import curvature_rows
+from ..study.curvature_rows import MATRICES, Block, Row
 from ..study.spectrum import summary_of
 from .curvature_figures import place
-from .numbers import number, with_error
-
-UNIT = "nats per unit of distance²"
-
-
-class Block(NamedTuple):
-    """The curvature of some parameters, the others held fixed."""
-
-    name: str
-    size: int
-    trace: float
-    trace_stderr: float
-    share: float
-    """Of the trace of the whole matrix, from the same products; nan where that cannot be told from zero."""
-    share_stderr: float
-    eigenvalue: float
-    residual: float
-    converged: bool
+from .numbers import with_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,24 +72,17 @@ class Curvature:
     @cached_property
     def blocks(self) -> list[Block]:
         """In the order of the model; empty where they were not asked for."""
-        arrays = self.stored.arrays
-        if "block_trace_samples" not in arrays:
-            return []
-        whole = arrays["hutchinson_samples"]
-        found = []
-        for i, name in enumerate(self.meta["stages"]["block_traces"]["names"]):
-            samples = arrays["block_trace_samples"][i]
-            trace = Estimate.of(torch.from_numpy(samples))
-            share = _share(samples, whole)
-            at = (arrays[f"block_{column}"][i] for column in ("eigenvalues", "residuals", "converged"))
-            eigenvalue, residual, converged = at
-            found.append(
-                Block(
-                    name, int(arrays["block_sizes"][i]), float(trace.value), float(trace.stderr), *share,
-                    float(eigenvalue), float(residual), bool(converged),
-                )
-            )  # fmt: skip
-        return found
+        return curvature_rows.blocks(self.stored)
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """The spectrum's numbers as the terminal prints them, by name."""
+        return curvature_rows.spectrum_rows(self.summary, self.stored)
+
+    @property
+    def has_data_errors(self) -> bool:
+        """Whether it is known what other texts would change in the outermost eigenvalues."""
+        return bool(self.rows["largest eigenvalue"].data)
 
     @property
     def along_random(self) -> tuple[Estimate, str]:
@@ -125,37 +101,5 @@ class Curvature:
         return points.numpy(), *(x.numpy() for x in moved.density(points, width))
 
 
-def is_resolved(found: Estimate) -> bool:
-    """Whether 1.96 standard errors leave zero out."""
-    return abs(float(found.value)) > 1.96 * float(found.stderr)
-
-
 def said(found: Estimate) -> str:
     return with_error(float(found.value), float(found.stderr))
-
-
-def percent(found: Estimate) -> str:
-    """A share with its error.
-
-    >>> percent(Estimate(torch.tensor(0.5), torch.tensor(0.013), 8))
-    '50.0 ± 1.3 %'
-    """
-    return f"{with_error(100 * float(found.value), 100 * float(found.stderr))} %"
-
-
-def negative_share(found: Curvature) -> str:
-    """The share of negative eigenvalues with its error; where the steps leave it open, what it may be."""
-    share, open_ = found.summary.negative_fraction, found.summary.density.negative_resolution()
-    if open_.resolved:
-        return percent(share)
-    least, most = (100 * min(1.0, max(0.0, float(share.value) + sign * open_.bound)) for sign in (-1, 1))
-    return f"between {number(least, 2)} and {number(most, 2)} % (not resolved by {found.summary.density.steps} steps)"
-
-
-def _share(samples: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
-    """A ratio of two means over the same products, with its jackknife error."""
-    part, total = torch.from_numpy(samples), torch.from_numpy(whole)
-    if len(samples) < 2 or not is_resolved(Estimate.of(total)):
-        return math.nan, math.nan
-    left_out = (part.sum() - part) / (total.sum() - total)
-    return float(part.sum() / total.sum()), float(jackknife_stderr(left_out))

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..core.estimate import Estimate
+from ..study import curvature_rows, sharpness_rows
+from ..study.curvature_rows import Block
+from ..study.curvature_table import UNIT
 from . import curvature_figures as figures
-from .curvature_result import UNIT, Block, Curvature, negative_share, said
-from .numbers import number, setting, with_error
-from .page import Chart, Quote, Section, Table
+from .curvature_result import Curvature, said
+from .numbers import number, setting, typeset, with_error
+from .page import Chart, Section, listed
 from .theme import VERMILION
 
 WIDTH = 0.15
 """Of the bump that stands for a node of the quadrature, in decades."""
 MOST = 40
 """Bars that one figure has."""
-MEASURES = (("sam", "SAM"), ("asam", "ASAM"), ("average", "average case"))
 
 
 def spectrum(found: Curvature) -> Section:
     """The density of all eigenvalues, and those that were found one by one."""
-    summary, rank = found.summary, found.summary.density.resolution("effective_rank")
+    summary = found.summary
     tie = found.rounding or 1.0
     values, residuals = (x.numpy() for x in (summary.ends.values, summary.ends.residuals))
     points, mean, stderr = found.spectrum(tie, WIDTH)
@@ -38,13 +39,11 @@ def spectrum(found: Curvature) -> Section:
         f"±{number(tie, 2)}, which is what rounding may make of a zero, and logarithmic beyond."
     )
     text = (
-        f"Of {found.num:,} eigenvalues, {negative_share(found)} are negative beyond rounding (below "
-        f"−{number(summary.density.edge(), 2)}). The effective rank, the number of equal eigenvalues of the same entropy, is "
-        f"{said(summary.effective_rank)}{'' if rank.resolved else f' ({rank})'}."
+        f"The numbers of the spectrum, in {UNIT}. Negative eigenvalues are those beyond rounding; the effective rank is the "
+        f"number of equal eigenvalues of the same entropy, out of {found.num:,}."
     )
-    return Section(
-        "The spectrum", [text, *_over_data(found), Chart(fig, caption), _first_instrument(found), *_late(found)]
-    )
+    table = listed(curvature_rows.spectrum(summary, found.stored), "listed")
+    return Section("The spectrum", [text, *table, Chart(fig, caption), _first_instrument(found)])
 
 
 def blocks(found: Curvature) -> Section:
@@ -71,7 +70,7 @@ def blocks(found: Curvature) -> Section:
                 "The largest eigenvalue of each block, with all other parameters held fixed; it is at most that of the whole "
                 f"matrix (dotted). Bars: residuals.{rest}",
             ),
-            _block_table(found.blocks),
+            *listed(curvature_rows.block_table(found.stored)),
         ],
     )
 
@@ -93,27 +92,22 @@ def where(found: Curvature) -> str:
     if math.isnan(most.share):
         return f"The trace cannot be told from zero, so that no block has a share of it. {sharpest}"
     part = with_error(100 * most.share, 100 * most.share_stderr)
-    return f"{most.name} has {part} % of the trace, and {_percent(most.size / found.num)} of the parameters. {sharpest}"
+    share = _percent(most.size / found.num)
+    return f"The block {most.name} has {part} % of it, and {share} of the parameters. {sharpest}"
 
 
 def sharpness(found: Curvature) -> Section:
     """How far the loss rises in a step, by three definitions; and the learning rates that curvatures allow."""
-    told, num = found.sharpness, found.meta["data"]["num_samples"]
-    rows = [_row(title, told[name]) for name, title in MEASURES if "undefined" not in told[name]]
-    notes = [
-        Quote(told[name]["undefined"], f"Why {title} is undefined here.")
-        for name, title in (*MEASURES, ("critical", "critical sharpness"))
-        if "undefined" in told[name]
-    ]
     text = (
-        f"The gradient has norm {number(told['gradient_norm'])} nats per unit of distance. The rise of the loss (nats) in a "
-        "step of a given length is a slope, a curvature and what is left: only the second part is about curvature. ± is one "
-        f"standard error over {num} sequences, with the step held fixed; for the average case over random steps. Shares of "
-        "the loss have 95 % intervals over sequences in brackets."
+        "The rise of the loss (nats) in a step of a given length is a slope, a curvature and what is left: only the second "
+        "part is about curvature. Shares of the loss have 95 % intervals over sequences in brackets."
     )
-    headers = ["", "length", "rise", "share of loss", "slope", "curvature", "remainder", "rounding"]
-    table = [Table(headers, rows, "named")] if rows else []
-    return Section("Sharpness", [text, *notes, *table, _rates_text(), _rates(found)])
+    tables = [
+        *listed(sharpness_rows.sharpness(found.stored)),
+        _rates_text(),
+        *listed(sharpness_rows.rates(found.summary, found.stored)),
+    ]
+    return Section("Sharpness", [text, *tables])
 
 
 def sam_sentence(found: Curvature) -> str:
@@ -121,35 +115,24 @@ def sam_sentence(found: Curvature) -> str:
     sam = found.sharpness["sam"]
     if "undefined" in sam:
         return f"The sharpness is undefined: the gradient has norm {number(found.sharpness['gradient_norm'])}."
+    known = not sam.get("relative_note")
+    share = f", {typeset(sharpness_rows.share(sam))} of the loss" if known else ""
     parts = f"{number(sam['first_order'])} by slope and {number(sam['second_order'])} by curvature"
     return (
         f"A step of {setting(sam['epsilon'])} up the gradient raises the loss by "
-        f"{with_error(sam['absolute'], sam['stderr'])} nats, {_share(sam)} of the loss: {parts}."
+        f"{typeset(sharpness_rows.rise(sam))} nats{share}: {parts}."
     )
 
 
 def eigenvalues(found: Curvature) -> Section:
-    """Every eigenvalue that was found, with its residual."""
+    """Every eigenvalue that was found, with its residual and its error over texts."""
     ends = found.summary.ends
-    rows = [
-        [
-            f"{i if 2 * i <= len(ends.values) else found.num - len(ends.values) + i:,}",
-            number(value, 5),
-            number(residual, 2),
-            state,
-        ]
-        for i, (value, residual, state) in enumerate(
-            zip(ends.values.tolist(), ends.residuals.tolist(), ends.states, strict=True), start=1
-        )
-    ]
-    for row, done in zip(rows, ends.converged.tolist(), strict=True):
-        row[0] = row[0] if done else ""
     text = (
         f"An eigenvalue lies within the residual of each value. The search ended after {ends.num_matvecs} products, and "
         f"asked for residuals of {setting(ends.tol)} of the largest |eigenvalue| at the same end. Only what is converged has "
         f"a rank; what is not resolved is smaller than its residual. All in {UNIT}."
     )
-    return Section("Eigenvalues", [text, Table(["rank", "eigenvalue", "residual", ""], rows, "listed")])
+    return Section("Eigenvalues", [text, *listed(curvature_rows.eigenvalues(found.summary, found.stored), "listed")])
 
 
 def _first_instrument(found: Curvature) -> str:
@@ -164,14 +147,6 @@ def _first_instrument(found: Curvature) -> str:
     )
 
 
-def _late(found: Curvature) -> list[Quote]:
-    if found.summary.converged:
-        return []
-    lost = int((~found.summary.ends.converged).sum())
-    text = f"{lost} of {len(found.summary.ends.values)} eigenvalues are not converged: their ranks or values are open."
-    return [Quote(text, "Fewer of them, or a larger tolerance, will be reached.")]
-
-
 def _largest(found: list[Block]) -> tuple[list[Block], str]:
     if len(found) <= MOST:
         return found, ""
@@ -180,92 +155,12 @@ def _largest(found: list[Block]) -> tuple[list[Block], str]:
     return shown, f" The {MOST} blocks of {len(found)} with the largest |trace|; all are in the table."
 
 
-def _block_table(found: list[Block]) -> Table:
-    rows = [
-        [
-            block.name,
-            f"{block.size:,}",
-            with_error(block.trace, block.trace_stderr),
-            "" if math.isnan(block.share) else f"{with_error(100 * block.share, 100 * block.share_stderr)} %",
-            number(block.eigenvalue),
-            number(block.residual, 2),
-        ]
-        for block in found
-    ]
-    return Table(["block", "parameters", "trace", "of the trace", "largest eigenvalue", "residual"], rows, "named")
-
-
-def _row(title: str, told: dict[str, Any]) -> list[str]:
-    parts = (number(told.get(name)) if told.get(name) is not None else "" for name in ("first_order", "second_order"))
-    rest = told.get("remainder")
-    share = _share(told) if "relative" in told else ""
-    return [
-        title, setting(float(f"{told['epsilon']:.3g}")), with_error(told["absolute"], told["stderr"]), share, *parts,
-        "" if rest is None else number(rest), number(told["rounding"], 1),
-    ]  # fmt: skip
-
-
-def _share(told: dict[str, Any]) -> str:
-    """Of the loss, with its interval; that the sequences do not support one, where they do not."""
-    if told["relative"] is None:
-        return "undefined"
-    if told.get("relative_note"):
-        return "an unresolved share"
-    relative, stderr = told["relative"], told["relative_stderr"]
-    low, high = (told.get(f"relative_{end}") for end in ("low", "high"))
-    if low is None or high is None:
-        return f"{with_error(100 * relative, None if stderr is None else 100 * stderr)} %"
-    return f"{number(100 * relative, 3)} ({number(100 * low, 3)} to {number(100 * high, 3)}) %"
-
-
-def _over_data(found: Curvature) -> list[str]:
-    """What other sequences would change in the two outermost eigenvalues."""
-    arrays, values = found.stored.arrays, found.summary.ends.values
-    if "end_data_stderr" not in arrays:
-        return []
-    each = (
-        f"{name} {with_error(float(values[i]), float(arrays['end_data_stderr'][i]))} "
-        f"({number(float(arrays['end_data_low'][i]), 3)} to {number(float(arrays['end_data_high'][i]), 3)})"
-        for name, i in (("the largest", 0), ("the smallest", -1))
-    )
-    return [
-        f"Other sequences would give other eigenvalues. Over {found.meta['data']['num_samples']} of them, with the standard "
-        f"error and, in brackets, the 95 % interval without the bias of so few: {'; '.join(each)}."
-    ]
-
-
 def _rates_text() -> str:
     return (
         "A curvature λ allows gradient descent a learning rate of 2 / λ. The critical sharpness is 2 over the smallest "
         "learning rate at which one step along the gradient raises the loss: measured, not from second derivatives. On a "
         "parabola it is the curvature along the gradient, and at most the largest eigenvalue."
     )
-
-
-def _rates(found: Curvature) -> Table:
-    told, top = found.sharpness, found.summary
-    rows = []
-    known = told["critical"]
-    if "undefined" not in known:
-        if known["value"] is None:
-            rows.append(["critical sharpness", f"undefined ({known['status']})", "", ""])
-        else:
-            ends = f"{number(known['low'])} to {number(known['high'])}"
-            value = with_error(known["value"], known["stderr"])
-            rows.append(["critical sharpness", value, ends, number(known["learning_rate"])])
-    if "undefined" not in told["sam"]:
-        bent = told["sam"]["curvature"]
-        rows.append(["curvature along the gradient", number(bent), "", _rate(bent)])
-    residual = float(top.ends.residuals[0])
-    near = f"{number(top.max_eigenvalue - residual, 4)} to {number(top.max_eigenvalue + residual, 4)}"
-    rows.append(
-        [f"largest eigenvalue of the {found.matrix}", number(top.max_eigenvalue), near, _rate(top.max_eigenvalue)]
-    )
-    return Table(["", UNIT, "interval", "learning rate, 2 / λ"], rows, "listed")
-
-
-def _rate(value: float) -> str:
-    return number(2 / value) if value > 0 else "none"
 
 
 def _percent(share: float) -> str:

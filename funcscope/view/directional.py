@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.store import Stored, load, write
+from ..study import directional_rows
 from . import comparison, directional_methods
 from . import directional_sections as sections
 from .numbers import counted, number, with_error
@@ -29,17 +30,23 @@ def write_page(numbers: Path) -> Path:
 
 def _rendered(stored: Stored, files: Files) -> str:
     (result,) = read(stored)
-    text = f"± is one standard error {result.over}. Names are those of the stored file."
+    means = [*directional_rows.explained(stored.meta), "Names are those of the stored file."]
     body = [
         sections.loss_changes(result),
         *([sections.curvature(result)] if result.has("curvatures") else []),
         *([sections.slopes(result)] if result.has("slopes") else []),
         *([sections.half_precision(result)] if "realised_displacement" in result.values else []),
-        Section("All statistics", [text, sections.table((result,), ("value",))]),
+        Section("All statistics", [*means, *sections.statistics(result), sections.plain((result,), ("value",))]),
         Section("How these numbers were made", [directional_methods.terms(stored, (result,)), files]),
     ]
     kicker = f"{result.name}: {result.model['class']}, {result.model['num_parameters']:,} parameters"
-    return render(title(result), kicker, lede(result), strip(result, stored.meta["data"]), body)
+    return render(
+        title(result),
+        kicker,
+        [*lede(result), *directional_methods.alone(stored.meta)],
+        strip(result, stored.meta["data"]),
+        body,
+    )
 
 
 def title(result: Result) -> str:
@@ -66,14 +73,15 @@ def lede(result: Result) -> list[str]:
     digits = _digits(values["baseline_loss"], found.value)
     first = (
         f"From {number(values['baseline_loss'], digits)} nats at the weights it goes to "
-        f"{number(values['loss_mean'], digits)} nats on average over {_directions(result)}."
+        f"{number(values['loss_mean'], digits)} nats {'on average over' if num > 1 else 'along'} {_directions(result)}."
     )
-    if num > 1 and not is_resolved(found):
+    unclear = result.values.get("resolution_note")
+    if num > 1 and not unclear and not is_resolved(found):
         low, high = number(found.low), number(found.high)
         first += f" The change is {result.said('delta_mean')} nats, its 95 % interval reaches from {low} to {high}."
         first += _signs(result)
-    step = result.values.get("relative_step_note")
-    return [f"{first}{left_out}", *_shape(result), *([f"{step[0].upper()}{step[1:]}"] if step else [])]
+    notes = [note for note in (unclear, result.values.get("relative_step_note")) if note]
+    return [f"{first}{left_out}", *_shape(result), *(f"{note[0].upper()}{note[1:]}" for note in notes)]
 
 
 def strip(result: Result, data: dict[str, Any]) -> list[Fact]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.store import Stored
+from ..study.opening import one_sequence
 from .numbers import counted, number, setting
 from .page import Terms
 from .result import Result
@@ -45,6 +46,12 @@ def scored(task: str) -> tuple[str, str]:
     return _SCORED.get(task, ("positions", "as the task has it"))
 
 
+def alone(meta: dict[str, Any]) -> list[str]:
+    """What a single sequence leaves unknown."""
+    note = one_sequence(meta["settings"], meta["data"]["num_samples"])
+    return [note] if note else []
+
+
 def _model(result: Result) -> str:
     model = result.model
     stored, computed = (model[name].removeprefix("torch.") for name in ("dtype", "compute_dtype"))
@@ -59,12 +66,12 @@ def _model(result: Result) -> str:
 def _texts(meta: dict[str, Any]) -> list[str]:
     data, settings = meta["data"], meta["settings"]
     what, how = scored(data["task"])
-    pieces = "blocks of joined texts" if settings.get("packing") else "texts"
+    pieces = "joined block" if settings.get("packing") else "text"
     length = settings.get("max_seq_length") or meta["models"][0].get("max_seq_length")
+    batches = f"{data['num_batches']:,} {'batch' if data['num_batches'] == 1 else 'batches'}"
     return [
-        f"{data['path']}: {data['num_samples']:,} {pieces} in {data['num_batches']:,} batches, "
-        f"{data['num_tokens']:,} tokens. Scored are {data['num_scored']:,} {what}, {how}; the loss is their mean "
-        "cross-entropy in nats, each with the same weight.",
+        f"{data['path']}: {counted(data['num_samples'], pieces)} in {batches}, {data['num_tokens']:,} tokens. Scored are "
+        f"{data['num_scored']:,} {what}, {how}; the loss is their mean cross-entropy in nats, each with the same weight.",
         f"{data['num_too_short']:,} were too short to be scored and skipped; {data['num_truncated']:,} were cut off at "
         f"{length} tokens.",
     ]
@@ -80,7 +87,7 @@ def _directions(results: tuple[Result, ...]) -> list[str]:
     if len(results) > 1 and values["normalize"] == "global":
         same = " Both models have the same directions."
     return [
-        f"{results[0].num:,} directions d, drawn from the {values['distribution']} distribution and {scaled}. "
+        f"{counted(results[0].num, 'direction')} d, drawn from the {values['distribution']} distribution and {scaled}. "
         f"A step of h = {setting(results[0].span)} moves θ by {moves} of its own norm.{same}",
         f"Seed {values['seed']}, key {values['key']}; direction i depends on the key, on i and on the norms of θ only.",
     ]

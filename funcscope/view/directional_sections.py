@@ -7,27 +7,45 @@ import re
 
 import numpy as np
 
+from ..study import directional_rows
 from . import samples
 from .numbers import number, setting, with_error
-from .page import Chart, Fact, Quote, Section, Table, Terms
+from .page import Block, Chart, Fact, Quote, Section, Table, Terms, listed
 from .result import Result, lost
 from .samples import Mark
 
 VISIBLE = 0.004
 """The rounding band is drawn where it is at least this share of the axis wide on each side of zero."""
 NO_RANK = "Roughness rises when the mean loss falls faster than the standard deviation, so it does not rank models."
+_BARE = (
+    "displacement",
+    "param_norm",
+    "landscape_roughness",
+    "dir_grad_delta_corr",
+    "relative_step",
+    "curvature_settling",
+    "unmoved",
+)
+"""Numbers without a unit."""
 MANY = 200
 """Rings around more dots than these would hide them."""
 _DOTS = (
     "A dot is a direction; its height only keeps dots apart. Bar and tick: the middle half of the directions and the "
     "median. Diamond: the mean with its 95 % interval. "
 )
-_UNITS = {"loss": "nats", "delta": "nats", "dir_grad": "nats per {}", "curvature": "nats per {}²"}
+_UNITS = {
+    "baseline_loss": "nats",
+    "loss": "nats",
+    "delta": "nats",
+    "dir_grad": "nats per {}",
+    "curvature": "nats per {}²",
+}
 _PLAIN = (
-    "loss_min", "loss_max", "baseline_loss_stderr_data", "n_sequences", "curvature_noise_floor", "n_curvatures_undecided",
+    "loss_min", "loss_max", "n_sequences", "curvature_noise_floor", "n_curvatures_undecided",
     "curvature_settling", "delta_sign_p_value", "dir_grad_sign_p_value", "curvature_sign_p_value", "delta_largest_share",
     "n_samples", "n_samples_for_corr", "n_nonfinite_pos", "n_nonfinite_neg", "actual_span", "displacement", "param_norm",
     "relative_step",
+    "unmoved",
 )  # fmt: skip
 """Stored numbers that are no estimates."""
 
@@ -36,10 +54,10 @@ def loss_changes(result: Result) -> Section:
     """The distribution of loss changes over directions, at both ends of the step."""
     changes, means = result.changes, result.mean_changes
     said = [f"{_middle(values, side)} {_downhill(values)}" for side, values in changes.items()]
-    blocks: list[str | Chart] = [" ".join(said)]
+    blocks: list[str | Chart] = [" ".join(said).strip()]
     if any(np.isfinite(values).any() for values in changes.values()):
         fig = samples.strips(changes, means, name="loss change", unit="nats")
-        caption = f"{_DOTS}{_off_axis(changes, means)}{lost(changes, 'sampled loss')}"
+        caption = f"{_dots(result)}{_off_axis(changes, means)}{lost(changes, 'sampled loss')}"
         blocks.append(Chart(fig, caption))
     return Section(f"Loss changes at {result.step}", [*blocks, _roughness(result)])
 
@@ -54,7 +72,7 @@ def curvature(result: Result) -> Section:
         extent = samples.extent(shown, means)
         band = _visible_band(result, extent)
         fig = samples.strips(shown, means, name="curvature", unit=unit, band=band)
-        caption = f"{_DOTS}{_off_axis(shown, means)}{_rounding(result, band, extent)}{lost(shown, 'curvature')}"
+        caption = f"{_dots(result)}{_off_axis(shown, means)}{_rounding(result, band, extent)}{lost(shown, 'curvature')}"
         blocks.append(Chart(fig, caption))
     return Section("Curvature", blocks)
 
@@ -132,36 +150,35 @@ def _bend(result: Result, unit: str) -> str:
 
 def note(text: str | None, source: str = "the result") -> list[Quote]:
     """What the result itself says of its numbers."""
-    return [] if text is None else [Quote(f"{text[0].upper()}{text[1:]}", f"Stored with {source}.")]
+    if text is None:
+        return []
+    text = directional_rows.without_unknown(text)
+    return [Quote(f"{text[0].upper()}{text[1:]}", f"Stored with {source}.")]
 
 
 def estimated(label: str, value: float, stderr: float, detail: str) -> Fact:
     """A fact with its standard error in the line below."""
     found = re.fullmatch(r"\(?([^(]+) ± ([^)]+)\)?( × .+)?", with_error(value, stderr))
     if found is None:
-        return Fact(label, number(value), f"{detail}; error undefined" if math.isnan(stderr) else detail)
+        return Fact(label, number(value), f"{detail}; error unknown" if math.isnan(stderr) else detail)
     shown, error, power = found.groups(default="")
     return Fact(label, f"{shown}{power}", f"± {error}{power} {detail}")
 
 
-def table(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
-    """Every stored statistic by its documented name, with its standard error, a column per model."""
-    values = results[0].values
-    estimates = [name for name in values if f"{name}_stderr" in values]
-    names = [*estimates, *(name for name in _PLAIN if name in values)]
-    rows = [["baseline_loss", *(number(result.values["baseline_loss"], 6) for result in results), "nats"]]
-    for name in names:
-        cells = (_cell(result, name) if name in estimates else _exactly(result.values.get(name)) for result in results)
-        rows.append([name, *cells, _unit(name, results[0])])
-    return Table(["statistic", *headers, "unit"], rows, "listed")
+def statistics(result: Result) -> list[Block]:
+    """Every estimate with its errors, as the terminal has it, and its unit; what the result says of them."""
+    listing = directional_rows.model_table(result.model)
+    rows = tuple((*row, _unit(row[0], result)) for row in listing.rows)
+    return listed(listing._replace(headers=(*listing.headers, "unit"), rows=rows), "listed")
 
 
-def _cell(result: Result, name: str) -> str:
-    """A statistic with its error, and the two errors that this is made of where it is."""
-    over = [result.values.get(f"{name}_{ending}") for ending in ("stderr", "stderr_data")]
-    if None in over or result.values.get(f"{name}_stderr_total") is None:
-        return result.said(name)
-    return "{} (directions {}, texts {})".format(result.said(name), *(number(x, 2) for x in over))
+def plain(results: tuple[Result, ...], headers: tuple[str, ...]) -> Table:
+    """Stored numbers that are no estimates, a column per model."""
+    names = [name for name in _PLAIN if name in results[0].values]
+    rows = [
+        [name, *(_exactly(result.values.get(name)) for result in results), _unit(name, results[0])] for name in names
+    ]
+    return Table(["stored number", *headers, "unit"], rows, "listed")
 
 
 def _exactly(value: float | int | None) -> str:
@@ -171,7 +188,7 @@ def _exactly(value: float | int | None) -> str:
 
 
 def _unit(name: str, result: Result) -> str:
-    if name in ("displacement", "param_norm", "landscape_roughness", "dir_grad_delta_corr", "relative_step"):
+    if name in _BARE or name.endswith(("_p_value", "_share")) or name.startswith("n_"):
         return ""
     if name == "rayleigh_mean":
         return "nats per unit of distance²"
@@ -192,6 +209,8 @@ def _downhill(values: samples.Column) -> str:
     few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
     if not num:
         return ""
+    if num == 1:
+        return ""
     if not few:
         return "No direction lowers the loss."
     return f"{few} of {num} directions {'lowers' if few == 1 else 'lower'} the loss."
@@ -200,6 +219,10 @@ def _downhill(values: samples.Column) -> str:
 def _negative(values: samples.Column) -> str:
     few, num = int((values < 0).sum()), int(np.isfinite(values).sum())
     return f"{few} of {num} {'is' if few == 1 else 'are'} negative" if few else "none is negative"
+
+
+def _dots(result: Result) -> str:
+    return _DOTS if result.num > 1 else "The dot is the direction, which is its own mean and has no interval. "
 
 
 def _off_axis(shown: dict[str, samples.Column], means: dict[str, Mark]) -> str:

@@ -1,11 +1,11 @@
-"""Numbers as a reader wants them: three digits, an error with two, powers of ten where they help."""
+"""The numbers of `study.numbers` in the characters of print."""
 
 from __future__ import annotations
 
-import math
 import re
 
-UNDEFINED = "undefined"
+from ..study import numbers as plain
+
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -15,37 +15,26 @@ def number(value: float | None, digits: int = 3) -> str:
     >>> number(11.4838), number(17405.2), number(6.173e-8), number(None)
     ('11.5', '17,400', '6.17 × 10⁻⁸', 'undefined')
     """
-    if value is None or not math.isfinite(value):
-        return UNDEFINED if value is None or math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if value == 0:
-        return "0"
-    mantissa, power = f"{value:.{digits - 1}e}".split("e")
-    if not -4 < int(power) < 6:
-        return _minus(f"{mantissa} × {power_of_ten(int(power))}")
-    return _minus(f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - int(power))}f}")
+    return typeset(plain.number(value, digits))
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
     """A value and its standard error, to two digits of the error; the value alone where the error is undefined.
 
-    So it is where the error is below 10⁻⁹ of the value, which is rounding in the computation of either.
-
     >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(17401.2, 2901.0)
     ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '17,400 ± 2,900')
     """
-    if (
-        value is None
-        or not math.isfinite(value)
-        or stderr is None
-        or not math.isfinite(stderr)
-        or stderr <= 1e-9 * abs(value)
-    ):
-        return number(value)
-    power = math.floor(math.log10(max(abs(value), stderr)))
-    power = 0 if -4 < power < 6 else power
-    decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])
-    both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))
-    return _minus(both) if power == 0 else f"({_minus(both)}) × {power_of_ten(power)}"
+    return typeset(plain.with_error(value, stderr))
+
+
+def typeset(text: str) -> str:
+    """Numbers of a terminal with the signs of print: minus, powers of ten, infinity.
+
+    >>> typeset("-1.5e-05, GPT-2, (6.18 ± 0.31)e+07, -inf to 3")
+    '−1.5 × 10⁻⁵, GPT-2, (6.18 ± 0.31) × 10⁷, −∞ to 3'
+    """
+    text = re.sub(r"(?<=[\d)])e([+-]\d+)\b", lambda power: f" × {power_of_ten(int(power[1]))}", text)
+    return re.sub(r"(?<![\w.)-])-(?=[\d∞])", "−", re.sub(r"\binf\b", "∞", text))
 
 
 def setting(value: float) -> str:
@@ -73,7 +62,3 @@ def power_of_ten(power: int) -> str:
     ('10⁻⁴', '1')
     """
     return f"10{str(power).translate(_RAISED)}" if power else "1"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")

@@ -14,6 +14,9 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..study.listing import Listing
+from .numbers import typeset
+
 FRAME_HEIGHT = 760
 """Of a page in a notebook, in pixels."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
@@ -64,6 +67,12 @@ class Table(NamedTuple):
     """"named" where rows start with words, "listed" where they end with words, too, and fit the column of text."""
 
 
+class Note(NamedTuple):
+    """A paragraph in small letters below a table."""
+
+    text: str
+
+
 class Terms(NamedTuple):
     """Terms and what is to be said of each, a paragraph per line."""
 
@@ -81,12 +90,20 @@ class Files(NamedTuple):
     names: Sequence[str]
 
 
-Block = str | Chart | Table | Terms | Quote | Files
+Block = str | Chart | Table | Note | Terms | Quote | Files
 
 
 class Section(NamedTuple):
     title: str
     blocks: Sequence[Block]
+
+
+def listed(listing: Listing, style: str = "named") -> list[Block]:
+    """A listing of a study with its notes: the cells of the terminal, in the characters of print."""
+    rows = [[row[0], *map(typeset, row[1:])] for row in listing.rows]
+    style += " noted" if listing.headers[-1] == "note" else ""
+    notes = [Note(typeset(" ".join(listing.notes)))] if listing.notes else []
+    return [*([Table(listing.headers, rows, style)] if rows else []), *notes]
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,8 @@ def _html(block: Block, name: str) -> str:
             return _chart(block, name)
         case Table():
             return _table(block)
+        case Note():
+            return f'<p class="note">{_text(block.text)}</p>'
         case Terms():
             return _terms(block)
         case Quote():
@@ -190,6 +209,6 @@ def _terms(terms: Terms) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with ±, × and % kept on the line of their neighbours."""
+    """Escaped, with ±, × and % kept on the line of their neighbours, and code between backticks."""
     kept = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", r"&nbsp;\1&nbsp;", escape(text))
-    return re.sub(r"(?<=\d) %", "&nbsp;%", kept)
+    return re.sub(r"(?<=\d) %", "&nbsp;%", re.sub(r"`([^`]+)`", r"<code>\1</code>", kept))

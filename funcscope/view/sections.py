@@ -218,7 +218,7 @@ def _phase(story: Story, step: int) -> str:
         return "start" if step == story.rows[0]["step"] else "end"
     if story.generalised is not None and step >= story.generalised:
         return "generalised"
-    return "memorised" if story.memorised is not None and step >= story.memorised else "on the way"
+    return "memorising" if story.memorised is not None and step >= story.memorised else "on the way"
 
 
 def _downhill(step: Int[np.ndarray, " k"], sides: dict[str, Float[np.ndarray, "k n"]]) -> str:

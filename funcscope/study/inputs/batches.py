@@ -39,8 +39,9 @@ class Data:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_samples} sequences in {_counted(len(self.batches), 'batch', 'batches')}: {self.num_tokens} tokens, "
-            f"{self.num_scored} scored; {self.num_too_short} too short, {self.num_truncated} truncated"
+            f"{_counted(self.num_samples, 'sequence', 'sequences')} in {_counted(len(self.batches), 'batch', 'batches')}: "
+            f"{self.num_tokens} tokens, {self.num_scored} scored; {self.num_too_short} too short, {self.num_truncated} "
+            "truncated"
         )
 
 

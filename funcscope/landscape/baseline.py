@@ -1,0 +1,61 @@
+"""The loss at theta, by the plan and the kernels of the losses around it, from which it is subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.directions import Direction, stack
+from ..core.objective import Loss, Theta
+from ..core.restrict import restrict
+from .along import mapped
+from .precision import check_baseline
+from .samples import Plan
+from .sequences import num_groups, residuals
+from .values import PerSequence
+
+
+def copies(loss: Loss, plan: Plan, num: int, steps: int) -> int:
+    """How many models are evaluated at once, at so many steps along each of `num` directions."""
+    if not plan.lazy:
+        return min(plan.chunk, num)
+    return steps if loss.net.attention != "keep" and loss.is_mapped() else 1
+
+
+def centre_at(
+    loss: Loss, theta: Theta, plan: Plan, num: int, dirs: Sequence[Direction], steps: int, rows: Tensor | None = None
+) -> tuple[float, Tensor, Tensor]:
+    """The loss at theta by that plan, the residuals of its sequences for `num` values, and which of them are scored.
+
+    As many copies at once as at the steps: mapped products round in another way, which small differences would have in them.
+    Raises ValueError where the loss is not finite, or not the same twice.
+    """
+    params, per, many = loss.leaves(theta), PerSequence.of(loss), copies(loss, plan, len(dirs), steps)
+
+    def at(of: Loss) -> Tensor:
+        return of.at_leaves(lambda name, _: params[name]) if plan.lazy else of(theta)
+
+    if many == 1:
+        return centred(at(per), at(loss), loss, num)
+    if plan.lazy:
+        scales = dirs[0].scales
+        phi, zeros = (
+            restrict(per, params, dirs[0], lazy=True),
+            torch.zeros(many, dtype=scales.dtype, device=scales.device),
+        )
+        return centred(mapped(phi, zeros, "lazy=False, chunk=1")[0], at(loss), loss, num)
+    flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+    terms = mapped(
+        lambda row: restrict(per, flat, row)(0.0), stack(dirs[:many]) if rows is None else rows[:many], "chunk=1"
+    )
+    return centred(terms[0], at(loss), loss, num)
+
+
+def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, Tensor, Tensor]:
+    """The same from sums and weights per sequence, and the loss evaluated once more."""
+    scored = terms[1].nonzero()[:, 0]
+    value, centre = residuals(terms, scored, num_groups(len(scored), num))
+    check_baseline(float(value), float(again), loss.net.unit_roundoff)
+    return float(value), centre, scored
