@@ -52,9 +52,13 @@ class EigenvalueErrors(Result):
         """Per value, whether its bias is below its standard error, so that the first order says what happens."""
         return self.bias.abs() < self.stderr
 
-    @derived("95 % interval", per="rank")
-    def interval(self) -> list[str]:
-        return _said(self.intervals())
+    @derived("lower end of the 95 % interval", per="rank")
+    def low(self) -> Float[Tensor, " k"]:
+        return self.intervals()[:, 0]
+
+    @derived("upper end of the 95 % interval", per="rank")
+    def high(self) -> Float[Tensor, " k"]:
+        return self.intervals()[:, 1]
 
     @property
     def head(self) -> str:
@@ -116,9 +120,13 @@ class EigenvalueDifferences(Result):
         low, high = self.intervals().T
         return (low > 0) | (high < 0)
 
-    @derived("95 % interval", per="rank")
-    def interval(self) -> list[str]:
-        return _said(self.intervals())
+    @derived("lower end of the 95 % interval", per="rank")
+    def low(self) -> Float[Tensor, " k"]:
+        return self.intervals()[:, 0]
+
+    @derived("upper end of the 95 % interval", per="rank")
+    def high(self) -> Float[Tensor, " k"]:
+        return self.intervals()[:, 1]
 
     @property
     def head(self) -> str:
@@ -232,7 +240,3 @@ def _intervals(values: Tensor, bias: Tensor, half: Tensor, first_order: Tensor) 
 
 def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:
     return tuple(Estimate(v, e, len(forms.weights)) for v, e in zip(values, forms.stderr, strict=True))
-
-
-def _said(intervals: Tensor) -> list[str]:
-    return [f"{low:.4g} to {high:.4g}" for low, high in intervals.tolist()]

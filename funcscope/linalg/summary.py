@@ -154,32 +154,6 @@ class SpectrumSummary(Result):
         return [] if self.converged else [REMEDY]
 
 
-def shape(summary: SpectrumSummary) -> dict[str, tuple[str, str]]:
-    """Rows of a table: the numbers beside the eigenvalues, each with its error or what is open, and how it was made."""
-    density = summary.density
-    method = {"xtrace": "XTrace", "exact": "exact"}.get(summary.trace.method, "Hutchinson")
-    return {
-        "trace": (str(summary.trace), method),
-        "negative fraction": (density.said_negative(), f"quadrature, {density.steps} steps"),
-        "effective rank": (density.said("effective_rank"), f"of {summary.num_parameters:,}"),
-        "spectral gap": (_or_open(summary.spectral_gap), ""),
-        "condition number": (_or_open(summary.condition_number), f"damping {summary.damping:.2g}"),
-    }
-
-
-def listed(ends: Eigenpairs, part: slice) -> tuple[str, str]:
-    """Some eigenvalues, each with its residual, and how many of them are not converged."""
-    pairs = zip(ends.values[part].tolist(), ends.residuals[part].tolist(), strict=True)
-    lost = int((~ends.converged[part]).sum())
-    return "  ".join(
-        f"{value:.4g} ± {residual:.1g}" for value, residual in pairs
-    ), f"{lost} not converged" if lost else "converged"
-
-
-def _or_open(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.4g}"
-
-
 def spectrum_summary(
     matvec: Matvec,
     like: Float[Tensor, " p"],
