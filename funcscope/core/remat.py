@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vjp
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -207,16 +208,23 @@ class _Door:
 
     def __init__(self) -> None:
         self.depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-        self.reverse, self.forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+        self.reverse = torch.is_grad_enabled()
+        if forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0:
+            raise ValueError("`remat` does not take `forward_ad.dual_level`, which cannot be nested: use `torch.func.jvp`.")
 
     def first(self, fn: Flat, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {x.device for x in xs} | {torch.device("cpu")}
-        before = _generators(devices)
+        before, versions = _generators(devices), _versions(xs)
         out = _nested(self.depth + 1 if self.depth else 0, lambda: self._watched(fn, xs))
         if not all(map(torch.equal, before, _generators(devices))):
             raise ValueError(
                 "the function given to `remat` draws random numbers, and would draw others when it is evaluated again: switch "
                 "dropout off (`eval()`), or draw before and pass the numbers as an argument."
+            )
+        if _versions(xs) != versions:
+            raise ValueError(
+                "the function given to `remat` writes to its arguments (a module: to its buffers), and would find other values "
+                "when it is evaluated again: write to a clone, and return what is new."
             )
         return out
 
@@ -229,8 +237,8 @@ class _Door:
             if isinstance(x, Tensor) and self._foreign(x):
                 raise ValueError(
                     f"the function given to `remat` uses a tensor of shape {tuple(x.shape)} that is not among its arguments and "
-                    "is differentiated or mapped over outside, so that a derivative would be lost: pass it as an argument (a "
-                    "module's parameters: `remat(module)`), or detach it before the call."
+                    "is differentiated or mapped over outside, so that a derivative would be lost: pass it as an argument (the "
+                    "parameters of a module: `remat(module)`)."
                 )
         return tree
 
@@ -238,7 +246,7 @@ class _Door:
         level = torch._C._functorch.maybe_get_level(x)
         if level > 0:
             return level <= self.depth
-        return (self.reverse and x.requires_grad) or (self.forward and forward_ad.unpack_dual(x).tangent is not None)
+        return self.reverse and x.requires_grad
 
 
 class _Watch(TorchFunctionMode):
@@ -276,3 +284,7 @@ def _generators(devices: set[torch.device]) -> list[Tensor]:
         for device in sorted(devices, key=str)
         if device.type != "meta"
     ]
+
+
+def _versions(xs: Sequence[Tensor]) -> list[int | None]:
+    return [None if x.is_inference() else x._version for x in xs]
