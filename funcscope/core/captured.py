@@ -19,19 +19,23 @@ from .substitute import Substitute
 Flat = Callable[..., tuple[Tensor, ...]]
 """Tensors in, tensors out."""
 
+NO_WRAPPER = -1
+"""Level of a plain tensor. What is left of a transform that has ended bears -2; kernels see the plain tensor in it."""
+
 
 class Door:
     """Made where a function is called, inside whatever differentiates it; `first` evaluates it outside of that.
 
     Every tensor that the function uses is an argument or a constant, none is drawn, and no argument is written to.
 
-    `torch.func` numbers its nested transforms, and an autograd function is evaluated outside of them all. Idle ones are put in
-    their place and one more, whose number all that is computed bears: a tensor of a smaller number was captured.
+    `torch.func` numbers its nested transforms, and an autograd function is evaluated outside of them all. Idle ones are put
+    in their place and one more, whose number all that is computed bears: a tensor of a smaller number was captured.
     """
 
     def __init__(self) -> None:
         self.depth = torch._C._functorch.get_dynamic_layer_stack_depth()
         self.reverse = torch.is_grad_enabled()
+        self.refusal: ValueError | None = None
         if forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0:
             raise ValueError(
                 "`remat` does not take `forward_ad.dual_level`, which cannot be nested: use `torch.func.jvp`."
@@ -54,22 +58,30 @@ class Door:
         return out
 
     def _watched(self, fn: Flat, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with Watch(self), _Beneath(self):
-            return self.check(fn(*xs))
+        try:
+            with Watch(self), _Beneath(self):
+                return self.check(fn(*xs))
+        except RuntimeError as err:
+            if self.refusal is None:
+                raise
+            raise self.refusal from err  # the interpreter of TorchScript swallows what is raised beneath it
 
     def check(self, tree: Any) -> Any:
         for x in pytree.tree_leaves(tree):
             if isinstance(x, Tensor) and self._captured(x):
-                raise ValueError(
+                self.refusal = ValueError(
                     f"the function given to `remat` uses a tensor of shape {tuple(x.shape)} that is not among its arguments "
-                    "and is differentiated or mapped over outside, so that a derivative would be lost: pass it as an argument "
-                    "(the parameters of a module: `remat(module)`)."
+                    "and is differentiated or mapped over outside, so that a derivative would be lost: pass it as an "
+                    "argument (the parameters of a module: `remat(module)`)."
                 )
+                raise self.refusal
         return tree
 
     def _captured(self, x: Tensor) -> bool:
         level = torch._C._functorch.maybe_get_level(x)
-        return level <= self.depth if level > 0 else self.reverse and x.requires_grad
+        if level > 0:
+            return level <= self.depth
+        return level == NO_WRAPPER and self.reverse and x.requires_grad
 
 
 class Watch(TorchFunctionMode):

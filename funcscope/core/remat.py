@@ -27,10 +27,10 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
 
     $$y = f(x), \qquad \bar x = J_f(x)^\top \bar y, \qquad \dot y = J_f(x)\,\dot x.$$
 
-    The pull $(x, \bar y) \mapsto \bar x$ and the push $(x, \dot x) \mapsto \dot y$ are functions that evaluate f anew, and are
-    rematerialised themselves, so that memory is that of the inputs at every order. `grad`, `vjp`, `jvp`, `vmap`, `jacrev`,
-    `jacfwd` and `hessian` of `torch.func` are taken in any composition, and `backward`. Inside one call of f everything is
-    kept as usual while its derivative is taken: memory is saved by functions that are a part of the whole.
+    The pull $(x, \bar y) \mapsto \bar x$ and the push $(x, \dot x) \mapsto \dot y$ are functions that evaluate f anew, and
+    are rematerialised themselves, so that memory is that of the inputs at every order. `grad`, `vjp`, `jvp`, `vmap`,
+    `jacrev`, `jacfwd` and `hessian` of `torch.func` are taken in any composition, and `backward`. While a derivative of one
+    call is taken, all that this call computes is kept as usual: memory is saved by functions that are a part of the whole.
 
     fn: arguments and results are any nesting of tuples, lists and dicts with tensors of every dtype, numbers, None and other
     objects among them. A module may be given: its parameters and buffers are then among the arguments, those of
