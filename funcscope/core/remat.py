@@ -85,9 +85,6 @@ def _call(fn: Callable, args: Any, kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors, joined = _split(leaves)
     modes = _get_current_function_mode_stack()
-    for mode in modes:
-        if isinstance(mode, Watch):
-            mode.door.check(tensors)  # inside another `remat`: `apply` is no call that a mode sees
     surroundings = _surroundings(modes, {x.device.type for x in tensors})
     result: list[Callable[[Sequence[Tensor]], Any]] = []
 
@@ -131,8 +128,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.fn, _, *xs = inputs
-        ctx.num, ctx.real = len(output), [i for i, y in enumerate(output) if _real(y)]
-        ctx.mark_non_differentiable(*(y for y in output if not _real(y)))
+        ctx.num = len(output)
+        ctx.real = [i for i, y in enumerate(output) if y.is_floating_point() or y.is_complex()]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*xs)
         ctx.save_for_forward(*xs)
@@ -140,7 +137,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         xs, fn, num = ctx.saved_tensors, ctx.fn, len(ctx.saved_tensors)
-        wrt = [i for i, x in enumerate(xs) if ctx.needs_input_grad[i + 2] and _real(x)]
+        wrt = [i for i in range(num) if ctx.needs_input_grad[i + 2]]
         ys = [i for i in ctx.real if cotangents[i] is not None]
 
         def pulled(*args: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +153,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         xs, fn, ys, num = ctx.saved_tensors, ctx.fn, ctx.real, len(ctx.saved_tensors)
-        wrt = [i for i, x in enumerate(xs) if tangents[i + 2] is not None and _real(x)]
+        wrt = [i for i in range(num) if tangents[i + 2] is not None]
 
         def pushed(*args: Tensor) -> tuple[Tensor, ...]:
             points, dots = args[:num], args[num:]
@@ -192,10 +189,6 @@ def _apart(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, y in enumerate(ys)
     ]
     return tuple(y.clone() if again else y for y, again in zip(ys, shared, strict=True))
-
-
-def _real(x: Tensor) -> bool:
-    return x.is_floating_point() or x.is_complex()
 
 
 def _surroundings(modes: Sequence[Any], devices: set[str]) -> Callable[[], Iterator[Any]]:
