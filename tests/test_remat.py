@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
@@ -231,12 +232,13 @@ def _net():
 
 
 class Wrapped(nn.Module):
-    def __init__(self, again):
+    def __init__(self, again, pooled=True):
         super().__init__()
-        self.body, self.again = _net(), again
+        self.body, self.again, self.pooled = _net(), again, pooled
 
     def forward(self, x):
-        return (remat(self.body) if self.again else self.body)(x).pow(3).sum()
+        y = (remat(self.body) if self.again else self.body)(x)
+        return y.pow(3).sum() if self.pooled else y
 
 
 def test_a_module_gives_its_parameters():
@@ -360,6 +362,34 @@ def test_modes_of_the_call_are_those_of_later_evaluations():
     for H in (jacfwd(jacfwd(inside))(X), jacrev(jacfwd(inside))(X), torch.stack([pull(e)[0] for e in eye])):
         assert_close(H, true, rtol=1e-5, atol=1e-5)
     assert (jacrev(jacfwd(norm))(X) - true).abs().max() > 1e-2  # the control: without the mode
+
+
+def test_what_a_mode_puts_in_the_place_of_an_argument_is_differentiated():
+    place, value = torch.empty(3, device="meta"), W.clone().requires_grad_()
+
+    class Swap(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*(value if x is place else x for x in args), **(kwargs or {}))
+
+    with Swap():
+        y = remat(lambda t: t.pow(3).sum())(place)
+    y.backward()
+    assert_close(value.grad, 3 * W**2)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_model_that_uses_remat_is_measured_as_the_one_that_does_not(lazy):
+    measured = []
+    for again in (True, False):
+        net = fs.functional(nn.Sequential(Wrapped(again, pooled=False), nn.Tanh()))
+        loss = fs.objective(net, [(A, torch.tensor([0, 1, 0]))], fs.classification)
+        lines = fs.directional_losses(
+            loss, net.theta, key=fs.key(0), n_samples=2, compute_gradient=True, slope="jvp", lazy=lazy
+        )
+        measured.append(
+            (lines.losses, lines.slopes, fs.hessian(loss, net.theta)(net.theta), fs.ggn(loss, net.theta)(net.theta))
+        )
+    assert_close(*measured)
 
 
 def test_autocast_of_the_call_is_that_of_its_backward():

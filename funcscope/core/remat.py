@@ -85,6 +85,8 @@ def _call(fn: Callable, args: Any, kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors, joined = _split(leaves)
     modes = _get_current_function_mode_stack()
+    if modes:  # what a mode puts in the place of an argument is differentiated from here on
+        tensors = [x.view_as(x) for x in tensors]
     surroundings = _surroundings(modes, {x.device.type for x in tensors})
     result: list[Callable[[Sequence[Tensor]], Any]] = []
 
