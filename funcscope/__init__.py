@@ -19,7 +19,9 @@ from .core.layout import Layout
 from .core.losses import binary_cross_entropy, cross_entropy, mse
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
+from .core.remat import remat
 from .core.restrict import grid, restrict
+from .core.result import Result
 from .core.running import running_statistics
 from .curvature import (
     Audit,
@@ -111,6 +113,7 @@ __all__ = [
     "LossLines",
     "LossPath",
     "LossPlane",
+    "Result",
     "Trajectory",
     "asam_sharpness",
     "audit",
@@ -173,6 +176,7 @@ __all__ = [
     "project",
     "rademacher",
     "relative_critical_sharpness",
+    "remat",
     "restrict",
     "running_statistics",
     "sam_sharpness",
