@@ -68,9 +68,10 @@ def quantile(x: Samples, q: float) -> Estimate:
         return _undefined(x)
     ordered, rank = x.sort().values, (num - 1) * q
     weights = x.new_tensor(np.diff(special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
-    centre = weights @ ordered
+    spread = ordered - ordered[0].detach()  # 0 where all samples are equal, on every processor
+    centre = weights @ spread
     return Estimate(
-        x.quantile(q).detach() + (centre - centre.detach()), (weights @ (ordered - centre).square()).sqrt(), num
+        x.quantile(q).detach() + (centre - centre.detach()), (weights @ (spread - centre).square()).sqrt(), num
     )
 
 
