@@ -8,7 +8,6 @@ import torch
 from problems import seeded
 from torch.testing import assert_close
 
-import funcscope as fs
 from funcscope.core.store import Damaged, load
 from funcscope.families import modular
 from funcscope.families.modular import Config, ModularAddition
@@ -135,10 +134,3 @@ def test_the_network_memorises_first_and_generalises_later(tmp_path):
     assert memorised.test_accuracy < 0.4
     assert generalised.step > 3 * memorised.step
     assert points[-1].test_accuracy >= 0.99
-
-
-def test_gradients_of_the_family_flow_through_its_objective():
-    net = modular.network(TINY)
-    loss = modular.FAMILY.loss(net, TINY, "train")
-    result = fs.directional_losses(loss, net.theta, key=fs.key(0), n_samples=3, compute_gradient=True)
-    assert result.slopes.abs().min() > 0
