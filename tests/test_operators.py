@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CATALOGUE, EVERY, IN_FLOAT32, LANGUAGE, dense_hessian, loss_of, seeded, tokens
+from problems import CATALOGUE, EVERY, IN_FLOAT32, LANGUAGE, dense_hessian, loss_of, relative, seeded, tokens
 from torch import nn
 from torch.func import jacrev, vmap
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -37,10 +37,6 @@ def columns(matvec, num, only=None):
     eye = torch.eye(num, dtype=torch.float64)
     with torch.no_grad():
         return vmap(matvec, chunk_size=100)(eye if only is None else eye[list(only)]).T
-
-
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def probes(theta, num=3):

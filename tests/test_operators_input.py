@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from problems import CATALOGUE, dense_hessian, gpt2, loss_of, problem, seeded
+from problems import CATALOGUE, dense_hessian, gpt2, loss_of, problem, relative, seeded
 from torch import nn
 from torch.func import vmap
 from transformers import GPT2LMHeadModel
@@ -14,10 +14,6 @@ import funcscope as fs
 from funcscope.core.criterion import Labels
 from funcscope.curvature import fisher_diagonal_mc, gradient_chunks, hessian_block_eigenvalues
 from funcscope.linalg import conjugate_gradient, dense, to_scipy
-
-
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def probe(theta, seed=0):

@@ -269,15 +269,6 @@ def test_bars_are_196_standard_errors_and_the_band_holds_the_middle_80_percent()
     assert np.isnan(shape.y).sum() == 2  # the epoch without a number parts it into two pieces
 
 
-def test_the_baseline_is_dashed_grey_on_an_axis_of_its_own():
-    fig = render_flatness_trajectory(summary(), 400)
-    line = trace(fig, "loss without a step")
-    np.testing.assert_array_equal(line.y, summary()["baseline_loss"])
-    assert (line.yaxis, line.line.dash, line.line.color) == ("y2", "dash", theme.MUTED)
-    assert fig.layout.yaxis2.title.text == "loss (nats)"
-    assert (fig.layout.yaxis2.side, fig.layout.yaxis2.type) == ("right", "log")
-
-
 @pytest.mark.parametrize("epoch", [0, 400, 900, 1600])
 def test_the_current_epoch_is_marked(epoch):
     fig = render_flatness_trajectory(summary(), epoch)

@@ -134,13 +134,17 @@ def test_lines_and_distributions_carry_the_numbers():
     )
 
 
-def test_the_page_loads_nothing_and_forbids_it(tmp_path):
-    text = demo.write_page(stored(tmp_path)).read_text(encoding="utf-8")
+def check_loads_nothing(text):
+    """A page has its scripts inside, once, and asks for nothing from outside."""
     scripts = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
     assert re.findall(r"<script[^>]*\s(?:src|href)", text) == []
     assert re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|<link|@import|url\(""", scripts.sub("", text)) == []
     assert "default-src 'none'" in text
-    assert text.count("plotly.js v") == 1  # inside, once
+    assert text.count("plotly.js v") == 1
+
+
+def test_the_page_loads_nothing_and_forbids_it(tmp_path):
+    check_loads_nothing(demo.write_page(stored(tmp_path)).read_text(encoding="utf-8"))
 
 
 def test_text_is_escaped(tmp_path):
@@ -168,12 +172,8 @@ def test_bars_of_sharpness_over_training_are_its_errors(tmp_path):
     assert "undefined share" in demo.write_page(path).read_text(encoding="utf-8")
 
 
-def test_a_run_that_never_generalises_says_so_and_counts_lost_losses(tmp_path):
+def test_nothing_of_what_is_lost_is_printed(tmp_path):
     text = demo.write_page(stored(tmp_path, generalises=False, lost=True)).read_text(encoding="utf-8")
-    assert "Memorised, but did not generalise" in text
-    assert "did not generalise within 30 steps: on the other pairs its best accuracy is 0.500" in text
-    assert "2 at + and 0 at − at step 10; 6 at + and 0 at − at step 20" in text
-    assert "undefined" in text
     assert not re.search(r">[^<]*\b(?:nan|None)\b[^<]*<", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
 
 

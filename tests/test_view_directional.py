@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import loss_of
 from scipy import stats
-from test_view import stored as stored_demo
+from test_view import check_loads_nothing
 
 import funcscope as fs
 from funcscope.core.store import load, save
@@ -254,14 +254,16 @@ def test_the_tables_have_every_stored_statistic(tmp_path):
         assert cell.startswith("765")
 
 
-@pytest.mark.parametrize("name", ["delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss"])
-def test_a_stored_number_that_changes_changes_the_page(tmp_path, name):
+def test_every_stored_number_that_changes_changes_the_page(tmp_path):
     path = stored(tmp_path, made(12))
     before = written(path)
-    new = {name: 0.7654321, f"{name}_stderr": 0.00111}
-    after = written(changed(path, lambda meta, _: meta["models"][0]["values"].update(new)))
-    assert "0.765" not in before
-    assert after.count("0.765") >= 2  # in the text, in the table
+    names = ("delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss")
+    new = dict(zip(names, (0.7654321, 0.6873213, 0.5987321, 0.4328765), strict=True))
+    errors = {f"{name}_stderr": 0.00111 for name in names}
+    after = written(changed(path, lambda meta, _: meta["models"][0]["values"].update(new | errors)))
+    for shown in ("0.765", "0.687", "0.59", "0.43"):
+        assert shown not in before, shown
+        assert after.count(shown) >= 2, shown  # in the text, in the table
 
 
 def test_a_stored_sample_that_changes_moves_its_dot(tmp_path):
@@ -281,9 +283,6 @@ def test_what_was_not_asked_for_has_no_section(tmp_path):
     bare = made(12, two_sided=False, slopes=False, bent=False)
     text = directional.write_page(stored(tmp_path, bare)).read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", text)[1:] == full[3:]
-    assert "Half precision" not in text
-    assert "curvature:" not in visible(text)
-    assert "−0.1" not in visible(text)
 
 
 def test_what_rounding_decides_in_half_precision_is_drawn(tmp_path):
@@ -363,11 +362,10 @@ def test_the_comparison_is_told_in_full(tmp_path):
     assert c.values["curvature_mean_p_value"] == pytest.approx(student)
     assert rows["curvature_mean"][table.headers.index("p")] == number(student, 2)
     assert rows["loss_std"][table.headers.index("p")] == ""
-    path = stored(tmp_path, first, second)
-    before = written(path)
-    after = written(changed(path, lambda meta, _: meta["comparison"].update(delta_mean_difference=0.7654)))
-    assert "0.765" in after
-    assert "0.765" not in before
+    path = changed(
+        stored(tmp_path, first, second), lambda meta, _: meta["comparison"].update(delta_mean_difference=765.4)
+    )
+    assert "765.4" in written(path)
 
 
 # Text, files, notebooks
@@ -379,15 +377,9 @@ def test_names_are_escaped_and_nothing_is_loaded(tmp_path):
         stored(tmp_path, made(5), made(5, rise=0.2), names=(HOSTILE, '"><img src=x onerror=alert(1)>'), stem="two"),
     ):
         text = directional.write_page(path).read_text(encoding="utf-8")
-        assert text.count("plotly.js v") == 1
-        assert "default-src 'none'" in text
+        check_loads_nothing(text)
         assert not re.findall(r"<script>alert|<img src=x|</script>alert|<b>texts", text)
         assert html.escape(HOSTILE) in text
-        scripts = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
-        assert re.findall(r"<script[^>]*\s(?:src|href)", text) == []
-        assert (
-            re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|<link|@import|url\(""", scripts.sub("", text)) == []
-        )
         assert path.with_suffix(".html").stat().st_size < 6e6
 
 
@@ -421,7 +413,3 @@ def test_a_page_shows_itself_in_a_sandboxed_frame(tmp_path):
     assert attributes["sandbox"] == "allow-scripts"
     assert Path(shown) == shown.path
     assert str(shown) == str(shown.path)
-
-
-def test_show_knows_the_demonstration(tmp_path):
-    assert "generalised" in show(stored_demo(tmp_path)).path.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from test_view_directional import charts
 
 from funcscope.core.store import Stored, load
 from funcscope.families import modular
@@ -11,7 +12,7 @@ from funcscope.study import demo
 from funcscope.view import landscape_sections as sections
 from funcscope.view.demo import write_page
 from funcscope.view.numbers import number, with_error
-from funcscope.view.page import Chart, Table
+from funcscope.view.page import Table
 from funcscope.view.story import Story
 
 TINY = demo.Settings(
@@ -28,10 +29,6 @@ def numbers(tmp_path_factory):
 @pytest.fixture
 def story(numbers):
     return Story(load(numbers))
-
-
-def charts(section):
-    return [block.figure for block in section.blocks if isinstance(block, Chart)]
 
 
 def changed(story, **arrays):
