@@ -78,9 +78,7 @@ def test_other_families_run_from_their_folder(name, data, tmp_path):
 
 
 def test_half_precision_and_the_compute_dtype_reach_the_result(model, data, tmp_path):
-    half = run(
-        Settings(data, dtype="bfloat16", **FEW), model, tmp_path / "half", quiet=True
-    ).results[0]
+    half = run(Settings(data, dtype="bfloat16", **FEW), model, tmp_path / "half", quiet=True).results[0]
     wide = run(
         Settings(data, dtype="bfloat16", compute_dtype="float32", **FEW),
         model,
@@ -185,10 +183,7 @@ def test_a_damaged_rest_of_an_interrupted_study_is_made_again(model, data, tmp_p
 def test_two_models_are_paired_on_the_same_draws(model, data, tmp_path):
     other = folder(tmp_path / "scaled", scale=1.5)
     study = run(Settings(data, **FEW), model, tmp_path / "out", other=other, quiet=True)
-    alone = [
-        run(Settings(data, **FEW), one, tmp_path / "one", quiet=True).results[0]
-        for one in (model, other)
-    ]
+    alone = [run(Settings(data, **FEW), one, tmp_path / "one", quiet=True).results[0] for one in (model, other)]
     assert all(torch.equal(a.losses, b.losses) for a, b in zip(study.results, alone, strict=True))
     stored = load(study.numbers)
     assert study.numbers.name == "gpt2-vs-scaled.npz"
