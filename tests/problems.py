@@ -196,6 +196,10 @@ def dense_hessian(loss: Callable[[torch.Tensor], torch.Tensor], theta: torch.Ten
     return jacfwd(grad(loss))(theta)
 
 
+def relative(value: torch.Tensor, oracle: torch.Tensor) -> float:
+    return float((value - oracle).norm() / oracle.norm())
+
+
 def loss_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> fs.Loss:
     model, batches, criterion = problem(name, dtype)
     return fs.objective(fs.functional(model, **options), batches, criterion)

@@ -108,7 +108,7 @@ def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, t
 def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     rows = load(tmp_path / "modular-addition-p7.npz").meta["table"]
-    loss = modular.objective(modular.network(TINY.config), TINY.config)
+    loss = modular.FAMILY.loss(modular.network(TINY.config), TINY.config, "train")
     for row in rows[:: len(rows) - 1]:
         theta = loss.layout.ravel(modular.checkpoint(TINY.config, tmp_path / TINY.config.name, row["step"]).params)
         values = torch.linalg.eigvalsh(dense(hessian(loss, theta), theta))
@@ -236,7 +236,7 @@ def test_the_table_says_undefined_where_a_number_is():
 def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, capsys):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     arrays, meta, _ = load(tmp_path / "modular-addition-p7.npz")
-    loss = modular.objective(modular.network(TINY.config), TINY.config)
+    loss = modular.FAMILY.loss(modular.network(TINY.config), TINY.config, "train")
     params = modular.checkpoint(TINY.config, tmp_path / TINY.config.name, 100).params
     result = directional.directional_losses(
         loss,

@@ -65,26 +65,8 @@ def holds(result, wanted, absent=()):
 # The document's code
 
 
-def test_quick_start():
-    model, batch = text_model(), text_batch()
-
-    metrics = ICLRMetrics()
-    result = metrics.sample_directional_losses(
-        model=model,
-        data_batch=batch,
-        # Default: 50 samples with filter normalization
-    )
-    loss_mean = result["loss_mean"]
-    loss_std = result["loss_std"]
-    roughness = result["landscape_roughness"]
-
-    assert roughness == pytest.approx(loss_std / loss_mean)
-    assert result["n_samples"] == 50
-    assert result["relative_step"] == pytest.approx(0.5)
-    holds(result, ALWAYS, absent=GRADIENT | CURVATURE | TWO_SIDED)
-
-
 RECOMMENDED = {
+    "quick start": ({"seed": 42}, {}),
     "standard": ({"n_samples": 50, "span": 0.5, "use_filter_norm": True, "global_renorm": False, "seed": 42}, {}),
     "gradient": ({"n_samples": 50, "compute_gradient": True, "seed": 42}, GRADIENT),
     "curvature": (
@@ -98,8 +80,9 @@ RECOMMENDED = {
 @pytest.mark.parametrize("name", RECOMMENDED)
 def test_recommended_configurations(name):
     options, extra = RECOMMENDED[name]
-    model, batch, metrics = text_model(), text_batch(), ICLRMetrics()
-    result = metrics.sample_directional_losses(model=model, data_batch=batch, **options)
+    result = ICLRMetrics().sample_directional_losses(model=text_model(), data_batch=text_batch(), **options)
+    assert result["n_samples"] == options.get("n_samples", 50)
+    assert result["landscape_roughness"] == pytest.approx(result["loss_std"] / result["loss_mean"])
     holds(result, ALWAYS | extra, absent=(GRADIENT | CURVATURE | TWO_SIDED).keys() - extra.keys())
     assert result["seed"] == 42
     assert result["use_filter_norm"] is True
@@ -109,105 +92,28 @@ def test_recommended_configurations(name):
 def test_the_complete_pipeline_of_the_appendix(monkeypatch, capsys):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: text_model())
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer())
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
 
-    # Load model
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-Math-1.5B")
     tokenizer_ = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-Math-1.5B")
-
-    # IMPORTANT: Enable gradients for all parameters
     for param in model.parameters():
         param.requires_grad = True
-
-    # Create batch
-    texts = ["What is 2+2?", "Solve for x: 2x = 10"]
-    batch = tokenizer_(texts, return_tensors="pt", padding=True)
-
-    # Initialize metrics
+    batch = tokenizer_(["What is 2+2?", "Solve for x: 2x = 10"], return_tensors="pt", padding=True)
     metrics = ICLRMetrics()
-
-    # Track memory
-    torch.cuda.reset_peak_memory_stats()
-
-    # Compute directional losses with full analysis
     result = metrics.sample_directional_losses(
-        model=model,
-        data_batch=batch,
-        n_samples=50,
-        span=0.5,
-        use_filter_norm=True,
-        global_renorm=False,
-        two_sided=True,
-        compute_curvature=True,
-        compute_gradient=True,
-        seed=42,
-    )
-
-    # Report results
+        model=model, data_batch=batch, n_samples=50, span=0.5, use_filter_norm=True, global_renorm=False,
+        two_sided=True, compute_curvature=True, compute_gradient=True, seed=42,
+    )  # fmt: skip
     print(f"Baseline loss: {result['baseline_loss']:.4f}")
     print(f"Landscape roughness: {result['landscape_roughness']:.4f}")
     print(f"Mean curvature: {result['curvature_mean']:.4f} ± {result['curvature_std']:.4f}")
     print(f"Gradient-delta correlation: {result['dir_grad_delta_corr']:.4f}")
     print(f"  (computed on {result['n_samples_for_corr']} valid samples)")
 
-    # Memory usage
-    peak_mem = torch.cuda.max_memory_allocated() / 1e9
-    print(f"\nPeak GPU memory: {peak_mem:.2f} GB")
-
-    # Issue 2 and issue 3 of the document
-    assert not (result["global_renorm"] and result["use_filter_norm"])
-    corr = result["dir_grad_delta_corr"]
-    n_valid = result["n_samples_for_corr"]
-    assert (corr < 0.3) == (result["note"] is not None)
-    assert (n_valid, result["n_nonfinite_pos"]) == (50, 0)
-
+    assert (result["dir_grad_delta_corr"] < 0.3) == (result["note"] is not None)
+    assert (result["n_samples_for_corr"], result["n_nonfinite_pos"]) == (50, 0)
     assert "(computed on 50 valid samples)" in capsys.readouterr().out
     assert batch["attention_mask"].sum(1).tolist()[0] != batch["attention_mask"].sum(1).tolist()[1]
     holds(result, ALWAYS | GRADIENT | CURVATURE | TWO_SIDED)
-
-
-def test_comparing_models(capsys):
-    base_model, finetuned_model, batch, metrics = text_model(), text_model(1), text_batch(), ICLRMetrics()
-
-    # Compare base vs fine-tuned
-    models = {"base": base_model, "finetuned": finetuned_model}
-
-    results = {}
-    for name, model in models.items():
-        # Enable gradients
-        for param in model.parameters():
-            param.requires_grad = True
-
-        results[name] = metrics.sample_directional_losses(
-            model=model,
-            data_batch=batch,
-            n_samples=50,
-            seed=42,  # Same seed for fair comparison
-        )
-
-    # Compare roughness
-    print("Landscape Roughness Comparison:")
-    for name, result in results.items():
-        print(f"  {name}: {result['landscape_roughness']:.4f}")
-
-    # Statistical test (optional)
-    from scipy.stats import mannwhitneyu
-
-    test = mannwhitneyu(results["base"]["losses"], results["finetuned"]["losses"])
-    assert 0 <= test.pvalue <= 1
-    assert results["base"]["key"] == results["finetuned"]["key"]
-    assert capsys.readouterr().out.count("\n") == 3
-
-
-def test_a_smaller_batch_as_the_document_cuts_it():
-    batch = text_batch()
-    batch_small = {k: v[:1] for k, v in batch.items()}
-    result = sample_directional_losses(text_model(), batch_small, n_samples=2, seed=0)
-    assert (
-        result["baseline_loss"] != sample_directional_losses(text_model(), batch, n_samples=2, seed=0)["baseline_loss"]
-    )
 
 
 def test_the_signature_is_the_documented_one():
@@ -247,18 +153,6 @@ def test_it_is_the_direct_call(name):
         the_same(found, fs.directional_losses(loss, net.params, key=fs.key(7), n_samples=3, **direct).asdict())
         assert found["use_filter_norm"] == options.get("use_filter_norm", True)
         assert found["global_renorm"] == (not found["use_filter_norm"])
-
-
-def test_renormalising_filter_directions_warns_and_changes_the_unit_only():
-    """E4: the document says that it destroys the scales between filters."""
-    model, batches, _ = problem("gpt2")
-    norm = sample_directional_losses(model, batches[0], n_samples=1, seed=0)["param_norm"]
-    with pytest.warns(UserWarning, match="changes nothing else"):
-        found = sample_directional_losses(model, batches[0], n_samples=3, seed=0, span=0.3 * norm, global_renorm=True)
-    plain = sample_directional_losses(model, batches[0], n_samples=3, seed=0, span=0.3)
-    assert np.allclose(found["losses"], plain["losses"])
-    assert found["global_renorm"]
-    assert found["use_filter_norm"]
 
 
 def test_a_causal_lm_is_scored_on_its_own_tokens_without_padding():
@@ -386,38 +280,24 @@ def own_loss(model, batch):
     return model(**batch, labels=labels).loss
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, qwen2])  # gpt2 and this qwen2 tie the head to the embedding
-def test_a_loss_function_that_is_the_default_gives_the_same_losses_and_slopes(make):
-    """Same names, same directions; the fused kernels against the eager ones."""
+@pytest.mark.parametrize(("make", "lazy"), [(gpt2, True), (llama, False), (qwen2, False)])  # llama's head is not tied
+def test_a_loss_function_that_is_the_default_gives_the_same_losses_and_slopes(make, lazy, monkeypatch):
+    """Same names, same directions; the fused kernels against the eager ones; in both plans."""
     model, batch = seeded(0, make).double(), BatchEncoding(tokens(1, 3, 8, pad=3))
     options = {"n_samples": 4, "seed": 3, "two_sided": True, "compute_gradient": True, "compute_curvature": True}
     default = sample_directional_losses(model, batch, **options)
+    if lazy:
+        monkeypatch.setattr(directional, "LAZY_FROM", 1)
     own = sample_directional_losses(model, batch, loss_fn=own_loss, **options)
-    assert own.keys() == default.keys()
+    assert own["fast_vec_path"] is not lazy
     for name in ("losses", "losses_negative", "slopes", "direction_norms"):
         assert np.allclose(own[name], default[name], rtol=2e-5, atol=1e-6), name
     assert own["param_norm"] == default["param_norm"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("big", [False, True])
-@pytest.mark.parametrize("make", [gpt2, qwen2])
-def test_slopes_of_a_loss_function_are_those_of_finite_differences(make, big, monkeypatch):
-    """(L(h) - L(-h)) / 2h along every direction, in both plans."""
-    if big:
-        monkeypatch.setattr(directional, "LAZY_FROM", 1)
-    model, batch = seeded(0, make).double(), tokens(1, 3, 8, pad=3)
-
-    def penalised(model, batch):
-        return model(**batch).logits.square().mean() + 0.1 * sum(p.square().sum() for p in model.parameters())
-
-    call = functools.partial(sample_directional_losses, model, batch, n_samples=3, seed=1, loss_fn=penalised)
-    slopes, h = call(compute_gradient=True)["slopes"], 1e-3
-    base = call()
-    sides = [call(span=h * scale)["losses"] - base["baseline_loss"] for scale in (1, 2)]
-    assert np.allclose((4 * sides[0] - sides[1]) / (2 * h), slopes, rtol=1e-4, atol=1e-5)
-    assert base["fast_vec_path"] is not big
-    assert abs(slopes).min() > 1e-4
+    assert own.keys() - default.keys() == {"sequences_note"}
+    assert own["n_sequences"] == 1
+    for name in ("loss_mean", "delta_mean", "curvature_mean"):  # one score has no error over sequences
+        assert math.isnan(own[f"{name}_stderr_data"])
+        assert default[f"{name}_stderr_data"] > 0
 
 
 def test_a_loss_function_of_a_model_in_half_precision():
@@ -509,12 +389,8 @@ def test_batches_and_loss_functions_of_any_kind():
 
 
 BAD = [
-    (
-        lambda m, b: m(b[0]).mean().item(),
-        "must return a scalar tensor, got a float: reduce by `.mean\\(\\)`, leave out",
-    ),
+    (lambda m, b: m(b[0]).mean().item(), "got a float: reduce by `.mean\\(\\)`, leave out"),
     (lambda m, b: m(b[0]), r"must return a scalar tensor, got torch.float32 of shape \(5, 3\)"),
-    (lambda m, b: m(b[0]).sum().reshape(1), r"got torch.float32 of shape \(1,\)"),
     (lambda m, b: m(b[0]).argmax(), r"got torch.int64 of shape \(\)"),
     (
         lambda m, b: SimpleNamespace(loss=m(b[0]).sum()),
@@ -549,34 +425,30 @@ class Scoring(nn.Sequential):
         return self(batch[0]).square().mean()
 
 
-class Scorer:
-    def score(self, model, batch):
-        return MODEL(batch[0]).square().mean()
-
-
 def test_a_loss_function_that_uses_another_handle_on_the_model_is_refused():
-    """Its weights would not move, and every loss would be the baseline."""
+    """Its weights would not move, wherever it has it from, and however little of the loss is made with it."""
     batch = seeded(1, lambda: (torch.randn(5, 4), torch.randint(0, 3, (5,))))
     closed, bound = seeded(0, mlp), seeded(0, lambda: Scoring(nn.Linear(4, 3)))
-    for model, loss_fn, message in [
-        (MODEL, by_a_global, "`loss_fn` takes 'MODEL' from outside, with weights that never move"),
-        (MODEL, Scorer().score, "takes 'MODEL' from outside"),
-        (closed, lambda m, b: closed(b[0]).square().mean(), "takes 'closed' from outside"),
-        (bound, bound.score, "takes the object that it is a method of from outside"),
-        (
-            closed,
-            functools.partial(lambda m, b, n: n(b[0]).mean(), n=closed),
-            "takes an argument of `partial` from outside",
-        ),
-        (closed, functools.partial(lambda m, b, w: w.mean(), w=closed[0].weight), "takes an argument of `partial`"),
+    hidden = [closed]
+    for model, loss_fn in [
+        (MODEL, by_a_global),
+        (bound, bound.score),
+        (closed, lambda m, b: closed(b[0]).square().mean()),
+        (closed, lambda m, b: hidden[0](b[0]).square().mean()),
+        (closed, functools.partial(lambda m, b, n: n(b[0]).mean(), n=closed)),
+        (closed, functools.partial(lambda m, b, w: w.mean(), w=closed[0].weight)),
+        (closed, torch.no_grad()(lambda m, b: closed(b[0]).mean())),
+        (closed, lambda m, b: m(b[0]).square().mean() + 1e-3 * sum(p.square().sum() for p in closed.parameters())),
     ]:
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(ValueError, match=r"`loss_fn` uses '0.weight' of a model from outside") as caught:
             sample_directional_losses(model, batch, n_samples=2, loss_fn=loss_fn)
+        assert "use its first argument" in str(caught.value)
         assert "\n" not in str(caught.value)
-    reference, hidden = seeded(5, mlp), [closed]
+    reference = seeded(5, mlp)
 
-    def distance(model, batch):  # another model is no mistake
-        return (model(batch[0]) - reference(batch[0]).detach()).square().mean()
+    def distance(model, batch):  # another model is no mistake, nor is asking this one for its device
+        out = model(batch[0].to(next(closed.parameters()).device))
+        return (out - reference(batch[0]).detach()).square().mean() / closed[0].weight.numel()
 
     assert sample_directional_losses(closed, batch, n_samples=2, loss_fn=distance, seed=0)["loss_std"] > 0
     wrapped = nn.Module()
@@ -585,25 +457,26 @@ def test_a_loss_function_that_uses_another_handle_on_the_model_is_refused():
     assert sample_directional_losses(wrapped, batch, n_samples=2, loss_fn=named, seed=0)["loss_std"] > 0
     with pytest.warns(UserWarning, match="equal along every direction: does `loss_fn` use the model it is given"):
         sample_directional_losses(
-            closed, batch, n_samples=2, loss_fn=lambda m, b: hidden[0](b[0]).square().mean(), seed=0
+            closed, batch, n_samples=2, loss_fn=lambda m, b: reference(b[0]).square().mean(), seed=0
         )
 
 
 # Cutting the batch
 
 
-@pytest.mark.parametrize("config", [1, 2, 100, {"batch_size": 2}, SimpleNamespace(batch_size=3)])
-def test_the_numbers_are_the_same_however_the_batch_is_cut(config):
+def test_the_numbers_are_the_same_however_the_batch_is_cut():
     model = seeded(0, gpt2).double()
     batch = {**tokens(2, 5, 8, pad=4), "position_ids": torch.arange(8)[None]}
-    options = {"n_samples": 3, "seed": 0, "two_sided": True, "compute_gradient": True, "compute_curvature": True}
+    options = {"n_samples": 3, "seed": 0, "two_sided": True, "compute_gradient": True}
     whole = sample_directional_losses(model, batch, **options)
-    parts = sample_directional_losses(model, BatchEncoding(batch), batch_config=config, **options)
-    for name in ("losses", "losses_negative", "slopes"):
-        assert np.allclose(whole[name], parts[name], rtol=1e-9, atol=1e-11)
+    for config in (1, {"batch_size": 2}, 100):
+        parts = sample_directional_losses(model, BatchEncoding(batch), batch_config=config, **options)
+        for name in ("losses", "losses_negative", "slopes"):
+            assert np.allclose(whole[name], parts[name], rtol=1e-9, atol=1e-11)
     points = seeded(1, lambda: (torch.randn(5, 4), torch.randint(0, 3, (5,))))
     whole, parts = (
-        sample_directional_losses(seeded(0, mlp), points, 3, seed=0, batch_config=c) for c in (None, config)
+        sample_directional_losses(seeded(0, mlp), points, 3, seed=0, batch_config=config)
+        for config in (None, SimpleNamespace(batch_size=3))
     )
     assert np.allclose(whole["losses"], parts["losses"])
 
@@ -624,30 +497,13 @@ def test_it_is_really_cut():
 def test_cuts_that_cannot_be_made_get_one_line():
     batch = seeded(1, lambda: (torch.randn(5, 4), torch.randint(0, 3, (5,))))
     model = seeded(0, mlp)
-    for config in (
-        "adaptive",
-        0,
-        -1,
-        2.5,
-        True,
-        {"size": 3},
-        {"batch_size": None},
-        object(),
-        SimpleNamespace(batch_size="all"),
-    ):
+    for config in ("adaptive", 0, 2.5, True, {"size": 3}, {"batch_size": None}, SimpleNamespace(batch_size="all")):
         with pytest.raises(ValueError, match="`batch_config` must be None, a number of rows from 1, or have") as caught:
             sample_directional_losses(model, batch, batch_config=config)
         assert "\n" not in str(caught.value)
-    with pytest.raises(
-        ValueError, match="cuts the batch by rows, so all its tensors must have as many, or one; got 4 and 5"
-    ):
+    with pytest.raises(ValueError, match="all its tensors must have as many, or one; got 4 and 5"):
         sample_directional_losses(model, (batch[0], batch[1][:4]), batch_config=2)
     square = lambda m, b: m(b[0]).square().mean()  # noqa: E731
     with pytest.raises(ValueError, match="only `loss_fn` knows how its value on the whole follows from the parts"):
         sample_directional_losses(model, batch, batch_config=2, loss_fn=square)
     assert sample_directional_losses(model, batch, 2, loss_fn=square, batch_config=5)["n_samples"] == 2
-
-
-def test_curvature_needs_both_sides():
-    with pytest.raises(ValueError, match="pass `two_sided=True`"):
-        sample_directional_losses(text_model(), text_batch(), compute_curvature=True)

@@ -27,21 +27,8 @@ def test_the_documented_call_is_the_metric_on_the_same_batch(metrics):
     assert model.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert list(inspect.signature(compute_sam_sharpness).parameters)[:4] == [
-        "model",
-        "batch",
-        "epsilon",
-        "adaptive_epsilon",
-    ]
-
-
-def test_a_stationary_point_has_no_sam_sharpness():
-    model = seeded(0, mlp)
-    for p in model[2].parameters():
-        p.data.zero_()
-    x = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="largest eigenvalue"):
-        compute_sam_sharpness(model, (x, torch.tensor([0, 1, 2])))
+    arguments = list(inspect.signature(compute_sam_sharpness).parameters)
+    assert arguments[:4] == ["model", "batch", "epsilon", "adaptive_epsilon"]
 
 
 def test_the_documented_check_by_log10_fails_on_an_honest_model():
@@ -92,11 +79,13 @@ def test_two_models_that_disagree_raise_no_assertion():
 
 
 def test_language_models_are_compared_on_tokenised_batches():
-    a, b = seeded(1, gpt2), seeded(2, gpt2)
-    found = compare_model_sharpness(a, b, [tokens(1, 2, 6), tokens(2, 1, 5)], epsilon=0.01)
-    back = compare_model_sharpness(b, a, [tokens(1, 2, 6), tokens(2, 1, 5)], epsilon=0.01)
-    assert_close(found["sam_ratio"] * back["sam_ratio"], 1.0)
-    assert {found["sharper_model"], back["sharper_model"]} == {"A", "B"}
+    batches = [tokens(1, 2, 6), tokens(2, 1, 5)]
+    models = [seeded(seed, gpt2) for seed in (1, 2)]
+    losses = [fs.objective(fs.functional(model), batches, fs.causal_lm) for model in models]
+    sam = [sam_sharpness(loss, loss.net.params, epsilon=0.01, curvature=False).absolute for loss in losses]
+    found = compare_model_sharpness(*models, batches, epsilon=0.01)
+    assert_close(found["sam_ratio"], sam[0] / sam[1])
+    assert found["sharper_model"] == ("A" if sam[0] > sam[1] else "B")
 
 
 def test_the_documented_spectrum_is_that_of_the_dense_hessian():

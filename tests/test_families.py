@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from problems import LANGUAGE, loss_of, masked, mistral, problem, seeded, seen, tokens, translated
-from torch.func import grad, jvp, vjp, vmap
+from problems import LANGUAGE, masked, mistral, problem, seeded, seen, tokens, translated
+from torch.func import grad
 from torch.testing import assert_close
 
 import funcscope as fs
@@ -118,43 +118,6 @@ def test_mistrals_window_matters():
     assert (near.apply(near.params, batch) - far.apply(far.params, batch)).abs().max() > 1e-4
 
 
-def samples(loss):
-    """The first batch's inputs and labels, ready to be mapped over."""
-    inputs, targets = loss.batches[0]
-    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}, targets
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_per_sample_gradients_by_vmap_are_those_of_a_loop(name):
-    loss = loss_of(name)
-    net, params = loss.net, dict(loss.net.params)
-
-    def one(params, inputs, index, weight):
-        row = {key: value[None] for key, value in inputs.items()}
-        value, _ = loss.criterion.token_loss(net.apply(params, row), type(targets)(index[None], weight[None]))
-        return (value * weight).sum()
-
-    inputs, targets = samples(loss)
-    mapped = vmap(grad(one), in_dims=(None, 0, 0, 0))(params, inputs, *targets)
-    for i in range(len(targets.index)):
-        row = {key: value[i] for key, value in inputs.items()}
-        looped = grad(one)(params, row, targets.index[i], targets.weight[i])
-        for leaf in params:
-            assert_close(mapped[leaf][i], looped[leaf], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_a_kept_pull_gives_one_hessian_product_after_another(name):
-    loss = loss_of(name)
-    theta = loss.net.theta
-    _, pull = vjp(grad(loss), theta)
-    rows = fs.stack(fs.directions(loss.net, key=fs.key(1), num=2))
-    for row in rows:
-        assert_close(pull(row)[0], jvp(grad(loss), (theta,), (row,))[1], rtol=1e-4, atol=1e-6)
-    mapped = vmap(lambda row: pull(row)[0])(rows)
-    assert_close(mapped[1], pull(rows[1])[0], rtol=1e-6, atol=1e-8)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_fused_kernels_are_kept_for_values_and_first_derivatives(name):
@@ -202,12 +165,6 @@ def test_labels_do_not_reach_a_model_that_would_score_them():
     batch = tokens(7, 2, 6)
     with pytest.raises(ValueError, match=r"`labels` are no input of the model"):
         net.apply(net.params, {**batch, "labels": batch["input_ids"]})
-
-
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_the_class_name_says_what_is_scored(name):
-    model, _, criterion = problem(name)
-    assert fs.criterion_of(model) is criterion
 
 
 def test_a_class_name_that_says_nothing():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import gpt2, mlp, seeded, tokens
+from problems import gpt2, mlp, relative, seeded, tokens
 from torch import nn
 
 import funcscope as fs
@@ -26,10 +26,6 @@ def language_model():
     model.set_attn_implementation("eager")
     ids = tokens(3, 3, 6)["input_ids"]
     return model, ids, fs.objective(fs.functional(model), {"input_ids": ids}, fs.causal_lm)
-
-
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_gauss_newton_and_hessian_are_those_of_curvlinops():

@@ -14,7 +14,7 @@ import torch
 import funcscope as fs
 from funcscope.linalg.quadrature import spectral_density
 from funcscope.view import export as export_module
-from funcscope.view import renderers, theme
+from funcscope.view import theme
 from funcscope.view.drawing import band, spreads
 from funcscope.view.export import export
 from funcscope.view.renderers import (
@@ -243,23 +243,6 @@ def test_titles_and_axes_say_what_and_in_which_unit(name):
     assert "nats" in told or (name == "dimensionality" and "dimensions" in told)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_colours_are_those_of_the_palette_or_even_scales(name):
-    make, render = ALL[name]
-    known = {theme.BLUE, theme.VERMILION, theme.GREEN, theme.PURPLE, theme.INK, theme.MUTED, "white", None}
-    for found in render(make()).data:
-        colour = found.line.color if "line" in found else None
-        assert colour in known or colour.startswith("rgba("), (found.name, colour)
-        if found.type in ("contour", "heatmap", "surface") and found.colorscale is not None:
-            assert found.colorscale[0] == (0.0, "#440154")  # viridis
-
-
-def test_every_renderer_is_in_one_place():
-    public = {name for name in renderers.__all__ if name.startswith("render_")}
-    assert len(public) == 13
-    assert all(callable(getattr(renderers, name)) for name in public)
-
-
 # flatness
 
 
@@ -284,15 +267,6 @@ def test_bars_are_196_standard_errors_and_the_band_holds_the_middle_80_percent()
     shape = trace(fig, "10th to 90th percentile")
     assert finite_points(shape.y) == pytest.approx(sorted([0.005, 0.02, 0.5, 2.0, 1.5, 6.0]))
     assert np.isnan(shape.y).sum() == 2  # the epoch without a number parts it into two pieces
-
-
-def test_the_baseline_is_dashed_grey_on_an_axis_of_its_own():
-    fig = render_flatness_trajectory(summary(), 400)
-    line = trace(fig, "loss without a step")
-    np.testing.assert_array_equal(line.y, summary()["baseline_loss"])
-    assert (line.yaxis, line.line.dash, line.line.color) == ("y2", "dash", theme.MUTED)
-    assert fig.layout.yaxis2.title.text == "loss (nats)"
-    assert (fig.layout.yaxis2.side, fig.layout.yaxis2.type) == ("right", "log")
 
 
 @pytest.mark.parametrize("epoch", [0, 400, 900, 1600])
@@ -375,33 +349,12 @@ def test_lines_stand_at_mean_median_and_expectation():
     assert (found["mean"].line.color, found["median"].line.color) == (theme.VERMILION, theme.GREEN)
 
 
-def test_the_title_has_the_flatness_ratio_and_what_is_not_finite():
-    text = heading(render_perturbation_distribution(sample(), 4000))
-    assert "step 4,000" in text
-    assert "flatness ratio 0" in text
-    assert "2 of +d not finite, 1 of −d not finite" in text
-    told = render_perturbation_distribution({"baseline_loss": 3.0, "delta_losses": [0.1, 0.29, 0.31, -INF]}, 1)
-    assert "flatness ratio 0.500" in heading(told)
-    assert (
-        "flatness ratio 0.900"
-        in render_perturbation_distribution(sample() | {"flatness_ratio": 0.9}, 1).layout.title.text
-    )
-    assert "mine" in render_perturbation_distribution(sample(), 1, title="mine").layout.title.text
-
-
 @pytest.mark.parametrize("values", [[0.3], [0.3] * 7, [0.0], [0.0, 0.0], [1e-9, 5.0], list(range(1000))])
 def test_any_number_of_directions_has_at_most_30_bins(values):
     bars = trace(render_perturbation_distribution({"baseline_loss": 1.0, "delta_losses": values}, 0), "+d")
     assert sum(bars.y) == len(values)
     assert len(bars.y) <= 30
     assert (np.asarray(bars.width) > 0).all()
-
-
-def test_without_directions_the_distribution_is_empty_and_says_so():
-    fig = render_perturbation_distribution({"baseline_loss": 1.0, "delta_losses": []}, 0)
-    assert "0 directions, flatness ratio undefined" in heading(fig)
-    stored = {"baseline_loss": None, "delta_losses": [NAN], "mean_delta_loss": None, "flatness_ratio": None}
-    assert "1 of +d not finite" in heading(render_perturbation_distribution(stored, 0))
 
 
 # planes
@@ -419,16 +372,6 @@ def test_a_loss_stands_at_its_coefficients(render):
                 assert found.z[row][column] == pytest.approx(math.log10(data["grid_losses"][i, j]))
             else:
                 assert math.isnan(found.z[row][column])
-
-
-def test_the_first_direction_is_horizontal_and_named():
-    fig = render_contour(plane())
-    assert fig.layout.xaxis.title.text == "steep, coefficient<br>(edge: ‖Δθ‖ = 0.25 ‖θ‖)"
-    assert fig.layout.yaxis.title.text == "gentle, coefficient<br>(edge: ‖Δθ‖ = 0.5 ‖θ‖)"
-    scene = render_surface(plane()).layout.scene
-    assert [axis.title.text for axis in (scene.xaxis, scene.yaxis, scene.zaxis)] == [
-        "steep", "gentle", "loss (nats)"
-    ]  # fmt: skip
 
 
 def test_holes_are_marked_counted_and_not_closed():
@@ -584,16 +527,6 @@ def test_paths_with_the_same_ends_share_a_chord():
         render_barrier(path(), bezier, names=["a"])
 
 
-def test_an_infinite_loss_is_an_infinite_barrier_and_nan_is_none():
-    losses = np.array([1.0, INF, 2.0, 2.0])
-    fig = render_barrier({"coefficients": np.linspace(0, 1, 4), "losses": losses})
-    assert "barrier ∞ nats" in heading(fig)
-    assert "barrier" not in [found.name for found in fig.data]
-    undefined = render_barrier({"coefficients": [0.0, 1.0], "losses": [NAN, NAN]})
-    assert "barrier undefined" in heading(undefined)
-    assert "no point" in render_barrier({"coefficients": [], "losses": []}).layout.title.text
-
-
 def test_a_matrix_shows_values_with_errors_and_leaves_holes():
     heat = render_barrier_matrix(barriers()).data[0]
     np.testing.assert_array_equal(heat.z, barriers()["barrier_max"])
@@ -706,12 +639,6 @@ def test_text_is_shown_as_it_is():
     fig = render_flatness_trajectory(summary(), 0, title=HOSTILE)
     assert "&lt;b&gt;x&lt;/b&gt; &amp; &#36;y&#36;" in fig.layout.title.text
     assert "<b>" not in render_contour(plane() | {"axis_names": (HOSTILE, "b")}).layout.xaxis.title.text
-
-
-def test_long_titles_and_legends_have_their_room():
-    short, long = (render_flatness_trajectory(summary(), 0, title=text).layout for text in ("a", "word " * 40))
-    assert long.margin.t > short.margin.t + 40
-    assert long.legend.y < short.legend.y
 
 
 # files

@@ -264,15 +264,6 @@ def test_the_command_prints_tables_and_writes_page_and_numbers(model, data, tmp_
     assert plain.with_error(average["absolute"], average["stderr_joint"]) in out  # over steps and texts together
     assert max(average["stderr"], average["stderr_sequences"]) <= average["stderr_joint"]
     assert plain.number(2 / top) in out
-    for word in (
-        "negative eigenvalues",
-        "effective rank",
-        "critical sharpness",
-        "gradient has norm",
-        "transformer.h.0",
-        "products in",
-    ):
-        assert word in out
     assert "forward passes" in printed.err
     assert {path.name for path in tmp_path.iterdir()} == {f"gpt2-curvature.{end}" for end in ("npz", "json", "html")}
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import loss_of
 from scipy import stats
-from test_view import stored as stored_demo
+from test_view import check_loads_nothing
 
 import funcscope as fs
 from funcscope.core.store import load, save
@@ -234,21 +234,6 @@ def test_the_distributions_hold_changes_curvatures_and_the_stored_means(tmp_path
     np.testing.assert_allclose(dots.x, np.delete(source.curvatures.numpy(), 2))
 
 
-def test_what_was_found_is_the_title(tmp_path):
-    def title(result):
-        return directional.title(*read(load(stored(tmp_path, result))))
-
-    rise = made(50)
-    value, stderr = (float(getattr(rise.estimates["delta_mean"], name)) for name in ("value", "stderr"))
-    assert title(rise) == f"The loss rises by {value:.4f} ± {stderr:.4f} nats at a relative step of 0.1"
-    assert title(made(50, rise=-0.1)).startswith("The loss falls by 0.")
-    assert title(made(50, rise=1e-3)) == "The mean loss change at a relative step of 0.1 cannot be told from zero"
-    assert title(made(1)).startswith("Along one random direction, the loss rises by 0.106 nats")
-    assert title(lossy(made(3), 0, 1, 2)) == "No loss at a relative step of 0.1 is finite"
-    distance = made(50, normalize="global", actual_span=0.5, direction_norms=torch.ones(50, dtype=torch.float64))
-    assert title(distance).endswith("at a distance of 0.5")
-
-
 def _cells(path):
     """Names and first cells of both tables of statistics."""
     (result,) = read(load(path))
@@ -269,25 +254,16 @@ def test_the_tables_have_every_stored_statistic(tmp_path):
         assert cell.startswith("765")
 
 
-def test_numbers_have_their_own_units(tmp_path):
-    (result,) = read(load(stored(tmp_path, made(12))))
-    units = {row[0]: row[-1] for row in directional_sections.plain((result,), ("value",)).rows}
-    units |= {row[0]: row[-1] for row in directional_sections.statistics(result)[0].rows}
-    bare = [name for name in units if name.startswith("n_") or name.endswith(("_p_value", "_share", "_settling"))]
-    assert bare
-    assert {units[name] for name in bare} == {""}  # counts, probabilities and ratios
-    assert units["baseline_loss"] == units["loss_mean"] == "nats"
-    assert units["curvature_mean"] == units["curvature_noise_floor"] == "nats per relative step²"
-
-
-@pytest.mark.parametrize("name", ["delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss"])
-def test_a_stored_number_that_changes_changes_the_page(tmp_path, name):
+def test_every_stored_number_that_changes_changes_the_page(tmp_path):
     path = stored(tmp_path, made(12))
     before = written(path)
-    new = {name: 0.7654321, f"{name}_stderr": 0.00111}
-    after = written(changed(path, lambda meta, _: meta["models"][0]["values"].update(new)))
-    assert "0.765" not in before
-    assert after.count("0.765") >= 2  # in the text, in the table
+    names = ("delta_mean", "curvature_mean", "dir_grad_delta_corr", "baseline_loss")
+    new = dict(zip(names, (0.7654321, 0.6873213, 0.5987321, 0.4328765), strict=True))
+    errors = {f"{name}_stderr": 0.00111 for name in names}
+    after = written(changed(path, lambda meta, _: meta["models"][0]["values"].update(new | errors)))
+    for shown in ("0.765", "0.687", "0.59", "0.43"):
+        assert shown not in before, shown
+        assert after.count(shown) >= 2, shown  # in the text, in the table
 
 
 def test_a_stored_sample_that_changes_moves_its_dot(tmp_path):
@@ -296,13 +272,8 @@ def test_a_stored_sample_that_changes_moves_its_dot(tmp_path):
     assert traces(fig, "a direction")[0].x[4] == 0.75
 
 
-def test_what_is_not_finite_is_counted_and_not_drawn(tmp_path):
-    text = written(stored(tmp_path, lossy(made(10), 1, 4)))
-    assert "2 of 10 losses there are not finite and left out of every mean" in text
-    assert "left out of every statistic: 2 of 10 at +0.1." in text
-    assert "left out of every statistic: 2 of 10." in text  # curvatures
-    assert "2 of 10 directions have no finite slope and loss" in text
-    assert not re.search(r"\b(?:nan|None|inf)\b", text)
+def test_nothing_of_what_is_not_finite_is_printed(tmp_path):
+    assert not re.search(r"\b(?:nan|None|inf)\b", written(stored(tmp_path, lossy(made(10), 1, 4))))
 
 
 def test_what_was_not_asked_for_has_no_section(tmp_path):
@@ -312,37 +283,19 @@ def test_what_was_not_asked_for_has_no_section(tmp_path):
     bare = made(12, two_sided=False, slopes=False, bent=False)
     text = directional.write_page(stored(tmp_path, bare)).read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", text)[1:] == full[3:]
-    assert "Half precision" not in text
-    assert "curvature:" not in visible(text)
-    assert "−0.1" not in visible(text)
 
 
-def test_roughness_is_said_not_to_rank_models(tmp_path):
-    assert "so it does not rank models" in written(stored(tmp_path, made(12)))
-
-
-def test_half_precision_is_told_with_what_rounding_decides(tmp_path):
+def test_what_rounding_decides_in_half_precision_is_drawn(tmp_path):
     source = made(30, rise=0.003, scale=0.02, realised=REALISED)
     (result,) = read(load(stored(tmp_path, source)))
     section = directional_sections.curvature(result)
     (note,) = (block for block in section.blocks if isinstance(block, page.Quote))
     assert note.text[1:] == source.precision_note[1:]
     (fig,) = charts(section)
-    band = fig.layout.shapes[0]
-    assert band.x1 == min(source.curvature_noise_floor, fig.layout.xaxis.range[1])
-    text = written(stored(tmp_path, source))
-    assert "Asked to move by 3.00, the weights move by 3.40." in text
-    assert "by 31 % of its length" in text
-    assert "41 % of the weights do not move" in text
-    assert "computed in bfloat16" in text
-
-
-def test_a_small_rounding_error_is_said_and_not_drawn(tmp_path):
+    assert fig.layout.shapes[0].x1 == min(source.curvature_noise_floor, fig.layout.xaxis.range[1])
     (result,) = read(load(stored(tmp_path, made(30))))
-    section = directional_sections.curvature(result)
-    (chart,) = (block for block in section.blocks if isinstance(block, page.Chart))
-    assert [shape.x0 for shape in chart.figure.layout.shapes] == [0]
-    assert "too little to draw" in chart.caption
+    (fig,) = charts(directional_sections.curvature(result))
+    assert [shape.x0 for shape in fig.layout.shapes] == [0]  # too little to draw
 
 
 def test_many_directions_are_all_drawn_without_rings(tmp_path):
@@ -352,16 +305,6 @@ def test_many_directions_are_all_drawn_without_rings(tmp_path):
     (fig,) = charts(directional_sections.loss_changes(result))
     assert [len(trace.x) for trace in traces(fig, "a direction")] == [2000, 2000]
     assert directional.write_page(path).stat().st_size < 6.5e6
-
-
-def test_the_page_says_how_the_numbers_were_made(tmp_path):
-    text = written(stored(tmp_path, made(12)))
-    for said in (
-        "1,234,567 parameters of norm 30.00 in float32", "3,021 tokens", "3 were too short to be scored and skipped",
-        "15 were cut off at 128 tokens", f"key {fs.key(42).bits:032x}", "26 evaluations, 1 gradient", "torch 2.13",
-    ):  # fmt: skip
-        assert said in text
-    assert "3,021 texts" in written(stored(tmp_path, made(12), task="classification"))
 
 
 @pytest.mark.parametrize("name", ["mlp", "qwen2"])
@@ -377,27 +320,13 @@ def test_a_real_run_makes_a_page(tmp_path, name):
 # Two models
 
 
-def test_the_difference_and_its_interval_are_the_title_where_it_is_resolved(tmp_path):
+def test_the_difference_and_its_interval_are_those_of_the_comparison(tmp_path):
     first, second = made(40), made(40, rise=0.13)
     c = paired(tmp_path, first, second)
-    found = compare_directional(first, second, names=("base", "longer")).differences["delta_two_sided_mean"]
-    low, high = found.interval
-    text = written(stored(tmp_path, first, second))
-    value = float(found.difference.value)
-    assert f"The loss of longer rises by {value:.4f} nats ({low:.4f} to {high:.4f}) more than that of base" in text
-    assert c.gap(c.headline) == pytest.approx((value, low, high))
-    assert "rises by" in text
-    assert "less than that of base" in written(stored(tmp_path, second, first))
-    assert "below that of base" in written(stored(tmp_path, first, made(40, rise=-0.1)))
-    assert "falls by" in written(stored(tmp_path, made(40, rise=-0.1), made(40, rise=-0.2)))
-
-
-def test_a_difference_that_is_not_resolved_is_said_not_to_be(tmp_path):
-    text = written(stored(tmp_path, made(20), made(20, seed=1)))
-    assert "The loss changes of base and longer at a relative step of 0.1 cannot be told apart" in text
-    assert "Mann-Whitney test would ignore the pairing" in text
-    assert "nothing about other data, and nothing about other training seeds" in text
-    assert "5 quantities are tested, and their p values are not corrected" in text
+    difference = compare_directional(first, second).differences["delta_two_sided_mean"]
+    low, high = difference.interval
+    assert c.gap(c.headline) == pytest.approx((float(difference.difference.value), low, high))
+    assert f"({low:.4f} to {high:.4f})" in written(stored(tmp_path, first, second))
 
 
 def test_paired_figures_hold_both_models_and_their_differences(tmp_path):
@@ -433,24 +362,10 @@ def test_the_comparison_is_told_in_full(tmp_path):
     assert c.values["curvature_mean_p_value"] == pytest.approx(student)
     assert rows["curvature_mean"][table.headers.index("p")] == number(student, 2)
     assert rows["loss_std"][table.headers.index("p")] == ""
-    path = stored(tmp_path, first, second)
-    before = written(path)
-    after = written(changed(path, lambda meta, _: meta["comparison"].update(delta_mean_difference=0.7654)))
-    assert "0.765" in after
-    assert "0.765" not in before
-
-
-def test_a_comparison_without_curvatures_and_of_equal_models(tmp_path):
-    bare = [made(12, rise=rise, two_sided=False, slopes=False, bent=False) for rise in (0.1, 0.3)]
-    text = written(stored(tmp_path, *bare))
-    assert "Curvature" not in text
-    assert "both sides" not in text
-    text = written(stored(tmp_path, made(12), made(12)))
-    assert "cannot be told apart" in text
-    assert "undefined×" not in text
-    assert "p values are not corrected for that. With 3 pairs the test cannot give a p value below 0.25." in written(
-        stored(tmp_path, made(3), made(3, rise=0.2))
+    path = changed(
+        stored(tmp_path, first, second), lambda meta, _: meta["comparison"].update(delta_mean_difference=765.4)
     )
+    assert "765.4" in written(path)
 
 
 # Text, files, notebooks
@@ -462,15 +377,9 @@ def test_names_are_escaped_and_nothing_is_loaded(tmp_path):
         stored(tmp_path, made(5), made(5, rise=0.2), names=(HOSTILE, '"><img src=x onerror=alert(1)>'), stem="two"),
     ):
         text = directional.write_page(path).read_text(encoding="utf-8")
-        assert text.count("plotly.js v") == 1
-        assert "default-src 'none'" in text
+        check_loads_nothing(text)
         assert not re.findall(r"<script>alert|<img src=x|</script>alert|<b>texts", text)
         assert html.escape(HOSTILE) in text
-        scripts = re.compile(r"<script[^>]*>.*?</script>", re.DOTALL)
-        assert re.findall(r"<script[^>]*\s(?:src|href)", text) == []
-        assert (
-            re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|<link|@import|url\(""", scripts.sub("", text)) == []
-        )
         assert path.with_suffix(".html").stat().st_size < 6e6
 
 
@@ -504,7 +413,3 @@ def test_a_page_shows_itself_in_a_sandboxed_frame(tmp_path):
     assert attributes["sandbox"] == "allow-scripts"
     assert Path(shown) == shown.path
     assert str(shown) == str(shown.path)
-
-
-def test_show_knows_the_demonstration(tmp_path):
-    assert "generalised" in show(stored_demo(tmp_path)).path.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from test_view_directional import charts
 
 from funcscope.core.store import Stored, load
 from funcscope.families import modular
@@ -11,7 +12,7 @@ from funcscope.study import demo
 from funcscope.view import landscape_sections as sections
 from funcscope.view.demo import write_page
 from funcscope.view.numbers import number, with_error
-from funcscope.view.page import Chart, Table
+from funcscope.view.page import Table
 from funcscope.view.story import Story
 
 TINY = demo.Settings(
@@ -28,10 +29,6 @@ def numbers(tmp_path_factory):
 @pytest.fixture
 def story(numbers):
     return Story(load(numbers))
-
-
-def charts(section):
-    return [block.figure for block in section.blocks if isinstance(block, Chart)]
 
 
 def changed(story, **arrays):
@@ -59,10 +56,9 @@ def test_the_planes_are_those_of_the_two_phases(story):
         assert same
     holed = story.array(f"plane_{last}_grid_losses").copy()
     holed[0, 0] = np.inf
-    text = sections.planes(
-        changed(story, **{f"plane_{last}_grid_losses": holed, f"plane_{last}_n_nonfinite": np.array(1)})
-    )
-    assert "1 points are not finite and left open" in text.blocks[0]
+    shown = changed(story, **{f"plane_{last}_grid_losses": holed, f"plane_{last}_n_nonfinite": np.array(1)})
+    (fig,) = charts(sections.planes(shown))
+    assert "not finite" in [trace.name for trace in fig.data]
 
 
 def test_flatness_says_the_stored_means(story):
@@ -79,31 +75,18 @@ def test_flatness_says_the_stored_means(story):
     assert len(charts(section)) == 3
 
 
-def test_lengths_say_where_the_hessian_and_the_measured_mean_part(story):
+def test_lengths_have_the_ratio_with_its_error_where_it_is_resolved(story):
     step = story.stored.meta["phases"][1]
     names = ("pair_mean", "pair_mean_stderr", "expected_delta_loss", "expected_delta_loss_stderr")
     count = len(story.array(f"lengths_{step}_epsilon"))
     expected = np.geomspace(1e-12, 1e-4, count)
-
-    def told(ratio, rounding=1e-30):
-        columns = (expected * ratio, expected * 1e-3, expected, expected * 1e-3)
-        parts = {f"lengths_{step}_{name}": column for name, column in zip(names, columns, strict=True)}
-        section = sections.lengths(
-            changed(story, **parts, **{f"lengths_{step}_rounding_delta_loss": np.array(rounding)})
-        )
-        (table,) = (block for block in section.blocks if isinstance(block, Table))
-        return section.blocks[0], table
-
-    text, _ = told(np.ones(count))
-    assert f"At step {step:,} the two agree at every length that is resolved" in text
-    text, table = told(np.array([1.0, 1.0, *[2.0] * (count - 2)]))
-    assert f"At step {step:,} the two part from ε = 0.01 on: the ratio is 2.0 at ε = 0.01 and 2.0 at 1" in text
-    assert table.rows[2][-1] == with_error(2.0, 2.0 * np.hypot(1e-3, 1e-3 / 2))
-    text, table = told(np.array([3.0, *[1.0] * (count - 1)]), rounding=1e-12)
-    assert table.rows[0][-1] == "lost in rounding"
-    assert f"At step {step:,} the two agree" in text  # the first is not counted
-    text, _ = told(np.ones(count), rounding=1.0)
-    assert f"At step {step:,} rounding decides at every length" in text
+    columns = (expected * np.array([1.0, 1.0, *[2.0] * (count - 2)]), expected * 1e-3, expected, expected * 1e-3)
+    parts = {f"lengths_{step}_{name}": column for name, column in zip(names, columns, strict=True)}
+    for rounding, first in ((1e-30, with_error(1.0, np.hypot(1e-3, 1e-3))), (1e-12, "lost in rounding")):
+        shown = changed(story, **parts, **{f"lengths_{step}_rounding_delta_loss": np.array(rounding)})
+        (table,) = (block for block in sections.lengths(shown).blocks if isinstance(block, Table))
+        assert table.rows[0][-1] == first
+        assert table.rows[2][-1] == with_error(2.0, 2.0 * np.hypot(1e-3, 1e-3 / 2))
 
 
 def test_the_trajectory_is_drawn_where_the_checkpoints_are(story):

@@ -59,7 +59,7 @@ class Door:
 
     def _watched(self, fn: Flat, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         try:
-            with Watch(self), _Beneath(self):
+            with Watch(self.check), _Beneath(self):
                 return self.check(fn(*xs))
         except RuntimeError as err:
             if self.refusal is None:
@@ -85,11 +85,11 @@ class Door:
 
 
 class Watch(TorchFunctionMode):
-    """Shows a door the arguments of every call of torch."""
+    """Shows a check the arguments of every call of torch, but for what asks for a shape, a dtype or a device."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, check: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.door = door
+        self.check = check
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -97,7 +97,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "__get__" and not isinstance(out := func(*args, **kwargs), Tensor):
             return out
-        self.door.check((args, kwargs))
+        self.check((args, kwargs))
         return func(*args, **kwargs)
 
 

@@ -9,14 +9,9 @@ from .sharpness import compare_model_sharpness, compute_sam_sharpness
 from .spectrum import compute_hessian_eigenvalues_lanczos
 
 __all__ = [
-    "ICLRMetrics",
-    "ModularityMetrics",
-    "compare_model_sharpness",
-    "compute_hessian_eigenvalues_lanczos",
-    "compute_landscape_flatness",
-    "compute_sam_sharpness",
-    "sample_directional_losses",
-]
+    "ICLRMetrics", "ModularityMetrics", "compare_model_sharpness", "compute_hessian_eigenvalues_lanczos",
+    "compute_landscape_flatness", "compute_sam_sharpness", "sample_directional_losses",
+]  # fmt: skip
 
 
 class ICLRMetrics:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.batches import tensors
+from ..core.captured import Watch
 from ..core.criterion import Criterion, classification, criterion_of, custom
+from ..core.keys import Key, key
 from ..core.model import functional
 from ..core.objective import Loss, objective
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+LossFn = Callable[[nn.Module, Any], Any]
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_config: Any = None) -> Loss:
-    """The loss of the model on one batch, cut by `batch_config`; scored by `loss_fn`, or by what the model is."""
+    """The loss of the model on one batch, cut by `batch_config`; scored by `loss_fn`, or by what the model is.
+
+    A `loss_fn` is one number of the whole batch: of one sequence, as far as the loss knows, so that nothing made of it has
+    an error over sequences.
+    """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "no parameter of the model has `requires_grad`, so none would move: `model.requires_grad_(True)`."
-        )
-    if loss_fn is None and isinstance(batch, list):  # what a DataLoader makes of pairs
-        batch = tuple(batch)
+        raise ValueError("no parameter has `requires_grad`, so none would move: `model.requires_grad_(True)`.")
+    batch = tuple(batch) if loss_fn is None and isinstance(batch, list) else batch  # what a DataLoader makes of pairs
     parts = _parts(batch, _batch_size(batch_config))
     if loss_fn is None:
-        if not _lengths(batch):
+        if not any(True for _ in tensors(batch)):
             raise ValueError('`data_batch` holds no tensors: call the tokenizer with `return_tensors="pt"`.')
         return objective(functional(model), parts, _criterion(model, batch))
     if len(parts) > 1:
@@ -36,12 +40,23 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_c
             "`batch_config` cuts the batch, and only `loss_fn` knows how its value on the whole follows from the parts: "
             "leave out one of the two, or let `loss_fn` go through the parts."
         )
-    check_no_own_model(model, loss_fn)
     net = functional(model, attention="keep")
-    scored = replace(net, _skeleton=_Scored(net._skeleton, loss_fn))
+    scored = replace(net, _skeleton=_Scored(net._skeleton, _Watched(model, loss_fn)))
     loss = objective(scored, [((batch,), None)], custom(lambda out, _: out[None], "loss_fn"))
     # documented: one call per evaluation; the baseline is evaluated twice, and a `loss_fn` that differs is refused there
     return replace(loss, _verdicts={"function"})
+
+
+def key_of(seed: int | None) -> Key:
+    """The key of a seed, or of a fresh one from the operating system: 53 bits, which every reader of JSON keeps."""
+    return key(secrets.randbits(53) if seed is None else seed)
+
+
+def warn_where_level(deltas: Tensor) -> None:
+    """A loss that does not move in any direction says nothing about the model."""
+    if not deltas.any():
+        text = "the loss is equal along every direction: does `loss_fn` use the model it is given?"
+        warnings.warn(text, stacklevel=3)
 
 
 def _criterion(model: nn.Module, batch: Any) -> Criterion:
@@ -72,49 +87,43 @@ class _Scored(nn.Module):
     def forward(self, batch: Any) -> Tensor:
         model, loss_fn = self._model_and_loss_fn
         out = loss_fn(model, batch)
-        wanted = "`loss_fn` must return a scalar tensor, "
+        rule = "`loss_fn` must return a scalar tensor, "
         if not isinstance(out, Tensor) or out.ndim or not out.is_floating_point():
             got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise TypeError(
-                f"{wanted}got {got}: reduce by `.mean()`, leave out `.item()`, and take `.loss` of a Hugging Face output."
+                f"{rule}got {got}: reduce by `.mean()`, leave out `.item()`, and take `.loss` of a Hugging Face output."
             )
         if any(p.requires_grad for p in model.parameters()) and not out.requires_grad:
-            raise TypeError(f"{wanted}differentiable in the model's parameters: leave out `.detach()` and `no_grad`.")
+            raise TypeError(f"{rule}differentiable in the model's parameters: leave out `.detach()` and `no_grad`.")
         return out
 
 
-def check_no_own_model(model: nn.Module, loss_fn: LossFn) -> None:
-    """A model that comes from outside has the weights where they are, along every direction."""
-    own = {id(module) for module in model.modules()} | {id(parameter) for parameter in model.parameters()}
-    for name, held in _from_outside(loss_fn):
-        if id(held) in own:
-            raise ValueError(
-                f"`loss_fn` takes {name} from outside, with weights that never move: "
-                "use its first argument, the model with the perturbed weights."
-            )
+class _Watched:
+    """`loss_fn`, refused at its first call where it computes with the parameters of `model` and not of its argument."""
 
+    def __init__(self, model: nn.Module, loss_fn: LossFn):
+        self.loss_fn = loss_fn
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-def _from_outside(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a Python function uses besides its arguments: closure, globals, what it is bound to."""
-    if isinstance(function, functools.partial):
-        yield from (("an argument of `partial`", held) for held in (*function.args, *function.keywords.values()))
-        function = function.func
-    if hasattr(function, "__self__"):
-        yield "the object that it is a method of", function.__self__
-    function = getattr(function, "__func__", function)
-    if isinstance(function, FunctionType):
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        yield from ((f"{name!r}", cell.cell_contents) for name, cell in cells)
-        loads = (step for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL")
-        yield from ((f"{step.argval!r}", function.__globals__.get(step.argval)) for step in loads)
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        with Watch(self.check) if self.names else nullcontext():
+            out = self.loss_fn(model, batch)
+        self.names = {}
+        return out
+
+    def check(self, tree: Any) -> None:
+        for tensor in tensors(tree):
+            if id(tensor) in self.names:
+                raise ValueError(
+                    f"`loss_fn` uses {self.names[id(tensor)]!r} of a model from outside, with weights that never move: "
+                    "use its first argument, the model with the perturbed weights."
+                )
 
 
 def _batch_size(batch_config: Any) -> int | None:
-    if batch_config is None:
-        return None
     named = isinstance(batch_config, Mapping)
     size = batch_config.get("batch_size") if named else getattr(batch_config, "batch_size", batch_config)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if batch_config is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ValueError(
             "`batch_config` must be None, a number of rows from 1, or have such an entry or attribute `batch_size`, "
             f"got {batch_config!r}."
@@ -124,7 +133,7 @@ def _batch_size(batch_config: Any) -> int | None:
 
 def _parts(batch: Any, size: int | None) -> list[Any]:
     """The batch in parts of `size` rows; a tensor of one row, or of none, serves every part."""
-    lengths = _lengths(batch)
+    lengths = [len(tensor) if tensor.ndim else 1 for tensor in tensors(batch)]
     rows = max(lengths, default=0)
     if size is None or size >= rows:
         return [batch]
@@ -133,26 +142,13 @@ def _parts(batch: Any, size: int | None) -> list[Any]:
             f"`batch_config` cuts the batch by rows, so all its tensors must have as many, or one; got {odd[0]} and {rows}."
         )
 
-    def part(at: int) -> Any:
-        return _each(batch, lambda tensor: tensor[at : at + size] if tensor.ndim and len(tensor) == rows else tensor)
+    def part(tree: Any, at: int) -> Any:
+        if isinstance(tree, Tensor):
+            return tree[at : at + size] if tree.ndim and len(tree) == rows else tree
+        if isinstance(tree, Mapping):
+            return {name: part(value, at) for name, value in tree.items()}
+        if isinstance(tree, (tuple, list)):
+            return (tuple if isinstance(tree, tuple) else list)(part(value, at) for value in tree)
+        return tree
 
-    return [part(at) for at in range(0, rows, size)]
-
-
-def _lengths(batch: Any) -> list[int]:
-    """The number of rows of every tensor in the batch."""
-    lengths: list[int] = []
-    _each(batch, lambda tensor: lengths.append(len(tensor) if tensor.ndim else 1))
-    return lengths
-
-
-def _each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The batch with every tensor changed."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {name: _each(value, change) for name, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        changed = [_each(value, change) for value in tree]
-        return tuple(changed) if isinstance(tree, tuple) else changed
-    return tree
+    return [part(batch, at) for at in range(0, rows, size)]

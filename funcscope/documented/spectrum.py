@@ -27,11 +27,11 @@ def compute_hessian_eigenvalues_lanczos(
     Where this differs from the document: there, the k algebraically largest Ritz values after 20 steps were kept, negative
     curvature was looked for among these, the condition number was their ratio, and trace and effective rank were absent.
 
-    Raises as `hessian_summary` does, and for a batch that has no tensors or no known score.
+    Raises as `hessian_summary` does, and as `sample_directional_losses` for the batch.
 
     >>> import torch
-    >>> found = compute_hessian_eigenvalues_lanczos(nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0])), k=2)
-    >>> found["has_negative_eigenvalues"], bool(found["spectral_gap"] > 0)
+    >>> spectrum = compute_hessian_eigenvalues_lanczos(nn.Linear(3, 2), (torch.eye(3), torch.tensor([0, 1, 0])), k=2)
+    >>> spectrum["has_negative_eigenvalues"], bool(spectrum["spectral_gap"] > 0)
     (False, True)
     """
     loss = loss_of(model, batch)
