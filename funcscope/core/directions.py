@@ -16,8 +16,7 @@ from .checks import check_choice, check_count, check_instance, check_names
 from .keys import BLOCK, Distribution, Key, check_key, draw, fill, fold_in, on_workers
 from .layout import Layout, Leaf, Params
 from .model import Functional
-from .vectors import PART as PART
-from .vectors import dot as dot
+from .vectors import PART, dot
 from .vectors import norm as norm
 
 Normalize = Literal["filter", "layer", "global"]

@@ -184,14 +184,13 @@ def dense(
             f"{len(like) ** 2:.2g}. Use products with it, or raise `limit`."
         )
     eye = torch.eye(len(like)).to(like)
-    if chunk is None:
-        products = Products(matvec)
-        return torch.stack([products(e).clone() for e in eye], dim=1)  # a matvec may write to one buffer again
-    check_count("chunk", chunk)
-    with torch.no_grad():
-        columns = torch.func.vmap(matvec, chunk_size=chunk)(eye)
-    products = Products(lambda e: columns[int(e.argmax())])  # the same refusals, column by column
-    return torch.stack([products(e) for e in eye], dim=1)
+    products = Products(matvec)
+    if chunk is not None:
+        check_count("chunk", chunk)
+        with torch.no_grad():
+            columns = torch.func.vmap(matvec, chunk_size=chunk)(eye)
+        products = Products(lambda e: columns[int(e.argmax())])  # the same refusals, column by column
+    return torch.stack([products(e).clone() for e in eye], dim=1)  # a matvec may write to one buffer again
 
 
 def to_scipy(matvec: Matvec, like: Float[Tensor, " p"]) -> LinearOperator:
