@@ -147,7 +147,7 @@ def test_a_small_remainder_by_chance_is_no_closed_space():
     d[:200] = torch.linspace(2, 5, 200)
     space = Krylov(Products(lambda v: d * v), d, key=fold_in(key(0), "start"))
     space.expand()
-    assert 0 < space.left < 0.1
+    assert 0 < space.residual < 0.1
     found = eigenpairs(lambda v: d * v, d, key=key(0), num=1, tol=0.01, max_matvecs=60)
     assert abs(float(found.values[0]) - 5) < 0.5
     short = eigenpairs(lambda v: d * v, d, key=key(0), num=1, tol=0.1)
@@ -289,7 +289,7 @@ def test_bad_requests_get_one_clear_line():
         ({"tol": 0.0}, "`tol` must be a finite number above 0"),
         ({"num": 3, "max_matvecs": 2}, "`max_matvecs` must be an integer of at least 3, got 2"),
         ({"num": 2, "max_basis": 3}, "`max_basis` must be an integer of at least 4, got 3"),
-        ({"num": 1, "like": torch.zeros(0)}, "`like` must have at least one entry"),
+        ({"num": 1, "like": torch.zeros(0)}, "`like` must be a flat vector with at least one entry"),
     ):
         with pytest.raises(ValueError, match=message):
             ask(**how)

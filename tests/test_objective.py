@@ -1,5 +1,6 @@
 """What is scored, and the exact mean over batches."""
 
+import inspect
 import itertools
 
 import pytest
@@ -14,6 +15,8 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.criterion import Labels
+
+DATA = (torch.ones(4, 3), torch.tensor([0, 1, 1, 0]))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
@@ -235,3 +238,45 @@ def test_softmax_hessian_is_the_same_in_parts():
     p = out.double().softmax(-1)
     wanted = weight[..., None] * (p * v - p * (p * v).sum(-1, keepdim=True))
     assert_close(found.double(), wanted, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_theta_comes_in_by_one_door_as_a_wide_constant(dtype):
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 2).to(dtype)))
+    loss = fs.objective(net, [cast(DATA, dtype)], fs.classification)
+    wide = torch.promote_types(dtype, torch.float32)
+    params = {name: value + 2.0**-12 for name, value in {k: v.to(wide) for k, v in loss.net.params.items()}.items()}
+    flat = torch.cat([params[name].flatten() for name in loss.layout.names])
+    for theta in (flat.requires_grad_(), dict(reversed(params.items()))):
+        vector, leaves = loss.vector(theta), loss.wide_leaves(theta)
+        assert torch.equal(vector, flat)  # not rounded to what the model computes in
+        assert not vector.requires_grad
+        assert list(leaves) == list(loss.layout.names)
+        assert all(
+            torch.equal(leaves[name], value) and not leaves[name].requires_grad for name, value in params.items()
+        )
+        assert loss.baseline(theta) == float(loss(theta).detach())
+    assert loss.vector(loss.net.params).dtype == wide
+
+
+@pytest.mark.parametrize("door", ["vector", "wide_leaves", "baseline"])
+def test_what_is_no_point_is_refused_at_the_door(door):
+    loss = fs.objective(fs.functional(seeded(0, lambda: nn.Linear(3, 2))), [DATA], fs.classification)
+    enter = inspect.unwrap(getattr(fs.Loss, door))
+    for theta, message in (
+        (torch.zeros(7), r"`theta` must be a flat vector of shape \(8,\), got \(7,\).*layout.ravel"),
+        ({"weight": torch.zeros(2, 3)}, "`theta` must have the 2 names.*missing: .'bias'"),
+        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, r"must have shape \(2, 3\), got \(3, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            enter(loss, theta)
+    with pytest.raises(TypeError, match="`theta` must be a flat tensor or a dict of parameters, got a list"):
+        enter(loss, [0.0] * 8)
+    with pytest.raises(TypeError, match="`loss` must be what `objective` returns"):
+        enter(abs, loss.net.theta)
+
+
+def test_a_loss_that_is_not_finite_is_no_baseline():
+    loss = fs.objective(fs.functional(seeded(0, lambda: nn.Linear(3, 2))), [DATA], fs.classification)
+    with pytest.raises(ValueError, match=r"the loss at theta is nan.*Check the weights"):
+        loss.baseline(torch.full((8,), torch.nan))

@@ -67,7 +67,8 @@ def quick_draws(monkeypatch):
     def quick_signs(key, like):
         return torch.randint(0, 2, like.shape, generator=generator(key)).to(like) * 2 - 1
 
-    monkeypatch.setattr(trace, "_DRAWS", {"normal": quick_normal, "rademacher": quick_signs})
+    draws = {"normal": quick_normal, "rademacher": quick_signs}
+    monkeypatch.setattr(trace, "random", lambda key, like, distribution: draws[distribution](key, like))
     monkeypatch.setattr(trace, "normal", quick_normal)
 
 
@@ -78,7 +79,7 @@ def all_signs(monkeypatch):
     def signs(key, like):
         return torch.tensor(list(product_of((-1.0, 1.0), repeat=len(like)))).to(like)[key]
 
-    monkeypatch.setattr(trace, "_DRAWS", {"rademacher": signs})
+    monkeypatch.setattr(trace, "random", lambda key, like, _: signs(key, like))
     monkeypatch.setattr(trace, "rademacher", signs)
     monkeypatch.setattr(trace, "fold_in", lambda key, i: i)
 

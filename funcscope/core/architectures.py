@@ -1,6 +1,6 @@
 """The families of Hugging Face models that are known here: how each masks its attention, and what else it does.
 
-A line of `FAMILIES` is a claim about a model type. tests/test_architectures.py compares a small model of every line with
+An entry of `FAMILIES` is a claim about a model type. tests/test_architectures.py compares a small model of every one with
 the untouched one: values, gradients and Hessian products, the dtype that it computes in, and its head.
 """
 
@@ -36,61 +36,30 @@ class Family(NamedTuple):
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as configurations name them."""
 
-_ENCODER = Family("encoder", clean=True, linear_head=False)
+_CLAIMS = (
+    (
+        Family(),
+        "apertus arcee codegen ernie4_5 gemma glm glm4 gpt_bigcode gpt_neo gpt_neox gptj helium hunyuan_v1_dense llama "
+        "nemotron olmo olmo2 persimmon phi seed_oss stablelm",
+    ),
+    (Family(clean=True), "gpt2"),
+    (Family(linear_head=False), "cohere granite"),
+    (Family(window="by type"), "exaone4 gemma2 gemma3_text ministral olmo3 qwen2 qwen3 smollm3"),
+    (Family(window="by type", linear_head=False), "cohere2"),
+    (Family(window="all layers"), "ministral3 mistral phi3 starcoder2"),
+    (Family(packs=False), "mpt"),
+    (Family(packs=False, clean=True), "biogpt"),
+    (Family(packs=False, counted=True), "opt"),
+    (Family(packs=False, alibi=True), "bloom"),
+    (Family(alibi=True, clean=True), "falcon"),
+    (
+        Family("encoder", clean=True, linear_head=False),
+        "albert bert camembert distilbert electra ernie roberta xlm-roberta",
+    ),
+    (Family("both", linear_head=False), "t5"),
+)
 
-FAMILIES: dict[str, Family] = {
-    "albert": _ENCODER,
-    "apertus": Family(),
-    "arcee": Family(),
-    "bert": _ENCODER,
-    "biogpt": Family(packs=False, clean=True),
-    "bloom": Family(packs=False, alibi=True),
-    "camembert": _ENCODER,
-    "codegen": Family(),
-    "cohere": Family(linear_head=False),
-    "cohere2": Family(window="by type", linear_head=False),
-    "distilbert": _ENCODER,
-    "electra": _ENCODER,
-    "ernie": _ENCODER,
-    "ernie4_5": Family(),
-    "exaone4": Family(window="by type"),
-    "falcon": Family(alibi=True, clean=True),
-    "gemma": Family(),
-    "gemma2": Family(window="by type"),
-    "gemma3_text": Family(window="by type"),
-    "glm": Family(),
-    "glm4": Family(),
-    "gpt2": Family(clean=True),
-    "gpt_bigcode": Family(),
-    "gpt_neo": Family(),
-    "gpt_neox": Family(),
-    "gptj": Family(),
-    "granite": Family(linear_head=False),
-    "helium": Family(),
-    "hunyuan_v1_dense": Family(),
-    "llama": Family(),
-    "ministral": Family(window="by type"),
-    "ministral3": Family(window="all layers"),
-    "mistral": Family(window="all layers"),
-    "mpt": Family(packs=False),
-    "nemotron": Family(),
-    "olmo": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(window="by type"),
-    "opt": Family(packs=False, counted=True),
-    "persimmon": Family(),
-    "phi": Family(),
-    "phi3": Family(window="all layers"),
-    "qwen2": Family(window="by type"),
-    "qwen3": Family(window="by type"),
-    "roberta": _ENCODER,
-    "seed_oss": Family(),
-    "smollm3": Family(window="by type"),
-    "stablelm": Family(),
-    "starcoder2": Family(window="all layers"),
-    "t5": Family("both", linear_head=False),
-    "xlm-roberta": _ENCODER,
-}
+FAMILIES: dict[str, Family] = {name: family for family, names in _CLAIMS for name in names.split()}
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:

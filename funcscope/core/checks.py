@@ -42,15 +42,15 @@ def check_options(name: str, function: Callable[..., Any], options: Iterable[str
         raise TypeError(f"`{name}` has no option `{unknown[0]}`: beside its own arguments it takes {', '.join(known)}.")
 
 
-def check_names(given: Mapping[str, Any], wanted: Iterable[str], what: str) -> None:
-    """`given` has exactly the wanted keys: functional_call would ignore the unknown ones without a word."""
-    wanted = tuple(wanted)
-    if given.keys() == set(wanted):
+def check_names(given: Mapping[str, Any], expected: Iterable[str], what: str) -> None:
+    """`given` has exactly these keys: functional_call would ignore unknown ones without a word."""
+    names = set(expected)
+    if given.keys() == names:
         return
-    unknown = sorted(given.keys() - set(wanted))[:3]
-    missing = sorted(set(wanted) - given.keys())[:3]
+    unknown = sorted(given.keys() - names)[:3]
+    missing = sorted(names - given.keys())[:3]
     raise ValueError(
-        f"`{what}` must have the {len(wanted)} names of `net.layout.names`; unknown: {unknown}, missing: {missing}. "
+        f"`{what}` must have the {len(names)} names of `net.layout.names`; unknown: {unknown}, missing: {missing}. "
         "Tied and frozen parameters are not among them."
     )
 

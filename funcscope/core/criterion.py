@@ -119,6 +119,7 @@ def _fit(a: Tensor, b: Tensor) -> bool:
 
 
 def pair(batch: Any) -> tuple[Inputs, Any]:
+    """(inputs, targets) of a tuple, or of a mapping whose targets are its `labels`."""
     if isinstance(batch, Mapping) and "labels" in batch:
         return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
     if isinstance(batch, tuple) and len(batch) == 2:
@@ -164,6 +165,7 @@ def _translated(batch: Any) -> tuple[Inputs, Labels]:
 
 
 def classes(batch: Any) -> tuple[Inputs, Labels]:
+    """(inputs, labels) of a batch with one class per row of the output."""
     inputs, labels = pair(batch)
     return inputs, _labels(labels, torch.tensor(True))
 

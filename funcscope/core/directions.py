@@ -16,15 +16,10 @@ from .checks import check_choice, check_count, check_instance, check_names
 from .keys import BLOCK, Distribution, Key, check_key, draw, fill, fold_in, on_workers
 from .layout import Layout, Leaf, Params
 from .model import Functional
+from .vectors import PART, dot
+from .vectors import norm as norm
 
 Normalize = Literal["filter", "layer", "global"]
-
-PART = 2**19
-"""Entries of a leaf that are made at a time: 2 MiB of float32 pass from one operation to the next in the cache."""
-
-
-LINE = 64
-"""Bytes of a line of the cache, at whose beginning torch's own allocations lie."""
 
 
 class Part(NamedTuple):
@@ -157,19 +152,16 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
     with torch.inference_mode(False):  # workers may not write to an inference tensor
         raw = torch.empty(len(directions), scales.layout.num)
 
-    def part(first: int) -> Callable[[], None]:
-        def job() -> None:
-            for row, direction in zip(raw[first : first + share], directions[first : first + share], strict=True):
-                for leaf, out in zip(leaves, row.split([leaf.numel for leaf in leaves]), strict=True):
-                    fill(fold_in(direction.key, leaf.name), out, scales.distribution)
-                    if len(out) == 1:
-                        out.copy_(_never_zero(out))
-
-        return job
+    def part(first: int) -> None:
+        for row, direction in zip(raw[first : first + share], directions[first : first + share], strict=True):
+            for leaf, out in zip(leaves, row.split([leaf.numel for leaf in leaves]), strict=True):
+                fill(fold_in(direction.key, leaf.name), out, scales.distribution)
+                if len(out) == 1:
+                    out.copy_(_never_zero(out))
 
     # small leaves are bound by Python: a second worker would only wait for the interpreter
     share = 1 if scales.layout.num > BLOCK * len(leaves) else len(directions)
-    on_workers(part(first) for first in range(0, len(directions), share))
+    on_workers(part, range(0, len(directions), share))
     return _scaled(raw, scales)
 
 
@@ -242,37 +234,6 @@ def _group_norms(scales: Scales, parts: Callable[[Leaf], Iterable[Tensor]]) -> d
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
-def dot(x: Tensor, y: Tensor) -> float:
-    """Inner product of two tensors of one shape; parts of 16,384 entries in their dtype, their sum in float64.
-
-    torch's own norm of a long float32 vector is off by 1e-4 at 4 million entries and by 1e-2 at 100 million. Parts stay in
-    the cache; a device with many cores takes longer ones. The same bits wherever in memory the numbers lie.
-
-    >>> dot(torch.ones(3), torch.arange(3.0))
-    3.0
-    """
-    x, y = x.reshape(-1), y.reshape(-1)
-    step = 2**14 if x.device.type == "cpu" else 2**20
-    parts = [torch.dot(_aligned(a), _aligned(b)) for a, b in zip(x.split(step), y.split(step), strict=True)]
-    return float(torch.stack(parts).cpu().double().sum())
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The numbers at the beginning of a line of the cache: on some processors the order in which BLAS adds them up follows
-    from where they begin."""
-    return x if x.data_ptr() % LINE == 0 else x.clone()
-
-
-def norm(params: Params) -> float:
-    """The Euclidean norm of all parameters together."""
-    total = 0.0
-    for value in params.values():
-        wide = torch.promote_types(value.dtype, torch.float32)
-        flat = value.detach().reshape(-1)
-        total += sum(dot(part.to(wide), part.to(wide)) for part in flat.split(PART))
-    return math.sqrt(total)
-
-
 def _never_zero(z: Tensor) -> Tensor:
     """A normal draw is an exact 0 once in 2^24; alone in its group, it needs a direction all the same."""
     return z if z.numel() != 1 or bool(z) else torch.ones_like(z)
@@ -297,10 +258,10 @@ def _scales(
     if normalize == "filter":
         targets = {}
         for leaf in layout.leaves:
-            kept = tuple(1 if dim in leaf.within_filter else size for dim, size in enumerate(leaf.shape))
-            norms = torch.empty(kept, dtype=dtype, device=device)  # first: kept between the parts it would scatter them
+            shape = tuple(1 if dim in leaf.within_filter else size for dim, size in enumerate(leaf.shape))
+            norms = torch.empty(shape, dtype=dtype, device=device)  # first: between the parts it would scatter them
             for rows, part in zip(row_slices(leaf), values(leaf), strict=True):
-                norms[rows if 0 not in leaf.within_filter and kept else ...] = _filter_norms(part, leaf.within_filter)
+                norms[rows if 0 not in leaf.within_filter and shape else ...] = _filter_norms(part, leaf.within_filter)
             targets[leaf.name] = norms.mul_(moved[leaf.name])
         total = sum(float(norms.cpu().double().square().sum()) for norms in targets.values())
     else:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
-from .skeleton import make_skeleton
+from .skeleton import closed_over, make_skeleton
 
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
 
@@ -51,9 +51,7 @@ def skeleton_of(model: nn.Module, attention: str, dtype: torch.dtype | None) -> 
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
         for key, hook in list(module._forward_hooks.items()):
-            if (
-                getattr(hook, "__name__", "") == "make_inputs_require_grads"
-            ):  # of transformers, for checkpointing in training
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":  # of transformers, for checkpointing
                 del module._forward_hooks[key]
     return skeleton
 
@@ -140,16 +138,11 @@ def _check_state(model: nn.Module) -> None:
                     f"permanent with `torch.nn.utils.prune.remove(module, {hook._tensor_name!r})`, on a copy if need be."
                 )
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if held := [cell for hook in hooks for cell in _held(hook) if isinstance(cell, nn.Parameter)]:
+        if held := [cell for hook in hooks for cell in closed_over(hook) if isinstance(cell, nn.Parameter)]:
             raise ValueError(
                 f"a forward hook of `{name or type(module).__name__}` holds a parameter of shape {tuple(held[0].shape)} in "
                 "its closure, which would stay as it is: make it a method of a module that owns the parameter."
             )
-
-
-def _held(function: Any) -> list[Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells]
 
 
 def _uncopied(model: nn.Module) -> str:

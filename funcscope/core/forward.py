@@ -66,6 +66,7 @@ def arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
 
 
 def logits_of(out: Any) -> Tensor:
+    """The `.logits` of a model's return value, or the tensor that it is itself."""
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
         raise TypeError(

@@ -83,7 +83,7 @@ def normal(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     >>> bool((normal(key(0), torch.zeros(3)) == normal(key(0), torch.zeros(3))).all())
     True
     """
-    return draw(key, like.numel(), "normal").view(like.shape).to(like)
+    return random(key, like, "normal")
 
 
 def rademacher(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -92,7 +92,12 @@ def rademacher(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     >>> float(rademacher(key(0), torch.zeros(1000)).abs().sum())
     1000.0
     """
-    return draw(key, like.numel(), "rademacher").view(like.shape).to(like)
+    return random(key, like, "rademacher")
+
+
+def random(key: Key, like: Float[Tensor, "..."], distribution: Distribution) -> Float[Tensor, "..."]:
+    """`normal` or `rademacher`, by name."""
+    return draw(key, like.numel(), distribution).view(like.shape).to(like)
 
 
 def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -115,13 +120,13 @@ def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None
         _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
 
 
-def on_workers(jobs: Iterable[Callable[[], None]]) -> None:
-    """Run the jobs on torch's number of worker threads, and wait.
+def on_workers(job: Callable[[int], None], starts: Iterable[int]) -> None:
+    """Run a job from each start on torch's number of worker threads, and wait.
 
     Worker threads carry none of the caller's function transforms or modes, so that a draw inside `vmap` is a constant
     to it: neither mapped nor refused.
     """
-    for done in [_pool(torch.get_num_threads()).submit(job) for job in jobs]:
+    for done in [_pool(torch.get_num_threads()).submit(job, start) for start in starts]:
         done.result()
 
 
@@ -137,15 +142,12 @@ def draw(
         out = torch.empty(min(last * BLOCK, num) - origin)
     share = max(1, -(-(last - first) // torch.get_num_threads()))
 
-    def part(begin: int) -> Callable[[], None]:
-        def job() -> None:
-            for block in range(begin, min(begin + share, last)):
-                at = block * BLOCK - origin
-                _fill_block(key, block, out[at : at + BLOCK], distribution)
+    def part(begin: int) -> None:
+        for block in range(begin, min(begin + share, last)):
+            at = block * BLOCK - origin
+            _fill_block(key, block, out[at : at + BLOCK], distribution)
 
-        return job
-
-    on_workers(part(begin) for begin in range(first, last, share))
+    on_workers(part, range(first, last, share))
     return out[start - origin : stop - origin]
 
 

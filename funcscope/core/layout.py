@@ -98,14 +98,14 @@ class Layout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {leaf.name: leaf.shape for leaf in self.leaves}
 
-    @property
+    @cached_property
     def num(self) -> int:
         """The number of parameters, P."""
-        return self._sizes_sum
+        return sum(self._sizes)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every leaf exactly: theta's dtype unless told otherwise."""
+        """The narrowest dtype that holds every leaf exactly: theta's dtype unless another is given."""
         return reduce(torch.promote_types, (leaf.dtype for leaf in self.leaves))
 
     def ravel(self, params: Params, dtype: torch.dtype | None = None) -> Float[Tensor, " p"]:
@@ -144,10 +144,6 @@ class Layout:
     def _sizes(self) -> list[int]:
         return [leaf.numel for leaf in self.leaves]
 
-    @cached_property
-    def _sizes_sum(self) -> int:
-        return sum(self._sizes)
-
 
 def _filter_dim(owner: nn.Module, shape: tuple[int, ...]) -> int | None:
     if len(shape) < 2:
@@ -178,19 +174,13 @@ def _group(leaf: Leaf, by: By) -> str:
         return by(leaf.name)
     if by in ("tensor", "filter"):
         return leaf.name
+    if by not in ("layer", "module"):
+        raise ValueError(f"`by` must be 'tensor', 'layer', 'module', 'filter' or a callable, got {by!r}.")
+    if by == "layer" and (block := _BLOCK.match(leaf.name)):
+        return block[1]
+    if leaf.owner == "Embedding":
+        return "embedding"
     if by == "layer":
-        return _layer(leaf)
-    if by == "module":
-        return "embedding" if leaf.owner == "Embedding" else _kind(leaf)
-    raise ValueError(f"`by` must be 'tensor', 'layer', 'module', 'filter' or a callable, got {by!r}.")
-
-
-def _layer(leaf: Leaf) -> str:
-    if found := _BLOCK.match(leaf.name):
-        return found[1]
-    return "embedding" if leaf.owner == "Embedding" else leaf.name.rpartition(".")[0] or leaf.name
-
-
-def _kind(leaf: Leaf) -> str:
+        return leaf.name.rpartition(".")[0] or leaf.name
     text = f"{leaf.name} {leaf.owner}".lower()
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, text)), "other")

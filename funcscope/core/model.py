@@ -44,8 +44,9 @@ class Functional:
     buffers: Params
     layout: Layout
     attention: str
+    frozen: Params
+    """The parameters outside theta."""
     _skeleton: nn.Module
-    _frozen: Params
     _output: Callable[[Any], Tensor]
 
     def __repr__(self) -> str:
@@ -57,11 +58,6 @@ class Functional:
     def theta(self) -> Float[Tensor, " p"]:
         """The trainable parameters as one new flat vector of shape (P,), in float32 at least."""
         return self.layout.ravel(self.params, torch.promote_types(self.layout.dtype, torch.float32))
-
-    @property
-    def frozen(self) -> Params:
-        """The parameters outside theta."""
-        return self._frozen
 
     @cached_property
     def _running(self) -> nn.Module:
@@ -123,7 +119,7 @@ class Functional:
     def head_values(self, params: Params) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) or None of the last linear layer."""
         head = self._check_head()
-        values = {**params, **self._frozen}
+        values = {**params, **self.frozen}
 
         def value(name: str) -> Tensor:
             return values[name].to(self._dtypes[name])
@@ -139,7 +135,7 @@ class Functional:
 
     def _values(self, params: Params) -> Params:
         check_params(params, self.layout.shapes, "params")
-        return {name: value.to(self._dtypes[name]) for name, value in {**params, **self._frozen}.items()}
+        return {name: value.to(self._dtypes[name]) for name, value in {**params, **self.frozen}.items()}
 
     def _call(self, module: nn.Module, prefix: str, values: Params, inputs: Inputs) -> Any:
         args, kwargs = arguments(self.prepare(inputs))
@@ -166,12 +162,10 @@ class Functional:
         Raises ValueError where a parameter belongs to a scripted module, which takes no other value in its place.
         """
         args, kwargs = arguments(self.prepare(inputs))
-        with self._named(inputs), kernel(self.attention), self._substitute(leaf):
-            return self._output(self._running(*args, **kwargs))
-
-    def _substitute(self, leaf: LeafFn) -> Substitute:
         fused = self.attention == "keep"
-        return Substitute(self._running, self.params, self._frozen, self._dtypes, leaf, fused=fused)
+        substitute = Substitute(self._running, self.params, self.frozen, self._dtypes, leaf, fused=fused)
+        with self._named(inputs), kernel(self.attention), substitute:
+            return self._output(self._running(*args, **kwargs))
 
     def in_dtype(self, dtype: torch.dtype) -> Functional:
         """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
@@ -205,7 +199,7 @@ class Functional:
             self,
             params={leaf.name: params[leaf.name] for leaf in leaves},
             layout=Layout(tuple(leaves)),
-            _frozen={**self._frozen, **{name: value for name, value in params.items() if name not in names}},
+            frozen={**self.frozen, **{name: value for name, value in params.items() if name not in names}},
         )
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -266,8 +260,8 @@ def functional(
         buffers=dict(skeleton.named_buffers()),
         layout=layout,
         attention=attention,
+        frozen={name: value for name, value in values.items() if not keep(name)},
         _skeleton=skeleton,
-        _frozen={name: value for name, value in values.items() if not keep(name)},
         _output=logits_of if output == "logits" else output,  # type: ignore[arg-type]
     )
 

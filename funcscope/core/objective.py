@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .batches import Prepared, prepared, tensors, with_finite_targets
-from .checks import check_device
+from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
@@ -109,9 +110,38 @@ class Loss:
         """The dict of parameters that `theta` stands for; a dict is passed through."""
         return theta if isinstance(theta, Mapping) else self.layout.unravel(theta)
 
+    def vector(self, theta: Theta, name: str = "theta") -> Float[Tensor, " p"]:
+        """theta as one vector of shape (P,), in float32 at least: a constant to whoever differentiates later.
+
+        Raises TypeError or ValueError for what is no point of this loss, by `name`, and where the loss is no function of
+        theta; `Loss.vector(loss, theta)` where `loss` may be anything.
+        """
+        _check_shapes(self, theta, name)
+        dtype = torch.promote_types(theta.dtype if isinstance(theta, Tensor) else self.layout.dtype, torch.float32)
+        return (theta.to(dtype) if isinstance(theta, Tensor) else self.layout.ravel(theta, dtype)).detach()
+
     def leaves(self, theta: Theta) -> Params:
-        """The same in theta's own dtype: to be moved before they are rounded to the dtype that they are used in."""
+        """The parameters in theta's own dtype: to be moved before they are rounded to the dtype that they are used in."""
         return theta if isinstance(theta, Mapping) else self.layout.unravel(theta, cast=False)
+
+    def wide_leaves(self, theta: Theta, name: str = "theta") -> Params:
+        """`leaves` as constants in float32 at least, in the order of the layout; raises as `vector` does."""
+        _check_shapes(self, theta, name)
+        leaves = self.leaves(theta)
+        each = {key: leaves[key].detach() for key in self.layout.names}
+        return {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in each.items()}
+
+    def baseline(self, theta: Theta) -> float:
+        """The loss at theta, from which others are subtracted. Raises ValueError where it is not finite."""
+        _check_shapes(self, theta)
+        with torch.no_grad():
+            value = float(self(theta))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+                "(an attention mask of zeros, an overflow in half precision)."
+            )
+        return value
 
     def with_buffers(self, buffers: Params) -> Loss:
         """The same loss of the net with these buffers; see `Functional.with_buffers`."""
@@ -165,7 +195,7 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
     return Loss(net, pairs, with_finite_targets(criterion, pairs))
 
 
-def check_point(loss: Any, theta: Any) -> None:
+def check_point(loss: Any, theta: Any, name: str = "theta") -> None:
     """The door of whatever takes a loss and theta: they are what they should be, and the loss is a function of theta."""
     if not isinstance(loss, Loss):
         raise TypeError(
@@ -174,12 +204,21 @@ def check_point(loss: Any, theta: Any) -> None:
         )
     if not isinstance(theta, (Tensor, Mapping)):
         raise TypeError(
-            f"`theta` must be a flat tensor or a dict of parameters, got a {type(theta).__name__}: `net.theta`, "
+            f"`{name}` must be a flat tensor or a dict of parameters, got a {type(theta).__name__}: `net.theta`, "
             "`net.params`, `dict(model.named_parameters())`, or `torch.as_tensor` of an array."
         )
     if isinstance(theta, Tensor):
-        check_device("theta", theta.device, "the model", loss.net.device)
+        check_device(name, theta.device, "the model", loss.net.device)
     loss.check_function()
+
+
+def _check_shapes(loss: Any, theta: Any, name: str = "theta") -> None:
+    """`check_point`, and theta has the length, or the names and shapes, of the layout."""
+    check_point(loss, theta, name)
+    if isinstance(theta, Tensor):
+        check_flat(name, theta, loss.layout.num)
+    else:
+        check_params(theta, loss.layout.shapes, name)
 
 
 def per_sequence(x: Tensor) -> Tensor:

@@ -101,18 +101,9 @@ def _embedding_bag(
 ):  # fmt: skip
     if max_norm is not None:
         return F.embedding_bag(
-            input,
-            weight,
-            offsets,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            mode,
-            sparse,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-        )
+            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
     if input.ndim == 1:
         ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_tensor([len(input)])])
         bag = torch.searchsorted(ends, torch.arange(len(input), device=input.device), right=True)

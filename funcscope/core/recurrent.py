@@ -43,12 +43,8 @@ def _gru_step(x: Tensor, h: Tensor, state: State) -> State:
     return (n + (xz + hz).sigmoid() * (state[0] - n),)
 
 
-def _tanh_step(x: Tensor, h: Tensor, _: State) -> State:
-    return ((x + h).tanh(),)
-
-
-def _relu_step(x: Tensor, h: Tensor, _: State) -> State:
-    return ((x + h).relu(),)
+def _plain_step(activation: Callable[[Tensor], Tensor]) -> Step:
+    return lambda x, h, _: (activation(x + h),)
 
 
 def _layers(fused: Callable, step: Step) -> Callable:
@@ -64,9 +60,8 @@ def _layers(fused: Callable, step: Step) -> Callable:
         x = data.transpose(0, 1) if first else data
         steps = list(x) if sizes is None else list(x.split(sizes.tolist()))
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
-        steps, ends = _run(
-            step, steps, states, _grouped(params, has_biases, num_layers * (1 + bidirectional)), bidirectional
-        )
+        weights = _grouped(params, has_biases, num_layers * (1 + bidirectional))
+        steps, ends = _run(step, steps, states, weights, bidirectional)
         out = torch.cat(steps) if sizes is not None else torch.stack(steps, 1 if first else 0)
         return (out, *(torch.stack(end) for end in zip(*ends, strict=True)))
 
@@ -139,7 +134,8 @@ def _plain(*tensors: Tensor) -> bool:
 
 
 def _table() -> Iterator[tuple[Callable, tuple[Any, ...]]]:
-    steps = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_relu": _relu_step}
+    plain = {"rnn_tanh": _plain_step(torch.tanh), "rnn_relu": _plain_step(torch.relu)}
+    steps: dict[str, Step] = {"lstm": _lstm_step, "gru": _gru_step, **plain}
     for name, step in steps.items():
         fused, cell = getattr(torch, name), getattr(torch, f"{name}_cell")
         packet = getattr(aten, name)

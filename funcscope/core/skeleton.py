@@ -89,14 +89,18 @@ def _check_closures(model: nn.Module) -> None:
     own = {id(module) for module in model.modules()} | {id(param) for param in model.parameters()}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            function = getattr(value, "__func__", value)
-            cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
-            held = [cell.cell_contents for cell in cells]
-            if any(id(x) in own or id(getattr(x, "__self__", None)) in own for x in held):
+            if any(id(x) in own or id(getattr(x, "__self__", None)) in own for x in closed_over(value)):
                 raise ValueError(
                     f"`{name}.{attribute}` is a function that holds a part of the model in its closure, so that a copy of "
                     "the model would go on using the original. Make it a method of the module's class."
                 )
+
+
+def closed_over(function: Any) -> list[Any]:
+    """What a function or method, a hook for instance, holds in its closure."""
+    function = getattr(function, "__func__", function)
+    cells = function.__closure__ or () if isinstance(function, FunctionType) else ()
+    return [cell.cell_contents for cell in cells]
 
 
 class TrueDerivatives(TorchFunctionMode):

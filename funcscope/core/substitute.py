@@ -53,16 +53,16 @@ class Substitute(TorchFunctionMode):
         self.tied = {name for name, count in _uses(skeleton).items() if count > 1}
         self.params, self.base, self.dtypes, self.leaf = params, {**params, **frozen}, dtypes, leaf
         self.replaced = replaced if not fused else lambda func: func
-        self.kept: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
-        if name in self.kept:
-            return self.kept[name]
+        if name in self.made:
+            return self.made[name]
         if name not in self.params:
             return self.base[name].to(self.dtypes[name])
         made = self.leaf(name, self.base[name]).to(self.dtypes[name])
         if name in self.tied:
-            self.kept[name] = made
+            self.made[name] = made
         return made
 
     def dtype_of(self, x: Any) -> torch.dtype | None:

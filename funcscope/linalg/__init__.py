@@ -5,7 +5,8 @@ from .cg import Solution, conjugate_gradient
 from .diagonal import DiagonalEstimate, hutchinson_diagonal, xdiag
 from .eigen import Eigenpairs, eigenpairs
 from .matvec import Matvec, NonFinite, asymmetry
-from .quadrature import SpectralDensity, spectral_density
+from .quadrature import spectral_density
+from .quadrature_result import SpectralDensity
 from .ranks import Ranks, matrix_ranks
 from .summary import SpectrumSummary, spectrum_summary
 from .trace import BlockTraces, TraceEstimate, block_traces, hutchinson_trace, hutchpp_trace, xtrace

@@ -16,20 +16,11 @@ from jaxtyping import Bool, Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from ..core.checks import check_count, check_instance
-from .matvec import Matvec, Products
+from ..core.checks import check_count
+from .matvec import Matvec, Products, check_like
 
 Slices = Sequence[slice]
 """Disjoint contiguous runs of coordinates of a flat vector."""
-
-
-def check_like(like: Tensor) -> None:
-    """`like` is a flat vector of float32 or float64, with at least one entry."""
-    check_instance("like", like, Tensor, "`net.theta`, or `net.layout.ravel(params)`")
-    if like.ndim != 1 or len(like) == 0:
-        raise ValueError(f"`like` must be a flat vector with at least one entry, got shape {tuple(like.shape)}.")
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: keep a wide vector, cast in the matvec.")
 
 
 def check_slices(name: str, slices: Slices, num: int) -> None:
@@ -193,14 +184,13 @@ def dense(
             f"{len(like) ** 2:.2g}. Use products with it, or raise `limit`."
         )
     eye = torch.eye(len(like)).to(like)
-    if chunk is None:
-        products = Products(matvec)
-        return torch.stack([products(e).clone() for e in eye], dim=1)  # a matvec may write to one buffer again
-    check_count("chunk", chunk)
-    with torch.no_grad():
-        columns = torch.func.vmap(matvec, chunk_size=chunk)(eye)
-    products = Products(lambda e: columns[int(e.argmax())])  # the same refusals, column by column
-    return torch.stack([products(e) for e in eye], dim=1)
+    products = Products(matvec)
+    if chunk is not None:
+        check_count("chunk", chunk)
+        with torch.no_grad():
+            columns = torch.func.vmap(matvec, chunk_size=chunk)(eye)
+        products = Products(lambda e: columns[int(e.argmax())])  # the same refusals, column by column
+    return torch.stack([products(e).clone() for e in eye], dim=1)  # a matvec may write to one buffer again
 
 
 def to_scipy(matvec: Matvec, like: Float[Tensor, " p"]) -> LinearOperator:

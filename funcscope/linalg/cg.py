@@ -11,16 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_count, check_flat, check_positive
-from ..core.directions import dot
 from ..core.result import Result, internal, quantity
-from .algebra import check_like
-from .matvec import Matvec, Products
+from ..core.vectors import dot, norm
+from .matvec import Matvec, Products, check_like
 
 Status = Literal["converged", "max_steps", "negative_curvature", "stagnated"]
+_Inverse = Callable[[Tensor], tuple[Tensor, float]]
 
 
 class Solution(Result):
-    """What conjugate gradients found, and how they ended."""
+    """Where conjugate gradients have come to, and how they ended."""
 
     x: Float[Tensor, " p"] = internal()
     residual: float = quantity("relative residual")
@@ -61,7 +61,7 @@ def conjugate_gradient(
     the dtype's rounding, about epsilon times $\kappa$, is above tol. `max_steps`: x is the last iterate.
     `negative_curvature`: a direction with $p^\top(A + \lambda I)p \le 0$ was met: the matrix is not positive definite,
     and x is the iterate before it. Nothing is damped in silence. For a singular A that curvature is 0 up to rounding,
-    whatever its sign: look at `curvature`, in the units of A. Indefinite matrices may also end without being found out.
+    whatever its sign: look at `curvature`, in the units of A. Indefinite matrices may also end unnoticed.
     A product per step, one for the true residual, and one for x0.
 
     Raises ValueError for a negative damping and for a preconditioner with $r^\top M r \le 0$, NonFinite for products
@@ -74,18 +74,8 @@ def conjugate_gradient(
     """
     check_like(b)
     check_positive("tol", tol)
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(
-            f"`damping` must be a finite number of at least 0, got {damping!r}; `shifted` moves both ways."
-        )
     check_count("max_steps", steps := min(10 * len(b), 1000) if max_steps is None else max_steps)
-    start = torch.zeros_like(b) if x0 is None else x0
-    check_flat("x0", start, len(b))
-    for name, vector in (("b", b), ("x0", start)):
-        if not bool(torch.isfinite(vector).all()):
-            raise ValueError(
-                f"`{name}` must be finite: it has {int((~torch.isfinite(vector)).sum())} entries that are not."
-            )
+    start = _start(b, x0, damping)
     products = Products(matvec)
 
     def damped(v: Tensor) -> Tensor:
@@ -96,24 +86,8 @@ def conjugate_gradient(
         return Solution(torch.zeros_like(b), 0.0, 0, "converged")
     b, x = b / size, start.to(b) / size  # float32 squares of a gradient of 1e-23 are 0
     r = b.clone() if x0 is None else b - damped(x)
-    wanted = dot(b, b) ** 0.5
-    left, run = dot(r, r) ** 0.5, _Run(0)
-    status: Status = "converged"
-    while left > tol * wanted:
-        before = left
-        run = _run(damped, preconditioner, x, r, tol * wanted, steps)
-        steps -= run.steps
-        r = b - damped(x)
-        left = dot(r, r) ** 0.5
-        if left <= tol * wanted:
-            break
-        if run.direction is not None:
-            status = "negative_curvature"
-            break
-        if steps == 0 or left > before / 2:
-            status = "max_steps" if steps == 0 else "stagnated"
-            break
-    return Solution(x * size, left / wanted, products.num, status, run.direction, run.curvature)
+    status, residual, run = _solve(damped, _preconditioned(preconditioner), b, x, r, tol, steps)
+    return Solution(x * size, residual, products.num, status, run.direction, run.curvature)
 
 
 class _Run(NamedTuple):
@@ -122,10 +96,44 @@ class _Run(NamedTuple):
     curvature: float | None = None
 
 
-def _run(matvec: Matvec, preconditioner: Matvec | None, x: Tensor, r: Tensor, enough: float, steps: int) -> _Run:
+def _start(b: Tensor, x0: Tensor | None, damping: float) -> Tensor:
+    """The first iterate; the vectors are finite, of one length, and the damping takes no curvature away."""
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ValueError(
+            f"`damping` must be a finite number of at least 0, got {damping!r}; `shifted` moves both ways."
+        )
+    start = torch.zeros_like(b) if x0 is None else x0
+    check_flat("x0", start, len(b))
+    for name, vector in (("b", b), ("x0", start)):
+        if bad := int((~torch.isfinite(vector)).sum()):
+            raise ValueError(f"`{name}` must be finite: it has {bad} entries that are not.")
+    return start
+
+
+def _solve(
+    matvec: Matvec, inverse: _Inverse, b: Tensor, x: Tensor, r: Tensor, tol: float, steps: int
+) -> tuple[Status, float, _Run]:
+    """Runs from the true residual until that is small, or as long as each halves it; x is overwritten."""
+    size, rest, run = norm(b), norm(r), _Run(0)
+    while rest > tol * size:
+        before, run = rest, _run(matvec, inverse, x, r, tol * size, steps)
+        steps -= run.steps
+        r = b - matvec(x)
+        rest = norm(r)
+        if rest > tol * size and (run.direction is not None or steps == 0 or rest > before / 2):
+            return _reason(run, steps), rest / size, run
+    return "converged", rest / size, run
+
+
+def _reason(run: _Run, steps: int) -> Status:
+    if run.direction is not None:
+        return "negative_curvature"
+    return "max_steps" if steps == 0 else "stagnated"
+
+
+def _run(matvec: Matvec, inverse: _Inverse, x: Tensor, r: Tensor, enough: float, steps: int) -> _Run:
     """Steps from x with its residual r, both overwritten, until the recursive residual is small enough."""
-    solve = _checked(preconditioner)
-    z, rz = solve(r)
+    z, rz = inverse(r)
     p = z.clone()
     for step in range(steps):
         ap = matvec(p)
@@ -134,23 +142,23 @@ def _run(matvec: Matvec, preconditioner: Matvec | None, x: Tensor, r: Tensor, en
             return _Run(step + 1, p, curvature / dot(p, p))
         x.add_(p, alpha=rz / curvature)
         r.sub_(ap, alpha=rz / curvature)
-        if dot(r, r) ** 0.5 <= enough:
+        if norm(r) <= enough:
             return _Run(step + 1)
         before = rz
-        z, rz = solve(r)
+        z, rz = inverse(r)
         p.mul_(rz / before).add_(z)
     return _Run(steps)
 
 
-def _checked(preconditioner: Matvec | None) -> Callable[[Tensor], tuple[Tensor, float]]:
+def _preconditioned(preconditioner: Matvec | None) -> _Inverse:
     """r -> (M r, r'M r)."""
     apply = Products(preconditioner) if preconditioner is not None else lambda r: r
 
-    def solve(r: Tensor) -> tuple[Tensor, float]:
+    def inverse(r: Tensor) -> tuple[Tensor, float]:
         z = apply(r)
         rz = dot(r, z)
         if rz <= 0:
             raise ValueError(f"`preconditioner` must be positive definite, but r'Mr = {rz:.3g} for a residual r.")
         return z, rz
 
-    return solve
+    return inverse

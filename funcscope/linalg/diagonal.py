@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count
-from ..core.directions import dot
-from ..core.keys import BLOCK, Key, check_key, draw, fold_in, rademacher
+from ..core.checks import check_choice, check_count
+from ..core.keys import BLOCK, Distribution, Key, check_key, draw, fold_in, rademacher
 from ..core.result import Result, derived, internal, quantity
-from .algebra import check_like
-from .matvec import Matvec, Products
+from ..core.vectors import dot, norm
+from .matvec import Matvec, Products, check_like
 
 
 class DiagonalEstimate(Result):
@@ -51,8 +51,8 @@ def hutchinson_diagonal(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, 
     proofs/hutchinson.py.
 
     >>> from funcscope.core.keys import key
-    >>> found = hutchinson_diagonal(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4)
-    >>> found.mean, found.rms_stderr
+    >>> estimate = hutchinson_diagonal(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4)
+    >>> estimate.mean, estimate.rms_stderr
     (2.0, 0.0)
     """
     check_sampled(like, key, num, 1)
@@ -94,19 +94,19 @@ def xdiag(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> D
     if num >= len(like):
         return DiagonalEstimate(unit_products(products, like), torch.zeros_like(like), products.num)
     k = num // 2
-    found = sketch(products, lambda i: rademacher(fold_in(key, i), like), like, k)
-    images = torch.empty_like(found.basis)
-    for j, q in enumerate(found.basis):
+    space = sketch(products, lambda i: rademacher(fold_in(key, i), like), like, k)
+    images = torch.empty_like(space.basis)
+    for j, q in enumerate(space.basis):
         images[j] = products(q)
-    out = found.left_out
-    length = (out * found.coefs).sum(0).to(like)
+    out = space.left_out
+    length = (out * space.coefs).sum(0).to(like)
     value, scatter = torch.empty_like(like), torch.empty_like(like)
     for start in range(0, len(like), BLOCK):  # of a k by P matrix of leave-one-out estimates only a slab is in memory
         span = slice(start, min(start + BLOCK, len(like)))
         omega = torch.stack([draw(fold_in(key, i), len(like), "rademacher", span.start, span.stop) for i in range(k)])
-        gone, image = (out.T.to(like) @ rows[:, span] for rows in (found.basis, images))
+        gone, image = (out.T.to(like) @ rows[:, span] for rows in (space.basis, images))
         changes = gone * (omega.to(like) * length[:, None] - image)
-        value[span] = (found.basis[:, span] * images[:, span]).sum(0) + changes.mean(0)
+        value[span] = (space.basis[:, span] * images[:, span]).sum(0) + changes.mean(0)
         scatter[span] = (changes - changes.mean(0)).square().sum(0)
     return DiagonalEstimate(value, _stderr(scatter, k), products.num)
 
@@ -154,12 +154,12 @@ def sketch(products: Products, draw: Callable[[int], Tensor], like: Float[Tensor
     for i in range(num):
         omega = draw(i)
         y = products(omega).clone()  # it is written to, and may be the matvec's own
-        forms[i], left = dot(omega, y), dot(y, y) ** 0.5
-        floor = max(floor, num * torch.finfo(like.dtype).eps * left)
-        left = _orthogonalise(y, basis[:rank], coefs[:rank, i], left, floor)
-        if left > floor:
-            coefs[rank, i] = left
-            torch.div(y, left, out=basis[rank])
+        forms[i], size = dot(omega, y), norm(y)
+        floor = max(floor, num * torch.finfo(like.dtype).eps * size)
+        size = _orthogonalise(y, basis[:rank], coefs[:rank, i], size, floor)
+        if size > floor:
+            coefs[rank, i] = size
+            torch.div(y, size, out=basis[rank])
             rank += 1
     return Sketch(basis[:rank], coefs[:rank], forms, floor)
 
@@ -179,11 +179,12 @@ def narrow(x: Tensor) -> Tensor:
     return x.cpu().double()
 
 
-def check_sampled(like: Tensor, key: Key, num: int, least: int) -> None:
+def check_sampled(like: Tensor, key: Key, num: int, least: int, distribution: str = "rademacher") -> None:
     """The arguments that every estimator takes."""
     check_like(like)
     check_key(key)
     check_count("num", num, least)
+    check_choice("distribution", distribution, get_args(Distribution))
 
 
 def _orthogonalise(y: Tensor, basis: Tensor, coefs: Tensor, size: float, floor: float) -> float:
@@ -192,7 +193,7 @@ def _orthogonalise(y: Tensor, basis: Tensor, coefs: Tensor, size: float, floor: 
         before, part = size, basis @ y
         y.sub_(part @ basis)
         coefs += narrow(part)
-        size = dot(y, y) ** 0.5
+        size = norm(y)
         if size > before / 2:  # at most one digit lost: what is left of the basis in y is rounding
             break
     return size

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Key, check_key, fold_in
 from ..core.result import Result, derived, internal, quantity
-from .krylov import Krylov, check_vector
-from .matvec import Matvec, Products, check_symmetric
+from .krylov import Krylov
+from .matvec import Matvec, Products, check_like, check_symmetric
 from .search import Search, Which
 
 BASIS = 100
@@ -56,8 +56,8 @@ class Eigenpairs(Result):
     def states(self) -> list[str]:
         """For each value: converged, not converged, or not resolved (from 0)."""
         return [
-            "converged" if done else "not converged" if told else "not resolved"
-            for done, told in zip(self.converged.tolist(), self.resolved.tolist(), strict=True)
+            "converged" if done else "not converged" if known else "not resolved"
+            for done, known in zip(self.converged.tolist(), self.resolved.tolist(), strict=True)
         ]
 
     @property
@@ -115,23 +115,23 @@ def eigenpairs(
 
     >>> import torch
     >>> from funcscope.core.keys import key
-    >>> found = eigenpairs(lambda v: torch.arange(-9.0, 6.0) * v, torch.zeros(15), key=key(0), num=2)
-    >>> [round(value, 2) for value in found.values.tolist()]     # of -9, -8, ..., 5
+    >>> pairs = eigenpairs(lambda v: torch.arange(-9.0, 6.0) * v, torch.zeros(15), key=key(0), num=2)
+    >>> [round(value, 2) for value in pairs.values.tolist()]     # of -9, -8, ..., 5
     [-8.0, -9.0]
     """
     check_key(key)
-    check_vector(like)
-    wanted = _check_request(len(like), num, which, tol, block, max_matvecs)
-    limit = _basis_limit(max_basis, wanted, block, len(like))
+    check_like(like)
+    total = _check_request(len(like), num, which, tol, block, max_matvecs)
+    limit = _basis_limit(max_basis, total, block, len(like))
     products = Products(matvec)
     if check:
         check_symmetric(products, like, key=fold_in(key, "check"))
-    budget = products.num + (100 + 20 * wanted if max_matvecs is None else max_matvecs)
+    budget = products.num + (100 + 20 * total if max_matvecs is None else max_matvecs)
     space = Krylov(products, like, key=fold_in(key, "start"), block=block)
-    search = Search(space, wanted, which, tol, block, limit=limit, patient=max_matvecs is not None)
+    search = Search(space, total, which, tol, block, limit=limit, patient=max_matvecs is not None)
     while not search.over(budget):
         search.step()
-    look = search.look(wanted)
+    look = search.look(total)
     converged = search.converged(look)
     if products.error:  # the residuals are those of the matrix that the products belong to
         look = look._replace(residuals=look.residuals + products.error)
@@ -150,27 +150,27 @@ def eigenpairs(
 
 
 def _check_request(num_rows: int, num: int, which: str, tol: float, block: int, max_matvecs: int | None) -> int:
-    """How many values are wanted in all."""
+    """How many values are asked for in all."""
     check_choice("which", which, get_args(Which))
     check_count("num", num)
     check_count("block", block)
     check_positive("tol", tol)
-    wanted = 2 * num if which == "both" else num
-    if wanted > num_rows:
+    total = 2 * num if which == "both" else num
+    if total > num_rows:
         ends = " at each of both ends" if which == "both" else ""
         raise ValueError(
-            f"`num` = {num}{ends} asks for {wanted} eigenvalues of a matrix that has {num_rows}: ask for fewer."
+            f"`num` = {num}{ends} asks for {total} eigenvalues of a matrix that has {num_rows}: ask for fewer."
         )
     if block > num_rows:
         raise ValueError(f"`block` must be at most P = {num_rows}, got {block}.")
     if max_matvecs is not None:
-        check_count("max_matvecs", max_matvecs, min(num_rows, -(-wanted // block) * block))
-    return wanted
+        check_count("max_matvecs", max_matvecs, min(num_rows, -(-total // block) * block))
+    return total
 
 
-def _basis_limit(max_basis: int | None, wanted: int, block: int, num_rows: int) -> int:
-    least = min(num_rows, wanted + 2 * block)
+def _basis_limit(max_basis: int | None, total: int, block: int, num_rows: int) -> int:
+    least = min(num_rows, total + 2 * block)
     if max_basis is None:
-        return max(least, BASIS, 2 * (wanted + block))
+        return max(least, BASIS, 2 * (total + block))
     check_count("max_basis", max_basis, least)
     return max_basis

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_flat
-from ..core.directions import dot
 from ..core.keys import Key, fold_in, normal
+from ..core.vectors import norm
 from .matvec import Products
 
 SLAB = 2**16
@@ -24,15 +23,6 @@ PANEL = 16
 """Rows that are allocated at a time, 4 where a row is longer than 64 million: growth copies nothing."""
 NOTICEABLE = 0.7
 """A pass that leaves less than this share of a vector is followed by another one."""
-
-
-def check_vector(like: Float[Tensor, " p"]) -> None:
-    """`like` is a flat vector of float32 or float64, the dtypes in which a basis stays orthogonal, of one entry at least."""
-    check_flat("like", like, like.numel() if isinstance(like, Tensor) else 0)
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: pass a float32 one, cast in the matvec.")
-    if len(like) == 0:
-        raise ValueError("`like` must have at least one entry, got none.")
 
 
 class Basis:
@@ -65,19 +55,19 @@ class Basis:
     def remove(self, W: Float[Tensor, "b p"], first: int, last: int) -> tuple[Tensor, list[float]]:
         """W - (W Q') Q in place, for rows `first` to `last` of Q; returns Q W' in float64 and the norms that are left."""
         parts = list(self._between(first, last))
-        found = []
+        shares = []
         for rows in parts:  # classical: every projection is of the same W
             sums = [rows[:, at] @ W[:, at].T for at in self._slabs(self._slab)]
-            found.append(torch.stack(sums).cpu().double().sum(0))
-        for rows, share in zip(parts, found, strict=True):
+            shares.append(torch.stack(sums).cpu().double().sum(0))
+        for rows, share in zip(parts, shares, strict=True):
             weights = share.T.to(W).contiguous()
             for at in self._slabs(self._slab):
                 W[:, at].addmm_(weights, rows[:, at], alpha=-1)
-        return torch.cat(found), self.norms(W)
+        return torch.cat(shares), self.norms(W)
 
     def norms(self, W: Float[Tensor, "b p"]) -> list[float]:
         """The norm of every row, summed in float64."""
-        return [math.sqrt(dot(w, w)) for w in W]
+        return [norm(w) for w in W]
 
     def combined(self, M: Float[Tensor, "k m"]) -> Float[Tensor, "m p"]:
         """M' Q of the first k rows, new in memory."""
@@ -153,7 +143,7 @@ class Krylov:
         return 4 * torch.finfo(self.basis.like.dtype).eps * self.scale
 
     @property
-    def left(self) -> float:
+    def residual(self) -> float:
         """Norm of R: a bound on all residuals; 0 where the space is invariant."""
         return float(torch.linalg.matrix_norm(self.R)) if self.R.numel() else 0.0
 
@@ -170,11 +160,11 @@ class Krylov:
         H = torch.zeros(last, size - first, dtype=torch.float64)
         near = max(0, first - self._before)
         if near:  # in exact arithmetic all there is to remove: a cheap pass, after which one full pass is enough
-            found, sizes = self.basis.remove(W, near, last)
-            H[near:] += found
-        found, left = self.basis.remove(W, 0, last)
-        H += found
-        new = self._append(W, sizes, left, H)
+            shares, sizes = self.basis.remove(W, near, last)
+            H[near:] += shares
+        shares, rests = self.basis.remove(W, 0, last)
+        H += shares
+        new = self._append(W, sizes, rests, H)
         T, R = (
             torch.zeros(size, size, dtype=torch.float64),
             torch.zeros(self.basis.num - size, size, dtype=torch.float64),
@@ -212,25 +202,25 @@ class Krylov:
 
     def restart(self, values: Float[Tensor, " m"], S: Float[Tensor, "k m"]) -> None:
         """Keep these Ritz pairs and the rows whose products are not known yet; give up the rest of the space."""
-        kept, new = len(values), self.basis.num - self.size
+        num, new = len(values), self.basis.num - self.size
         self.basis.rotate(torch.block_diag(S, torch.eye(new, dtype=torch.float64)))
         self.T, self.R = torch.diag(values), self.R @ S
-        self.size = self._before = kept  # the new rows couple to every kept one
+        self.size = self._before = num  # the new rows couple to every pair
 
-    def _append(self, W: Tensor, sizes: list[float], left: list[float], H: Tensor) -> Tensor:
+    def _append(self, W: Tensor, sizes: list[float], rests: list[float], H: Tensor) -> Tensor:
         """Append what is left of W, orthonormalised; returns R and adds to H what further passes removed."""
         last, width = H.shape
         R = torch.zeros(width, width, dtype=torch.float64)
         for i in range(width):
-            w, size, rest, new = W[i : i + 1], sizes[i], left[i], self.basis.num - last
+            w, size, rest, new = W[i : i + 1], sizes[i], rests[i], self.basis.num - last
             if new:
-                found, (rest,) = self.basis.remove(w, last, last + new)
-                R[:new, i] += found[:, 0]
+                shares, (rest,) = self.basis.remove(w, last, last + new)
+                R[:new, i] += shares[:, 0]
             while self.rounding < rest < NOTICEABLE * size:
                 size = rest
-                found, (rest,) = self.basis.remove(w, 0, last + new)
-                H[:, i] += found[:last, 0]
-                R[:new, i] += found[last:, 0]
+                shares, (rest,) = self.basis.remove(w, 0, last + new)
+                H[:, i] += shares[:last, 0]
+                R[:new, i] += shares[last:, 0]
             if self.basis.num == self.num:
                 continue
             if rest > self.rounding:

@@ -8,11 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.directions import dot
+from ..core.checks import check_instance
 from ..core.keys import Key, fold_in, normal
+from ..core.vectors import dot
 
 Matvec = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
 """v -> A v, for vectors of one length, dtype and device."""
+
+
+def check_like(like: Tensor) -> None:
+    """`like` is a flat vector with at least one entry, of float32 or float64: in those a basis stays orthogonal."""
+    check_instance("like", like, Tensor, "`net.theta`, or `net.layout.ravel(params)`")
+    if like.ndim != 1 or len(like) == 0:
+        raise ValueError(f"`like` must be a flat vector with at least one entry, got shape {tuple(like.shape)}.")
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: keep a wide vector, cast in the matvec.")
 
 
 class NonFinite(ArithmeticError):
@@ -86,9 +96,9 @@ def asymmetry(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key) -> float:
 
 def check_symmetric(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key) -> None:
     """Raises ValueError where `asymmetry` is above what rounding explains: the square root of the dtype's epsilon."""
-    found, allowed = asymmetry(matvec, like, key=key), torch.finfo(like.dtype).eps ** 0.5
-    if found > allowed:
+    measured, allowed = asymmetry(matvec, like, key=key), torch.finfo(like.dtype).eps ** 0.5
+    if measured > allowed:
         raise ValueError(
-            f"the matvec is not symmetric: <u, Av> and <v, Au> differ by {found:.2g} of their size (rounding explains "
+            f"the matvec is not symmetric: <u, Av> and <v, Au> differ by {measured:.2g} of their size (rounding explains "
             f"{allowed:.1g}). These algorithms need A = A'; (A + A') / 2 has the same quadratic form."
         )

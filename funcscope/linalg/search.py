@@ -51,8 +51,8 @@ class Search:
     and then gives a fresh random start to what the space leaves out, until that would have shown what was missed.
     """
 
-    def __init__(self, space: Krylov, wanted: int, which: Which, tol: float, block: int, *, limit: int, patient: bool):
-        self.space, self.wanted, self.which, self.tol, self.block = space, wanted, which, tol, block
+    def __init__(self, space: Krylov, num: int, which: Which, tol: float, block: int, *, limit: int, patient: bool):
+        self.space, self.num, self.which, self.tol, self.block = space, num, which, tol, block
         self.bound = 0.0
         """The largest |theta| seen."""
         self.limit, self.patient = limit, patient
@@ -62,7 +62,7 @@ class Search:
         self.probing = False
         self.beside = 0
         """Rows beside the fresh start whose products are still to be taken: what hides in them is seen then."""
-        self.next = wanted
+        self.next = num
         self.coarse: int | None = None
         self.steady: int | None = None
 
@@ -114,8 +114,8 @@ class Search:
 
     def near(self, look: Look) -> Tensor:
         """Which of the wanted residuals are at most `tol` times the largest wanted |theta| at their end, or rounding."""
-        near = torch.zeros(self.wanted, dtype=torch.bool)
-        for end in ends(self.wanted, self.which):
+        near = torch.zeros(self.num, dtype=torch.bool)
+        for end in ends(self.num, self.which):
             allowed = max(self.tol * float(look.values[end].abs().max()), self.space.rounding)
             near[end] = look.residuals[end] <= allowed
         return near
@@ -137,10 +137,10 @@ class Search:
         near = self.near(look)
         done = bool(near.all())
         self.steady = (self.steady or spent + 1 + spent // STEADY) if done else None
-        steady = self.steady is not None and (spent >= self.steady or not self.space.left)
+        steady = self.steady is not None and (spent >= self.steady or not self.space.residual)
         ripe = steady or spent >= limit / (1 + PROBING)
         if self.probe is None and ripe and bool(near.any()):
-            if 2 * self.space.size > self.limit + self.wanted:  # the fresh start needs room
+            if 2 * self.space.size > self.limit + self.num:  # the fresh start needs room
                 self._restart()
             self.probe, self.probing = Probe(look, near, self.space), True
             self.beside = self.space.basis.num - self.space.size - 1
@@ -150,21 +150,21 @@ class Search:
 
     def _limit(self, look: Look, spent: int, budget: int) -> int:
         """Products at which the search ends, found or not."""
-        if self.coarse is None and bool((look.residuals[: self.wanted] <= min(self.tol, LOOSE) * self.bound).all()):
+        if self.coarse is None and bool((look.residuals[: self.num] <= min(self.tol, LOOSE) * self.bound).all()):
             self.coarse = spent
         return budget if self.patient or self.coarse is None else min(budget, int(PATIENCE * self.coarse) + 3)
 
     def _turn(self, look: Look, far: Tensor) -> None:
         """The row that comes next is the one to which the residuals that are still large owe most."""
-        R, S = self.space.R, look.S[:, : self.wanted][:, far]
+        R, S = self.space.R, look.S[:, : self.num][:, far]
         if len(R) > 1 and S.shape[1]:
             self.space.advance(int((R @ S).abs().amax(1).argmax()))
 
     def _restart(self) -> None:
-        look, num = self.look(self.space.size), self.wanted + (self.limit - 2 * self.block - self.wanted) // 2
+        look, num = self.look(self.space.size), self.num + (self.limit - 2 * self.block - self.num) // 2
         first = list(range(num))
         if self.probe and self.probing:  # the ends of what the fresh start has seen are its memory
-            first = list(dict.fromkeys([*first[: self.wanted], *self.probe.extremes(look), *first]))[:num]
+            first = list(dict.fromkeys([*first[: self.num], *self.probe.extremes(look), *first]))[:num]
             self.probe.rotate(look.S[:, first])
         self.space.restart(look.values[first], look.S[:, first])
         self.next = 0

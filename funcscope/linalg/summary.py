@@ -13,7 +13,8 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.result import Result, derived, internal, quantity
 from .eigen import REMEDY, Eigenpairs, eigenpairs
 from .matvec import Matvec
-from .quadrature import SpectralDensity, spectral_density
+from .quadrature import spectral_density
+from .quadrature_result import SpectralDensity
 from .trace import TraceEstimate, xtrace
 
 
@@ -180,8 +181,8 @@ def spectrum_summary(
     >>> import torch
     >>> from funcscope.core.keys import key
     >>> A = torch.linspace(-1, 9, 41)
-    >>> found = spectrum_summary(lambda v: A * v, torch.zeros(41), key=key(0), num=2)
-    >>> [round(value, 3) for value in found.top_eigenvalues.tolist()], found.has_negative_eigenvalues
+    >>> summary = spectrum_summary(lambda v: A * v, torch.zeros(41), key=key(0), num=2)
+    >>> [round(value, 3) for value in summary.top_eigenvalues.tolist()], summary.has_negative_eigenvalues
     ([9.0, 8.75], True)
     """
     check_key(key)

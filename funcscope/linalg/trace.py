@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice
-from ..core.directions import dot
 from ..core.estimate import Estimate
-from ..core.keys import Distribution, Key, fold_in, normal, rademacher
+from ..core.keys import Distribution, Key, fold_in, normal, rademacher, random
 from ..core.result import Result, derived, internal, quantity
+from ..core.vectors import dot
 from .algebra import Slices, check_slices
 from .diagonal import check_sampled, narrow, sketch, unit_products
 from .matvec import Matvec, Products
 
 Method = Literal["hutchinson", "hutch++", "xtrace", "exact"]
-_DRAWS = {"normal": normal, "rademacher": rademacher}
 
 
 class TraceEstimate(Estimate):
@@ -44,7 +42,7 @@ class TraceEstimate(Estimate):
 
 
 class BlockTraces(Result):
-    """Traces of several blocks from the same probes, by name: `found["head"]` is an `Estimate`."""
+    """Traces of several blocks from the same probes, by name: `traces["head"]` is an `Estimate`."""
 
     samples: dict[str, Float[Tensor, " n"]] = internal()
     total: TraceEstimate = quantity("trace", name="trace")
@@ -80,8 +78,7 @@ def hutchinson_trace(
     >>> print(hutchinson_trace(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4))  # signs are exact on a diagonal
     10 ± 0 (n = 4)
     """
-    check_sampled(like, key, num, 1)
-    check_choice("distribution", distribution, get_args(Distribution))
+    check_sampled(like, key, num, 1, distribution)
     products = Products(matvec)
     return TraceEstimate.of_samples(_forms(products, like, key, num, distribution), num, "hutchinson")
 
@@ -147,13 +144,12 @@ def hutchpp_trace(
     >>> print(hutchpp_trace(lambda v: first * v, torch.zeros(7), key=key(0), num=6))
     3 ± 0 (n = 5)
     """
-    check_sampled(like, key, num, 3)
-    check_choice("distribution", distribution, get_args(Distribution))
+    check_sampled(like, key, num, 3, distribution)
     products = Products(matvec)
     if num >= len(like):
         return _exact(products, like)
-    third, draw = num // 3, _DRAWS[distribution]
-    basis = sketch(products, lambda i: draw(fold_in(fold_in(key, "sketch"), i), like), like, third).basis
+    third, seed = num // 3, fold_in(key, "sketch")
+    basis = sketch(products, lambda i: random(fold_in(seed, i), like, distribution), like, third).basis
 
     def rest(z: Tensor) -> Tensor:
         return z - (basis @ z) @ basis
@@ -188,8 +184,8 @@ def xtrace(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> 
     Epperly, Tropp and Webber (2024), doi:10.1137/23M1548323.
 
     >>> from funcscope.core.keys import key
-    >>> found = xtrace(lambda v: 2 * v, torch.zeros(9, dtype=torch.float64), key=key(0), num=6)
-    >>> round(float(found.value), 9), float(found.stderr) < 1e-12
+    >>> trace = xtrace(lambda v: 2 * v, torch.zeros(9, dtype=torch.float64), key=key(0), num=6)
+    >>> round(float(trace.value), 9), float(trace.stderr) < 1e-12
     (18.0, True)
     """
     check_sampled(like, key, num, 2)
@@ -197,18 +193,18 @@ def xtrace(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> 
     if num >= len(like):
         return _exact(products, like)
     k = num // 2
-    found = sketch(products, lambda i: normal(fold_in(key, i), like), like, k)
-    small = torch.stack([narrow(found.basis @ products(q)) for q in found.basis]) if found.rank else torch.zeros(0, 0)
+    space = sketch(products, lambda i: normal(fold_in(key, i), like), like, k)
+    small = torch.stack([narrow(space.basis @ products(q)) for q in space.basis]) if space.rank else torch.zeros(0, 0)
     small = ((small + small.T) / 2).double()
-    inside, squares = torch.zeros_like(found.coefs), torch.zeros(k, dtype=torch.float64)
+    inside, squares = torch.zeros_like(space.coefs), torch.zeros(k, dtype=torch.float64)
     for i in range(k):  # drawn again: kept, they would double the memory
         omega = normal(fold_in(key, i), like)
-        inside[:, i], squares[i] = narrow(found.basis @ omega), dot(omega, omega)
-    out = found.left_out
+        inside[:, i], squares[i] = narrow(space.basis @ omega), dot(omega, omega)
+    out = space.left_out
     x = inside - out * (out * inside).sum(0)
     head = small.trace() - (out * (small @ out)).sum(0)
-    form = found.forms - 2 * (x * found.coefs).sum(0) + (x * (small @ x)).sum(0)
-    free = len(like) - found.rank + out.any(0).double()
+    form = space.forms - 2 * (x * space.coefs).sum(0) + (x * (small @ x)).sum(0)
+    free = len(like) - space.rank + out.any(0).double()
     return TraceEstimate.of_samples(head + free * form / (squares - x.square().sum(0)), products.num, "xtrace")
 
 
@@ -221,7 +217,7 @@ def _forms(
     change: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> Float[Tensor, " n"]:
     """z'Az for `num` draws, each changed before use."""
-    probes = (change(_DRAWS[distribution](fold_in(key, i), like)) for i in range(num))
+    probes = (change(random(fold_in(key, i), like, distribution)) for i in range(num))
     return torch.tensor([dot(z, products(z)) for z in probes], dtype=torch.float64)
 
 
