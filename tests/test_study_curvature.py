@@ -16,7 +16,7 @@ import funcscope as fs
 from funcscope import cli
 from funcscope.core.store import load, save
 from funcscope.curvature import hessian, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
-from funcscope.curvature.sam import sam_sharpness
+from funcscope.curvature.ascent_sharpness import sam_sharpness
 from funcscope.linalg import to_scipy
 from funcscope.study import curvature, curvature_stages, opening
 from funcscope.study import numbers as plain

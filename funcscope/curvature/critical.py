@@ -13,7 +13,7 @@ from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from .critical_search import Bracket, bracket
-from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
+from .leafwise import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 

@@ -19,7 +19,7 @@ from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Matvec
 from .head import hessian_of, total_of
 from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
-from .sam_micro import micro_batches
+from .rows import micro_batches
 
 Matrix = Literal["hessian", "ggn"]
 UNITS = 128

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..core.keys import Key, fold_in
 from ..core.objective import Loss
-from ..curvature.asam import asam_sharpness
+from ..curvature.ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
 from ..curvature.data_error import eigenvalue_errors
 from ..curvature.ggn import ggn
 from ..curvature.hessian import hessian
-from ..curvature.sam import SamSharpness, sam_sharpness
-from ..curvature.sam_gradient import gradient_at, leaves_of, norm
+from ..curvature.leafwise import gradient_at, leaves_of, norm
 from ..curvature.summary import Matrix, hessian_block_traces, only
 from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.matvec import Matvec

@@ -14,8 +14,8 @@ from ..core.estimate import Estimate, jackknife_stderr
 from ..core.objective import Loss, Theta
 from ..core.pack import storable
 from ..core.result import Result, derived, internal
+from .ascent_sharpness import SamSharpness, sam_sharpness
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
-from .sam import SamSharpness, sam_sharpness
 
 Sharper = Literal["A", "B"] | None
 
