@@ -337,7 +337,7 @@ def test_bad_input_is_one_clear_line(words, said, model, data, tmp_path, capsys)
 
 
 def test_a_product_that_is_not_finite_is_a_line_too(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(curvature_stages._MATRICES, "hessian", lambda loss, theta, keep: lambda v: v * torch.nan)
+    monkeypatch.setitem(curvature_stages.MATRICES, "hessian", lambda loss, theta, keep: lambda v: v * torch.nan)
     assert command(model, "--data", data, "--out", tmp_path, "--quiet", *SMALL) == 2
     assert "product 1 has" in capsys.readouterr().err
 

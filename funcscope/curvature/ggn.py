@@ -39,10 +39,4 @@ def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None =
         check_count("head_chunk", head_chunk)
     loss, scale = normalised(loss, theta)
     batches = outputs_of(loss, head_chunk=head_chunk, kept_at=loss.params(theta) if keep else None)
-    return sandwich(
-        loss,
-        theta,
-        [(batch, batch.gauss_newton) for batch in batches],
-        scale,
-        keep,
-    )
+    return sandwich(loss, theta, [(batch, batch.gauss_newton) for batch in batches], scale, keep)

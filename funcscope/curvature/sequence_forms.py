@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, vjp, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.checks import check_choice, check_count
@@ -17,8 +17,8 @@ from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Matvec
-from .head import hessian_of, total_of
-from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
+from .outputs import loss_at, whole
+from .pullbacks import ONE_AT_A_TIME, flat, kept, kept_gradient, named_if_missing
 from .rows import micro_batches
 
 Matrix = Literal["hessian", "ggn"]
@@ -201,15 +201,12 @@ def _chunk(
     return table.detach().cpu().double()
 
 
-def _hessian(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    _, pull = vjp(grad(lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)), theta)
-    return lambda v: pull(v)[0]
-
-
 def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    out, pull = vjp(lambda t: loss.net.apply(loss.params(t), inputs), theta)
-    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(out))
-    return lambda v: pull(hessian_of(loss.criterion, out, targets, push(v)[0]))[0]
+    batch = whole(loss.net, loss.criterion, inputs, targets)
+    return kept(loss, theta, batch, batch.gauss_newton)
 
 
-_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {"hessian": _hessian, "ggn": _ggn}
+_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {
+    "hessian": lambda loss, theta, *batch: kept_gradient(loss_at(loss, *batch), theta),
+    "ggn": _ggn,
+}

@@ -9,12 +9,9 @@ from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal
-from .ggn import ggn
-from .hessian import hessian
 from .pullbacks import flat
 from .sequence_forms import NUMBERS, Matrix, SequenceForms, check_sum, sequence_forms
-
-_OPERATORS = {"hessian": hessian, "ggn": ggn}
+from .summary import MATRICES
 
 
 class TraceErrors(Result):
@@ -76,7 +73,7 @@ def trace_errors(
     if check:
         z = rademacher(fold_in(key, 0), theta)
         with torch.no_grad():
-            whole = (z @ _OPERATORS[matrix](loss, theta)(z)).cpu().double()[None]
+            whole = (z @ MATRICES[matrix](loss, theta)(z)).cpu().double()[None]
         scale = forms.terms[0].abs().sum() / forms.weights.sum()
         check_sum(forms.values[:1], whole, scale.new_zeros(1), torch.finfo(theta.dtype).eps, float(scale))
     return TraceErrors(forms, key)
