@@ -42,7 +42,7 @@ def hessian_summary(
 
     Yao, Gholami, Keutzer, Mahoney (2020), arXiv:1912.07145; Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159.
 
-    >>> import funcscope as fs
+    >>> import torch, funcscope as fs
     >>> data = [(torch.diag(torch.tensor([2.0, 4.0, 6.0, 8.0])), torch.zeros(4, 1))]
     >>> net = fs.functional(torch.nn.Linear(4, 1, bias=False))
     >>> loss = fs.objective(net, data, fs.custom(lambda out, y: (out - y) ** 2 / 2))
@@ -60,7 +60,7 @@ def hessian_summary(
 def block_slices(layout: Layout, by: By) -> dict[str, list[slice]]:
     """The coordinates of every block of whole leaves, as slices of theta; neighbours are joined.
 
-    >>> from funcscope.core.layout import Layout
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
     >>> block_slices(Layout.of(net), "layer")
     {'0': [slice(0, 9, None)], '2': [slice(9, 13, None)]}

@@ -24,6 +24,10 @@ class TraceErrors(Result):
     def trace(self) -> Crossed:
         return self.forms.mean
 
+    @property
+    def head(self) -> str:
+        return f"trace from {len(self.forms.terms)} probes and {len(self.forms.weights)} sequences"
+
     def minus(self, other: TraceErrors) -> Crossed:
         """The difference to another model's trace, in pairs of sequences, and of probes where the keys are the same.
 
@@ -55,11 +59,10 @@ def trace_errors(
 
     Hutchinson (1990), doi:10.1080/03610919008812866.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
-    >>> loss = objective.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
-    >>> print(trace_errors(loss, net.theta, key=keys.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
+    >>> print(trace_errors(loss, net.theta, key=fs.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
     4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
     """
     check_key(key)
