@@ -39,7 +39,6 @@ class SamSharpness(Result):
     """
 
     loss: float = quantity("loss", unit="nats")
-    r"""$L(\theta)$."""
     sums: Float[Tensor, " n"] = internal()
     r"""Per sequence, the weighted sum of its token losses at $\theta$."""
     differences: Float[Tensor, " n"] = internal()
@@ -68,7 +67,7 @@ class SamSharpness(Result):
 
     @derived("sharpness", unit="nats", stderr="stderr")
     def absolute(self) -> float:
-        r"""The sharpness, $L(\theta + \delta) - L(\theta)$."""
+        r"""$L(\theta + \delta) - L(\theta)$."""
         return float(self.differences.sum() / self.weights.sum())
 
     @derived("standard error of the sharpness over sequences", unit="nats", shown=False)
@@ -83,7 +82,7 @@ class SamSharpness(Result):
 
     @derived("standard error of the sharpness over the loss", shown=False)
     def relative_stderr(self) -> float:
-        """The standard error of `relative`: the loss in the denominator varies along with the difference."""
+        """The loss in the denominator varies along with the difference."""
         return float(ratio_stderr(self.differences, self.sums)) if self.loss else math.nan
 
     @derived("95 % interval of the sharpness over the loss", per="bound")
@@ -124,10 +123,11 @@ class SamSharpness(Result):
 
     @property
     def notes(self) -> list[str]:
+        notes = ["curvature: not asked for"] if math.isnan(self.curvature) else []
         if self.relative_note:
-            return [f"relative: {self.relative_note}"]
+            return [f"relative: {self.relative_note}", *notes]
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
-        return [f"relative: {low} to {high} % of the loss at 95 % confidence"]
+        return [f"relative: {low} to {high} % of the loss at 95 % confidence", *notes]
 
 
 def sam_sharpness(
@@ -153,10 +153,10 @@ def sam_sharpness(
     epsilon: the radius of the ball. adaptive_epsilon: $\epsilon \|\theta\|$ in its place, so that epsilon is the relative
     displacement: the same weights times c, in a network that does not mind, have the same sharpness. (Epsilon in units of
     one weight, $\epsilon \|\theta\| / \sqrt P$, is the other reading of "scales with model size".)
-    steps: $\delta_k = \Pi(\delta_{k-1} + s\,\epsilon\,\nabla L(\theta + \delta_{k-1}) / \|\cdot\|)$ with
-    $\delta_0 = 0$ and $\Pi$ the projection on the ball. `stride` is s, by default 1 / steps: a path of length epsilon,
-    which never leaves the ball; with a longer stride it slides along the border towards the maximum. The parts are those
-    of one step. norm_threshold: below it (absolute, nats per unit of theta) a gradient counts as 0, with 0 only 0 itself.
+    steps: $\delta_k = \Pi(\delta_{k-1} + s\,\epsilon\,\nabla L(\theta + \delta_{k-1}) / \|\cdot\|)$, $\delta_0 = 0$,
+    $\Pi$ the projection on the ball. `stride` is s, by default 1 / steps, which never leaves the ball; a longer one slides
+    along the border towards the maximum. The parts are those of one step.
+    norm_threshold: below it (absolute, nats per unit of theta) a gradient counts as 0, with 0 only 0 itself.
     curvature: False leaves out $\hat g^\top H \hat g$ (some 10 forwards): `curvature`, `second_order`, `remainder` are nan.
 
     The data are the whole population that is spoken of, or else: the gradient of n sequences is longer than that of all
@@ -169,11 +169,9 @@ def sam_sharpness(
 
     Foret, Kleiner, Mobahi, Neyshabur (2021), Sharpness-aware minimization for efficiently improving generalization.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
     >>> s = sam_sharpness(loss, torch.tensor([3.0]), epsilon=0.5)                       # 3.5^2 - 3^2
     >>> s.absolute, s.first_order, s.second_order, s.remainder
     (3.25, 3.0, 0.25, 0.0)
@@ -228,11 +226,9 @@ def asam_sharpness(
 
     Kwon, Kim, Park, Choi (2021), ASAM, arXiv 2102.11600, equations 2 and 9.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
     >>> asam_sharpness(loss, torch.tensor([4.0]), rho=0.25).absolute                          # 5^2 - 4^2
     9.0
     """
