@@ -188,7 +188,8 @@ def sam_sharpness(
     if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
     first = scaled(gradient, radius / length)
-    step, taken = first, 1
+    step: Leaves = first
+    taken = 1
     if steps > 1 or stride is not None:
         share = 1 / steps if stride is None else stride
         step, taken = _ascent(loss, at, gradient, radius, steps, share, norm_threshold)

@@ -55,10 +55,10 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
 
     Raises ValueError where the loss at theta is not finite.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(3, 2).double())
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(3, 2).double())
     >>> batch = (torch.eye(3).double(), torch.tensor([0, 1, 1]))
-    >>> result = audit(objective.objective(net, [batch], criterion.classification), net.theta, key=keys.key(0))
+    >>> result = audit(fs.objective(net, [batch], fs.classification), net.theta, key=fs.key(0))
     >>> result.right, "jvp of jvp" in result.named("right", order=2), result.culprits
     (True, True, ())
     """

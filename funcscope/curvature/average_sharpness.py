@@ -159,7 +159,7 @@ def average_sharpness(
         distribution=distribution,
         epsilon=epsilon,
         num_parameters=loss.layout.num,
-        trace=trace if trace is None or isinstance(trace, Estimate) else Estimate(*_without_error(trace), 0),
+        trace=_known(trace),
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
@@ -215,5 +215,8 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
     return restrict(loss, theta, row)
 
 
-def _without_error(value: float) -> Tensor:
-    return torch.tensor([float(value), math.nan], dtype=torch.float64)
+def _known(trace: float | Estimate | None) -> Estimate | None:
+    if trace is None or isinstance(trace, Estimate):
+        return trace
+    value = torch.tensor(float(trace), dtype=torch.float64)
+    return Estimate(value, value * math.nan, 0)

@@ -75,10 +75,10 @@ def empirical_fisher(
 
     Kunstner, Balles, Hennig (2019), arXiv:1905.12558.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 2, bias=False))
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(1, 2, bias=False))
     >>> data = [(torch.ones(1, 1), torch.tensor([0]))]
-    >>> loss = objective.objective(net, data, criterion.classification)
+    >>> loss = fs.objective(net, data, fs.classification)
     >>> empirical_fisher(loss, torch.zeros(2))(torch.tensor([1.0, 0.0]))      # g = (-1/2, 1/2)
     tensor([ 0.2500, -0.2500])
     """

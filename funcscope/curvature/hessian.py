@@ -47,10 +47,9 @@ def hessian(
 
     Pearlmutter (1994), doi:10.1162/neco.1994.6.1.147.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)      # (a^2 + b^2) / 2
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)      # (a^2 + b^2) / 2
     >>> hessian(loss, net.theta)(torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
@@ -95,11 +94,10 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
 
     Richardson (1911), doi:10.1098/rsta.1911.0009.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False).double())
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False).double()), fs.custom(lambda out, y: (out - y) ** 2)
     >>> x, y = torch.eye(2).double(), torch.zeros(2, 1).double()
-    >>> loss = objective.objective(net, [(x, y)], square)
+    >>> loss = fs.objective(net, [(x, y)], square)
     >>> matvec = hessian_difference(loss, net.theta)
     >>> torch.allclose(matvec(x[0]), x[0]), matvec.error() < 1e-8
     (True, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -61,10 +63,9 @@ def m_sharpness(
 
     Foret, Kleiner, Mobahi, Neyshabur (2021), section 4.1.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(2, 1), torch.tensor([[1.0], [-3.0]]))], square)
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(2, 1), torch.tensor([[1.0], [-3.0]]))], square)
     >>> print(m_sharpness(loss, torch.zeros(1), m=1, epsilon=0.5).estimate)           # 1.5^2 - 1^2 and 3.5^2 - 3^2
     2.25 ± 1 (n = 2)
     """
@@ -74,10 +75,10 @@ def m_sharpness(
         sums, weights = (x.cpu().double() for x in loss.terms(theta))
     sizes = sizes_of(parts, len(sums))
     each: list[SamSharpness] = []
+    options: Any = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}
     for i, part in enumerate(parts):
         own = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
         if sizes[i] == m and bool(weights[own].any()):
-            options = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}
             try:
                 each.append(sam_sharpness(part, theta, **options, curvature=False))
             except ValueError as err:

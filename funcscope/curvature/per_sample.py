@@ -35,10 +35,10 @@ def per_sample_gradients(
 
     Raises ValueError where the rows of a batch do not add up to its gradient: sequences that see each other.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> half_square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
-    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
     >>> per_sample_gradients(loss, torch.tensor([3.0, 4.0])).tolist()
     [[3.0, 0.0], [0.0, 4.0]]
     """

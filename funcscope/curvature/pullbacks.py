@@ -74,7 +74,7 @@ def sandwich(
     loss: Loss, theta: Float[Tensor, " p"], parts: list[tuple[Outputs, AtOutputs]], scale: float, keep: bool
 ) -> Matvec:
     """v -> scale * sum over batches of J' middle(J v), J the Jacobian of a batch's outputs at theta."""
-    one = kept if keep else _rebuilt
+    one = kept_sandwich if keep else _rebuilt
 
     def maps() -> list[Matvec]:
         return [one(loss, theta, batch, middle) for batch, middle in parts]
@@ -98,7 +98,7 @@ def kept_gradient(f: Callable[[Tensor], Tensor], theta: Tensor) -> Matvec:
     return lambda v: pull(v)[0]
 
 
-def kept(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
+def kept_sandwich(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
     """J' u is the pullback; J v is the pullback of u -> J' u, which is linear: both graphs are made once."""
     with torch.enable_grad():
         outs, pull = vjp(lambda t: batch.of(loss.params(t)), theta)

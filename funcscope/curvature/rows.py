@@ -19,10 +19,9 @@ def micro_batches(loss: Loss, m: int) -> list[Loss]:
     Every tensor of a batch has as many rows as the batch has sequences, or one, which serves every part. Raises
     ValueError where that is not so.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(3, 2))
-    >>> loss = objective.objective(net, [(torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))], criterion.classification)
+    >>> import torch, funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(3, 2))
+    >>> loss = fs.objective(net, [(torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))], fs.classification)
     >>> sizes_of(micro_batches(loss, 2), num_losses=5)
     [2, 2, 1]
     """

@@ -18,7 +18,7 @@ from ..core.progress import tick
 from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Matvec
 from .outputs import loss_at, whole
-from .pullbacks import ONE_AT_A_TIME, flat, kept, kept_gradient, named_if_missing
+from .pullbacks import ONE_AT_A_TIME, flat, kept_gradient, kept_sandwich, named_if_missing
 from .rows import is_cut, micro_batches, sizes_of
 
 Matrix = Literal["hessian", "ggn"]
@@ -197,7 +197,7 @@ def _chunk(
 
 def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
     batch = whole(loss.net, loss.criterion, inputs, targets)
-    return kept(loss, theta, batch, batch.gauss_newton)
+    return kept_sandwich(loss, theta, batch, batch.gauss_newton)
 
 
 _PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {

@@ -179,7 +179,7 @@ def compare_sharpness(
         S = \epsilon \|g\| + \tfrac{\epsilon^2}{2} \hat g^\top H \hat g + O(\epsilon^3).$$
 
     Ratios have no unit. The two orders may differ, and `agree` says whether they do; it is no check of either: away from a
-    stationary point S compares the lengths of two gradients (the column "of it slope"), and what is left is the curvature
+    stationary point S compares the lengths of two gradients (`first_order`), and the rest is the curvature
     along g, which may lie far below the largest eigenvalue. For the same reason S / epsilon^2 and the eigenvalue need not
     have one order of magnitude. proofs/sam_expansion.py has a pair of quadratics with opposite orders.
 
@@ -202,7 +202,7 @@ def compare_sharpness(
     (3.4, 1.0, 'A', False)
     """
     sides = ((loss_a, theta_a), (loss_b, theta_b))
-    steps = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}
+    steps: Any = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}
     a, b = (sam_sharpness(*side, **steps, curvature=False) for side in sides)
     known: tuple[Eigenvalue | None, Eigenvalue | None] = (None, None)
     if eigenvalues is not None:
