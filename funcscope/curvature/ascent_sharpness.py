@@ -16,6 +16,7 @@ from ..core.result import Result, derived, internal, quantity
 from .leafwise import (
     Leaves,
     Terms,
+    ascent_length,
     curvature_along,
     gradient_at,
     inner,
@@ -123,7 +124,7 @@ class SamSharpness(Result):
 
     @property
     def notes(self) -> list[str]:
-        notes = ["curvature: not asked for"] if math.isnan(self.curvature) else []
+        notes = ["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else []
         if self.relative_note:
             return [f"relative: {self.relative_note}", *notes]
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
@@ -184,7 +185,7 @@ def sam_sharpness(
         check_positive("norm_threshold", norm_threshold)
     at = leaves_of(loss, theta)
     gradient, terms = gradient_at(loss, at)
-    length, radius = _length(gradient, norm_threshold), epsilon
+    length, radius = ascent_length(gradient, norm_threshold), epsilon
     if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
     first = scaled(gradient, radius / length)
@@ -242,7 +243,7 @@ def asam_sharpness(
     gradient, terms = gradient_at(loss, at)
     units = {leaf.name: _unit(leaf, at[leaf.name], scale) + eta for leaf in loss.layout.leaves}
     stretched = {k: units[k] * g for k, g in gradient.items()}
-    length = _length(stretched, norm_threshold)
+    length = ascent_length(stretched, norm_threshold)
     step = {k: units[k] * x * (rho / length) for k, x in stretched.items()}
     return _measured(
         loss, at, gradient, terms, step, step, curvature=curvature, epsilon=rho,
@@ -273,18 +274,6 @@ def _measured(
         num_forwards=1,
         **settings,
     )
-
-
-def _length(gradient: Leaves, norm_threshold: float) -> float:
-    """The gradient's norm; raises ValueError where there is no direction to climb in."""
-    length = norm(gradient)
-    if length == 0 or length < norm_threshold:
-        raise ValueError(
-            f"the gradient's norm is {length:.3g}, below `norm_threshold={norm_threshold:g}` (absolute, in nats per unit of "
-            "theta), so that there is no direction to climb in. At a stationary point the maximum over the ball is "
-            "epsilon^2 lambda_max / 2: use the Hessian's largest eigenvalue. Or lower `norm_threshold`."
-        )
-    return length
 
 
 def _ascent(

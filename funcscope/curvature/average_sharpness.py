@@ -86,7 +86,7 @@ class AverageSharpness(Result):
     @property
     def notes(self) -> list[str]:
         known = self.predicted is None or bool(self.predicted.stderr.isfinite())
-        return [] if known else ["predicted: the trace came without an error"]
+        return self.forms.notes + ([] if known else ["predicted: the trace came without an error"])
 
     @property
     def head(self) -> str:

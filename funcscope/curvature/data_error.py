@@ -66,6 +66,8 @@ class EigenvalueErrors(Result):
 
     @property
     def notes(self) -> list[str]:
+        if len(self.forms.weights) < 2:
+            return ["one sequence has no error over sequences, score more"]
         return _not_for("beyond first order, score more sequences", self.first_order)
 
     @property

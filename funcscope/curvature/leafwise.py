@@ -80,6 +80,18 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
     return {k: v.div_(weight) for k, v in total.items()}, terms
 
 
+def ascent_length(gradient: Leaves, norm_threshold: float) -> float:
+    """The gradient's norm; raises ValueError where there is no direction to climb in."""
+    length = norm(gradient)
+    if length == 0 or length < norm_threshold:
+        raise ValueError(
+            f"the gradient's norm is {length:.3g}, below `norm_threshold={norm_threshold:g}` (absolute, in nats per unit of "
+            "theta), so that there is no direction to climb in. At a stationary point the maximum over the ball is "
+            "epsilon^2 lambda_max / 2: use the Hessian's largest eigenvalue. Or lower `norm_threshold`."
+        )
+    return length
+
+
 def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
     r"""$v^\top H v$ exactly: v with the gradient differentiated along v, at the memory of one batch's two graphs.
 

@@ -65,6 +65,11 @@ class SequenceForms(Result):
     def coords(self) -> dict[str, range]:
         return {"vector": range(1, len(self.terms) + 1)}
 
+    @property
+    def notes(self) -> list[str]:
+        sizes = {"draws": len(self.terms), "data": len(self.weights)}
+        return [f"no error over {what}: there is one of them only" for what, num in sizes.items() if num < 2]
+
     def paired_with(self, other: SequenceForms) -> bool:
         """Whether both score the same sequences with the same weights, which is taken to mean the same data."""
         same = self.group == other.group and self.terms.shape == other.terms.shape

@@ -28,6 +28,10 @@ class TraceErrors(Result):
     def head(self) -> str:
         return f"trace from {len(self.forms.terms)} probes and {len(self.forms.weights)} sequences"
 
+    @property
+    def notes(self) -> list[str]:
+        return self.forms.notes
+
     def minus(self, other: TraceErrors) -> Crossed:
         """The difference to another model's trace, in pairs of sequences, and of probes where the keys are the same.
 
