@@ -6,7 +6,7 @@ Claim: For S(e) = L(theta + e g/||g||) - L(theta), g = grad L(theta) not 0, H an
     exist whose order by S is opposite to that by lambda_max, for every e below a bound. Where g = 0 and L is quadratic with
     lambda_max > 0, the maximum of L over the ball of radius e is L(theta) + e^2 lambda_max / 2. Where L is quadratic and g
     an eigenvector's multiple, S = e ||g|| + e^2 lambda / 2 exactly.
-Function: funcscope.curvature.sam.sam_sharpness, funcscope.curvature.sam_comparison.compare_sharpness
+Function: funcscope.curvature.ascent_sharpness.sam_sharpness, funcscope.curvature.sharpness_comparison.compare_sharpness
 Size: the expansion for every polynomial of degree 3 in 2 and in 3 variables, and for every C^4 loss along its line; the rest
     for symmetric matrices of size 2 in their eigenbasis.
 Assumptions: L has four derivatives along the line. Not proved here: Taylor's theorem with its remainder, and the spectral
@@ -23,8 +23,8 @@ import torch
 from funcscope.core.criterion import Criterion, custom
 from funcscope.core.model import functional
 from funcscope.core.objective import objective
-from funcscope.curvature.sam import sam_sharpness
-from funcscope.curvature.sam_comparison import Eigenvalue, compare_sharpness
+from funcscope.curvature.ascent_sharpness import sam_sharpness
+from funcscope.curvature.sharpness_comparison import Eigenvalue, compare_sharpness
 
 e = sp.symbols("e", positive=True)
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.curvature.average_sharpness import average_sharpness
-from funcscope.curvature.sam_micro import micro_batches
+from funcscope.curvature.rows import micro_batches
 
 DISTRIBUTIONS = ["sphere", "normal", "relative"]
 

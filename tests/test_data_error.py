@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.estimate import ratio_interval, ratio_stderr
-from funcscope.curvature.sam_micro import micro_batches
+from funcscope.curvature.rows import micro_batches
 from funcscope.curvature.sequence_forms import SequenceForms
 
 OPERATORS = {"hessian": fs.hessian, "ggn": fs.ggn}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.curvature.sam import sam_sharpness
+from funcscope.curvature.ascent_sharpness import sam_sharpness
 from funcscope.documented import ICLRMetrics, ModularityMetrics, compare_model_sharpness, compute_sam_sharpness
 
 

@@ -17,10 +17,10 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.criterion import Labels
 from funcscope.core.estimate import ratio_interval, ratio_stderr
-from funcscope.curvature.asam import asam_sharpness
-from funcscope.curvature.sam import sam_sharpness
-from funcscope.curvature.sam_comparison import Eigenvalue, compare_sharpness
-from funcscope.curvature.sam_micro import m_sharpness, micro_batches
+from funcscope.curvature.ascent_sharpness import asam_sharpness, sam_sharpness
+from funcscope.curvature.m_sharpness import m_sharpness
+from funcscope.curvature.rows import micro_batches
+from funcscope.curvature.sharpness_comparison import Eigenvalue, compare_sharpness
 
 NAMES = ["gpt2", "mlp", "cnn"]
 LARGEST = {"gpt2": 26.06}  # of the dense Hessian, which takes its time

@@ -16,7 +16,7 @@ import funcscope as fs
 from funcscope import cli
 from funcscope.core.store import load, save
 from funcscope.curvature import hessian, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
-from funcscope.curvature.sam import sam_sharpness
+from funcscope.curvature.ascent_sharpness import sam_sharpness
 from funcscope.linalg import to_scipy
 from funcscope.study import curvature, curvature_stages, opening
 from funcscope.study import numbers as plain
@@ -328,7 +328,7 @@ def test_bad_input_is_one_clear_line(words, said, model, data, tmp_path, capsys)
 
 
 def test_a_product_that_is_not_finite_is_a_line_too(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(curvature_stages._MATRICES, "hessian", lambda loss, theta, keep: lambda v: v * torch.nan)
+    monkeypatch.setitem(curvature_stages.MATRICES, "hessian", lambda loss, theta, keep: lambda v: v * torch.nan)
     assert command(model, "--data", data, "--out", tmp_path, "--quiet", *SMALL) == 2
     assert "product 1 has" in capsys.readouterr().err
 

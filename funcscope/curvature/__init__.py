@@ -1,6 +1,6 @@
 """Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
 
-from .asam import asam_sharpness
+from .ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
 from .audit import audit
 from .audit_result import Audit, Culprit, Way
 from .average_sharpness import AverageSharpness, average_sharpness
@@ -9,11 +9,11 @@ from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenva
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .ggn import ggn
 from .hessian import hessian, hessian_difference
+from .m_sharpness import MSharpness, m_sharpness
 from .per_sample import gradient_chunks, per_sample_gradients
-from .sam import SamSharpness, sam_sharpness
-from .sam_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
-from .sam_micro import MSharpness, m_sharpness, micro_batches
+from .rows import micro_batches
 from .sequence_forms import SequenceForms, sequence_forms
+from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 from .trace_error import TraceErrors, trace_errors
 

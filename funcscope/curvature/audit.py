@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
-from torch.utils._pytree import tree_map_only
+from torch.func import grad, jvp, vmap
 
 from ..core.checks import check_count
 from ..core.directions import dot
@@ -18,10 +18,12 @@ from ..core.keys import Key, fold_in
 from ..core.objective import Loss, Theta
 from .audit_result import Audit, Verdict, Way
 from .culprits import culprits_of
-from .differences import Derivative, differenced, moved_leaves, values_of
+from .derivative_ways import PRODUCTS, nested, norm
+from .differences import Derivative, differenced, moved_leaves, value_at, values_of
 from .hessian import hessian, hessian_difference
 from .product_check import has_kinks
 from .pullbacks import ONE_AT_A_TIME, flat
+from .rows import cut
 
 _SAME, _RESOLVED = 1e-3, 0.1
 _SEQUENCES = 8
@@ -53,16 +55,16 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
 
     Raises ValueError where the loss at theta is not finite.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(3, 2).double())
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(3, 2).double())
     >>> batch = (torch.eye(3).double(), torch.tensor([0, 1, 1]))
-    >>> found = audit(objective.objective(net, [batch], criterion.classification), net.theta, key=keys.key(0))
-    >>> found.right, "jvp of jvp" in found.named("right", order=2), found.culprits
+    >>> result = audit(fs.objective(net, [batch], fs.classification), net.theta, key=fs.key(0))
+    >>> result.right, "jvp of jvp" in result.named("right", order=2), result.culprits
     (True, True, ())
     """
     check_count("num", num, least=2)
     theta = flat(loss, theta)
-    first = _value(loss, theta)
+    first, same = value_at(loss, theta), max(1e-6, 64 * loss.net.unit_roundoff)
     if not math.isfinite(first):
         raise ValueError(f"the loss at theta is {first}: it has no derivatives. Check the weights and the batch.")
     kinks = has_kinks(loss, theta)
@@ -73,7 +75,7 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
         *(_way(name, 1, take, loss, kinks) for name, take in _slopes(loss, theta, dirs, judges).items()),
         *(_way(name, 2, take, loss, kinks) for name, take in _curvatures(loss, theta, dirs, judges).items()),
         *_of_products(loss, theta, dirs),
-        _second_call(loss, theta, first),
+        _compared("a later call", 0, lambda: (torch.tensor(value_at(loss, theta)), torch.tensor(first)), same),
     ]
     broken = any(way.order and way.verdict in ("wrong", "missing") for way in ways)
     culprits = culprits_of(loss, theta, fold_in(key, "modules")) if broken else ()
@@ -88,37 +90,33 @@ def _directions(loss: Loss, theta: Tensor, key: Key, num: int) -> list[Tensor]:
             g = grad(loss)(theta)
     except (NotImplementedError, RuntimeError):
         return dirs
-    length = _norm(g)
-    return [*dirs[:-1], g * (0.1 * _norm(dirs[-1]) / length)] if 0 < length < math.inf else dirs
+    length = norm(g)
+    return [*dirs[:-1], g * (0.1 * norm(dirs[-1]) / length)] if 0 < length < math.inf else dirs
 
 
 class _Judges:
-    """Slopes along the directions; curvatures along them, and of neighbours together."""
+    """Slopes along the directions; curvatures along them, along sums of neighbours, and of neighbours together."""
 
     def __init__(self, loss: Loss, theta: Tensor, dirs: list[Tensor], kinks: bool):
-        values, self.num = values_of(loss), len(dirs)
+        values = values_of(loss)
         self.dtype = values.dtype
-        alone = [differenced(values, theta, d, kinks) for d in dirs]
-        both = [differenced(values, theta, d + dirs[i - 1], kinks)[1] for i, d in enumerate(dirs)]
-        self.slopes = [slope for slope, _ in alone]
-        self.curvatures = [curvature for _, curvature in alone]
-        self.together = both
+        self.slopes, self.curvatures = zip(*(differenced(values, theta, d, kinks) for d in dirs), strict=True)
+        self.together = [differenced(values, theta, d + dirs[i - 1], kinks)[1] for i, d in enumerate(dirs)]
+        before = [self.curvatures[-1], *self.curvatures[:-1]]
         self.mixed = [
             Derivative((b.value - c.value - a.value) / 2, (a.error + b.error + c.error) / 2)
-            for b, c, a in zip(both, self.curvatures, [self.curvatures[i - 1] for i in range(self.num)], strict=True)
+            for b, c, a in zip(self.together, self.curvatures, before, strict=True)
         ]
 
 
 def _slopes(loss: Loss, theta: Tensor, dirs: list[Tensor], judges: _Judges) -> dict[str, Callable[[], list[Pair]]]:
-    def pairs(values: list[float], size: list[float]) -> list[Pair]:
-        return [Pair(*row) for row in zip(values, judges.slopes, size, strict=True)]
-
     def by_gradient() -> list[Pair]:
         g = grad(loss)(theta)
-        return pairs([dot(g, d) for d in dirs], [_norm(g) * _norm(d) for d in dirs])
+        return [Pair(dot(g, d), judge, norm(g) * norm(d)) for d, judge in zip(dirs, judges.slopes, strict=True)]
 
     def by_jvp() -> list[Pair]:
-        return pairs([float(jvp(loss, (theta,), (d,))[1]) for d in dirs], [abs(s.value) for s in judges.slopes])
+        values = (float(jvp(loss, (theta,), (d,))[1]) for d in dirs)
+        return [Pair(value, judge, abs(judge.value)) for value, judge in zip(values, judges.slopes, strict=True)]
 
     return {"gradient": by_gradient, "jvp": by_jvp}
 
@@ -128,18 +126,17 @@ def _curvatures(loss: Loss, theta: Tensor, dirs: list[Tensor], judges: _Judges) 
         products = [matvec(d).detach() for d in dirs]
         pairs = []
         for i, (d, Hd) in enumerate(zip(dirs, products, strict=True)):
-            pairs.append(Pair(dot(d, Hd), judges.curvatures[i], _norm(d) * _norm(Hd)))
-            pairs.append(Pair(dot(dirs[i - 1], Hd), judges.mixed[i], _norm(dirs[i - 1]) * _norm(Hd)))
+            pairs.append(Pair(dot(d, Hd), judges.curvatures[i], norm(d) * norm(Hd)))
+            pairs.append(Pair(dot(dirs[i - 1], Hd), judges.mixed[i], norm(dirs[i - 1]) * norm(Hd)))
         return pairs
 
     def twice_forward() -> list[Pair]:
         lines = [*zip(dirs, judges.curvatures, strict=True)]
         lines += [(d + dirs[i - 1], judges.together[i]) for i, d in enumerate(dirs)]
-        return [Pair(_nested(loss, theta, d), judge, abs(judge.value)) for d, judge in lines]
+        return [Pair(float(nested(loss, theta, d)), judge, abs(judge.value)) for d, judge in lines]
 
     return {
-        "jvp of grad": lambda: forms(lambda v: jvp(grad(loss), (theta,), (v,))[1]),
-        "vjp of grad": lambda: forms(lambda v: vjp(grad(loss), theta)[1](v)[0]),
+        **{name: lambda make=make: forms(make(loss, theta)) for name, make in PRODUCTS.items()},
         "jvp of jvp": twice_forward,
         "hessian": lambda: forms(hessian(loss, theta, check=False)),
         "hessian, keep=False": lambda: forms(hessian(loss, theta, keep=False, check=False)),
@@ -154,23 +151,19 @@ def _by_differences(loss: Loss, theta: Tensor, forms: Callable[[Any], list[Pair]
     return [Pair(p.value, p.judge._replace(error=p.judge.error + matvec.error() / 10 * p.size), p.size) for p in pairs]
 
 
-def _nested(loss: Loss, theta: Tensor, d: Tensor) -> float:
-    zero, one = theta.new_zeros(()), theta.new_ones(())
-
-    def rate(a: Tensor) -> Tensor:
-        return jvp(lambda b: loss(theta + b * d), (a,), (one,))[1]
-
-    return float(jvp(rate, (zero,), (one,))[1])
-
-
 def _way(name: str, order: int, take: Callable[[], list[Pair]], loss: Loss, kinks: bool) -> Way:
+    with torch.enable_grad():
+        return _tried(name, order, lambda: _judged(take(), loss.net.unit_roundoff, kinks))
+
+
+def _tried(name: str, order: int, verdict: Callable[[], tuple[Verdict, float, float]]) -> Way:
+    """A way that torch does not have is missing."""
     try:
-        with torch.enable_grad(), ONE_AT_A_TIME, warnings.catch_warnings():
+        with ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a way that is slow or rough: the table says so
-            pairs = take()
+            return Way(name, order, *verdict())
     except (NotImplementedError, RuntimeError, ValueError) as err:
-        return Way(name, order, "missing", math.nan, math.nan, _reason(err))
-    return Way(name, order, *_judged(pairs, loss.net.unit_roundoff, kinks))
+        return Way(name, order, "missing", math.nan, math.nan, str(err).splitlines()[0][:80])
 
 
 def _judged(pairs: list[Pair], unit_roundoff: float, kinks: bool) -> tuple[Verdict, float, float]:
@@ -191,13 +184,10 @@ def _judged(pairs: list[Pair], unit_roundoff: float, kinks: bool) -> tuple[Verdi
 def _of_values(loss: Loss, theta: Tensor, dirs: list[Tensor]) -> Iterator[Way]:
     points = torch.stack([theta + 1e-2 * d for d in dirs])
     allowed = max(1e-6, 64 * loss.net.unit_roundoff)
-    with torch.no_grad(), ONE_AT_A_TIME:
-        yield _compared(
-            "vmap against a loop", 0, lambda: (vmap(loss)(points), torch.stack([*map(loss, points)])), allowed
-        )
-        leaves = loss.params(points[0])
-        yield _compared("leaf by leaf", 0, lambda: (loss.at_leaves(lambda k, _: leaves[k]), loss(points[0])), allowed)
-        yield _compared("a sequence alone", 0, lambda: _alone(loss, theta), max(1e-5, allowed))
+    leaves = loss.params(points[0])
+    yield _compared("vmap against a loop", 0, lambda: (vmap(loss)(points), torch.stack([*map(loss, points)])), allowed)
+    yield _compared("leaf by leaf", 0, lambda: (loss.at_leaves(lambda k, _: leaves[k]), loss(points[0])), allowed)
+    yield _compared("a sequence alone", 0, lambda: _alone(loss, theta), max(1e-5, allowed))
 
 
 def _of_products(loss: Loss, theta: Tensor, dirs: list[Tensor]) -> Iterator[Way]:
@@ -210,56 +200,30 @@ def _of_products(loss: Loss, theta: Tensor, dirs: list[Tensor]) -> Iterator[Way]
     def symmetric() -> tuple[Tensor, Tensor]:
         H = hessian(loss, theta, check=False)
         Hu, Hv = H(dirs[0]), H(dirs[1])
-        size = (_norm(Hu) * _norm(dirs[1]) + _norm(Hv) * _norm(dirs[0])) / 2
+        size = (norm(Hu) * norm(dirs[1]) + norm(Hv) * norm(dirs[0])) / 2
         return torch.tensor([size, dot(dirs[1], Hu)]), torch.tensor([size, dot(dirs[0], Hv)])
 
-    with torch.no_grad(), ONE_AT_A_TIME:
-        yield _compared("products by vmap", 2, mapped, allowed)
-        yield _compared("symmetry", 2, symmetric, allowed)
+    yield _compared("products by vmap", 2, mapped, allowed)
+    yield _compared("symmetry", 2, symmetric, allowed)
 
 
 def _alone(loss: Loss, theta: Tensor) -> tuple[Tensor, Tensor]:
     """The first few sequences of the first batch."""
-    one = Loss(loss.net, loss.batches[:1], loss.criterion)
+    one = replace(loss, batches=loss.batches[:1])
     sums, _ = one.terms(theta)
-    params, rows = loss.params(theta), []
-    for i in range(min(_SEQUENCES, len(sums))):
-        inputs, targets = tree_map_only(Tensor, _row(i, len(sums)), loss.batches[0])
-        rows.append(loss.scored(lambda x: loss.net.apply(params, x), inputs, targets)[0].sum())
+    singles = (cut(one.batches[0], slice(i, i + 1), len(sums)) for i in range(min(_SEQUENCES, len(sums))))
+    rows = [replace(one, batches=(single,)).terms(theta)[0].sum() for single in singles]
     return torch.stack(rows), sums[: len(rows)]
 
 
-def _row(i: int, rows: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: x[i : i + 1] if x.ndim and len(x) == rows else x
-
-
-def _second_call(loss: Loss, theta: Tensor, first: float) -> Way:
-    allowed = max(1e-6, 64 * loss.net.unit_roundoff)
-    return _compared("a later call", 0, lambda: (torch.tensor(_value(loss, theta)), torch.tensor(first)), allowed)
-
-
 def _compared(name: str, order: int, pair: Callable[[], tuple[Tensor, Tensor]], allowed: float) -> Way:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            one, other = (x.double() for x in pair())
-    except (NotImplementedError, RuntimeError, ValueError) as err:
-        return Way(name, order, "missing", math.nan, math.nan, _reason(err))
-    size = float(other.norm())
-    deviation = float((one - other).norm()) / size if size else float(one.norm() > 0)
-    if allowed > _RESOLVED and deviation <= allowed:
-        return Way(name, order, "undecided", deviation, allowed)
-    return Way(name, order, "right" if deviation <= allowed else "wrong", deviation, allowed)
+    def verdict() -> tuple[Verdict, float, float]:
+        one, other = (x.double() for x in pair())
+        size = float(other.norm())
+        deviation = float((one - other).norm()) / size if size else float(one.norm() > 0)
+        if allowed > _RESOLVED and deviation <= allowed:
+            return "undecided", deviation, allowed
+        return "right" if deviation <= allowed else "wrong", deviation, allowed
 
-
-def _value(loss: Loss, theta: Tensor) -> float:
-    with torch.no_grad(), ONE_AT_A_TIME:
-        return float(loss(theta))
-
-
-def _reason(err: Exception) -> str:
-    return str(err).splitlines()[0][:80]
-
-
-def _norm(x: Tensor) -> float:
-    return dot(x, x) ** 0.5
+    with torch.no_grad():
+        return _tried(name, order, verdict)

@@ -33,13 +33,10 @@ class AverageSharpness(Result):
     """
 
     loss: float = quantity("loss", unit="nats")
-    r"""$L(\theta)$."""
     forms: SequenceForms = internal()
     """The mean rise of each finite pair, sequence by sequence."""
     positive: Float[Tensor, " n"] = quantity("loss after the step", unit="nats", per="pair")
-    r"""$L(\theta + d_i)$."""
     negative: Float[Tensor, " n"] = quantity("loss after the opposite step", unit="nats", per="pair")
-    r"""$L(\theta - d_i)$."""
     distribution: str
     epsilon: float
     num_parameters: int
@@ -87,6 +84,11 @@ class AverageSharpness(Result):
         return 2 * len(self.positive) + 1
 
     @property
+    def notes(self) -> list[str]:
+        known = self.predicted is None or bool(self.predicted.stderr.isfinite())
+        return self.forms.notes + ([] if known else ["predicted: the trace came without an error"])
+
+    @property
     def head(self) -> str:
         return f"average sharpness, {len(self.positive)} pairs of {self.distribution} steps, epsilon {self.epsilon:.4g}"
 
@@ -122,11 +124,10 @@ def average_sharpness(
 
     Andriushchenko and Flammarion (2022), Towards understanding sharpness-aware minimization, arXiv 2206.06232.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
-    >>> s = average_sharpness(loss, torch.tensor([3.0]), key=keys.key(0), num=2, epsilon=0.5, trace=2.0)      # tr H = 2
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> s = average_sharpness(loss, torch.tensor([3.0]), key=fs.key(0), num=2, epsilon=0.5, trace=2.0)      # tr H = 2
     >>> print(s.estimate, "and", s.predicted)
     0.25 ± 0 (n = 2) and 0.25 ± nan (n = 0)
     """
@@ -217,5 +218,5 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
 def _known(trace: float | Estimate | None) -> Estimate | None:
     if trace is None or isinstance(trace, Estimate):
         return trace
-    both = torch.tensor([float(trace), math.nan], dtype=torch.float64)
-    return Estimate(both[0], both[1], 0)
+    value = torch.tensor(float(trace), dtype=torch.float64)
+    return Estimate(value, value * math.nan, 0)

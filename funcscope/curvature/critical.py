@@ -12,8 +12,8 @@ from ..core.checks import check_count, check_positive
 from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
-from .critical_search import Bracket, bracket
-from .sam_gradient import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
+from .critical_search import bracket
+from .leafwise import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 
@@ -73,32 +73,28 @@ def critical_sharpness(
     $L / g^\top u$, where the tangent of the loss reaches 0, and a step of 1 % of $\|\theta\|$. tolerance: the interval
     ends at a ratio of 1 + tolerance. max_forwards: passes after which the search ends whatever is known.
 
-    Cost: one gradient (one `jvp` for a given direction) and 3 passes where the loss is a parabola, otherwise 6 to 12, mostly
-    below 10. The slope at 0 is used, so that one trial already predicts the crossing; Kalra et al. double or halve and then
-    bisect, for the same quantity. The search finds *a* crossing: the loss may have risen and fallen between two trials,
-    above all where `start` is far beyond the first crossing. The value is where a secant in the interval crosses.
+    Cost: one gradient (one `jvp` for a given direction) and 3 passes where the loss is a parabola, otherwise 6 to 12. The
+    search finds *a* crossing: the loss may have risen and fallen between two trials, above all where `start` is far beyond
+    the first crossing. The value is where a secant in the interval crosses.
 
     Status and nan: `ascent direction`, $g^\top u < 0$, so that any step raises the loss and $\eta_c$ is 0;
     `flat direction`, $g^\top u = 0$; `never rises`, at no learning rate that was tried, up to the upper end of
     `learning_rate_interval`; `always rises`, down to the lower end. `not narrowed` has a value with a wider interval. Where
     `rounding` is not far below `tolerance`, the signs are decided by rounding: compute in a wider dtype.
 
-    `stderr` is about the crossing along this update. Where the update is the gradient of the same data, as by default, other
-    data would have another: the value of n sequences then differs from that of all in the mean, by a part that falls like
-    1 / n and that no error here has (a gradient that is mostly noise points along other curvatures). For a curvature of the
-    whole, take the update from more data than the loss, or compare numbers of sequences.
+    `stderr` is about the crossing along this update. Where the update is the gradient of the same data, as by default, the
+    value of n sequences differs from that of all in the mean, by a part that falls like 1 / n and that no error here has:
+    take the update from more data than the loss, or compare numbers of sequences.
 
     Raises ValueError for a direction of other shape, and a loss or gradient at theta that is not finite.
 
     Kalra, Gagnon-Audet, Gromov, Mediratta, Niu, Miller, Shvartsman (2026), arXiv 2601.16979.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
-    >>> found = critical_sharpness(loss, torch.tensor([3.0]))                               # L'' = 2 at every point
-    >>> round(found.value, 3), [round(end, 3) for end in found.interval]
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> result = critical_sharpness(loss, torch.tensor([3.0]))                              # L'' = 2 at every point
+    >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
     at = leaves_of(loss, theta)
@@ -131,11 +127,9 @@ def relative_critical_sharpness(
 
     Kalra et al. (2026), arXiv 2601.16979.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> one, two = (objective.objective(net, [(torch.ones(1, 1), torch.full((1, 1), y))], square) for y in (0.0, 4.0))
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> one, two = (fs.objective(net, [(torch.ones(1, 1), torch.full((1, 1), y))], square) for y in (0.0, 4.0))
     >>> relative_critical_sharpness(one, two, torch.tensor([3.0])).status
     'ascent direction'
     """
@@ -157,8 +151,8 @@ def _along(
             f"the loss at theta is {terms.mean} and its slope along the update {slope}: both must be finite. Check the "
             "weights, the batch and the update."
         )
-    found = _searched(loss, at, update, slope, terms, start, tolerance, max_forwards - 1)
-    return replace(found, num_forwards=found.num_forwards + 1)
+    result = _searched(loss, at, update, slope, terms, start, tolerance, max_forwards - 1)
+    return replace(result, num_forwards=result.num_forwards + 1)
 
 
 def _searched(
@@ -169,42 +163,36 @@ def _searched(
     check_count("max_forwards", most + 1, least=3)
     if start is not None:
         check_positive("start", start)
+    nan = math.nan
+    status: Status = "ascent direction" if slope < 0 else "flat direction"
+    open_ = CriticalSharpness(nan, (nan, nan), nan, status, nan, (nan, nan), slope, terms.mean, nan, 0)
     if slope <= 0:
-        return _without("ascent direction" if slope < 0 else "flat direction", slope, terms.mean)
+        return open_
     rises: dict[float, Tensor] = {}
 
     def rise(eta: float) -> float:
-        after = terms_at(loss, moved(at, update, -eta))
-        rises[eta] = after.sums - terms.sums
+        rises[eta] = terms_at(loss, moved(at, update, -eta)).sums - terms.sums
         return float(rises[eta].sum() / terms.weights.sum())
 
     first = _start(at, update, slope, terms.mean) if start is None else start
-    found = bracket(rise, slope, first, ratio=1 + tolerance, max_trials=most)
-    if not found.closed:
-        status: Status = "never rises" if found.low.eta else "always rises"
-        ends = (found.low.eta, found.high.eta)
-        return replace(_without(status, slope, terms.mean), learning_rate_interval=ends, num_forwards=found.num)
-    return _found(loss, found, rises, slope, terms, tolerance)
-
-
-def _found(
-    loss: Loss, found: Bracket, rises: dict[float, Tensor], slope: float, terms: Terms, tolerance: float
-) -> CriticalSharpness:
-    (low, f_low), (high, f_high) = found.low, found.high
-    eta = found.crossing
+    ends = bracket(rise, slope, first, ratio=1 + tolerance, max_trials=most)
+    (low, rate_low), (high, rate_high), eta = ends.low, ends.high, ends.crossing if ends.closed else nan
+    if not ends.closed:
+        status = "never rises" if low else "always rises"
+        return replace(open_, status=status, learning_rate_interval=(low, high), num_forwards=ends.num)
     scored = terms.weights != 0
     spread = float(ratio_stderr(rises[low][scored], terms.weights[scored]))
     return CriticalSharpness(
         value=2 / eta,
         interval=(2 / high, 2 / low),
-        stderr=2 / eta**3 * spread * (high - low) / (f_high - f_low),  # d eta = d rise / (eta d rate)
+        stderr=2 / eta**3 * spread * (high - low) / (rate_high - rate_low),  # d eta = d rise / (eta d rate)
         status="found" if high <= (1 + tolerance) * low else "not narrowed",
         learning_rate=eta,
         learning_rate_interval=(low, high),
         slope=slope,
         loss=terms.mean,
         rounding=2 * loss.net.unit_roundoff * abs(terms.mean) / (slope * eta),
-        num_forwards=found.num,
+        num_forwards=ends.num,
     )
 
 
@@ -212,8 +200,3 @@ def _start(at: Leaves, update: Leaves, slope: float, level: float) -> float:
     """The smaller of two: where the tangent of the loss reaches 0, and a step of a hundredth of theta's norm."""
     steps = [level / slope, 0.01 * norm(at) / norm(update)]
     return min((step for step in steps if 0 < step < math.inf), default=1.0)
-
-
-def _without(status: Status, slope: float, level: float) -> CriticalSharpness:
-    nan = math.nan
-    return CriticalSharpness(nan, (nan, nan), nan, status, nan, (nan, nan), slope, level, nan, 0)

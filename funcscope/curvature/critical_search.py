@@ -15,7 +15,7 @@ class Trial(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The largest trial found below and the smallest above; (0, -slope) and (inf, nan) where there was none."""
+    """The largest trial below and the smallest above; (0, -slope) and (inf, nan) where there was none."""
 
     low: Trial
     high: Trial
@@ -47,47 +47,45 @@ def bracket(rise: Callable[[float], float], slope: float, start: float, *, ratio
 
     Chandrupatla (1997), doi:10.1016/S0965-9978(96)00051-8.
 
-    >>> found = bracket(lambda x: x**2 - 3 * x, 3.0, 100.0, ratio=1.1, max_trials=9)
-    >>> found.num, round(found.low.eta, 2), round(found.high.eta, 2), round(found.crossing, 12)
+    >>> ends = bracket(lambda x: x**2 - 3 * x, 3.0, 100.0, ratio=1.1, max_trials=9)
+    >>> ends.num, round(ends.low.eta, 2), round(ends.high.eta, 2), round(ends.crossing, 12)
     (3, 2.87, 3.13, 3.0)
     """
     origin = Trial(0.0, -slope)
-    found = Bracket(origin, Trial(math.inf, math.nan), origin, 0)
+    ends = Bracket(origin, Trial(math.inf, math.nan), origin, 0)
     eta, same_side, was_below = start, 0, None
-    while found.num < max_trials and 0 < eta < math.inf:
+    while ends.num < max_trials and 0 < eta < math.inf:
         trial = Trial(eta, rise(eta) / eta)
         below = trial.rate <= 0
-        same_side = same_side + 1 if below == was_below else 0
-        was_below = below
-        third = found.low if below else found.high if math.isfinite(found.high.eta) else origin
-        found = Bracket(*((trial, found.high) if below else (found.low, trial)), third, found.num + 1)
-        if found.closed and found.high.eta <= ratio * found.low.eta:
+        same_side, was_below = same_side + 1 if below == was_below else 0, below
+        third = ends.low if below else ends.high if math.isfinite(ends.high.eta) else origin
+        ends = Bracket(*((trial, ends.high) if below else (ends.low, trial)), third, ends.num + 1)
+        if ends.closed and ends.high.eta <= ratio * ends.low.eta:
             break
-        step = _between if found.closed else _beyond
-        eta = step(found, below, same_side, ratio**0.45, slope)
-    return found
+        eta = (_between if ends.closed else _beyond)(ends, below, same_side, ratio**0.45, slope)
+    return ends
 
 
-def _beyond(found: Bracket, below: bool, failures: int, beside: float, slope: float) -> float:
+def _beyond(ends: Bracket, below: bool, failures: int, beside: float, slope: float) -> float:
     """Where to look for the other side."""
     factor = max(beside, 3.0**failures) if failures else beside
     if below:
-        guess = max(_parabola(slope, found.low), found.low.eta)
-        return factor * (guess if guess < 1000 * found.low.eta else 10 * found.low.eta)  # a small bend may be rounding
-    return max(_parabola(slope, found.high) / factor, found.high.eta / 1000)
+        guess = max(_parabola(slope, ends.low), ends.low.eta)
+        return factor * (guess if guess < 1000 * ends.low.eta else 10 * ends.low.eta)  # a small bend may be rounding
+    return max(_parabola(slope, ends.high) / factor, ends.high.eta / 1000)
 
 
-def _between(found: Bracket, below: bool, failures: int, beside: float, _: float) -> float:
+def _between(ends: Bracket, below: bool, failures: int, beside: float, _: float) -> float:
     """Where to cut the bracket: on the far side of the crossing from the last trial."""
-    low, high = found.low.eta, found.high.eta
+    low, high = ends.low.eta, ends.high.eta
     middle = math.sqrt(low) * math.sqrt(high)
-    last, other = (found.low, found.high) if below else (found.high, found.low)
-    root = _inverse_quadratic(last, other, found.third) if found.third.eta else found.crossing
+    last, other = (ends.low, ends.high) if below else (ends.high, ends.low)
+    root = _inverse_quadratic(last, other, ends.third) if ends.third.eta else ends.crossing
     if root is None or failures > 2:
         return middle
     wide = beside**2.0**failures
-    wanted = (root * wide, root / beside) if below else (root / wide, root * beside)
-    return next((eta for eta in wanted if low < eta < high), middle)  # the bracket may already end on the far side
+    places = (root * wide, root / beside) if below else (root / wide, root * beside)
+    return next((eta for eta in places if low < eta < high), middle)  # the bracket may already end on the far side
 
 
 def _inverse_quadratic(a: Trial, b: Trial, c: Trial) -> float | None:

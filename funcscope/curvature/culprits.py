@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..core.directions import dot
@@ -18,7 +18,8 @@ from ..core.keys import Key, fold_in, normal
 from ..core.objective import Loss
 from ..core.skeleton import TrueDerivatives
 from .audit_result import Culprit
-from .differences import Derivative, along_line, in_float64
+from .derivative_ways import PRODUCTS, Calls, nested, slope
+from .differences import along_line, in_float64
 from .head import total_of
 from .pullbacks import ONE_AT_A_TIME
 
@@ -52,25 +53,23 @@ class Faults(NamedTuple):
 def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
     """The modules, and the criterion, that break a derivative that no part of them breaks; each kind once."""
     loss = in_float64(loss)
-    loss = Loss(
-        loss.net.in_dtype(torch.float64), loss.batches[:1], loss.criterion
-    )  # a skeleton of its own, to be listened to
-    kernels, out = _Kernels(loss), []
+    loss = replace(loss, net=loss.net.in_dtype(torch.float64), batches=loss.batches[:1])  # a skeleton to be listened to
+    out: list[Culprit] = []
     faults: dict[str, Faults | None] = {}
     calls, outputs = _calls(loss, theta.double())
     for call in calls:  # parts come before the whole
-        f, at = _of_module(call, kernels), (call.weights, call.args, call.kwargs)
+        f, at = _of_module(call, loss.net.attention == "keep"), (call.weights, call.args, call.kwargs)
         faults[call.name] = broken = faults_of(f, at, fold_in(key, call.name))
-        inside = [other for name, other in faults.items() if name != call.name and name.startswith(_prefix(call.name))]
+        inside = [
+            faults[name] for name in faults if name != call.name and name.startswith(call.name and f"{call.name}.")
+        ]
         if broken and (own := _minus(broken, inside)):
             operations = _operations(f, at, broken, fold_in(key, call.name))
-            out.append(
-                Culprit(call.name or "the model", type(call.module).__name__, operations, own.wrong, own.missing)
-            )
+            out.append(Culprit(call.name or "the model", type(call.module).__name__, operations, *own))
     targets = loss.batches[0][1]
     own = faults_of(lambda z: total_of(loss.criterion, z, targets), (outputs,), fold_in(key, "the criterion"))
     if own:
-        out.append(Culprit("the criterion", loss.criterion.name, (loss.criterion.name,), own.wrong, own.missing))
+        out.append(Culprit("the criterion", loss.criterion.name, (loss.criterion.name,), *own))
     return tuple(out)
 
 
@@ -93,28 +92,18 @@ def faults_of(f: Callable[..., Any], at: tuple, key: Key) -> Faults | None:
         except (NotImplementedError, RuntimeError):
             missing.append(way)
             continue
-        if _off(value, judges[order - 1]):
+        if judges[order - 1].contradicts(value, _OFF):
             wrong.append(way)
     return Faults(tuple(wrong), tuple(missing)) if wrong or missing else None
 
 
-def _off(value: float, judge: Derivative) -> bool:
-    size = max(abs(value), abs(judge.value))
-    return judge.error < _OFF * size and not abs(value - judge.value) <= 10 * judge.error + _OFF * size
-
-
 def _ways(phi: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
-    zero, one = x.new_zeros(()), x.new_ones(())
-
-    def rate(a: Tensor) -> Tensor:
-        return jvp(lambda b: phi(x + b * d), (a,), (one,))[1]
-
     return {
         "gradient": (1, lambda: dot(grad(phi)(x), d)),
-        "jvp": (1, lambda: rate(zero)),
-        "vjp of grad": (2, lambda: dot(vjp(grad(phi), x)[1](d)[0], d)),
-        "jvp of grad": (2, lambda: dot(jvp(grad(phi), (x,), (d,))[1], d)),
-        "jvp of jvp": (2, lambda: jvp(rate, (zero,), (one,))[1]),
+        "jvp": (1, lambda: slope(phi, x, d)(x.new_zeros(()))),
+        "vjp of grad": (2, lambda: dot(PRODUCTS["vjp of grad"](phi, x)(d), d)),
+        "jvp of grad": (2, lambda: dot(PRODUCTS["jvp of grad"](phi, x)(d), d)),
+        "jvp of jvp": (2, lambda: nested(phi, x, d)),
     }
 
 
@@ -142,9 +131,8 @@ def _line_of(f: Callable[..., Any], at: tuple, key: Key) -> tuple[Callable[[Tens
         return None
 
     def phi(x: Tensor) -> Tensor:
-        return torch.stack(
-            [(w * out + 0.5 * out.square()).mean() for w, out in zip(weights, outputs(x), strict=True)]
-        ).sum()
+        pairs = zip(weights, outputs(x), strict=True)
+        return torch.stack([(w * out + 0.5 * out.square()).mean() for w, out in pairs]).sum()
 
     size = torch.where(x.std(correction=0) > 0, x.std(correction=0), 1.0)
     return phi, x, size * normal(fold_in(key, "direction"), x)
@@ -173,80 +161,44 @@ def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
     return list(calls.values()), outputs
 
 
-def _of_module(call: Call, kernels: _Kernels) -> Callable[..., Any]:
+def _of_module(call: Call, own_kernels: bool) -> Callable[..., Any]:
+    """The module as the net runs it: with its own kernels, or with those that have derivatives."""
+
     def f(weights: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-        with kernels():
+        with ExitStack() as stack:
+            if not own_kernels:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(TrueDerivatives())
             return functional_call(call.module, weights, args, kwargs)
 
     return f
 
 
-class _Kernels:
-    """How the net runs: with its own kernels, or with those that have derivatives."""
-
-    def __init__(self, loss: Loss):
-        self.own = loss.net.attention == "keep"
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        if not self.own:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(TrueDerivatives())
-        return stack
-
-
 def _operations(f: Callable[..., Any], at: tuple, faults: Faults, key: Key) -> tuple[str, ...]:
     """The functions that break alone what the whole breaks; all names where none does."""
-    called = _Recorded()
+    called = Calls(arguments=True)
     line = _line_of(f, at, key)
     assert line is not None
     with torch.no_grad(), called:
         line[0](line[1])
-    guilty = []
+    breaking = []
     for i, (name, func, args, kwargs) in enumerate(called.calls):
         alone = faults_of(lambda a, k, func=func: func(*a, **k), (args, kwargs), fold_in(key, i))
         if alone and (set(alone.wrong) & set(faults.wrong) or set(alone.missing) & set(faults.missing)):
-            guilty.append(name)
-    if not guilty:
-        with _Recorded() as called:
+            breaking.append(name)
+    if not breaking:
+        with Calls() as called:
             try:
                 grad(line[0])(line[1])  # inside a transform, a mode sees an `autograd.Function`, too
             except RuntimeError:
                 line[0](line[1])
         own = [name for name in called.names if name.startswith("autograd.Function")]
-        guilty = own or called.names
-    return tuple(dict.fromkeys(guilty))
-
-
-class _Recorded(TorchFunctionMode):
-    """The functions of torch that are called, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, Callable, tuple, dict]] = []
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if name == "custom_function_call":
-            name = f"autograd.Function {args[0].__name__}"
-        if name != "__get__":
-            self.names.append(name)
-        if name != "__get__" and not torch._C._functorch.peek_interpreter_stack():
-            self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
-        return func(*args, **(kwargs or {}))
-
-
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""
+        breaking = own or called.names
+    return tuple(dict.fromkeys(breaking))
 
 
 def _minus(faults: Faults, others: list[Faults | None]) -> Faults | None:
     """What is not explained by the parts."""
-    wrong = {way for other in others if other for way in other.wrong}
-    missing = {way for other in others if other for way in other.missing}
-    own = Faults(
-        tuple(way for way in faults.wrong if way not in wrong | missing),
-        tuple(way for way in faults.missing if way not in missing | wrong),
-    )
-    return own if own.wrong or own.missing else None
+    known = {way for other in others if other for way in other.wrong + other.missing}
+    own = Faults(*(tuple(way for way in ways if way not in known) for ways in faults))
+    return own if any(own) else None

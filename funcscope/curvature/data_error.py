@@ -30,13 +30,13 @@ class EigenvalueErrors(Result):
 
     @derived("standard error over sequences", per="rank", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
-        """Standard errors over sequences; nan for one sequence."""
+        """nan for one sequence."""
         return self.forms.stderr
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
         """Each value with its standard error over sequences, the bias not taken off."""
-        return _estimates(self.values, self.forms)
+        return tuple(Estimate(*pair, len(self.forms.weights)) for pair in zip(self.values, self.stderr, strict=True))
 
     def intervals(self, level: float = 0.95) -> Float[Tensor, "k 2"]:
         """Between which ends the eigenvalues of all data lie: bias off, residuals on, Student's t of n - 1 degrees.
@@ -65,13 +65,14 @@ class EigenvalueErrors(Result):
         return f"{len(self.values)} eigenvalues, errors over {len(self.forms.weights)} sequences"
 
     @property
-    def coords(self) -> dict[str, range]:
-        return {"rank": range(1, len(self.values) + 1)}
+    def notes(self) -> list[str]:
+        if len(self.forms.weights) < 2:
+            return ["one sequence has no error over sequences, score more"]
+        return _not_for("beyond first order, score more sequences", self.first_order)
 
     @property
-    def notes(self) -> list[str]:
-        open_ = [str(i + 1) for i, good in enumerate(self.first_order.tolist()) if not good]
-        return [f"beyond first order, score more sequences: rank {', '.join(open_)}"] if open_ else []
+    def coords(self) -> dict[str, range]:
+        return {"rank": range(1, len(self.values) + 1)}
 
 
 class EigenvalueDifferences(Result):
@@ -84,7 +85,6 @@ class EigenvalueDifferences(Result):
 
     @derived("difference, second - first", per="rank", name="differences", stderr="stderr")
     def values(self) -> Float[Tensor, " k"]:
-        """second - first."""
         return self.second.values - self.first.values
 
     @derived("bias", per="rank")
@@ -94,7 +94,7 @@ class EigenvalueDifferences(Result):
 
     @derived("standard error over sequences", per="rank", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
-        """Over the sequences, in pairs where `paired`."""
+        """In pairs where `paired`."""
         if self.paired:
             return self.second.forms.minus(self.first.forms).stderr
         return torch.hypot(self.first.stderr, self.second.stderr)
@@ -120,26 +120,15 @@ class EigenvalueDifferences(Result):
         low, high = self.intervals().T
         return (low > 0) | (high < 0)
 
-    @derived("lower end of the 95 % interval", per="rank")
-    def low(self) -> Float[Tensor, " k"]:
-        return self.intervals()[:, 0]
-
-    @derived("upper end of the 95 % interval", per="rank")
-    def high(self) -> Float[Tensor, " k"]:
-        return self.intervals()[:, 1]
+    low, high, coords = EigenvalueErrors.low, EigenvalueErrors.high, EigenvalueErrors.coords
 
     @property
     def head(self) -> str:
         return "second - first, " + ("paired over the same sequences" if self.paired else "not paired")
 
     @property
-    def coords(self) -> dict[str, range]:
-        return {"rank": range(1, len(self.values) + 1)}
-
-    @property
     def notes(self) -> list[str]:
-        open_ = [str(i + 1) for i, good in enumerate(self.resolved.tolist()) if not good]
-        return [f"not resolved by these sequences: rank {', '.join(open_)}"] if open_ else []
+        return _not_for("not resolved by these sequences", self.resolved)
 
 
 def eigenvalue_errors(
@@ -171,14 +160,11 @@ def eigenvalue_errors(
 
     First order: Kato (1995), Perturbation theory for linear operators, II.2; bias: second order of the same.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> from funcscope.curvature.hessian import hessian
-    >>> from funcscope.linalg.eigen import eigenpairs
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
-    >>> data = [(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]), torch.zeros(3, 1))]
-    >>> loss = objective.objective(net, data, square)
-    >>> top = eigenpairs(hessian(loss, net.theta), net.theta, key=keys.key(0), num=1, vectors=True)
+    >>> import funcscope as fs
+    >>> net, data = fs.functional(torch.nn.Linear(2, 1, bias=False)), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    >>> square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(data, torch.zeros(3, 1))], square)
+    >>> top = fs.eigenpairs(fs.hessian(loss, net.theta), net.theta, key=fs.key(0), num=1, vectors=True)
     >>> print(eigenvalue_errors(loss, net.theta, top).estimates[0])                 # the mean of x^2: 1, 4, 9
     4.667 ± 2.3 (n = 3)
     """
@@ -238,5 +224,6 @@ def _intervals(values: Tensor, bias: Tensor, half: Tensor, first_order: Tensor) 
     return torch.where((bias.abs() <= half)[:, None], ends, math.nan)
 
 
-def _estimates(values: Tensor, forms: SequenceForms) -> tuple[Estimate, ...]:
-    return tuple(Estimate(v, e, len(forms.weights)) for v, e in zip(values, forms.stderr, strict=True))
+def _not_for(text: str, good: Tensor) -> list[str]:
+    ranks = [str(i + 1) for i, each in enumerate(good.tolist()) if not each]
+    return [f"{text}: rank {', '.join(ranks)}"] if ranks else []

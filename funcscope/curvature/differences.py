@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,12 @@ class Derivative(NamedTuple):
 
     value: float
     error: float
+
+    def contradicts(self, other: float, share: float, rounding: float = 0.0) -> bool:
+        """Is another value beyond doubt a different one, by this share at least? Not where the error is not small."""
+        size = max(abs(other), abs(self.value))
+        resolved = self.error <= share / 5 * size
+        return resolved and not abs(other - self.value) <= max(10 * self.error, share * size, rounding)
 
 
 def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP) -> tuple[Derivative, Derivative]:
@@ -79,26 +85,24 @@ def values_of(loss: Loss) -> Values:
     """The loss in float64; in its own dtype where a part of the model does not take float64."""
     wide = in_float64(loss)
     try:
-        _value(wide, wide.net.theta)
+        value_at(wide, wide.net.theta)
     except RuntimeError as err:
         if "dtype" not in str(err) and "scalar type" not in str(err):
             raise
         wide = loss
-    return Values(lambda theta: _value(wide, theta), wide.layout.dtype)
+    return Values(lambda theta: value_at(wide, theta), wide.layout.dtype)
 
 
 def in_float64(loss: Loss) -> Loss:
     """The same function of the same weights, computed in float64."""
     if all(leaf.dtype == torch.float64 for leaf in loss.layout.leaves):
         return loss
-    return Loss(loss.net.in_dtype(torch.float64), tree_map_only(torch.Tensor, _widened, loss.batches), loss.criterion)
+    batches = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, loss.batches)
+    return Loss(loss.net.in_dtype(torch.float64), batches, loss.criterion)
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
-
-
-def _value(loss: Loss, theta: Tensor) -> float:
+def value_at(loss: Loss, theta: Tensor) -> float:
+    """The loss in its own dtype."""
     with torch.no_grad(), ONE_AT_A_TIME:
         return float(loss(theta.to(torch.promote_types(loss.layout.dtype, torch.float32))))
 
@@ -108,11 +112,8 @@ def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], key: Key) -> Float[Tens
     typical = theta.norm() / len(theta) ** 0.5
     out = normal(key, theta)
     for leaf in loss.layout.leaves:
-        part = theta[leaf.offset : leaf.offset + leaf.numel]
-        size = part.norm() / leaf.numel**0.5
-        out[leaf.offset : leaf.offset + leaf.numel] *= torch.where(
-            size > 0, size, torch.where(typical > 0, typical, 1.0)
-        )
+        size = theta[leaf.slice].norm() / leaf.numel**0.5
+        out[leaf.slice] *= torch.where(size > 0, size, torch.where(typical > 0, typical, 1.0))
     return out
 
 
@@ -122,9 +123,3 @@ def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -
     base, step = theta.to(wide), direction.to(wide)
     first_step = FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP
     return along_line(lambda a: values.at(base + a * step), first_step)
-
-
-def central(values: Any, h: float) -> tuple[float, float]:
-    """A second difference with one step, and the size of the values: three evaluations."""
-    plus, middle, minus = values(h), values(0.0), values(-h)
-    return (plus - 2 * middle + minus) / h**2, max(map(abs, (plus, middle, minus)))

@@ -75,10 +75,10 @@ def empirical_fisher(
 
     Kunstner, Balles, Hennig (2019), arXiv:1905.12558.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 2, bias=False))
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(1, 2, bias=False))
     >>> data = [(torch.ones(1, 1), torch.tensor([0]))]
-    >>> loss = objective.objective(net, data, criterion.classification)
+    >>> loss = fs.objective(net, data, fs.classification)
     >>> empirical_fisher(loss, torch.zeros(2))(torch.tensor([1.0, 0.0]))      # g = (-1/2, 1/2)
     tensor([ 0.2500, -0.2500])
     """
@@ -103,6 +103,10 @@ class FisherDiagonal(Result):
     @derived("trace")
     def trace(self) -> Float[Tensor, ""]:
         return self.value.double().sum()
+
+    @property
+    def head(self) -> str:
+        return f"Fisher diagonal of {len(self.value)} entries from {self.num} draws of all labels"
 
 
 def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> FisherDiagonal:
@@ -152,7 +156,7 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
 
 def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
     """Per batch, `num` targets with drawn labels. Draw i of sequence r comes from the child (i, r) of the key."""
-    params, first, found = loss.params(theta), 0, []
+    params, first, drawn = loss.params(theta), 0, []
     for inputs, targets in loss.batches:
         with torch.no_grad():
             out = loss.net.apply(params, inputs)
@@ -164,8 +168,8 @@ def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
             ]
             draws.append(tree_map(lambda *leaves: torch.cat(leaves), *rows))
         first += len(out)
-        found.append(draws)
-    return found
+        drawn.append(draws)
+    return drawn
 
 
 def _row(targets: Any, r: int) -> Any:

@@ -26,11 +26,9 @@ def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None =
 
     Schraudolph (2002), doi:10.1162/08997660260028683; Martens (2020), arXiv:1412.1193.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)
     >>> ggn(loss, net.theta)(torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
@@ -39,10 +37,4 @@ def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None =
         check_count("head_chunk", head_chunk)
     loss, scale = normalised(loss, theta)
     batches = outputs_of(loss, head_chunk=head_chunk, kept_at=loss.params(theta) if keep else None)
-    return sandwich(
-        loss,
-        theta,
-        [(batch, batch.gauss_newton) for batch in batches],
-        scale,
-        keep,
-    )
+    return sandwich(loss, theta, [(batch, batch.gauss_newton) for batch in batches], scale, keep)

@@ -51,14 +51,14 @@ class Head:
         for rows, labels, z in self._chunks(outs):
             r = self._slope(rows, labels, z)
             sums.add(r @ outs[1], r.T, outs[0][rows])
-        return sums.found()
+        return sums.total()
 
     def gauss_newton(self, outs: Outs, tangents: Outs) -> Outs:
         sums = _Sums(len(outs))
         for rows, labels, z in self._chunks(outs):
             u = self._bent(outs, tangents, rows, labels, z)
             sums.add(u @ outs[1], u.T, outs[0][rows])
-        return sums.found()
+        return sums.total()
 
     def hessian(self, outs: Outs, tangents: Outs) -> Outs:
         sums = _Sums(len(outs))
@@ -66,7 +66,7 @@ class Head:
             u, r = self._bent(outs, tangents, rows, labels, z), self._slope(rows, labels, z)
             sums.add(_plus(u @ outs[1], r, tangents[1]), u.T, outs[0][rows])
             sums.add_to_weight(r.T, tangents[0][rows])
-        return sums.found()
+        return sums.total()
 
     def _bent(self, outs: Outs, tangents: Outs, rows: slice, labels: Labels, z: Tensor) -> Tensor:
         """M z' for some rows."""
@@ -100,23 +100,23 @@ class _Sums:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, hidden: Tensor, left: Tensor, right: Tensor) -> None:
-        """hidden, and left @ right for the weight; the bias is the sum of the columns of left."""
+    def add(self, hidden: Tensor, a: Tensor, b: Tensor) -> None:
+        """hidden, and a @ b for the weight; the bias is the sum of the columns of a."""
         self.hidden.append(hidden)
-        self.add_to_weight(left, right)
+        self.add_to_weight(a, b)
         if self.with_bias:
-            bias = left.sum(1)
+            bias = a.sum(1)
             self.bias = bias if self.bias is None else self.bias + bias
 
-    def add_to_weight(self, left: Tensor, right: Tensor) -> None:
-        wide = torch.promote_types(left.dtype, torch.float32)  # sums over many chunks would stall in half precision
-        if left.dtype != wide:
-            part = (left @ right).to(wide)
+    def add_to_weight(self, a: Tensor, b: Tensor) -> None:
+        wide = torch.promote_types(a.dtype, torch.float32)  # sums over many chunks would stall in half precision
+        if a.dtype != wide:
+            part = (a @ b).to(wide)
             self.weight = part if self.weight is None else self.weight + part
         else:
-            self.weight = left @ right if self.weight is None else _plus(self.weight, left, right)
+            self.weight = a @ b if self.weight is None else _plus(self.weight, a, b)
 
-    def found(self) -> Outs:
+    def total(self) -> Outs:
         hidden = self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden)
         assert self.weight is not None
         self.weight = self.weight.to(hidden.dtype)

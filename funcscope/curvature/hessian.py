@@ -16,13 +16,12 @@ from ..core.directions import dot
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
-from .head import total_of
-from .outputs import Outputs, check_head, normalised, outputs_of, total_weight
+from .derivative_ways import norm
+from .outputs import check_head, loss_at, normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
 from .product_check import check_product
-from .pullbacks import ONE_AT_A_TIME, flat, forward_or_reverse, named_if_missing, summed, unchanged
+from .pullbacks import ONE_AT_A_TIME, flat, forward_or_reverse, kept_gradient, operator, summed, unchanged
 
-_NEEDS = "the Hessian needs second derivatives"
 _AGREE, _RESOLVED, _PATIENCE = 3e-3, 0.05, 3
 
 
@@ -48,10 +47,9 @@ def hessian(
 
     Pearlmutter (1994), doi:10.1162/neco.1994.6.1.147.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)      # (a^2 + b^2) / 2
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], square)      # (a^2 + b^2) / 2
     >>> hessian(loss, net.theta)(torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
@@ -61,24 +59,18 @@ def hessian(
         check_head(loss)
         if not keep:
             raise ValueError("`head_chunk` needs keep=True: the closed form of the head is one of reverse mode.")
-    whole = loss
-    loss, scale = normalised(loss, theta)
-    check_unchanged = unchanged(loss, theta)
-    with named_if_missing(loss, _NEEDS):
-        if keep:
-            kept = outputs_of(loss, head_chunk=head_chunk, kept_at=loss.params(theta))
-            maps = [_kept(loss, theta, batch) for batch in kept]
-        else:
-            maps = [_rebuilt(loss, theta, *batch) for batch in loss.batches]
+    weighted, scale = normalised(loss, theta)
 
-    def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        check_flat("v", v, len(theta))
-        check_unchanged()
-        with named_if_missing(loss, _NEEDS):
-            return summed(maps, v, scale)
+    def maps() -> list[Matvec]:
+        if not keep:
+            return [_rebuilt(weighted, theta, *batch) for batch in weighted.batches]
+        batches = outputs_of(weighted, head_chunk=head_chunk, kept_at=weighted.params(theta))
+        with KeptActivations():
+            return [kept_gradient(lambda t, one=one: one.scored(weighted.params(t)), theta) for one in batches]
 
+    matvec = operator(weighted, theta, maps, scale, "the Hessian needs second derivatives")
     if check:
-        check_product(whole, theta, matvec, f"keep={keep}")
+        check_product(loss, theta, matvec, f"keep={keep}")
     return matvec
 
 
@@ -102,11 +94,10 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
 
     Richardson (1911), doi:10.1098/rsta.1911.0009.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False).double())
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False).double()), fs.custom(lambda out, y: (out - y) ** 2)
     >>> x, y = torch.eye(2).double(), torch.zeros(2, 1).double()
-    >>> loss = objective.objective(net, [(x, y)], square)
+    >>> loss = fs.objective(net, [(x, y)], square)
     >>> matvec = hessian_difference(loss, net.theta)
     >>> torch.allclose(matvec(x[0]), x[0]), matvec.error() < 1e-8
     (True, True)
@@ -120,7 +111,7 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
 
     def slope(t: Tensor) -> Tensor:  # batch by batch: one graph at a time
         with ONE_AT_A_TIME:
-            return summed([grad(_total(loss, *batch)) for batch in loss.batches], t, scale)
+            return summed([grad(loss_at(loss, *batch)) for batch in loss.batches], t, scale)
 
     worst = [0.0]
 
@@ -146,17 +137,17 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
 def _extrapolated(central: Callable[[float], Tensor], step: float, halve: bool) -> tuple[Tensor, float]:
     """The extrapolation of the two steps that agree best, and how far they disagree."""
     coarse, fine = central(step), central(step / 2)
-    product, error = (4 * fine - coarse) / 3, _norm(fine - coarse)
+    product, error = (4 * fine - coarse) / 3, norm(fine - coarse)
     rises = 0
-    while halve and error > _AGREE * _norm(product) and rises < _PATIENCE:
+    while halve and error > _AGREE * norm(product) and rises < _PATIENCE:
         step, coarse, fine = step / 2, fine, central(step / 4)
-        discrepancy = _norm(fine - coarse)
+        discrepancy = norm(fine - coarse)
         rises = 0 if discrepancy < error else rises + 1
         if discrepancy < error:
             product, error = (4 * fine - coarse) / 3, discrepancy
-    if error > _RESOLVED * _norm(product):
+    if error > _RESOLVED * norm(product):
         warnings.warn(
-            f"a Hessian product by differences is known to {error / _norm(product):.0%} only: its steps disagree by rounding "
+            f"a Hessian product by differences is known to {error / norm(product):.0%} only: its steps disagree by rounding "
             "or kinks. Compute in a wider dtype (`dtype` of `functional`), or take `hessian`; `matvec.error()` says how far "
             "eigenvalues may be off.",
             stacklevel=3,
@@ -164,23 +155,8 @@ def _extrapolated(central: Callable[[float], Tensor], step: float, halve: bool) 
     return product, error
 
 
-def _norm(x: Tensor) -> float:
-    return dot(x, x) ** 0.5
-
-
-def _kept(loss: Loss, theta: Tensor, batch: Outputs) -> Matvec:
-    with torch.enable_grad(), KeptActivations():
-        _, pull = vjp(grad(lambda t: batch.scored(loss.params(t))), theta)
-    return lambda v: pull(v)[0]
-
-
-def _total(loss: Loss, inputs: Inputs, targets: Any) -> Callable[[Tensor], Tensor]:
-    """One batch's sum of losses as a function of theta."""
-    return lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)
-
-
 def _rebuilt(loss: Loss, theta: Tensor, inputs: Inputs, targets: Any) -> Matvec:
-    slope = grad(_total(loss, inputs, targets))
+    slope = grad(loss_at(loss, inputs, targets))
     product = forward_or_reverse(lambda v: jvp(slope, (theta,), (v,))[1], lambda v: vjp(slope, theta)[1](v)[0])
 
     def matvec(v: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ def check_head(loss: Loss) -> None:
         )
 
 
+def loss_at(loss: Loss, inputs: Inputs, targets: Any) -> Callable[[Tensor], Tensor]:
+    """One batch's sum of losses as a function of theta."""
+    return lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)
+
+
 def total_weight(loss: Loss, theta: Theta) -> float:
     """What the objective's sum is divided by; a constant, as weights do not depend on the parameters."""
     if loss.criterion.positionwise:
@@ -107,22 +112,11 @@ def whole(net: Functional, criterion: Criterion, inputs: Inputs, targets: Any) -
     def hessian(outs: Outs, tangents: Outs) -> Outs:
         return (hessian_of(criterion, outs[0], targets, tangents[0]),)
 
-    return Outputs(
-        of=lambda params: (net.apply(params, inputs),),
-        total=total,
-        residual=grad(total),
-        hessian=hessian,
-        gauss_newton=hessian,
-    )
+    return Outputs(lambda params: (net.apply(params, inputs),), total, grad(total), hessian, gauss_newton=hessian)
 
 
 def _split(
-    net: Functional,
-    criterion: Criterion,
-    inputs: Inputs,
-    targets: Labels,
-    chunk: int | None,
-    kept_at: Params | None,
+    net: Functional, criterion: Criterion, inputs: Inputs, targets: Labels, chunk: int | None, kept_at: Params | None
 ) -> Outputs:
     """Hidden states of the scored tokens, weight and bias of the head: z = h W' + b is made inside."""
     scored = targets.weight.reshape(-1).nonzero()[:, 0]
@@ -167,8 +161,8 @@ class _Residual(Function):
 
     @staticmethod
     def forward(at: Outputs, *outs: Tensor) -> Outs:
-        found = at.residual(outs)
-        return found if isinstance(found, tuple) else (found,)
+        slopes = at.residual(outs)
+        return slopes if isinstance(slopes, tuple) else (slopes,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, _: Outs) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import grad, jvp, vjp
 
 from ..core.checks import check_flat
 from ..core.objective import Loss, Theta, check_point
@@ -53,21 +53,33 @@ def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
     return check
 
 
-def sandwich(
-    loss: Loss, theta: Float[Tensor, " p"], parts: list[tuple[Outputs, AtOutputs]], scale: float, keep: bool
+def operator(
+    loss: Loss, theta: Float[Tensor, " p"], maps: Callable[[], list[Matvec]], scale: float, needs: str
 ) -> Matvec:
-    """v -> scale * sum over batches of J' middle(J v), J the Jacobian of a batch's outputs at theta."""
-    with named_if_missing(loss, "J v and J'u need derivatives in both modes"):
-        maps = [(_kept if keep else _rebuilt)(loss, theta, batch, middle) for batch, middle in parts]
+    """v -> scale * the sum of what every batch's map makes of it; `maps` makes their graphs, once."""
     check = unchanged(loss, theta)
+    with named_if_missing(loss, needs):
+        made = maps()
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         check_flat("v", v, len(theta))
         check()
-        with named_if_missing(loss, "J v and J'u need derivatives in both modes"):
-            return summed(maps, v, scale)
+        with named_if_missing(loss, needs):
+            return summed(made, v, scale)
 
     return matvec
+
+
+def sandwich(
+    loss: Loss, theta: Float[Tensor, " p"], parts: list[tuple[Outputs, AtOutputs]], scale: float, keep: bool
+) -> Matvec:
+    """v -> scale * sum over batches of J' middle(J v), J the Jacobian of a batch's outputs at theta."""
+    one = kept_sandwich if keep else _rebuilt
+
+    def maps() -> list[Matvec]:
+        return [one(loss, theta, batch, middle) for batch, middle in parts]
+
+    return operator(loss, theta, maps, scale, "J v and J'u need derivatives in both modes")
 
 
 def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
@@ -79,19 +91,30 @@ def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
     return out if scale == 1 else out * scale
 
 
-def _kept(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
+def kept_gradient(f: Callable[[Tensor], Tensor], theta: Tensor) -> Matvec:
+    """v -> H v of one function, the graph of its gradient made once."""
+    with torch.enable_grad():
+        _, pull = vjp(grad(f), theta)
+    return lambda v: pull(v)[0]
+
+
+def kept_sandwich(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
     """J' u is the pullback; J v is the pullback of u -> J' u, which is linear: both graphs are made once."""
     with torch.enable_grad():
         outs, pull = vjp(lambda t: batch.of(loss.params(t)), theta)
-        _, push = vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))
+        push = _push(outs, pull)
     return lambda v: pull(middle(outs, push(v)))[0]
+
+
+def _push(outs: Outs, pull: Callable[..., tuple]) -> Callable[[Tensor], Outs]:
+    return vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))[1]
 
 
 def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
     def of(t: Tensor) -> Outs:
         return batch.of(loss.params(t))
 
-    pushed = forward_or_reverse(lambda v: jvp(of, (theta,), (v,))[1], lambda v: _push_in_reverse(of, theta, v))
+    pushed = forward_or_reverse(lambda v: jvp(of, (theta,), (v,))[1], lambda v: _push(*vjp(of, theta))(v))
 
     def matvec(v: Tensor) -> Tensor:
         with torch.enable_grad(), ONE_AT_A_TIME:  # the graph of the pullback, whatever the caller's mode
@@ -100,12 +123,6 @@ def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Ma
         return pull(middle(outs, moved))[0]
 
     return matvec
-
-
-def _push_in_reverse(of: Callable[[Tensor], Outs], theta: Tensor, v: Tensor) -> Outs:
-    """J v, as the pullback of u -> J'u."""
-    outs, pull = vjp(of, theta)
-    return vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))[1](v)
 
 
 def forward_or_reverse(forward: Callable[[Tensor], Any], reverse: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

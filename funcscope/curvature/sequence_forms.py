@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.checks import check_choice, check_count
 from ..core.estimate import Crossed, Estimate, ratio_stderr
@@ -17,9 +17,9 @@ from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Matvec
-from .head import hessian_of, total_of
-from .pullbacks import ONE_AT_A_TIME, flat, named_if_missing
-from .sam_micro import micro_batches
+from .outputs import loss_at, whole
+from .pullbacks import ONE_AT_A_TIME, flat, kept_gradient, kept_sandwich, named_if_missing
+from .rows import is_cut, micro_batches, sizes_of
 
 Matrix = Literal["hessian", "ggn"]
 UNITS = 128
@@ -56,6 +56,19 @@ class SequenceForms(Result):
         """The mean over the vectors, taken for a random sample of all, with its errors over vectors and sequences."""
         rows = (self.terms - self.values[:, None] * self.weights) / self.weights.sum() / len(self.terms)
         return Crossed.of_rows(Estimate.of(self.values), rows)
+
+    @property
+    def head(self) -> str:
+        return f"forms of {len(self.terms)} vectors over {len(self.weights)} sequences{' (groups)' * (self.group > 1)}"
+
+    @property
+    def coords(self) -> dict[str, range]:
+        return {"vector": range(1, len(self.terms) + 1)}
+
+    @property
+    def notes(self) -> list[str]:
+        sizes = {"draws": len(self.terms), "data": len(self.weights)}
+        return [f"no error over {what}: there is one of them only" for what, num in sizes.items() if num < 2]
 
     def paired_with(self, other: SequenceForms) -> bool:
         """Whether both score the same sequences with the same weights, which is taken to mean the same data."""
@@ -96,25 +109,20 @@ def sequence_forms(
 
     Raises ValueError where batches cannot be cut by rows, and where a kernel has no second derivative.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2)
-    >>> loss = objective.objective(net, [(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.zeros(2, 1))], square)
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(2, 1, bias=False)), fs.custom(lambda out, y: (out - y)[:, 0] ** 2)
+    >>> loss = fs.objective(net, [(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.zeros(2, 1))], square)
     >>> sequence_forms(loss, torch.zeros(2), torch.eye(2)).terms.tolist()               # 2 x^2 in the first coordinate
     [[2.0, 8.0], [0.0, 0.0]]
     """
-    rows, weights, group = _tables(loss, theta, vectors, matrix, group, chunk_size, lambda v, image: (v @ image)[None])
+    rows, weights, group = _tables(
+        loss, theta, vectors, lambda v, image: (v @ image)[None], matrix=matrix, group=group, chunk_size=chunk_size
+    )
     return SequenceForms(rows[:, :, 0].T, weights, group)
 
 
 def crossed_forms(
-    loss: Loss,
-    theta: Theta,
-    vectors: Float[Tensor, "k p"],
-    *,
-    matrix: Matrix,
-    group: int | None,
-    chunk_size: int | None,
+    loss: Loss, theta: Theta, vectors: Float[Tensor, "k p"], **options: Any
 ) -> tuple[Float[Tensor, "k n l"], Float[Tensor, " n"], int]:
     r"""Per vector and sequence: $v_l^\top A_i v_j$ for every l, and last $\|A_i v_j\|^2$; the weights; the size of groups."""
 
@@ -122,7 +130,7 @@ def crossed_forms(
         return torch.cat([rows @ image, (image @ image)[None]])
 
     rows = vectors.to(flat(loss, theta))
-    table, weights, size = _tables(loss, theta, vectors, matrix, group, chunk_size, parts)
+    table, weights, size = _tables(loss, theta, vectors, parts, **options)
     return table.transpose(0, 1), weights, size
 
 
@@ -143,10 +151,11 @@ def _tables(
     loss: Loss,
     theta: Theta,
     vectors: Tensor,
+    parts: Callable[[Tensor, Tensor], Tensor],
+    *,
     matrix: Matrix,
     group: int | None,
     chunk_size: int | None,
-    parts: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, int]:
     """`parts(v, A_i v)` of every scored unit and vector, the weights of those units, and the sequences in each."""
     check_choice("matrix", matrix, get_args(Matrix))
@@ -161,55 +170,42 @@ def _tables(
     group = -(-len(weights) // UNITS) if group is None else group
     check_count("group", group)
     rows, cut = vectors.to(theta), micro_batches(loss, group if group > 1 else chunk_size)
-    sizes = [_num_rows(part) for part in cut]
-    if sum(sizes) != len(weights):
-        raise ValueError(
-            f"the batches have {sum(sizes)} rows and {len(weights)} losses: their rows are not their sequences."
-        )
+    sizes = sizes_of(cut, len(weights))
     with named_if_missing(loss, "the error over data needs second derivatives"):
-        table = torch.cat([_chunk(part, theta, rows, matrix, parts, whole=group > 1) for part in cut])
+        chunks = zip(cut, sizes, strict=True)
+        table = torch.cat([_chunk(part, num, theta, rows, matrix, parts, together=group > 1) for part, num in chunks])
     if group > 1:
         weights = torch.stack([x.sum() for x in weights.split(sizes)])
     return table[weights != 0], weights[weights != 0], group
 
 
-def _num_rows(part: Loss) -> int:
-    return max((len(x) for x in tree_leaves(part.batches[0]) if isinstance(x, Tensor) and x.ndim), default=1)
-
-
 def _chunk(
-    part: Loss, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[[Tensor, Tensor], Tensor], whole: bool
+    part: Loss, num: int, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[..., Tensor], together: bool
 ) -> Tensor:
-    """The rows of one micro-batch: one for it as a `whole`, or one per sequence, several by `vmap`."""
+    """The rows of one micro-batch: one for it all `together`, or one per sequence, several by `vmap`."""
     leaves, spec = tree_flatten(part.batches[0])
-    num = _num_rows(part)
-    cut = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.ndim and len(x) == num]
+    own = [i for i, x in enumerate(leaves) if is_cut(x, num)]
 
     def of(batch: list[Any]) -> Tensor:
         product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
         return torch.stack([parts(v, product(v)) for v in vectors])
 
-    def one(*own: Tensor) -> Tensor:
-        batch = list(leaves)
-        for i, x in zip(cut, own, strict=True):
-            batch[i] = x[None]
-        return of(batch)
+    def one(*rows: Tensor) -> Tensor:
+        row = dict(zip(own, rows, strict=True))
+        return of([row[i][None] if i in row else x for i, x in enumerate(leaves)])
 
     tick("forward")
     with torch.enable_grad(), ONE_AT_A_TIME:
-        table = of(leaves)[None] if whole or num == 1 else vmap(one)(*(leaves[i] for i in cut))
+        table = of(leaves)[None] if together or num == 1 else vmap(one)(*(leaves[i] for i in own))
     return table.detach().cpu().double()
 
 
-def _hessian(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    _, pull = vjp(grad(lambda t: total_of(loss.criterion, loss.net.apply(loss.params(t), inputs), targets)), theta)
-    return lambda v: pull(v)[0]
-
-
 def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    out, pull = vjp(lambda t: loss.net.apply(loss.params(t), inputs), theta)
-    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(out))
-    return lambda v: pull(hessian_of(loss.criterion, out, targets, push(v)[0]))[0]
+    batch = whole(loss.net, loss.criterion, inputs, targets)
+    return kept_sandwich(loss, theta, batch, batch.gauss_newton)
 
 
-_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {"hessian": _hessian, "ggn": _ggn}
+_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {
+    "hessian": lambda loss, theta, *batch: kept_gradient(loss_at(loss, *batch), theta),
+    "ggn": _ggn,
+}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from ..core.checks import check_choice, check_options
 from ..core.keys import Key, check_key, fold_in
@@ -19,9 +17,9 @@ from ..linalg.trace import BlockTraces, block_traces
 from .ggn import ggn
 from .hessian import hessian
 from .pullbacks import flat
+from .sequence_forms import Matrix
 
-Matrix = Literal["hessian", "ggn"]
-_MATRICES = {"hessian": hessian, "ggn": ggn}
+MATRICES = {"hessian": hessian, "ggn": ggn}
 
 
 def hessian_summary(
@@ -44,25 +42,25 @@ def hessian_summary(
 
     Yao, Gholami, Keutzer, Mahoney (2020), arXiv:1912.07145; Ghorbani, Krishnan, Xiao (2019), arXiv:1901.10159.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(4, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2 / 2)
+    >>> import torch, funcscope as fs
     >>> data = [(torch.diag(torch.tensor([2.0, 4.0, 6.0, 8.0])), torch.zeros(4, 1))]
-    >>> found = hessian_summary(objective.objective(net, data, square), net.theta, key=keys.key(0), num=1)
-    >>> round(found.max_eigenvalue, 4), round(float(found.trace.value), 4)       # x^2 / 4: 1, 4, 9, 16
+    >>> net = fs.functional(torch.nn.Linear(4, 1, bias=False))
+    >>> loss = fs.objective(net, data, fs.custom(lambda out, y: (out - y) ** 2 / 2))
+    >>> summary = hessian_summary(loss, net.theta, key=fs.key(0), num=1)
+    >>> round(summary.max_eigenvalue, 4), round(float(summary.trace.value), 4)       # x^2 / 4: 1, 4, 9, 16
     (16.0, 30.0)
     """
     check_key(key)
-    check_choice("matrix", matrix, _MATRICES)
+    check_choice("matrix", matrix, MATRICES)
     check_options("hessian_summary", spectrum_summary, options)
     theta = flat(loss, theta)
-    return spectrum_summary(_MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
+    return spectrum_summary(MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
 
 def block_slices(layout: Layout, by: By) -> dict[str, list[slice]]:
     """The coordinates of every block of whole leaves, as slices of theta; neighbours are joined.
 
-    >>> from funcscope.core.layout import Layout
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
     >>> block_slices(Layout.of(net), "layer")
     {'0': [slice(0, 9, None)], '2': [slice(9, 13, None)]}
@@ -104,38 +102,34 @@ def hessian_block_eigenvalues(
     which: Which = "magnitude",
     matrix: Matrix = "hessian",
     keep: bool = True,
+    watch: Callable[[Matvec], Matvec] | None = None,
     **options: Any,
 ) -> dict[str, Eigenpairs]:
     """The extreme eigenvalues of every diagonal block H_bb, block by block.
 
     Each block is the Hessian of the loss in its own parameters, the others held fixed: its products do not pay for the
-    gradients of the others. Fewer than `num` where a block is smaller. options: those of `linalg.eigenpairs`.
+    gradients of the others. Fewer than `num` where a block is smaller. options: those of `linalg.eigenpairs`; watch: what
+    is used in the place of each block's product, one that counts, say.
     The largest is at most the largest of the whole matrix (Cauchy interlacing), and so is the smallest, from below.
     """
     check_key(key)
-    check_choice("matrix", matrix, _MATRICES)
+    check_choice("matrix", matrix, MATRICES)
     check_options("hessian_block_eigenvalues", eigenpairs, options)
     theta = flat(loss, theta)
     block_slices(loss.layout, by)  # refuses what does not keep parameters whole
     groups = loss.layout.group_of(by)
-    found: dict[str, Eigenpairs] = {}
+    blocks: dict[str, Eigenpairs] = {}
     for block in dict.fromkeys(groups.values()):
         part = only(loss, theta, [name for name, group in groups.items() if group == block])
         at = part.net.theta.to(theta)
-        single = which == "both" and len(at) == 1  # one value, which is both ends
-        num_here = min(num, len(at) // 2 if which == "both" and not single else len(at))
-        found[block] = eigenpairs(
-            _MATRICES[matrix](part, at, keep=keep),
-            at,
-            key=fold_in(key, block),
-            num=num_here,
-            which="magnitude" if single else which,
-            **options,
-        )
-    return found
+        ends = "magnitude" if which == "both" and len(at) == 1 else which  # one value, which is both ends
+        most = len(at) // 2 if ends == "both" else len(at)
+        matvec = MATRICES[matrix](part, at, keep=keep)
+        matvec = watch(matvec) if watch else matvec
+        blocks[block] = eigenpairs(matvec, at, key=fold_in(key, block), num=min(num, most), which=ends, **options)
+    return blocks
 
 
 def only(loss: Loss, theta: Theta, names: list[str]) -> Loss:
     """The loss as a function of some of the parameters, the others held where theta has them."""
-    at: Mapping[str, torch.Tensor] = loss.params(flat(loss, theta))
-    return replace(loss, net=loss.net.only(names, at))
+    return replace(loss, net=loss.net.only(names, loss.params(flat(loss, theta))))

@@ -9,12 +9,9 @@ from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal
-from .ggn import ggn
-from .hessian import hessian
 from .pullbacks import flat
 from .sequence_forms import NUMBERS, Matrix, SequenceForms, check_sum, sequence_forms
-
-_OPERATORS = {"hessian": hessian, "ggn": ggn}
+from .summary import MATRICES
 
 
 class TraceErrors(Result):
@@ -26,6 +23,14 @@ class TraceErrors(Result):
     @derived("trace")
     def trace(self) -> Crossed:
         return self.forms.mean
+
+    @property
+    def head(self) -> str:
+        return f"trace from {len(self.forms.terms)} probes and {len(self.forms.weights)} sequences"
+
+    @property
+    def notes(self) -> list[str]:
+        return self.forms.notes
 
     def minus(self, other: TraceErrors) -> Crossed:
         """The difference to another model's trace, in pairs of sequences, and of probes where the keys are the same.
@@ -58,11 +63,10 @@ def trace_errors(
 
     Hutchinson (1990), doi:10.1080/03610919008812866.
 
-    >>> from funcscope.core import criterion, keys, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
-    >>> loss = objective.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
-    >>> print(trace_errors(loss, net.theta, key=keys.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
+    >>> print(trace_errors(loss, net.theta, key=fs.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
     4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
     """
     check_key(key)
@@ -76,7 +80,7 @@ def trace_errors(
     if check:
         z = rademacher(fold_in(key, 0), theta)
         with torch.no_grad():
-            whole = (z @ _OPERATORS[matrix](loss, theta)(z)).cpu().double()[None]
+            whole = (z @ MATRICES[matrix](loss, theta)(z)).cpu().double()[None]
         scale = forms.terms[0].abs().sum() / forms.weights.sum()
         check_sum(forms.values[:1], whole, scale.new_zeros(1), torch.finfo(theta.dtype).eps, float(scale))
     return TraceErrors(forms, key)

@@ -9,10 +9,10 @@ from torch import nn
 
 from ..core.keys import key
 from ..core.objective import Loss, Theta, objective
+from ..curvature.ascent_sharpness import sam_sharpness
 from ..curvature.data_error import eigenvalue_errors
 from ..curvature.hessian import hessian
-from ..curvature.sam import sam_sharpness
-from ..curvature.sam_comparison import Eigenvalue, compare_sharpness
+from ..curvature.sharpness_comparison import Eigenvalue, compare_sharpness
 from ..linalg.eigen import eigenpairs
 from .scoring import loss_of
 

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from ..core.keys import Key, fold_in
 from ..core.objective import Loss
-from ..curvature.asam import asam_sharpness
+from ..curvature.ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
 from ..curvature.data_error import eigenvalue_errors
-from ..curvature.ggn import ggn
-from ..curvature.hessian import hessian
-from ..curvature.sam import SamSharpness, sam_sharpness
-from ..curvature.sam_gradient import gradient_at, leaves_of, norm
-from ..curvature.summary import Matrix, hessian_block_traces, only
+from ..curvature.leafwise import gradient_at, leaves_of, norm
+from ..curvature.summary import MATRICES, Matrix, hessian_block_eigenvalues, hessian_block_traces
 from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.matvec import Matvec
 from ..linalg.quadrature import spectral_density
@@ -33,8 +30,6 @@ from .spectrum import Part, of_density, of_ends, of_trace, trace_of
 AVERAGE_PAIRS = 20
 AVERAGE_STEP = 0.05
 """Length of the random steps of average-case sharpness, as a share of the norm of the weights."""
-
-_MATRICES = {"hessian": hessian, "ggn": ggn}
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Work:
     @cached_property
     def matvec(self) -> Matvec:
         """The matrix, its graph made at first use: a call that finds every stage on disk makes none."""
-        return self.watched(_MATRICES[self.settings.matrix](self.loss, self.theta, keep=self.settings.keep))
+        return self.watched(MATRICES[self.settings.matrix](self.loss, self.theta, keep=self.settings.keep))
 
     def release(self) -> None:
         """Give the graph back."""
@@ -173,21 +168,18 @@ def block_traces(work: Work, _: Mapping[str, Part]) -> Part:
 
 
 def block_eigenvalues(work: Work, _: Mapping[str, Part]) -> Part:
-    """The largest eigenvalue of every diagonal block, as `hessian_block_eigenvalues` finds it."""
-    s, found = work.settings, []
+    """The largest eigenvalue of every diagonal block."""
+    s = work.settings
     work.release()
-    for block, names in work.groups.items():
-        part = only(work.loss, work.theta, names)
-        at = part.net.theta.to(work.theta)
-        matvec = work.watched(_MATRICES[s.matrix](part, at, keep=s.keep))
-        key = fold_in(fold_in(work.key, "block eigenvalues"), block)
-        limit = None if work.vectors >= 100 else max(3, work.vectors)
-        found.append(eigenpairs(matvec, at, key=key, num=1, which="largest", tol=s.tol, max_basis=limit))
+    blocks = hessian_block_eigenvalues(
+        work.loss, work.theta, key=fold_in(work.key, "block eigenvalues"), by=s.by, which="largest", matrix=s.matrix,
+        keep=s.keep, watch=work.watched, tol=s.tol, max_basis=None if work.vectors >= 100 else max(3, work.vectors),
+    ).values()  # fmt: skip
     arrays = {
-        f"block_{plural}": np.array([getattr(one, name)[0] for one in found])
+        f"block_{plural}": np.array([getattr(one, name)[0] for one in blocks])
         for plural, name in (("eigenvalues", "values"), ("residuals", "residuals"), ("converged", "converged"))
     }
-    return arrays, {"num_matvecs": sum(one.num_matvecs for one in found)}
+    return arrays, {"num_matvecs": sum(one.num_matvecs for one in blocks)}
 
 
 def sharpness(work: Work, parts: Mapping[str, Part]) -> Part:

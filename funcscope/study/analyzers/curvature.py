@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...core.keys import fold_in, key
 from ...core.objective import Loss
+from ...curvature.ascent_sharpness import sam_sharpness
 from ...curvature.hessian import hessian
-from ...curvature.sam import sam_sharpness
 from ...linalg.eigen import eigenpairs
 from ...linalg.trace import hutchinson_trace
 from ..analyzer import Analyzer, Subject, Values

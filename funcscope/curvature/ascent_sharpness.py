@@ -1,19 +1,22 @@
-"""SAM sharpness: how far the loss rises in a step up the gradient, taken apart into what it is made of."""
+"""Sharpness by ascent: how far the loss rises in a step up the gradient, within a ball around theta."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_positive
+from ..core.checks import check_choice, check_count, check_positive
 from ..core.estimate import Estimate, ratio_interval, ratio_stderr
+from ..core.layout import Leaf
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
-from .sam_gradient import (
+from .leafwise import (
     Leaves,
     Terms,
+    ascent_length,
     curvature_along,
     gradient_at,
     inner,
@@ -26,16 +29,17 @@ from .sam_gradient import (
     terms_at,
 )
 
+Scale = Literal["elementwise", "filter"]
+
 
 class SamSharpness(Result):
     r"""The rise of the loss in a step $\delta$ and its parts; made by `sam_sharpness` and `asam_sharpness`.
 
     The samples are the sequences that are scored: `sums`, `differences` and `weights` have one entry each, float64 on the
-    CPU. All else in the loss's unit (nats), but `epsilon` (of theta), `relative` (none), `gradient_norm`, `curvature`.
+    CPU. Losses and their differences in nats; `epsilon` in the unit of theta.
     """
 
     loss: float = quantity("loss", unit="nats")
-    r"""$L(\theta)$."""
     sums: Float[Tensor, " n"] = internal()
     r"""Per sequence, the weighted sum of its token losses at $\theta$."""
     differences: Float[Tensor, " n"] = internal()
@@ -57,19 +61,19 @@ class SamSharpness(Result):
     second_order: float = quantity("second order of the rise", unit="nats")
     r"""$\delta_1^\top H \delta_1 / 2$: $\tfrac{\epsilon^2}{2}$ times the curvature."""
     rounding: float
-    """The order of what rounding may do to `absolute`; see `sam_gradient.rounding_of_difference`."""
+    """The order of what rounding may do to `absolute`; see `leafwise.rounding_of_difference`."""
     num_forwards: int
     """Passes over all batches without a derivative."""
     num_gradients: int
 
     @derived("sharpness", unit="nats", stderr="stderr")
     def absolute(self) -> float:
-        r"""The sharpness, $L(\theta + \delta) - L(\theta)$."""
+        r"""$L(\theta + \delta) - L(\theta)$."""
         return float(self.differences.sum() / self.weights.sum())
 
     @derived("standard error of the sharpness over sequences", unit="nats", shown=False)
     def stderr(self) -> float:
-        """Its standard error over sequences, with the step held fixed; nan for one sequence."""
+        """Over sequences, with the step held fixed; nan for one sequence."""
         return float(ratio_stderr(self.differences, self.weights))
 
     @derived("sharpness over the loss", stderr="relative_stderr")
@@ -79,7 +83,7 @@ class SamSharpness(Result):
 
     @derived("standard error of the sharpness over the loss", shown=False)
     def relative_stderr(self) -> float:
-        """The standard error of `relative`: the loss in the denominator varies along with the difference."""
+        """The loss in the denominator varies along with the difference."""
         return float(ratio_stderr(self.differences, self.sums)) if self.loss else math.nan
 
     @derived("95 % interval of the sharpness over the loss", per="bound")
@@ -95,15 +99,14 @@ class SamSharpness(Result):
     @property
     def relative_note(self) -> str:
         """Why `relative` has no interval; empty where it has one."""
-        num = len(self.sums)
         if self.loss == 0:
             return "not resolved: the loss is 0"
-        if num < 2:
+        if len(self.sums) < 2:
             return "not resolved: one sequence has no error over sequences, score more"
-        if math.isnan(self.relative_interval[0]):
-            loss = f"{self.loss:.3g} ± {float(ratio_stderr(self.sums, self.weights)):.2g}"
-            return f"not resolved: the loss is {loss} over {num} sequences and may be 0, score more"
-        return ""
+        if not math.isnan(self.relative_interval[0]):
+            return ""
+        loss = f"{self.loss:.3g} ± {float(ratio_stderr(self.sums, self.weights)):.2g}"
+        return f"not resolved: the loss is {loss} over {len(self.sums)} sequences and may be 0, score more"
 
     @derived("rise beyond the second order", unit="nats")
     def remainder(self) -> float:
@@ -121,10 +124,11 @@ class SamSharpness(Result):
 
     @property
     def notes(self) -> list[str]:
+        notes = ["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else []
         if self.relative_note:
-            return [f"relative: {self.relative_note}"]
+            return [f"relative: {self.relative_note}", *notes]
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
-        return [f"relative: {low} to {high} % of the loss at 95 % confidence"]
+        return [f"relative: {low} to {high} % of the loss at 95 % confidence", *notes]
 
 
 def sam_sharpness(
@@ -144,17 +148,16 @@ def sam_sharpness(
         = \epsilon \|g\| + \tfrac{\epsilon^2}{2}\, \hat g^\top H \hat g + O(\epsilon^3), \qquad \hat g = g / \|g\|.$$
 
     Nats; theta is a flat vector (P,) or a dict of parameters. Where g is not small this measures the slope: it is *not*
-    $\tfrac{\epsilon^2}{2} \lambda_{\max}$, which is the maximum over the ball of a quadratic at a stationary point. The
-    curvature along g lies anywhere between the smallest and the largest eigenvalue. All of this: proofs/sam_expansion.py.
+    $\tfrac{\epsilon^2}{2} \lambda_{\max}$, the maximum over the ball of a quadratic at a stationary point; the curvature
+    along g lies anywhere between the smallest and the largest eigenvalue (proofs/sam_expansion.py).
 
     epsilon: the radius of the ball. adaptive_epsilon: $\epsilon \|\theta\|$ in its place, so that epsilon is the relative
-    displacement: the same weights times c, in a network that does not mind, have the same sharpness, and the radius grows
-    with the square root of the number of weights of one size. ($\epsilon \|\theta\| / \sqrt P$, epsilon in units of one
-    weight, is the other reading of "scales with model size"; pass epsilon / sqrt(P) for it.)
-    steps: $\delta_k = \Pi(\delta_{k-1} + s\,\epsilon\,\nabla L(\theta + \delta_{k-1}) / \|\cdot\|)$ with
-    $\delta_0 = 0$ and $\Pi$ the projection on the ball. `stride` is s, by default 1 / steps: a path of length epsilon,
-    which never leaves the ball; with a longer stride it slides along the border towards the maximum. The parts are those
-    of one step. norm_threshold: below it (absolute, nats per unit of theta) a gradient counts as 0, with 0 only 0 itself.
+    displacement: the same weights times c, in a network that does not mind, have the same sharpness. (Epsilon in units of
+    one weight, $\epsilon \|\theta\| / \sqrt P$, is the other reading of "scales with model size".)
+    steps: $\delta_k = \Pi(\delta_{k-1} + s\,\epsilon\,\nabla L(\theta + \delta_{k-1}) / \|\cdot\|)$, $\delta_0 = 0$,
+    $\Pi$ the projection on the ball. `stride` is s, by default 1 / steps, which never leaves the ball; a longer one slides
+    along the border towards the maximum. The parts are those of one step.
+    norm_threshold: below it (absolute, nats per unit of theta) a gradient counts as 0, with 0 only 0 itself.
     curvature: False leaves out $\hat g^\top H \hat g$ (some 10 forwards): `curvature`, `second_order`, `remainder` are nan.
 
     The data are the whole population that is spoken of, or else: the gradient of n sequences is longer than that of all
@@ -167,11 +170,9 @@ def sam_sharpness(
 
     Foret, Kleiner, Mobahi, Neyshabur (2021), Sharpness-aware minimization for efficiently improving generalization.
 
-    >>> import torch
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
     >>> s = sam_sharpness(loss, torch.tensor([3.0]), epsilon=0.5)                       # 3.5^2 - 3^2
     >>> s.absolute, s.first_order, s.second_order, s.remainder
     (3.25, 3.0, 0.25, 0.0)
@@ -180,32 +181,83 @@ def sam_sharpness(
     check_count("steps", steps)
     if stride is not None:
         check_positive("stride", stride)
-    check_threshold(norm_threshold)
+    if norm_threshold != 0:
+        check_positive("norm_threshold", norm_threshold)
     at = leaves_of(loss, theta)
     gradient, terms = gradient_at(loss, at)
-    length = check_gradient(gradient, norm_threshold)
-    radius = epsilon * _size(at) if adaptive_epsilon else epsilon
+    length, radius = ascent_length(gradient, norm_threshold), epsilon
+    if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
+        raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
     first = scaled(gradient, radius / length)
-    share = 1 / steps if stride is None else stride
-    step, taken = (
-        (first, 1)
-        if steps == 1 and stride is None
-        else _ascent(loss, at, gradient, radius, steps, share, norm_threshold)
-    )
-    return measured(
+    step: Leaves = first
+    taken = 1
+    if steps > 1 or stride is not None:
+        share = 1 / steps if stride is None else stride
+        step, taken = _ascent(loss, at, gradient, radius, steps, share, norm_threshold)
+    return _measured(
         loss, at, gradient, terms, first, step, curvature=curvature, epsilon=radius,
         adaptive_epsilon=adaptive_epsilon, steps=steps, steps_taken=taken, num_gradients=min(taken + 1, steps),
     )  # fmt: skip
 
 
-def measured(
+def asam_sharpness(
+    loss: Loss,
+    theta: Theta,
+    *,
+    rho: float = 0.5,
+    scale: Scale = "elementwise",
+    eta: float = 0.0,
+    norm_threshold: float = 1e-6,
+    curvature: bool = True,
+) -> SamSharpness:
+    r"""The rise of the loss in one step up the gradient, within a ball measured in units of the weights.
+
+    $$L(\theta + \delta) - L(\theta), \qquad \delta = \rho\, \frac{T^2 g}{\|T g\|}, \qquad \|T^{-1} \delta\| = \rho,$$
+
+    the maximiser of $g^\top \delta$ over the ball; T is diagonal. `first_order` is $\rho \|T g\|$, `curvature` that along
+    $\delta$, `epsilon` is $\rho$ and `displacement` tells $\|\delta\|$. Nats.
+
+    scale: `elementwise`, $T_i = |\theta_i| + \eta$: the same after $W_1 \to D W_1$, $b_1 \to D b_1$,
+    $W_2 \to W_2 D^{-1}$ for every positive diagonal D between two ReLU layers, and SAM is not. `filter`: the norm of the
+    weight's filter (row; column of a Hugging Face Conv1D), and $|\theta_i|$ in vectors: the same only where D is one
+    number per layer. eta: Kwon et al. use 0.01, which keeps weights of 0 moving and breaks the invariance; 0 keeps it, and
+    a weight of 0 stays. rho: theirs is 0.5. norm_threshold: below it $\|T g\|$ counts as 0 (nats).
+
+    Assumptions, bias, standard error and rounding are those of `sam_sharpness`.
+    Raises ValueError as `sam_sharpness` does, for $T g$ in place of g.
+
+    Kwon, Kim, Park, Choi (2021), ASAM, arXiv 2102.11600, equations 2 and 9.
+
+    >>> import torch, funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> asam_sharpness(loss, torch.tensor([4.0]), rho=0.25).absolute                          # 5^2 - 4^2
+    9.0
+    """
+    check_positive("rho", rho)
+    check_choice("scale", scale, get_args(Scale))
+    for name, number in (("eta", eta), ("norm_threshold", norm_threshold)):
+        if number != 0:
+            check_positive(name, number)
+    at = leaves_of(loss, theta)
+    gradient, terms = gradient_at(loss, at)
+    units = {leaf.name: _unit(leaf, at[leaf.name], scale) + eta for leaf in loss.layout.leaves}
+    stretched = {k: units[k] * g for k, g in gradient.items()}
+    length = ascent_length(stretched, norm_threshold)
+    step = {k: units[k] * x * (rho / length) for k, x in stretched.items()}
+    return _measured(
+        loss, at, gradient, terms, step, step, curvature=curvature, epsilon=rho,
+        adaptive_epsilon=True, steps=1, steps_taken=1, num_gradients=1,
+    )  # fmt: skip
+
+
+def _measured(
     loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, *, curvature: bool, **settings
 ) -> SamSharpness:
     """The rise in `step`, beside the first two orders of the one-step displacement `first`."""
     there = moved(at, step)
     after = terms_at(loss, there)
-    scored = terms.weights != 0
-    length = norm(first)
+    scored, length = terms.weights != 0, norm(first)
     unit = scaled(first, 1 / length)
     bent = curvature_along(loss, at, unit, float(terms.weights.sum())) if curvature else math.nan
     return SamSharpness(
@@ -224,30 +276,6 @@ def measured(
     )
 
 
-def check_threshold(norm_threshold: float) -> None:
-    """A threshold is 0 or a finite number above."""
-    if norm_threshold != 0:
-        check_positive("norm_threshold", norm_threshold)
-
-
-def check_gradient(gradient: Leaves, norm_threshold: float) -> float:
-    """The gradient's norm; raises ValueError where there is no direction to climb in."""
-    length = norm(gradient)
-    if length == 0 or length < norm_threshold:
-        raise ValueError(
-            f"the gradient's norm is {length:.3g}, below `norm_threshold={norm_threshold:g}` (absolute, in nats per unit of "
-            "theta), so that there is no direction to climb in. At a stationary point the maximum over the ball is "
-            "epsilon^2 lambda_max / 2: use the Hessian's largest eigenvalue. Or lower `norm_threshold`."
-        )
-    return length
-
-
-def _size(at: Leaves) -> float:
-    if (size := norm(at)) == 0:
-        raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
-    return size
-
-
 def _ascent(
     loss: Loss, at: Leaves, gradient: Leaves, radius: float, steps: int, share: float, norm_threshold: float
 ) -> tuple[Leaves, int]:
@@ -262,3 +290,10 @@ def _ascent(
         if (size := norm(step)) > radius:
             step = scaled(step, radius / size)
     return step, steps
+
+
+def _unit(leaf: Leaf, value: Tensor, scale: Scale) -> Tensor:
+    """The unit of each weight of a leaf, to broadcast against it."""
+    if scale == "elementwise" or leaf.filter_dim is None:
+        return value.abs()
+    return value.square().sum(leaf.within_filter, keepdim=True).sqrt()

@@ -1,4 +1,4 @@
-"""What every sharpness needs of a loss at one point: terms per sequence, gradient, derivatives along a line.
+"""A loss at one point, leaf by leaf: terms per sequence, gradient, derivatives along a line; what every sharpness needs.
 
 All are sums over the batches, one batch at a time, so that the memory is that of one batch however many there are.
 """
@@ -71,13 +71,25 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
             return sums.sum(), (sums, weights)
 
         with torch.enable_grad():
-            found, terms = grad(summed, has_aux=True)(dict(leaves))
-        total = {k: total[k].add_(v) for k, v in found.items()} if total else found
+            part, terms = grad(summed, has_aux=True)(dict(leaves))
+        total = {k: total[k].add_(v) for k, v in part.items()} if total else part
         parts.append(terms)
     terms = _gathered(parts)
-    scored = float(terms.weights.sum())
     _check_finite(total, terms.mean)
-    return {k: v.div_(scored) for k, v in total.items()}, terms
+    weight = float(terms.weights.sum())
+    return {k: v.div_(weight) for k, v in total.items()}, terms
+
+
+def ascent_length(gradient: Leaves, norm_threshold: float) -> float:
+    """The gradient's norm; raises ValueError where there is no direction to climb in."""
+    length = norm(gradient)
+    if length == 0 or length < norm_threshold:
+        raise ValueError(
+            f"the gradient's norm is {length:.3g}, below `norm_threshold={norm_threshold:g}` (absolute, in nats per unit of "
+            "theta), so that there is no direction to climb in. At a stationary point the maximum over the ball is "
+            "epsilon^2 lambda_max / 2: use the Hessian's largest eigenvalue. Or lower `norm_threshold`."
+        )
+    return length
 
 
 def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
@@ -85,7 +97,11 @@ def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> flo
 
     Raises ValueError where the model keeps kernels of its own, which have no reliable second derivatives.
     """
-    _check_kernels(loss)
+    if loss.net.attention == "keep":
+        raise ValueError(
+            'the net was made with `attention="keep"`: its own kernels have no reliable second derivatives. Make it with '
+            '`attention="eager"`, or pass `curvature=False`.'
+        )
     total = 0.0
     for one in _one_by_one(loss):
         with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
@@ -99,7 +115,16 @@ def slope_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
     r"""$g^\top v$ by one `jvp`; by the gradient where the model keeps kernels that have no forward derivative."""
     if loss.net.attention == "keep":
         return inner(gradient_at(loss, leaves)[0], v)
-    return sum(_along(one, leaves, v) for one in _one_by_one(loss)) / weight
+    some = next(iter(leaves.values()))
+
+    def along(one: Loss) -> float:
+        def line(a: Tensor) -> Tensor:
+            at = {k: torch.addcmul(x, a.to(x.dtype), v[k].to(x.dtype)) for k, x in leaves.items()}
+            return one.terms(at)[0].sum()
+
+        return float(jvp(line, (some.new_zeros(()),), (some.new_ones(()),))[1])
+
+    return sum(map(along, _one_by_one(loss))) / weight
 
 
 def inner(a: Leaves, b: Leaves) -> float:
@@ -152,17 +177,6 @@ def _one_by_one(loss: Loss) -> Iterator[Loss]:
     return (replace(loss, batches=(batch,)) for batch in loss.batches)
 
 
-def _along(one: Loss, leaves: Leaves, v: Leaves) -> float:
-    """The derivative along v of the sum of the token losses of one batch."""
-    some = next(iter(leaves.values()))
-
-    def line(a: Tensor) -> Tensor:
-        at = {k: torch.addcmul(x, a.to(x.dtype), v[k].to(x.dtype)) for k, x in leaves.items()}
-        return one.terms(at)[0].sum()
-
-    return float(jvp(line, (some.new_zeros(()),), (some.new_ones(()),))[1])
-
-
 def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Both flat, some 2 MiB at a time: no second copy of a large leaf."""
     return zip(a.reshape(-1).split(PART), b.reshape(-1).split(PART), strict=True)
@@ -178,12 +192,4 @@ def _check_finite(gradient: Leaves, level: float) -> None:
         raise ValueError(
             f"the gradient at theta has {bad} entries that are not finite: compute in a wider dtype (`dtype` of "
             "`functional`), or check the weights and the batch."
-        )
-
-
-def _check_kernels(loss: Loss) -> None:
-    if loss.net.attention == "keep":
-        raise ValueError(
-            'the net was made with `attention="keep"`: its own kernels have no reliable second derivatives. Make it with '
-            '`attention="eager"`, or pass `curvature=False`.'
         )

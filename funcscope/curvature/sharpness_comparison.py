@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate, interval, jackknife_stderr
 from ..core.objective import Loss, Theta
 from ..core.pack import storable
 from ..core.result import Result, derived, internal
+from .ascent_sharpness import SamSharpness, sam_sharpness
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
-from .sam import SamSharpness, sam_sharpness
 
 Sharper = Literal["A", "B"] | None
 
@@ -51,9 +50,7 @@ class SharpnessComparison(Result):
     @derived("95 % interval of the difference", unit="nats", per="bound")
     def sam_interval(self) -> tuple[float, float]:
         """95 % interval of `sam_difference`, by Student's t of n - 1 sequences; nan for one."""
-        gap = self.sam_difference
-        half = float(student.ppf(0.975, gap.num - 1)) * float(gap.stderr) if gap.num > 1 else math.nan
-        return float(gap.value) - half, float(gap.value) + half
+        return interval(self.sam_difference)
 
     @derived("ratio of the sharpnesses, A / B")
     def sam_ratio(self) -> Estimate:
@@ -68,25 +65,24 @@ class SharpnessComparison(Result):
     @derived("ratio of the largest eigenvalues, A / B")
     def eigenvalue_ratio(self) -> float:
         """lambda_A / lambda_B; nan where they are not known, or B's is 0."""
-        if self.eigenvalue_a is None or self.eigenvalue_b is None or self.eigenvalue_b.value == 0:
-            return math.nan
-        return self.eigenvalue_a.value / self.eigenvalue_b.value
+        pair = self._eigenvalues
+        return pair[0].value / pair[1].value if pair and pair[1].value else math.nan
 
     @derived("what the residuals leave of the ratio", per="bound")
     def eigenvalue_ratio_interval(self) -> tuple[float, float]:
         """What the residuals leave of the ratio, for two positive eigenvalues; nan where B's may be 0 or less."""
-        a, b = self.eigenvalue_a, self.eigenvalue_b
-        if a is None or b is None or b.value <= b.residual or a.value < a.residual:
+        if not self._eigenvalues:
+            return math.nan, math.nan
+        a, b = self._eigenvalues
+        if b.value <= b.residual or a.value < a.residual:
             return math.nan, math.nan
         return (a.value - a.residual) / (b.value + b.residual), (a.value + a.residual) / (b.value - b.residual)
 
     @property
     def eigenvalue_difference(self) -> EigenvalueDifferences | None:
         """lambda_A - lambda_B with its error over sequences, in pairs where they are the same; None without `errors`."""
-        a, b = self.eigenvalue_a, self.eigenvalue_b
-        if a is None or b is None or a.errors is None or b.errors is None:
-            return None
-        return compare_eigenvalues(b.errors, a.errors)
+        errors = [each.errors for each in self._eigenvalues if each.errors is not None]
+        return compare_eigenvalues(errors[1], errors[0]) if len(errors) == 2 else None
 
     @derived("the sharper one by SAM")
     def sharper_by_sam(self) -> Sharper:
@@ -99,13 +95,20 @@ class SharpnessComparison(Result):
 
         Whether other data would say the same is a matter of `eigenvalue_difference`.
         """
-        a, b = self.eigenvalue_a, self.eigenvalue_b
-        return None if a is None or b is None else _larger(a.value - b.value, a.residual + b.residual)
+        if not self._eigenvalues:
+            return None
+        a, b = self._eigenvalues
+        return _larger(a.value - b.value, a.residual + b.residual)
 
     @property
     def agree(self) -> bool:
         """Whether both measures name the same model. They need not; see `compare_sharpness`."""
         return self.sharper_by_sam is not None and self.sharper_by_sam == self.sharper_by_eigenvalue
+
+    @property
+    def _eigenvalues(self) -> tuple[Eigenvalue, Eigenvalue] | tuple[()]:
+        a, b = self.eigenvalue_a, self.eigenvalue_b
+        return () if a is None or b is None else (a, b)
 
     def _statistic(self, of: Callable[[Any, Any], Any], separate: Callable[[], float]) -> Estimate:
         a, b = (torch.tensor(x.absolute, dtype=torch.float64) for x in (self.a, self.b))
@@ -129,18 +132,17 @@ class SharpnessComparison(Result):
         return [self.a.first_order, self.b.first_order]
 
     @derived("largest eigenvalue", per="model", stderr="eigenvalue_stderr")
-    def eigenvalue(self) -> list[float]:
-        return [math.nan if x is None else x.value for x in (self.eigenvalue_a, self.eigenvalue_b)]
+    def eigenvalue(self) -> list[float] | None:
+        return [each.value for each in self._eigenvalues] or None
 
     @property
     def eigenvalue_stderr(self) -> list[float]:
         """Over the sequences; nan where it is not known."""
-        pair = (self.eigenvalue_a, self.eigenvalue_b)
-        return [math.nan if x is None or x.errors is None else float(x.errors.stderr[0]) for x in pair]
+        return [math.nan if each.errors is None else float(each.errors.stderr[0]) for each in self._eigenvalues]
 
     @derived("residual of the largest eigenvalue", per="model")
-    def residual(self) -> list[float]:
-        return [math.nan if x is None else x.residual for x in (self.eigenvalue_a, self.eigenvalue_b)]
+    def residual(self) -> list[float] | None:
+        return [each.residual for each in self._eigenvalues] or None
 
     @property
     def coords(self) -> dict[str, list[str]]:
@@ -148,12 +150,15 @@ class SharpnessComparison(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What the sequences do not decide."""
+        """What the sequences do not decide, and what is not known."""
         low, high = self.sam_interval
         notes = [] if low > 0 or high < 0 else ["SAM: which model is sharper is not resolved by these sequences"]
         gap = self.eigenvalue_difference
         if gap is not None and not bool(gap.resolved[0]):
             notes.append("largest eigenvalue: which is larger is not resolved by these sequences")
+        if math.isnan(self.eigenvalue_ratio_interval[0]):
+            reason = "one of them may be 0 or less" if self._eigenvalues else "no eigenvalues were given"
+            notes.append(f"eigenvalue_ratio: no interval, as {reason}")
         return notes
 
 
@@ -174,7 +179,7 @@ def compare_sharpness(
         S = \epsilon \|g\| + \tfrac{\epsilon^2}{2} \hat g^\top H \hat g + O(\epsilon^3).$$
 
     Ratios have no unit. The two orders may differ, and `agree` says whether they do; it is no check of either: away from a
-    stationary point S compares the lengths of two gradients (the column "of it slope"), and what is left is the curvature
+    stationary point S compares the lengths of two gradients (`first_order`), and the rest is the curvature
     along g, which may lie far below the largest eigenvalue. For the same reason S / epsilon^2 and the eigenvalue need not
     have one order of magnitude. proofs/sam_expansion.py has a pair of quadratics with opposite orders.
 
@@ -188,22 +193,17 @@ def compare_sharpness(
 
     Foret et al. (2021); Dinh, Pascanu, Bengio, Bengio (2017), Sharp minima can generalize for deep nets.
 
-    >>> from funcscope.core import criterion, model, objective
-    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
-    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
-    >>> loss = objective.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
     >>> both = (Eigenvalue(2.0, 0.0), Eigenvalue(2.0, 0.0))                      # one parabola at two places
-    >>> found = compare_sharpness(loss, torch.tensor([8.0]), loss, torch.tensor([2.0]), epsilon=1.0, eigenvalues=both)
-    >>> float(found.sam_ratio.value), found.eigenvalue_ratio, found.sharper_by_sam, found.agree
+    >>> pair = compare_sharpness(loss, torch.tensor([8.0]), loss, torch.tensor([2.0]), epsilon=1.0, eigenvalues=both)
+    >>> float(pair.sam_ratio.value), pair.eigenvalue_ratio, pair.sharper_by_sam, pair.agree
     (3.4, 1.0, 'A', False)
     """
     sides = ((loss_a, theta_a), (loss_b, theta_b))
-    a, b = (
-        sam_sharpness(
-            *side, epsilon=epsilon, adaptive_epsilon=adaptive_epsilon, norm_threshold=norm_threshold, curvature=False
-        )
-        for side in sides
-    )
+    steps: Any = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}
+    a, b = (sam_sharpness(*side, **steps, curvature=False) for side in sides)
     known: tuple[Eigenvalue | None, Eigenvalue | None] = (None, None)
     if eigenvalues is not None:
         known = tuple(eigenvalues(*side) for side in sides) if callable(eigenvalues) else eigenvalues  # type: ignore[assignment]
