@@ -16,8 +16,9 @@ from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta, check_point
-from .along import GRADIENT_UP_TO, Wanted, sampled
 from .baseline import centre_at, copies
+from .evaluator import GRADIENT_UP_TO
+from .per_direction import Wanted, sampled
 from .precision import is_half, loss_error, realised, warn_if_swallowed
 from .resolution import unmoved
 from .samples import DirectionalLosses, Plan

@@ -8,18 +8,16 @@ from itertools import combinations
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_count, check_instance
 from ..core.directions import dot
 from ..core.objective import Loss
-from .along import mapped
 from .barriers import BarrierMatrix, LossPath
-from .points import points_at_once
+from .evaluator import over_points, points_at_once
 from .states import Buffers, End, EndPoint, States
 
-Write = Callable[[int, Tensor], Any]
+Point = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
 
 
@@ -156,20 +154,27 @@ def measured(
     states: States,
     start: EndPoint,
     end: EndPoint,
-    write: Write,
+    point: Point,
     *,
     num: int,
     chunk: int | None,
     kind: Literal["line", "bezier"],
     known: bool = False,
 ) -> LossPath:
-    """The path through the points that `write` makes; its end points are not evaluated again, nor counted if `known`."""
-    chunk, p = chunk_size(states.loss, chunk), states.loss.layout.num
+    """The path through the points that `point` makes; its end points are not evaluated again, nor counted if `known`."""
+    chunk, p = points_at_once(states.loss, chunk), states.loss.layout.num
     dtype = torch.promote_types(start.state.dtype, end.state.dtype)
     buffer = start.state.new_empty(min(chunk, num - 2), len(start.state), dtype=dtype)
     gap = torch.sub(end.state[:p], start.state[:p], out=buffer[0, :p])
-    distance = dot(gap, gap) ** 0.5
-    sums = torch.cat([start.sums[None], sums_at(states, write, range(1, num - 1), buffer), end.sums[None]])
+    distance, terms = dot(gap, gap) ** 0.5, states.terms(mapped=len(buffer) > 1)
+
+    def write(first: int, rows: Tensor) -> None:
+        for i, row in enumerate(rows, first + 1):
+            point(i, row)
+
+    with torch.no_grad():
+        between = over_points(lambda row: terms(row)[0], write, num - 2, buffer)
+        sums = torch.cat([start.sums[None], *(part.cpu().double() for part in between), end.sums[None]])
     roundoff = max(states.loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
     passes = (num - 2) * states.passes + (0 if known else start.passes + end.passes)
     return LossPath(
@@ -177,28 +182,7 @@ def measured(
     )
 
 
-def sums_at(states: States, write: Write, points: range, buffer: Float[Tensor, "k p"]) -> Float[Tensor, "m s"]:
-    """Per-sequence sums at some points of a path, as many at a time as the buffer has rows."""
-    parts = []
-    terms = states.terms(mapped=len(buffer) > 1)
-    with torch.no_grad():
-        for first in range(0, len(points), len(buffer)):
-            chosen = points[first : first + len(buffer)]
-            for i, row in zip(chosen, buffer, strict=False):
-                write(i, row)
-            parts.append(one_or_mapped(lambda row: terms(row)[0], buffer[: len(chosen)]).cpu().double())
-    return torch.cat(parts)
-
-
-def one_or_mapped(function: Callable[[Tensor], Any], rows: Float[Tensor, "k p"]) -> Any:
-    """`vmap` over the rows, a plain call for a single one."""
-    if len(rows) == 1:
-        out = function(rows[0])
-        return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
-    return mapped(function, rows, "chunk=1")
-
-
-def on_line(start: Tensor, end: Tensor, num: int) -> Write:
+def on_line(start: Tensor, end: Tensor, num: int) -> Point:
     """From the nearer end: exact at both ends, the same point from either side, and still where they are equal."""
 
     def write(i: int, row: Tensor) -> None:
@@ -209,9 +193,3 @@ def on_line(start: Tensor, end: Tensor, num: int) -> Write:
         torch.sub(far, near, out=row).mul_(steps / (num - 1)).add_(near)
 
     return write
-
-
-def chunk_size(loss: Loss, chunk: int | None) -> int:
-    if chunk is not None:
-        check_count("chunk", chunk)
-    return points_at_once(loss, chunk)

@@ -17,7 +17,7 @@ from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
 from ..curvature.pullbacks import flat
-from .values import Values
+from .terms import Values
 
 Buffers = Literal["interpolate", "reestimate", "fixed"]
 End = Theta | Functional
@@ -25,12 +25,12 @@ End = Theta | Functional
 Terms = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 USED = {
-    "none": "",
-    "interpolate": "; running statistics interpolated",
-    "reestimate": "; running statistics re-estimated from the data",
-    "fixed": "; running statistics of `loss.net` everywhere",
+    "none": [],
+    "interpolate": ["Running statistics are interpolated."],
+    "reestimate": ["Running statistics are re-estimated from the data."],
+    "fixed": ["Running statistics are those of `loss.net` everywhere."],
 }
-"""What is said of a result, by the mode."""
+"""What is noted on a result, by the mode."""
 COUNTER = "num_batches_tracked"
 
 
@@ -66,7 +66,7 @@ class States:
         if self.buffers == "interpolate":
             return with_statistics(self.loss, self._unravelled(row[len(theta) :].detach())), theta
         if self.buffers == "reestimate":
-            return reestimated(self.loss, theta), theta
+            return with_statistics(self.loss, running_statistics(self.loss, theta)), theta
         return self.loss, row
 
     @property
@@ -105,7 +105,7 @@ class States:
         sums, weights = _evaluated(loss, theta, name)
         if self.buffers != "reestimate" or not isinstance(end, Functional):
             return EndPoint(state, sums, weights, None, self.passes)
-        return EndPoint(state, sums, weights, _evaluated(reestimated(self.loss, theta), theta, name)[0], 3)
+        return EndPoint(state, sums, weights, _evaluated(self.at(state)[0], theta, name)[0], 3)
 
     def _unravelled(self, values: Tensor) -> Params:
         buffers = held_statistics(self.loss.net)
@@ -151,26 +151,6 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
 def with_statistics(loss: Loss, statistics: Params) -> Loss:
     """The loss with these running statistics, which may be functions of theta: nothing is copied."""
     return replace(loss, net=replace(loss.net, buffers={**loss.net.buffers, **statistics}))
-
-
-def reestimated(loss: Loss, theta: Theta) -> Loss:
-    """The loss with the running statistics that its data have at theta; see `running_statistics`."""
-    return with_statistics(loss, running_statistics(loss, theta))
-
-
-class Reestimated:
-    """Terms of the loss with statistics re-estimated wherever it is evaluated: what `Values` is with those of the net."""
-
-    def __init__(self, loss: Loss, *, mapped: bool):
-        self.loss, self.mapped = loss, mapped
-
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of(self.loss.params(theta))
-
-    def of(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Sums and weights per sequence at a dict of parameters."""
-        loss = reestimated(self.loss, params)
-        return loss.terms(params) if self.mapped else Values(loss).of(params)
 
 
 def _evaluated(loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.func import grad, jvp
 
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
-from ..core.forward import is_unmapped
 from ..core.layout import Params
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from ..curvature.hessian import hessian
 from ..linalg.matvec import Matvec
+from .evaluator import GRADIENT_UP_TO, mapped, of_rows
 from .samples import Plan
 from .sequences import residuals
+from .terms import PerSequence
 from .truncation import STEPS
-from .values import PerSequence
 
-GRADIENT_UP_TO = 2**28
-"""Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
 AGREEMENT = 1e-2
 """Second derivatives of single sequences are used where they add up to the product's, to this share of their size."""
 
@@ -69,7 +65,7 @@ def sampled(
     slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
     for start in range(first, len(dirs), plan.chunk):
         rows = stack(dirs[start : start + plan.chunk])
-        out = _settled(_over(lambda row: _along(loss, flat, row, wanted), rows, plan), wanted)
+        out = _settled(of_rows(lambda row: _along(loss, flat, row, wanted), rows, is_mapped=plan.chunk > 1), wanted)
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
         few = rows[: max(0, wanted.refined - start)]
@@ -77,19 +73,12 @@ def sampled(
             out |= _forms(product, rows, [restrict(PerSequence.of(loss), flat, row) for row in few], wanted)
         elif wanted.refined:
             finer = (
-                _over(lambda row: _finer(loss, flat, row, wanted), few, plan)
+                of_rows(lambda row: _finer(loss, flat, row, wanted), few, is_mapped=plan.chunk > 1)
                 if len(few)
                 else rows.new_empty((0, len(STEPS)))
             )
             out["finer"] = _padded(finer, len(rows))
         yield out
-
-
-def _over(function: Callable[[Tensor], Any], rows: Tensor, plan: Plan) -> Any:
-    """The function of every row: mapped, or of the only one."""
-    if plan.chunk > 1:
-        return mapped(function, rows, "chunk=1")
-    return tree_map_only(Tensor, lambda x: x[None], function(rows[0]))
 
 
 def _forms(product: Matvec, rows: Tensor, phis: Sequence[Phi], wanted: Wanted) -> dict[str, Tensor]:
@@ -135,22 +124,6 @@ def _padded(few: Tensor, num: int) -> Tensor:
 def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     """The parameters in the dtypes that the model computes in: a gradient has the dtype of what it is taken for."""
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
-
-
-def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
-    """`vmap`; a loop where torch has no batching rule; and what to do instead where a model refuses it otherwise."""
-    try:
-        return vmap(function)(over)
-    except NotImplementedError:  # a derivative that torch does not have: no matter of the plan
-        raise
-    except RuntimeError as err:
-        if is_unmapped(err):
-            warnings.warn(
-                f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2
-            )
-            return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in over])
-        err.add_note(f"If this model cannot be mapped over its parameters, pass `{remedy}`: a plain loop.")
-        raise
 
 
 def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:

@@ -1,0 +1,315 @@
+"""The loss on a plane through theta, and on lines, which are planes with one axis: `loss_plane`, `loss_lines`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_count
+from ..core.directions import Direction, dot
+from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
+from ..curvature.pullbacks import flat
+from . import roughness
+from .axes import Axes, Trajectory
+from .grid import Range, Row, Statistics, coefficients, evaluate, given, plane_nums, plane_ranges, spaced, span_range
+from .precision import warn_of_small_steps
+from .states import USED
+
+Ranges = tuple[Range, Range]
+
+
+class _Grid(Result):
+    """Losses at rows of points around theta, float64 tensors on the CPU; those that are not finite stay as they are."""
+
+    losses: Float[Tensor, "r m"]
+    stderr: Float[Tensor, "r m"]
+    delta_stderr: Float[Tensor, "r m"]
+    baseline_loss: float = quantity("loss at theta", unit="nats")
+    axes: Axes = internal()
+    coefficients_by_axis: tuple[Tensor, ...] = internal()
+    """Where to along each axis, in float64."""
+    param_norm: float = quantity("norm of theta", shown=False)
+    span: float | Range | Ranges
+    relative_span: bool
+    num_batches: int = quantity("batches", name="n_batches_used", shown=False)
+    num_forwards: int
+    """Passes over all batches, two at theta itself among them."""
+    chunk: int
+    threads: int
+    buffers: Literal["none", "fixed", "reestimate"]
+    """Which running statistics the net has at the points; "none" where it tracks none."""
+
+    @derived("points whose loss is infinite or nan", unit="points")
+    def n_nonfinite(self) -> int:
+        return int((~self.losses.isfinite()).sum())
+
+    @derived("largest |coefficient|", per="axis", shown=False)
+    def actual_span(self) -> Float[Tensor, " k"]:
+        return torch.stack([values.abs().max() for values in self.coefficients_by_axis])
+
+    @derived("largest distance from theta", per="axis")
+    def displacement(self) -> Float[Tensor, " k"]:
+        return self.actual_span * self.direction_norms
+
+    @derived("largest distance from theta, over the norm of theta", per="axis")
+    def relative_displacement(self) -> Float[Tensor, " k"]:
+        """nan where theta is 0."""
+        return self.displacement / (self.param_norm or math.nan)
+
+    @derived("norm of the direction", per="axis", shown=False)
+    def direction_norms(self) -> Float[Tensor, " k"]:
+        return self.axes.norms.cpu()
+
+    @derived("largest |cosine| of two axes")
+    def orthogonality_check(self) -> float:
+        return self.axes.cosine
+
+    @derived("name of the axis", per="axis", shown=False)
+    def axis_names(self) -> list[str]:
+        return list(self.axes.names)
+
+    @derived("kind of the axes", shown=False)
+    def axis_kind(self) -> str:
+        return self.axes.kind
+
+    @property
+    def notes(self) -> list[str]:
+        return USED[self.buffers]
+
+    def asdict(self) -> dict[str, Any]:
+        return super().asdict() | {f"axes_{name}": value for name, value in self.axes.settings.items()}
+
+
+class LossPlane(_Grid):
+    """The loss on a grid; made by `loss_plane`, whose docstring has the formulas. `asdict()` gives the documented names.
+
+    Grids are float64 tensors (n, m) on the CPU; axis 0 is the first direction. Losses that are not finite stay as they are
+    and are left out of the statistics, edges that touch one too.
+    """
+
+    losses: Float[Tensor, "n m"] = quantity(
+        "loss", unit="nats", per=("x", "y"), name="grid_losses", stderr="stderr", shown=False
+    )
+    stderr: Float[Tensor, "n m"] = quantity(
+        "standard error of the loss over sequences", unit="nats", per=("x", "y"), name="grid_stderr", shown=False
+    )
+    delta_stderr: Float[Tensor, "n m"] = quantity(
+        "paired standard error of the change", unit="nats", per=("x", "y"), name="grid_delta_stderr", shown=False
+    )
+
+    @property
+    def grid_losses(self) -> Float[Tensor, "n m"]:
+        return self.losses
+
+    @property
+    def grid_stderr(self) -> Float[Tensor, "n m"]:
+        """Standard error of each loss over the sequences."""
+        return self.stderr
+
+    @property
+    def grid_delta_stderr(self) -> Float[Tensor, "n m"]:
+        """That of each loss minus the baseline, on the same sequences."""
+        return self.delta_stderr
+
+    @derived("coefficient along the first direction", per="x", shown=False)
+    def axis_values(self) -> Float[Tensor, " n"]:
+        return self.coefficients_by_axis[0]
+
+    @derived("coefficient along the second direction", per="y", shown=False)
+    def axis_values_2(self) -> Float[Tensor, " m"]:
+        return self.coefficients_by_axis[1]
+
+    @derived("statistic of the finite losses", name="*")
+    def statistics(self) -> dict[str, float]:
+        """By their documented names; see `loss_plane`."""
+        return roughness.statistics(self.losses, *self.coefficients_by_axis)
+
+    @property
+    def head(self) -> str:
+        n, m = self.losses.shape
+        return f"{n} x {m} losses along {' and '.join(self.axes.names)}"
+
+    @property
+    def coords(self) -> dict[str, Any]:
+        return {"axis": self.axes.names, "x": self.axis_values, "y": self.axis_values_2}
+
+
+class LossLines(_Grid):
+    """The loss along k axes, n points each; made by `loss_lines`. Float64 tensors on the CPU, not finite ones included."""
+
+    losses: Float[Tensor, "k n"] = quantity("loss", unit="nats", per=("axis", "t"), stderr="stderr", shown=False)
+    stderr: Float[Tensor, "k n"] = quantity(
+        "standard error of the loss over sequences", unit="nats", per=("axis", "t"), name="losses_stderr", shown=False
+    )
+    delta_stderr: Float[Tensor, "k n"] = quantity(
+        "paired standard error of the change", unit="nats", per=("axis", "t"), shown=False
+    )
+
+    @derived("loss minus the loss at theta", unit="nats", per=("axis", "t"), stderr="delta_stderr", shown=False)
+    def delta_losses(self) -> Float[Tensor, "k n"]:
+        return self.losses - self.baseline_loss
+
+    @derived("coefficient", per=("axis", "t"), shown=False)
+    def coefficients(self) -> Float[Tensor, "k n"]:
+        return torch.stack(self.coefficients_by_axis)
+
+    @derived("coefficient, or share of the norm of theta where the span is relative", per="t", shown=False)
+    def axis_values(self) -> Float[Tensor, " n"]:
+        return spaced(span_range(self.span), self.losses.shape[1])
+
+    @derived("loss at the start", unit="nats", per="axis")
+    def loss_start(self) -> Float[Tensor, " k"]:
+        return self.losses[:, 0]
+
+    @derived("lowest finite loss", unit="nats", per="axis")
+    def loss_min(self) -> Float[Tensor, " k"]:
+        finite = torch.where(self.losses.isfinite(), self.losses, math.inf).amin(1)
+        return torch.where(finite.isfinite(), finite, math.nan)
+
+    @derived("loss at the end", unit="nats", per="axis")
+    def loss_end(self) -> Float[Tensor, " k"]:
+        return self.losses[:, -1]
+
+    @property
+    def head(self) -> str:
+        return f"{len(self.axes)} lines of {self.losses.shape[1]} points"
+
+    @property
+    def coords(self) -> dict[str, Any]:
+        return {"axis": self.axes.names, "t": self.axis_values}
+
+
+def loss_plane(
+    loss: Loss,
+    theta: Theta,
+    axes: Axes | Trajectory | Tensor | Sequence[Direction],
+    *,
+    num: int | tuple[int, int] = 25,
+    span: float | Ranges = 0.1,
+    relative_span: bool = False,
+    chunk: int | None = None,
+    buffers: Statistics = "fixed",
+) -> LossPlane:
+    r"""The loss on a grid of the plane through theta that two axes span, with its roughness.
+
+    A picture of the loss around theta, or along a trajectory, on the given batches: the same ones at every point, so that
+    what they have in common cancels in differences. Two directions of P: a plane that looks convex does not make the loss so.
+
+    $$G_{ij} = L(\theta + a_i d_1 + b_j d_2), \qquad
+      \text{roughness} = \frac{1}{|E|} \sum_{(u,v) \in E} \frac{|G_u - G_v|}{h_{uv}}, \qquad
+      \text{quad_residual} = \sqrt{\frac{\sum (G - Q)^2}{\sum (G - \bar G)^2}}.$$
+
+    E are the edges of the grid whose two ends are finite, h their length in the coefficient: the mean slope along the axes,
+    which does not depend on the resolution where the loss is linear, and tends to its integral elsewhere. Q is the best
+    quadratic in (a, b), six coefficients: 0 on a quadratic, 1 where it explains nothing. `normalized_roughness` is
+    roughness / |mean G|, `normalized_roughness_range` is roughness / (max - min): per unit of coefficient both, and
+    relative to the level of the loss or to its range. sd is the sample value (n - 1) over grid points. nan where undefined:
+    all for no finite point; roughness without a finite edge; `normalized_roughness` for a mean of 0, the other for a plane
+    that is flat; `quad_residual` too, and with no more finite points than the coefficients that they determine.
+
+    Losses in the criterion's unit (nats for cross-entropy), roughness in that per unit of coefficient.
+    `grid_stderr` is the standard error of each loss over the sequences, `grid_delta_stderr` that of its difference to the
+    baseline on the same sequences: often far smaller. Both are nan for a single sequence. They say how far other data of
+    the same kind may move the picture, and nothing about other directions.
+
+    axes: `plane_directions`, `principal_directions(...).axes`, `eigenvector_axes`, or a tensor (2, P). They may be parallel:
+    `orthogonality_check`, |cos| of the two, says so. Distances on the grid are those of parameter space only at 0.
+    num: points along each axis; odd numbers put theta itself on a symmetric grid.
+    span: the largest coefficient, for both axes from -span to span; or a range for each, ((low, high), (low, high)), which
+    may leave theta out. relative_span: in shares of ||theta||: coefficients are span x ||theta|| / ||d||, so that
+    displacement is span x ||theta|| along every axis.
+    chunk: points per `vmap`; 1 is a plain loop. Default: 8 for small models and batches, where that is faster. In the loop,
+    the point (0, 0) has the baseline loss to the last bit. Two forward passes more than grid points.
+    buffers: running statistics (BatchNorm) belong to the weights that they were trained with. `fixed` keeps those of
+    `loss.net` at every point, which far from its theta (a trajectory, a large span) describe another network;
+    `reestimate` takes those that the data have at each point, theta among them (`running_statistics`), at twice the
+    passes. For another network's theta, take its loss: `loss.with_buffers(other.buffers)`.
+
+    Raises ValueError for a span that is not positive or a range that is empty, fewer than two points along an axis, axes of
+    another model, of norm 0 or not finite, other than two of them, and where the loss at theta is not finite or not the
+    same twice.
+
+    Li, Xu, Taylor, Studer, Goldstein (2018), Visualizing the loss landscape of neural nets.
+
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = criterion.custom(lambda out, y: (out - y) ** 2 / 2)
+    >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
+    >>> plane = loss_plane(loss, torch.tensor([3.0, 4.0]), torch.eye(2), num=3, span=1.0)
+    >>> [[round(x, 3) for x in row] for row in plane.grid_losses.tolist()]
+    [[6.5, 10.0, 14.5], [9.0, 12.5, 17.0], [12.5, 16.0, 20.5]]
+    """
+    nums, ranges, axes = plane_nums(num), plane_ranges(span), given(axes)
+    if len(axes) != 2:
+        raise ValueError(f"a plane has two axes, got {len(axes)}: choose two with `axes.pick(0, 1)`.")
+    vector = flat(loss, theta)
+    a, b = values = coefficients(axes, vector, ranges, nums, relative_span)
+    rows = [Row((x, 0.0), 1, b.tolist()) for x in a.tolist()]
+    both = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
+    return LossPlane(
+        **_fields(loss, vector, axes, values, rows, chunk, buffers), span=both, relative_span=relative_span
+    )
+
+
+def loss_lines(
+    loss: Loss,
+    theta: Theta,
+    axes: Axes | Trajectory | Tensor | Sequence[Direction],
+    *,
+    num: int = 41,
+    span: float | Range = 0.1,
+    relative_span: bool = False,
+    chunk: int | None = None,
+    buffers: Statistics = "fixed",
+) -> LossLines:
+    r"""The loss along each of k axes through theta, with the paired standard error of its change.
+
+    One-dimensional sections of the loss around theta, on the same batches at every point.
+
+    $$L_i(t) = L(\theta + t d_i), \qquad \Delta_i(t) = L_i(t) - L(\theta).$$
+
+    Losses in the criterion's unit. Errors are over sequences, nan for a single one; `delta_stderr` is that of the difference
+    on the same sequences. A one-dimensional section through a minimum of a curved valley may miss the valley.
+
+    axes: any `Axes`, or a tensor (k, P). num: points along each. span: the largest coefficient, from -span to span, or a
+    range (low, high). relative_span: in shares of ||theta||, so that the displacement is span x ||theta|| along every axis.
+    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; see `loss_plane` for both.
+    Losses that are not finite stay as they are and are counted.
+
+    Raises ValueError as `loss_plane` does.
+
+    Goodfellow, Vinyals, Saxe (2015), Qualitatively characterizing neural network optimization problems.
+
+    >>> from funcscope.core import criterion, model, objective
+    >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> square = criterion.custom(lambda out, y: (out - y) ** 2)
+    >>> loss = objective.objective(net, [(torch.ones(2, 1), torch.zeros(2, 1))], square)
+    >>> loss_lines(loss, torch.tensor([3.0]), torch.tensor([[1.0]]), num=3, span=1.0).delta_losses.tolist()     # (3 + t)^2
+    [[-5.0, 0.0, 7.0]]
+    """
+    check_count("num", num, least=2)
+    ends, vector, axes = span_range(span), flat(loss, theta), given(axes)
+    k = len(axes)
+    values = coefficients(axes, vector, [ends] * k, [num] * k, relative_span)
+    rows = [Row((0.0,) * k, i, each.tolist()) for i, each in enumerate(values)]
+    span = ends[1] if -ends[0] == ends[1] else ends
+    return LossLines(
+        **_fields(loss, vector, axes, values, rows, chunk, buffers), span=span, relative_span=relative_span
+    )
+
+
+def _fields(
+    loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor], rows: list[Row], chunk: int | None, buffers: Statistics
+) -> dict[str, Any]:
+    """What results of lines and planes hold, but their span."""
+    evaluated = evaluate(loss, theta, axes, rows, chunk=chunk, buffers=buffers)
+    gaps = [float(each[1] - each[0]) * norm for each, norm in zip(values, axes.norms.tolist(), strict=True)]
+    param_norm = math.sqrt(dot(theta, theta))
+    warn_of_small_steps(loss, min(gaps), param_norm)
+    return evaluated._asdict() | {"axes": axes, "coefficients_by_axis": tuple(values), "param_norm": param_norm}
