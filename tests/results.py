@@ -44,6 +44,10 @@ def other() -> torch.Tensor:
     return theta() + fs.normal(fs.key(2), theta())
 
 
+def accuracy(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return out.argmax(-1) == labels
+
+
 def axes() -> fs.Axes:
     return fs.plane_directions(loss().net, key=fs.key(0))
 
@@ -74,9 +78,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "TraceErrors": lambda: fs.trace_errors(loss(), theta(), key=fs.key(0), num=3),
     "Axes": axes,
     "Trajectory": lambda: fs.principal_directions([theta(), other(), -theta()]),
-    "LossPlane": lambda: fs.loss_plane(loss(), theta(), axes(), num=(3, 4)),
+    "LossPlane": lambda: fs.loss_plane(loss(), theta(), axes(), num=(3, 4), metric={"accuracy": accuracy}),
     "LossLines": lambda: fs.loss_lines(loss(), theta(), axes(), num=5, relative_span=True),
-    "LossPath": lambda: fs.linear_path(loss(), theta(), other(), num=5),
+    "LossPath": lambda: fs.linear_path(loss(), theta(), other(), num=5, metric={"accuracy": accuracy}),
     "BarrierMatrix": lambda: fs.barrier_matrix(loss(), [theta(), other(), -theta()], num=3),
     "Connection": lambda: fs.connect(loss(), theta(), other(), key=fs.key(0), steps=2, num=4),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),

@@ -15,6 +15,7 @@ from ..core.estimate import Estimate
 from ..core.result import Result, derived, internal, quantity
 from .sequences import Means, means
 from .states import USED
+from .terms import documented, estimate
 
 PAIR = ("model", "other")
 
@@ -42,6 +43,9 @@ class LossPath(Result):
     start_reestimated: Float[Tensor, " s"] | None = internal(default=None)
     """The sums at an end with statistics re-estimated, where they are its own there and re-estimated beside it."""
     end_reestimated: Float[Tensor, " s"] | None = internal(default=None)
+    metric_names: tuple[str, ...] = internal(default=())
+    metric_sums: tuple[Float[Tensor, "n s"], ...] = internal(default=())
+    """Of what was measured beside the loss, as `sums`."""
 
     @derived("position on the path", per="t", shown=False)
     def coefficients(self) -> Float[Tensor, " n"]:
@@ -65,6 +69,19 @@ class LossPath(Result):
     @derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)
     def excess_stderr(self) -> Float[Tensor, " n"]:
         return self._excess.stderr
+
+    @property
+    def metrics(self) -> dict[str, Float[Tensor, " n"]]:
+        """Means of what was measured beside the loss, by name."""
+        return {name: each.value for name, each in self._means_of_metrics.items()}
+
+    @property
+    def metrics_stderr(self) -> dict[str, Float[Tensor, " n"]]:
+        return {name: each.stderr for name, each in self._means_of_metrics.items()}
+
+    @derived("metric", per="t", name="*", shown=False)
+    def _metrics(self) -> dict[str, Tensor]:
+        return documented(self.metrics, self.metrics_stderr)
 
     @derived("loss at the start", unit="nats")
     def loss_start(self) -> Estimate:
@@ -160,12 +177,16 @@ class LossPath(Result):
 
     def mean(self, sums: Float[Tensor, " s"]) -> Estimate:
         """The mean over tokens of per-sequence sums, such as differences between points, with its paired error."""
-        value, stderr = means(sums[None], self.weights)
-        return Estimate(value[0], stderr[0], int((self.weights != 0).sum()))
+        return estimate(sums, self.weights)
 
     @cached_property
     def _losses(self) -> Means:
         return means(self.sums, self.weights)
+
+    @cached_property
+    def _means_of_metrics(self) -> dict[str, Means]:
+        pairs = zip(self.metric_names, self.metric_sums, strict=True)
+        return {name: means(sums, self.weights) for name, sums in pairs}
 
     @cached_property
     def _excess_sums(self) -> Tensor:

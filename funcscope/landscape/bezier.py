@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .barriers import LossPath
 from .evaluator import over_points, points_at_once
 from .path import Point, measured, on_line
 from .states import Buffers, End, EndPoint, States, vector
+from .terms import Metric
 
 RATE = 0.1
 """The default learning rate over the root mean square of the coordinates of end - start."""
@@ -55,6 +56,7 @@ def bezier_path(
     num: int = 21,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossPath:
     r"""The loss on a quadratic Bezier curve between two models, with its barriers over them.
 
@@ -62,7 +64,7 @@ def bezier_path(
 
     A curve trained by `connect` looks better on the data that it was trained on than on others: here it can be measured
     on any. midpoint: m, a flat vector of shape (P,) or a dict of parameters; start, end: such, or nets. Barriers, errors,
-    biases, `num`, `chunk`, `buffers` and errors raised: see `linear_path`; the chord is taken in t. Interpolated running
+    biases, the other arguments and errors raised: see `linear_path`; the chord is taken in t. Interpolated running
     statistics are linear in t, as m has none; Garipov et al. re-estimate them.
 
     Garipov, Izmailov, Podoprikhin, Vetrov, Wilson (2018), arXiv:1802.10026.
@@ -77,7 +79,7 @@ def bezier_path(
     [0.0, 0.0156, 0.0]
     """
     check_count("num", num, least=3)
-    states = States.of(loss, buffers)
+    states = States.of(loss, buffers, metric)
     ends = states.end(start, "start"), states.end(end, "end")
     m, middle = vector(loss, midpoint, "midpoint"), (ends[0].state + ends[1].state) / 2
     m = torch.cat([m, middle[len(m) :]])

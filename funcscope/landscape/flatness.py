@@ -215,7 +215,7 @@ def _terms(
 def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor, Tensor]:
     """`centre_at` by the kernels of the loop: differences have no rounding of another kernel in them."""
     values, params = Values(loss), loss.params(theta)
-    terms, (sums, weights) = torch.stack(values.of(params)), values.of(params)
+    terms, (sums, weights) = torch.stack(values(params)), values(params)
     return centred(terms, sums.sum() / weights.sum(), loss, num)
 
 

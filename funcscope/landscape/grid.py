@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_positive
 from ..core.directions import Direction, dot, stack
+from ..core.estimate import Estimate
 from ..core.objective import Loss
 from .axes import Axes, Trajectory
 from .evaluator import Write, over_points, points_at_once
 from .precision import check_baseline
 from .sequences import means
 from .states import States
+from .terms import Metric, estimate
 
 Range = tuple[float, float]
 Statistics = Literal["fixed", "reestimate"]
@@ -49,6 +51,10 @@ class Evaluated(NamedTuple):
     chunk: int
     threads: int
     buffers: str
+    metrics: dict[str, Float[Tensor, "r m"]]
+    metrics_stderr: dict[str, Float[Tensor, "r m"]]
+    metrics_baseline: dict[str, Estimate]
+    """At theta."""
 
 
 def evaluate(
@@ -59,6 +65,7 @@ def evaluate(
     *,
     chunk: int | None,
     buffers: Statistics,
+    metric: Mapping[str, Metric] | None,
 ) -> Evaluated:
     """The loss at theta itself, and at every point of rows of one length, by one plan and on the loss's own batches.
 
@@ -69,7 +76,7 @@ def evaluate(
     """
     check_choice("buffers", buffers, ("fixed", "reestimate"))
     check_device("theta", theta.device, "the model", loss.net.device)
-    states, chunk = States.of(loss, buffers), points_at_once(loss, chunk)
+    states, chunk = States.of(loss, buffers, metric), points_at_once(loss, chunk)
     num = 1 + sum(len(row.values) for row in rows)
     buffer, vectors = theta.new_empty(min(chunk, num), len(theta)), axes.vectors.to(theta)
     is_mapped = len(buffer) > 1
@@ -79,12 +86,31 @@ def evaluate(
         again, weights = states.terms(mapped=False)(theta)
         sums = over_points(lambda row: terms(row)[0], write, num, buffer)
         centre, first = (part := next(sums))[0], part[1:]
-        baseline = float(means(centre[None], weights).value)
-        check_baseline(baseline, float(means(again[None], weights).value), loss.net.unit_roundoff)
-        parts = [(*means(part, weights), means(part - centre, weights).stderr) for part in chain([first], sums)]
-    losses, stderr, delta_stderr = (torch.cat(column).view(len(rows), -1) for column in zip(*parts, strict=True))
-    passes, threads = (num + 1) * states.passes, torch.get_num_threads()
-    return Evaluated(losses, stderr, delta_stderr, baseline, len(loss.batches), passes, chunk, threads, states.buffers)
+        baseline, *others = [estimate(each, weights) for each in centre]
+        check_baseline(float(baseline.value), float(estimate(again[0], weights).value), loss.net.unit_roundoff)
+        parts = [_statistics(part, centre, weights) for part in chain([first], sums)]
+    shape = (1 + len(others), len(rows), -1)
+    values, stderr, delta_stderr = (torch.cat(each, 1).view(shape) for each in zip(*parts, strict=True))
+    return Evaluated(
+        losses=values[0],
+        stderr=stderr[0],
+        delta_stderr=delta_stderr[0],
+        baseline_loss=float(baseline.value),
+        num_batches=len(loss.batches),
+        num_forwards=(num + 1) * states.passes,
+        chunk=chunk,
+        threads=torch.get_num_threads(),
+        buffers=states.buffers,
+        metrics=dict(zip(states.metrics, values[1:], strict=True)),
+        metrics_stderr=dict(zip(states.metrics, stderr[1:], strict=True)),
+        metrics_baseline=dict(zip(states.metrics, others, strict=True)),
+    )
+
+
+def _statistics(sums: Float[Tensor, "c k n"], centre: Float[Tensor, "k n"], weights: Tensor) -> tuple[Tensor, ...]:
+    """Means, their errors, and those of their changes from theta, (k, c) each."""
+    columns = [(*means(sums[:, i], weights), means(sums[:, i] - each, weights).stderr) for i, each in enumerate(centre)]
+    return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
 
 def _stepped(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> Write:

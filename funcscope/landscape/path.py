@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import combinations
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ..core.objective import Loss
 from .barriers import BarrierMatrix, LossPath
 from .evaluator import over_points, points_at_once
 from .states import Buffers, End, EndPoint, States
+from .terms import Metric
 
 Point = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
@@ -29,6 +30,7 @@ def linear_path(
     num: int = 21,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossPath:
     r"""The loss on the straight line between two models: how high is the barrier that separates them?
 
@@ -55,7 +57,7 @@ def linear_path(
     is tracked, the modes are one.
     chunk: points per `vmap` (then equal models differ by the rounding of mapped products), 1 for a plain loop; the default
     is that of `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in
-    chunks.
+    chunks. metric: measured beside the loss, by name, see `loss_plane`: `path.metrics["accuracy"]`.
 
     Errors are over sequences and paired: of the same linear combination of each sequence's losses that makes the
     number. The errors of the barriers hold for the point where the maximum was found. Noise biases a maximum over t
@@ -79,7 +81,7 @@ def linear_path(
     ([0.0, 0.5625, 1.0, 0.5625, 0.0], False)
     """
     check_count("num", num, least=3)
-    states = States.of(loss, buffers)
+    states = States.of(loss, buffers, metric)
     ends = states.end(start, "start"), states.end(end, "end")
     return measured(states, *ends, on_line(ends[0].state, ends[1].state, num), num=num, chunk=chunk, kind="line")
 
@@ -121,7 +123,7 @@ def barrier_matrix(
     states = States.of(loss, buffers)
     ends = [states.end(theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
     table = torch.zeros(5, len(ends), len(ends), dtype=torch.float64)
-    totals, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), sum(end.passes for end in ends)
+    totals, forwards = torch.zeros(2, len(ends[0].weights), dtype=torch.float64), sum(end.passes for end in ends)
     lost = torch.zeros(len(ends), len(ends), dtype=torch.int64)
     for i, j in combinations(range(len(ends)), 2):
         write = on_line(ends[i].state, ends[j].state, num)
@@ -174,11 +176,23 @@ def measured(
 
     with torch.no_grad():
         between = over_points(lambda row: terms(row)[0], write, num - 2, buffer)
-        sums = torch.cat([start.sums[None], *(part.cpu().double() for part in between), end.sums[None]])
+        rows = torch.cat([start.sums[None], *(part.cpu().double() for part in between), end.sums[None]])
+    sums, *metrics = rows.unbind(1)
     roundoff = max(states.loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
     passes = (num - 2) * states.passes + (0 if known else start.passes + end.passes)
     return LossPath(
-        kind, sums, start.weights, distance, roundoff, chunk, passes, states.buffers, start.reestimated, end.reestimated
+        kind,
+        sums,
+        start.weights,
+        distance,
+        roundoff,
+        chunk,
+        passes,
+        states.buffers,
+        start.reestimated,
+        end.reestimated,
+        tuple(states.metrics),
+        tuple(metrics),
     )
 
 

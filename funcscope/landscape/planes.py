@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.directions import Direction, dot
+from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..curvature.pullbacks import flat
@@ -20,6 +21,7 @@ from .axes import Axes, Trajectory
 from .grid import Range, Row, Statistics, coefficients, evaluate, given, plane_nums, plane_ranges, spaced, span_range
 from .precision import warn_of_small_steps
 from .states import USED
+from .terms import Metric, documented
 
 Ranges = tuple[Range, Range]
 
@@ -44,6 +46,11 @@ class _Grid(Result):
     threads: int
     buffers: Literal["none", "fixed", "reestimate"]
     """Which running statistics the net has at the points; "none" where it tracks none."""
+    metrics: dict[str, Float[Tensor, "r m"]] = internal()
+    """Means of what was measured beside the losses, by name, of their shape."""
+    metrics_stderr: dict[str, Float[Tensor, "r m"]] = internal()
+    metrics_baseline: dict[str, Estimate] = internal()
+    """At theta."""
 
     @derived("points whose loss is infinite or nan", unit="points")
     def n_nonfinite(self) -> int:
@@ -77,6 +84,10 @@ class _Grid(Result):
     @derived("kind of the axes", shown=False)
     def axis_kind(self) -> str:
         return self.axes.kind
+
+    @derived("metric at theta", name="*")
+    def _at_theta(self) -> dict[str, Estimate]:
+        return {f"metric_{name}_baseline": value for name, value in self.metrics_baseline.items()}
 
     @property
     def notes(self) -> list[str]:
@@ -125,6 +136,10 @@ class LossPlane(_Grid):
     def axis_values_2(self) -> Float[Tensor, " m"]:
         return self.coefficients_by_axis[1]
 
+    @derived("metric", per=("x", "y"), name="*", shown=False)
+    def _metrics(self) -> dict[str, Tensor]:
+        return documented(self.metrics, self.metrics_stderr)
+
     @derived("statistic of the finite losses", name="*")
     def statistics(self) -> dict[str, float]:
         """By their documented names; see `loss_plane`."""
@@ -154,6 +169,10 @@ class LossLines(_Grid):
     @derived("loss minus the loss at theta", unit="nats", per=("axis", "t"), stderr="delta_stderr", shown=False)
     def delta_losses(self) -> Float[Tensor, "k n"]:
         return self.losses - self.baseline_loss
+
+    @derived("metric", per=("axis", "t"), name="*", shown=False)
+    def _metrics(self) -> dict[str, Tensor]:
+        return documented(self.metrics, self.metrics_stderr)
 
     @derived("coefficient", per=("axis", "t"), shown=False)
     def coefficients(self) -> Float[Tensor, "k n"]:
@@ -195,6 +214,7 @@ def loss_plane(
     relative_span: bool = False,
     chunk: int | None = None,
     buffers: Statistics = "fixed",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossPlane:
     r"""The loss on a grid of the plane through theta that two axes span, with its roughness.
 
@@ -230,6 +250,9 @@ def loss_plane(
     `loss.net` at every point, which far from its theta (a trajectory, a large span) describe another network;
     `reestimate` takes those that the data have at each point, theta among them (`running_statistics`), at twice the
     passes. For another network's theta, take its loss: `loss.with_buffers(other.buffers)`.
+    metric: functions of (output, targets) by name, measured in the same forward passes; each gives one value for every
+    position, `{"accuracy": lambda out, labels: out.argmax(-1) == labels}`. Their means have the loss's weights:
+    `plane.metrics["accuracy"]` and `metrics_stderr` have the shape of the grid; `metric_accuracy` in `asdict()`.
 
     Raises ValueError for a span that is not positive or a range that is empty, fewer than two points along an axis, axes of
     another model, of norm 0 or not finite, other than two of them, and where the loss at theta is not finite or not the
@@ -252,9 +275,8 @@ def loss_plane(
     a, b = values = coefficients(axes, vector, ranges, nums, relative_span)
     rows = [Row((x, 0.0), 1, b.tolist()) for x in a.tolist()]
     both = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
-    return LossPlane(
-        **_fields(loss, vector, axes, values, rows, chunk, buffers), span=both, relative_span=relative_span
-    )
+    fields = _fields(loss, vector, axes, values, rows, chunk=chunk, buffers=buffers, metric=metric)
+    return LossPlane(**fields, span=both, relative_span=relative_span)
 
 
 def loss_lines(
@@ -267,6 +289,7 @@ def loss_lines(
     relative_span: bool = False,
     chunk: int | None = None,
     buffers: Statistics = "fixed",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossLines:
     r"""The loss along each of k axes through theta, with the paired standard error of its change.
 
@@ -279,7 +302,8 @@ def loss_lines(
 
     axes: any `Axes`, or a tensor (k, P). num: points along each. span: the largest coefficient, from -span to span, or a
     range (low, high). relative_span: in shares of ||theta||, so that the displacement is span x ||theta|| along every axis.
-    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; see `loss_plane` for both.
+    chunk: points per `vmap`, 1 a plain loop; buffers: which running statistics the net has; metric: what to
+    measure beside the loss; see `loss_plane` for all three.
     Losses that are not finite stay as they are and are counted.
 
     Raises ValueError as `loss_plane` does.
@@ -299,16 +323,15 @@ def loss_lines(
     values = coefficients(axes, vector, [ends] * k, [num] * k, relative_span)
     rows = [Row((0.0,) * k, i, each.tolist()) for i, each in enumerate(values)]
     span = ends[1] if -ends[0] == ends[1] else ends
-    return LossLines(
-        **_fields(loss, vector, axes, values, rows, chunk, buffers), span=span, relative_span=relative_span
-    )
+    fields = _fields(loss, vector, axes, values, rows, chunk=chunk, buffers=buffers, metric=metric)
+    return LossLines(**fields, span=span, relative_span=relative_span)
 
 
 def _fields(
-    loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor], rows: list[Row], chunk: int | None, buffers: Statistics
+    loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor], rows: list[Row], **options: Any
 ) -> dict[str, Any]:
     """What results of lines and planes hold, but their span."""
-    evaluated = evaluate(loss, theta, axes, rows, chunk=chunk, buffers=buffers)
+    evaluated = evaluate(loss, theta, axes, rows, **options)
     gaps = [float(each[1] - each[0]) * norm for each, norm in zip(values, axes.norms.tolist(), strict=True)]
     param_norm = math.sqrt(dot(theta, theta))
     warn_of_small_steps(loss, min(gaps), param_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
 from ..curvature.pullbacks import flat
-from .terms import Values
+from .terms import Metric, Values, check_metrics
 
 Buffers = Literal["interpolate", "reestimate", "fixed"]
 End = Theta | Functional
@@ -40,9 +40,10 @@ class EndPoint(NamedTuple):
     state: Tensor
     """Theta, and behind it the running statistics where these are interpolated."""
     sums: Tensor
+    """(1 + k, n) of the loss and of k metrics."""
     weights: Tensor
     reestimated: Tensor | None
-    """The sums with statistics re-estimated, where those of the end are its own and those beside it are not."""
+    """The loss's sums with statistics re-estimated, where those of the end are its own and those beside it are not."""
     passes: int
     """Over the batches, that this took."""
 
@@ -54,11 +55,13 @@ class States:
     loss: Loss
     buffers: Literal["none", "interpolate", "reestimate", "fixed"]
     """"none": the net tracks no statistics, and all modes are one."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """Measured beside the loss, by name."""
 
     @classmethod
-    def of(cls, loss: Loss, buffers: Buffers) -> States:
+    def of(cls, loss: Loss, buffers: Buffers, metric: Mapping[str, Metric] | None = None) -> States:
         check_choice("buffers", buffers, ("interpolate", "reestimate", "fixed"))
-        return cls(loss, buffers if held_statistics(loss.net) else "none")
+        return cls(loss, buffers if held_statistics(loss.net) else "none", check_metrics(metric))
 
     def at(self, row: Float[Tensor, " s"]) -> tuple[Loss, Tensor]:
         """The loss with the buffers of that point, and its theta; interpolated statistics are constants to derivatives."""
@@ -82,13 +85,14 @@ class States:
         return loss(theta)
 
     def terms(self, *, mapped: bool) -> Terms:
-        """Per-sequence sums and weights at a point: those of `Loss.terms` to be mapped, cheaper ones for a loop."""
+        """Sums (1 + k, n) of the loss and of k metrics, and weights, at a point: see `Values.rows`."""
+        functions = tuple(self.metrics.values())
         if self.buffers in ("none", "fixed"):
-            return self.loss.terms if mapped else Values(self.loss)
+            return Values(self.loss, functions, is_mapped=mapped).rows
 
         def terms(row: Tensor) -> tuple[Tensor, Tensor]:
             loss, theta = self.at(row)
-            return loss.terms(theta) if mapped else Values(loss)(theta)
+            return Values(loss, functions, is_mapped=mapped).rows(theta)
 
         return terms
 
@@ -102,10 +106,20 @@ class States:
         loss, state = with_statistics(self.loss, statistics), theta
         if self.buffers == "interpolate":
             state = torch.cat([theta, *(value.flatten() for value in statistics.values())])
-        sums, weights = _evaluated(loss, theta, name)
+        sums, weights = self._evaluated(loss, theta, name)
         if self.buffers != "reestimate" or not isinstance(end, Functional):
             return EndPoint(state, sums, weights, None, self.passes)
-        return EndPoint(state, sums, weights, _evaluated(self.at(state)[0], theta, name)[0], 3)
+        return EndPoint(state, sums, weights, self._evaluated(self.at(state)[0], theta, name)[0][0], 3)
+
+    def _evaluated(self, loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            sums, weights = (x.cpu().double() for x in Values(loss, self.metrics.values()).rows(theta))
+        value = float(sums[0].sum() / weights.sum())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
+            )
+        return sums, weights
 
     def _unravelled(self, values: Tensor) -> Params:
         buffers = held_statistics(self.loss.net)
@@ -151,17 +165,6 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
 def with_statistics(loss: Loss, statistics: Params) -> Loss:
     """The loss with these running statistics, which may be functions of theta: nothing is copied."""
     return replace(loss, net=replace(loss.net, buffers={**loss.net.buffers, **statistics}))
-
-
-def _evaluated(loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in Values(loss)(theta))
-    value = float(sums.sum() / weights.sum())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
-        )
-    return sums, weights
 
 
 def _check_same_parameters(ours: Functional, end: Functional, name: str) -> None:

@@ -1,19 +1,25 @@
-"""The terms of a loss where only values are wanted: cheaper kernels, an output that is scored while it is in the cache."""
+"""The terms of a loss, and of metrics beside it, per sequence: in the cheapest way where only values are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..core.criterion import Labels
+from ..core.estimate import Estimate
 from ..core.layout import Params
 from ..core.model import Inputs, LeafFn
 from ..core.objective import Loss, Theta, per_sequence
+from .sequences import means
 
+Metric = Callable[[Tensor, Any], Tensor]
+"""(output of the model, targets): a value for every position that the criterion weighs. Targets of the criteria of this
+package are the labels of every position; of others, what they take themselves."""
 ROWS = 2**19
 """Entries of the output that are scored at a time, so that what the loss makes of them stays in the cache."""
 
@@ -38,25 +44,77 @@ class PerSequence(Loss):
 
 
 class Values:
-    """`loss.terms` for values alone, called under `no_grad`: fused norms, and the output scored a few rows at a time."""
+    """`loss.terms` for values alone, called under `no_grad`: fused norms, and the output scored a few rows at a time.
 
-    def __init__(self, loss: Loss):
-        self.loss, self.net = loss, replace(loss.net, attention="keep")  # the batches have their float masks already
+    is_mapped: to be called under `vmap`, with the kernels of `loss.terms` itself.
+    """
 
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of(self.loss.params(theta))
+    def __init__(self, loss: Loss, metrics: Iterable[Metric] = (), *, is_mapped: bool = False):
+        self.loss, self.metrics, self.is_mapped = loss, tuple(metrics), is_mapped
+        self.net = (
+            loss.net if is_mapped else replace(loss.net, attention="keep")
+        )  # batches have their float masks already
 
-    def of(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Sums and weights per sequence at a dict of parameters."""
+    def __call__(self, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Sums of the loss and weights, (n,) each."""
+        sums, weights = self.rows(theta)
+        return sums[0], weights
+
+    def rows(self, theta: Theta) -> tuple[Tensor, Tensor]:
+        """Sums of the loss and of every metric, (1 + k, n), from one forward pass; weights (n,)."""
+        params = self.loss.params(theta)
         parts = [self._scored(params, inputs, targets) for inputs, targets in self.loss.batches]
         sums, weights = zip(*parts, strict=True)
-        return torch.cat(sums), torch.cat(weights)
+        return torch.cat(sums, dim=1), torch.cat(weights)
 
     def _scored(self, params: Params, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        out, criterion = self.net.apply(params, inputs), self.loss.criterion
-        if not criterion.positionwise or out.numel() <= ROWS or out.shape[:-1] != targets.index.shape:
+        out = self.net.apply(params, inputs)
+        sums, weights = self._of_loss(out, inputs, targets)
+        return torch.stack([sums, *(self._of_metric(metric, out, targets) for metric in self.metrics)]), weights
+
+    def _of_loss(self, out: Tensor, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        criterion = self.loss.criterion
+        few = self.is_mapped or not criterion.positionwise or out.numel() <= ROWS
+        if few or out.shape[:-1] != targets.index.shape:
             return self.loss.scored(lambda _: out, inputs, targets)
         rows = max(1, ROWS // out.shape[-1])
         cut = zip(out.flatten(0, -2).split(rows), *(x.flatten().split(rows) for x in targets), strict=True)
         losses = torch.cat([criterion.scored(z, Labels(index, weight))[0] for z, index, weight in cut])
         return per_sequence(losses.view(targets.index.shape) * targets.weight), per_sequence(targets.weight)
+
+    def _of_metric(self, metric: Metric, out: Tensor, targets: Any) -> Tensor:
+        labels = isinstance(targets, Labels)
+        weight = targets.weight if labels else self.loss.criterion.token_loss(out, targets)[1]
+        value = metric(out, targets.index if labels else targets)
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"a function in `metric` must return one value for every position, a tensor of shape {tuple(weight.shape)} "
+                f"here, got {got}: leave out the mean."
+            )
+        value = value.to(torch.promote_types(value.dtype, weight.dtype))
+        return per_sequence(torch.where(weight != 0, value, torch.zeros_like(value)) * weight)
+
+
+def check_metrics(metric: Any) -> Mapping[str, Metric]:
+    """The functions by name; none for None."""
+    if metric is None:
+        return {}
+    if not isinstance(metric, Mapping) or not all(isinstance(k, str) and callable(f) for k, f in metric.items()):
+        raise TypeError(
+            f"`metric` must map names to functions of (output, targets), got {metric!r}: "
+            '`{"accuracy": lambda out, labels: out.argmax(-1) == labels}`.'
+        )
+    return dict(metric)
+
+
+def documented(metrics: Mapping[str, Tensor], stderr: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics and their errors by the names that `asdict()` has."""
+    errors = {f"metric_{name}_stderr": value for name, value in stderr.items()}
+    return {f"metric_{name}": value for name, value in metrics.items()} | errors
+
+
+def estimate(sums: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> Estimate:
+    """The mean over tokens of sums per sequence, with its error over the sequences that score something."""
+    value, stderr = means(sums[None], weights)
+    return Estimate(value[0], stderr[0], int((weights != 0).sum()))
