@@ -59,7 +59,7 @@ def test_means_and_errors_are_those_by_hand_at_every_kind_of_point(name, chunk):
         check(loss, (1 - t) * theta + t * end, path.metrics, path.metrics_stderr, at)
     check(loss, fs.bezier(theta, theta + axes.vectors[1], end, 0.5), curve.metrics, curve.metrics_stderr, 1)
     plain = fs.loss_plane(loss, theta, axes, num=(2, 3), span=((0.0, 0.8), (-0.6, 0.6)), chunk=chunk)
-    assert torch.equal(plain.losses, plane.losses)
+    assert torch.equal(plain.grid_losses, plane.grid_losses)
     assert torch.equal(fs.linear_path(loss, theta, end, num=5, chunk=chunk).sums, path.sums)
     assert plane.asdict()["metric_accuracy"].shape == plane.asdict()["metric_accuracy_stderr"].shape == (2, 3)
     assert path.asdict()["metric_top"].shape == (5,)

@@ -80,7 +80,7 @@ def test_in_float32_the_plans_agree_to_1e_6_and_the_centre_of_the_loop_is_the_ba
     loop, mapped = (loss_plane(loss, loss.net.theta, axes, num=13, span=0.2, chunk=chunk) for chunk in (1, 8))
     assert_close(loop.grid_losses, mapped.grid_losses, rtol=1e-6, atol=0)
     assert float(loop.grid_losses[6, 6]) == loop.baseline_loss
-    assert float(loop.delta_stderr[6, 6]) == 0
+    assert float(loop.grid_delta_stderr[6, 6]) == 0
     assert_close(float(mapped.grid_losses[6, 6]), mapped.baseline_loss, rtol=1e-6, atol=0)
     lines = loss_lines(loss, loss.net.params, axes, num=13, span=0.2, chunk=1)
     assert_close(lines.losses[0], loop.grid_losses[:, 6], rtol=1e-6, atol=0)
@@ -247,7 +247,7 @@ def test_batches_split_are_the_whole_and_inputs_are_unchanged():
     before = [x.clone() for x in (theta, axes.vectors, *model.parameters(), *loss.tensors())]
     one, many = (loss_plane(x, theta, axes, num=3, span=0.3, chunk=chunk) for x, chunk in ((loss, 1), (split, 1)))
     loss_plane(loss, theta, axes, num=3, span=0.3, chunk=4)
-    for field in ("losses", "stderr", "delta_stderr"):
+    for field in ("grid_losses", "grid_stderr", "grid_delta_stderr"):
         assert_close(getattr(one, field), getattr(many, field))
     assert one.num_batches == len(batches)
     assert many.asdict()["n_batches_used"] == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -47,63 +48,34 @@ class LossPath(Result):
     metric_sums: tuple[Float[Tensor, "n s"], ...] = internal(default=())
     """Of what was measured beside the loss, as `sums`."""
 
-    @derived("position on the path", per="t", shown=False)
-    def coefficients(self) -> Float[Tensor, " n"]:
-        """t, from 0 to 1."""
-        return torch.arange(len(self.sums), dtype=torch.float64) / (len(self.sums) - 1)
-
-    @derived("loss", unit="nats", per="t", stderr="stderr", shown=False)
-    def losses(self) -> Float[Tensor, " n"]:
-        return self._losses.value
-
-    @derived("standard error of the loss", unit="nats", per="t", shown=False)
-    def stderr(self) -> Float[Tensor, " n"]:
-        """Of each loss; neighbours share their sequences, so that their differences are known far better."""
-        return self._losses.stderr
-
-    @derived("loss over the chord", unit="nats", per="t", stderr="excess_stderr", shown=False)
-    def excess(self) -> Float[Tensor, " n"]:
-        """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
-        return self._excess.value
-
-    @derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)
-    def excess_stderr(self) -> Float[Tensor, " n"]:
-        return self._excess.stderr
+    coefficients = derived("position t on the path", per="t", shown=False)(lambda self: _positions(len(self.sums)))
+    losses = derived("loss", unit="nats", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
+    stderr = derived("standard error of the loss", unit="nats", per="t", shown=False)(attrgetter("_losses.stderr"))
+    """Neighbours share their sequences, so that their differences are known far better."""
+    excess = derived("loss over the chord", unit="nats", per="t", stderr="excess_stderr", shown=False)(
+        attrgetter("_excess.value")
+    )
+    """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
+    excess_stderr = derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)(
+        attrgetter("_excess.stderr")
+    )
+    argmax = derived("index of the largest loss over the chord")(lambda self: _argmax(self.excess))
+    """Where `barrier_linear` is reached; the first of several."""
+    argmax_loss = derived("index of the largest loss")(lambda self: _argmax(self.losses))
+    """Where `barrier_max` is reached; the first of several."""
+    loss_start = derived("loss at the start", unit="nats")(lambda self: self.mean(self.sums[0]))
+    loss_end = derived("loss at the end", unit="nats")(lambda self: self.mean(self.sums[-1]))
+    loss_max = derived("largest loss", unit="nats")(lambda self: self.mean(self.sums[self.argmax_loss]))
+    _metrics = derived("metric", per="t", name="*", shown=False)(documented)
 
     @property
     def metrics(self) -> dict[str, Float[Tensor, " n"]]:
-        """Means of what was measured beside the loss, by name."""
+        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
         return {name: each.value for name, each in self._means_of_metrics.items()}
 
     @property
     def metrics_stderr(self) -> dict[str, Float[Tensor, " n"]]:
         return {name: each.stderr for name, each in self._means_of_metrics.items()}
-
-    @derived("metric", per="t", name="*", shown=False)
-    def _metrics(self) -> dict[str, Tensor]:
-        return documented(self.metrics, self.metrics_stderr)
-
-    @derived("loss at the start", unit="nats")
-    def loss_start(self) -> Estimate:
-        return self.mean(self.sums[0])
-
-    @derived("loss at the end", unit="nats")
-    def loss_end(self) -> Estimate:
-        return self.mean(self.sums[-1])
-
-    @derived("largest loss", unit="nats")
-    def loss_max(self) -> Estimate:
-        return self.mean(self.sums[self.argmax_loss])
-
-    @derived("index of the largest loss over the chord")
-    def argmax(self) -> int:
-        """Where `barrier_linear` is reached; the first of several."""
-        return _argmax(self.excess)
-
-    @derived("index of the largest loss")
-    def argmax_loss(self) -> int:
-        """Where `barrier_max` is reached; the first of several."""
-        return _argmax(self.losses)
 
     @derived("barrier over the higher end", unit="nats")
     def barrier_max(self) -> Estimate:
@@ -265,6 +237,10 @@ class BarrierMatrix(Result):
     @property
     def coords(self) -> dict[str, tuple[str, ...]]:
         return dict.fromkeys(PAIR, self.names)
+
+
+def _positions(num: int) -> Float[Tensor, " n"]:
+    return torch.arange(num, dtype=torch.float64) / (num - 1)
 
 
 def _argmax(x: Tensor) -> int:

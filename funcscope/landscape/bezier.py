@@ -179,17 +179,9 @@ class Connection(Result):
         """With its paired error."""
         return self.line.mean(self.line.barrier_sums[0] - self.path.barrier_sums[0])
 
-    @derived("steps", shown=False)
-    def steps(self) -> int:
-        return len(self.history)
-
-    @derived("forward passes", shown=False)
-    def num_forwards(self) -> int:
-        return self.line.num_forwards + self.path.num_forwards
-
-    @derived("gradients", shown=False)
-    def num_gradients(self) -> int:
-        return len(self.history) * self.points
+    steps = derived("steps", shown=False)(lambda self: len(self.history))
+    num_forwards = derived("forward passes", shown=False)(lambda self: self.line.num_forwards + self.path.num_forwards)
+    num_gradients = derived("gradients", shown=False)(lambda self: len(self.history) * self.points)
 
     def entries(self) -> Iterator[Entry]:
         yield from super().entries()

@@ -16,6 +16,7 @@ from ..core.checks import check_choice, check_count, check_device, check_flat, c
 from ..core.directions import Direction, dot, stack
 from ..core.estimate import Estimate
 from ..core.objective import Loss
+from ..core.pack import storable
 from .axes import Axes, Trajectory
 from .evaluator import Write, over_points, points_at_once
 from .precision import check_baseline
@@ -39,22 +40,23 @@ class Row(NamedTuple):
     values: list[float]
 
 
+@storable
 class Evaluated(NamedTuple):
-    """Losses of rows of points, (r, m) each in float64; errors are over sequences, those of differences are paired."""
+    """Means of the loss and of k metrics at rows of points, in float64 on the CPU; errors are over sequences."""
 
-    losses: Float[Tensor, "r m"]
-    stderr: Float[Tensor, "r m"]
+    values: Float[Tensor, "1+k r m"]
+    stderr: Float[Tensor, "1+k r m"]
     delta_stderr: Float[Tensor, "r m"]
-    baseline_loss: float
+    """Of loss changes from theta, on the same sequences."""
+    at_theta: tuple[Estimate, ...]
+    metrics: tuple[str, ...]
     num_batches: int
     num_forwards: int
+    """Passes over all batches, two at theta itself among them."""
     chunk: int
     threads: int
-    buffers: str
-    metrics: dict[str, Float[Tensor, "r m"]]
-    metrics_stderr: dict[str, Float[Tensor, "r m"]]
-    metrics_baseline: dict[str, Estimate]
-    """At theta."""
+    buffers: Literal["none", "interpolate", "reestimate", "fixed"]
+    """Which running statistics the net has at the points; "none" where it tracks none."""
 
 
 def evaluate(
@@ -86,31 +88,23 @@ def evaluate(
         again, weights = states.terms(mapped=False)(theta)
         sums = over_points(lambda row: terms(row)[0], write, num, buffer)
         centre, first = (part := next(sums))[0], part[1:]
-        baseline, *others = [estimate(each, weights) for each in centre]
-        check_baseline(float(baseline.value), float(estimate(again[0], weights).value), loss.net.unit_roundoff)
+        at_theta = tuple(estimate(each, weights) for each in centre)
+        baseline, second = (float(each.value) for each in (at_theta[0], estimate(again[0], weights)))
+        check_baseline(baseline, second, loss.net.unit_roundoff)
         parts = [_statistics(part, centre, weights) for part in chain([first], sums)]
-    shape = (1 + len(others), len(rows), -1)
-    values, stderr, delta_stderr = (torch.cat(each, 1).view(shape) for each in zip(*parts, strict=True))
-    return Evaluated(
-        losses=values[0],
-        stderr=stderr[0],
-        delta_stderr=delta_stderr[0],
-        baseline_loss=float(baseline.value),
-        num_batches=len(loss.batches),
-        num_forwards=(num + 1) * states.passes,
-        chunk=chunk,
-        threads=torch.get_num_threads(),
-        buffers=states.buffers,
-        metrics=dict(zip(states.metrics, values[1:], strict=True)),
-        metrics_stderr=dict(zip(states.metrics, stderr[1:], strict=True)),
-        metrics_baseline=dict(zip(states.metrics, others, strict=True)),
+    values, stderr, delta_stderr = (
+        torch.cat(each, -1).unflatten(-1, (len(rows), -1)) for each in zip(*parts, strict=True)
     )
+    passes, threads = (num + 1) * states.passes, torch.get_num_threads()
+    settings = (tuple(states.metrics), len(loss.batches), passes, chunk, threads, states.buffers)
+    return Evaluated(values, stderr, delta_stderr, at_theta, *settings)
 
 
 def _statistics(sums: Float[Tensor, "c k n"], centre: Float[Tensor, "k n"], weights: Tensor) -> tuple[Tensor, ...]:
-    """Means, their errors, and those of their changes from theta, (k, c) each."""
-    columns = [(*means(sums[:, i], weights), means(sums[:, i] - each, weights).stderr) for i, each in enumerate(centre)]
-    return tuple(torch.stack(column) for column in zip(*columns, strict=True))
+    """Means and errors, (k, c) each, and the errors of loss changes from theta, (c,)."""
+    columns = [means(each, weights) for each in sums.unbind(1)]
+    values, stderr = (torch.stack(column) for column in zip(*columns, strict=True))
+    return values, stderr, means(sums[:, 0] - centre[0], weights).stderr
 
 
 def _stepped(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> Write:

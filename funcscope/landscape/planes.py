@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,47 +19,56 @@ from ..core.result import Result, derived, internal, quantity
 from ..curvature.pullbacks import flat
 from . import roughness
 from .axes import Axes, Trajectory
-from .grid import Range, Row, Statistics, coefficients, evaluate, given, plane_nums, plane_ranges, spaced, span_range
+from .grid import (
+    Evaluated,
+    Range,
+    Row,
+    Statistics,
+    coefficients,
+    evaluate,
+    given,
+    plane_nums,
+    plane_ranges,
+    spaced,
+    span_range,
+)
 from .precision import warn_of_small_steps
 from .states import USED
 from .terms import Metric, documented
 
 Ranges = tuple[Range, Range]
+PLANE, LINES = ("x", "y"), ("axis", "t")
 
 
 class _Grid(Result):
-    """Losses at rows of points around theta, float64 tensors on the CPU; those that are not finite stay as they are."""
+    """What was evaluated at rows of points around theta, and where; losses that are not finite stay as they are."""
 
-    losses: Float[Tensor, "r m"]
-    stderr: Float[Tensor, "r m"]
-    delta_stderr: Float[Tensor, "r m"]
-    baseline_loss: float = quantity("loss at theta", unit="nats")
+    evaluated: Evaluated = internal()
     axes: Axes = internal()
-    coefficients_by_axis: tuple[Tensor, ...] = internal()
-    """Where to along each axis, in float64."""
+    places: tuple[Tensor, ...] = internal()
+    """Coefficients along each axis, in float64."""
     param_norm: float = quantity("norm of theta", shown=False)
     span: float | Range | Ranges
     relative_span: bool
-    num_batches: int = quantity("batches", name="n_batches_used", shown=False)
-    num_forwards: int
-    """Passes over all batches, two at theta itself among them."""
-    chunk: int
-    threads: int
-    buffers: Literal["none", "fixed", "reestimate"]
-    """Which running statistics the net has at the points; "none" where it tracks none."""
-    metrics: dict[str, Float[Tensor, "r m"]] = internal()
-    """Means of what was measured beside the losses, by name, of their shape."""
-    metrics_stderr: dict[str, Float[Tensor, "r m"]] = internal()
-    metrics_baseline: dict[str, Estimate] = internal()
-    """At theta."""
+
+    baseline_loss = derived("loss at theta", unit="nats")(lambda self: float(self.evaluated.at_theta[0].value))
+    num_batches = derived("batches", name="n_batches_used", shown=False)(attrgetter("evaluated.num_batches"))
+    num_forwards = derived("passes over all batches", shown=False)(attrgetter("evaluated.num_forwards"))
+    chunk = derived("points at once", shown=False)(attrgetter("evaluated.chunk"))
+    threads = derived("threads", shown=False)(attrgetter("evaluated.threads"))
+    buffers = derived("running statistics", shown=False)(attrgetter("evaluated.buffers"))
+    direction_norms = derived("norm of the direction", per="axis", shown=False)(lambda self: self.axes.norms.cpu())
+    orthogonality_check = derived("largest |cosine| of two axes")(attrgetter("axes.cosine"))
+    axis_names = derived("name of the axis", per="axis", shown=False)(lambda self: list(self.axes.names))
+    axis_kind = derived("kind of the axes", shown=False)(attrgetter("axes.kind"))
 
     @derived("points whose loss is infinite or nan", unit="points")
     def n_nonfinite(self) -> int:
-        return int((~self.losses.isfinite()).sum())
+        return int((~self.evaluated.values[0].isfinite()).sum())
 
     @derived("largest |coefficient|", per="axis", shown=False)
     def actual_span(self) -> Float[Tensor, " k"]:
-        return torch.stack([values.abs().max() for values in self.coefficients_by_axis])
+        return torch.stack([values.abs().max() for values in self.places])
 
     @derived("largest distance from theta", per="axis")
     def displacement(self) -> Float[Tensor, " k"]:
@@ -69,21 +79,19 @@ class _Grid(Result):
         """nan where theta is 0."""
         return self.displacement / (self.param_norm or math.nan)
 
-    @derived("norm of the direction", per="axis", shown=False)
-    def direction_norms(self) -> Float[Tensor, " k"]:
-        return self.axes.norms.cpu()
+    @property
+    def metrics(self) -> dict[str, Float[Tensor, "r m"]]:
+        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
+        return dict(zip(self.evaluated.metrics, self.evaluated.values[1:], strict=True))
 
-    @derived("largest |cosine| of two axes")
-    def orthogonality_check(self) -> float:
-        return self.axes.cosine
+    @property
+    def metrics_stderr(self) -> dict[str, Float[Tensor, "r m"]]:
+        return dict(zip(self.evaluated.metrics, self.evaluated.stderr[1:], strict=True))
 
-    @derived("name of the axis", per="axis", shown=False)
-    def axis_names(self) -> list[str]:
-        return list(self.axes.names)
-
-    @derived("kind of the axes", shown=False)
-    def axis_kind(self) -> str:
-        return self.axes.kind
+    @property
+    def metrics_baseline(self) -> dict[str, Estimate]:
+        """At theta."""
+        return dict(zip(self.evaluated.metrics, self.evaluated.at_theta[1:], strict=True))
 
     @derived("metric at theta", name="*")
     def _at_theta(self) -> dict[str, Estimate]:
@@ -91,63 +99,39 @@ class _Grid(Result):
 
     @property
     def notes(self) -> list[str]:
-        return USED[self.buffers]
+        return USED[self.evaluated.buffers]
 
     def asdict(self) -> dict[str, Any]:
         return super().asdict() | {f"axes_{name}": value for name, value in self.axes.settings.items()}
+
+
+def _of_points(label: str, **what: Any) -> Any:
+    return derived(label, unit="nats", shown=False, **what)
 
 
 class LossPlane(_Grid):
     """The loss on a grid; made by `loss_plane`, whose docstring has the formulas. `asdict()` gives the documented names.
 
     Grids are float64 tensors (n, m) on the CPU; axis 0 is the first direction. Losses that are not finite stay as they are
-    and are left out of the statistics, edges that touch one too.
+    and are left out of the statistics, edges that touch one too. Errors are over sequences, those of changes from theta
+    paired.
     """
 
-    losses: Float[Tensor, "n m"] = quantity(
-        "loss", unit="nats", per=("x", "y"), name="grid_losses", stderr="stderr", shown=False
-    )
-    stderr: Float[Tensor, "n m"] = quantity(
-        "standard error of the loss over sequences", unit="nats", per=("x", "y"), name="grid_stderr", shown=False
-    )
-    delta_stderr: Float[Tensor, "n m"] = quantity(
-        "paired standard error of the change", unit="nats", per=("x", "y"), name="grid_delta_stderr", shown=False
-    )
-
-    @property
-    def grid_losses(self) -> Float[Tensor, "n m"]:
-        return self.losses
-
-    @property
-    def grid_stderr(self) -> Float[Tensor, "n m"]:
-        """Standard error of each loss over the sequences."""
-        return self.stderr
-
-    @property
-    def grid_delta_stderr(self) -> Float[Tensor, "n m"]:
-        """That of each loss minus the baseline, on the same sequences."""
-        return self.delta_stderr
-
-    @derived("coefficient along the first direction", per="x", shown=False)
-    def axis_values(self) -> Float[Tensor, " n"]:
-        return self.coefficients_by_axis[0]
-
-    @derived("coefficient along the second direction", per="y", shown=False)
-    def axis_values_2(self) -> Float[Tensor, " m"]:
-        return self.coefficients_by_axis[1]
-
-    @derived("metric", per=("x", "y"), name="*", shown=False)
-    def _metrics(self) -> dict[str, Tensor]:
-        return documented(self.metrics, self.metrics_stderr)
+    grid_losses = _of_points("loss", per=PLANE, stderr="grid_stderr")(lambda self: self.evaluated.values[0])
+    grid_stderr = _of_points("standard error of the loss", per=PLANE)(lambda self: self.evaluated.stderr[0])
+    grid_delta_stderr = _of_points("standard error of the change", per=PLANE)(attrgetter("evaluated.delta_stderr"))
+    axis_values = derived("coefficient along the first direction", per="x", shown=False)(lambda self: self.places[0])
+    axis_values_2 = derived("coefficient along the second direction", per="y", shown=False)(lambda self: self.places[1])
+    _metrics = derived("metric", per=PLANE, name="*", shown=False)(documented)
 
     @derived("statistic of the finite losses", name="*")
     def statistics(self) -> dict[str, float]:
         """By their documented names; see `loss_plane`."""
-        return roughness.statistics(self.losses, *self.coefficients_by_axis)
+        return roughness.statistics(self.grid_losses, *self.places)
 
     @property
     def head(self) -> str:
-        n, m = self.losses.shape
+        n, m = self.grid_losses.shape
         return f"{n} x {m} losses along {' and '.join(self.axes.names)}"
 
     @property
@@ -158,42 +142,25 @@ class LossPlane(_Grid):
 class LossLines(_Grid):
     """The loss along k axes, n points each; made by `loss_lines`. Float64 tensors on the CPU, not finite ones included."""
 
-    losses: Float[Tensor, "k n"] = quantity("loss", unit="nats", per=("axis", "t"), stderr="stderr", shown=False)
-    stderr: Float[Tensor, "k n"] = quantity(
-        "standard error of the loss over sequences", unit="nats", per=("axis", "t"), name="losses_stderr", shown=False
+    losses = _of_points("loss", per=LINES, stderr="losses_stderr")(lambda self: self.evaluated.values[0])
+    losses_stderr = _of_points("standard error of the loss", per=LINES)(lambda self: self.evaluated.stderr[0])
+    delta_losses = _of_points("change of the loss from theta", per=LINES, stderr="delta_stderr")(
+        lambda self: self.losses - self.baseline_loss
     )
-    delta_stderr: Float[Tensor, "k n"] = quantity(
-        "paired standard error of the change", unit="nats", per=("axis", "t"), shown=False
-    )
-
-    @derived("loss minus the loss at theta", unit="nats", per=("axis", "t"), stderr="delta_stderr", shown=False)
-    def delta_losses(self) -> Float[Tensor, "k n"]:
-        return self.losses - self.baseline_loss
-
-    @derived("metric", per=("axis", "t"), name="*", shown=False)
-    def _metrics(self) -> dict[str, Tensor]:
-        return documented(self.metrics, self.metrics_stderr)
-
-    @derived("coefficient", per=("axis", "t"), shown=False)
-    def coefficients(self) -> Float[Tensor, "k n"]:
-        return torch.stack(self.coefficients_by_axis)
+    delta_stderr = _of_points("paired standard error of the change", per=LINES)(attrgetter("evaluated.delta_stderr"))
+    coefficients = derived("coefficient", per=LINES, shown=False)(lambda self: torch.stack(self.places))
+    loss_start = derived("loss at the start", unit="nats", per="axis")(lambda self: self.losses[:, 0])
+    loss_end = derived("loss at the end", unit="nats", per="axis")(lambda self: self.losses[:, -1])
+    _metrics = derived("metric", per=LINES, name="*", shown=False)(documented)
 
     @derived("coefficient, or share of the norm of theta where the span is relative", per="t", shown=False)
     def axis_values(self) -> Float[Tensor, " n"]:
         return spaced(span_range(self.span), self.losses.shape[1])
 
-    @derived("loss at the start", unit="nats", per="axis")
-    def loss_start(self) -> Float[Tensor, " k"]:
-        return self.losses[:, 0]
-
     @derived("lowest finite loss", unit="nats", per="axis")
     def loss_min(self) -> Float[Tensor, " k"]:
         finite = torch.where(self.losses.isfinite(), self.losses, math.inf).amin(1)
         return torch.where(finite.isfinite(), finite, math.nan)
-
-    @derived("loss at the end", unit="nats", per="axis")
-    def loss_end(self) -> Float[Tensor, " k"]:
-        return self.losses[:, -1]
 
     @property
     def head(self) -> str:
@@ -275,8 +242,8 @@ def loss_plane(
     a, b = values = coefficients(axes, vector, ranges, nums, relative_span)
     rows = [Row((x, 0.0), 1, b.tolist()) for x in a.tolist()]
     both = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
-    fields = _fields(loss, vector, axes, values, rows, chunk=chunk, buffers=buffers, metric=metric)
-    return LossPlane(**fields, span=both, relative_span=relative_span)
+    evaluated = evaluate(loss, vector, axes, rows, chunk=chunk, buffers=buffers, metric=metric)
+    return LossPlane(evaluated, axes, tuple(values), _norm(loss, vector, axes, values), both, relative_span)
 
 
 def loss_lines(
@@ -323,16 +290,13 @@ def loss_lines(
     values = coefficients(axes, vector, [ends] * k, [num] * k, relative_span)
     rows = [Row((0.0,) * k, i, each.tolist()) for i, each in enumerate(values)]
     span = ends[1] if -ends[0] == ends[1] else ends
-    fields = _fields(loss, vector, axes, values, rows, chunk=chunk, buffers=buffers, metric=metric)
-    return LossLines(**fields, span=span, relative_span=relative_span)
+    evaluated = evaluate(loss, vector, axes, rows, chunk=chunk, buffers=buffers, metric=metric)
+    return LossLines(evaluated, axes, tuple(values), _norm(loss, vector, axes, values), span, relative_span)
 
 
-def _fields(
-    loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor], rows: list[Row], **options: Any
-) -> dict[str, Any]:
-    """What results of lines and planes hold, but their span."""
-    evaluated = evaluate(loss, theta, axes, rows, **options)
-    gaps = [float(each[1] - each[0]) * norm for each, norm in zip(values, axes.norms.tolist(), strict=True)]
+def _norm(loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor]) -> float:
+    """||theta||; warns where the points are nearer to each other than half precision tells apart."""
     param_norm = math.sqrt(dot(theta, theta))
+    gaps = [float(each[1] - each[0]) * norm for each, norm in zip(values, axes.norms.tolist(), strict=True)]
     warn_of_small_steps(loss, min(gaps), param_norm)
-    return evaluated._asdict() | {"axes": axes, "coefficients_by_axis": tuple(values), "param_norm": param_norm}
+    return param_norm

@@ -108,10 +108,10 @@ def check_metrics(metric: Any) -> Mapping[str, Metric]:
     return dict(metric)
 
 
-def documented(metrics: Mapping[str, Tensor], stderr: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics and their errors by the names that `asdict()` has."""
-    errors = {f"metric_{name}_stderr": value for name, value in stderr.items()}
-    return {f"metric_{name}": value for name, value in metrics.items()} | errors
+def documented(result: Any) -> dict[str, Tensor]:
+    """The metrics of a result and their errors by the names that `asdict()` has."""
+    errors = {f"metric_{name}_stderr": value for name, value in result.metrics_stderr.items()}
+    return {f"metric_{name}": value for name, value in result.metrics.items()} | errors
 
 
 def estimate(sums: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> Estimate:
