@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import islice
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +29,9 @@ Statistics = Literal["fixed", "reestimate"]
 
 STEPS = 8
 """Points from one sum base + b d to the next; those between add the step: three streams of memory instead of four."""
+
+SLAB = 32
+"""Chunks of points whose sums per sequence are kept together until they are averaged."""
 
 
 class Row(NamedTuple):
@@ -83,15 +86,17 @@ def evaluate(
     buffer, vectors = theta.new_empty(min(chunk, num), len(theta)), axes.vectors.to(theta)
     is_mapped = len(buffer) > 1
     write = (_combined if is_mapped else _stepped)(theta, vectors, rows)
-    terms = states.terms(mapped=is_mapped)
+    terms = states.terms(buffer)
     with torch.no_grad():
-        again, weights = states.terms(mapped=False)(theta)
+        again, weights = states.terms(theta[None])(theta)
         sums = over_points(lambda row: terms(row)[0], write, num, buffer)
         centre, first = (part := next(sums))[0], part[1:]
         at_theta = tuple(estimate(each, weights) for each in centre)
         baseline, second = (float(each.value) for each in (at_theta[0], estimate(again[0], weights)))
         check_baseline(baseline, second, loss.net.unit_roundoff)
-        parts = [_statistics(part, centre, weights) for part in chain([first], sums)]
+        parts = [_statistics(first, centre, weights)]
+        while slab := list(islice(sums, SLAB)):
+            parts.append(_statistics(torch.cat(slab), centre, weights))
     values, stderr, delta_stderr = (
         torch.cat(each, -1).unflatten(-1, (len(rows), -1)) for each in zip(*parts, strict=True)
     )

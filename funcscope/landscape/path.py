@@ -131,8 +131,7 @@ def barrier_matrix(
         sums = path.barrier_sums
         if bool(path.losses.isnan().any()) and not float(path.barrier_linear.value) > 0:
             sums = torch.full_like(sums, math.nan)  # nothing is seen beside the holes, and nothing is known of them
-        found = (path.mean(each) for each in sums)
-        numbers = (x for e in found for x in (float(e.value), float(e.stderr)))
+        numbers = (float(x) for each in map(path.mean, sums) for x in (each.value, each.stderr))
         table[:, i, j] = table[:, j, i] = table.new_tensor([*numbers, path.distance])
         totals += sums
         lost[i, j] = lost[j, i] = path.n_nonfinite
@@ -168,7 +167,7 @@ def measured(
     dtype = torch.promote_types(start.state.dtype, end.state.dtype)
     buffer = start.state.new_empty(min(chunk, num - 2), len(start.state), dtype=dtype)
     gap = torch.sub(end.state[:p], start.state[:p], out=buffer[0, :p])
-    distance, terms = dot(gap, gap) ** 0.5, states.terms(mapped=len(buffer) > 1)
+    distance, terms = dot(gap, gap) ** 0.5, states.terms(buffer)
 
     def write(first: int, rows: Tensor) -> None:
         for i, row in enumerate(rows, first + 1):
@@ -180,20 +179,9 @@ def measured(
     sums, *metrics = rows.unbind(1)
     roundoff = max(states.loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
     passes = (num - 2) * states.passes + (0 if known else start.passes + end.passes)
-    return LossPath(
-        kind,
-        sums,
-        start.weights,
-        distance,
-        roundoff,
-        chunk,
-        passes,
-        states.buffers,
-        start.reestimated,
-        end.reestimated,
-        tuple(states.metrics),
-        tuple(metrics),
-    )
+    ends, names = (start.reestimated, end.reestimated), tuple(states.metrics)
+    plan = (roundoff, chunk, passes, states.buffers)
+    return LossPath(kind, sums, start.weights, distance, *plan, *ends, names, tuple(metrics))
 
 
 def on_line(start: Tensor, end: Tensor, num: int) -> Point:

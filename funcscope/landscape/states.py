@@ -84,17 +84,24 @@ class States:
         loss, theta = self.at(row)
         return loss(theta)
 
-    def terms(self, *, mapped: bool) -> Terms:
-        """Sums (1 + k, n) of the loss and of k metrics, and weights, at a point: see `Values.rows`."""
-        functions = tuple(self.metrics.values())
-        if self.buffers in ("none", "fixed"):
-            return Values(self.loss, functions, is_mapped=mapped).rows
+    def terms(self, buffer: Float[Tensor, "k s"]) -> Terms:
+        """Sums (1 + k, n) of the loss and of k metrics, and weights, at the rows of a buffer: see `Values.rows`.
+
+        To be mapped where there are several; the only one of a loop is taken apart once.
+        """
+        functions, is_mapped, layout = tuple(self.metrics.values()), len(buffer) > 1, self.loss.layout
 
         def terms(row: Tensor) -> tuple[Tensor, Tensor]:
             loss, theta = self.at(row)
-            return Values(loss, functions, is_mapped=mapped).rows(theta)
+            return Values(loss, functions, is_mapped=is_mapped).rows(theta)
 
-        return terms
+        if self.buffers not in ("none", "fixed"):
+            return terms
+        values = Values(self.loss, functions, is_mapped=is_mapped)
+        if is_mapped or any(leaf.dtype != buffer.dtype for leaf in layout.leaves):
+            return values.rows
+        views = layout.unravel(buffer[0])
+        return lambda _: values.rows(views)
 
     def end(self, end: End, name: str) -> EndPoint:
         """An end checked, flat, and its per-sequence sums: of a net, with its own buffers in every mode but "fixed"."""
