@@ -65,6 +65,22 @@ def test_means_and_errors_are_those_by_hand_at_every_kind_of_point(name, chunk):
     assert path.asdict()["metric_top"].shape == (5,)
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_the_weights_of_a_custom_criterion_are_those_of_its_metrics(chunk):
+    net = fs.functional(torch.nn.Linear(3, 1, bias=False, device="meta").to_empty(device="cpu").double())
+    x, y = (fs.normal(fs.key(i), torch.zeros(5, k, dtype=torch.float64)) for i, k in ((1, 3), (2, 1)))
+    w = torch.tensor([1.0, 2.0, 0.0, 4.0, 0.5], dtype=torch.float64)[:, None]
+    loss = fs.objective(net, [(x, (y, w))], fs.custom(lambda out, t: ((out - t[0]) ** 2, t[1])))
+    start, end = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    path = fs.linear_path(loss, start, end, num=4, chunk=chunk, metric={"absolute": lambda out, t: (out - t[0]).abs()})
+    for i in range(4):
+        value = (x @ (start + i / 3 * (end - start)) - y[:, 0]).abs()
+        mean = (w[:, 0] * value).sum() / w.sum()
+        stderr = (4 / 3 * ((value - mean) * w[:, 0]).square().sum()).sqrt() / w.sum()
+        assert_close(path.metrics["absolute"][i], mean)
+        assert_close(path.metrics_stderr["absolute"][i], stderr)
+
+
 def test_they_cost_no_forward_pass_and_are_not_looked_at_where_nothing_is_scored(monkeypatch):
     loss, calls = loss_of("gpt2"), []
     apply = type(loss.net).apply

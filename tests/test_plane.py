@@ -87,6 +87,17 @@ def test_in_float32_the_plans_agree_to_1e_6_and_the_centre_of_the_loop_is_the_ba
     assert_close(lines.losses[1], loop.grid_losses[6], rtol=0, atol=0)  # the same steps from the same base
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mlp", "cnn"])
+def test_the_baseline_has_the_rounding_of_the_points_that_it_is_compared_with(name):
+    """Mapped matrix products round otherwise than those of a loop: a step of 0 would have a loss change."""
+    loss = loss_of(name, torch.float32)
+    axes = plane_directions(loss.net, key=fs.key(1))
+    for chunk in (1, 8):
+        lines = loss_lines(loss, loss.net.theta, axes, num=3, span=(0.0, 0.2), chunk=chunk)
+        assert lines.delta_losses[:, 0].tolist() == lines.delta_stderr[:, 0].tolist() == [0.0, 0.0]
+        assert lines.delta_losses[:, 1:].all()
+
+
 def test_the_default_plan_follows_the_sizes(monkeypatch):
     loss = loss_of("gpt2", torch.float32)
     theta, axes = loss.net.theta, plane_directions(loss.net, key=fs.key(1))

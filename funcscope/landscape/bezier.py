@@ -132,8 +132,8 @@ def connect(
     >>> ring = criterion.custom(lambda out, y: ((out**2).sum() - 1).square()[None])            # (|theta|^2 - 1)^2
     >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], ring)
     >>> start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    >>> found = connect(loss, start, end, key=keys.key(0))
-    >>> float(found.line.barrier_max.value), bool(found.path.barrier_max.value < 0.01)          # the line cuts the ring
+    >>> curve = connect(loss, start, end, key=keys.key(0))
+    >>> float(curve.line.barrier_max.value), bool(curve.path.barrier_max.value < 0.01)          # the line cuts the ring
     (0.25, True)
     """
     check_key(key)

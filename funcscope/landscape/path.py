@@ -112,8 +112,8 @@ def barrier_matrix(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> wells = criterion.custom(lambda out, y: (out**2 - 1) ** 2)
     >>> loss = objective.objective(net, [(torch.ones(2, 1), torch.zeros(2, 1))], wells)
-    >>> found = barrier_matrix(loss, [torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1.0])])
-    >>> found.barrier_linear.tolist(), round(float(found.mean_barrier_linear.value), 4)
+    >>> matrix = barrier_matrix(loss, [torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1.0])])
+    >>> matrix.barrier_linear.tolist(), round(float(matrix.mean_barrier_linear.value), 4)
     ([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 0.6667)
     """
     check_count("num", num, least=3)

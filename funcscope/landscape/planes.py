@@ -112,9 +112,8 @@ def _of_points(label: str, **what: Any) -> Any:
 class LossPlane(_Grid):
     """The loss on a grid; made by `loss_plane`, whose docstring has the formulas. `asdict()` gives the documented names.
 
-    Grids are float64 tensors (n, m) on the CPU; axis 0 is the first direction. Losses that are not finite stay as they are
-    and are left out of the statistics, edges that touch one too. Errors are over sequences, those of changes from theta
-    paired.
+    Grids are float64 tensors (n, m) on the CPU; axis 0 is the first direction. Losses that are not finite are left out of
+    the statistics, edges that touch one too.
     """
 
     grid_losses = _of_points("loss", per=PLANE, stderr="grid_stderr")(lambda self: self.evaluated.values[0])
@@ -131,8 +130,7 @@ class LossPlane(_Grid):
 
     @property
     def head(self) -> str:
-        n, m = self.grid_losses.shape
-        return f"{n} x {m} losses along {' and '.join(self.axes.names)}"
+        return f"{' x '.join(map(str, self.grid_losses.shape))} losses along {' and '.join(self.axes.names)}"
 
     @property
     def coords(self) -> dict[str, Any]:
@@ -185,8 +183,8 @@ def loss_plane(
 ) -> LossPlane:
     r"""The loss on a grid of the plane through theta that two axes span, with its roughness.
 
-    A picture of the loss around theta, or along a trajectory, on the given batches: the same ones at every point, so that
-    what they have in common cancels in differences. Two directions of P: a plane that looks convex does not make the loss so.
+    A picture of the loss around theta, or along a trajectory, on the same batches at every point, so that what they have
+    in common cancels in differences. Two directions of P: a plane that looks convex does not make the loss so.
 
     $$G_{ij} = L(\theta + a_i d_1 + b_j d_2), \qquad
       \text{roughness} = \frac{1}{|E|} \sum_{(u,v) \in E} \frac{|G_u - G_v|}{h_{uv}}, \qquad
@@ -207,12 +205,12 @@ def loss_plane(
 
     axes: `plane_directions`, `principal_directions(...).axes`, `eigenvector_axes`, or a tensor (2, P). They may be parallel:
     `orthogonality_check`, |cos| of the two, says so. Distances on the grid are those of parameter space only at 0.
-    num: points along each axis; odd numbers put theta itself on a symmetric grid.
-    span: the largest coefficient, for both axes from -span to span; or a range for each, ((low, high), (low, high)), which
-    may leave theta out. relative_span: in shares of ||theta||: coefficients are span x ||theta|| / ||d||, so that
-    displacement is span x ||theta|| along every axis.
-    chunk: points per `vmap`; 1 is a plain loop. Default: 8 for small models and batches, where that is faster. In the loop,
-    the point (0, 0) has the baseline loss to the last bit. Two forward passes more than grid points.
+    num: points along each axis; odd numbers put theta itself on a symmetric grid. span: the largest coefficient, for both
+    axes from -span to span; or a range for each, ((low, high), (low, high)), which may leave theta out. relative_span:
+    coefficients are span x ||theta|| / ||d||, so that displacement is span x ||theta|| along every axis.
+    chunk: points per `vmap`, the baseline among them; 1 is a plain loop, in which (0, 0) has the baseline loss to the last
+    bit. Default on the CPU: 8 for up to 2^22 parameters and 256 positions a batch (2^29 of their product), on an
+    accelerator for up to 2^26 parameters; above, a loop. Two forward passes more than grid points.
     buffers: running statistics (BatchNorm) belong to the weights that they were trained with. `fixed` keeps those of
     `loss.net` at every point, which far from its theta (a trajectory, a large span) describe another network;
     `reestimate` takes those that the data have at each point, theta among them (`running_statistics`), at twice the

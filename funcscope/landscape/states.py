@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -163,10 +163,10 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
         check_flat(name, theta, loss.layout.num)
     some = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
     check_device(f"`{name}`", some.device, "the model", loss.net.device)
-    found = flat(loss, theta)
-    if bad := int((~found.isfinite()).sum()):
-        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(found)} are not: no path leads there.")
-    return found
+    flattened = flat(loss, theta)
+    if bad := int((~flattened.isfinite()).sum()):
+        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(flattened)} are not: no path leads there.")
+    return flattened
 
 
 def with_statistics(loss: Loss, statistics: Params) -> Loss:
@@ -205,9 +205,5 @@ def _check_same(what: str, one: Params, other: Params, name: str, remedy: str) -
     if missing := sorted(one.keys() ^ other.keys()):
         raise ValueError(f"the {what} `{missing[0]}` belongs to one of `{name}` and `loss.net` only: {remedy}.")
     for key, value in one.items():
-        if not _same(value, other[key]):
+        if not torch.equal(value, other[key].to(value.dtype)):
             raise ValueError(f"the {what} `{key}` of `{name}` differs from that of `loss.net`: {remedy}.")
-
-
-def _same(a: Tensor, b: Any) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b.to(a.dtype)))
