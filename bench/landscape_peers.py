@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import funcscope as fs
 from funcscope.landscape.axes import plane_directions
-from funcscope.landscape.plane import loss_plane
+from funcscope.landscape.planes import loss_plane
 
 PACKAGES = {"landscaper": "landscaper", "loss-landscapes": "loss_landscapes"}
 

@@ -40,6 +40,18 @@ def pairs() -> Result:
     return fs.eigenpairs(matrix(), theta(), key=fs.key(0), num=2, vectors=True)
 
 
+def other() -> torch.Tensor:
+    return theta() + fs.normal(fs.key(2), theta())
+
+
+def accuracy(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return out.argmax(-1) == labels
+
+
+def axes() -> fs.Axes:
+    return fs.plane_directions(loss().net, key=fs.key(0))
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -64,6 +76,13 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "EigenvalueErrors": lambda: fs.eigenvalue_errors(loss(), theta(), pairs()),
     "EigenvalueDifferences": lambda: fs.compare_eigenvalues(*2 * [fs.eigenvalue_errors(loss(), theta(), pairs())]),
     "TraceErrors": lambda: fs.trace_errors(loss(), theta(), key=fs.key(0), num=3),
+    "Axes": axes,
+    "Trajectory": lambda: fs.principal_directions([theta(), other(), -theta()]),
+    "LossPlane": lambda: fs.loss_plane(loss(), theta(), axes(), num=(3, 4), metric={"accuracy": accuracy}),
+    "LossLines": lambda: fs.loss_lines(loss(), theta(), axes(), num=5, relative_span=True),
+    "LossPath": lambda: fs.linear_path(loss(), theta(), other(), num=5, metric={"accuracy": accuracy}),
+    "BarrierMatrix": lambda: fs.barrier_matrix(loss(), [theta(), other(), -theta()], num=3),
+    "Connection": lambda: fs.connect(loss(), theta(), other(), key=fs.key(0), steps=2, num=4),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
 }
 

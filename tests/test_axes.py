@@ -256,7 +256,6 @@ def test_the_cosine_is_the_largest_of_all_pairs():
     assert axes.pick(0, 2).cosine == pytest.approx(0.6)
     assert axes.pick(0, 2).names == ("a", "c")
     assert axes.pick(3).cosine == 0.0
-    assert repr(axes.pick(0, 1)) == "Axes(a, b; given, 3 coordinates)"
 
 
 def test_bad_requests_get_one_clear_line():

@@ -83,7 +83,7 @@ EVALUATED = {
     ),
     "flatness": lambda loss, t, **plan: fs.flatness(loss, t, key=fs.key(0), n_directions=3, **plan).delta_losses,
     "loss_plane": lambda loss, t, **plan: (
-        fs.loss_plane(loss, t, fs.stack(fs.directions(loss.net, key=fs.key(1), num=2)), num=3, **plan).evaluated.losses
+        fs.loss_plane(loss, t, fs.stack(fs.directions(loss.net, key=fs.key(1), num=2)), num=3, **plan).grid_losses
     ),
     "linear_path": lambda loss, t, **plan: fs.linear_path(loss, t, 1.1 * t, num=4, **plan).losses,
 }

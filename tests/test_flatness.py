@@ -16,8 +16,8 @@ import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.landscape import directional
 from funcscope.landscape.common import common_directions
+from funcscope.landscape.evaluator import MAPPED_POSITIONS
 from funcscope.landscape.flatness import flatness, flatness_profile
-from funcscope.landscape.points import MAPPED_POSITIONS
 
 module = importlib.import_module("funcscope.landscape.flatness")  # `landscape.flatness` is the function
 

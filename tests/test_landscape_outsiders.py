@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import funcscope as fs
 from funcscope.landscape.axes import plane_directions
 from funcscope.landscape.path import linear_path
-from funcscope.landscape.plane import loss_plane
+from funcscope.landscape.planes import loss_plane
 
 pytestmark = [pytest.mark.outsider, pytest.mark.filterwarnings("ignore")]
 

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.keys import uniform
+from funcscope.landscape import evaluator
 from funcscope.landscape import path as module
-from funcscope.landscape import points
 from funcscope.landscape.barriers import LossPath
 from funcscope.landscape.path import barrier_matrix, linear_path
-from funcscope.landscape.values import Values
+from funcscope.landscape.terms import Values
 
 
 def point(size=1):
@@ -315,7 +315,6 @@ def test_an_infinite_loss_is_an_infinite_barrier():
     assert (float(path.barrier_max.value), float(path.barrier_linear.value)) == (math.inf, math.inf)
     assert math.isnan(float(path.barrier_linear.stderr))
     assert (path.n_nonfinite, path.is_connected, path.argmax) == (1, False, 2)
-    assert "1 losses not finite; a barrier" in str(path)
 
 
 def test_a_loss_of_nan_is_counted_and_left_out_of_the_maxima():
@@ -323,7 +322,6 @@ def test_a_loss_of_nan_is_counted_and_left_out_of_the_maxima():
     assert path.losses[2].isnan()
     assert (path.n_nonfinite, float(path.barrier_linear.value), path.is_connected) == (1, 0.0, None)
     assert math.isnan(path.asdict()["losses"][2])
-    assert "undecided" in str(path)
 
 
 # How it is evaluated.
@@ -332,25 +330,25 @@ def test_a_loss_of_nan_is_counted_and_left_out_of_the_maxima():
 def test_a_loop_where_the_model_is_large_or_attention_is_kept(monkeypatch):
     kept = loss_of("gpt2", attention="keep")
     loss = loss_of("mlp")
-    monkeypatch.setattr(module, "mapped", lambda *_: pytest.fail("mapped"))
+    monkeypatch.setattr(evaluator, "mapped", lambda *_: pytest.fail("mapped"))
     for one, most in ((kept, kept.layout.num), (loss, loss.layout.num - 1)):
-        monkeypatch.setattr(points, "MAPPED_UP_TO", most)
+        monkeypatch.setattr(evaluator, "MAPPED_UP_TO", most)
         path = linear_path(one, one.net.theta, one.net.theta + 0.1, num=4)
         assert path.chunk == 1
-    monkeypatch.setattr(points, "MAPPED_UP_TO", loss.layout.num)
+    monkeypatch.setattr(evaluator, "MAPPED_UP_TO", loss.layout.num)
     with pytest.raises(pytest.fail.Exception):
         linear_path(loss, loss.net.theta, loss.net.theta + 0.1, num=4)
 
 
 def test_every_point_is_evaluated_once_and_nothing_is_recorded(monkeypatch):
     loss, calls = loss_of("mlp"), []
-    terms = Values.__call__
-    monkeypatch.setattr(Values, "__call__", lambda self, theta: calls.append(theta) or terms(self, theta))
+    rows = Values.rows
+    monkeypatch.setattr(Values, "rows", lambda self, theta: calls.append(theta) or rows(self, theta))
     start = loss.net.theta.requires_grad_()
     path = linear_path(loss, start, loss.net.theta + 1, num=7, chunk=1)
     assert len(calls) == path.num_forwards == 7
     assert not path.sums.requires_grad
-    assert len({x.data_ptr() for x in calls[2:]}) == 1  # one buffer
+    assert len({id(x) for x in calls[2:]}) == 1  # one buffer, of which there are views
     calls.clear()
     found = barrier_matrix(loss, [drawn(i, loss.layout.num) for i in range(4)], num=5, chunk=1)
     assert len(calls) == found.num_forwards == 4 + 6 * 3
@@ -416,8 +414,6 @@ def test_the_matrix_is_every_pair_of_paths():
         assert_close(mean.value, matrix[off].mean())
         assert_close(mean.stderr, path.mean(sums[k]).stderr)
     assert found.asdict()["names"] == ("a", "b", "c", "d")
-    assert "d" in str(found)
-    assert "<table>" in found._repr_html_()
 
 
 def test_the_matrix_takes_dicts_and_counts_what_is_not_finite():
@@ -425,7 +421,6 @@ def test_the_matrix_takes_dicts_and_counts_what_is_not_finite():
     found = barrier_matrix(loss, [loss.layout.unravel(vector(x)) for x in (-1.0, 1.0, 2.0)], num=3)
     assert found.barrier_linear[0].tolist() == [0.0, math.inf, 4 - (1 + 1 / 4) / 2]
     assert (found.n_nonfinite, float(found.mean_barrier_linear.value)) == (1, math.inf)
-    assert "1 losses not finite" in str(found)
     assert found.names == ("0", "1", "2")
 
 
@@ -442,9 +437,7 @@ def test_the_dictionary_has_the_documented_keys():
     assert all(isinstance(values[name], float) for name in plain)
     wanted = {"argmax": 2, "argmax_loss": 2, "n_nonfinite": 0, "is_connected": None, "num_forwards": 5, "kind": "line"}
     assert {name: values[name] for name in wanted} == wanted  # one sequence has no error: nothing can be said
-    assert pickle.loads(pickle.dumps(path)).asdict().keys() == values.keys()
-    assert "barrier_linear" in str(path) == repr(path)
-    assert "<table>" in path._repr_html_()
+    assert pickle.loads(pickle.dumps(path)) == path
     found = barrier_matrix(wells(), [vector(-1.0), vector(1.0)]).asdict()
     assert {
         "barrier_max",

@@ -12,11 +12,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.landscape import points, values
+from funcscope.landscape import evaluator, terms
 from funcscope.landscape.axes import Axes, plane_directions
-from funcscope.landscape.line import loss_lines
-from funcscope.landscape.plane import loss_plane
-from funcscope.landscape.surface import quadratic_residual
+from funcscope.landscape.planes import loss_lines, loss_plane
+from funcscope.landscape.roughness import quadratic_residual
 
 WIDE = {"dtype": torch.float64}
 
@@ -69,7 +68,7 @@ def test_both_plans_are_direct_evaluation(name):
                     plane.grid_losses[i, j], loss(theta + a * axes.vectors[0] + b * axes.vectors[1]), **tolerance
                 )
         assert_close(plane.baseline_loss, float(loss(theta)), **tolerance)
-        assert plane.evaluated.num_forwards == 20
+        assert plane.num_forwards == 20
     loop, mapped = planes
     assert_close(loop.grid_stderr, mapped.grid_stderr, rtol=1e-4, atol=1e-6)
 
@@ -81,30 +80,41 @@ def test_in_float32_the_plans_agree_to_1e_6_and_the_centre_of_the_loop_is_the_ba
     loop, mapped = (loss_plane(loss, loss.net.theta, axes, num=13, span=0.2, chunk=chunk) for chunk in (1, 8))
     assert_close(loop.grid_losses, mapped.grid_losses, rtol=1e-6, atol=0)
     assert float(loop.grid_losses[6, 6]) == loop.baseline_loss
-    assert float(loop.evaluated.delta_stderr[6, 6]) == 0
+    assert float(loop.grid_delta_stderr[6, 6]) == 0
     assert_close(float(mapped.grid_losses[6, 6]), mapped.baseline_loss, rtol=1e-6, atol=0)
     lines = loss_lines(loss, loss.net.params, axes, num=13, span=0.2, chunk=1)
     assert_close(lines.losses[0], loop.grid_losses[:, 6], rtol=1e-6, atol=0)
     assert_close(lines.losses[1], loop.grid_losses[6], rtol=0, atol=0)  # the same steps from the same base
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mlp", "cnn"])
+def test_the_baseline_has_the_rounding_of_the_points_that_it_is_compared_with(name):
+    """Mapped matrix products round otherwise than those of a loop: a step of 0 would have a loss change."""
+    loss = loss_of(name, torch.float32)
+    axes = plane_directions(loss.net, key=fs.key(1))
+    for chunk in (1, 8):
+        lines = loss_lines(loss, loss.net.theta, axes, num=3, span=(0.0, 0.2), chunk=chunk)
+        assert lines.delta_losses[:, 0].tolist() == lines.delta_stderr[:, 0].tolist() == [0.0, 0.0]
+        assert lines.delta_losses[:, 1:].all()
+
+
 def test_the_default_plan_follows_the_sizes(monkeypatch):
     loss = loss_of("gpt2", torch.float32)
     theta, axes = loss.net.theta, plane_directions(loss.net, key=fs.key(1))
-    assert loss_plane(loss, theta, axes, num=2).evaluated.chunk == 8
+    assert loss_plane(loss, theta, axes, num=2).chunk == 8
     for name in ("MAPPED_UP_TO", "MAPPED_POSITIONS", "MAPPED_WORK"):
         with monkeypatch.context() as patch:
-            patch.setattr(points, name, 20)
-            assert loss_plane(loss, theta, axes, num=2).evaluated.chunk == 1
+            patch.setattr(evaluator, name, 20)
+            assert loss_plane(loss, theta, axes, num=2).chunk == 1
     kept = loss_of("gpt2", torch.float32, attention="keep")
-    assert loss_plane(kept, theta, axes, num=2).evaluated.chunk == 1
+    assert loss_plane(kept, theta, axes, num=2).chunk == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "mlp"])
 def test_scoring_a_few_rows_at_a_time_changes_no_bit(name, monkeypatch):
     loss = loss_of(name, torch.float32, attention="keep")
-    monkeypatch.setattr(values, "ROWS", 100)
-    sums, weights = values.Values(loss)(loss.net.theta)
+    monkeypatch.setattr(terms, "ROWS", 100)
+    sums, weights = terms.Values(loss)(loss.net.theta)
     wanted = loss.terms(loss.net.theta)
     assert torch.equal(sums, wanted[0])
     assert torch.equal(weights, wanted[1])
@@ -186,7 +196,6 @@ def test_points_that_are_not_finite_stay_holes_and_are_counted(chunk):
     assert math.isfinite(found["quad_residual"])
     lines = loss_lines(loss, theta, axes, num=5, span=1.0, chunk=chunk)
     assert lines.n_nonfinite == 1
-    assert "1 points not finite" in str(lines)
 
 
 def test_a_coordinate_that_overflows_does_not_spoil_the_points_after_it():
@@ -249,8 +258,8 @@ def test_batches_split_are_the_whole_and_inputs_are_unchanged():
     before = [x.clone() for x in (theta, axes.vectors, *model.parameters(), *loss.tensors())]
     one, many = (loss_plane(x, theta, axes, num=3, span=0.3, chunk=chunk) for x, chunk in ((loss, 1), (split, 1)))
     loss_plane(loss, theta, axes, num=3, span=0.3, chunk=4)
-    for field in ("losses", "stderr", "delta_stderr"):
-        assert_close(getattr(one.evaluated, field), getattr(many.evaluated, field))
+    for field in ("grid_losses", "grid_stderr", "grid_delta_stderr"):
+        assert_close(getattr(one, field), getattr(many, field))
     assert one.num_batches == len(batches)
     assert many.asdict()["n_batches_used"] == 5
     after = [theta, axes.vectors, *model.parameters(), *loss.tensors()]
@@ -285,7 +294,7 @@ def test_parallel_axes_are_allowed_and_said_and_half_precision_is_cast_inside():
         assert centre.grid_losses.isfinite().all()
 
 
-def test_the_documented_dictionary_and_the_table():
+def test_the_documented_dictionary():
     loss = classifier(5)
     axes = plane_directions(loss.net, key=fs.key(0))
     plane = loss_plane(loss, loss.net.theta, axes, num=(3, 4))
@@ -299,8 +308,6 @@ def test_the_documented_dictionary_and_the_table():
     assert found["grid_losses"].shape == found["grid_stderr"].shape == found["grid_delta_stderr"].shape == (3, 4)
     assert found["grid_losses"].dtype == np.float64
     assert found["axes_normalize"] == "filter"
-    assert "roughness" in str(plane)
-    assert "<table>" in plane._repr_html_()
     lines = loss_lines(loss, loss.net.theta, axes, num=4)
     shapes = {
         "losses": (2, 4),

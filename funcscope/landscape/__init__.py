@@ -8,9 +8,8 @@ from .compare import Comparison, compare_directional
 from .directional import directional_losses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
-from .line import LossLines, loss_lines
 from .path import barrier_matrix, linear_path
-from .plane import LossPlane, loss_plane
+from .planes import LossLines, LossPlane, loss_lines, loss_plane
 from .quadratic import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .samples import DirectionalLosses
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ..core.directions import Normalize, directions, stack
 from ..core.keys import Distribution, Key
 from ..core.layout import Params
 from ..core.model import Functional
+from ..core.result import Result, derived, internal, quantity
 from ..linalg.eigen import Eigenpairs
 from .orthogonal import gram, orthogonalise, orthonormalise
 
@@ -25,17 +26,13 @@ BLOCK = 2**20
 """Coordinates that are widened to float64 at a time."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Axes:
+class Axes(Result):
     """k vectors of parameter space, with the names that figures give them; where they came from is in `settings`."""
 
-    vectors: Float[Tensor, "k p"]
+    vectors: Float[Tensor, "k p"] = internal()
     names: tuple[str, ...]
     kind: Kind
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"Axes({', '.join(self.names)}; {self.kind}, {self.vectors.shape[1]:,} coordinates)"
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -44,17 +41,14 @@ class Axes:
     def _gram(self) -> Tensor:
         return gram(self.vectors)
 
-    @property
+    @derived("Euclidean norm", per="axis")
     def norms(self) -> Float[Tensor, " k"]:
-        """Euclidean norms in float64."""
+        """In float64."""
         return self._gram.diagonal().sqrt()
 
-    @property
+    @derived("largest |cosine| of two axes")
     def cosine(self) -> float:
-        """The largest |cos| between two of the axes: 0 where they are orthogonal, 1 where two are parallel.
-
-        0 for a single axis; nan where one is 0.
-        """
+        """0 where the axes are orthogonal or there is one, 1 where two are parallel; nan where one is 0."""
         unit = self._gram / (self.norms[:, None] * self.norms)
         return float(unit.triu(1).abs().max()) if len(self) > 1 else 0.0
 
@@ -67,28 +61,37 @@ class Axes:
         }
         return Axes(self.vectors[chosen], tuple(self.names[i] for i in chosen), self.kind, settings)
 
+    @property
+    def head(self) -> str:
+        return f"{len(self)} axes ({self.kind}) of {self.vectors.shape[1]:,} coordinates"
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Trajectory:
+    @property
+    def coords(self) -> dict[str, tuple[str, ...]]:
+        return {"axis": self.names}
+
+
+class Trajectory(Result):
     """A sequence of parameter vectors and the plane that is closest to it; made by `principal_directions`."""
 
-    axes: Axes
-    origin: Float[Tensor, " p"]
-    coordinates: Float[Tensor, "m num"]
-    """Of each point along the axes, from the origin; float64."""
-    explained: Float[Tensor, " num"]
-    """The share of the points' squared distances to the origin that each axis takes up, in descending order."""
-    residuals: Float[Tensor, " m"]
-    """Distance of each point from the span of the axes."""
+    axes: Axes = internal()
+    origin: Float[Tensor, " p"] = internal()
+    coordinates: Float[Tensor, "m num"] = quantity("coordinate from the origin", per=("point", "axis"))
+    """Of each point along the axes; float64."""
+    explained: Float[Tensor, " num"] = quantity("share of the squared distances", per="axis")
+    """Of the points' squared distances to the origin, what each axis takes up, in descending order."""
+    residuals: Float[Tensor, " m"] = quantity("distance from the span of the axes", per="point")
 
-    def asdict(self) -> dict[str, Any]:
-        """Plain numbers and numpy arrays: what figures of the run need, the vectors themselves not among them."""
-        found = {name: getattr(self, name).numpy().copy() for name in ("coordinates", "explained", "residuals")}
-        return found | {"axis_names": list(self.axes.names)}
+    @derived("name of the axis", per="axis", shown=False)
+    def axis_names(self) -> list[str]:
+        return list(self.axes.names)
 
-    def __repr__(self) -> str:
-        shares = ", ".join(f"{100 * float(x):.3g} %" for x in self.explained)
-        return f"Trajectory({len(self.coordinates)} points; explained {shares})"
+    @property
+    def head(self) -> str:
+        return f"{len(self.coordinates)} points on {len(self.axes)} principal axes"
+
+    @property
+    def coords(self) -> dict[str, Any]:
+        return {"point": range(len(self.coordinates)), "axis": self.axes.names}
 
 
 def plane_directions(

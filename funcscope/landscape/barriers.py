@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import html
 import math
-from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate
+from ..core.result import Result, derived, internal, quantity
 from .sequences import Means, means
 from .states import USED
+from .terms import documented, estimate
+
+PAIR = ("model", "other")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class LossPath:
+class LossPath(Result):
     r"""Losses at equally spaced points of a path; made by `linear_path` and `bezier_path`, which have the formulas.
 
     `sums` are float64 on the CPU: per point and sequence, the weighted sum of the token losses, non-finite ones
@@ -30,61 +31,59 @@ class LossPath:
     """
 
     kind: Literal["line", "bezier"]
-    sums: Float[Tensor, "n s"]
-    weights: Float[Tensor, " s"]
-    distance: float
+    sums: Float[Tensor, "n s"] = internal()
+    weights: Float[Tensor, " s"] = internal()
+    distance: float = quantity("distance of the ends")
     """||end - start||, also where the path is no straight line."""
-    unit_roundoff: float
+    unit_roundoff: float = internal()
     chunk: int
     num_forwards: int
     """Passes over the batches; less than the number of points where the end points were known."""
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the way; "none" where it tracks none."""
-    start_reestimated: Float[Tensor, " s"] | None = None
+    start_reestimated: Float[Tensor, " s"] | None = internal(default=None)
     """The sums at an end with statistics re-estimated, where they are its own there and re-estimated beside it."""
-    end_reestimated: Float[Tensor, " s"] | None = None
+    end_reestimated: Float[Tensor, " s"] | None = internal(default=None)
+    metric_names: tuple[str, ...] = internal(default=())
+    metric_sums: tuple[Float[Tensor, "n s"], ...] = internal(default=())
+    """Of what was measured beside the loss, as `sums`."""
+
+    coefficients = derived("position t on the path", per="t", shown=False)(lambda self: _positions(len(self.sums)))
+    losses = derived("loss", unit="nats", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
+    stderr = derived("standard error of the loss", unit="nats", per="t", shown=False)(attrgetter("_losses.stderr"))
+    """Neighbours share their sequences, so that their differences are known far better."""
+    excess = derived("loss over the chord", unit="nats", per="t", stderr="excess_stderr", shown=False)(
+        attrgetter("_excess.value")
+    )
+    """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
+    excess_stderr = derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)(
+        attrgetter("_excess.stderr")
+    )
+    argmax = derived("index of the largest loss over the chord")(lambda self: _argmax(self.excess))
+    """Where `barrier_linear` is reached; the first of several."""
+    argmax_loss = derived("index of the largest loss")(lambda self: _argmax(self.losses))
+    """Where `barrier_max` is reached; the first of several."""
+    loss_start = derived("loss at the start", unit="nats")(lambda self: self.mean(self.sums[0]))
+    loss_end = derived("loss at the end", unit="nats")(lambda self: self.mean(self.sums[-1]))
+    loss_max = derived("largest loss", unit="nats")(lambda self: self.mean(self.sums[self.argmax_loss]))
+    _metrics = derived("metric", per="t", name="*", shown=False)(documented)
 
     @property
-    def coefficients(self) -> Float[Tensor, " n"]:
-        """t, from 0 to 1."""
-        return torch.arange(len(self.sums), dtype=torch.float64) / (len(self.sums) - 1)
+    def metrics(self) -> dict[str, Float[Tensor, " n"]]:
+        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
+        return {name: each.value for name, each in self._means_of_metrics.items()}
 
     @property
-    def losses(self) -> Float[Tensor, " n"]:
-        return self._losses.value
+    def metrics_stderr(self) -> dict[str, Float[Tensor, " n"]]:
+        return {name: each.stderr for name, each in self._means_of_metrics.items()}
 
-    @property
-    def stderr(self) -> Float[Tensor, " n"]:
-        """Of each loss; neighbours share their sequences, so that their differences are known far better."""
-        return self._losses.stderr
-
-    @property
-    def excess(self) -> Float[Tensor, " n"]:
-        """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
-        return self._excess.value
-
-    @property
-    def excess_stderr(self) -> Float[Tensor, " n"]:
-        return self._excess.stderr
-
-    @property
-    def argmax(self) -> int:
-        """The index of the point with the largest excess, where `barrier_linear` is reached; the first of several."""
-        return _argmax(self.excess)
-
-    @property
-    def argmax_loss(self) -> int:
-        """The index of the point with the largest loss, where `barrier_max` is reached; the first of several."""
-        return _argmax(self.losses)
-
-    @property
+    @derived("barrier over the higher end", unit="nats")
     def barrier_max(self) -> Estimate:
         """The highest loss over the higher end point; over the first one, where they are equal."""
         return self.mean(self.barrier_sums[0])
 
-    @property
+    @derived("barrier over the chord", unit="nats")
     def barrier_linear(self) -> Estimate:
-        """The largest excess over the chord."""
         return self.mean(self.barrier_sums[1])
 
     @property
@@ -93,7 +92,7 @@ class LossPath:
         higher = 0 if self.losses[0] >= self.losses[-1] else -1
         return torch.stack([self.sums[self.argmax_loss] - self.sums[higher], self._excess_sums[self.argmax]])
 
-    @property
+    @derived("curvature at the largest loss over the chord", unit="nats")
     def curvature(self) -> Estimate:
         """Second difference in t at `argmax` over the square of the spacing; nan where that is an end point."""
         at = self.argmax
@@ -102,27 +101,27 @@ class LossPath:
         second = self.sums[at - 1] - 2 * self.sums[at] + self.sums[at + 1]
         return self.mean(second * (len(self.sums) - 1) ** 2)
 
-    @property
+    @derived("curvature per square of the distance", unit="nats")
     def curvature_per_distance(self) -> float:
-        """Curvature per square of the distance travelled; nan for a curve, whose speed varies, and at distance 0."""
+        """nan for a curve, whose speed varies, and at distance 0."""
         straight = self.kind == "line" and self.distance > 0
         return float(self.curvature.value) / self.distance**2 if straight else math.nan
 
-    @property
+    @derived("total variation", unit="nats")
     def total_variation(self) -> float:
         """Sum of |dL| from point to point: noise and a finer grid make it larger."""
         return float(self.losses.diff().abs().sum())
 
-    @property
+    @derived("change at the start by re-estimated statistics", unit="nats")
     def start_reestimation(self) -> Estimate | None:
         """By how much the loss at the start changes where its running statistics are re-estimated from the data."""
         return None if self.start_reestimated is None else self.mean(self.start_reestimated - self.sums[0])
 
-    @property
+    @derived("change at the end by re-estimated statistics", unit="nats")
     def end_reestimation(self) -> Estimate | None:
         return None if self.end_reestimated is None else self.mean(self.end_reestimated - self.sums[-1])
 
-    @property
+    @derived("points whose loss is infinite or nan", unit="points")
     def n_nonfinite(self) -> int:
         return int((~self.losses.isfinite()).sum())
 
@@ -150,12 +149,16 @@ class LossPath:
 
     def mean(self, sums: Float[Tensor, " s"]) -> Estimate:
         """The mean over tokens of per-sequence sums, such as differences between points, with its paired error."""
-        value, stderr = means(sums[None], self.weights)
-        return Estimate(value[0], stderr[0], int((self.weights != 0).sum()))
+        return estimate(sums, self.weights)
 
     @cached_property
     def _losses(self) -> Means:
         return means(self.sums, self.weights)
+
+    @cached_property
+    def _means_of_metrics(self) -> dict[str, Means]:
+        pairs = zip(self.metric_names, self.metric_sums, strict=True)
+        return {name: means(sums, self.weights) for name, sums in pairs}
 
     @cached_property
     def _excess_sums(self) -> Tensor:
@@ -171,48 +174,26 @@ class LossPath:
         return means(self._excess_sums, self.weights)
 
     def asdict(self) -> dict[str, Any]:
-        """Plain numbers, a string and numpy arrays; `is_connected` is None where that cannot be said."""
-        arrays = ("coefficients", "losses", "stderr", "excess", "excess_stderr")
-        values: dict[str, Any] = {name: getattr(self, name).numpy() for name in arrays}
-        for name in ("barrier_max", "barrier_linear", "curvature"):
-            values |= {name: float(getattr(self, name).value), f"{name}_stderr": float(getattr(self, name).stderr)}
-        plain = ("argmax", "argmax_loss", "curvature_per_distance", "total_variation", "distance", "n_nonfinite")
-        for name in ("start_reestimation", "end_reestimation"):
-            if (change := getattr(self, name)) is not None:
-                values |= {name: float(change.value), f"{name}_stderr": float(change.stderr)}
-        return values | {
-            name: getattr(self, name) for name in (*plain, "is_connected", "chunk", "num_forwards", "kind", "buffers")
-        }
+        """As of every result; `is_connected` is None where that cannot be said."""
+        return super().asdict() | {"is_connected": self.is_connected}
 
-    def __str__(self) -> str:
-        return f"{self._head()}\n{tabulate(self._rows(), headers=('', 'value', 'stderr', 't'), disable_numparse=True)}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The same table, for notebooks."""
-        rows = tabulate(self._rows(), headers=("", "value", "stderr", "t"), tablefmt="html", disable_numparse=True)
-        return f"<p>{html.escape(self._head())}</p>\n{rows}"
-
-    def _head(self) -> str:
-        said = {True: "no barrier seen", False: "a barrier", None: "undecided"}[self.is_connected]
+    @property
+    def head(self) -> str:
+        verdict = {True: "no barrier seen", False: "a barrier", None: "undecided"}[self.is_connected]
         lost = f", {self.n_nonfinite} losses not finite" if self.n_nonfinite else ""
-        head = f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}"
-        return f"{head}{USED[self.buffers]}; {said}"
+        return f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}; {verdict}"
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        last, t = len(self.sums) - 1, self.coefficients.tolist()
-        points = {"loss at start": 0, "loss at end": last, "largest loss": self.argmax_loss}
-        rows = [(name, self.mean(self.sums[at]), t[at]) for name, at in points.items()]
-        for name, change, at in (("start", self.start_reestimation, 0), ("end", self.end_reestimation, last)):
-            rows += [] if change is None else [(f"re-estimation at {name}", change, t[at])]
-        rows += [("barrier_max", self.barrier_max, t[self.argmax_loss])]
-        rows += [("barrier_linear", self.barrier_linear, t[self.argmax]), ("curvature", self.curvature, t[self.argmax])]
-        return [(name, f"{float(e.value):.5g}", f"{float(e.stderr):.2g}", f"{at:.3g}") for name, e, at in rows]
+    @property
+    def notes(self) -> list[str]:
+        at_end = ["The largest loss over the chord is at an end: there is no curvature."] if self.argmax == 0 else []
+        return USED[self.buffers] + at_end
+
+    @property
+    def coords(self) -> dict[str, list[float]]:
+        return {"t": self.coefficients.tolist()}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class BarrierMatrix:
+class BarrierMatrix(Result):
     """Barriers between every two of M models; made by `barrier_matrix`.
 
     Arrays of shape (M, M) are float64 on the CPU, symmetric, with a diagonal of 0. Infinite where a path has an infinite
@@ -221,57 +202,45 @@ class BarrierMatrix:
     """
 
     names: tuple[str, ...]
-    barrier_max: Float[Tensor, "m m"]
-    barrier_max_stderr: Float[Tensor, "m m"]
-    barrier_linear: Float[Tensor, "m m"]
-    barrier_linear_stderr: Float[Tensor, "m m"]
-    distance: Float[Tensor, "m m"]
-    mean_barrier_max: Estimate
-    mean_barrier_linear: Estimate
+    barrier_max: Float[Tensor, "m m"] = quantity(
+        "barrier over the higher end", unit="nats", per=PAIR, stderr="barrier_max_stderr", shown=False
+    )
+    barrier_max_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    barrier_linear: Float[Tensor, "m m"] = quantity(
+        "barrier over the chord", unit="nats", per=PAIR, stderr="barrier_linear_stderr"
+    )
+    barrier_linear_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    distance: Float[Tensor, "m m"] = quantity("distance of the models", per=PAIR, shown=False)
+    mean_barrier_max: Estimate = quantity("mean barrier over the higher end", unit="nats")
+    mean_barrier_linear: Estimate = quantity("mean barrier over the chord", unit="nats")
     """Over the pairs of different models; the diagonal is no barrier."""
     num: int
-    nonfinite: Int[Tensor, "m m"]
-    """Losses of each pair's path that are not finite. Those of nan are left out of the maxima; a pair that shows no barrier
+    nonfinite: Int[Tensor, "m m"] = quantity("losses not finite", unit="points", per=PAIR, shown=False)
+    """On each pair's path. Those of nan are left out of the maxima; a pair that shows no barrier
     beside them has barriers of nan, and then so have the means."""
     num_forwards: int
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the paths; "none" where it tracks none."""
 
-    @property
+    @derived("losses on all paths that are not finite", unit="points")
     def n_nonfinite(self) -> int:
-        """Losses on all paths that are not finite."""
         return int(self.nonfinite.triu().sum())
 
-    def asdict(self) -> dict[str, Any]:
-        """Plain numbers, the names, and numpy arrays."""
-        values: dict[str, Any] = {"names": self.names}
-        for name in ("barrier_max", "barrier_linear"):
-            values |= {name: getattr(self, name).numpy(), f"{name}_stderr": getattr(self, f"{name}_stderr").numpy()}
-            mean = getattr(self, f"mean_{name}")
-            values |= {f"mean_{name}": float(mean.value), f"mean_{name}_stderr": float(mean.stderr)}
-        values |= {"distance": self.distance.numpy(), "nonfinite": self.nonfinite.numpy()}
-        return values | {name: getattr(self, name) for name in ("num", "n_nonfinite", "num_forwards", "buffers")}
+    @property
+    def head(self) -> str:
+        return f"barriers between {len(self.names)} models, {self.num} points a path"
 
-    def __str__(self) -> str:
-        return f"{self._head()}\n{tabulate(self._rows(), headers=('', *self.names), disable_numparse=True)}"
+    @property
+    def notes(self) -> list[str]:
+        return USED[self.buffers]
 
-    __repr__ = __str__
+    @property
+    def coords(self) -> dict[str, tuple[str, ...]]:
+        return dict.fromkeys(PAIR, self.names)
 
-    def _repr_html_(self) -> str:
-        """The same table, for notebooks."""
-        rows = tabulate(self._rows(), headers=("", *self.names), tablefmt="html", disable_numparse=True)
-        return f"<p>{html.escape(self._head())}</p>\n{rows}"
 
-    def _head(self) -> str:
-        lost = f"; {self.n_nonfinite} losses not finite" if self.n_nonfinite else ""
-        return (
-            f"barrier_linear between {len(self.names)} models, {self.num} points a path: "
-            f"mean {self.mean_barrier_linear}; barrier_max: mean {self.mean_barrier_max}{lost}{USED[self.buffers]}"
-        )
-
-    def _rows(self) -> list[list[str]]:
-        pairs = zip(self.names, self.barrier_linear.tolist(), self.barrier_linear_stderr.tolist(), strict=True)
-        return [[name, *(f"{b:.3g} ± {e:.2g}" for b, e in zip(bs, es, strict=True))] for name, bs, es in pairs]
+def _positions(num: int) -> Float[Tensor, " n"]:
+    return torch.arange(num, dtype=torch.float64) / (num - 1)
 
 
 def _argmax(x: Tensor) -> int:

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
-from .along import mapped
+from .evaluator import mapped
 from .precision import check_baseline
 from .samples import Plan
 from .sequences import num_groups, residuals
-from .values import PerSequence
+from .terms import PerSequence
 
 
 def copies(loss: Loss, plan: Plan, num: int, steps: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +16,13 @@ from ..core.directions import dot
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
+from ..core.tables import Entry
 from .barriers import LossPath
-from .path import Write, chunk_size, measured, on_line, one_or_mapped
+from .evaluator import over_points, points_at_once
+from .path import Point, measured, on_line
 from .states import Buffers, End, EndPoint, States, vector
+from .terms import Metric
 
 RATE = 0.1
 """The default learning rate over the root mean square of the coordinates of end - start."""
@@ -53,6 +56,7 @@ def bezier_path(
     num: int = 21,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossPath:
     r"""The loss on a quadratic Bezier curve between two models, with its barriers over them.
 
@@ -60,7 +64,7 @@ def bezier_path(
 
     A curve trained by `connect` looks better on the data that it was trained on than on others: here it can be measured
     on any. midpoint: m, a flat vector of shape (P,) or a dict of parameters; start, end: such, or nets. Barriers, errors,
-    biases, `num`, `chunk`, `buffers` and errors raised: see `linear_path`; the chord is taken in t. Interpolated running
+    biases, the other arguments and errors raised: see `linear_path`; the chord is taken in t. Interpolated running
     statistics are linear in t, as m has none; Garipov et al. re-estimate them.
 
     Garipov, Izmailov, Podoprikhin, Vetrov, Wilson (2018), arXiv:1802.10026.
@@ -75,7 +79,7 @@ def bezier_path(
     [0.0, 0.0156, 0.0]
     """
     check_count("num", num, least=3)
-    states = States.of(loss, buffers)
+    states = States.of(loss, buffers, metric)
     ends = states.end(start, "start"), states.end(end, "end")
     m, middle = vector(loss, midpoint, "midpoint"), (ends[0].state + ends[1].state) / 2
     m = torch.cat([m, middle[len(m) :]])
@@ -128,14 +132,14 @@ def connect(
     >>> ring = criterion.custom(lambda out, y: ((out**2).sum() - 1).square()[None])            # (|theta|^2 - 1)^2
     >>> loss = objective.objective(net, [(torch.eye(2), torch.zeros(2, 1))], ring)
     >>> start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    >>> found = connect(loss, start, end, key=keys.key(0))
-    >>> float(found.line.barrier_max.value), bool(found.path.barrier_max.value < 0.01)          # the line cuts the ring
+    >>> curve = connect(loss, start, end, key=keys.key(0))
+    >>> float(curve.line.barrier_max.value), bool(curve.path.barrier_max.value < 0.01)          # the line cuts the ring
     (0.25, True)
     """
     check_key(key)
     for name, count, least in (("steps", steps, 1), ("points", points, 1), ("num", num, 3)):
         check_count(name, count, least)
-    chunk = chunk_size(loss, chunk)
+    chunk = points_at_once(loss, chunk)
     states, p = States.of(loss, buffers), loss.layout.num
     a, b = states.end(start, "start"), states.end(end, "end")
     gap = b.state[:p] - a.state[:p]
@@ -151,60 +155,58 @@ def connect(
     return Connection(m, path, line, history, dot(gap, gap) ** 0.5, rate, points, key)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Connection:
-    """A trained curve between two models beside the straight line; made by `connect`, whose docstring has the formulas."""
+class Connection(Result):
+    """A trained curve between two models beside the straight line; made by `connect`, whose docstring has the formulas.
 
-    midpoint: Float[Tensor, " p"]
+    The curve's quantities have their names in `LossPath`, the line's `line_` before them.
+    """
+
+    midpoint: Float[Tensor, " p"] = internal()
     """The trained control point, in the dtype and on the device of the end points."""
-    path: LossPath
-    line: LossPath
-    history: Float[Tensor, " steps"]
-    """The mean loss at the t of each step, before the step: noisy, as t differs from step to step."""
-    displacement: float
-    """Distance of the trained control point from the straight midpoint."""
+    path: LossPath = internal()
+    line: LossPath = internal()
+    history: Float[Tensor, " steps"] = quantity(
+        "mean loss at the points of a step", unit="nats", per="step", shown=False
+    )
+    """Before each step: noisy, as t differs from step to step."""
+    displacement: float = quantity("distance of the control point from the straight midpoint")
     learning_rate: float
     points: int
     key: Key
 
-    @property
+    @derived("fall of the highest loss from the line to the curve", unit="nats")
     def reduction(self) -> Estimate:
-        """By how much the highest loss of the curve is below that of the line, with its paired error."""
+        """With its paired error."""
         return self.line.mean(self.line.barrier_sums[0] - self.path.barrier_sums[0])
 
-    @property
-    def num_forwards(self) -> int:
-        return self.line.num_forwards + self.path.num_forwards
+    steps = derived("steps", shown=False)(lambda self: len(self.history))
+    num_forwards = derived("forward passes", shown=False)(lambda self: self.line.num_forwards + self.path.num_forwards)
+    num_gradients = derived("gradients", shown=False)(lambda self: len(self.history) * self.points)
 
-    @property
-    def num_gradients(self) -> int:
-        return len(self.history) * self.points
+    def entries(self) -> Iterator[Entry]:
+        yield from super().entries()
+        for before, path in (("", self.path), ("line_", self.line)):
+            yield from (entry._replace(name=before + entry.name) for entry in path.entries())
 
     def asdict(self) -> dict[str, Any]:
-        """The curve's entries by their names in `LossPath`, the line's with `line_` before them, settings and history.
+        """As of every result, without the midpoint, which is as long as the model."""
+        line = {f"line_{name}": value for name, value in self.line.asdict().items()}
+        return self.path.asdict() | line | super().asdict()
 
-        The midpoint is left out: it is as long as the model.
-        """
-        values = self.path.asdict() | {f"line_{name}": value for name, value in self.line.asdict().items()}
-        values |= {"reduction": float(self.reduction.value), "reduction_stderr": float(self.reduction.stderr)}
-        plain = ("displacement", "learning_rate", "points", "num_forwards", "num_gradients")
-        values |= {"history": self.history.numpy()} | {name: getattr(self, name) for name in plain}
-        return values | {"steps": len(self.history), "seed": self.key.seed, "key": f"{self.key.bits:032x}"}
-
-    def __str__(self) -> str:
-        return f"{self._head()}\n{self.path}\n{self.line}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """The same tables, for notebooks."""
-        return f"<p>{html.escape(self._head())}</p>\n{self.path._repr_html_()}\n{self.line._repr_html_()}"
-
-    def _head(self) -> str:
+    @property
+    def head(self) -> str:
         return (
-            f"trained for {len(self.history)} steps of {self.points} points at {self.learning_rate:.3g}, {self.key!r}: "
-            f"the highest loss falls by {self.reduction}, the control point moved by {self.displacement:.4g}"
+            f"trained for {self.steps} steps of {self.points} points at {self.learning_rate:.3g}, {self.key!r}\n"
+            f"{self.path.head}\n{self.line.head}"
         )
+
+    @property
+    def notes(self) -> list[str]:
+        return self.path.notes
+
+    @property
+    def coords(self) -> dict[str, list[float]]:
+        return self.path.coords
 
 
 def _train(
@@ -233,20 +235,20 @@ def _train(
 
 def _slope(states: States, a: EndPoint, m: Tensor, b: EndPoint, t: list[float], buffer: Tensor) -> tuple[Tensor, float]:
     """The gradient in m, and the value, of the mean loss at the t: each point moves by 2 t (1 - t) with m."""
-    gradient, value = torch.zeros_like(m), 0.0
-    for first in range(0, len(t), len(buffer)):
-        part = t[first : first + len(buffer)]
-        rows = buffer[: len(part)]
-        for at, row in zip(part, rows, strict=True):
+    gradient, value, rest = torch.zeros_like(m), 0.0, iter(t)
+
+    def write(first: int, rows: Tensor) -> None:
+        for at, row in zip(t[first:], rows, strict=False):
             _write(a.state, m, b.state, at, row)
-        slopes, losses = one_or_mapped(grad_and_value(states), rows)
-        for at, slope in zip(part, slopes, strict=True):
+
+    for slopes, losses in over_points(grad_and_value(states), write, len(t), buffer):
+        for slope, at in zip(slopes, rest, strict=False):
             gradient.add_(slope, alpha=2 * at * (1 - at) / len(t))
         value += float(losses.double().sum()) / len(t)
     return gradient, value
 
 
-def _on_curve(a: EndPoint, b: EndPoint, m: Tensor, num: int) -> Write:
+def _on_curve(a: EndPoint, b: EndPoint, m: Tensor, num: int) -> Point:
     return lambda i, row: _write(a.state, m, b.state, i / (num - 1), row)
 
 

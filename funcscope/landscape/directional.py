@@ -16,8 +16,9 @@ from ..core.directions import Direction, Normalize, directions, norm
 from ..core.keys import Distribution, Key, check_key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta, check_point
-from .along import GRADIENT_UP_TO, Wanted, sampled
 from .baseline import centre_at, copies
+from .evaluator import GRADIENT_UP_TO
+from .per_direction import Request, sampled
 from .precision import is_half, loss_error, realised, warn_if_swallowed
 from .resolution import unmoved
 from .samples import DirectionalLosses, Plan
@@ -138,7 +139,7 @@ class Sampling:
     loss: Loss
     theta: Theta
     dirs: tuple[Direction, ...]
-    wanted: Wanted
+    wanted: Request
     plan: Plan
     centre: Tensor
     """Residuals of the sequences at theta."""
@@ -229,7 +230,7 @@ def prepare(
         off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
         found = realised(loss.layout, base, dirs[0], step, off)
     warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
-    wanted = Wanted(
+    wanted = Request(
         step,
         two_sided,
         _slope(loss, plan, slope, n_samples) if compute_gradient else None,

@@ -15,17 +15,16 @@ from ..core.directions import Direction, Normalize, norm, stack
 from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import restrict
-from .along import mapped
 from .baseline import centre_at, centred, copies
 from .common import CommonDirections, drawn
 from .directional import plan_of
+from .evaluator import mapped, points_at_once
 from .flatness_result import Flatness
-from .points import points_at_once
 from .precision import is_half, realised, warn_if_swallowed
 from .resolution import loss_rounding, unmoved
 from .samples import Plan
 from .sequences import Residuals, residuals
-from .values import PerSequence, Values
+from .terms import PerSequence, Values
 
 
 def flatness(
@@ -216,7 +215,7 @@ def _terms(
 def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor, Tensor]:
     """`centre_at` by the kernels of the loop: differences have no rounding of another kernel in them."""
     values, params = Values(loss), loss.params(theta)
-    terms, (sums, weights) = torch.stack(values.of(params)), values.of(params)
+    terms, (sums, weights) = torch.stack(values(params)), values(params)
     return centred(terms, sums.sum() / weights.sum(), loss, num)
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_count, check_instance
 from ..core.directions import dot
 from ..core.objective import Loss
-from .along import mapped
 from .barriers import BarrierMatrix, LossPath
-from .points import points_at_once
+from .evaluator import over_points, points_at_once
 from .states import Buffers, End, EndPoint, States
+from .terms import Metric
 
-Write = Callable[[int, Tensor], Any]
+Point = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
 
 
@@ -31,6 +30,7 @@ def linear_path(
     num: int = 21,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> LossPath:
     r"""The loss on the straight line between two models: how high is the barrier that separates them?
 
@@ -57,7 +57,7 @@ def linear_path(
     is tracked, the modes are one.
     chunk: points per `vmap` (then equal models differ by the rounding of mapped products), 1 for a plain loop; the default
     is that of `loss_plane`. Swapping start and end mirrors every number: to the last bit in a plain loop, to rounding in
-    chunks.
+    chunks. metric: measured beside the loss, by name, see `loss_plane`: `path.metrics["accuracy"]`.
 
     Errors are over sequences and paired: of the same linear combination of each sequence's losses that makes the
     number. The errors of the barriers hold for the point where the maximum was found. Noise biases a maximum over t
@@ -81,7 +81,7 @@ def linear_path(
     ([0.0, 0.5625, 1.0, 0.5625, 0.0], False)
     """
     check_count("num", num, least=3)
-    states = States.of(loss, buffers)
+    states = States.of(loss, buffers, metric)
     ends = states.end(start, "start"), states.end(end, "end")
     return measured(states, *ends, on_line(ends[0].state, ends[1].state, num), num=num, chunk=chunk, kind="line")
 
@@ -112,8 +112,8 @@ def barrier_matrix(
     >>> net = model.functional(torch.nn.Linear(1, 1, bias=False))
     >>> wells = criterion.custom(lambda out, y: (out**2 - 1) ** 2)
     >>> loss = objective.objective(net, [(torch.ones(2, 1), torch.zeros(2, 1))], wells)
-    >>> found = barrier_matrix(loss, [torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1.0])])
-    >>> found.barrier_linear.tolist(), round(float(found.mean_barrier_linear.value), 4)
+    >>> matrix = barrier_matrix(loss, [torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1.0])])
+    >>> matrix.barrier_linear.tolist(), round(float(matrix.mean_barrier_linear.value), 4)
     ([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 0.6667)
     """
     check_count("num", num, least=3)
@@ -123,7 +123,7 @@ def barrier_matrix(
     states = States.of(loss, buffers)
     ends = [states.end(theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
     table = torch.zeros(5, len(ends), len(ends), dtype=torch.float64)
-    totals, forwards = torch.zeros(2, len(ends[0].sums), dtype=torch.float64), sum(end.passes for end in ends)
+    totals, forwards = torch.zeros(2, len(ends[0].weights), dtype=torch.float64), sum(end.passes for end in ends)
     lost = torch.zeros(len(ends), len(ends), dtype=torch.int64)
     for i, j in combinations(range(len(ends)), 2):
         write = on_line(ends[i].state, ends[j].state, num)
@@ -131,8 +131,7 @@ def barrier_matrix(
         sums = path.barrier_sums
         if bool(path.losses.isnan().any()) and not float(path.barrier_linear.value) > 0:
             sums = torch.full_like(sums, math.nan)  # nothing is seen beside the holes, and nothing is known of them
-        found = (path.mean(each) for each in sums)
-        numbers = (x for e in found for x in (float(e.value), float(e.stderr)))
+        numbers = (float(x) for each in map(path.mean, sums) for x in (each.value, each.stderr))
         table[:, i, j] = table[:, j, i] = table.new_tensor([*numbers, path.distance])
         totals += sums
         lost[i, j] = lost[j, i] = path.n_nonfinite
@@ -156,49 +155,36 @@ def measured(
     states: States,
     start: EndPoint,
     end: EndPoint,
-    write: Write,
+    point: Point,
     *,
     num: int,
     chunk: int | None,
     kind: Literal["line", "bezier"],
     known: bool = False,
 ) -> LossPath:
-    """The path through the points that `write` makes; its end points are not evaluated again, nor counted if `known`."""
-    chunk, p = chunk_size(states.loss, chunk), states.loss.layout.num
+    """The path through the points that `point` makes; its end points are not evaluated again, nor counted if `known`."""
+    chunk, p = points_at_once(states.loss, chunk), states.loss.layout.num
     dtype = torch.promote_types(start.state.dtype, end.state.dtype)
     buffer = start.state.new_empty(min(chunk, num - 2), len(start.state), dtype=dtype)
     gap = torch.sub(end.state[:p], start.state[:p], out=buffer[0, :p])
-    distance = dot(gap, gap) ** 0.5
-    sums = torch.cat([start.sums[None], sums_at(states, write, range(1, num - 1), buffer), end.sums[None]])
+    distance, terms = dot(gap, gap) ** 0.5, states.terms(buffer)
+
+    def write(first: int, rows: Tensor) -> None:
+        for i, row in enumerate(rows, first + 1):
+            point(i, row)
+
+    with torch.no_grad():
+        between = over_points(lambda row: terms(row)[0], write, num - 2, buffer)
+        rows = torch.cat([start.sums[None], *(part.cpu().double() for part in between), end.sums[None]])
+    sums, *metrics = rows.unbind(1)
     roundoff = max(states.loss.net.unit_roundoff, torch.finfo(dtype).eps / 2)
     passes = (num - 2) * states.passes + (0 if known else start.passes + end.passes)
-    return LossPath(
-        kind, sums, start.weights, distance, roundoff, chunk, passes, states.buffers, start.reestimated, end.reestimated
-    )
+    ends, names = (start.reestimated, end.reestimated), tuple(states.metrics)
+    plan = (roundoff, chunk, passes, states.buffers)
+    return LossPath(kind, sums, start.weights, distance, *plan, *ends, names, tuple(metrics))
 
 
-def sums_at(states: States, write: Write, points: range, buffer: Float[Tensor, "k p"]) -> Float[Tensor, "m s"]:
-    """Per-sequence sums at some points of a path, as many at a time as the buffer has rows."""
-    parts = []
-    terms = states.terms(mapped=len(buffer) > 1)
-    with torch.no_grad():
-        for first in range(0, len(points), len(buffer)):
-            chosen = points[first : first + len(buffer)]
-            for i, row in zip(chosen, buffer, strict=False):
-                write(i, row)
-            parts.append(one_or_mapped(lambda row: terms(row)[0], buffer[: len(chosen)]).cpu().double())
-    return torch.cat(parts)
-
-
-def one_or_mapped(function: Callable[[Tensor], Any], rows: Float[Tensor, "k p"]) -> Any:
-    """`vmap` over the rows, a plain call for a single one."""
-    if len(rows) == 1:
-        out = function(rows[0])
-        return tuple(part[None] for part in out) if isinstance(out, tuple) else out[None]
-    return mapped(function, rows, "chunk=1")
-
-
-def on_line(start: Tensor, end: Tensor, num: int) -> Write:
+def on_line(start: Tensor, end: Tensor, num: int) -> Point:
     """From the nearer end: exact at both ends, the same point from either side, and still where they are equal."""
 
     def write(i: int, row: Tensor) -> None:
@@ -209,9 +195,3 @@ def on_line(start: Tensor, end: Tensor, num: int) -> Write:
         torch.sub(far, near, out=row).mul_(steps / (num - 1)).add_(near)
 
     return write
-
-
-def chunk_size(loss: Loss, chunk: int | None) -> int:
-    if chunk is not None:
-        check_count("chunk", chunk)
-    return points_at_once(loss, chunk)

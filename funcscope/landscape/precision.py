@@ -108,7 +108,7 @@ def warn_of_small_steps(loss: Loss, step: float, param_norm: float) -> None:
             f"points {step / param_norm:.1e} of ||theta|| apart in half precision: rounding of the weights is part of the "
             "differences between their losses, roughness is mostly that. Use fewer points, a larger span, or "
             "`dtype=torch.float32` in `functional`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

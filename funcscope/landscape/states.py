@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
 from ..curvature.pullbacks import flat
-from .values import Values
+from .terms import Metric, Values, check_metrics
 
 Buffers = Literal["interpolate", "reestimate", "fixed"]
 End = Theta | Functional
@@ -25,12 +25,12 @@ End = Theta | Functional
 Terms = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 USED = {
-    "none": "",
-    "interpolate": "; running statistics interpolated",
-    "reestimate": "; running statistics re-estimated from the data",
-    "fixed": "; running statistics of `loss.net` everywhere",
+    "none": [],
+    "interpolate": ["Running statistics are interpolated."],
+    "reestimate": ["Running statistics are re-estimated from the data."],
+    "fixed": ["Running statistics are those of `loss.net` everywhere."],
 }
-"""What is said of a result, by the mode."""
+"""What is noted on a result, by the mode."""
 COUNTER = "num_batches_tracked"
 
 
@@ -40,9 +40,10 @@ class EndPoint(NamedTuple):
     state: Tensor
     """Theta, and behind it the running statistics where these are interpolated."""
     sums: Tensor
+    """(1 + k, n) of the loss and of k metrics."""
     weights: Tensor
     reestimated: Tensor | None
-    """The sums with statistics re-estimated, where those of the end are its own and those beside it are not."""
+    """The loss's sums with statistics re-estimated, where those of the end are its own and those beside it are not."""
     passes: int
     """Over the batches, that this took."""
 
@@ -54,11 +55,13 @@ class States:
     loss: Loss
     buffers: Literal["none", "interpolate", "reestimate", "fixed"]
     """"none": the net tracks no statistics, and all modes are one."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """Measured beside the loss, by name."""
 
     @classmethod
-    def of(cls, loss: Loss, buffers: Buffers) -> States:
+    def of(cls, loss: Loss, buffers: Buffers, metric: Mapping[str, Metric] | None = None) -> States:
         check_choice("buffers", buffers, ("interpolate", "reestimate", "fixed"))
-        return cls(loss, buffers if held_statistics(loss.net) else "none")
+        return cls(loss, buffers if held_statistics(loss.net) else "none", check_metrics(metric))
 
     def at(self, row: Float[Tensor, " s"]) -> tuple[Loss, Tensor]:
         """The loss with the buffers of that point, and its theta; interpolated statistics are constants to derivatives."""
@@ -66,7 +69,7 @@ class States:
         if self.buffers == "interpolate":
             return with_statistics(self.loss, self._unravelled(row[len(theta) :].detach())), theta
         if self.buffers == "reestimate":
-            return reestimated(self.loss, theta), theta
+            return with_statistics(self.loss, running_statistics(self.loss, theta)), theta
         return self.loss, row
 
     @property
@@ -81,16 +84,24 @@ class States:
         loss, theta = self.at(row)
         return loss(theta)
 
-    def terms(self, *, mapped: bool) -> Terms:
-        """Per-sequence sums and weights at a point: those of `Loss.terms` to be mapped, cheaper ones for a loop."""
-        if self.buffers in ("none", "fixed"):
-            return self.loss.terms if mapped else Values(self.loss)
+    def terms(self, buffer: Float[Tensor, "k s"]) -> Terms:
+        """Sums (1 + k, n) of the loss and of k metrics, and weights, at the rows of a buffer: see `Values.rows`.
+
+        To be mapped where there are several; the only one of a loop is taken apart once.
+        """
+        functions, is_mapped, layout = tuple(self.metrics.values()), len(buffer) > 1, self.loss.layout
 
         def terms(row: Tensor) -> tuple[Tensor, Tensor]:
             loss, theta = self.at(row)
-            return loss.terms(theta) if mapped else Values(loss)(theta)
+            return Values(loss, functions, is_mapped=is_mapped).rows(theta)
 
-        return terms
+        if self.buffers not in ("none", "fixed"):
+            return terms
+        values = Values(self.loss, functions, is_mapped=is_mapped)
+        if is_mapped or any(leaf.dtype != buffer.dtype for leaf in layout.leaves):
+            return values.rows
+        views = layout.unravel(buffer[0])
+        return lambda _: values.rows(views)
 
     def end(self, end: End, name: str) -> EndPoint:
         """An end checked, flat, and its per-sequence sums: of a net, with its own buffers in every mode but "fixed"."""
@@ -102,10 +113,20 @@ class States:
         loss, state = with_statistics(self.loss, statistics), theta
         if self.buffers == "interpolate":
             state = torch.cat([theta, *(value.flatten() for value in statistics.values())])
-        sums, weights = _evaluated(loss, theta, name)
+        sums, weights = self._evaluated(loss, theta, name)
         if self.buffers != "reestimate" or not isinstance(end, Functional):
             return EndPoint(state, sums, weights, None, self.passes)
-        return EndPoint(state, sums, weights, _evaluated(reestimated(self.loss, theta), theta, name)[0], 3)
+        return EndPoint(state, sums, weights, self._evaluated(self.at(state)[0], theta, name)[0][0], 3)
+
+    def _evaluated(self, loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            sums, weights = (x.cpu().double() for x in Values(loss, self.metrics.values()).rows(theta))
+        value = float(sums[0].sum() / weights.sum())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
+            )
+        return sums, weights
 
     def _unravelled(self, values: Tensor) -> Params:
         buffers = held_statistics(self.loss.net)
@@ -142,46 +163,15 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
         check_flat(name, theta, loss.layout.num)
     some = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
     check_device(f"`{name}`", some.device, "the model", loss.net.device)
-    found = flat(loss, theta)
-    if bad := int((~found.isfinite()).sum()):
-        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(found)} are not: no path leads there.")
-    return found
+    flattened = flat(loss, theta)
+    if bad := int((~flattened.isfinite()).sum()):
+        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(flattened)} are not: no path leads there.")
+    return flattened
 
 
 def with_statistics(loss: Loss, statistics: Params) -> Loss:
     """The loss with these running statistics, which may be functions of theta: nothing is copied."""
     return replace(loss, net=replace(loss.net, buffers={**loss.net.buffers, **statistics}))
-
-
-def reestimated(loss: Loss, theta: Theta) -> Loss:
-    """The loss with the running statistics that its data have at theta; see `running_statistics`."""
-    return with_statistics(loss, running_statistics(loss, theta))
-
-
-class Reestimated:
-    """Terms of the loss with statistics re-estimated wherever it is evaluated: what `Values` is with those of the net."""
-
-    def __init__(self, loss: Loss, *, mapped: bool):
-        self.loss, self.mapped = loss, mapped
-
-    def __call__(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of(self.loss.params(theta))
-
-    def of(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Sums and weights per sequence at a dict of parameters."""
-        loss = reestimated(self.loss, params)
-        return loss.terms(params) if self.mapped else Values(loss).of(params)
-
-
-def _evaluated(loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in Values(loss)(theta))
-    value = float(sums.sum() / weights.sum())
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at `{name}` is {value}: barriers are measured from there; check weights and batches."
-        )
-    return sums, weights
 
 
 def _check_same_parameters(ours: Functional, end: Functional, name: str) -> None:
@@ -215,9 +205,5 @@ def _check_same(what: str, one: Params, other: Params, name: str, remedy: str) -
     if missing := sorted(one.keys() ^ other.keys()):
         raise ValueError(f"the {what} `{missing[0]}` belongs to one of `{name}` and `loss.net` only: {remedy}.")
     for key, value in one.items():
-        if not _same(value, other[key]):
+        if not torch.equal(value, other[key].to(value.dtype)):
             raise ValueError(f"the {what} `{key}` of `{name}` differs from that of `loss.net`: {remedy}.")
-
-
-def _same(a: Tensor, b: Any) -> bool:
-    return a.shape == b.shape and bool(torch.equal(a, b.to(a.dtype)))

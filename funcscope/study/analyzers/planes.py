@@ -8,9 +8,8 @@ import torch
 from ...core.directions import directions, stack
 from ...core.keys import fold_in, key
 from ...landscape.axes import plane_directions, principal_directions
-from ...landscape.line import loss_lines
 from ...landscape.path import linear_path
-from ...landscape.plane import loss_plane
+from ...landscape.planes import loss_lines, loss_plane
 from ..analyzer import Analyzer, Subject, Subjects, Values
 from ..phases import phases
 

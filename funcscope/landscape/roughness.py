@@ -9,6 +9,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def statistics(grid: Float[Tensor, "n m"], first: Float[Tensor, " n"], second: Float[Tensor, " m"]) -> dict[str, float]:
+    """Statistics of the finite losses by their documented names: `loss_plane` has the formulas."""
+    finite, edges, nan = grid[grid.isfinite()], slopes(grid, first, second), math.nan
+    mean, low, high = (float(f(finite)) if len(finite) else nan for f in (torch.mean, torch.min, torch.max))
+    roughness = float(edges.mean()) if len(edges) else nan
+    return {
+        "loss_mean": mean,
+        "loss_std": float(finite.std()) if len(finite) > 1 else nan,
+        "loss_min": low,
+        "loss_max": high,
+        "roughness": roughness,
+        "normalized_roughness": roughness / abs(mean) if mean else nan,
+        "normalized_roughness_range": roughness / (high - low) if high > low else nan,
+        "quad_residual": quadratic_residual(grid, first, second),
+    }
+
+
 def slopes(
     grid: Float[Tensor, "n m"], first: Float[Tensor, " n"], second: Float[Tensor, " m"]
 ) -> Float[Tensor, " edges"]:

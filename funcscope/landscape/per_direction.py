@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.func import grad, jvp
 
 from ..core.directions import Direction, Part, dot, stack
 from ..core.estimate import wide
-from ..core.forward import is_unmapped
 from ..core.layout import Params
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from ..curvature.hessian import hessian
 from ..linalg.matvec import Matvec
+from .evaluator import GRADIENT_UP_TO, mapped, of_rows
 from .samples import Plan
 from .sequences import residuals
+from .terms import PerSequence
 from .truncation import STEPS
-from .values import PerSequence
 
-GRADIENT_UP_TO = 2**28
-"""Larger models that are perturbed leaf by leaf get their slopes by `jvp`: a gradient is a second set of weights."""
 AGREEMENT = 1e-2
 """Second derivatives of single sequences are used where they add up to the product's, to this share of their size."""
 
 
-class Wanted(NamedTuple):
+class Request(NamedTuple):
     """What is evaluated along each direction."""
 
     step: float
@@ -49,35 +45,37 @@ class Wanted(NamedTuple):
 
 
 def sampled(
-    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], wanted: Wanted, plan: Plan, first: int = 0
+    loss: Loss, theta: Theta, dirs: tuple[Direction, ...], request: Request, plan: Plan, first: int = 0
 ) -> Iterator[dict[str, Tensor]]:
     """Losses, residuals, slopes and curvatures of direction `first` and on, one dict of columns per chunk of directions."""
-    product = hessian(loss, theta) if wanted.curvature == "product" else None
+    product = hessian(loss, theta) if request.curvature == "product" else None
     if plan.lazy:
         params = loss.leaves(theta)
-        gradient = grad(loss)(_computed(loss, params)) if wanted.slope == "gradient" else None
+        gradient = grad(loss)(_computed(loss, params)) if request.slope == "gradient" else None
         for number, direction in enumerate(dirs[first:], start=first):
             if loss.layout.num > GRADIENT_UP_TO:  # what is handed back costs time to get again
                 hand_back()
-            out = _lazy(loss, params, direction, wanted, gradient, refined=number < wanted.refined)
+            out = _lazy(loss, params, direction, request, gradient, refined=number < request.refined)
             if product is not None:
-                phis = [restrict(PerSequence.of(loss), params, direction, lazy=True)] if number < wanted.refined else []
-                out |= _forms(product, direction.dense()[None], phis, wanted)
+                phis = (
+                    [restrict(PerSequence.of(loss), params, direction, lazy=True)] if number < request.refined else []
+                )
+                out |= _forms(product, direction.dense()[None], phis, request)
             yield out
         return
     flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
-    slope = grad(loss)(flat).to(wide(flat.device)) if wanted.slope == "gradient" else None
+    slope = grad(loss)(flat).to(wide(flat.device)) if request.slope == "gradient" else None
     for start in range(first, len(dirs), plan.chunk):
         rows = stack(dirs[start : start + plan.chunk])
-        out = _settled(_over(lambda row: _along(loss, flat, row, wanted), rows, plan), wanted)
+        out = _settled(of_rows(lambda row: _along(loss, flat, row, request), rows, is_mapped=plan.chunk > 1), request)
         if slope is not None:
             out["slopes"] = rows.to(wide(rows.device)) @ slope
-        few = rows[: max(0, wanted.refined - start)]
+        few = rows[: max(0, request.refined - start)]
         if product is not None:
-            out |= _forms(product, rows, [restrict(PerSequence.of(loss), flat, row) for row in few], wanted)
-        elif wanted.refined:
+            out |= _forms(product, rows, [restrict(PerSequence.of(loss), flat, row) for row in few], request)
+        elif request.refined:
             finer = (
-                _over(lambda row: _finer(loss, flat, row, wanted), few, plan)
+                of_rows(lambda row: _finer(loss, flat, row, request), few, is_mapped=plan.chunk > 1)
                 if len(few)
                 else rows.new_empty((0, len(STEPS)))
             )
@@ -85,46 +83,39 @@ def sampled(
         yield out
 
 
-def _over(function: Callable[[Tensor], Any], rows: Tensor, plan: Plan) -> Any:
-    """The function of every row: mapped, or of the only one."""
-    if plan.chunk > 1:
-        return mapped(function, rows, "chunk=1")
-    return tree_map_only(Tensor, lambda x: x[None], function(rows[0]))
-
-
-def _forms(product: Matvec, rows: Tensor, phis: Sequence[Phi], wanted: Wanted) -> dict[str, Tensor]:
+def _forms(product: Matvec, rows: Tensor, phis: Sequence[Phi], request: Request) -> dict[str, Tensor]:
     """d'Hd of every row; of the first few, what each group of sequences adds beside the mean."""
     forms = [dot(row, product(row).to(row)) for row in rows]
     zero = rows.new_zeros(())
-    bent = [_bent(phi, zero, form, wanted) for phi, form in zip(phis, forms, strict=False)]
-    known = torch.stack(bent) if bent else zero.new_empty((0, wanted.groups))
+    bent = [_bent(phi, zero, form, request) for phi, form in zip(phis, forms, strict=False)]
+    known = torch.stack(bent) if bent else zero.new_empty((0, request.groups))
     return {"curvatures": torch.tensor(forms, dtype=torch.float64), "residuals_curvatures": _padded(known, len(rows))}
 
 
-def _bent(phi: Phi, zero: Tensor, form: float, wanted: Wanted) -> Tensor:
+def _bent(phi: Phi, zero: Tensor, form: float, request: Request) -> Tensor:
     """Residuals of d'Hd by `jvp` of `jvp`; nan where there is none, or where its sum is not the product's."""
     one = torch.ones_like(zero)
     try:
         with torch.enable_grad():
             (terms, _), (_, second) = jvp(lambda a: jvp(phi, (a,), (one,)), (zero,), (one,))
     except NotImplementedError:  # a kernel without a forward derivative
-        return zero.new_full((wanted.groups,), math.nan)
-    value, beside = residuals(torch.stack([second[0], terms[1]]), wanted.scored, wanted.groups)
+        return zero.new_full((request.groups,), math.nan)
+    value, beside = residuals(torch.stack([second[0], terms[1]]), request.scored, request.groups)
     scale = float((second[0] / terms[1].sum()).abs().sum())
     return beside if abs(float(value) - form) <= AGREEMENT * scale else torch.full_like(beside, math.nan)
 
 
-def _settled(out: dict[str, Tensor], wanted: Wanted) -> dict[str, Tensor]:
+def _settled(out: dict[str, Tensor], request: Request) -> dict[str, Tensor]:
     """Losses and residuals in the place of sums and weights per sequence."""
     for side in ("losses", "losses_negative"):
         if side in out:
-            out[side], out[f"residuals_{side}"] = residuals(out[side], wanted.scored, wanted.groups)
+            out[side], out[f"residuals_{side}"] = residuals(out[side], request.scored, request.groups)
     return out
 
 
-def _finer(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> Tensor:
+def _finer(loss: Loss, theta: Tensor, row: Tensor, request: Request) -> Tensor:
     phi = restrict(loss, theta, row)
-    return torch.stack([phi(share * wanted.step) for share in STEPS])
+    return torch.stack([phi(share * request.step) for share in STEPS])
 
 
 def _padded(few: Tensor, num: int) -> Tensor:
@@ -137,66 +128,50 @@ def _computed(loss: Loss, params: Params) -> dict[str, Tensor]:
     return {name: value.to(loss.layout.by_name[name].dtype) for name, value in params.items()}
 
 
-def mapped(function: Callable[[Tensor], Any], over: Tensor, remedy: str) -> Any:
-    """`vmap`; a loop where torch has no batching rule; and what to do instead where a model refuses it otherwise."""
-    try:
-        return vmap(function)(over)
-    except NotImplementedError:  # a derivative that torch does not have: no matter of the plan
-        raise
-    except RuntimeError as err:
-        if is_unmapped(err):
-            warnings.warn(
-                f"one at a time, as this model cannot be mapped ({str(err).splitlines()[0][:120]})", stacklevel=2
-            )
-            return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in over])
-        err.add_note(f"If this model cannot be mapped over its parameters, pass `{remedy}`: a plain loop.")
-        raise
-
-
-def _along(loss: Loss, theta: Tensor, row: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _along(loss: Loss, theta: Tensor, row: Tensor, request: Request) -> dict[str, Tensor]:
     """Terms and derivatives of phi along one dense direction; mapped over directions."""
     phi = restrict(PerSequence.of(loss), theta, row)
-    out = {"losses": phi(wanted.step)}
-    if wanted.two_sided:
-        out["losses_negative"] = phi(-wanted.step)
-    return out | _derivatives(restrict(loss, theta, row), theta.new_zeros(()), wanted)
+    out = {"losses": phi(request.step)}
+    if request.two_sided:
+        out["losses_negative"] = phi(-request.step)
+    return out | _derivatives(restrict(loss, theta, row), theta.new_zeros(()), request)
 
 
-def _derivatives(phi: Phi, zero: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+def _derivatives(phi: Phi, zero: Tensor, request: Request) -> dict[str, Tensor]:
     one = torch.ones_like(zero)
 
     def rate(a: Tensor) -> Tensor:
         return jvp(phi, (a,), (one,))[1]
 
-    if wanted.curvature == "jvp":
+    if request.curvature == "jvp":
         with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
             slope, curvature = jvp(rate, (zero,), (one,))
-        return {"curvatures": curvature} | ({"slopes": slope} if wanted.slope == "jvp" else {})
-    return {"slopes": rate(zero)} if wanted.slope == "jvp" else {}
+        return {"curvatures": curvature} | ({"slopes": slope} if request.slope == "jvp" else {})
+    return {"slopes": rate(zero)} if request.slope == "jvp" else {}
 
 
 def _lazy(
     loss: Loss,
     params: Params,
     direction: Direction,
-    wanted: Wanted,
+    request: Request,
     gradient: dict[str, Tensor] | None,
     refined: bool,
 ) -> dict[str, Tensor]:
-    """Everything that is wanted along one direction that is made leaf by leaf, but products."""
+    """Everything that is asked for along one direction that is made leaf by leaf, but products."""
     tapped = _Tapped(direction, gradient or {})
     at, phi = restrict(PerSequence.of(loss), params, tapped, lazy=True), restrict(loss, params, direction, lazy=True)
-    h, zero = wanted.step, torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
-    if wanted.two_sided:
+    h, zero = request.step, torch.zeros((), dtype=direction.scales.dtype, device=direction.scales.device)
+    if request.two_sided:
         positive, negative = _pair(at, h, zero, loss)
         out = {"losses": positive, "losses_negative": negative}
     else:
         out = {"losses": at(h)}
     if gradient is not None:
         out["slopes"] = torch.tensor(tapped.slope, dtype=torch.float64)
-    out = _settled(out, wanted) | _derivatives(phi, zero, wanted)
+    out = _settled(out, request) | _derivatives(phi, zero, request)
     out = {name: value[None] for name, value in out.items()}
-    if wanted.refined and wanted.curvature is None:
+    if request.refined and request.curvature is None:
         finer = [x for share in STEPS[::2] for x in _pair(phi, share * h, zero, loss)] if refined else []
         out["finer"] = _padded(torch.stack(finer)[None] if finer else zero.new_empty((0, len(STEPS))), 1)
     return out
