@@ -40,6 +40,15 @@ def pairs() -> Result:
     return fs.eigenpairs(matrix(), theta(), key=fs.key(0), num=2, vectors=True)
 
 
+def sampled(at: torch.Tensor) -> fs.DirectionalLosses:
+    what = {"two_sided": True, "compute_gradient": True, "compute_curvature": True}
+    return fs.directional_losses(loss(), at, key=fs.key(0), n_samples=4, span=0.1, **what)
+
+
+def comparison() -> Result:
+    return fs.compare_directional(sampled(theta()), sampled(1.1 * theta()))
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -64,6 +73,18 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "EigenvalueErrors": lambda: fs.eigenvalue_errors(loss(), theta(), pairs()),
     "EigenvalueDifferences": lambda: fs.compare_eigenvalues(*2 * [fs.eigenvalue_errors(loss(), theta(), pairs())]),
     "TraceErrors": lambda: fs.trace_errors(loss(), theta(), key=fs.key(0), num=3),
+    "DirectionalLosses": lambda: sampled(theta()),
+    "Truncation": lambda: sampled(theta()).truncation,
+    "Comparison": comparison,
+    "Difference": lambda: comparison().differences["curvature_mean"],
+    "Pairs": lambda: comparison().differences["delta_mean"].pairs,
+    "Flatness": lambda: fs.flatness(loss(), theta(), key=fs.key(0), n_directions=4),
+    "DirectionalCurvatures": lambda: fs.landscape.directional_curvatures(
+        loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=3)
+    ),
+    "DifferenceStep": lambda: fs.landscape.difference_step(
+        loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=1)[0]
+    ),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
 }
 

@@ -6,13 +6,13 @@ from .bezier import Connection, bezier, bezier_path, connect
 from .common import CommonDirections, common_directions
 from .compare import Comparison, compare_directional
 from .directional import directional_losses
+from .directional_result import DirectionalLosses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
 from .line import LossLines, loss_lines
 from .path import barrier_matrix, linear_path
 from .plane import LossPlane, loss_plane
 from .quadratic import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
-from .samples import DirectionalLosses
 
 __all__ = [
     "Axes",

@@ -21,7 +21,7 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from ..curvature.hessian import hessian
 from ..linalg.matvec import Matvec
-from .samples import Plan
+from .directional_result import Plan
 from .sequences import residuals
 from .truncation import STEPS
 from .values import PerSequence

@@ -11,8 +11,8 @@ from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from .along import mapped
+from .directional_result import Plan
 from .precision import check_baseline
-from .samples import Plan
 from .sequences import num_groups, residuals
 from .values import PerSequence
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Crossed, Estimate, interval, p_value
 from ..core.keys import Key
+from ..core.result import Derived, Result, derived, internal, quantity
+from ..core.tables import Entry
 from . import paired, statistics
-from .directional_text import row
-from .notes import large_step
+from .caveats import large_step
+from .directional_result import DirectionalLosses
 from .resolution import without_error
-from .samples import DirectionalLosses
 from .sequences import crossed
 from .statistics import Samples, Signs
 
@@ -25,44 +25,50 @@ OfMoments = Callable[[Tensor, Tensor], Tensor]
 """A statistic as a function of mean and variance."""
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(Result):
     """What is known, over directions and the data being fixed, of a quantity that every direction has of its own."""
 
-    correlation: Estimate
-    """Pearson's r between the two models' samples: what pairing takes out of the difference."""
-    wilcoxon: float
+    correlation: Estimate = quantity("correlation of the two models' samples")
+    """Pearson's r: what pairing takes out of the difference."""
+    wilcoxon: float = quantity("smaller signed rank sum")
     """The smaller of the two signed rank sums."""
-    p_value: float
+    p_value: float = quantity("p of the signed-rank test", name="wilcoxon_p_value")
     """Wilcoxon's, over directions alone."""
-    rank_biserial: Estimate
-    cohen_dz: Estimate
-    signs: Signs
+    rank_biserial: Estimate = quantity("rank-biserial correlation")
+    cohen_dz: Estimate = quantity("difference over its sd")
+    signs: Signs = internal()
     """How many differences are above and below 0, and the exact binomial p value."""
 
+    @derived("sign test", name="*")
+    def sign_test(self) -> dict[str, float]:
+        return dict(zip(("n_above", "n_below", "sign_p_value"), self.signs, strict=True))
 
-@dataclass(frozen=True)
-class Difference:
+
+class Difference(Result):
     """One statistic of two models, and its difference, second - first, over the pairs that are finite in both.
 
     Where terms per sequence are known, the three are `Crossed`: with an error over sequences, too, paired in the difference.
     """
 
-    first: Estimate
-    second: Estimate
-    difference: Estimate
-    interval: tuple[float, float]
+    first: Estimate = quantity("first")
+    second: Estimate = quantity("second")
+    difference: Estimate = quantity("difference")
+    interval: tuple[float, float] = internal()
     """From the error over directions and sequences together; from that over directions where the other is not known."""
-    num_lost: int
+    num_lost: int = quantity("pairs left out", name="n_lost", shown=False)
     """Pairs left out because the quantity is not finite in one of the two, or in both."""
-    pairs: Pairs | None
+    pairs: Pairs | None = internal()
     """None for the statistics that are no means over directions."""
 
-    @property
+    @derived("ends of the interval", name="*")
+    def ends(self) -> dict[str, float]:
+        return dict(zip(("difference_low", "difference_high"), self.interval, strict=True))
+
+    @derived("pairs", name="n_pairs", shown=False)
     def num_pairs(self) -> int:
         return self.difference.num
 
-    @property
+    @derived("p of Student's t test")
     def p_value(self) -> float:
         """Two-sided, of Student's t test that the difference is 0; its error is that of `interval`."""
         return p_value(self.difference)
@@ -71,7 +77,7 @@ class Difference:
     def has_data_error(self) -> bool:
         return isinstance(self.difference, Crossed) and bool(self.difference.stderr_data.isfinite())
 
-    @property
+    @derived("gain by pairing")
     def pairing_gain(self) -> float:
         """Variance of the difference if the two were sampled apart, over that of the paired one; inf where that is 0.
 
@@ -80,140 +86,122 @@ class Difference:
         apart = self.first.stderr.square() + self.second.stderr.square()
         return float(apart / self.difference.stderr.square())
 
-    @property
-    def unresolved(self) -> Difference:
+    def without_error(self) -> Difference:
         """The same without errors and tests."""
         pairs, nan = self.pairs, math.nan
         if pairs is not None:
             pairs = replace(pairs, p_value=nan, signs=pairs.signs._replace(p_value=nan))
         return replace(self, difference=without_error(self.difference), interval=(nan, nan), pairs=pairs)
 
-    def asdict(self) -> dict[str, float | int]:
-        """Plain numbers by short names."""
-        found: dict[str, float | int] = {}
-        for name in ("first", "second", "difference"):
-            found |= getattr(self, name).named(name)
-        found |= {"difference_low": self.interval[0], "difference_high": self.interval[1]}
-        found |= {"pairing_gain": self.pairing_gain, "n_pairs": self.num_pairs, "n_lost": self.num_lost}
-        if self.pairs is not None:
-            found |= {"p_value": self.p_value, "wilcoxon": self.pairs.wilcoxon, "wilcoxon_p_value": self.pairs.p_value}
-            above, below, p = self.pairs.signs
-            found |= {"n_above": above, "n_below": below, "sign_p_value": p}
-            for name in ("rank_biserial", "cohen_dz", "correlation"):
-                found |= getattr(self.pairs, name).named(name)
-        return found
+    def entries(self) -> Iterator[Entry]:
+        """With those of the pairs; the test is about means."""
+        of_pairs = () if self.pairs is None else self.pairs.entries()
+        own = (entry for entry in super().entries() if self.pairs is not None or entry.name != "p_value")
+        return chain(own, of_pairs)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+def _per_statistic(label: str, column: Callable[[Difference], Any]) -> Derived[list[Any]]:
+    """A column of a comparison's table."""
+    return derived(label, per="statistic")(lambda comparison: list(map(column, comparison.differences.values())))
+
+
+class Comparison(Result):
     """Two models along the same directions; made by `compare_directional`, whose docstring says what the numbers mean.
 
-    `differences` has one entry per statistic, by its documented name.
+    `differences` has one entry per statistic, by its documented name; the columns `first` to `rank_biserial` are theirs, nan
+    where a statistic has no such test.
     """
 
-    names: tuple[str, str]
+    names: tuple[str, str] = internal()
     level: float
-    differences: dict[str, Difference]
-    baseline_losses: tuple[float, float]
-    num_directions: int
+    differences: dict[str, Difference] = internal()
+    baseline_losses: tuple[float, float] = internal()
+    num_directions: int = quantity("directions", name="n_directions", shown=False)
     normalize: str
     distribution: str
     span: float
     key: Key
-    num_sequences: int = 0
+    num_sequences: int = quantity("sequences", name="n_sequences", shown=False, default=0)
     relative_step: float = math.nan
     """The larger of the two."""
-    truncation: Estimate | None = None
+    truncation: Estimate | None = quantity(
+        "what the step adds to the difference of mean curvatures", name="curvature_mean_truncation", default=None
+    )
     """What the step does to the difference of the mean curvatures; None for exact ones."""
-    step_notes: tuple[str | None, str | None] = (None, None)
+    step_notes: tuple[str | None, str | None] = internal(default=(None, None))
     """What each result says of its step and its curvatures."""
 
-    @property
+    first = _per_statistic("first model", lambda each: each.first)
+    second = _per_statistic("second model", lambda each: each.second)
+    difference = _per_statistic("second - first, with its whole error", lambda each: each.difference)
+    over_directions = _per_statistic("its error over directions", lambda each: float(each.difference.stderr))
+    low = _per_statistic("lower end of its interval", lambda each: each.interval[0])
+    high = _per_statistic("upper end of its interval", lambda each: each.interval[1])
+    p_value = _per_statistic("p of Student's t test", lambda each: each.p_value if each.pairs else math.nan)
+    rank_biserial = _per_statistic(
+        "rank-biserial correlation", lambda each: float(each.pairs.rank_biserial.value) if each.pairs else math.nan
+    )
+
+    @derived("p values", name="n_tests", shown=False)
     def num_tests(self) -> int:
         """How many p values there are, none of them corrected for the others."""
         return sum(difference.pairs is not None for difference in self.differences.values())
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"statistic": list(self.differences)}
 
     def asdict(self) -> dict[str, Any]:
         """A flat dictionary: `delta_mean_first`, `..._second`, `..._difference`, each with `_stderr`, and so on.
 
         Plain numbers and strings; statistics that one of the two results does not have are absent.
         """
-        values: dict[str, Any] = {"name_first": self.names[0], "name_second": self.names[1], "level": self.level}
-        values |= {"baseline_loss_first": self.baseline_losses[0], "baseline_loss_second": self.baseline_losses[1]}
+        values = {name: value for name, value in super().asdict().items() if not isinstance(value, list)}
+        for which, name, loss in zip(("first", "second"), self.names, self.baseline_losses, strict=True):
+            values |= {f"name_{which}": name, f"baseline_loss_{which}": loss}
         for statistic, difference in self.differences.items():
             values |= {f"{statistic}_{name}": value for name, value in difference.asdict().items()}
-        return values | {
-            **({} if self.truncation is None else self.truncation.named("curvature_mean_truncation")),
-            "n_directions": self.num_directions,
-            "n_sequences": self.num_sequences,
-            "n_tests": self.num_tests,
-            "normalize": self.normalize,
-            "distribution": self.distribution,
-            "span": self.span,
-            "seed": self.key.seed,
-            "key": f"{self.key.bits:032x}",
-        }
+        return values
 
-    def __str__(self) -> str:
-        table = tabulate(list(self._rows()), headers=self._headers(), disable_numparse=True)
-        return "\n".join([self._head(), table, *self._notes()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        table = tabulate(list(self._rows()), headers=self._headers(), tablefmt="html", disable_numparse=True)
-        head, *notes = (f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._notes()))
-        return "\n".join([head, str(table), *notes])
-
-    def _head(self) -> str:
+    @property
+    def head(self) -> str:
         first, second = self.names
         return (
-            f"{second} - {first}, paired over {self.num_directions} {self.normalize}-normalised {self.distribution} "
-            f"directions at span {self.span:g}, {self.key!r}"
+            f"{second} (second) - {first} (first), paired over {self.num_directions} {self.normalize}-normalised "
+            f"{self.distribution} directions at span {self.span:g}, {self.key!r}; {100 * self.level:g} % intervals"
         )
 
-    def _headers(self) -> tuple[str, ...]:
-        errors = ("stderr", "over sequences")
-        return ("", *self.names, "difference", *errors, f"{100 * self.level:g} % interval", "p", "rank-biserial")
-
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        for name, found in self.differences.items():
-            means = (f"{float(found.first.value):.5g}", f"{float(found.second.value):.5g}")
-            gap = (f"{float(found.difference.value):.4g}", *row("", found.difference)[2:4])
-            interval = "{:.4g} to {:.4g}".format(*found.interval)
-            test = ("", "")
-            if found.pairs is not None:
-                test = (f"{found.p_value:.2g}", f"{float(found.pairs.rank_biserial.value):.2f}")
-            yield (name, *means, *gap, interval, *test)
-
-    def _notes(self) -> list[str]:
-        lost = {name: found.num_lost for name, found in self.differences.items() if found.num_lost}
-        notes = [
+    @property
+    def notes(self) -> list[str]:
+        every = self.differences.items()
+        listed = {
+            "Wilcoxon's signed-rank test, over directions on these data alone": [
+                f"{name} {each.pairs.p_value:.2g}" for name, each in every if each.pairs
+            ],
+            "no error over directions, and with it no interval and no p": [
+                name for name, each in every if each.difference.stderr.isnan()
+            ],
+            "no error over sequences is known, interval and p are about these data alone": [
+                name for name, each in every if not each.has_data_error
+            ],
+            "not told from 0 by their intervals; signs over directions": self._signs(),
+            "pairs lost to non-finite values": [f"{name} {each.num_lost}" for name, each in every if each.num_lost],
+        }
+        return [
             "p and interval: Student's t, from the errors over directions and over sequences together; not corrected for "
-            f"{self.num_tests} quantities tested."
+            f"{self.num_tests} quantities tested.",
+            *(f"{what}: {', '.join(names)}" for what, names in listed.items() if names),
+            *(f"{name}: {note}" for name, note in zip(self.names, self.step_notes, strict=True) if note),
+            *filter(None, [large_step(self.relative_step)]),
         ]
-        ranks = [f"{name} {found.pairs.p_value:.2g}" for name, found in self.differences.items() if found.pairs]
-        notes += [f"Wilcoxon's signed-rank test, over directions on these data alone: {', '.join(ranks)}"]
-        if few := [name for name, found in self.differences.items() if found.difference.stderr.isnan()]:
-            notes += [f"no error over directions, and with it no interval and no p: {', '.join(few)}"]
-        if alone := [name for name, found in self.differences.items() if not found.has_data_error]:
-            notes += [
-                f"no error over sequences is known, interval and p are about these data alone: {', '.join(alone)}"
-            ]
-        notes += [f"{name}: {note}" for name, note in zip(self.names, self.step_notes, strict=True) if note]
-        notes += [note for note in (self._signs(), large_step(self.relative_step)) if note]
-        if lost:
-            notes += ["pairs lost to non-finite values: " + ", ".join(f"{name} {num}" for name, num in lost.items())]
-        return notes
 
-    def _signs(self) -> str | None:
+    def _signs(self) -> list[str]:
         """How many differences are on either side, of quantities whose interval holds 0."""
-        unclear = [
-            "{} {} up, {} down (p = {:.2g})".format(name, *found.pairs.signs)
-            for name, found in self.differences.items()
-            if found.pairs is not None and found.interval[0] <= 0 <= found.interval[1] and found.pairs.signs.p_value < 1
+        return [
+            "{} {} up, {} down (p = {:.2g})".format(name, *each.pairs.signs)
+            for name, each in self.differences.items()
+            if each.pairs is not None and each.interval[0] <= 0 <= each.interval[1] and each.pairs.signs.p_value < 1
         ]
-        return f"not told from 0 by their intervals; signs over directions: {', '.join(unclear)}" if unclear else None
 
 
 def compare_directional(
@@ -293,13 +281,15 @@ def compare_directional(
         if name in first.columns.keys() & second.columns.keys()
     }
     differences = {f"{name}_mean": _of_means(pair, level) for name, pair in shared.items()}
-    for name, quantity, estimate, of_moments in _SPREADS:
-        if quantity in shared:
-            differences[name] = _of_spreads(shared[quantity], estimate, of_moments, level)
+    for name, column, estimate, of_moments in _SPREADS:
+        if column in shared:
+            differences[name] = _of_spreads(shared[column], estimate, of_moments, level)
     if first.resolution_note and second.resolution_note:
         exact = first.exact_curvatures is not None
         differences = {
-            name: each if (name.startswith("dir_grad") or (exact and name.startswith("curvature"))) else each.unresolved
+            name: each
+            if (name.startswith("dir_grad") or (exact and name.startswith("curvature")))
+            else each.without_error()
             for name, each in differences.items()
         }
     return Comparison(

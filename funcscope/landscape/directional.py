@@ -18,9 +18,9 @@ from ..core.memory import hand_back
 from ..core.objective import Loss, Theta, check_point
 from .along import GRADIENT_UP_TO, Wanted, sampled
 from .baseline import centre_at, copies
+from .directional_result import DirectionalLosses, Plan
 from .precision import is_half, loss_error, realised, warn_if_swallowed
 from .resolution import unmoved
-from .samples import DirectionalLosses, Plan
 from .sequences import Residuals
 from .truncation import STEPS, num_refined
 

@@ -19,11 +19,11 @@ from .along import mapped
 from .baseline import centre_at, centred, copies
 from .common import CommonDirections, drawn
 from .directional import plan_of
+from .directional_result import Plan
 from .flatness_result import Flatness
 from .points import points_at_once
 from .precision import is_half, realised, warn_if_swallowed
 from .resolution import loss_rounding, unmoved
-from .samples import Plan
 from .sequences import Residuals, residuals
 from .values import PerSequence, Values
 

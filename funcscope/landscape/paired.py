@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_instance
 from ..core.estimate import Estimate, jackknife_stderr
-from .samples import DirectionalLosses
+from .directional_result import DirectionalLosses
 from .statistics import Samples, left_out
 
 

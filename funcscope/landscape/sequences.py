@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.estimate import Crossed, Estimate
+from ..core.pack import storable
 
 FOLDS = 16
 """Groups of sequences that are left out in turn, for the bias of a statistic that is no mean."""
@@ -47,6 +48,7 @@ def means(sums: Float[Tensor, "m n"], weights: Float[Tensor, " n"]) -> Means:
     return Means(value, (factor * scatter).sqrt() / total)
 
 
+@storable
 class Residuals(NamedTuple):
     r"""What each sequence (or group of them) adds beside the mean: $(s_{ds} - L_d w_{ds}) / W_d$; rows add up to 0.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +11,9 @@ from scipy import special, stats
 from torch import Tensor
 
 from ..core.estimate import Estimate, jackknife_stderr
+from ..core.pack import storable
+from ..core.result import Derived, Result
+from ..core.tables import Quantity
 
 Samples = Float[Tensor, " n"]
 
@@ -74,6 +78,12 @@ def quantile(x: Samples, q: float) -> Estimate:
     )
 
 
+def order(x: Samples, q: float) -> Estimate:
+    """`quantile`; that of a single sample is that sample, its error undefined."""
+    return Estimate(x[0], x.new_tensor(float("nan")), 1) if len(x) == 1 else quantile(x, q)
+
+
+@storable
 class Signs(NamedTuple):
     """How many samples lie above and below 0, and the exact two-sided binomial p value that both are equally likely."""
 
@@ -122,3 +132,17 @@ def _jackknife(statistic, x: Samples) -> Tensor:
 def _undefined(x: Samples) -> Estimate:
     nan = x.new_tensor(float("nan"))
     return Estimate(nan, nan, len(x))
+
+
+class Statistic(Derived[Any]):
+    """A property of a result: a statistic of some columns of its samples, as the result's method `estimated` has it."""
+
+    def __init__(self, label: str, statistic: Callable[..., Estimate], *over: str, unit: str = "", **options: Any):
+        super().__init__(lambda result: result.estimated(statistic, over, **options))
+        self.quantity = Quantity(label, unit, (), "", "", True)
+
+    @classmethod
+    def all_of(cls, result: Result) -> dict[str, Estimate]:
+        """Those that a result has, by name."""
+        names = [name for name, each in vars(type(result)).items() if isinstance(each, cls)]
+        return {name: estimate for name in names if (estimate := getattr(result, name)) is not None}

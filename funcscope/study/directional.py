@@ -19,10 +19,9 @@ from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
 from ..core.store import save, to_json
-from ..landscape import directional_text
 from ..landscape.compare import Comparison, compare_directional
 from ..landscape.directional import Sampling, prepare
-from ..landscape.samples import DirectionalLosses
+from ..landscape.directional_result import DirectionalLosses
 from .inputs import Data
 from .opening import Source, check_source, counts, free_stem, names_of, open_model
 from .pace import pace_of
@@ -77,7 +76,7 @@ def run(
         opened = open_model(settings, folder)
         partial, files = unfinished(out, stem, number), files_of(folder, Path(settings.data))
         results.append(_sampled(settings, opened.loss, partial, files, name, quiet))
-        notes = directional_text._tail(results[-1])
+        notes = list(results[-1].notes)
         described.append({"name": name, **opened.described, "values": _scalars(results[-1]), "notes": notes})
         data = opened.data
         del opened  # before the next model is loaded

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -12,40 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.estimate import Estimate
+from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
-from . import directional_text, statistics
-from .notes import curvature_and_step, large_step, low_correlation, undecided_signs
+from ..core.pack import storable
+from ..core.result import Result, derived, internal, quantity
+from ..core.tables import Entry, said
+from . import caveats, statistics
 from .precision import Realised
-from .resolution import loss_rounding, unresolved_step, without_errors
+from .resolution import loss_rounding, partly_moved, unresolved_step, without_error
 from .sequences import Residuals, crossed
+from .statistics import Statistic
 from .truncation import Truncation, central_second_difference, rounding_bound
-
-_STATISTICS: tuple[tuple[str, Callable[..., Estimate], tuple[str, ...]], ...] = (
-    ("loss_mean", statistics.mean, ("loss",)),
-    ("loss_std", statistics.spread, ("loss",)),
-    ("delta_mean", statistics.mean, ("delta",)),
-    ("delta_std", statistics.spread, ("delta",)),
-    ("landscape_roughness", statistics.variation, ("loss",)),
-    ("dir_grad_mean", statistics.mean, ("dir_grad",)),
-    ("dir_grad_std", statistics.spread, ("dir_grad",)),
-    ("dir_grad_delta_corr", statistics.correlation, ("dir_grad", "delta")),
-    ("curvature_mean", statistics.mean, ("curvature",)),
-    ("curvature_std", statistics.spread, ("curvature",)),
-    *((f"curvature_p{p}", partial(statistics.quantile, q=p / 100), ("curvature",)) for p in (10, 50, 90)),
-    ("rayleigh_mean", statistics.mean, ("rayleigh",)),
-    ("delta_mean_negative", statistics.mean, ("delta_negative",)),
-    ("loss_mean_negative", statistics.mean, ("negative",)),
-    ("loss_std_negative", statistics.spread, ("negative",)),
-)
-"""By their documented names: what is made of which columns."""
-
 
 _SIGNED = ("delta", "dir_grad", "curvature")
 AGREEMENT = 0.05
 """Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
 
 
+@storable
 class Plan(NamedTuple):
     """How the samples were evaluated. The same plan on the same machine gives the same bits."""
 
@@ -53,9 +36,13 @@ class Plan(NamedTuple):
     chunk: int
     threads: int
 
+    @property
+    def named(self) -> dict[str, int]:
+        """By documented names."""
+        return {"fast_vec_path": not self.lazy, "chunk": self.chunk, "threads": self.threads}
 
-@dataclass(frozen=True, eq=False, repr=False)
-class DirectionalLosses:
+
+class DirectionalLosses(Result):
     r"""Losses along random directions; made by `directional_losses`, whose docstring has the formulas.
 
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
@@ -63,16 +50,16 @@ class DirectionalLosses:
     Those whose terms per sequence are known (a `Crossed`) have an error over sequences, too, and one over both: a loss change
     always, slopes with two sides, from $(L_s^+ - L_s^-)/2h$ of each sequence s, curvatures by difference, and exact ones from
     the second derivatives of single sequences along some directions. It takes the sequences for a random sample.
-    Direction norms are those by construction: 1, or that of the parameters that move.
+    Direction norms are those by construction: 1, or that of the parameters that move. What was not asked for is None.
     `asdict()` gives the documented dictionary.
     """
 
-    baseline_loss: float
-    losses: Float[Tensor, " n"]
-    losses_negative: Float[Tensor, " n"] | None
-    slopes: Float[Tensor, " n"] | None
-    exact_curvatures: Float[Tensor, " n"] | None
-    direction_norms: Float[Tensor, " n"]
+    baseline_loss: float = quantity("loss at theta", unit="nats")
+    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="nats", per="direction")
+    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="nats", per="direction")
+    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="nats per h", per="direction")
+    exact_curvatures: Float[Tensor, " n"] | None = internal()
+    direction_norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
     param_norm: float
     span: float
     actual_span: float
@@ -86,28 +73,52 @@ class DirectionalLosses:
     realised: Realised | None
     """What rounding to half precision makes of the step, measured on the first direction; None in full precision."""
     key: Key
-    plan: Plan
+    plan: Plan = internal()
     num_forwards: int
     num_gradients: int
     num_jvps: int
     num_second_jvps: int
     num_matvecs: int = 0
-    residuals: Residuals | None = None
-    finer: Float[Tensor, "m 4"] | None = None
+    residuals: Residuals | None = internal(default=None)
+    finer: Float[Tensor, "m 4"] | None = internal(default=None)
     """Losses of the first m directions at +h/2, -h/2, +h/4, -h/4, where curvatures are differences."""
     unmoved: float = 0.0
     """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
 
-    @property
+    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="nats", steady=True)
+    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="nats")
+    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="nats")
+    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="nats")
+    landscape_roughness = Statistic("sd over mean of the loss at +h", statistics.variation, "loss")
+    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_delta_corr = Statistic("correlation of slope and loss change", statistics.correlation, "dir_grad", "delta")
+    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit="nats per h^2")
+    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit="nats per h^2")
+    curvature_p10, curvature_p50, curvature_p90 = (
+        Statistic(
+            f"{p}th percentile of the curvature",
+            partial(statistics.quantile, q=p / 100),
+            "curvature",
+            unit="nats per h^2",
+        )
+        for p in (10, 50, 90)
+    )
+    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="nats per distance^2")
+    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="nats")
+    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="nats", steady=True)
+    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="nats")
+
+    @derived("finite losses at +h", shown=False)
     def n_samples(self) -> int:
         """The number of valid samples: finite losses at +span."""
         return int(self.losses.isfinite().sum())
 
-    @property
+    @derived("losses at +h that are not finite", shown=False)
     def n_nonfinite_pos(self) -> int:
         return len(self.losses) - self.n_samples
 
-    @property
+    @derived("losses at -h that are not finite", shown=False)
     def n_nonfinite_neg(self) -> int:
         return 0 if self.losses_negative is None else int((~self.losses_negative.isfinite()).sum())
 
@@ -116,7 +127,7 @@ class DirectionalLosses:
         """Loss change at +span."""
         return self.losses - self.baseline_loss
 
-    @property
+    @derived("curvature", unit="nats per h^2", per="direction")
     def curvatures(self) -> Float[Tensor, " n"] | None:
         """Second derivative along each direction per unit of the coefficient: exact, or the two-sided difference."""
         if not self.compute_curvature:
@@ -126,12 +137,12 @@ class DirectionalLosses:
         assert self.losses_negative is not None
         return central_second_difference(self.losses, self.losses_negative, self.baseline_loss, self.actual_span)
 
-    @property
+    @derived("curvature per distance", unit="nats per distance^2", per="direction")
     def rayleigh_quotients(self) -> Float[Tensor, " n"] | None:
         """Curvature per unit of distance, c / ||d||^2: comparable between modes, spans and models."""
         return None if self.curvatures is None else self.curvatures / self.direction_norms.square()
 
-    @property
+    @derived("what rounding may move a curvature by", unit="nats per h^2", shown=False)
     def curvature_noise_floor(self) -> float:
         r"""How much rounding alone can move a curvature, an order of magnitude; 0 for exact ones in full precision.
 
@@ -151,7 +162,7 @@ class DirectionalLosses:
         level = max(abs(self.baseline_loss), *(abs(x) for side in sides for x in _finite(side).tolist()), 0.0)
         return rounding_bound(level, self.actual_span, self.unit_roundoff)
 
-    @property
+    @derived("curvatures whose sign rounding may decide", shown=False)
     def n_curvatures_undecided(self) -> int:
         """Directions whose curvature has a sign that rounding may have decided: |c| below the noise floor."""
         return (
@@ -164,7 +175,7 @@ class DirectionalLosses:
         if not (few := self.n_curvatures_undecided) or self.curvatures is None:
             return None
         half = self.realised is not None
-        return undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
+        return caveats.undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
 
     @cached_property
     def truncation(self) -> Truncation | None:
@@ -182,30 +193,37 @@ class DirectionalLosses:
     def step_note(self) -> str | None:
         """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
         known = self.truncation
-        return None if known is None else curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
+        return (
+            None
+            if known is None
+            else caveats.curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
+        )
 
     @property
     def loss_rounding(self) -> float:
         """By how much rounding alone may move a loss change; see `resolution.loss_rounding`."""
-        num = 0 if self.residuals is None else self.residuals.num
-        return loss_rounding(self.baseline_loss, self.unit_roundoff, num, self.realised)
+        return loss_rounding(self.baseline_loss, self.unit_roundoff, self.n_sequences, self.realised)
+
+    @derived("sequences that score something", shown=False)
+    def n_sequences(self) -> int:
+        return 0 if self.residuals is None else self.residuals.num
 
     @property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
         return unresolved_step(self.unmoved, Estimate.of(_finite(self.deltas)), self.loss_rounding)
 
-    @property
+    @derived("length of the step", shown=False)
     def displacement(self) -> float:
         """Distance travelled in parameter space, span x ||d||."""
         return self.actual_span * float(self.direction_norms.mean())
 
-    @property
+    @derived("length of the step over ||theta||", shown=False)
     def relative_step(self) -> float:
         """Displacement over ||theta||; the document's span / ||theta|| where ||d|| = 1."""
         return self.displacement / self.param_norm if self.param_norm else math.nan
 
-    @property
+    @derived("directions with a finite slope and loss", shown=False)
     def n_samples_for_corr(self) -> int:
         """Directions where both the slope and the loss are finite."""
         return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
@@ -247,24 +265,26 @@ class DirectionalLosses:
         off = _finite((self.losses - self.losses_negative) / (2 * self.actual_span) - self.slopes)
         return bool(off.norm() <= AGREEMENT * _finite(self.slopes).norm())
 
-    @cached_property
+    @property
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
-        columns = self.columns
-        estimates = {
-            name: self._estimated(statistic, {quantity: columns[quantity] for quantity in over})
-            for name, statistic, over in _STATISTICS
-            if all(quantity in columns for quantity in over)
-        }
-        return (
-            estimates if self.resolution_note is None else without_errors(estimates, self.exact_curvatures is not None)
-        )
+        return Statistic.all_of(self)
 
-    def _estimated(self, statistic: Callable[..., Estimate], columns: dict[str, Tensor]) -> Estimate:
-        """A statistic of these columns, over the directions where all of them are finite."""
-        seen = torch.stack(list(columns.values())).isfinite().all(0)
-        rows = [None if (row := self.rows(quantity)) is None else row[seen] for quantity in columns]
-        return crossed(statistic, [samples[seen] for samples in columns.values()], rows)
+    def estimated(
+        self, statistic: Callable[..., Estimate], over: Sequence[str], steady: bool = False
+    ) -> Estimate | None:
+        """A statistic of these columns, over the directions where all of them are finite; None where one is not there.
+
+        steady: it does not depend on how well loss changes at the step are resolved.
+        """
+        columns = self.columns
+        if not columns.keys() >= set(over):
+            return None
+        seen = torch.stack([columns[each] for each in over]).isfinite().all(0)
+        rows = [None if (row := self.rows(each)) is None else row[seen] for each in over]
+        estimate = crossed(statistic, [columns[each][seen] for each in over], rows)
+        steady |= self.exact_curvatures is not None and over[0] in ("curvature", "rayleigh")
+        return estimate if steady or self.resolution_note is None else without_error(estimate)
 
     @cached_property
     def baseline(self) -> Estimate:
@@ -294,7 +314,42 @@ class DirectionalLosses:
         if self.slopes is None:
             return None
         corr = float(self.estimates["dir_grad_delta_corr"].value)
-        return low_correlation(corr, self.deltas, self.slopes, self.actual_span)
+        return caveats.low_correlation(corr, self.deltas, self.slopes, self.actual_span)
+
+    @derived("standard error of the loss at theta over sequences", unit="nats", shown=False)
+    def baseline_loss_stderr_data(self) -> float:
+        return float(self.baseline.stderr)
+
+    @derived("sign tests", name="*", shown=False)
+    def sign_tests(self) -> dict[str, float]:
+        names = ("n_above", "n_below", "sign_p_value")
+        return {f"{of}_{name}": x for of, test in self.signs.items() for name, x in zip(names, test, strict=True)}
+
+    @derived("share of the largest loss change in all", shown=False)
+    def delta_largest_share(self) -> float:
+        return statistics.largest_share(_finite(self.deltas))
+
+    @derived("largest finite loss at +h", unit="nats", shown=False)
+    def loss_max(self) -> float:
+        return float(finite.max()) if len(finite := _finite(self.losses)) else math.nan
+
+    @derived("smallest finite loss at +h", unit="nats", shown=False)
+    def loss_min(self) -> float:
+        return float(finite.min()) if len(finite := _finite(self.losses)) else math.nan
+
+    @derived("what the step adds to the mean curvature", unit="nats per h^2")
+    def curvature_truncation(self) -> Estimate | None:
+        return None if self.truncation is None else self.truncation.bias
+
+    @derived("how fast second differences settle", shown=False)
+    def curvature_settling(self) -> float | None:
+        return None if self.truncation is None else self.truncation.settling
+
+    def entries(self) -> Iterator[Entry]:
+        absent = () if self.slopes is not None else ("n_samples_for_corr",)
+        if not self.compute_curvature:
+            absent += ("curvature_noise_floor", "n_curvatures_undecided")  # type: ignore[assignment]
+        return (entry for entry in super().entries() if entry.name not in absent)
 
     def asdict(self) -> dict[str, Any]:
         """The documented dictionary, then standard errors, settings, costs and per-direction arrays.
@@ -302,44 +357,72 @@ class DirectionalLosses:
         `<name>_stderr` is over directions; where terms per sequence are known, `<name>_stderr_data` is over sequences and
         `<name>_stderr_total` over both, with `<name>_dof` degrees of freedom.
 
-        Plain numbers, strings and numpy arrays; keys of what was not asked for are absent, as documented.
+        Plain numbers, strings and numpy arrays, None for a note that does not apply; keys of what was not asked for are
+        absent, as documented.
         """
-        finite = _finite(self.losses)
-        values: dict[str, Any] = {"baseline_loss": self.baseline_loss}
-        values["loss_max"] = float(finite.max()) if len(finite) else math.nan
-        values["loss_min"] = float(finite.min()) if len(finite) else math.nan
-        values |= {name: float(estimate.value) for name, estimate in self.estimates.items()}
-        for name, estimate in self.estimates.items():
-            values |= estimate.named(name)
-        values["baseline_loss_stderr_data"] = float(self.baseline.stderr)
-        values["n_sequences"] = 0 if self.residuals is None else self.residuals.num
-        for name, (above, below, p) in self.signs.items():
-            values |= {f"{name}_n_above": above, f"{name}_n_below": below, f"{name}_sign_p_value": p}
-        values["delta_largest_share"] = statistics.largest_share(_finite(self.deltas))
-        values |= {"unmoved": self.unmoved, "resolution_note": self.resolution_note}
-        values["relative_step_note"] = large_step(self.relative_step)
-        if self.slopes is not None:
-            values["n_samples_for_corr"] = self.n_samples_for_corr
-        if self.compute_curvature:
-            values["curvature_noise_floor"] = self.curvature_noise_floor
-            values["n_curvatures_undecided"] = self.n_curvatures_undecided
-            values["precision_note"] = self.precision_note
+        notes: dict[str, Any] = {"note": self.note, "relative_step_note": caveats.large_step(self.relative_step)}
+        notes |= {"resolution_note": self.resolution_note}
+        notes |= {"precision_note": self.precision_note} if self.compute_curvature else {}
         if self.truncation is not None:
-            values |= self.truncation.bias.named("curvature_truncation")
-            values |= {"curvature_settling": self.truncation.settling, "curvature_status": self.truncation.status}
-            values["step_note"] = self.step_note
-        if self.realised is not None:
-            values |= {f"realised_{name}": value for name, value in self.realised._asdict().items()}
-        return values | directional_text.settings(self) | directional_text.arrays(self)
+            notes |= {"step_note": self.step_note, "curvature_status": self.truncation.status}
+        unit = {"use_filter_norm": self.normalize == "filter"}
+        unit |= {"global_renorm": self.global_renorm or self.normalize == "global"}
+        return super().asdict() | unit | self.plan.named | notes
 
-    def __str__(self) -> str:
-        return directional_text.plain(self)
+    @property
+    def head(self) -> str:
+        return (
+            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span "
+            f"{self.actual_span:g} (relative step {self.relative_step:.3g}), {self.key!r}"
+        )
 
-    __repr__ = __str__
+    @property
+    def unresolved(self) -> list[str]:
+        rough = self.truncation is not None and self.truncation.status == "rough"
+        names = ["curvature_mean", "rayleigh_mean"] if rough else []
+        lost = {} if self.resolution_note is None else self.estimates
+        return names + [name for name, estimate in lost.items() if estimate.stderr.isnan() and name not in names]
 
-    def _repr_html_(self) -> str:
-        """The same table, for notebooks."""
-        return directional_text.page(self)
+    @property
+    def texts(self) -> dict[str, str]:
+        texts = {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
+        over = (
+            {}
+            if self.residuals is None
+            else {"baseline_loss": f"{said(self.baseline_loss, float(self.baseline.stderr))} over data"}
+        )
+        return over | texts
+
+    @property
+    def notes(self) -> list[str]:
+        """Lost samples, what half precision does, means that are not told from zero, what slopes and steps do not say."""
+        columns = self.columns
+        means = [
+            caveats.unresolved(what, self.estimates[f"{name}_mean"], _finite(columns[name]))
+            for name, what in (("delta", "loss change"), ("curvature", "curvature"))
+            if name in columns
+        ]
+        notes = [
+            caveats.nonfinite(self.n_nonfinite_pos, self.n_nonfinite_neg, "span"),
+            None if self.realised is None else caveats.half_precision(self.displacement, self.realised),
+            self.resolution_note or partly_moved(self.unmoved),
+            caveats.large_step(self.relative_step),
+            *means,
+            self.note,
+            self.step_note,
+            self.precision_note,
+            caveats.few_sequences(self.n_sequences),
+            self._without_data_error() if self.n_sequences > 1 else None,
+        ]
+        return [note for note in notes if note]
+
+    def _without_data_error(self) -> str | None:
+        names = [
+            name
+            for name, estimate in self.estimates.items()
+            if not (isinstance(estimate, Crossed) and estimate.stderr_data.isfinite()) and estimate.stderr.isfinite()
+        ]
+        return caveats.no_data_error(names)
 
 
 def _finite(x: Tensor) -> Tensor:
