@@ -10,10 +10,11 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.pack import storable
 from ..core.result import Result, derived, internal
+from ..core.standard_errors import jackknife_stderr
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
 from .sam import SamSharpness, sam_sharpness
 

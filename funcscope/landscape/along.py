@@ -22,7 +22,7 @@ from ..core.restrict import Phi, restrict
 from ..curvature.hessian import hessian
 from ..linalg.matvec import Matvec
 from .directional_result import Plan
-from .sequences import residuals
+from .residuals import residuals
 from .truncation import STEPS
 from .values import PerSequence
 

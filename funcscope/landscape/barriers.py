@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ..core.estimate import Estimate
-from .sequences import Means, means
+from ..core.standard_errors import Means, means
 from .states import USED
 
 

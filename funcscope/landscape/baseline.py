@@ -13,7 +13,7 @@ from ..core.restrict import restrict
 from .along import mapped
 from .directional_result import Plan
 from .precision import check_baseline
-from .sequences import num_groups, residuals
+from .residuals import num_groups, residuals
 from .values import PerSequence
 
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.estimate import Estimate, interval
+from ..core.statistics import largest_share, signs
 from .precision import Realised
-from .statistics import largest_share, signs
 from .truncation import Truncation
 
 LOW_CORRELATION = 0.3

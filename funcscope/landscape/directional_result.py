@@ -11,21 +11,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core import statistics
 from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from ..core.pack import storable
 from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import Statistic, crossed
 from ..core.tables import Entry, said
-from . import caveats, statistics
+from . import caveats
+from .directional_columns import Columns, finite
 from .precision import Realised
-from .resolution import loss_rounding, partly_moved, unresolved_step, without_error
-from .sequences import Residuals, crossed
-from .statistics import Statistic
-from .truncation import Truncation, central_second_difference, rounding_bound
+from .residuals import Residuals
+from .resolution import partly_moved, unresolved_step, without_error
 
 _SIGNED = ("delta", "dir_grad", "curvature")
-AGREEMENT = 0.05
-"""Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
 
 
 @storable
@@ -42,7 +41,7 @@ class Plan(NamedTuple):
         return {"fast_vec_path": not self.lazy, "chunk": self.chunk, "threads": self.threads}
 
 
-class DirectionalLosses(Result):
+class DirectionalLosses(Columns, Result):
     r"""Losses along random directions; made by `directional_losses`, whose docstring has the formulas.
 
     Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
@@ -123,53 +122,6 @@ class DirectionalLosses(Result):
         return 0 if self.losses_negative is None else int((~self.losses_negative.isfinite()).sum())
 
     @property
-    def deltas(self) -> Float[Tensor, " n"]:
-        """Loss change at +span."""
-        return self.losses - self.baseline_loss
-
-    @derived("curvature", unit="nats per h^2", per="direction")
-    def curvatures(self) -> Float[Tensor, " n"] | None:
-        """Second derivative along each direction per unit of the coefficient: exact, or the two-sided difference."""
-        if not self.compute_curvature:
-            return None
-        if self.exact_curvatures is not None:
-            return self.exact_curvatures
-        assert self.losses_negative is not None
-        return central_second_difference(self.losses, self.losses_negative, self.baseline_loss, self.actual_span)
-
-    @derived("curvature per distance", unit="nats per distance^2", per="direction")
-    def rayleigh_quotients(self) -> Float[Tensor, " n"] | None:
-        """Curvature per unit of distance, c / ||d||^2: comparable between modes, spans and models."""
-        return None if self.curvatures is None else self.curvatures / self.direction_norms.square()
-
-    @derived("what rounding may move a curvature by", unit="nats per h^2", shown=False)
-    def curvature_noise_floor(self) -> float:
-        r"""How much rounding alone can move a curvature, an order of magnitude; 0 for exact ones in full precision.
-
-        In full precision `rounding_bound`. In half precision it is measured: $\sqrt6\,\epsilon / h^2$ for an error
-        $\epsilon$ of each loss (`realised.loss_error`), and rms(s) a / h for two steps that are not quite opposite, which
-        let the slope s in (a is `realised.asymmetry`, s the two-sided slopes). nan for exact curvatures in half
-        precision: rounding inside the model moves them too, by an amount that is not measured.
-        """
-        if self.exact_curvatures is not None:
-            return 0.0 if self.realised is None else math.nan
-        if self.realised is not None and self.losses_negative is not None and math.isfinite(self.realised.loss_error):
-            h = self.actual_span
-            slopes = _finite(self.losses - self.losses_negative) / (2 * h)
-            steps = float(slopes.square().mean().sqrt()) * self.realised.asymmetry / h
-            return math.sqrt(6) * self.realised.loss_error / h**2 + steps
-        sides = [self.losses] if self.losses_negative is None else [self.losses, self.losses_negative]
-        level = max(abs(self.baseline_loss), *(abs(x) for side in sides for x in _finite(side).tolist()), 0.0)
-        return rounding_bound(level, self.actual_span, self.unit_roundoff)
-
-    @derived("curvatures whose sign rounding may decide", shown=False)
-    def n_curvatures_undecided(self) -> int:
-        """Directions whose curvature has a sign that rounding may have decided: |c| below the noise floor."""
-        return (
-            0 if self.curvatures is None else int((_finite(self.curvatures).abs() < self.curvature_noise_floor).sum())
-        )
-
-    @property
     def precision_note(self) -> str | None:
         """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
         if not (few := self.n_curvatures_undecided) or self.curvatures is None:
@@ -177,93 +129,22 @@ class DirectionalLosses(Result):
         half = self.realised is not None
         return caveats.undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
 
-    @cached_property
-    def truncation(self) -> Truncation | None:
-        """Second differences at three steps, along the first directions; None for exact curvatures."""
-        if self.finer is None or self.curvatures is None:
-            return None
-        at, h, num = self.baseline_loss, self.actual_span, len(self.finer)
-        half, quarter = (
-            central_second_difference(self.finer[:, i], self.finer[:, i + 1], at, h / (2 + i)) for i in (0, 2)
-        )
-        every = torch.stack([self.curvatures[:num], half, quarter])
-        return Truncation(*every[:, every.isfinite().all(0)], noise=self.curvature_noise_floor)
-
     @property
     def step_note(self) -> str | None:
         """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
         known = self.truncation
-        return (
-            None
-            if known is None
-            else caveats.curvature_and_step(known, self.estimates["curvature_mean"], self.actual_span)
-        )
-
-    @property
-    def loss_rounding(self) -> float:
-        """By how much rounding alone may move a loss change; see `resolution.loss_rounding`."""
-        return loss_rounding(self.baseline_loss, self.unit_roundoff, self.n_sequences, self.realised)
-
-    @derived("sequences that score something", shown=False)
-    def n_sequences(self) -> int:
-        return 0 if self.residuals is None else self.residuals.num
+        mean = self.curvature_mean
+        return None if known is None else caveats.curvature_and_step(known, mean, self.actual_span)
 
     @property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
-        return unresolved_step(self.unmoved, Estimate.of(_finite(self.deltas)), self.loss_rounding)
-
-    @derived("length of the step", shown=False)
-    def displacement(self) -> float:
-        """Distance travelled in parameter space, span x ||d||."""
-        return self.actual_span * float(self.direction_norms.mean())
-
-    @derived("length of the step over ||theta||", shown=False)
-    def relative_step(self) -> float:
-        """Displacement over ||theta||; the document's span / ||theta|| where ||d|| = 1."""
-        return self.displacement / self.param_norm if self.param_norm else math.nan
+        return unresolved_step(self.unmoved, Estimate.of(finite(self.deltas)), self.loss_rounding)
 
     @derived("directions with a finite slope and loss", shown=False)
     def n_samples_for_corr(self) -> int:
         """Directions where both the slope and the loss are finite."""
         return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
-
-    @property
-    def columns(self) -> dict[str, Float[Tensor, " n"]]:
-        """The samples of every quantity that is there."""
-        negative = self.losses_negative
-        columns = {
-            "loss": self.losses,
-            "negative": negative,
-            "delta": self.deltas,
-            "delta_negative": None if negative is None else negative - self.baseline_loss,
-            "delta_two_sided": None if negative is None else (self.losses + negative) / 2 - self.baseline_loss,
-            "dir_grad": self.slopes,
-            "curvature": self.curvatures,
-            "rayleigh": self.rayleigh_quotients,
-        }
-        return {name: samples for name, samples in columns.items() if samples is not None}
-
-    def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
-        """What each sequence adds to that quantity beside its mean over sequences; None where that is not known."""
-        if self.residuals is None:
-            return None
-        bent = quantity in ("curvature", "rayleigh")
-        if bent and self.exact_curvatures is not None:
-            rows = self.residuals.exact
-        elif quantity == "dir_grad" and not self._slopes_are_differences:
-            rows = None
-        else:
-            rows = self.residuals.of("curvature" if bent else quantity, self.actual_span)
-        return rows / self.direction_norms.square()[:, None] if rows is not None and quantity == "rayleigh" else rows
-
-    @property
-    def _slopes_are_differences(self) -> bool:
-        """At this step, differences of both sides are the slopes: then the slopes of single sequences are theirs, too."""
-        if self.slopes is None or self.losses_negative is None:
-            return False
-        off = _finite((self.losses - self.losses_negative) / (2 * self.actual_span) - self.slopes)
-        return bool(off.norm() <= AGREEMENT * _finite(self.slopes).norm())
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -305,7 +186,7 @@ class DirectionalLosses(Result):
         lost = (
             set() if self.resolution_note is None else {"delta", "curvature" if self.exact_curvatures is None else ""}
         )
-        tests = {name: statistics.signs(_finite(x)) for name, x in self.columns.items() if name in _SIGNED}
+        tests = {name: statistics.signs(finite(x)) for name, x in self.columns.items() if name in _SIGNED}
         return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
 
     @property
@@ -321,21 +202,21 @@ class DirectionalLosses(Result):
         return float(self.baseline.stderr)
 
     @derived("sign tests", name="*", shown=False)
-    def sign_tests(self) -> dict[str, float]:
+    def sign_tests(self) -> dict[str, int | float]:
         names = ("n_above", "n_below", "sign_p_value")
         return {f"{of}_{name}": x for of, test in self.signs.items() for name, x in zip(names, test, strict=True)}
 
     @derived("share of the largest loss change in all", shown=False)
     def delta_largest_share(self) -> float:
-        return statistics.largest_share(_finite(self.deltas))
+        return statistics.largest_share(finite(self.deltas))
 
     @derived("largest finite loss at +h", unit="nats", shown=False)
     def loss_max(self) -> float:
-        return float(finite.max()) if len(finite := _finite(self.losses)) else math.nan
+        return float(near.max()) if len(near := finite(self.losses)) else math.nan
 
     @derived("smallest finite loss at +h", unit="nats", shown=False)
     def loss_min(self) -> float:
-        return float(finite.min()) if len(finite := _finite(self.losses)) else math.nan
+        return float(near.min()) if len(near := finite(self.losses)) else math.nan
 
     @derived("what the step adds to the mean curvature", unit="nats per h^2")
     def curvature_truncation(self) -> Estimate | None:
@@ -398,7 +279,7 @@ class DirectionalLosses(Result):
         """Lost samples, what half precision does, means that are not told from zero, what slopes and steps do not say."""
         columns = self.columns
         means = [
-            caveats.unresolved(what, self.estimates[f"{name}_mean"], _finite(columns[name]))
+            caveats.unresolved(what, self.estimates[f"{name}_mean"], finite(columns[name]))
             for name, what in (("delta", "loss change"), ("curvature", "curvature"))
             if name in columns
         ]
@@ -423,7 +304,3 @@ class DirectionalLosses(Result):
             if not (isinstance(estimate, Crossed) and estimate.stderr_data.isfinite()) and estimate.stderr.isfinite()
         ]
         return caveats.no_data_error(names)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x[x.isfinite()]

@@ -12,17 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core import statistics
 from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import Statistic, crossed
 from ..core.tables import Entry
 from ..linalg.trace import TraceEstimate
-from . import caveats, statistics
+from . import caveats
+from .directional_columns import finite
 from .directional_result import Plan
-from .paired import variance_ratio
+from .residuals import Residuals
 from .resolution import partly_moved, unresolved_step, without_error
-from .sequences import Residuals, crossed
-from .statistics import Statistic
 
 SHARE_OF_BASELINE = 0.1
 """A direction counts as flat for `flatness_ratio` where the loss rises by less than this share of the baseline."""
@@ -82,18 +83,18 @@ class Flatness(Result):
     @derived("largest loss change at +d", unit="nats")
     def max_delta_loss(self) -> float:
         """The largest finite change at +d; it grows with the number of directions, and has no standard error."""
-        finite = _finite(self.delta_losses)
-        return float(finite.max()) if len(finite) else math.nan
+        rises = finite(self.delta_losses)
+        return float(rises.max()) if len(rises) else math.nan
 
     @property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that no statistic of them has an error; None where they are."""
-        return unresolved_step(self.unmoved, Estimate.of(_finite(self.delta_losses)), self.loss_rounding)
+        return unresolved_step(self.unmoved, Estimate.of(finite(self.delta_losses)), self.loss_rounding)
 
     @property
     def even(self) -> Float[Tensor, " m"]:
         """(D+ + D-) / 2 of the pairs with two finite sides; empty where one side was evaluated only."""
-        return _finite(self.columns["even"])
+        return finite(self.columns["even"])
 
     mean_delta_loss = Statistic("mean loss change at +d", statistics.mean, "rise", unit="nats")
     median_delta_loss = Statistic("median loss change at +d", partial(statistics.order, q=0.5), "rise", unit="nats")
@@ -128,7 +129,7 @@ class Flatness(Result):
         On a quadratic above 1 only if $\|g\|^2 > \epsilon^2 (\|H\|_F^2 - \mathrm{tr}(H)^2/P) / (2(P+2))$,
         proofs/antithetic_pairs.py. nan below 2 pairs (the error below 3), or where nothing varies.
         """
-        return self.estimated(variance_ratio, ["even", "odd"])
+        return self.estimated(statistics.variance_ratio, ["even", "odd"])
 
     @derived("trace of the Hessian at this step", unit="nats per distance^2")
     def second_order(self) -> Estimate:
@@ -212,7 +213,7 @@ class Flatness(Result):
             caveats.nonfinite(self.n_nonfinite, self.n_nonfinite_negative, "d"),
             self.resolution_note or partly_moved(self.unmoved),
             caveats.large_step(self.epsilon_relative),
-            caveats.unresolved("loss change", self.estimates["mean_delta_loss"], _finite(self.delta_losses)),
+            caveats.unresolved("loss change", self.estimates["mean_delta_loss"], finite(self.delta_losses)),
             caveats.few_sequences(self.n_sequences),
         )
         return [note for note in notes if note]
@@ -239,7 +240,3 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
         return scaled
     size = abs(factor)
     return replace(scaled, stderr_data=scaled.stderr_data * size, stderr_total=scaled.stderr_total * size)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x[x.isfinite()]

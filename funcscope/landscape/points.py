@@ -16,11 +16,11 @@ from ..core.checks import check_choice, check_count, check_device, check_flat, c
 from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
 from ..core.running import held_statistics
+from ..core.standard_errors import means
 from ..curvature import pullbacks
 from .along import mapped
 from .axes import Axes, Trajectory
 from .precision import check_baseline
-from .sequences import means
 from .states import USED, Reestimated
 from .values import Values
 

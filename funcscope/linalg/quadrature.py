@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.directions import dot
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
 from ..core.keys import Distribution, Key, check_key, fold_in, normal, rademacher
 from ..core.result import Result, derived, quantity
+from ..core.standard_errors import jackknife_stderr
 from .gauss import Resolution, christoffel, corner, rule
 from .krylov import Krylov, check_vector
 from .matvec import Matvec, Products, check_symmetric

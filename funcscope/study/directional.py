@@ -19,9 +19,11 @@ from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
 from ..core.store import save, to_json
-from ..landscape.compare import Comparison, compare_directional
+from ..landscape.compare import compare_directional
+from ..landscape.compare_result import Comparison
 from ..landscape.directional import Sampling, prepare
 from ..landscape.directional_result import DirectionalLosses
+from ..landscape.sampling import SamplingSettings
 from .inputs import Data
 from .opening import Source, check_source, counts, free_stem, names_of, open_model
 from .pace import pace_of
@@ -160,20 +162,15 @@ def _sampled(
     sampling = prepare(
         loss,
         loss.net.params,
-        key=key(settings.seed),
-        n_samples=settings.n_samples,
-        span=settings.span,
-        normalize=settings.normalize,
-        distribution=settings.distribution,
-        relative_span=False,
-        global_renorm=False,
-        two_sided=True,
-        compute_gradient=settings.slopes,
-        compute_curvature=settings.curvature != "none",
-        curvature="exact" if settings.curvature == "exact" else "difference",
-        slope="auto",
-        chunk=None,
-        lazy=None,
+        SamplingSettings(
+            key=key(settings.seed),
+            num=settings.n_samples,
+            lengths=(settings.span,),
+            normalize=settings.normalize,
+            distribution=settings.distribution,
+            slope="auto" if settings.slopes else None,
+            curvature=None if settings.curvature == "none" else settings.curvature,
+        ),
     )
     with tqdm(total=settings.n_samples, desc=name, unit="direction", disable=quiet, dynamic_ncols=True) as bar:
         rows = []

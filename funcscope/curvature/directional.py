@@ -17,10 +17,10 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from ..core.result import Result, derived, quantity
-from ..curvature.ggn import ggn
-from ..curvature.hessian import hessian
-from ..curvature.pullbacks import flat
 from ..linalg.matvec import Products
+from .ggn import ggn
+from .hessian import hessian
+from .pullbacks import flat
 
 STENCIL = {
     2: (1 / 90, -3 / 20, 3 / 2, -49 / 18, 3 / 2, -3 / 20, 1 / 90),
