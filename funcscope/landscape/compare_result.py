@@ -117,7 +117,10 @@ class Comparison(Result):
     relative_step: float = math.nan
     """The larger of the two."""
     truncation: Estimate | None = quantity(
-        "what the step adds to the difference of mean curvatures", name="curvature_mean_truncation", default=None
+        "what the step adds to the difference of mean curvatures",
+        name="curvature_mean_truncation",
+        default=None,
+        shown=False,
     )
     """What the step does to the difference of the mean curvatures; None for exact ones."""
     step_notes: tuple[str | None, str | None] = internal(default=(None, None))

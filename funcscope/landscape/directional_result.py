@@ -132,11 +132,10 @@ class DirectionalLosses(Columns, Result):
     @property
     def step_note(self) -> str | None:
         """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
-        known = self.truncation
-        mean = self.curvature_mean
+        known, mean = self.truncation, self.curvature_mean
         return None if known is None else caveats.curvature_and_step(known, mean, self.actual_span)
 
-    @property
+    @cached_property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
         return unresolved_step(self.unmoved, Estimate.of(finite(self.deltas)), self.loss_rounding)
@@ -173,19 +172,15 @@ class DirectionalLosses(Columns, Result):
         if self.residuals is None:
             return Estimate(torch.tensor(self.baseline_loss), torch.tensor(math.nan), 0)
         centre = self.residuals.centre
-        stderr = (
-            (centre.square().sum() * len(centre) / (len(centre) - 1)).sqrt()
-            if len(centre) > 1
-            else centre[0] * math.nan
-        )
+        share = len(centre) / (len(centre) - 1) if len(centre) > 1 else math.nan
+        stderr = (centre.square().sum() * share).sqrt()
         return Estimate(centre.new_tensor(self.baseline_loss), stderr, self.residuals.num)
 
     @property
     def signs(self) -> dict[str, statistics.Signs]:
         """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
-        lost = (
-            set() if self.resolution_note is None else {"delta", "curvature" if self.exact_curvatures is None else ""}
-        )
+        at_the_step = {"delta", "curvature"} if self.exact_curvatures is None else {"delta"}
+        lost = set() if self.resolution_note is None else at_the_step
         tests = {name: statistics.signs(finite(x)) for name, x in self.columns.items() if name in _SIGNED}
         return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
 
@@ -222,10 +217,6 @@ class DirectionalLosses(Columns, Result):
     def curvature_truncation(self) -> Estimate | None:
         return None if self.truncation is None else self.truncation.bias
 
-    @derived("how fast second differences settle", shown=False)
-    def curvature_settling(self) -> float | None:
-        return None if self.truncation is None else self.truncation.settling
-
     def entries(self) -> Iterator[Entry]:
         absent = () if self.slopes is not None else ("n_samples_for_corr",)
         if not self.compute_curvature:
@@ -244,8 +235,12 @@ class DirectionalLosses(Columns, Result):
         notes: dict[str, Any] = {"note": self.note, "relative_step_note": caveats.large_step(self.relative_step)}
         notes |= {"resolution_note": self.resolution_note}
         notes |= {"precision_note": self.precision_note} if self.compute_curvature else {}
-        if self.truncation is not None:
-            notes |= {"step_note": self.step_note, "curvature_status": self.truncation.status}
+        if (known := self.truncation) is not None:
+            notes |= {
+                "step_note": self.step_note,
+                "curvature_status": known.status,
+                "curvature_settling": known.settling,
+            }
         unit = {"use_filter_norm": self.normalize == "filter"}
         unit |= {"global_renorm": self.global_renorm or self.normalize == "global"}
         return super().asdict() | unit | self.plan.named | notes
@@ -267,12 +262,8 @@ class DirectionalLosses(Columns, Result):
     @property
     def texts(self) -> dict[str, str]:
         texts = {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
-        over = (
-            {}
-            if self.residuals is None
-            else {"baseline_loss": f"{said(self.baseline_loss, float(self.baseline.stderr))} over data"}
-        )
-        return over | texts
+        loss = f"{said(self.baseline_loss, self.baseline_loss_stderr_data)} over data"
+        return texts if self.residuals is None else {"baseline_loss": loss} | texts
 
     @property
     def notes(self) -> list[str]:
@@ -293,14 +284,13 @@ class DirectionalLosses(Columns, Result):
             self.step_note,
             self.precision_note,
             caveats.few_sequences(self.n_sequences),
-            self._without_data_error() if self.n_sequences > 1 else None,
+            caveats.no_data_error(self._without_data_error) if self.n_sequences > 1 else None,
         ]
         return [note for note in notes if note]
 
-    def _without_data_error(self) -> str | None:
-        names = [
-            name
-            for name, estimate in self.estimates.items()
-            if not (isinstance(estimate, Crossed) and estimate.stderr_data.isfinite()) and estimate.stderr.isfinite()
-        ]
-        return caveats.no_data_error(names)
+    @property
+    def _without_data_error(self) -> list[str]:
+        known = {
+            name: isinstance(each, Crossed) and each.stderr_data.isfinite() for name, each in self.estimates.items()
+        }
+        return [name for name, each in self.estimates.items() if each.stderr.isfinite() and not known[name]]
