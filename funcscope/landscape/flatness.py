@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -159,46 +158,46 @@ def _profile(
     signed = [sign * step for step in steps for sign in sides]
     rows = None if common is None else common.rows
     with torch.no_grad():
-        if not plan.lazy and plan.chunk == 1:
-            baseline, centre, scored = _centre_of_values(loss, theta, len(dirs) * len(signed))
-        else:
-            baseline, centre, scored = centre_at(loss, theta, plan, len(dirs) * len(signed), dirs, len(signed), rows)
-        _warn_of_half(loss, base, dirs[0], steps)
+        baseline, centre, scored = _centre(loss, theta, plan, dirs, len(signed), rows)
+        for step in steps:
+            share = step * dirs[0].norm / param_norm if param_norm else math.inf
+            warn_if_swallowed(realised(loss.layout, base, dirs[0], step), step, share)
         still = [unmoved(loss.layout, base, dirs[0], step) for step in steps]
         parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, rows, signed, plan)]
     losses, beside = (torch.cat([x.cpu().double() for x in column]) for column in zip(*parts, strict=True))
-    known = {
+    by_length = ([_sides(x) for x in columns.split(len(sides), dim=1)] for columns in (losses - baseline, beside))
+    centre = centre.cpu().double()
+    known: dict[str, Any] = {
         "baseline_loss": baseline,
         "direction_norm": dirs[0].norm,
         "param_norm": param_norm,
-        "num_params": loss.layout.num,
+        "threshold": threshold,
         "loss_rounding": 0.0 if is_half(loss.layout) else loss_rounding(baseline, loss.net.unit_roundoff, len(scored)),
+        "num_forwards": 1 + copies(loss, plan, len(dirs), len(signed)) + len(dirs) * len(sides),
+        "num_params": loss.layout.num,
         "relative": settings.relative,
         "normalize": settings.normalize,
-        "threshold": threshold,
         "key": settings.key,
         "plan": plan,
-        "num_forwards": 1 + copies(loss, plan, len(dirs), len(signed)) + len(dirs) * len(sides),
     }
-    return _by_length(
-        settings.lengths, steps, still, losses - baseline, beside, centre.cpu().double(), len(scored), known
-    )
-
-
-def _by_length(lengths, steps, still, deltas, beside, centre, num, known) -> tuple[Flatness, ...]:
-    """One result per length, from columns of all of them side by side."""
-    sides = [x.split(x.shape[1] // len(steps), dim=1) for x in (deltas, beside)]
     return tuple(
         Flatness(
-            *_sides(side),
-            float(length),
-            step,
-            residuals=Residuals(centre, *_sides(row), num=num),
-            unmoved=share,
-            **known,
+            *deltas, float(length), step, residuals=Residuals(centre, *row, num=len(scored)), unmoved=share, **known
         )
-        for length, step, share, side, row in zip(lengths, steps, still, *sides, strict=True)
+        for length, step, share, deltas, row in zip(settings.lengths, steps, still, *by_length, strict=True)
     )
+
+
+def _centre(
+    loss: Loss, theta: Theta, plan: Plan, dirs: tuple[Direction, ...], steps: int, rows: Tensor | None
+) -> tuple[float, Tensor, Tensor]:
+    """`centre_at`; where the plan is a loop, by the kernels of the loop: differences have no rounding of others in them."""
+    num = len(dirs) * steps
+    if plan.lazy or plan.chunk > 1:
+        return centre_at(loss, theta, plan, num, dirs, steps, rows)
+    values, params = Values(loss), loss.params(theta)
+    terms, (sums, weights) = torch.stack(values.of(params)), values.of(params)
+    return centred(terms, sums.sum() / weights.sum(), loss, num)
 
 
 def _sides(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -230,13 +229,6 @@ def _terms(
         yield torch.stack(found, dim=1)
 
 
-def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor, Tensor]:
-    """`centre_at` by the kernels of the loop: differences have no rounding of another kernel in them."""
-    values, params = Values(loss), loss.params(theta)
-    terms, (sums, weights) = torch.stack(values.of(params)), values.of(params)
-    return centred(terms, sums.sum() / weights.sum(), loss, num)
-
-
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
     phi = restrict(loss, params, direction, lazy=True)
     if len(steps) == 1 or loss.net.attention == "keep" or not loss.is_mapped():
@@ -249,11 +241,3 @@ def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> 
     """As for directional losses where leaves are made one by one, else as for planes; rows that are there are used."""
     plan = plan_of(loss, chunk, False if common is not None else None)
     return plan if plan.lazy or chunk is not None else plan._replace(chunk=points_at_once(loss))
-
-
-def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:
-    """Steps that half precision swallows; nothing in full precision."""
-    size = norm(base)
-    for step in steps:
-        share = step * direction.norm / size if size else math.inf
-        warn_if_swallowed(realised(loss.layout, base, direction, step), step, share)
