@@ -60,14 +60,14 @@ class DirectionalLosses(Columns, Result):
     exact_curvatures: Float[Tensor, " n"] | None = internal()
     direction_norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
     param_norm: float
-    span: float
+    span: float = internal()
     actual_span: float
     normalize: str
     distribution: str
     relative_span: bool
     global_renorm: bool
     compute_curvature: bool
-    unit_roundoff: float
+    unit_roundoff: float = internal()
     homogeneous_dtype: bool
     realised: Realised | None
     """What rounding to half precision makes of the step, measured on the first direction; None in full precision."""

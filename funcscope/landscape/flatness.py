@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -182,9 +183,9 @@ def _profile(
     }
     return tuple(
         Flatness(
-            *deltas, float(length), step, residuals=Residuals(centre, *row, num=len(scored)), unmoved=share, **known
+            up, down, float(length), step, residuals=Residuals(centre, *row, num=len(scored)), unmoved=share, **known
         )
-        for length, step, share, deltas, row in zip(settings.lengths, steps, still, *by_length, strict=True)
+        for length, step, share, (up, down), row in zip(settings.lengths, steps, still, *by_length, strict=True)
     )
 
 

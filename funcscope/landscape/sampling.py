@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,21 +31,25 @@ DIRECTIONAL = Arguments()
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What is sampled; the docstrings of `directional_losses` and `flatness` say what each means."""
+    """What is sampled; the docstrings of `directional_losses` and `flatness` say what each means.
 
-    key: Key
+    `check` has the messages for values of the wrong kind, so that fields of `Any` are not checked before.
+    """
+
+    key: Any
     num: int
     lengths: tuple[float, ...]
     """Of the steps: the span, or the epsilons."""
-    normalize: Normalize = "filter"
-    distribution: Distribution = "normal"
+    normalize: Any = "filter"
+    distribution: Any = "normal"
     relative: bool = False
     unit_norm: bool = False
     """`global_renorm`."""
     two_sided: bool = True
-    slope: Literal["auto", "gradient", "jvp"] | None = None
-    """How slopes are had; None: not at all."""
-    curvature: Literal["difference", "exact"] | None = None
+    slope: Any = None
+    """How slopes are had ("auto", "gradient", "jvp"); None: not at all."""
+    curvature: Any = None
+    """How curvatures are had ("difference", "exact"); None: not at all."""
     chunk: int | None = None
     lazy: bool | None = None
     arguments: Arguments = DIRECTIONAL
