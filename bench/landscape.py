@@ -47,9 +47,9 @@ from torch import Tensor, nn
 import funcscope as fs
 from funcscope.families import modular
 from funcscope.landscape.axes import plane_directions
-from funcscope.landscape.common import common_directions
 from funcscope.landscape.flatness import flatness
 from funcscope.landscape.planes import loss_plane
+from funcscope.landscape.sampling import common_directions
 
 CUTS = {"0.1M": ((4, 16), (2, 32), (4, 32), (4, 64)), "14M": ((4, 64),), "llama-13M": ((4, 64),)}
 """Rows and tokens of the batches of each size."""

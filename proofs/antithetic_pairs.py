@@ -29,8 +29,8 @@ from funcscope.core.criterion import custom
 from funcscope.core.keys import key
 from funcscope.core.model import functional
 from funcscope.core.objective import objective
-from funcscope.landscape.common import CommonDirections, common_directions
 from funcscope.landscape.flatness import flatness, flatness_profile
+from funcscope.landscape.sampling import CommonDirections, common_directions
 
 h = sp.Symbol("h", positive=True)
 

@@ -6,7 +6,7 @@ Claim: For c(h) = (L(h) + L(-h) - 2 L(0)) / h^2: c(h) - L''(0) is the integral o
     by at most 4 u B / h^2, and this is sharp. The sum of both bounds has its only minimum, 2 sqrt(u B M4 / 3), at
     h = (48 u B / M4)^(1/4). The slope (L(h) - L(-h)) / (2h) is off by at most h^2 M3 / 6, and this is sharp.
 Function: funcscope.landscape.truncation.central_second_difference, funcscope.landscape.truncation.rounding_bound,
-    funcscope.landscape.directional.directional_losses, funcscope.landscape.quadratic.difference_step
+    funcscope.landscape.directional.directional_losses, funcscope.curvature.directional.difference_step
 Size: every C^4 loss (for the slope C^3) and every h > 0; the series for every polynomial of degree 7.
 Assumptions: L is the loss along the direction, M4 (M3) the maximum of |L''''| (|L'''|) on [-h, h]. Not proved here: the
     fundamental theorem of calculus, |int K f| <= max |f| int K for K >= 0, and that a function of degree 1 in each of
@@ -27,8 +27,8 @@ from funcscope.core.directions import directions
 from funcscope.core.keys import key
 from funcscope.core.model import functional
 from funcscope.core.objective import objective
+from funcscope.curvature.directional import difference_step
 from funcscope.landscape.directional import directional_losses
-from funcscope.landscape.quadratic import difference_step
 from funcscope.landscape.truncation import central_second_difference, rounding_bound
 
 h, t, r, u, B, M = sp.symbols("h t r u B M", positive=True)

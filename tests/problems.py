@@ -203,3 +203,9 @@ def relative(value: torch.Tensor, oracle: torch.Tensor) -> float:
 def loss_of(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> fs.Loss:
     model, batches, criterion = problem(name, dtype)
     return fs.objective(fs.functional(model, **options), batches, criterion)
+
+
+def infinitesimal_jackknife(a, b):
+    """Oracle of the error of sum(a) / sum(b): what the weight of each sequence moves it by, from autograd."""
+    moves = torch.func.grad(lambda p: (p * a).sum() / (p * b).sum())(torch.ones_like(a))
+    return float((len(a) / (len(a) - 1) * moves.square().sum()).sqrt())

@@ -52,6 +52,15 @@ def axes() -> fs.Axes:
     return fs.plane_directions(loss().net, key=fs.key(0))
 
 
+def sampled(at: torch.Tensor) -> fs.DirectionalLosses:
+    what = {"two_sided": True, "compute_gradient": True, "compute_curvature": True}
+    return fs.directional_losses(loss(), at, key=fs.key(0), n_samples=4, span=0.1, **what)
+
+
+def comparison() -> Result:
+    return fs.compare_directional(sampled(theta()), sampled(1.1 * theta()))
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -83,6 +92,18 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "LossPath": lambda: fs.linear_path(loss(), theta(), other(), num=5, metric={"accuracy": accuracy}),
     "BarrierMatrix": lambda: fs.barrier_matrix(loss(), [theta(), other(), -theta()], num=3),
     "Connection": lambda: fs.connect(loss(), theta(), other(), key=fs.key(0), steps=2, num=4),
+    "DirectionalLosses": lambda: sampled(theta()),
+    "Truncation": lambda: sampled(theta()).truncation,
+    "Comparison": comparison,
+    "Difference": lambda: comparison().differences["curvature_mean"],
+    "Pairs": lambda: comparison().differences["delta_mean"].pairs,
+    "Flatness": lambda: fs.flatness(loss(), theta(), key=fs.key(0), n_directions=4),
+    "DirectionalCurvatures": lambda: fs.landscape.directional_curvatures(
+        loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=3)
+    ),
+    "DifferenceStep": lambda: fs.landscape.difference_step(
+        loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=1)[0]
+    ),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import funcscope as fs
 from funcscope.core.estimate import Estimate, interval
-from funcscope.landscape.sequences import means
+from funcscope.core.standard_errors import means
 
 SIZE, TEXTS, NUM, TIMES = 4000, 40, 24, 120
 LEAST, MOST = (stats.binom.ppf(q, TIMES, 0.95) for q in (1e-3, 1 - 1e-3))

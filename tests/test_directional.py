@@ -16,7 +16,7 @@ from torch.func import grad
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.landscape.samples import central_second_difference
+from funcscope.landscape.truncation import central_second_difference
 
 FULL = {"two_sided": True, "compute_gradient": True, "compute_curvature": True}
 DOCUMENTED = """baseline_loss loss_mean loss_std loss_max loss_min delta_mean delta_std landscape_roughness n_samples

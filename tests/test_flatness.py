@@ -15,9 +15,9 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.landscape import directional
-from funcscope.landscape.common import common_directions
 from funcscope.landscape.evaluator import MAPPED_POSITIONS
 from funcscope.landscape.flatness import flatness, flatness_profile
+from funcscope.landscape.sampling import common_directions
 
 module = importlib.import_module("funcscope.landscape.flatness")  # `landscape.flatness` is the function
 

@@ -8,7 +8,7 @@ from torch import nn
 import funcscope as fs
 from funcscope.core.directions import stack
 from funcscope.curvature import hessian_block_traces
-from funcscope.landscape.quadratic import STENCIL
+from funcscope.curvature.directional import STENCIL
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])

@@ -73,7 +73,7 @@ def test_a_dictionary_holds_plain_values_that_json_and_numpy_can_say(name):
     json.dumps(to_json(values), allow_nan=False)
     for key, value in values.items():
         assert isinstance(key, str)
-        assert isinstance(value, (bool, int, float, str, tuple, list, np.ndarray)), key
+        assert isinstance(value, (bool, int, float, str, tuple, list, np.ndarray, type(None))), key
         if isinstance(value, np.ndarray) and value.size:
             value[...] = 0  # it is the reader's own
     same(type(result).asdict(example(name)), example(name).asdict())

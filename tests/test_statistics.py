@@ -1,5 +1,7 @@
 """Statistics over directions, and that their error bars cover."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from scipy import stats
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.core.estimate import jackknife_stderr
-from funcscope.landscape import statistics
+from funcscope.core import statistics
+from funcscope.core.standard_errors import jackknife_stderr
 
 PAIRS = st.integers(3, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 10**6)))
 
@@ -71,3 +73,22 @@ def test_two_standard_errors_cover_the_truth_as_often_as_they_should(estimate, t
     found = [estimate(sample(50, 1000 + i)) for i in range(400)]
     z = np.array([(float(e.value) - truth) / float(e.stderr) for e in found])
     assert 0.90 <= np.mean(np.abs(z) < 2) <= 0.985
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_q_values_are_the_smallest_rates_at_which_benjamini_and_hochberg_reject(p_values):
+    """Oracle: their step-up rule, level by level."""
+    ordered, num = sorted(p_values), len(p_values)
+    for p, q in zip(p_values, statistics.q_values([*p_values, math.nan]), strict=False):
+        levels = [x * num / (i + 1) for i, x in enumerate(ordered) if x >= p]
+        assert q == pytest.approx(min(1.0, *levels) if len(levels) > 1 else min(1.0, levels[0]))
+    assert math.isnan(statistics.q_values([0.1, math.nan])[1])
+
+
+def test_a_permutation_test_has_the_exact_p_value_and_the_bootstrap_the_error_of_a_mean():
+    x = torch.tensor([3.0, 2.5, 2.0, 0.1, 0.2, 0.0], dtype=torch.float64)
+    labels = torch.tensor([1, 1, 1, 0, 0, 0])
+    p = statistics.permutation_p_value(lambda of: float(x[of == 1].mean()), labels, key=fs.key(0), num=1999)
+    assert p == pytest.approx(1 / 20, abs=4 * (0.05 * 0.95 / 1999) ** 0.5)  # one of the 20 choices of three
+    stderr = statistics.bootstrap_stderr(lambda at: x[at].mean(), len(x), key=fs.key(0), num=2000)
+    assert float(stderr) == pytest.approx(float(x.std(correction=0)) / 6**0.5, rel=0.07)

@@ -15,11 +15,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope.core import statistics
 from funcscope.core.estimate import Crossed, Estimate, interval, p_value
-from funcscope.landscape import statistics
+from funcscope.core.standard_errors import means
 from funcscope.landscape.compare import compare_directional
 from funcscope.landscape.directional import prepare
-from funcscope.landscape.sequences import means
+from funcscope.landscape.sampling import SamplingSettings
 
 FULL = {"two_sided": True, "compute_gradient": True, "compute_curvature": True}
 
@@ -170,7 +171,7 @@ def test_flatness_has_errors_over_sequences(options):
 
 
 def test_many_sequences_are_summed_in_groups_without_a_change_of_the_mean(monkeypatch):
-    monkeypatch.setattr("funcscope.landscape.sequences.MOST", 1)
+    monkeypatch.setattr("funcscope.landscape.residuals.MOST", 1)
     net = fs.functional(seeded(0, lambda: nn.Linear(3, 2)).double())
     x = fs.normal(fs.key(0), torch.zeros(1000, 3).double())
     loss = fs.objective(net, [(x, (x[:, 0] > 0).long())], fs.classification)
@@ -451,11 +452,8 @@ def test_the_weights_of_a_percentile_add_up():
 @pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"curvature": "exact", "chunk": 2}, {"lazy": True}])
 def test_going_on_gives_the_same_bits_as_going_through(options):
     loss = loss_of("mlp")
-    make = dict(
-        key=fs.key(1), n_samples=10, span=0.2, normalize="filter", distribution="normal", relative_span=False,
-        global_renorm=False, slope="auto", chunk=None, lazy=None, curvature="difference", **FULL,
-    )  # fmt: skip
-    sampling = prepare(loss, loss.net.theta, **(make | options))
+    make = {"key": fs.key(1), "num": 10, "lengths": (0.2,), "slope": "auto", "curvature": "difference"}
+    sampling = prepare(loss, loss.net.theta, SamplingSettings(**(make | options)))
     whole = sampling.run()
     first = next(iter(sampling.rows()))
     again = sampling.result([first, *sampling.rows(len(first["losses"]))])

@@ -20,8 +20,8 @@ from test_view import check_loads_nothing
 import funcscope as fs
 from funcscope.core.store import load, save
 from funcscope.landscape.compare import compare_directional
+from funcscope.landscape.directional_result import DirectionalLosses, Plan
 from funcscope.landscape.precision import Realised
-from funcscope.landscape.samples import DirectionalLosses, Plan
 from funcscope.view import comparison_sections, directional, directional_sections, page, samples, show, theme
 from funcscope.view.numbers import number
 from funcscope.view.pairing import Comparison

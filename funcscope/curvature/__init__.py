@@ -6,6 +6,7 @@ from .audit_result import Audit, Culprit, Way
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
+from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .ggn import ggn
 from .hessian import hessian, hessian_difference
@@ -22,6 +23,8 @@ __all__ = [
     "AverageSharpness",
     "CriticalSharpness",
     "Culprit",
+    "DifferenceStep",
+    "DirectionalCurvatures",
     "Eigenvalue",
     "EigenvalueDifferences",
     "EigenvalueErrors",
@@ -39,6 +42,8 @@ __all__ = [
     "compare_eigenvalues",
     "compare_sharpness",
     "critical_sharpness",
+    "difference_step",
+    "directional_curvatures",
     "eigenvalue_errors",
     "empirical_fisher",
     "exact_fisher",

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
-from ..core.estimate import Estimate, ratio_interval, ratio_stderr
+from ..core.estimate import Estimate
 from ..core.layout import Leaf
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import ratio_interval, ratio_stderr
 from .leafwise import (
     Leaves,
     Terms,

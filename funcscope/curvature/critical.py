@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from ..core.checks import check_count, check_positive
-from ..core.estimate import ratio_stderr
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
+from ..core.standard_errors import ratio_stderr
 from .critical_search import bracket
 from .leafwise import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
 

@@ -12,10 +12,11 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.checks import check_choice, check_count
-from ..core.estimate import Crossed, Estimate, ratio_stderr
+from ..core.estimate import Crossed, Estimate
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..core.result import Result, derived, quantity
+from ..core.standard_errors import ratio_stderr
 from ..linalg.matvec import Matvec
 from .outputs import loss_at, whole
 from .pullbacks import ONE_AT_A_TIME, flat, kept_gradient, kept_sandwich, named_if_missing
@@ -48,7 +49,7 @@ class SequenceForms(Result):
 
     @derived("standard error over sequences", per="vector", shown=False)
     def stderr(self) -> Float[Tensor, " k"]:
-        """Of each value, over the sequences (jackknife); nan for one sequence."""
+        """Of each value, over the sequences (linearised: `ratio_stderr`); nan for one sequence."""
         return ratio_stderr(self.terms, self.weights)
 
     @derived("mean of the forms")

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.estimate import Estimate, interval, jackknife_stderr
+from ..core.estimate import Estimate, interval
 from ..core.objective import Loss, Theta
 from ..core.pack import storable
 from ..core.result import Result, derived, internal
+from ..core.standard_errors import jackknife_stderr
 from .ascent_sharpness import SamSharpness, sam_sharpness
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues
 

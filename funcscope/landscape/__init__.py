@@ -1,17 +1,18 @@
 """The loss around a point and between points: directions, lines, planes, paths, flatness; one model or two."""
 
+from ..curvature.directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .axes import Axes, Trajectory, eigenvector_axes, plane_directions, principal_directions, project
 from .barriers import BarrierMatrix, LossPath
 from .bezier import Connection, bezier, bezier_path, connect
-from .common import CommonDirections, common_directions
-from .compare import Comparison, compare_directional
+from .compare import compare_directional
+from .compare_result import Comparison
 from .directional import directional_losses
+from .directional_result import DirectionalLosses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
 from .path import barrier_matrix, linear_path
 from .planes import LossLines, LossPlane, loss_lines, loss_plane
-from .quadratic import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
-from .samples import DirectionalLosses
+from .sampling import CommonDirections, common_directions
 
 __all__ = [
     "Axes",

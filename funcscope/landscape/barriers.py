@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.estimate import Estimate
 from ..core.result import Result, derived, internal, quantity
-from .sequences import Means, means
+from ..core.standard_errors import Means, means
 from .states import USED
 from .terms import documented, estimate
 

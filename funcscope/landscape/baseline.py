@@ -10,10 +10,10 @@ from torch import Tensor
 from ..core.directions import Direction, stack
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
+from .directional_result import Plan
 from .evaluator import mapped
 from .precision import check_baseline
-from .samples import Plan
-from .sequences import num_groups, residuals
+from .residuals import num_groups, residuals
 from .terms import PerSequence
 
 

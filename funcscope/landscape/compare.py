@@ -2,218 +2,21 @@
 
 from __future__ import annotations
 
-import html
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tabulate import tabulate
 from torch import Tensor
 
-from ..core.estimate import Crossed, Estimate, interval, p_value
-from ..core.keys import Key
-from . import paired, statistics
-from .directional_text import row
-from .notes import large_step
-from .resolution import without_error
-from .samples import DirectionalLosses
-from .sequences import crossed
-from .statistics import Samples, Signs
+from ..core import statistics
+from ..core.checks import check_instance
+from ..core.estimate import Estimate, interval
+from ..core.standard_errors import crossed
+from ..core.statistics import Samples
+from .compare_result import Comparison, Difference, Pairs
+from .directional_result import DirectionalLosses
 
 OfMoments = Callable[[Tensor, Tensor], Tensor]
 """A statistic as a function of mean and variance."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What is known, over directions and the data being fixed, of a quantity that every direction has of its own."""
-
-    correlation: Estimate
-    """Pearson's r between the two models' samples: what pairing takes out of the difference."""
-    wilcoxon: float
-    """The smaller of the two signed rank sums."""
-    p_value: float
-    """Wilcoxon's, over directions alone."""
-    rank_biserial: Estimate
-    cohen_dz: Estimate
-    signs: Signs
-    """How many differences are above and below 0, and the exact binomial p value."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One statistic of two models, and its difference, second - first, over the pairs that are finite in both.
-
-    Where terms per sequence are known, the three are `Crossed`: with an error over sequences, too, paired in the difference.
-    """
-
-    first: Estimate
-    second: Estimate
-    difference: Estimate
-    interval: tuple[float, float]
-    """From the error over directions and sequences together; from that over directions where the other is not known."""
-    num_lost: int
-    """Pairs left out because the quantity is not finite in one of the two, or in both."""
-    pairs: Pairs | None
-    """None for the statistics that are no means over directions."""
-
-    @property
-    def num_pairs(self) -> int:
-        return self.difference.num
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided, of Student's t test that the difference is 0; its error is that of `interval`."""
-        return p_value(self.difference)
-
-    @property
-    def has_data_error(self) -> bool:
-        return isinstance(self.difference, Crossed) and bool(self.difference.stderr_data.isfinite())
-
-    @property
-    def pairing_gain(self) -> float:
-        """Variance of the difference if the two were sampled apart, over that of the paired one; inf where that is 0.
-
-        So many times the directions would be needed without pairing; nan where both variances are 0 or undefined.
-        """
-        apart = self.first.stderr.square() + self.second.stderr.square()
-        return float(apart / self.difference.stderr.square())
-
-    @property
-    def unresolved(self) -> Difference:
-        """The same without errors and tests."""
-        pairs, nan = self.pairs, math.nan
-        if pairs is not None:
-            pairs = replace(pairs, p_value=nan, signs=pairs.signs._replace(p_value=nan))
-        return replace(self, difference=without_error(self.difference), interval=(nan, nan), pairs=pairs)
-
-    def asdict(self) -> dict[str, float | int]:
-        """Plain numbers by short names."""
-        found: dict[str, float | int] = {}
-        for name in ("first", "second", "difference"):
-            found |= getattr(self, name).named(name)
-        found |= {"difference_low": self.interval[0], "difference_high": self.interval[1]}
-        found |= {"pairing_gain": self.pairing_gain, "n_pairs": self.num_pairs, "n_lost": self.num_lost}
-        if self.pairs is not None:
-            found |= {"p_value": self.p_value, "wilcoxon": self.pairs.wilcoxon, "wilcoxon_p_value": self.pairs.p_value}
-            above, below, p = self.pairs.signs
-            found |= {"n_above": above, "n_below": below, "sign_p_value": p}
-            for name in ("rank_biserial", "cohen_dz", "correlation"):
-                found |= getattr(self.pairs, name).named(name)
-        return found
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
-    """Two models along the same directions; made by `compare_directional`, whose docstring says what the numbers mean.
-
-    `differences` has one entry per statistic, by its documented name.
-    """
-
-    names: tuple[str, str]
-    level: float
-    differences: dict[str, Difference]
-    baseline_losses: tuple[float, float]
-    num_directions: int
-    normalize: str
-    distribution: str
-    span: float
-    key: Key
-    num_sequences: int = 0
-    relative_step: float = math.nan
-    """The larger of the two."""
-    truncation: Estimate | None = None
-    """What the step does to the difference of the mean curvatures; None for exact ones."""
-    step_notes: tuple[str | None, str | None] = (None, None)
-    """What each result says of its step and its curvatures."""
-
-    @property
-    def num_tests(self) -> int:
-        """How many p values there are, none of them corrected for the others."""
-        return sum(difference.pairs is not None for difference in self.differences.values())
-
-    def asdict(self) -> dict[str, Any]:
-        """A flat dictionary: `delta_mean_first`, `..._second`, `..._difference`, each with `_stderr`, and so on.
-
-        Plain numbers and strings; statistics that one of the two results does not have are absent.
-        """
-        values: dict[str, Any] = {"name_first": self.names[0], "name_second": self.names[1], "level": self.level}
-        values |= {"baseline_loss_first": self.baseline_losses[0], "baseline_loss_second": self.baseline_losses[1]}
-        for statistic, difference in self.differences.items():
-            values |= {f"{statistic}_{name}": value for name, value in difference.asdict().items()}
-        return values | {
-            **({} if self.truncation is None else self.truncation.named("curvature_mean_truncation")),
-            "n_directions": self.num_directions,
-            "n_sequences": self.num_sequences,
-            "n_tests": self.num_tests,
-            "normalize": self.normalize,
-            "distribution": self.distribution,
-            "span": self.span,
-            "seed": self.key.seed,
-            "key": f"{self.key.bits:032x}",
-        }
-
-    def __str__(self) -> str:
-        table = tabulate(list(self._rows()), headers=self._headers(), disable_numparse=True)
-        return "\n".join([self._head(), table, *self._notes()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        table = tabulate(list(self._rows()), headers=self._headers(), tablefmt="html", disable_numparse=True)
-        head, *notes = (f"<p>{html.escape(text)}</p>" for text in (self._head(), *self._notes()))
-        return "\n".join([head, str(table), *notes])
-
-    def _head(self) -> str:
-        first, second = self.names
-        return (
-            f"{second} - {first}, paired over {self.num_directions} {self.normalize}-normalised {self.distribution} "
-            f"directions at span {self.span:g}, {self.key!r}"
-        )
-
-    def _headers(self) -> tuple[str, ...]:
-        errors = ("stderr", "over sequences")
-        return ("", *self.names, "difference", *errors, f"{100 * self.level:g} % interval", "p", "rank-biserial")
-
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        for name, found in self.differences.items():
-            means = (f"{float(found.first.value):.5g}", f"{float(found.second.value):.5g}")
-            gap = (f"{float(found.difference.value):.4g}", *row("", found.difference)[2:4])
-            interval = "{:.4g} to {:.4g}".format(*found.interval)
-            test = ("", "")
-            if found.pairs is not None:
-                test = (f"{found.p_value:.2g}", f"{float(found.pairs.rank_biserial.value):.2f}")
-            yield (name, *means, *gap, interval, *test)
-
-    def _notes(self) -> list[str]:
-        lost = {name: found.num_lost for name, found in self.differences.items() if found.num_lost}
-        notes = [
-            "p and interval: Student's t, from the errors over directions and over sequences together; not corrected for "
-            f"{self.num_tests} quantities tested."
-        ]
-        ranks = [f"{name} {found.pairs.p_value:.2g}" for name, found in self.differences.items() if found.pairs]
-        notes += [f"Wilcoxon's signed-rank test, over directions on these data alone: {', '.join(ranks)}"]
-        if few := [name for name, found in self.differences.items() if found.difference.stderr.isnan()]:
-            notes += [f"no error over directions, and with it no interval and no p: {', '.join(few)}"]
-        if alone := [name for name, found in self.differences.items() if not found.has_data_error]:
-            notes += [
-                f"no error over sequences is known, interval and p are about these data alone: {', '.join(alone)}"
-            ]
-        notes += [f"{name}: {note}" for name, note in zip(self.names, self.step_notes, strict=True) if note]
-        notes += [note for note in (self._signs(), large_step(self.relative_step)) if note]
-        if lost:
-            notes += ["pairs lost to non-finite values: " + ", ".join(f"{name} {num}" for name, num in lost.items())]
-        return notes
-
-    def _signs(self) -> str | None:
-        """How many differences are on either side, of quantities whose interval holds 0."""
-        unclear = [
-            "{} {} up, {} down (p = {:.2g})".format(name, *found.pairs.signs)
-            for name, found in self.differences.items()
-            if found.pairs is not None and found.interval[0] <= 0 <= found.interval[1] and found.pairs.signs.p_value < 1
-        ]
-        return f"not told from 0 by their intervals; signs over directions: {', '.join(unclear)}" if unclear else None
 
 
 def compare_directional(
@@ -286,20 +89,22 @@ def compare_directional(
     >>> round(float(found.first.value), 3), round(float(found.second.value), 3), found.pairs.p_value   # 2 / 2^6
     (25.0, 100.0, 0.03125)
     """
-    paired.check(first, second, names, level)
+    _check(first, second, names, level)
     shared = {
         name: _Pair.of(first, second, name)
         for name in _QUANTITIES
         if name in first.columns.keys() & second.columns.keys()
     }
     differences = {f"{name}_mean": _of_means(pair, level) for name, pair in shared.items()}
-    for name, quantity, estimate, of_moments in _SPREADS:
-        if quantity in shared:
-            differences[name] = _of_spreads(shared[quantity], estimate, of_moments, level)
+    for name, column, estimate, of_moments in _SPREADS:
+        if column in shared:
+            differences[name] = _of_spreads(shared[column], estimate, of_moments, level)
     if first.resolution_note and second.resolution_note:
         exact = first.exact_curvatures is not None
         differences = {
-            name: each if (name.startswith("dir_grad") or (exact and name.startswith("curvature"))) else each.unresolved
+            name: each
+            if (name.startswith("dir_grad") or (exact and name.startswith("curvature")))
+            else each.without_error()
             for name, each in differences.items()
         }
     return Comparison(
@@ -342,8 +147,8 @@ class _Pair(NamedTuple):
 def _of_means(pair: _Pair, level: float) -> Difference:
     (x, y), d = pair.samples, pair.samples[1] - pair.samples[0]
     difference = crossed(lambda x, y: statistics.mean(y - x), pair.samples, pair.rows)
-    statistic, p = paired.signed_rank_test(d)
-    effects = (paired.rank_biserial(d), paired.standardised_mean(d), statistics.signs(d))
+    statistic, p = statistics.signed_rank_test(d)
+    effects = (statistics.rank_biserial(d), statistics.standardised_mean(d), statistics.signs(d))
     pairs = Pairs(statistics.correlation(x, y), statistic, p, *effects)
     return _difference(statistics.mean, pair, difference, level, pairs)
 
@@ -353,7 +158,7 @@ def _of_spreads(
 ) -> Difference:
     def gap(x: Tensor, y: Tensor) -> Estimate:
         left_out = lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x))  # noqa: E731
-        return paired.jackknifed(estimate(y).value - estimate(x).value, left_out, x)
+        return statistics.jackknifed(lambda: estimate(y).value - estimate(x).value, left_out, x)
 
     return _difference(estimate, pair, crossed(gap, pair.samples, pair.rows), level, None)
 
@@ -378,3 +183,37 @@ _SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] 
     ("landscape_roughness", "loss", statistics.variation, lambda m, v: v.sqrt() / m.abs()),
     ("curvature_std", "curvature", statistics.spread, lambda _, v: v.sqrt()),
 )
+
+
+def _check(first: DirectionalLosses, second: DirectionalLosses, names: Any, level: Any) -> None:
+    """Raises ValueError for results whose samples are no partners, for a level outside (0, 1), and for names that are one."""
+    for name, result in (("first", first), ("second", second)):
+        remedy = "what `directional_losses` returns for each model, with one `key`"
+        check_instance(name, result, DirectionalLosses, remedy)
+    settings = _partner_settings(second)
+    for name, one in _partner_settings(first).items():
+        other = settings[name]
+        if one != other and None not in (one, other):
+            raise ValueError(
+                f"`{name}` must be the same in both results for sample i of the one to be the partner of sample i of the "
+                f"other, got {one!r} and {other!r}: sample both models with one `{name}`."
+            )
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie between 0 and 1, got {level!r}: 0.95 for a 95 % interval.")
+    if len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"`names` must be two different names, got {names!r}: one for each result, in their order.")
+
+
+def _partner_settings(result: DirectionalLosses) -> dict[str, Any]:
+    """What makes samples partners; None for what was not asked for."""
+    curvature = "difference" if result.exact_curvatures is None else "exact"
+    return {
+        "key": result.key,
+        "n_samples": len(result.losses),
+        "span": result.span,
+        "normalize": result.normalize,
+        "distribution": result.distribution,
+        "relative_span": result.relative_span,
+        "global_renorm": result.global_renorm,
+        "curvature": curvature if result.compute_curvature else None,
+    }

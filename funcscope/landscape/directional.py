@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
-from ..core.directions import Direction, Normalize, directions, norm
-from ..core.keys import Distribution, Key, check_key
+from ..core.checks import check_choice
+from ..core.directions import Direction, Normalize, norm
+from ..core.keys import Distribution, Key
 from ..core.memory import hand_back
-from ..core.objective import Loss, Theta, check_point
+from ..core.objective import Loss, Theta
 from .baseline import centre_at, copies
+from .directional_result import DirectionalLosses, Plan
 from .evaluator import GRADIENT_UP_TO
 from .per_direction import Request, sampled
 from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .residuals import Residuals
 from .resolution import unmoved
-from .samples import DirectionalLosses, Plan
-from .sequences import Residuals
+from .sampling import SamplingSettings
 from .truncation import STEPS, num_refined
 
 CHUNKED_UP_TO = 2**20
@@ -109,24 +110,23 @@ def directional_losses(
     >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
-    return prepare(
-        loss,
-        theta,
+    settings = SamplingSettings(
         key=key,
-        n_samples=n_samples,
-        span=span,
+        num=n_samples,
+        lengths=(span,),
         normalize=normalize,
         distribution=distribution,
-        relative_span=relative_span,
-        global_renorm=global_renorm,
+        relative=relative_span,
+        unit_norm=global_renorm,
         two_sided=two_sided,
-        compute_gradient=compute_gradient,
-        compute_curvature=compute_curvature,
-        curvature=curvature,
-        slope=slope,
+        slope=slope if compute_gradient else None,
+        curvature=curvature if compute_curvature else None,
         chunk=chunk,
         lazy=lazy,
-    ).run()
+    )
+    check_choice("curvature", curvature, ("difference", "exact"))
+    check_choice("slope", slope, ("auto", "gradient", "jvp"))
+    return prepare(loss, theta, settings).run()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Sampling:
     loss: Loss
     theta: Theta
     dirs: tuple[Direction, ...]
-    wanted: Request
+    request: Request
     plan: Plan
     centre: Tensor
     """Residuals of the sequences at theta."""
@@ -154,18 +154,18 @@ class Sampling:
         if first >= len(self.dirs):
             return
         with torch.no_grad():
-            for row in sampled(self.loss, self.theta, self.dirs, self.wanted, self.plan, first):
+            for row in sampled(self.loss, self.theta, self.dirs, self.request, self.plan, first):
                 yield {name: values.cpu().double() for name, values in row.items()}
 
     def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
         column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        bent, few = column.get("residuals_curvatures"), self.wanted.refined
+        bent, few = column.get("residuals_curvatures"), self.request.refined
         residuals = Residuals(
             self.centre,
             column["residuals_losses"],
             column.get("residuals_losses_negative"),
             None if bent is None else bent[:few],
-            num=len(self.wanted.scored),
+            num=len(self.request.scored),
         )
         return DirectionalLosses(
             losses=column["losses"],
@@ -178,126 +178,97 @@ class Sampling:
         )
 
 
-def prepare(
-    loss: Loss,
-    theta: Theta,
-    *,
-    key: Any,
-    n_samples: int,
-    span: float,
-    normalize: Any,
-    distribution: Any,
-    relative_span: bool,
-    global_renorm: bool,
-    two_sided: bool,
-    compute_gradient: bool,
-    compute_curvature: bool,
-    curvature: str,
-    slope: str,
-    chunk: int | None,
-    lazy: bool | None,
-) -> Sampling:
+def prepare(loss: Loss, theta: Theta, settings: SamplingSettings) -> Sampling:
     """Everything of `directional_losses` that comes before the first sample: checks, directions, plan, baseline."""
-    check_key(key)
-    check_choice("normalize", normalize, get_args(Normalize))
-    check_choice("distribution", distribution, get_args(Distribution))
-    _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk)
-    plan, base = plan_of(loss, chunk, lazy), loss.leaves(theta)
-    dirs = directions(
-        loss.net,
-        key=key,
-        num=n_samples,
-        normalize=normalize,
-        distribution=distribution,
-        unit_norm=global_renorm and normalize != "global",
-        base=base,
-    )
-    param_norm = norm(base)
-    step = span * param_norm / dirs[0].norm if relative_span else float(span)
-    if step == 0:
-        raise ValueError("`relative_span` is a share of ||theta||, which is 0 here: leave it out.")
-    if global_renorm and normalize != "global":
-        _warn_renorm(normalize, span, step, param_norm)
-    large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
-    exact = compute_curvature and curvature == "exact"
-    refined = num_refined(n_samples) if compute_curvature and not (exact and large) else 0
-    if refined and exact and loss.layout.num <= CHUNKED_UP_TO:
-        refined = n_samples
-    if large:
+    settings.check(loss, theta)
+    _check(settings)
+    plan, base = plan_of(loss, settings.chunk, settings.lazy), loss.leaves(theta)
+    dirs, param_norm = settings.drawn(loss.net, base), norm(base)
+    (step,) = settings.steps(dirs[0], param_norm)
+    _warn_renorm(settings, step, param_norm)
+    if is_large(loss, plan):
         hand_back()
     with torch.no_grad():
-        baseline, centre, scored = centre_at(loss, theta, plan, n_samples, dirs, 1 + two_sided)
-        off = loss_error(loss, base) if compute_curvature and not exact and is_half(loss.layout) else math.nan
-        found = realised(loss.layout, base, dirs[0], step, off)
-    warn_if_swallowed(found, span, step * dirs[0].norm / param_norm if param_norm else math.inf)
-    wanted = Request(
-        step,
-        two_sided,
-        _slope(loss, plan, slope, n_samples) if compute_gradient else None,
-        ("jvp" if large else "product") if exact else None,
-        refined,
-        scored,
-        len(centre),
-    )
-    settings = {
+        baseline, centre, scored = centre_at(loss, theta, plan, settings.num, dirs, 1 + settings.two_sided)
+        differenced = settings.curvature == "difference" and is_half(loss.layout)
+        off = loss_error(loss, base) if differenced else math.nan
+        rounded = realised(loss.layout, base, dirs[0], step, off)
+    warn_if_swallowed(rounded, settings.lengths[0], step * dirs[0].norm / param_norm if param_norm else math.inf)
+    request = _request(loss, plan, settings, step, scored, len(centre))
+    known = {
         "baseline_loss": baseline,
         "direction_norms": torch.tensor([direction.norm for direction in dirs], dtype=torch.float64),
         "param_norm": param_norm,
-        "span": span,
         "actual_span": step,
-        "normalize": normalize,
-        "distribution": distribution,
-        "relative_span": relative_span,
-        "global_renorm": global_renorm,
-        "compute_curvature": compute_curvature,
+        "realised": rounded,
+        "unmoved": unmoved(loss.layout, base, dirs[0], step) if rounded is None else rounded.unmoved,
+        "plan": plan,
+        **_asked(loss, settings),
+        **_costs(loss, plan, settings, request, math.isfinite(off)),
+    }
+    return Sampling(loss, theta, dirs, request, plan, centre.cpu().double(), known)
+
+
+def is_large(loss: Loss, plan: Plan) -> bool:
+    """Whether a second set of weights is too much."""
+    return plan.lazy and loss.layout.num > GRADIENT_UP_TO
+
+
+def _request(loss: Loss, plan: Plan, settings: SamplingSettings, step: float, scored: Tensor, groups: int) -> Request:
+    exact, large = settings.curvature == "exact", is_large(loss, plan)
+    slope = None if settings.slope is None else _slope(loss, plan, settings.slope, settings.num)
+    refined = num_refined(settings.num) if settings.curvature is not None and not (exact and large) else 0
+    if refined and exact and loss.layout.num <= CHUNKED_UP_TO:
+        refined = settings.num
+    curvature: Literal["jvp", "product"] = "jvp" if large else "product"
+    return Request(step, settings.two_sided, slope, curvature if exact else None, refined, scored, groups)
+
+
+def _asked(loss: Loss, settings: SamplingSettings) -> dict[str, Any]:
+    """What was asked for, by the names of the result."""
+    return {
+        "span": settings.lengths[0],
+        "normalize": settings.normalize,
+        "distribution": settings.distribution,
+        "relative_span": settings.relative,
+        "global_renorm": settings.unit_norm,
+        "compute_curvature": settings.curvature is not None,
         "unit_roundoff": loss.net.unit_roundoff,
         "homogeneous_dtype": len({leaf.dtype for leaf in loss.layout.leaves}) == 1,
-        "realised": found,
-        "unmoved": unmoved(loss.layout, base, dirs[0], step) if found is None else found.unmoved,
-        "key": key,
-        "plan": plan,
-        "num_forwards": 1
-        + copies(loss, plan, n_samples, 1 + two_sided)
-        + n_samples * (1 + two_sided)
-        + len(STEPS) * refined * (not exact)
-        + 2 * math.isfinite(off),
-        "num_gradients": int(wanted.slope == "gradient"),
-        "num_jvps": n_samples * (wanted.slope == "jvp"),
-        "num_second_jvps": {"jvp": n_samples, "product": refined}.get(wanted.curvature or "", 0),
-        "num_matvecs": n_samples * (wanted.curvature == "product"),
+        "key": settings.key,
     }
-    return Sampling(loss, theta, dirs, wanted, plan, centre.cpu().double(), settings)
 
 
-def _slope(loss: Loss, plan: Plan, slope: str, n_samples: int) -> Literal["gradient", "jvp"]:
+def _costs(loss: Loss, plan: Plan, settings: SamplingSettings, request: Request, measured: bool) -> dict[str, int]:
+    """Evaluations of each kind. measured: the loss also in full precision."""
+    num, sides, second = settings.num, 1 + settings.two_sided, request.curvature or ""
+    finer = 0 if second else len(STEPS) * request.refined
+    return {
+        "num_forwards": 1 + copies(loss, plan, num, sides) + num * sides + finer + 2 * measured,
+        "num_gradients": int(request.slope == "gradient"),
+        "num_jvps": num * (request.slope == "jvp"),
+        "num_second_jvps": {"jvp": num, "product": request.refined}.get(second, 0),
+        "num_matvecs": num * (second == "product"),
+    }
+
+
+def _slope(loss: Loss, plan: Plan, slope: str, num: int) -> Literal["gradient", "jvp"]:
     """One gradient serves all directions, but it is another set of weights."""
     if slope == "auto":
-        large = plan.lazy and loss.layout.num > GRADIENT_UP_TO
-        return "jvp" if (n_samples == 1 or large) and loss.net.attention != "keep" else "gradient"
+        return "jvp" if (num == 1 or is_large(loss, plan)) and loss.net.attention != "keep" else "gradient"
     return "jvp" if slope == "jvp" else "gradient"
 
 
-def _check(loss, theta, n_samples, span, two_sided, compute_curvature, curvature, slope, chunk) -> None:
-    check_point(loss, theta)
-    check_count("n_samples", n_samples)
-    check_positive("span", span)
+def _check(settings: SamplingSettings) -> None:
+    """What differences need."""
+    (span,) = settings.lengths
     if span * span < 1e-300:
         raise ValueError(f"`span` must have a square that is not 0, got {span!r}: curvatures are divided by it.")
-    check_choice("curvature", curvature, ("difference", "exact"))
-    check_choice("slope", slope, ("auto", "gradient", "jvp"))
-    if chunk is not None:
-        check_count("chunk", chunk)
-    if compute_curvature and curvature == "difference" and not two_sided:
+    if settings.curvature == "difference" and not settings.two_sided:
         raise ValueError(
             "`compute_curvature` by difference needs losses on both sides: "
             'pass `two_sided=True`, or `curvature="exact"`.'
         )
-    if isinstance(theta, Mapping):
-        check_names(theta, loss.layout.names, "theta")
-    else:
-        check_flat("theta", theta, loss.layout.num)
-    tensor = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
-    check_device("theta", tensor.device, "the model", loss.net.device)
 
 
 def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
@@ -315,10 +286,13 @@ def plan_of(loss: Loss, chunk: int | None, lazy: bool | None) -> Plan:
     return Plan(lazy=False, chunk=chunk if chunk == 1 or loss.is_mapped() else 1, threads=torch.get_num_threads())
 
 
-def _warn_renorm(normalize: str, span: float, step: float, param_norm: float) -> None:
+def _warn_renorm(settings: SamplingSettings, step: float, param_norm: float) -> None:
+    if not settings.unit_norm or settings.normalize == "global":
+        return
     warnings.warn(
-        f"`global_renorm` after {normalize!r} normalisation divides every direction by ||theta|| = {param_norm:.4g} and "
-        f"changes nothing else: the displacement is {step:.4g} instead of {span * param_norm:.4g}, "
-        f"a relative step of {step / param_norm:.2e}. Leave it out, or use `relative_span=True`.",
+        f"`global_renorm` after {settings.normalize!r} normalisation divides every direction by ||theta|| = "
+        f"{param_norm:.4g} and changes nothing else: the displacement is {step:.4g} instead of "
+        f"{settings.lengths[0] * param_norm:.4g}, a relative step of {step / param_norm:.2e}. Leave it out, or use "
+        "`relative_span=True`.",
         stacklevel=4,
     )

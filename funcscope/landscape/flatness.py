@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
+from ..core.checks import check_positive
 from ..core.directions import Direction, Normalize, norm, stack
-from ..core.keys import Key, check_key
-from ..core.objective import Loss, Theta, check_point
+from ..core.keys import Key
+from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from .baseline import centre_at, centred, copies
-from .common import CommonDirections, drawn
 from .directional import plan_of
+from .directional_result import Plan
 from .evaluator import mapped, points_at_once
 from .flatness_result import Flatness
 from .precision import is_half, realised, warn_if_swallowed
+from .residuals import Residuals, residuals
 from .resolution import loss_rounding, unmoved
-from .samples import Plan
-from .sequences import Residuals, residuals
+from .sampling import Arguments, CommonDirections, SamplingSettings
 from .terms import PerSequence, Values
 
 
@@ -132,55 +132,72 @@ def flatness_profile(
     >>> [round(float(result.pair_mean.value), 4) for result in profile]
     [0.005, 0.02]
     """
-    epsilons = tuple(epsilons) if isinstance(epsilons, Iterable) else (epsilons,)
-    _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk)
-    plan, base = _planned(loss, chunk, directions), loss.leaves(theta)
-    dirs = drawn(loss.net, base, key, n_directions, normalize, directions)
-    param_norm, length = norm(base), dirs[0].norm
-    if relative and param_norm == 0:
-        raise ValueError("`relative` makes epsilon a share of ||theta||, which is 0 here: leave it out.")
-    steps = [epsilon * param_norm / length if relative else float(epsilon) for epsilon in epsilons]
-    signed = [sign * step for step in steps for sign in ((1, -1) if two_sided else (1,))]
-    common = None if directions is None else directions.rows
+    settings = SamplingSettings(
+        key=key,
+        num=n_directions,
+        lengths=tuple(epsilons) if isinstance(epsilons, Iterable) else (epsilons,),
+        normalize=normalize,
+        relative=relative,
+        two_sided=two_sided,
+        chunk=chunk,
+        arguments=Arguments("n_directions", "epsilons", "relative", "epsilon"),
+    )
+    if not settings.lengths:
+        raise ValueError("`epsilons` is empty: name at least one length of the step, for example (0.1,).")
+    check_positive("threshold", threshold)
+    return _profile(loss, theta, settings, float(threshold), directions)
+
+
+def _profile(
+    loss: Loss, theta: Theta, settings: SamplingSettings, threshold: float, common: CommonDirections | None
+) -> tuple[Flatness, ...]:
+    settings.check(loss, theta)
+    plan, base = _planned(loss, settings.chunk, common), loss.leaves(theta)
+    dirs, param_norm = settings.drawn(loss.net, base, common), norm(base)
+    steps, sides = settings.steps(dirs[0], param_norm), (1, -1) if settings.two_sided else (1,)
+    signed = [sign * step for step in steps for sign in sides]
+    rows = None if common is None else common.rows
     with torch.no_grad():
-        looped, num = not plan.lazy and plan.chunk == 1, n_directions * len(signed)
-        baseline, centre, scored = (
-            _centre_of_values(loss, theta, num)
-            if looped
-            else centre_at(loss, theta, plan, num, dirs, len(signed), common)
-        )
-        _warn_of_half(loss, base, dirs[0], steps)
-        half = is_half(loss.layout)
-        rounding = 0.0 if half else loss_rounding(baseline, loss.net.unit_roundoff, len(scored))
+        baseline, centre, scored = _centre(loss, theta, plan, dirs, len(signed), rows)
+        for step in steps:
+            share = step * dirs[0].norm / param_norm if param_norm else math.inf
+            warn_if_swallowed(realised(loss.layout, base, dirs[0], step), step, share)
         still = [unmoved(loss.layout, base, dirs[0], step) for step in steps]
-        parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, common, signed, plan)]
-        losses, beside = (torch.cat([x.cpu().double() for x in column]) for column in zip(*parts, strict=True))
-        deltas, centre = losses - baseline, centre.cpu().double()
-    settings: dict[str, Any] = {
+        parts = [residuals(terms, scored, len(centre)) for terms in _terms(loss, theta, dirs, rows, signed, plan)]
+    losses, beside = (torch.cat([x.cpu().double() for x in column]) for column in zip(*parts, strict=True))
+    by_length = ([_sides(x) for x in columns.split(len(sides), dim=1)] for columns in (losses - baseline, beside))
+    centre = centre.cpu().double()
+    known: dict[str, Any] = {
         "baseline_loss": baseline,
-        "direction_norm": length,
+        "direction_norm": dirs[0].norm,
         "param_norm": param_norm,
+        "threshold": threshold,
+        "loss_rounding": 0.0 if is_half(loss.layout) else loss_rounding(baseline, loss.net.unit_roundoff, len(scored)),
+        "num_forwards": 1 + copies(loss, plan, len(dirs), len(signed)) + len(dirs) * len(sides),
         "num_params": loss.layout.num,
-        "loss_rounding": rounding,
-        "relative": relative,
-        "normalize": normalize,
-        "threshold": float(threshold),
-        "key": key,
+        "relative": settings.relative,
+        "normalize": settings.normalize,
+        "key": settings.key,
         "plan": plan,
-        "num_forwards": 1 + copies(loss, plan, n_directions, len(signed)) + n_directions * (1 + two_sided),
     }
-    sides = [x.split(1 + two_sided, dim=1) for x in (deltas, beside)]
     return tuple(
         Flatness(
-            *_sides(side),
-            float(epsilon),
-            step,
-            residuals=Residuals(centre, *_sides(row), num=len(scored)),
-            unmoved=share,
-            **settings,
+            up, down, float(length), step, residuals=Residuals(centre, *row, num=len(scored)), unmoved=share, **known
         )
-        for epsilon, step, share, side, row in zip(epsilons, steps, still, *sides, strict=True)
+        for length, step, share, (up, down), row in zip(settings.lengths, steps, still, *by_length, strict=True)
     )
+
+
+def _centre(
+    loss: Loss, theta: Theta, plan: Plan, dirs: tuple[Direction, ...], steps: int, rows: Tensor | None
+) -> tuple[float, Tensor, Tensor]:
+    """`centre_at`; where the plan is a loop, by the kernels of the loop: differences have no rounding of others in them."""
+    num = len(dirs) * steps
+    if plan.lazy or plan.chunk > 1:
+        return centre_at(loss, theta, plan, num, dirs, steps, rows)
+    values, params = Values(loss), loss.params(theta)
+    terms, (sums, weights) = torch.stack(values(params)), values(params)
+    return centred(terms, sums.sum() / weights.sum(), loss, num)
 
 
 def _sides(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,13 +229,6 @@ def _terms(
         yield torch.stack(found, dim=1)
 
 
-def _centre_of_values(loss: Loss, theta: Theta, num: int) -> tuple[float, Tensor, Tensor]:
-    """`centre_at` by the kernels of the loop: differences have no rounding of another kernel in them."""
-    values, params = Values(loss), loss.params(theta)
-    terms, (sums, weights) = torch.stack(values(params)), values(params)
-    return centred(terms, sums.sum() / weights.sum(), loss, num)
-
-
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:
     phi = restrict(loss, params, direction, lazy=True)
     if len(steps) == 1 or loss.net.attention == "keep" or not loss.is_mapped():
@@ -231,31 +241,3 @@ def _planned(loss: Loss, chunk: int | None, common: CommonDirections | None) -> 
     """As for directional losses where leaves are made one by one, else as for planes; rows that are there are used."""
     plan = plan_of(loss, chunk, False if common is not None else None)
     return plan if plan.lazy or chunk is not None else plan._replace(chunk=points_at_once(loss))
-
-
-def _warn_of_half(loss: Loss, base: Any, direction: Direction, steps: list[float]) -> None:
-    """Steps that half precision swallows; nothing in full precision."""
-    size = norm(base)
-    for step in steps:
-        share = step * direction.norm / size if size else math.inf
-        warn_if_swallowed(realised(loss.layout, base, direction, step), step, share)
-
-
-def _check(loss, theta, key, epsilons, n_directions, normalize, threshold, chunk) -> None:
-    check_point(loss, theta)
-    check_key(key)
-    check_count("n_directions", n_directions)
-    if not epsilons:
-        raise ValueError("`epsilons` is empty: name at least one length of the step, for example (0.1,).")
-    for epsilon in epsilons:
-        check_positive("epsilon", epsilon)
-    check_positive("threshold", threshold)
-    check_choice("normalize", normalize, get_args(Normalize))
-    if chunk is not None:
-        check_count("chunk", chunk)
-    if isinstance(theta, Mapping):
-        check_names(theta, loss.layout.names, "theta")
-    else:
-        check_flat("theta", theta, loss.layout.num)
-    tensor = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
-    check_device("theta", tensor.device, "the model", loss.net.device)

@@ -17,10 +17,10 @@ from ..core.directions import Direction, dot, stack
 from ..core.estimate import Estimate
 from ..core.objective import Loss
 from ..core.pack import storable
+from ..core.standard_errors import means
 from .axes import Axes, Trajectory
 from .evaluator import Write, over_points, points_at_once
 from .precision import check_baseline
-from .sequences import means
 from .states import States
 from .terms import Metric, estimate
 

@@ -18,9 +18,9 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict
 from ..curvature.hessian import hessian
 from ..linalg.matvec import Matvec
+from .directional_result import Plan
 from .evaluator import GRADIENT_UP_TO, mapped, of_rows
-from .samples import Plan
-from .sequences import residuals
+from .residuals import residuals
 from .terms import PerSequence
 from .truncation import STEPS
 

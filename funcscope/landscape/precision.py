@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_map_only
 from ..core.directions import Direction, dot
 from ..core.layout import Layout, Params
 from ..core.objective import Loss
+from ..core.pack import storable
 
 HALF = (torch.bfloat16, torch.float16)
 
 
+@storable
 class Realised(NamedTuple):
     """The steps +h d and -h d after rounding to the dtypes of the parameters; measured on one direction."""
 

@@ -81,11 +81,3 @@ def without_error(estimate: Estimate) -> Estimate:
     if not isinstance(estimate, Crossed):
         return replace(estimate, stderr=nan)
     return replace(estimate, stderr=nan, stderr_data=nan, stderr_total=nan)
-
-
-def without_errors(estimates: dict[str, Estimate], exact: bool) -> dict[str, Estimate]:
-    """The same where losses at the step are not resolved; losses as such, slopes and exact curvatures are all the same."""
-    alone = ("loss_mean", "dir_grad_mean", "dir_grad_std", *(("curvature", "rayleigh") if exact else ()))
-    return {
-        name: estimate if name.startswith(alone) else without_error(estimate) for name, estimate in estimates.items()
-    }

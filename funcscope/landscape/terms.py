@@ -15,7 +15,7 @@ from ..core.estimate import Estimate
 from ..core.layout import Params
 from ..core.model import Inputs, LeafFn
 from ..core.objective import Loss, Theta, per_sequence
-from .sequences import means
+from ..core.standard_errors import means
 
 Metric = Callable[[Tensor, Any], Tensor]
 """(output of the model, targets): a value for every position that the criterion weighs. Targets of the criteria of this

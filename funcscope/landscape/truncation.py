@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.estimate import Estimate
+from ..core.result import Result, derived, quantity
 
 STEPS = (1 / 2, -1 / 2, 1 / 4, -1 / 4)
 """Shares of the step at which the first directions are evaluated, too."""
@@ -21,8 +21,7 @@ def num_refined(num: int) -> int:
     return min(num, max(3, num // 10), MOST)
 
 
-@dataclass(frozen=True)
-class Truncation:
+class Truncation(Result):
     r"""Second differences c of a few directions at the steps h, h/2 and h/4.
 
     Where the loss has four derivatives, $c(h) = L'' + a h^2 + O(h^4)$: halving the step moves c by 3/4 of its error, halving
@@ -38,24 +37,24 @@ class Truncation:
     'rough'
     """
 
-    whole: Float[Tensor, " m"]
-    half: Float[Tensor, " m"]
-    quarter: Float[Tensor, " m"]
-    noise: float
+    whole: Float[Tensor, " m"] = quantity("second difference at h", per="direction")
+    half: Float[Tensor, " m"] = quantity("second difference at h/2", per="direction")
+    quarter: Float[Tensor, " m"] = quantity("second difference at h/4", per="direction")
+    noise: float = quantity("what rounding may do at h")
     """What rounding may do to a difference at h; four times as much at h/2, sixteen times at h/4."""
 
-    @property
+    @derived("what the step adds to the mean")
     def bias(self) -> Estimate:
         r"""$\tfrac43 (c(h) - c(h/2))$: by how much the step makes the mean too large, with its error over directions."""
         return Estimate.of(4 / 3 * (self.whole - self.half))
 
-    @property
+    @derived("second halving over the first")
     def settling(self) -> float:
         """Root mean square of c(h/2) - c(h/4) over that of c(h) - c(h/2): 1/4 for a smooth loss and a small step."""
         first = _rms(self.whole - self.half)
         return _rms(self.half - self.quarter) / first if first else math.nan
 
-    @property
+    @derived("status")
     def status(self) -> Literal["smooth", "rough", "rounding", "undefined"]:
         """`rough`: halving the step again moves the differences by more, not by less, and not because of rounding.
 

@@ -13,9 +13,10 @@ from scipy import stats
 from torch import Tensor
 
 from ..core.checks import check_choice, check_positive
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, quantity
+from ..core.standard_errors import jackknife_stderr
 from .gauss import Resolution, christoffel, corner, rule
 
 Scale = Literal["linear", "symlog"]

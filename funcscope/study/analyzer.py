@@ -13,7 +13,7 @@ from ..core.keys import key
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..families.family import Family
-from ..landscape.common import CommonDirections, common_directions
+from ..landscape.sampling import CommonDirections, common_directions
 from .runs import Variant
 
 Values = Mapping[str, Any]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.estimate import Estimate, jackknife_stderr
+from ..core.estimate import Estimate
+from ..core.standard_errors import jackknife_stderr
 from ..core.store import Stored
 from ..linalg.summary import SpectrumSummary
 from .listing import Listing

@@ -19,10 +19,11 @@ from ..core.directions import Normalize
 from ..core.keys import Distribution, key
 from ..core.objective import Loss
 from ..core.store import save, to_json
-from ..landscape import directional_text
-from ..landscape.compare import Comparison, compare_directional
+from ..landscape.compare import compare_directional
+from ..landscape.compare_result import Comparison
 from ..landscape.directional import Sampling, prepare
-from ..landscape.samples import DirectionalLosses
+from ..landscape.directional_result import DirectionalLosses
+from ..landscape.sampling import SamplingSettings
 from .inputs import Data
 from .opening import Source, check_source, counts, free_stem, names_of, open_model
 from .pace import pace_of
@@ -77,7 +78,7 @@ def run(
         opened = open_model(settings, folder)
         partial, files = unfinished(out, stem, number), files_of(folder, Path(settings.data))
         results.append(_sampled(settings, opened.loss, partial, files, name, quiet))
-        notes = directional_text._tail(results[-1])
+        notes = list(results[-1].notes)
         described.append({"name": name, **opened.described, "values": _scalars(results[-1]), "notes": notes})
         data = opened.data
         del opened  # before the next model is loaded
@@ -161,20 +162,15 @@ def _sampled(
     sampling = prepare(
         loss,
         loss.net.params,
-        key=key(settings.seed),
-        n_samples=settings.n_samples,
-        span=settings.span,
-        normalize=settings.normalize,
-        distribution=settings.distribution,
-        relative_span=False,
-        global_renorm=False,
-        two_sided=True,
-        compute_gradient=settings.slopes,
-        compute_curvature=settings.curvature != "none",
-        curvature="exact" if settings.curvature == "exact" else "difference",
-        slope="auto",
-        chunk=None,
-        lazy=None,
+        SamplingSettings(
+            key=key(settings.seed),
+            num=settings.n_samples,
+            lengths=(settings.span,),
+            normalize=settings.normalize,
+            distribution=settings.distribution,
+            slope="auto" if settings.slopes else None,
+            curvature=None if settings.curvature == "none" else settings.curvature,
+        ),
     )
     with tqdm(total=settings.n_samples, desc=name, unit="direction", disable=quiet, dynamic_ncols=True) as bar:
         rows = []

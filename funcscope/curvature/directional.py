@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,10 +16,11 @@ from ..core.directions import Direction, dot
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
-from ..curvature.ggn import ggn
-from ..curvature.hessian import hessian
-from ..curvature.pullbacks import flat
+from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Products
+from .ggn import ggn
+from .hessian import hessian
+from .pullbacks import flat
 
 STENCIL = {
     2: (1 / 90, -3 / 20, 3 / 2, -49 / 18, 3 / 2, -3 / 20, 1 / 90),
@@ -30,22 +31,21 @@ PROBES = (1 / 16, 1 / 4, 1.0)
 """Reaches of the stencil that are tried, as shares of the largest one."""
 
 
-@dataclass(frozen=True, eq=False)
-class DirectionalCurvatures:
-    """d'Hd and d'Gd of every direction, per unit of its coefficient, in float64."""
+class DirectionalCurvatures(Result):
+    """d'Hd and d'Gd of every direction, per unit of its coefficient, in float64; made by `directional_curvatures`."""
 
-    hessian: Float[Tensor, " n"]
-    gauss_newton: Float[Tensor, " n"] | None
+    hessian: Float[Tensor, " n"] = quantity("curvature", per="direction")
+    gauss_newton: Float[Tensor, " n"] | None = quantity("curvature of the Gauss-Newton matrix", per="direction")
     """The loss's own part; the rest, H - G, is what the model's second derivatives bring."""
-    norms: Float[Tensor, " n"]
+    norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
     num_matvecs: int
 
-    @property
+    @derived("curvature per distance", per="direction")
     def rayleigh_quotients(self) -> Float[Tensor, " n"]:
         """d'Hd / ||d||^2: curvature per unit of distance."""
         return self.hessian / self.norms.square()
 
-    @property
+    @derived("mean curvature")
     def mean(self) -> Estimate:
         """Of d'Hd; for random directions of norm 1, tr(H) / P."""
         return Estimate.of(self.hessian)
@@ -84,22 +84,20 @@ def directional_curvatures(
     return DirectionalCurvatures(columns[1], columns[2] if gauss_newton else None, columns[0], num)
 
 
-@dataclass(frozen=True)
-class DifferenceStep:
+class DifferenceStep(Result):
     """The step h at which the second difference (L(h) + L(-h) - 2 L(0)) / h^2 has the smallest error bound."""
 
-    step: float
-    error: float
-    """Of the second difference at that step: h^2 |L''''| / 12 + 4 u |L| / h^2."""
-    curvature: float
+    step: float = quantity("step")
+    error: float = quantity("error of the second difference")
+    """At that step: h^2 |L''''| / 12 + 4 u |L| / h^2."""
+    curvature: float = quantity("second derivative")
     """L'' by the 7-point stencil itself."""
-    fourth_derivative: float
-    fourth_noise: float
-    """What rounding of the losses may do to it."""
-    reach: float
+    fourth_derivative: float = quantity("fourth derivative")
+    fourth_noise: float = quantity("what rounding may do to the fourth derivative")
+    reach: float = quantity("largest coefficient of the stencil")
     """The coefficient that the stencil went out to, on both sides."""
     num_forwards: int
-    status: Literal["resolved", "flat", "non-finite"]
+    status: Literal["resolved", "flat", "non-finite"] = quantity("status")
     """`flat`: no fourth derivative above rounding as far as losses are finite; the step is the largest that was tried.
     `non-finite`: no stencil had finite losses."""
 

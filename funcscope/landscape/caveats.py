@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.estimate import Estimate, interval
+from ..core.statistics import largest_share, signs
 from .precision import Realised
-from .statistics import largest_share, signs
 from .truncation import Truncation
 
 LOW_CORRELATION = 0.3
@@ -129,3 +130,20 @@ def unresolved(what: str, mean: Estimate, samples: Float[Tensor, " n"]) -> str |
 def _total(mean: Estimate) -> float:
     low, high = interval(mean, 0.6827)
     return (high - low) / 2
+
+
+def nonfinite(positive: int, negative: int, step: str) -> str | None:
+    """How many losses at both ends of the step are not finite."""
+    if not positive + negative:
+        return None
+    return f"non-finite losses: {positive} at +{step}, {negative} at -{step}"
+
+
+def no_data_error(names: Sequence[str]) -> str | None:
+    """Which statistics have no error over sequences, where others may have one."""
+    if not names:
+        return None
+    return (
+        "no error over sequences, as their own terms are not known along every direction; intervals are about these data "
+        f"alone: {', '.join(names)}"
+    )

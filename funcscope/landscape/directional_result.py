@@ -1,0 +1,296 @@
+"""What `directional_losses` returns: the samples, the settings, and the statistics computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core import statistics
+from ..core.estimate import Crossed, Estimate
+from ..core.keys import Key
+from ..core.pack import storable
+from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import Statistic, crossed
+from ..core.tables import Entry, said
+from . import caveats
+from .directional_columns import Columns, finite
+from .precision import Realised
+from .residuals import Residuals
+from .resolution import partly_moved, unresolved_step, without_error
+
+_SIGNED = ("delta", "dir_grad", "curvature")
+
+
+@storable
+class Plan(NamedTuple):
+    """How the samples were evaluated. The same plan on the same machine gives the same bits."""
+
+    lazy: bool
+    chunk: int
+    threads: int
+
+    @property
+    def named(self) -> dict[str, int]:
+        """By documented names."""
+        return {"fast_vec_path": not self.lazy, "chunk": self.chunk, "threads": self.threads}
+
+
+class DirectionalLosses(Columns, Result):
+    r"""Losses along random directions; made by `directional_losses`, whose docstring has the formulas.
+
+    Samples are float64 tensors of shape (n,) on the CPU, one entry per direction, non-finite ones included. Statistics
+    are over the finite ones: an `Estimate` each, nan where too few samples define it. sd is the sample value (n - 1).
+    Those whose terms per sequence are known (a `Crossed`) have an error over sequences, too, and one over both: a loss change
+    always, slopes with two sides, from $(L_s^+ - L_s^-)/2h$ of each sequence s, curvatures by difference, and exact ones from
+    the second derivatives of single sequences along some directions. It takes the sequences for a random sample.
+    Direction norms are those by construction: 1, or that of the parameters that move. What was not asked for is None.
+    `asdict()` gives the documented dictionary.
+    """
+
+    baseline_loss: float = quantity("loss at theta", unit="nats")
+    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="nats", per="direction")
+    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="nats", per="direction")
+    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="nats per h", per="direction")
+    exact_curvatures: Float[Tensor, " n"] | None = internal()
+    direction_norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
+    param_norm: float
+    span: float = internal()
+    actual_span: float
+    normalize: str
+    distribution: str
+    relative_span: bool
+    global_renorm: bool
+    compute_curvature: bool
+    unit_roundoff: float = internal()
+    homogeneous_dtype: bool
+    realised: Realised | None
+    """What rounding to half precision makes of the step, measured on the first direction; None in full precision."""
+    key: Key
+    plan: Plan = internal()
+    num_forwards: int
+    num_gradients: int
+    num_jvps: int
+    num_second_jvps: int
+    num_matvecs: int = 0
+    residuals: Residuals | None = internal(default=None)
+    finer: Float[Tensor, "m 4"] | None = internal(default=None)
+    """Losses of the first m directions at +h/2, -h/2, +h/4, -h/4, where curvatures are differences."""
+    unmoved: float = 0.0
+    """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
+
+    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="nats", steady=True)
+    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="nats")
+    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="nats")
+    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="nats")
+    landscape_roughness = Statistic("sd over mean of the loss at +h", statistics.variation, "loss")
+    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_delta_corr = Statistic("correlation of slope and loss change", statistics.correlation, "dir_grad", "delta")
+    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit="nats per h^2")
+    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit="nats per h^2")
+    curvature_p10, curvature_p50, curvature_p90 = (
+        Statistic(
+            f"{p}th percentile of the curvature",
+            partial(statistics.quantile, q=p / 100),
+            "curvature",
+            unit="nats per h^2",
+        )
+        for p in (10, 50, 90)
+    )
+    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="nats per distance^2")
+    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="nats")
+    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="nats", steady=True)
+    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="nats")
+
+    @derived("finite losses at +h", shown=False)
+    def n_samples(self) -> int:
+        """The number of valid samples: finite losses at +span."""
+        return int(self.losses.isfinite().sum())
+
+    @derived("losses at +h that are not finite", shown=False)
+    def n_nonfinite_pos(self) -> int:
+        return len(self.losses) - self.n_samples
+
+    @derived("losses at -h that are not finite", shown=False)
+    def n_nonfinite_neg(self) -> int:
+        return 0 if self.losses_negative is None else int((~self.losses_negative.isfinite()).sum())
+
+    @property
+    def precision_note(self) -> str | None:
+        """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
+        if not (few := self.n_curvatures_undecided) or self.curvatures is None:
+            return None
+        half = self.realised is not None
+        return caveats.undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
+
+    @property
+    def step_note(self) -> str | None:
+        """That the step, not the sampling, decides the mean curvature, or that it is not resolved; None where it is."""
+        known, mean = self.truncation, self.curvature_mean
+        return None if known is None else caveats.curvature_and_step(known, mean, self.actual_span)
+
+    @cached_property
+    def resolution_note(self) -> str | None:
+        """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
+        return unresolved_step(self.unmoved, Estimate.of(finite(self.deltas)), self.loss_rounding)
+
+    @derived("directions with a finite slope and loss", shown=False)
+    def n_samples_for_corr(self) -> int:
+        """Directions where both the slope and the loss are finite."""
+        return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
+        return Statistic.all_of(self)
+
+    def estimated(
+        self, statistic: Callable[..., Estimate], over: Sequence[str], steady: bool = False
+    ) -> Estimate | None:
+        """A statistic of these columns, over the directions where all of them are finite; None where one is not there.
+
+        steady: it does not depend on how well loss changes at the step are resolved.
+        """
+        columns = self.columns
+        if not columns.keys() >= set(over):
+            return None
+        seen = torch.stack([columns[each] for each in over]).isfinite().all(0)
+        rows = [None if (row := self.rows(each)) is None else row[seen] for each in over]
+        estimate = crossed(statistic, [columns[each][seen] for each in over], rows)
+        steady |= self.exact_curvatures is not None and over[0] in ("curvature", "rayleigh")
+        return estimate if steady or self.resolution_note is None else without_error(estimate)
+
+    @cached_property
+    def baseline(self) -> Estimate:
+        """The loss at theta with its standard error over sequences; nan where that is not known."""
+        if self.residuals is None:
+            return Estimate(torch.tensor(self.baseline_loss), torch.tensor(math.nan), 0)
+        centre = self.residuals.centre
+        share = len(centre) / (len(centre) - 1) if len(centre) > 1 else math.nan
+        stderr = (centre.square().sum() * share).sqrt()
+        return Estimate(centre.new_tensor(self.baseline_loss), stderr, self.residuals.num)
+
+    @property
+    def signs(self) -> dict[str, statistics.Signs]:
+        """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
+        at_the_step = {"delta", "curvature"} if self.exact_curvatures is None else {"delta"}
+        lost = set() if self.resolution_note is None else at_the_step
+        tests = {name: statistics.signs(finite(x)) for name, x in self.columns.items() if name in _SIGNED}
+        return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
+
+    @property
+    def note(self) -> str | None:
+        """Why slopes do not predict the loss changes here, from the numbers; None where they do, or were not asked for."""
+        if self.slopes is None:
+            return None
+        corr = float(self.estimates["dir_grad_delta_corr"].value)
+        return caveats.low_correlation(corr, self.deltas, self.slopes, self.actual_span)
+
+    @derived("standard error of the loss at theta over sequences", unit="nats", shown=False)
+    def baseline_loss_stderr_data(self) -> float:
+        return float(self.baseline.stderr)
+
+    @derived("sign tests", name="*", shown=False)
+    def sign_tests(self) -> dict[str, int | float]:
+        names = ("n_above", "n_below", "sign_p_value")
+        return {f"{of}_{name}": x for of, test in self.signs.items() for name, x in zip(names, test, strict=True)}
+
+    @derived("share of the largest loss change in all", shown=False)
+    def delta_largest_share(self) -> float:
+        return statistics.largest_share(finite(self.deltas))
+
+    @derived("largest finite loss at +h", unit="nats", shown=False)
+    def loss_max(self) -> float:
+        return float(near.max()) if len(near := finite(self.losses)) else math.nan
+
+    @derived("smallest finite loss at +h", unit="nats", shown=False)
+    def loss_min(self) -> float:
+        return float(near.min()) if len(near := finite(self.losses)) else math.nan
+
+    @derived("what the step adds to the mean curvature", unit="nats per h^2")
+    def curvature_truncation(self) -> Estimate | None:
+        return None if self.truncation is None else self.truncation.bias
+
+    def entries(self) -> Iterator[Entry]:
+        absent = () if self.slopes is not None else ("n_samples_for_corr",)
+        if not self.compute_curvature:
+            absent += ("curvature_noise_floor", "n_curvatures_undecided")  # type: ignore[assignment]
+        return (entry for entry in super().entries() if entry.name not in absent)
+
+    def asdict(self) -> dict[str, Any]:
+        """The documented dictionary, then standard errors, settings, costs and per-direction arrays.
+
+        `<name>_stderr` is over directions; where terms per sequence are known, `<name>_stderr_data` is over sequences and
+        `<name>_stderr_total` over both, with `<name>_dof` degrees of freedom.
+
+        Plain numbers, strings and numpy arrays, None for a note that does not apply; keys of what was not asked for are
+        absent, as documented.
+        """
+        notes: dict[str, Any] = {"note": self.note, "relative_step_note": caveats.large_step(self.relative_step)}
+        notes |= {"resolution_note": self.resolution_note}
+        notes |= {"precision_note": self.precision_note} if self.compute_curvature else {}
+        if (known := self.truncation) is not None:
+            notes |= {
+                "step_note": self.step_note,
+                "curvature_status": known.status,
+                "curvature_settling": known.settling,
+            }
+        unit = {"use_filter_norm": self.normalize == "filter"}
+        unit |= {"global_renorm": self.global_renorm or self.normalize == "global"}
+        return super().asdict() | unit | self.plan.named | notes
+
+    @property
+    def head(self) -> str:
+        return (
+            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span "
+            f"{self.actual_span:g} (relative step {self.relative_step:.3g}), {self.key!r}"
+        )
+
+    @property
+    def unresolved(self) -> list[str]:
+        rough = self.truncation is not None and self.truncation.status == "rough"
+        names = ["curvature_mean", "rayleigh_mean"] if rough else []
+        lost = {} if self.resolution_note is None else self.estimates
+        return names + [name for name, estimate in lost.items() if estimate.stderr.isnan() and name not in names]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        texts = {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
+        loss = f"{said(self.baseline_loss, self.baseline_loss_stderr_data)} over data"
+        return texts if self.residuals is None else {"baseline_loss": loss} | texts
+
+    @property
+    def notes(self) -> list[str]:
+        """Lost samples, what half precision does, means that are not told from zero, what slopes and steps do not say."""
+        columns = self.columns
+        means = [
+            caveats.unresolved(what, self.estimates[f"{name}_mean"], finite(columns[name]))
+            for name, what in (("delta", "loss change"), ("curvature", "curvature"))
+            if name in columns
+        ]
+        notes = [
+            caveats.nonfinite(self.n_nonfinite_pos, self.n_nonfinite_neg, "span"),
+            None if self.realised is None else caveats.half_precision(self.displacement, self.realised),
+            self.resolution_note or partly_moved(self.unmoved),
+            caveats.large_step(self.relative_step),
+            *means,
+            self.note,
+            self.step_note,
+            self.precision_note,
+            caveats.few_sequences(self.n_sequences),
+            caveats.no_data_error(self._without_data_error) if self.n_sequences > 1 else None,
+        ]
+        return [note for note in notes if note]
+
+    @property
+    def _without_data_error(self) -> list[str]:
+        known = {
+            name: isinstance(each, Crossed) and each.stderr_data.isfinite() for name, each in self.estimates.items()
+        }
+        return [name for name, each in self.estimates.items() if each.stderr.isfinite() and not known[name]]
