@@ -486,3 +486,23 @@ def test_kernels_that_sum_in_another_order_are_no_reason_to_refuse(monkeypatch):
     calls.clear()
     with pytest.raises(ValueError, match="is no function of theta"):
         fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=1)
+
+
+@pytest.mark.parametrize("plan", [{"chunk": 1, "lazy": False}, {"lazy": True}])
+def test_the_model_is_checked_once_and_then_called_as_often_as_is_said(plan):
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    net = fs.functional(seeded(0, lambda: Counted(2, 2)))
+    loss = fs.objective(net, [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
+    spent = []
+    for num in (2, 2, 12):
+        calls.clear()
+        result = fs.directional_losses(loss, net.params, key=fs.key(0), n_samples=num, compute_gradient=False, **plan)
+        spent.append(len(calls))
+    assert spent[2] - spent[1] == 10 * (result.num_forwards - 2) // 12  # a direction costs its own passes alone
+    assert spent[1] <= spent[0]

@@ -147,7 +147,7 @@ def average_sharpness(
         if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
             raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
         drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
-        each = _Sequences(loss.net, loss.batches, loss.criterion)
+        each = _Sequences(loss.net, loss.batches, loss.criterion, loss._verdicts)
         after = torch.stack([_pair(each, theta, params, d, distribution, epsilon) for d in drawn])
     positive, negative = after.sum(2).T / weights.sum()
     rises, scored = ((after - before).sum(1) / 2)[(positive + negative).isfinite()], weights != 0

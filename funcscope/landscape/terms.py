@@ -29,7 +29,7 @@ class PerSequence(Loss):
 
     @classmethod
     def of(cls, loss: Loss) -> PerSequence:
-        return cls(loss.net, loss.batches, loss.criterion)
+        return cls(loss.net, loss.batches, loss.criterion, loss._verdicts)  # checked once, whoever asks
 
     def __call__(self, theta: Theta) -> Tensor:
         params = self.params(theta)
