@@ -66,7 +66,8 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     assert "3 of 3" in capsys.readouterr().out
 
 
-def test_the_code_runs_from_top_to_bottom(capsys):
+def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it saves a result
     blocks = [block for block in BLOCKS if "show(" not in block]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")

@@ -6,6 +6,7 @@ import dataclasses
 import html.parser
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -86,6 +87,10 @@ def test_a_frame_has_every_number_once_with_its_unit_axes_and_error(name):
     assert {"quantity", "unit", "value"} <= set(frame.columns)
     for entry in result.entries():
         rows = frame[frame["quantity"] == entry.name]
+        if hasattr(entry.value, "named"):  # an estimate
+            for error in ("value", "stderr", "stderr_data", "stderr_total"):
+                if hasattr(entry.value, error):
+                    assert float(rows[error].iloc[0]) == pytest.approx(float(getattr(entry.value, error)), nan_ok=True)
         if isinstance(entry.value, torch.Tensor):
             assert rows["value"].to_numpy() == pytest.approx(entry.value.double().flatten().numpy(), nan_ok=True)
             assert len(entry.quantity.per) == entry.value.ndim, entry.name
@@ -134,6 +139,20 @@ def test_the_guards_of_the_store_hold(tmp_path):
         unpack(type(pack(0))(arrays, {**meta, "is": "Nothing"}))
     with pytest.raises(TypeError, match="no stored form"):
         pack(object())
+
+
+def test_a_frame_without_pandas_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'funcscope\[frame\]'"):
+        example("Eigenpairs").frame()
+
+
+def test_nan_equals_nan_and_nothing_else():
+    nan, one = torch.tensor([math.nan, 1.0]), torch.tensor([2.0, 1.0])
+    assert equal(pack(nan), pack(nan.clone()))
+    assert not equal(pack(nan), pack(one))
+    assert not equal(pack(one), pack(nan))
+    assert not equal(pack(one), pack(one.double()))
 
 
 def test_a_class_name_means_one_thing():

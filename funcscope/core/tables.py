@@ -65,8 +65,10 @@ def said(value: float, stderr: float = math.nan) -> str:
 
 def frame(entries: Iterable[Entry], coordinates: Coordinates, unresolved: Collection[str]) -> DataFrame:
     """A row per number: quantity, unit, axes, value, errors."""
-    import pandas as pd
-
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as err:
+        raise ModuleNotFoundError("`frame()` needs pandas: pip install 'funcscope[frame]'.") from err
     parts = [part for entry in entries if (part := _columns(entry, coordinates)) is not None]
     if not parts:
         return pd.DataFrame(columns=["quantity", "unit", "value"])
