@@ -65,43 +65,43 @@ def files(variant, analyzer="norm"):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file() and p.name != "times.jsonl"}
 
 
-def test_a_run_stores_each_epoch_with_its_settings_and_a_summary(variant):
+def test_a_run_stores_each_step_with_its_settings_and_a_summary(variant):
     analyse(variant, [NORM], quiet=True)
     assert variant.analyzers() == ("norm",)
-    assert variant.epochs("norm") == (0, 10, 20, 40)
+    assert variant.steps("norm") == (0, 10, 20, 40)
     summary = variant.summary("norm")
-    for i, epoch in enumerate(variant.epochs("norm")):
-        theta = modular.network(TINY).layout.ravel(modular.checkpoint(TINY, variant.path, epoch).params)
-        found = variant.load("norm", epoch)
+    for i, step in enumerate(variant.steps("norm")):
+        theta = modular.network(TINY).layout.ravel(modular.checkpoint(TINY, variant.path, step).params)
+        found = variant.load("norm", step)
         assert found["norm"] == summary["norm"][i] == float(theta.norm())
         np.testing.assert_array_equal(found["theta"], summary["theta"][i])
-        settings = load(variant.artifact("norm", epoch)).meta["settings"]
+        settings = load(variant.artifact("norm", step)).meta["settings"]
         assert settings["settings"] == {"power": 1}
-        assert settings["epoch"] == epoch
+        assert settings["step"] == step
         assert settings["config"]["p"] == 5
-    assert summary["epochs"].tolist() == [0, 10, 20, 40]
+    assert summary["step"].tolist() == [0, 10, 20, 40]
     assert variant.settings("norm")["settings"] == {"power": 1}
-    assert [entry["epoch"] for entry in variant.times("norm")] == [0, 10, 20, 40]
+    assert [entry["step"] for entry in variant.times("norm")] == [0, 10, 20, 40]
     assert not list(variant.path.rglob("*.tmp"))
 
 
 def test_the_artifacts_are_plain_npz_files(variant):
     """Read by numpy alone, with the documented names."""
     analyse(variant, [FLAT], quiet=True)
-    with np.load(variant.path / "artifacts" / "landscape_flatness" / "epoch_00010.npz", allow_pickle=False) as file:
+    with np.load(variant.path / "artifacts" / "landscape_flatness" / "step_00010.npz", allow_pickle=False) as file:
         assert file["delta_losses"].shape == (3,)
         assert {"baseline_loss", "delta_losses", "epsilon"} <= set(file.files)
         assert float(file["epsilon"]) == pytest.approx(0.1)
     with np.load(variant.path / "artifacts" / "landscape_flatness" / "summary.npz", allow_pickle=False) as file:
         documented = "mean_ median_ max_ std_ p90_".replace("_", "_delta_loss").split()
-        assert {*documented, "flatness_ratio", "baseline_loss", "epochs"} <= set(file.files)
+        assert {*documented, "flatness_ratio", "baseline_loss", "step"} <= set(file.files)
 
 
 def counted(monkeypatch_or_list, version=1, power=1):
     calls = monkeypatch_or_list
 
     def analyze(subject, *, power):
-        calls.append(subject.epoch)
+        calls.append(subject.step)
         return norm(subject, power=power)
 
     return dataclasses.replace(NORM, analyze=analyze, version=version, settings={"power": power})
@@ -126,9 +126,9 @@ def test_what_is_stored_is_kept_and_what_changed_is_made_again(variant):
     assert calls[12:] == [20]
 
 
-def test_epochs_with_other_settings_are_gaps_and_not_mixed_in(variant):
+def test_steps_with_other_settings_are_gaps_and_not_mixed_in(variant):
     analyse(variant, [NORM], quiet=True)
-    analyse(variant, [NORM.configured(power=2)], epochs=[10], quiet=True)
+    analyse(variant, [NORM.configured(power=2)], steps=[10], quiet=True)
     summary = variant.summary("norm")
     assert np.isnan(summary["norm"]).tolist() == [True, False, True, True]
     assert np.isnan(summary["theta"]).all(1).tolist() == [True, False, True, True]
@@ -155,7 +155,7 @@ def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(variant, origina
 
     with pytest.raises(KeyboardInterrupt):
         analyse(variant, [NORM, dataclasses.replace(FLAT, analyze=interrupted)], quiet=True)
-    assert len(variant.epochs("landscape_flatness")) == stop
+    assert len(variant.steps("landscape_flatness")) == stop
     analyse(variant, [NORM, FLAT], quiet=True)
     assert (files(variant), files(variant, "landscape_flatness")) == whole
 
@@ -208,7 +208,7 @@ def test_killed_while_an_artifact_is_written_and_resumed_is_uninterrupted_byte_f
         variant,
     )
     assert killed.wait(timeout=600) == -9
-    assert variant.epochs("norm") == (0, 10)
+    assert variant.steps("norm") == (0, 10)
     assert len(list(variant.folder("norm").glob(".*.tmp"))) == 1  # what a kill leaves
     analyse(variant, [NORM], quiet=True)
     assert files(variant) == whole  # and it is gone
@@ -236,7 +236,7 @@ def test_two_processes_on_one_folder_share_the_work_and_lose_nothing(variant):
     both = [run(code, variant) for _ in range(2)]
     assert [process.wait(timeout=600) for process in both] == [0, 0]
     assert files(variant) == files(alone)
-    assert sorted(entry["epoch"] for entry in variant.times("norm")) == [0, 10, 20, 40]  # each was done once
+    assert sorted(entry["step"] for entry in variant.times("norm")) == [0, 10, 20, 40]  # each was done once
 
 
 @pytest.mark.parametrize("harm", ["cut", "foreign", "empty", "text"])
@@ -252,9 +252,9 @@ def test_an_artifact_that_cannot_be_read_is_set_aside_and_made_again(variant, ha
     left = path.read_bytes()
     with pytest.raises(Damaged, match="damaged or was not written by funcscope"):
         variant.load("norm", 20)
-    with pytest.warns(UserWarning, match=r"epoch_00020.npz could not be read and is now epoch_00020.npz.unreadable"):
+    with pytest.warns(UserWarning, match=r"step_00020.npz could not be read and is now step_00020.npz.unreadable"):
         analyse(variant, [NORM], quiet=True)
-    assert files(variant) == whole | {"epoch_00020.npz.unreadable": left}
+    assert files(variant) == whole | {"step_00020.npz.unreadable": left}
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_and_the_others_are_analysed(variant):
@@ -264,13 +264,13 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_the_others_are_anal
         modular.path(trained(modular.FAMILY, Setup(other, (0,)), variant.path.parent, quiet=True).path, 0)
     )
     save(path, arrays, meta)
-    with pytest.raises(ValueError, match=r"norm: 1 of 4 checkpoints could not be analysed \(epoch 20: .*another run"):
+    with pytest.raises(ValueError, match=r"norm: 1 of 4 checkpoints could not be analysed \(step 20: .*another run"):
         analyse(variant, [NORM], quiet=True)
     save(
         path, arrays, meta | {"config": json.loads(json.dumps(asdict(TINY)))}
     )  # it says it is ours: its shapes are not
     with pytest.raises(
-        ValueError, match=r"epoch 20: `checkpoint 20\['position'\]` must have shape \(3, 8\), got \(3, 16\)\)"
+        ValueError, match=r"step 20: `checkpoint 20\['position'\]` must have shape \(3, 8\), got \(3, 16\)\)"
     ):
         analyse(variant, [NORM], quiet=True)
     assert np.isnan(variant.summary("norm")["norm"]).tolist() == [False, False, True, False]
@@ -280,22 +280,29 @@ def test_a_checkpoint_that_was_harmed_later_is_a_gap_even_where_its_artifact_is_
     analyse(variant, [NORM], quiet=True)
     path = modular.path(variant.path, 10)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"1 of 4 checkpoints could not be analysed \(epoch 10: .*is damaged"):
+    with pytest.raises(ValueError, match=r"1 of 4 checkpoints could not be analysed \(step 10: .*is damaged"):
         analyse(variant, [NORM], quiet=True)
-    analyse(variant, [NORM], epochs=[20, 40], quiet=True)
+    analyse(variant, [NORM], steps=[20, 40], quiet=True)
     assert np.isnan(variant.summary("norm")["norm"]).tolist() == [False, True, False, False]
 
 
-def test_bad_settings_epochs_and_names(variant):
+def test_a_run_of_another_version_is_refused(variant):
+    head = json.loads((variant.path / "variant.json").read_text())
+    (variant.path / "variant.json").write_text(json.dumps(head | {"version": head["version"] - 1}))
+    with pytest.raises(ValueError, match=r"variant\.json was written by another version .*choose a new folder"):
+        analyse(Runs(variant.path).variant(variant.name), [NORM], quiet=True)
+
+
+def test_bad_settings_steps_and_names(variant):
     with pytest.raises(ValueError, match=r"norm has no setting 'epsilon': it has power"):
         NORM.configured(epsilon=1)
-    with pytest.raises(ValueError, match=r"no checkpoint at epoch 15: there are 0, 10, 20, 40"):
-        analyse(variant, [NORM], epochs=[15], quiet=True)
+    with pytest.raises(ValueError, match=r"no checkpoint at step 15: there are 0, 10, 20, 40"):
+        analyse(variant, [NORM], steps=[15], quiet=True)
     with pytest.raises(ValueError, match=r"no analyzer 'flatness': there are landscape_flatness, "):
         analyzer("flatness")
     with pytest.raises(ValueError, match=r"epsilon"):
         analyse(variant, [LANDSCAPE_FLATNESS.configured(epsilon=0.0)], quiet=True)
-    assert variant.epochs("landscape_flatness") == ()
+    assert variant.steps("landscape_flatness") == ()
     odd = dataclasses.replace(NORM, summary_keys=("norm",))
     with pytest.raises(
         ValueError, match=r"^norm: TypeError: `compute_summary` of norm gives \['norm', 'theta'\].*Nothing"
@@ -393,7 +400,7 @@ def test_every_analyzer_runs_on_a_tiny_run_and_is_the_same_again(variant):
     before = {name: files(variant, name) for name in ANALYZERS}
     for name in ANALYZERS:
         for path in variant.folder(name).glob("*.npz"):
-            if path.name not in ("epoch_00000.npz", "epoch_00010.npz", "epoch_00020.npz"):  # one of each is made again
+            if path.name not in ("step_00000.npz", "step_00010.npz", "step_00020.npz"):  # one of each is made again
                 path.unlink()
     analyse(variant, chosen, quiet=True)
     assert {name: files(variant, name) for name in ANALYZERS} == before
@@ -402,7 +409,7 @@ def test_every_analyzer_runs_on_a_tiny_run_and_is_the_same_again(variant):
     np.testing.assert_allclose(plane["coordinates"][-1], 0, atol=1e-9)
     assert plane["axis_values"].min() <= plane["coordinates"][:, 0].min()
     path = variant.cross("phase_path")
-    assert {path["start_epoch"], path["end_epoch"]} <= {0, 10, 20, 40}
+    assert {path["start_step"], path["end_step"]} <= {0, 10, 20, 40}
 
 
 def test_reading_a_run_opens_only_what_is_asked_for(variant, monkeypatch):
@@ -410,11 +417,11 @@ def test_reading_a_run_opens_only_what_is_asked_for(variant, monkeypatch):
     opened = []
     monkeypatch.setattr("funcscope.study.runs.load", lambda path: opened.append(path.name) or load(path))
     again = Runs(variant.path.parent).variant(variant.name)
-    assert again.epochs("norm") == (0, 10, 20, 40)
+    assert again.steps("norm") == (0, 10, 20, 40)
     assert opened == []
     again.summary("norm")
     again.load("norm", 20)
-    assert opened == ["summary.npz", "epoch_00020.npz"]
+    assert opened == ["summary.npz", "step_00020.npz"]
 
 
 @pytest.mark.parametrize("name", ["../run", "/etc", "..", ".", "", "no such", "%2e%2e"])
@@ -464,25 +471,25 @@ def test_a_diverged_checkpoint_is_a_gap_and_stops_no_other_analyzer(variant):
     arrays, meta, _ = load(path)
     save(path, {name: value * float("nan") for name, value in arrays.items()}, meta)
     chosen = [FLAT, analyzer("trajectory_plane").configured(num=3), NORM]
-    with pytest.raises(ValueError, match=r"landscape_flatness: 1 of 4 .*epoch 20.* trajectory_plane could not be made"):
+    with pytest.raises(ValueError, match=r"landscape_flatness: 1 of 4 .*step 20.* trajectory_plane could not be made"):
         analyse(variant, chosen, quiet=True)
-    assert variant.epochs("landscape_flatness") == (0, 10, 40)
+    assert variant.steps("landscape_flatness") == (0, 10, 40)
     assert np.isnan(variant.summary("landscape_flatness")["mean_delta_loss"]).tolist() == [False, False, True, False]
-    assert variant.epochs("norm") == (0, 10, 20, 40)
+    assert variant.steps("norm") == (0, 10, 20, 40)
     assert variant.cross("trajectory_plane") is None
 
 
 def test_a_failure_of_any_kind_stops_nothing_else_and_is_told_once(variant):
     def fails(subject, *, power):
-        if subject.epoch == 20:
+        if subject.step == 20:
             raise RuntimeError("boom")
         return norm(subject, power=power)
 
     other = dataclasses.replace(NORM, name="other")
-    with pytest.raises(ValueError, match=r"norm: 1 of 4 .*epoch 20: RuntimeError: boom"):
+    with pytest.raises(ValueError, match=r"norm: 1 of 4 .*step 20: RuntimeError: boom"):
         analyse(variant, [dataclasses.replace(NORM, analyze=fails), other], quiet=True)
     assert np.isnan(variant.summary("norm")["norm"]).tolist() == [False, False, True, False]
-    assert variant.epochs("other") == (0, 10, 20, 40)
+    assert variant.steps("other") == (0, 10, 20, 40)
     with pytest.raises(
         ValueError, match=r"^landscape_flatness: `epsilon` must be a finite number above 0, got nan. Nothing"
     ):
@@ -495,8 +502,8 @@ def test_foreign_folders_files_and_lines_harm_nothing(variant):
         (variant.path / "artifacts" / name).mkdir()
     assert variant.analyzers() == ("norm",)
     with (variant.folder("norm") / "times.jsonl").open("ab") as file:
-        file.write(b'{}\n\xff\n{"seconds": "long"}\n{"epoch": 1')
-    assert [entry["epoch"] for entry in variant.times("norm")] == [0, 10, 20, 40]
+        file.write(b'{}\n\xff\n{"seconds": "long"}\n{"step": 1')
+    assert [entry["step"] for entry in variant.times("norm")] == [0, 10, 20, 40]
     for word in ("one", "two"):  # files of ours that are no artifacts
         save(variant.artifact("norm", 20), {"x": np.ones(2)}, {"hello": word}, copy=False)
         with pytest.raises(Damaged, match="it has no settings"):
@@ -504,7 +511,7 @@ def test_foreign_folders_files_and_lines_harm_nothing(variant):
         with pytest.warns(UserWarning, match="could not be read and is now"):
             analyse(variant, [NORM], quiet=True)
     aside = sorted(path.name for path in variant.folder("norm").glob("*.unreadable*"))
-    assert aside == ["epoch_00020.npz.unreadable", "epoch_00020.npz.unreadable1"]  # nothing is overwritten
+    assert aside == ["step_00020.npz.unreadable", "step_00020.npz.unreadable1"]  # nothing is overwritten
 
 
 def test_tensors_keep_what_is_not_finite(variant):
@@ -534,7 +541,7 @@ def test_what_concerns_all_checkpoints_has_its_time(variant):
     (entry,) = variant.times("phase_path")
     assert entry["seconds"] > 0
     assert entry["forwards"] == 3
-    assert entry["epoch"] is None
+    assert entry["step"] is None
 
 
 def test_phases_are_the_middle_of_what_memorised_without_generalising():

@@ -295,7 +295,7 @@ def test_settings_are_read_as_what_they_are(run, capsys):
         (["--set", "epsilon"], "`--set` takes name=value, got 'epsilon'"),
         (["--set", "size=1"], "landscape_flatness has no setting 'size': it has n_directions"),
         (["--variant", "p113"], "no variant 'p113' in this run: it has modular-addition-p5"),
-        (["--epochs", "7"], "no checkpoint at epoch 7: there are 0, 10, 20"),
+        (["--steps", "7"], "no checkpoint at step 7: there are 0, 10, 20"),
         (["--import", "no_such_module"], "No module named 'no_such_module'"),
         (["--analyzer", "loss_plane"], "`--set` is for one analyzer"),
     ],
@@ -310,19 +310,19 @@ def test_one_bad_checkpoint_is_told_at_the_end_and_exits_with_2(run, capsys):
     assert cli.main(FEW) == 2
     out, err = capsys.readouterr()
     assert "2 of 3" in out
-    assert re.search(r"funcscope: tiny: landscape_flatness: 1 of 3 checkpoints could not be analysed \(epoch 10", err)
+    assert re.search(r"funcscope: tiny: landscape_flatness: 1 of 3 checkpoints could not be analysed \(step 10", err)
 
 
-def test_a_setting_that_is_used_at_one_epoch_counts_one(run, capsys):
+def test_a_setting_that_is_used_at_one_step_counts_one(run, capsys):
     assert cli.main(FEW) == 0
-    assert cli.main([*FEW, "--set", "epsilon=2", "--epochs", "20"]) == 0
+    assert cli.main([*FEW, "--set", "epsilon=2", "--steps", "20"]) == 0
     assert "1 of 3" in capsys.readouterr().out.split("next")[1]
 
 
 def test_the_table_times_only_what_cost_as_much(run, capsys):
     times = run.folder("landscape_flatness") / "times.jsonl"
     times.parent.mkdir(parents=True)
-    old = {"epoch": 10, "seconds": 5000.0, "forwards": 102, "forward_seconds": 0.1}
+    old = {"step": 10, "seconds": 5000.0, "forwards": 102, "forward_seconds": 0.1}
     times.write_text(json.dumps(old) + "\n")
     assert cli.main(FEW) == 0
     assert "5000" not in capsys.readouterr().out
@@ -340,7 +340,7 @@ def test_modules_of_the_current_folder_are_found(run, capsys):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert run.epochs("mine") == (0, 10, 20)
+    assert run.steps("mine") == (0, 10, 20)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from test_dashboard import EPOCHS, GAP, run_folder
+from test_dashboard import GAP, STEPS, run_folder
 
 from funcscope.view import dashboard
 
@@ -59,8 +59,8 @@ def browser(downloads):
 
 @pytest.fixture
 def page(browser, address):
-    """The page at p37, epoch 100, drawn."""
-    browser.get(f"{address}?variant=p37&epoch=100")
+    """The page at p37, step 100, drawn."""
+    browser.get(f"{address}?variant=p37&step=100")
     until(lambda: "step 100" in title(browser, "distribution"))
     yield browser
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -90,8 +90,8 @@ def title(browser, name):
 
 
 def marked(browser, name):
-    """The epoch of the vertical line, drawn on a square-root scale; None without one."""
-    x = plot(browser, name, "(graph.layout.shapes || []).filter((s) => s.name == 'current epoch').map((s) => s.x0)[0]")
+    """The step of the vertical line, drawn on a square-root scale; None without one."""
+    x = plot(browser, name, "(graph.layout.shapes || []).filter((s) => s.name == 'current step').map((s) => s.x0)[0]")
     return None if x is None else round(x**2)
 
 
@@ -122,7 +122,7 @@ def test_the_page_loads_without_a_console_error_and_shows_every_panel(page):
     assert names == [f"panel-{panel.name}" for panel in dashboard.callbacks.PANELS]
     drawn = "return [...document.querySelectorAll('.js-plotly-plot')].every((g) => g.layout && g.layout.meta)"
     until(lambda: page.execute_script(drawn))
-    assert text(page, "#now") == "Epoch 100 · 3 of 6"
+    assert text(page, "#now") == "Step 100 · 3 of 6"
     assert page.title.endswith("funcscope")
     assert "5 of 6" in text(page, "#run-time")
     assert not page.find_element(By.ID, "message").text
@@ -136,29 +136,29 @@ def test_nothing_is_loaded_from_elsewhere(page, address):
 
 def test_the_slider_moves_every_panel_by_keyboard(page):
     handle = page.find_element(By.CSS_SELECTOR, "#bar [role=slider]")
-    assert handle.get_attribute("aria-valuetext") == "Epoch 100"
+    assert handle.get_attribute("aria-valuetext") == "Step 100"
     assert marked(page, "flatness") == 100
     handle.send_keys(Keys.ARROW_RIGHT)
-    until(lambda: text(page, "#now").startswith("Epoch 150"))
+    until(lambda: text(page, "#now").startswith("Step 150"))
     until(lambda: marked(page, "flatness") == marked(page, "curvature") == 150)
-    until(lambda: "No sample of perturbations is stored at epoch 150" in text(page, "#plot-distribution"))  # a gap
+    until(lambda: "No sample of perturbations is stored at step 150" in text(page, "#plot-distribution"))  # a gap
     handle.send_keys(Keys.ARROW_RIGHT)
     until(lambda: "step 200" in title(page, "distribution") and marked(page, "flatness") == 200)
-    assert handle.get_attribute("aria-valuetext") == "Epoch 200"
-    assert page.current_url.endswith("?variant=p37&epoch=200")
+    assert handle.get_attribute("aria-valuetext") == "Step 200"
+    assert page.current_url.endswith("?variant=p37&step=200")
     handle.send_keys(Keys.END)
-    until(lambda: "step 300" in title(page, "distribution") and "epoch 300" in title(page, "plane"))
+    until(lambda: "step 300" in title(page, "distribution") and "step 300" in title(page, "plane"))
 
 
 def test_the_selector_changes_the_curve(page):
-    grown, gap = np.array(EPOCHS) / EPOCHS[-1], np.array(EPOCHS) == GAP
+    grown, gap = np.array(STEPS) / STEPS[-1], np.array(STEPS) == GAP
     np.testing.assert_allclose(curve(page), np.where(gap, np.nan, 1 + grown))
     choose(page, "#panel-flatness", "flatness ratio")
     until(lambda: "flatness ratio" in title(page, "flatness"))
     np.testing.assert_allclose(curve(page), np.where(gap, np.nan, 1 - grown / 2))
 
 
-def test_a_click_on_a_point_of_the_trajectory_selects_its_epoch(page):
+def test_a_click_on_a_point_of_the_trajectory_selects_its_step(page):
     x, y = page.execute_script("""
         const graph = document.querySelector("#plot-flatness .js-plotly-plot"), full = graph._fullLayout;
         const trace = graph._fullData.at(-1), at = Array.from(trace.customdata).indexOf(50);
@@ -168,21 +168,21 @@ def test_a_click_on_a_point_of_the_trajectory_selects_its_epoch(page):
     point = ActionBuilder(page)
     point.pointer_action.move_to_location(round(x), round(y)).pause(0.3).click()  # the point is found on hovering
     point.perform()
-    until(lambda: text(page, "#now").startswith("Epoch 50") and "step 50" in title(page, "distribution"))
+    until(lambda: text(page, "#now").startswith("Step 50") and "step 50" in title(page, "distribution"))
     until(lambda: marked(page, "flatness") == 50)
 
 
 def test_the_variant_is_chosen_and_kept_in_the_address(page):
     choose(page, "header", "p41")
     until(lambda: "variant=p41" in page.current_url)
-    until(lambda: plot(page, "distribution", "(graph.layout.meta || {}).file") == "p41-distribution-epoch-00100")
+    until(lambda: plot(page, "distribution", "(graph.layout.meta || {}).file") == "p41-distribution-step-00100")
     page.refresh()
-    until(lambda: "p41" in text(page, "header") and text(page, "#now").startswith("Epoch 100"))
+    until(lambda: "p41" in text(page, "header") and text(page, "#now").startswith("Step 100"))
 
 
 def test_the_two_phases_stand_side_by_side_on_one_scale(page):
-    until(lambda: "epoch 100, memorising" in title(page, "phases-first"))
-    until(lambda: "epoch 300, generalising" in title(page, "phases-last"))
+    until(lambda: "step 100, memorising" in title(page, "phases-first"))
+    until(lambda: "step 300, generalising" in title(page, "phases-last"))
     ranges = [plot(page, f"phases-{side}", "graph.layout.xaxis.range") for side in ("first", "last")]
     assert ranges[0] == ranges[1]
     boxes = [page.find_element(By.ID, f"plot-phases-{side}").rect for side in ("first", "last")]
@@ -195,7 +195,7 @@ def test_exports_are_downloaded_with_names_that_say_what_they_are(page, download
         button = page.find_element(By.XPATH, f"//*[@id='plot-distribution']//button[text()='{kind}']")
         page.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
         button.click()
-        file = downloads / f"p37-distribution-epoch-00100.{kind.lower()}"
+        file = downloads / f"p37-distribution-step-00100.{kind.lower()}"
         until(lambda file=file: file.is_file() and file.stat().st_size)
     png, svg, html = (next(downloads.glob(f"*.{kind}")).read_bytes() for kind in ("png", "svg", "html"))
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -208,12 +208,12 @@ def test_exports_are_downloaded_with_names_that_say_what_they_are(page, download
 
 def test_a_variant_outside_the_run_is_refused_in_sight(browser, address):
     clear(browser)
-    browser.get(f"{address}?variant=..%2F..%2Fetc&epoch=100")
+    browser.get(f"{address}?variant=..%2F..%2Fetc&step=100")
     until(lambda: "There is no variant “../../etc” in this run" in text(browser, "#message"))
     assert not browser.find_elements(By.CSS_SELECTOR, ".js-plotly-plot")
     assert not browser.find_element(By.ID, "bar").is_displayed()
     choose(browser, "header", "p41")  # and from there the run is reached
-    until(lambda: "p41" in text(browser, "header") and text(browser, "#now").startswith("Epoch 300"))
+    until(lambda: "p41" in text(browser, "header") and text(browser, "#now").startswith("Step 300"))
     assert not text(browser, "#message")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 

@@ -35,14 +35,14 @@ from funcscope.view.renderers import (
 )
 
 NAN, INF = math.nan, math.inf
-EPOCHS = np.array([0, 100, 400, 900])
+STEPS = np.array([0, 100, 400, 900])
 HOSTILE = "<b>x</b> & $y$"
 
 
 def summary():
     mean = np.array([0.01, NAN, 1.0, 3.0])
     return {
-        "epochs": EPOCHS, "baseline_loss": np.array([5.0, NAN, 0.01, 1e-4]), "mean_delta_loss": mean,
+        "step": STEPS, "baseline_loss": np.array([5.0, NAN, 0.01, 1e-4]), "mean_delta_loss": mean,
         "mean_delta_loss_stderr": 0.1 * mean, "p10_delta_loss": 0.5 * mean, "p90_delta_loss": 2 * mean,
         "flatness_ratio": np.array([1.0, NAN, 0.5, 0.0]),
     }  # fmt: skip
@@ -67,7 +67,7 @@ def plane():
 
 
 def walk():
-    return {"coordinates": np.array([[-0.2, -1.0], [-0.1, 0.5], [0.0, 0.0]]), "epochs": np.array([0, 10, 20])}
+    return {"coordinates": np.array([[-0.2, -1.0], [-0.1, 0.5], [0.0, 0.0]]), "step": np.array([0, 10, 20])}
 
 
 def slices():
@@ -102,19 +102,19 @@ def curvature():
     up = np.array([1.0, NAN, 10.0, 100.0])
     names = ("hessian_max_eigenvalue", "hessian_trace", "sam_relative")
     errors = ("hessian_max_eigenvalue_residual", "hessian_trace_stderr", "sam_relative_stderr")
-    return {"epochs": EPOCHS} | dict.fromkeys(names, up) | dict.fromkeys(errors, 0.1 * up)
+    return {"step": STEPS} | dict.fromkeys(names, up) | dict.fromkeys(errors, 0.1 * up)
 
 
 def curves():
     down = np.array([4.0, 1.0, NAN, 0.001])
     share = np.array([0.1, 0.5, 1.0, 1.0])
     return {
-        "step": EPOCHS, "train_loss": down, "test_loss": 2 * down, "train_accuracy": share, "test_accuracy": share
+        "step": STEPS, "train_loss": down, "test_loss": 2 * down, "train_accuracy": share, "test_accuracy": share
     }  # fmt: skip
 
 
 def dimensions():
-    return {"epochs": EPOCHS, "participation_ratio": np.array([[5.0, 9.0], [NAN, NAN], [4.0, 8.0], [1.0, 2.0]])}
+    return {"step": STEPS, "participation_ratio": np.array([[5.0, 9.0], [NAN, NAN], [4.0, 8.0], [1.0, 2.0]])}
 
 
 def directions():
@@ -145,11 +145,11 @@ ALL = {
     "dimensionality": (dimensions, lambda data: render_dimensionality_trajectory(data, 400, ["W_Q", "W_K"])),
 }
 NEEDED = {
-    "flatness": ("epochs", "baseline_loss", "mean_delta_loss"), "distribution": ("baseline_loss", "delta_losses"),
+    "flatness": ("step", "baseline_loss", "mean_delta_loss"), "distribution": ("baseline_loss", "delta_losses"),
     "contour": ("grid_losses", "axis_values", "axis_values_2"), "surface": ("grid_losses", "axis_values", "axis_values_2"),
     "side by side": ("grid_losses", "axis_values", "axis_values_2"), "slices": ("losses", "axis_values", "baseline_loss"),
     "barrier": ("coefficients", "losses"), "matrix": ("barrier_max",), "violin": ("losses", "baseline_loss"),
-    "curves": ("step",), "curvature": tuple(curvature()), "dimensionality": ("epochs", "participation_ratio"),
+    "curves": ("step",), "curvature": tuple(curvature()), "dimensionality": ("step", "participation_ratio"),
 }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def titles(fig):
 
 def lost(values):
     """The data with nan for every finite number, but for positions and settings."""
-    kept = ("epochs", "step", "coefficients", "axis_values", "axis_values_2", "relative_displacement", "epsilon")
+    kept = ("step", "coefficients", "axis_values", "axis_values_2", "relative_displacement", "epsilon")
     return {
         name: value if name in kept or not isinstance(value, float | np.ndarray) else np.full_like(value, NAN)
         for name, value in values.items()
@@ -246,12 +246,12 @@ def test_titles_and_axes_say_what_and_in_which_unit(name):
 # flatness
 
 
-def test_the_flatness_is_the_one_given_with_gaps_and_epochs_to_click():
+def test_the_flatness_is_the_one_given_with_gaps_and_steps_to_click():
     fig = render_flatness_trajectory(summary(), 400)
     line = trace(fig, "mean loss change")
     np.testing.assert_array_equal(line.y, summary()["mean_delta_loss"])
-    np.testing.assert_array_equal(line.x, np.sqrt(EPOCHS))
-    np.testing.assert_array_equal(line.customdata, EPOCHS)
+    np.testing.assert_array_equal(line.x, np.sqrt(STEPS))
+    np.testing.assert_array_equal(line.customdata, STEPS)
     assert not line.connectgaps
     assert "markers" in line.mode
     assert line.line.color == theme.BLUE
@@ -266,16 +266,16 @@ def test_bars_are_196_standard_errors_and_the_band_holds_the_middle_80_percent()
     np.testing.assert_allclose(bars[1, :2], [1 - 0.196, 1 + 0.196])
     shape = trace(fig, "10th to 90th percentile")
     assert finite_points(shape.y) == pytest.approx(sorted([0.005, 0.02, 0.5, 2.0, 1.5, 6.0]))
-    assert np.isnan(shape.y).sum() == 2  # the epoch without a number parts it into two pieces
+    assert np.isnan(shape.y).sum() == 2  # the step without a number parts it into two pieces
 
 
-@pytest.mark.parametrize("epoch", [0, 400, 900, 1600])
-def test_the_current_epoch_is_marked(epoch):
-    fig = render_flatness_trajectory(summary(), epoch)
-    (line,) = [shape for shape in fig.layout.shapes if shape.name == "current epoch"]
-    assert line.x0 == line.x1 == math.sqrt(epoch)
+@pytest.mark.parametrize("step", [0, 400, 900, 1600])
+def test_the_current_epoch_is_marked(step):
+    fig = render_flatness_trajectory(summary(), step)
+    (line,) = [shape for shape in fig.layout.shapes if shape.name == "current step"]
+    assert line.x0 == line.x1 == math.sqrt(step)
     assert fig.layout.xaxis.range[0] <= line.x0 <= fig.layout.xaxis.range[1]
-    assert f"step {epoch:,}" in [note.text for note in fig.layout.annotations]
+    assert f"step {step:,}" in [note.text for note in fig.layout.annotations]
 
 
 def test_a_share_is_flatter_where_it_is_higher_and_never_on_a_log_axis():
@@ -296,14 +296,14 @@ def test_metrics_have_labels_and_an_unknown_one_is_refused():
 
 
 def test_arrays_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match="equally long, got epochs 4, baseline_loss 3"):
+    with pytest.raises(ValueError, match="equally long, got step 4, baseline_loss 3"):
         render_flatness_trajectory(summary() | {"baseline_loss": np.ones(3)}, 0)
-    with pytest.raises(ValueError, match="epochs must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
         render_flatness_trajectory(summary(), -1)
 
 
 @pytest.mark.parametrize("num", [0, 1])
-def test_few_epochs_are_enough(num):
+def test_few_steps_are_enough(num):
     data = {name: value[:num] for name, value in summary().items()}
     assert len(trace(render_flatness_trajectory(data, 0), "mean loss change").y) == num
 
@@ -320,7 +320,7 @@ def test_a_log_scale_is_for_two_decades_of_positive_values():
 
 def test_what_a_log_axis_cannot_hold_is_a_triangle_at_its_edge():
     value = np.append(np.logspace(-3, 0, 19), -1e-4)
-    data = {"epochs": np.arange(20) * 10, "baseline_loss": value, "max_delta_loss": value}
+    data = {"step": np.arange(20) * 10, "baseline_loss": value, "max_delta_loss": value}
     fig = render_flatness_trajectory(data, 0, "max_delta_loss")
     mark = [found for found in fig.data if found.name == "zero or below" and found.yaxis != "y2"]
     assert [found.customdata.tolist() for found in mark] == [[190]]
@@ -402,7 +402,7 @@ def test_the_trajectory_is_drawn_where_it_went_and_the_current_epoch_is_large():
     fig = render_contour(plane(), walk(), current=10)
     line = trace(fig, "training")
     np.testing.assert_array_equal(np.stack([line.x, line.y], 1), walk()["coordinates"])
-    np.testing.assert_array_equal(line.customdata, walk()["epochs"])
+    np.testing.assert_array_equal(line.customdata, walk()["step"])
     here = trace(fig, "step 10")
     assert (here.x.tolist(), here.y.tolist(), here.marker.color) == ([-0.1], [0.5], theme.VERMILION)
     assert "step 11" not in [found.name for found in render_contour(plane(), walk(), current=11).data]
@@ -410,7 +410,7 @@ def test_the_trajectory_is_drawn_where_it_went_and_the_current_epoch_is_large():
 
 
 def test_a_trajectory_that_leaves_the_plane_is_still_seen():
-    far = {"coordinates": np.array([[0.5, -3.0]]), "epochs": np.array([0])}
+    far = {"coordinates": np.array([[0.5, -3.0]]), "step": np.array([0])}
     fig = render_contour(plane(), far)
     assert fig.layout.xaxis.range[1] > 0.5
     assert fig.layout.yaxis.range[0] < -3.0
@@ -422,7 +422,7 @@ def test_a_trajectory_in_space_lies_on_the_surface_or_at_its_losses():
     z = trace(render_surface(data, trajectory=walk()), "training").z
     lift = 0.01 * 23
     np.testing.assert_allclose(np.asarray(z) - lift, [0.0, 16.0, 12.0])
-    outside = {"coordinates": np.array([[9.0, 9.0]]), "epochs": np.array([0])}
+    outside = {"coordinates": np.array([[9.0, 9.0]]), "step": np.array([0])}
     assert np.isnan(trace(render_surface(data, trajectory=outside), "training").z).all()
     told = trace(render_surface(data, trajectory=walk() | {"losses": np.array([5.0, 6.0, 7.0])}), "training")
     np.testing.assert_allclose(np.asarray(told.z) - lift, [5.0, 6.0, 7.0])
@@ -432,7 +432,7 @@ def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"`grid_losses` must have the shape \(4, 3\) of its axes, got \(3, 4\)"):
         render_contour(plane() | {"grid_losses": plane()["grid_losses"].T})
     with pytest.raises(ValueError, match="`coordinates` must have the shape"):
-        render_contour(plane(), {"coordinates": np.zeros((2, 3)), "epochs": np.arange(2)})
+        render_contour(plane(), {"coordinates": np.zeros((2, 3)), "step": np.arange(2)})
     with pytest.raises(ValueError, match="`axis_names` must have a name per direction"):
         render_contour(plane() | {"axis_names": ("one",)})
 
@@ -601,17 +601,17 @@ def test_a_density_takes_eigenvalues_and_one_probe():
 # over training
 
 
-def test_curves_are_those_given_and_carry_the_epoch_through_both_panels():
+def test_curves_are_those_given_and_carry_the_step_through_both_panels():
     fig = render_training_curves(curves(), 400, checkpoints=[0, 900])
     losses = [found.y for found in fig.data if found.yaxis in (None, "y") and found.mode == "lines"]
     np.testing.assert_array_equal(losses, [curves()["train_loss"], curves()["test_loss"]])
-    assert [shape.x0 for shape in fig.layout.shapes if shape.name == "current epoch"] == [20.0, 20.0]
+    assert [shape.x0 for shape in fig.layout.shapes if shape.name == "current step"] == [20.0, 20.0]
     assert trace(fig, "checkpoint").customdata[:, 0].tolist() == [0, 900]
-    bare = render_training_curves({"step": EPOCHS, "train_loss": curves()["train_loss"]})
+    bare = render_training_curves({"step": STEPS, "train_loss": curves()["train_loss"]})
     assert "checkpoint" not in [found.name for found in bare.data]
     assert not bare.layout.shapes
     with pytest.raises(ValueError, match="'train_loss' or 'test_loss'"):
-        render_training_curves({"step": EPOCHS})
+        render_training_curves({"step": STEPS})
 
 
 def test_curvature_has_three_measures_with_their_errors():
@@ -626,11 +626,11 @@ def test_curvature_has_three_measures_with_their_errors():
 def test_dimensions_have_a_line_per_matrix():
     names = [f"blocks.{i}.W" for i in range(6)]
     values = np.arange(24.0).reshape(4, 6) + 1
-    fig = render_dimensionality_trajectory({"epochs": EPOCHS, "participation_ratio": values}, 100, names)
+    fig = render_dimensionality_trajectory({"step": STEPS, "participation_ratio": values}, 100, names)
     np.testing.assert_array_equal([found.y for found in fig.data], values.T)
     assert len({(found.line.color, found.line.dash) for found in fig.data}) == 6
     with pytest.raises(ValueError, match="a column for each of the 2 names"):
-        render_dimensionality_trajectory({"epochs": EPOCHS, "participation_ratio": values}, 100, names[:2])
+        render_dimensionality_trajectory({"step": STEPS, "participation_ratio": values}, 100, names[:2])
     with pytest.raises(ValueError, match="`metric` must be one of participation_ratio"):
         render_dimensionality_trajectory(dimensions(), 100, ["a", "b"], metric="rank")
 

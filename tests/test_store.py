@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import save_file
 
 from funcscope.core import store
-from funcscope.core.store import Damaged, load, save, to_json
+from funcscope.core.store import Damaged, Outdated, load, save, to_json
 
 SUFFIXES = (".npz", ".safetensors")
 
@@ -36,6 +36,17 @@ def test_what_is_saved_is_loaded(tmp_path_factory, suffix, array, meta):
     assert back.dtype == array.dtype
     assert back.shape == array.shape
     assert np.array_equal(back, array, equal_nan=array.dtype.kind == "f")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_another_version_is_refused(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    monkeypatch.setattr(store, "VERSION", store.VERSION - 1)
+    save(path, {"a": torch.arange(3.0)}, {})
+    assert load(path).meta == {}
+    monkeypatch.undo()
+    with pytest.raises(Outdated, match=r"another version of funcscope.*choose a new folder"):
+        load(path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

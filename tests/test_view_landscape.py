@@ -63,9 +63,9 @@ def test_the_planes_are_those_of_the_two_phases(story):
 
 def test_flatness_says_the_stored_means(story):
     section = sections.flatness(story)
-    epochs = story.array("flatness_epochs").tolist()
+    steps = story.array("flatness_step").tolist()
     for step in story.stored.meta["phases"][1:]:
-        i = epochs.index(step)
+        i = steps.index(step)
         mean, stderr = (
             float(story.array(f"flatness_{name}")[i]) for name in ("mean_delta_loss", "mean_delta_loss_stderr")
         )
@@ -105,8 +105,8 @@ def test_the_barrier_is_the_stored_one(story):
 def test_dimensions_name_the_matrix_that_changes_most(story):
     text = sections.dimensionality(story).blocks[0]
     ratio = story.array("dimensionality_participation_ratio")
-    epochs = story.array("dimensionality_epochs").tolist()
-    first, last = (ratio[epochs.index(step)] for step in story.stored.meta["phases"][1:])
+    steps = story.array("dimensionality_step").tolist()
+    first, last = (ratio[steps.index(step)] for step in story.stored.meta["phases"][1:])
     most = int(np.argmax(np.abs(np.log(last / first))))
     assert f"that of {story.stored.meta['matrices'][most]} changes most" in text
     assert f"falls in {int((last < first).sum())} of {len(first)}" in text
@@ -120,7 +120,7 @@ def test_numbers_without_a_landscape_have_no_sections(story):
 def test_the_stored_numbers_are_those_of_the_artifacts(numbers, story):
     run = next(numbers.parent.glob("modular-addition-p7-seed*"))
     last = story.stored.meta["phases"][-1]
-    kept = load(run / "artifacts" / "loss_plane" / f"epoch_{last:05d}.npz").arrays
+    kept = load(run / "artifacts" / "loss_plane" / f"step_{last:05d}.npz").arrays
     np.testing.assert_array_equal(story.array(f"plane_{last}_grid_losses"), kept["grid_losses"])
     again = demo.run(dataclasses.replace(TINY), numbers.parent, quiet=True)
     assert again.read_bytes() == numbers.read_bytes()

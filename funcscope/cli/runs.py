@@ -69,7 +69,7 @@ def add_analyze(commands: Any) -> None:
     show.add_argument(
         "--analyzer", action="append", metavar="NAME", help=f"one or more of {', '.join(ANALYZERS)} (default: all)"
     )
-    show.add_argument("--epochs", type=int, nargs="+", metavar="N", help="only these checkpoints")
+    show.add_argument("--steps", type=int, nargs="+", metavar="N", help="only these checkpoints")
     show.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
         help="a setting of the chosen analyzer, for example --set epsilon=0.05",
@@ -82,7 +82,7 @@ def add_analyze(commands: Any) -> None:
 def add_dashboard(commands: Any) -> None:
     show = commands.add_parser(
         "dashboard",
-        help="look at a run in the browser: trajectories, planes and distributions, epoch by epoch",
+        help="look at a run in the browser: trajectories, planes and distributions, step by step",
         description="Serves the results in a run folder to this machine's browsers until Ctrl-C. Nothing is computed.",
     )
     show.add_argument("folder", type=Path, metavar="RUN_DIR", help="as `funcscope demo`, `train` and `analyze` make it")
@@ -156,14 +156,14 @@ def _analyze(args: argparse.Namespace) -> int:
     try:
         for variant in variants:
             try:
-                analyse(variant, chosen, epochs=args.epochs, quiet=args.quiet)
+                analyse(variant, chosen, steps=args.steps, quiet=args.quiet)
             except Unanalysed as err:
                 failures.append(f"{variant.head['variant']}: {err}")
     except KeyboardInterrupt:
         print("\nfuncscope: interrupted; what was finished is kept, the same command goes on from there.")
         return 130
     rows = [tuple(row) for variant in variants for row in _times(variant, chosen)]
-    headers = ("analyzer", "variant", "epochs", "forwards each", "seconds each", "expected")
+    headers = ("analyzer", "variant", "steps", "forwards each", "seconds each", "expected")
     print(Listing(headers, tuple(rows)).text(terminal_width()))
     print(f"\nnext  funcscope dashboard {args.folder}")
     if failures:
@@ -188,10 +188,10 @@ def _times(variant: Variant, chosen: list[Analyzer]) -> list[list[str]]:
     rows = []
     for one in chosen:
         times, summary = variant.times(one.name), variant.summary(one.name)
-        stored = variant.epochs(one.name) if summary is None else summarised(summary)
+        stored = variant.steps(one.name) if summary is None else summarised(summary)
         cost = one.forwards(one.settings)
         alike = [entry for entry in times if entry.get("forwards") == cost]  # of as much work as these settings ask for
-        seconds = sorted({entry.get("epoch"): entry["seconds"] for entry in alike}.values())
+        seconds = sorted({entry.get("step"): entry["seconds"] for entry in alike}.values())
         forward = next((e["forward_seconds"] for e in reversed(times) if e.get("forward_seconds")), None)
         rows.append(
             [

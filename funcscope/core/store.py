@@ -27,11 +27,16 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 META = "funcscope"
-VERSION = 1
+VERSION = 2
+"""Of the names of files, columns and settings: files of another version are refused."""
 
 
 class Damaged(ValueError):
     """A stored file that is truncated, altered, or not one of ours."""
+
+
+class Outdated(ValueError):
+    """A stored file in the format of another version of funcscope."""
 
 
 class Stored(NamedTuple):
@@ -87,7 +92,8 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy
 def load(path: Path) -> Stored:
     """Arrays and settings of a file that `save` wrote.
 
-    Raises FileNotFoundError, and Damaged where the file is cut short, was changed, or is not one of ours.
+    Raises FileNotFoundError, Damaged where the file is cut short, was changed, or is not one of ours, and Outdated for
+    one in the format of another version.
     """
     data = path.read_bytes()
     try:
@@ -100,7 +106,14 @@ def load(path: Path) -> Stored:
         ) from err
     if _digest({name: _tensor(value) for name, value in arrays.items()}, plain) != digest:
         raise Damaged(f"{path} is damaged (its checksum does not match): delete it to have it made again.")
+    check_version(path, head)
     return Stored(arrays, plain, digest)
+
+
+def check_version(path: Path, head: Mapping[str, Any]) -> None:
+    """Raises Outdated unless what was stored has the names of this version."""
+    if head.get("version") != VERSION:
+        raise Outdated(f"{path} was written by another version of funcscope, which is not read: choose a new folder.")
 
 
 def write(path: Path, data: bytes) -> None:

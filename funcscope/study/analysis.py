@@ -2,7 +2,7 @@
 
 What is stored decides what is left to do. An artifact is reused where its settings, the analyzer's version and the
 checkpoint are the same, and made again where not; a file that cannot be read is set aside under another name. Every file
-appears whole or not at all. Several processes share the work: each takes the epochs that nobody works on.
+appears whole or not at all. Several processes share the work: each takes the steps that nobody works on.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ def analyse(
     variant: Variant,
     analyzers: Iterable[Analyzer],
     *,
-    epochs: Sequence[int] | None = None,
+    steps: Sequence[int] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run each analyzer on the variant's checkpoints (those at `epochs`, or those it looks at), and write summaries.
+    """Run each analyzer on the variant's checkpoints (those at `steps`, or those it looks at), and write summaries.
 
-    Analyzers across checkpoints take all of them, whatever `epochs` says. A checkpoint or an analyzer that fails stops no
+    Analyzers across checkpoints take all of them, whatever `steps` says. A checkpoint or an analyzer that fails stops no
     other.
 
-    Raises ValueError for a family that is not registered or has no loss where one is needed, for epochs without a checkpoint,
+    Raises ValueError for a family that is not registered or has no loss where one is needed, for steps without a checkpoint,
     and, after all others are done and stored, for checkpoints that could not be analysed.
     """
     work, failures = Work(variant), []
     for analyzer in analyzers:
         try:
-            work.run(analyzer, epochs, quiet)
+            work.run(analyzer, steps, quiet)
         except Unanalysed as err:
             failures.append(str(err))
     if failures:
@@ -76,69 +76,67 @@ class Work:
         self.bench = Bench.of(self.family, variant)
         self.subjects = Subjects(variant.checkpoints(), self.subject, variant.curves())
         self._sums: dict[int, str] = {}
-        if not self.subjects.epochs:
+        if not self.subjects.steps:
             raise ValueError(f"{variant.path} has no checkpoints: train it first (`funcscope train`).")
 
-    def subject(self, epoch: int) -> Subject:
-        """The checkpoint of an epoch. Raises ValueError for one of another architecture."""
-        found = self.family.checkpoint(self.bench.config, self.variant.path, epoch)
+    def subject(self, step: int) -> Subject:
+        """The checkpoint of a step. Raises ValueError for one of another architecture."""
+        found = self.family.checkpoint(self.bench.config, self.variant.path, step)
         layout, buffers = self.bench.net.layout, found.buffers or {}
-        check_params(found.params, layout.shapes, f"checkpoint {epoch}")
+        check_params(found.params, layout.shapes, f"checkpoint {step}")
         if missing := sorted(held_statistics(self.bench.net).keys() - buffers.keys()):
             raise ValueError(
-                f"checkpoint {epoch} lacks the running statistics `{missing[0]}`, and those of other weights would measure "
+                f"checkpoint {step} lacks the running statistics `{missing[0]}`, and those of other weights would measure "
                 f"another network: let the family {self.family.name!r} keep them, `Kept(params, sha256, buffers)`."
             )
-        self._sums[epoch] = found.sha256
-        return Subject(epoch, layout.ravel(found.params), self.bench, buffers)
+        self._sums[step] = found.sha256
+        return Subject(step, layout.ravel(found.params), self.bench, buffers)
 
-    def run(self, analyzer: Analyzer, epochs: Sequence[int] | None, quiet: bool) -> None:
-        """One analyzer over its epochs, then its summary."""
+    def run(self, analyzer: Analyzer, steps: Sequence[int] | None, quiet: bool) -> None:
+        """One analyzer over its steps, then its summary."""
         if analyzer.needs_loss:
             self.bench.loss(analyzer.split)  # a family without one is told before any work
         if analyzer.across:
             self._across(analyzer)
             return
-        chosen = self._chosen(analyzer.epochs(self.subjects) if epochs is None else epochs)
+        chosen = self._chosen(analyzer.steps(self.subjects) if steps is None else steps)
         forward = _Forward(self.bench, analyzer)
         failed: dict[int, str] = {}
-        bar = tqdm(chosen, desc=analyzer.name.replace("_", " "), unit="epoch", disable=quiet, dynamic_ncols=True)
-        busy = [epoch for epoch in bar if not self._claimed(analyzer, epoch, forward, failed, wait=False)]
-        for epoch in busy:  # taken by another process: it stored them, or it died and they are left
-            self._claimed(analyzer, epoch, forward, failed, wait=True)
+        bar = tqdm(chosen, desc=analyzer.name.replace("_", " "), unit="step", disable=quiet, dynamic_ncols=True)
+        busy = [step for step in bar if not self._claimed(analyzer, step, forward, failed, wait=False)]
+        for step in busy:  # taken by another process: it stored them, or it died and they are left
+            self._claimed(analyzer, step, forward, failed, wait=True)
         if analyzer.summary_keys:
             self._summarise(analyzer)
         if failed and len(failed) == len(chosen) and len(set(failed.values())) == 1:
             raise Unanalysed(f"{analyzer.name}: {failed[chosen[0]]}. Nothing was stored.")
         if failed:
-            reasons = "; ".join(f"epoch {epoch}: {why}" for epoch, why in list(failed.items())[:3])
+            reasons = "; ".join(f"step {step}: {why}" for step, why in list(failed.items())[:3])
             raise Unanalysed(
                 f"{analyzer.name}: {len(failed)} of {len(chosen)} checkpoints could not be analysed ({reasons}). "
                 "The others are stored; the summary has nan at these."
             )
 
-    def _chosen(self, epochs: Sequence[int]) -> list[int]:
-        if missing := sorted(set(epochs) - set(self.subjects.epochs)):
-            raise ValueError(f"no checkpoint at epoch {missing[0]}: there are {_listed(self.subjects.epochs)}.")
-        return sorted(set(epochs))
+    def _chosen(self, steps: Sequence[int]) -> list[int]:
+        if missing := sorted(set(steps) - set(self.subjects.steps)):
+            raise ValueError(f"no checkpoint at step {missing[0]}: there are {_listed(self.subjects.steps)}.")
+        return sorted(set(steps))
 
-    def _claimed(
-        self, analyzer: Analyzer, epoch: int, forward: _Forward, failed: dict[int, str], *, wait: bool
-    ) -> bool:
-        """Make an epoch's artifact unless it is there; False where another process is at it."""
-        path = self.variant.artifact(analyzer.name, epoch)
+    def _claimed(self, analyzer: Analyzer, step: int, forward: _Forward, failed: dict[int, str], *, wait: bool) -> bool:
+        """Make a step's artifact unless it is there; False where another process is at it."""
+        path = self.variant.artifact(analyzer.name, step)
         with _claim(path, wait=wait) as mine:
             if not mine:
                 return False
             try:
-                self._make(analyzer, epoch, path, forward)
+                self._make(analyzer, step, path, forward)
             except Exception as err:  # of this checkpoint: it is told, and the others are analysed
-                failed[epoch] = told(err)
+                failed[step] = told(err)
         return True
 
-    def _make(self, analyzer: Analyzer, epoch: int, path: Path, forward: _Forward) -> None:
-        subject = self.subject(epoch)
-        wanted = self._settings(analyzer, epoch)
+    def _make(self, analyzer: Analyzer, step: int, path: Path, forward: _Forward) -> None:
+        subject = self.subject(step)
+        wanted = self._settings(analyzer, step)
         if (stored := _stored(path)) is not None and stored == wanted:
             return
         seconds = forward.seconds  # measured once, before the clock starts
@@ -147,13 +145,13 @@ class Work:
         spent = time.perf_counter() - started
         _check_summary(analyzer, values)
         keep(path, values, wanted)
-        self._clock(path, epoch, spent, analyzer, seconds)
+        self._clock(path, step, spent, analyzer, seconds)
 
-    def _settings(self, analyzer: Analyzer, epoch: int) -> dict[str, Any]:
+    def _settings(self, analyzer: Analyzer, step: int) -> dict[str, Any]:
         """Everything that an artifact depends on."""
-        if epoch not in self._sums:
-            self.subject(epoch)
-        return {**self._common(analyzer), "epoch": epoch, "checkpoint": self._sums[epoch]}
+        if step not in self._sums:
+            self.subject(step)
+        return {**self._common(analyzer), "step": step, "checkpoint": self._sums[step]}
 
     def _common(self, analyzer: Analyzer) -> dict[str, Any]:
         return to_json(
@@ -165,22 +163,22 @@ class Work:
         folder = self.variant.folder(analyzer.name)
         with _claim(folder / "summary.npz", wait=True):
             rows: dict[int, Values] = {}
-            for epoch in self.variant.epochs(analyzer.name):
-                path = self.variant.artifact(analyzer.name, epoch)
-                if self._is_current(analyzer, epoch, path):
-                    rows[epoch] = analyzer.compute_summary(read(path))
+            for step in self.variant.steps(analyzer.name):
+                path = self.variant.artifact(analyzer.name, step)
+                if self._is_current(analyzer, step, path):
+                    rows[step] = analyzer.compute_summary(read(path))
             if rows:
                 head = {**self._common(analyzer), **to_json(analyzer.described(self.bench))}
                 save(
                     folder / "summary.npz",
-                    stacked(self.subjects.epochs, rows, analyzer.summary_keys),
+                    stacked(self.subjects.steps, rows, analyzer.summary_keys),
                     {"settings": head},
                 )
 
-    def _is_current(self, analyzer: Analyzer, epoch: int, path: Path) -> bool:
+    def _is_current(self, analyzer: Analyzer, step: int, path: Path) -> bool:
         """Was the artifact made with these settings from the checkpoint that is there?"""
         try:
-            return epoch in self.subjects.epochs and _stored(path) == self._settings(analyzer, epoch)
+            return step in self.subjects.steps and _stored(path) == self._settings(analyzer, step)
         except (ValueError, FileNotFoundError):  # the checkpoint cannot be read: nothing is known of it
             return False
 
@@ -188,7 +186,7 @@ class Work:
         path = self.variant.folder(analyzer.name) / CROSS
         with _claim(path, wait=True):
             try:
-                sums = {str(epoch): self._settings(analyzer, epoch)["checkpoint"] for epoch in self.subjects.epochs}
+                sums = {str(step): self._settings(analyzer, step)["checkpoint"] for step in self.subjects.steps}
                 wanted = {**self._common(analyzer), "checkpoints": sums}
                 if _stored(path) == wanted:
                     return
@@ -201,9 +199,9 @@ class Work:
             self._clock(path, None, spent, analyzer, _Forward(self.bench, analyzer).seconds)
 
     @staticmethod
-    def _clock(path: Path, epoch: int | None, spent: float, analyzer: Analyzer, forward: float | None) -> None:
+    def _clock(path: Path, step: int | None, spent: float, analyzer: Analyzer, forward: float | None) -> None:
         entry = {
-            "epoch": epoch, "seconds": spent, "forwards": analyzer.forwards(analyzer.settings),
+            "step": step, "seconds": spent, "forwards": analyzer.forwards(analyzer.settings),
             "forward_seconds": forward, "threads": torch.get_num_threads(),
         }  # fmt: skip
         _append(path.with_name("times.jsonl"), json.dumps(entry))
@@ -231,19 +229,19 @@ class _Forward:
         return time.perf_counter() - started
 
 
-def stacked(epochs: Sequence[int], rows: dict[int, Values], keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Columns over all epochs; a key's rows are nan where an epoch has none.
+def stacked(steps: Sequence[int], rows: dict[int, Values], keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns over all steps; a key's rows are nan where a step has none.
 
     >>> stacked([0, 5], {5: {"x": 2.0}}, ["x"])
-    {'epochs': array([0, 5]), 'x': array([nan,  2.])}
+    {'step': array([0, 5]), 'x': array([nan,  2.])}
     """
-    columns: dict[str, np.ndarray] = {"epochs": np.array(epochs)}
+    columns: dict[str, np.ndarray] = {"step": np.array(steps)}
     for key in keys:
         shape = np.shape(next(iter(rows.values()))[key])
-        columns[key] = np.full((len(epochs), *shape), np.nan)
-        for i, epoch in enumerate(epochs):
-            if epoch in rows:
-                columns[key][i] = rows[epoch][key]
+        columns[key] = np.full((len(steps), *shape), np.nan)
+        for i, step in enumerate(steps):
+            if step in rows:
+                columns[key][i] = rows[step][key]
     return columns
 
 
@@ -298,5 +296,5 @@ def _append(path: Path, line: str) -> None:
         os.close(handle)
 
 
-def _listed(epochs: Sequence[int]) -> str:
-    return ", ".join(map(str, epochs)) if len(epochs) <= 8 else f"{len(epochs)}, from {epochs[0]} to {epochs[-1]}"
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) if len(steps) <= 8 else f"{len(steps)}, from {steps[0]} to {steps[-1]}"

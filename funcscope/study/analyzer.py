@@ -55,7 +55,7 @@ class Bench:
 class Subject:
     """One checkpoint as analyzers see it."""
 
-    epoch: int
+    step: int
     theta: Tensor
     """The flat vector of its parameters."""
     bench: Bench
@@ -85,15 +85,15 @@ class Subject:
 class Subjects:
     """All checkpoints of a variant, loaded one at a time."""
 
-    epochs: tuple[int, ...]
+    steps: tuple[int, ...]
     _load: Callable[[int], Subject]
     curves: Mapping[str, np.ndarray] | None
 
-    def __getitem__(self, epoch: int) -> Subject:
-        return self._load(epoch)
+    def __getitem__(self, step: int) -> Subject:
+        return self._load(step)
 
     def __iter__(self) -> Iterator[Subject]:
-        return (self._load(epoch) for epoch in self.epochs)
+        return (self._load(step) for step in self.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class Analyzer:
     """Keyword arguments of `analyze`, with their defaults."""
     forwards: Callable[[Mapping[str, Any]], float] = lambda _: 1.0
     """What one checkpoint costs, in forward passes over the data of its loss: known before it runs."""
-    epochs: Callable[[Subjects], Sequence[int]] = lambda subjects: subjects.epochs
+    steps: Callable[[Subjects], Sequence[int]] = lambda subjects: subjects.steps
     """Which checkpoints it looks at unless told."""
     described: Callable[[Bench], Mapping[str, Any]] = lambda _: {}
     """Names that belong to the rows of its arrays, written beside the settings."""

@@ -68,7 +68,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Path:
     config = settings.config
     setup = Setup(config, modular.schedule(config, settings.num_checkpoints))
     variant = trained(modular.FAMILY, setup, out, name=settings.name, quiet=quiet)
-    analyse(variant, analyzers_of(settings), epochs=None, quiet=quiet)
+    analyse(variant, analyzers_of(settings), steps=None, quiet=quiet)
     path = out / f"{settings.name}.npz"
     arrays = _stacked(variant, setup.checkpoints) | _landscape(variant)
     meta = {

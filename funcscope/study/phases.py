@@ -9,18 +9,18 @@ import numpy as np
 MEMORISED, GENERAL = 0.99, 0.5
 
 
-def phases(epochs: Sequence[int], curves: Mapping[str, np.ndarray] | None) -> tuple[int, int, int]:
+def phases(steps: Sequence[int], curves: Mapping[str, np.ndarray] | None) -> tuple[int, int, int]:
     """The start, a checkpoint that has memorised without generalising, and the end.
 
     Memorised: train accuracy above 0.99, test accuracy below 0.5; the one in the middle of these. Without one, or without
     curves, the checkpoint in the middle of the run.
     """
-    middle = epochs[len(epochs) // 2]
+    middle = steps[len(steps) // 2]
     if curves is None:
-        return epochs[0], middle, epochs[-1]
+        return steps[0], middle, steps[-1]
     train, test = (
         dict(zip(curves["step"].astype(int).tolist(), curves[f"{split}_accuracy"].tolist(), strict=True))
         for split in ("train", "test")
     )
-    memorised = [e for e in epochs if train.get(e, 0.0) > MEMORISED and test.get(e, 1.0) < GENERAL]
-    return epochs[0], memorised[len(memorised) // 2] if memorised else middle, epochs[-1]
+    memorised = [e for e in steps if train.get(e, 0.0) > MEMORISED and test.get(e, 1.0) < GENERAL]
+    return steps[0], memorised[len(memorised) // 2] if memorised else middle, steps[-1]

@@ -3,12 +3,12 @@
     RUN/VARIANT/variant.json                               family, variant, configuration
     RUN/VARIANT/curves.npz                                 step, train_loss, test_loss, train_accuracy, test_accuracy
     RUN/VARIANT/checkpoints/step_00100.safetensors
-    RUN/VARIANT/artifacts/ANALYZER/epoch_00100.npz         one checkpoint's numbers, with the settings inside
+    RUN/VARIANT/artifacts/ANALYZER/step_00100.npz          one checkpoint's numbers, with the settings inside
     RUN/VARIANT/artifacts/ANALYZER/summary.npz             one row per checkpoint; nan where there is none
-    RUN/VARIANT/artifacts/ANALYZER/cross_epoch.npz         what concerns all checkpoints together
+    RUN/VARIANT/artifacts/ANALYZER/across_steps.npz        what concerns all checkpoints together
     RUN/VARIANT/artifacts/ANALYZER/times.jsonl             how long each checkpoint took
 
-Reading is lazy: a question opens the one file that answers it. Training is full batch, so a step is an epoch.
+Reading is lazy: a question opens the one file that answers it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..core.store import Damaged, load, save, write
+from ..core.store import VERSION, Damaged, check_version, load, save, write
 
-HEAD, CROSS = "variant.json", "cross_epoch.npz"
+HEAD, CROSS = "variant.json", "across_steps.npz"
 NAME = r"[a-z][a-z0-9_]*"
 """What an analyzer's name looks like."""
-_EPOCH = re.compile(r"epoch_(\d{5,})\.npz")
-_STEP = re.compile(r"step_(\d{5,})\.safetensors")
+_ARTIFACT = re.compile(r"step_(\d{5,})\.npz")
+_CHECKPOINT = re.compile(r"step_(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,14 @@ class Variant:
 
     @cached_property
     def head(self) -> dict[str, Any]:
-        """What `variant.json` says."""
+        """What `variant.json` says. Raises Damaged, and Outdated where another version of funcscope wrote it."""
         try:
             head = json.loads((self.path / HEAD).read_text(encoding="utf-8"))
-            return {"family": str(head["family"]), "variant": str(head["variant"]), "config": dict(head["config"])}
+            parts = {"family": str(head["family"]), "variant": str(head["variant"]), "config": dict(head["config"])}
         except (ValueError, KeyError, TypeError) as err:
             raise Damaged(f"{self.path / HEAD} is damaged or was not written by funcscope ({err}).") from err
+        check_version(self.path / HEAD, head)
+        return parts
 
     @property
     def label(self) -> str | None:
@@ -111,7 +113,7 @@ class Variant:
 
     def checkpoints(self) -> tuple[int, ...]:
         """Steps that have a checkpoint."""
-        return _numbers(self.path / "checkpoints", _STEP)
+        return _numbers(self.path / "checkpoints", _CHECKPOINT)
 
     def curves(self) -> dict[str, np.ndarray] | None:
         """Losses and accuracies over training; None before training ended."""
@@ -125,13 +127,13 @@ class Variant:
             sorted(
                 path.name
                 for path in folders
-                if re.fullmatch(NAME, path.name) and (self.epochs(path.name) or (path / CROSS).is_file())
+                if re.fullmatch(NAME, path.name) and (self.steps(path.name) or (path / CROSS).is_file())
             )
         )
 
-    def epochs(self, analyzer: str) -> tuple[int, ...]:
-        """Epochs that have an artifact of that analyzer."""
-        return _numbers(self.folder(analyzer), _EPOCH)
+    def steps(self, analyzer: str) -> tuple[int, ...]:
+        """Steps that have an artifact of that analyzer."""
+        return _numbers(self.folder(analyzer), _ARTIFACT)
 
     def folder(self, analyzer: str) -> Path:
         """Where an analyzer's artifacts lie."""
@@ -139,22 +141,22 @@ class Variant:
             raise ValueError(f"an analyzer is named by small letters, digits and underscores, got {analyzer!r}.")
         return self.path / "artifacts" / analyzer
 
-    def artifact(self, analyzer: str, epoch: int) -> Path:
-        return self.folder(analyzer) / f"epoch_{int(epoch):05d}.npz"
+    def artifact(self, analyzer: str, step: int) -> Path:
+        return self.folder(analyzer) / f"step_{int(step):05d}.npz"
 
-    def load(self, analyzer: str, epoch: int) -> dict[str, Any]:
+    def load(self, analyzer: str, step: int) -> dict[str, Any]:
         """Arrays, numbers and strings of one artifact.
 
         Raises FileNotFoundError, and core.store.Damaged for a file that is not one of ours.
         """
-        return read(self.artifact(analyzer, epoch))
+        return read(self.artifact(analyzer, step))
 
-    def opened(self, analyzer: str, epoch: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def opened(self, analyzer: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The same, and the analyzer's settings that it was made with."""
-        return _opened(self.artifact(analyzer, epoch))
+        return _opened(self.artifact(analyzer, step))
 
     def summary(self, analyzer: str) -> dict[str, np.ndarray] | None:
-        """One row per checkpoint: `epochs`, and the analyzer's summary keys; None where it was not written yet."""
+        """One row per checkpoint: `step`, and the analyzer's summary keys; None where it was not written yet."""
         path = self.folder(analyzer) / "summary.npz"
         return load(path).arrays if path.is_file() else None
 
@@ -177,10 +179,10 @@ class Variant:
 
 
 def summarised(summary: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    """The epochs that have a row in a summary: those that were analysed with its settings."""
-    epochs = summary["epochs"]
-    columns = [np.isfinite(each.reshape(len(epochs), -1)).any(1) for key, each in summary.items() if key != "epochs"]
-    return tuple(epochs[np.any(columns, axis=0)].tolist()) if columns else ()
+    """The steps that have a row in a summary: those that were analysed with its settings."""
+    steps = summary["step"]
+    columns = [np.isfinite(each.reshape(len(steps), -1)).any(1) for key, each in summary.items() if key != "step"]
+    return tuple(steps[np.any(columns, axis=0)].tolist()) if columns else ()
 
 
 def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> Variant:
@@ -195,7 +197,7 @@ def begin(path: Path, family: str, variant: str, config: Mapping[str, Any]) -> V
                 f"{', '.join(odd) or 'the family'}. Choose another folder."
             )
     else:
-        write(path / HEAD, json.dumps(wanted, indent=1).encode())
+        write(path / HEAD, json.dumps({"version": VERSION} | wanted, indent=1).encode())
     return Variant(path)
 
 

@@ -58,7 +58,7 @@ def arrays(result: Data, *names: str) -> dict[str, Any]:
         if name not in found:
             there = ", ".join(repr(key) for key in found) or "none"
             raise ValueError(f"the data must have the key {name!r}; they have {there}.")
-    return {name: np.asarray(value) if name == "epochs" else value for name, value in found.items()}
+    return {name: np.asarray(value) if name == "step" else value for name, value in found.items()}
 
 
 def numbers_of(data: Mapping[str, Any], name: str) -> Float[np.ndarray, "*shape"]:
@@ -132,18 +132,18 @@ def faint(colour: str, opacity: float = 0.2) -> str:
 
 
 def over_training(
-    epochs: np.ndarray, value: Column, ends: Column, name: str, colour: str, unit: str, floor: float
+    steps: np.ndarray, value: Column, ends: Column, name: str, colour: str, unit: str, floor: float
 ) -> list[go.Scatter]:
-    """A line over epochs with bars of half-width `ends`, open where a value is not finite or not above the floor.
+    """A line over steps with bars of half-width `ends`, open where a value is not finite or not above the floor.
 
     Values that a logarithmic axis cannot hold are triangles at its lower edge. The line itself is the last one.
     """
-    x, shown = place(epochs), np.where(value > floor, value, np.nan)
-    told = np.column_stack([epochs, value, ends])
+    x, shown = place(steps), np.where(value > floor, value, np.nan)
+    told = np.column_stack([steps, value, ends])
     hover = f"step %{{customdata:,}}<br>{name} %{{text}} {unit}<extra></extra>"
     text = [with_error(at, end / Z95) for _, at, end in told]
     line = go.Scatter(
-        x=x, y=shown, customdata=epochs, text=text, hovertemplate=hover, mode="lines+markers", name=name,
+        x=x, y=shown, customdata=steps, text=text, hovertemplate=hover, mode="lines+markers", name=name,
         line={"color": colour, "width": 1.8}, marker={"color": colour, "size": 6}, connectgaps=False,
     )  # fmt: skip
     drawn = [] if not np.isfinite(ends).any() else [_bars(x, value - ends, value + ends, colour, floor)]
@@ -151,23 +151,23 @@ def over_training(
     if low.any():
         mark = {"symbol": "triangle-down-open", "size": 9, "color": colour}
         below = go.Scatter(
-            x=x[low], y=np.full(int(low.sum()), floor), customdata=epochs[low], text=[text[i] for i in low.nonzero()[0]],
+            x=x[low], y=np.full(int(low.sum()), floor), customdata=steps[low], text=[text[i] for i in low.nonzero()[0]],
             hovertemplate=hover, mode="markers", marker=mark, name="zero or below", cliponaxis=False,
         )  # fmt: skip
         drawn.append(below)
     return [*drawn, line]
 
 
-def put_on_epochs(fig: go.Figure, epochs: np.ndarray, current: int | None, rows: Sequence[int] = (1,)) -> None:
+def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: Sequence[int] = (1,)) -> None:
     """Give the panels the axis of training steps, and mark the current one in all of them."""
-    known = [*epochs.ravel().tolist(), *([] if current is None else [current])]
+    known = [*steps.ravel().tolist(), *([] if current is None else [current])]
     if min(known, default=0) < 0:
-        raise ValueError(f"epochs must be 0 or more, got {min(known)}.")
+        raise ValueError(f"steps must be 0 or more, got {min(known)}.")
     put_on_timeline(fig, Timeline(int(max(known, default=1)) or 1), rows)
     if current is not None:
         style = {"color": VERMILION, "width": 1.5}
         x, right = math.sqrt(current), fig.layout.xaxis.range[1]
-        fig.add_vline(x=x, line=style, opacity=0.8, layer="below", name="current epoch")
+        fig.add_vline(x=x, line=style, opacity=0.8, layer="below", name="current step")
         fig.add_annotation(
             x=x, y=1, yref="paper", text=f"step {current:,}", showarrow=False, yanchor="bottom", yshift=-2,
             xanchor="right" if x > 0.85 * right else "left", xshift=4 if x > 0.85 * right else -4,

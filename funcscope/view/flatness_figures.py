@@ -1,4 +1,4 @@
-"""Figures of flatness: a metric over training, and the loss changes of one epoch."""
+"""Figures of flatness: a metric over training, and the loss changes of one step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .drawing import (
     check_lengths,
     numbers_of,
     over_training,
-    put_on_epochs,
+    put_on_steps,
     scalar,
     set_scale,
     titled,
@@ -64,26 +64,26 @@ def render_flatness_trajectory(
     title: str | None = None,
     height: int = 400,
 ) -> go.Figure:
-    """A flatness metric over training, with its uncertainty, beside the loss itself; the current epoch is marked.
+    """A flatness metric over training, with its uncertainty, beside the loss itself; the current step is marked.
 
-    summary_data: `epochs` (n,), `baseline_loss` (n,) in nats, and the metric (n,), nan where an epoch has none: a gap.
+    summary_data: `steps` (n,), `baseline_loss` (n,) in nats, and the metric (n,), nan where a step has none: a gap.
     Drawn where they are there: `<metric>_stderr` (n,) as bars of 1.96 standard errors, and for mean and median the band
     from `p10_delta_loss` to `p90_delta_loss`, which holds 80 % of the directions. metric: a key of FLATNESS_METRICS.
     height in pixels. An axis is logarithmic where its values are positive and spread over two decades or more. The
-    `customdata` of a point is its epoch.
+    `customdata` of a point is its step.
 
     Raises ValueError for an unknown metric, a missing key, and arrays of different lengths.
 
-    >>> data = {"epochs": [0, 10], "baseline_loss": [4.7, 0.1], "mean_delta_loss": [0.2, float("nan")]}
+    >>> data = {"step": [0, 10], "baseline_loss": [4.7, 0.1], "mean_delta_loss": [0.2, float("nan")]}
     >>> fig = render_flatness_trajectory(data, 10)
     >>> fig.data[-1].customdata.tolist(), fig.data[-1].y.tolist()
     ([0, 10], [0.2, nan])
     """
     if metric not in FLATNESS_METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(FLATNESS_METRICS)}, got {metric!r}.")
-    data = arrays(summary_data, "epochs", "baseline_loss", metric)
-    epochs, value = data["epochs"], numbers_of(data, metric)
-    check_lengths(data, "epochs", "baseline_loss", metric)
+    data = arrays(summary_data, "step", "baseline_loss", metric)
+    steps, value = data["step"], numbers_of(data, metric)
+    check_lengths(data, "step", "baseline_loss", metric)
     is_share = metric in SHARES
     label, unit = FLATNESS_METRICS[metric], "" if is_share else "nats"
     ends = numbers_of(data, f"{metric}_stderr") * Z95 if f"{metric}_stderr" in data else np.full(value.shape, np.nan)
@@ -96,21 +96,21 @@ def render_flatness_trajectory(
         -math.inf if is_share else set_scale(fig.layout.yaxis, label, unit, value, value - ends, value + ends, *around)
     )
     fig.layout.yaxis.title.text += f"<br>{'higher' if is_share else 'lower'} is flatter"
-    _add_baseline(fig, epochs, numbers_of(data, "baseline_loss"))
+    _add_baseline(fig, steps, numbers_of(data, "baseline_loss"))
     if around:
-        fig.add_trace(band(place(epochs), around[0], around[1], "10th to 90th percentile", BLUE, floor))
-    fig.add_traces(over_training(epochs, value, ends, label, BLUE, unit, floor))
-    put_on_epochs(fig, epochs, current_epoch)
+        fig.add_trace(band(place(steps), around[0], around[1], "10th to 90th percentile", BLUE, floor))
+    fig.add_traces(over_training(steps, value, ends, label, BLUE, unit, floor))
+    put_on_steps(fig, steps, current_epoch)
     fig.layout.yaxis.title.standoff = 6
     fig.layout.margin.update(l=78, r=70)
     shown = plain(title) if title else f"Flatness over training: {label}"
-    return titled(fig, shown, "" if np.isfinite(value).any() else "no finite value at any epoch")
+    return titled(fig, shown, "" if np.isfinite(value).any() else "no finite value at any step")
 
 
 def render_perturbation_distribution(
-    epoch_data: Data, epoch: int, title: str | None = None, height: int = 350
+    epoch_data: Data, step: int, title: str | None = None, height: int = 350
 ) -> go.Figure:
-    """How the loss changes (nats) of one epoch are spread over its directions: a histogram with mean and median.
+    """How the loss changes (nats) of one step are spread over its directions: a histogram with mean and median.
 
     epoch_data: `delta_losses` (n,) and `baseline_loss`. Drawn where they are there: `delta_losses_negative` (n,), the
     step along -d, as an outline; the standard error `mean_delta_loss_stderr`; and `expected_delta_loss`,
@@ -139,14 +139,14 @@ def render_perturbation_distribution(
         fig.add_trace(_upright(value, 1.06 * max(top, 1), text, colour, dash))
     whole = [tick for tick in round_ticks(0.0, float(max(top, 1))) if tick.is_integer()]
     fig.layout.yaxis.update(range=[0, 1.06 * max(top, 1)], tickvals=whole)
-    shown = plain(title) if title else f"Loss change along random directions, step {epoch:,}"
+    shown = plain(title) if title else f"Loss change along random directions, step {step:,}"
     return titled(fig, shown, _told(data, sides))
 
 
-def _add_baseline(fig: go.Figure, epochs: np.ndarray, loss: Column) -> None:
+def _add_baseline(fig: go.Figure, steps: np.ndarray, loss: Column) -> None:
     fig.update_layout(yaxis2={"overlaying": "y", "side": "right", "showgrid": False, "tickfont": {"color": MUTED}})
     floor = set_scale(fig.layout.yaxis2, "loss", "nats", loss)
-    *below, line = over_training(epochs, loss, np.full(loss.shape, np.nan), "loss without a step", MUTED, "nats", floor)
+    *below, line = over_training(steps, loss, np.full(loss.shape, np.nan), "loss without a step", MUTED, "nats", floor)
     line.update(line={"dash": "dash", "width": 1.4}, marker={"size": 4})
     fig.add_traces([trace.update(yaxis="y2") for trace in (*below, line)])
 

@@ -65,7 +65,7 @@ def flatness(story: Story) -> Section:
     """Mean loss change in a step of fixed length over training, and its distribution in both phases."""
     summary = _part(story, "flatness_")
     steps = _phases(story)
-    at = {int(step): i for i, step in enumerate(summary["epochs"])}
+    at = {int(step): i for i, step in enumerate(summary["step"])}
     said = ", ".join(
         f"{with_error(summary['mean_delta_loss'][at[step]], summary['mean_delta_loss_stderr'][at[step]])} nats at "
         f"step {step:,} ({number(float(summary['epsilon_relative'][at[step]]), 2)} of ‖θ‖)"
@@ -125,8 +125,8 @@ def lengths(story: Story) -> Section:
 def trajectory(story: Story) -> Section:
     """The training run on the plane of its two principal directions."""
     data = _part(story, "trajectory_")
-    walk = {"coordinates": data["coordinates"], "epochs": data["epochs"]}
-    fig = render_contour(data, walk, title="The run on its own plane", current=int(data["epochs"][-1]))
+    walk = {"coordinates": data["coordinates"], "step": data["step"]}
+    fig = render_contour(data, walk, title="The run on its own plane", current=int(data["step"][-1]))
     shares = " and ".join(f"{100 * share:.0f} %" for share in data["explained"][:2])
     off = float(np.nanmax(data["residuals"]) / data["param_norm"]) if data["param_norm"] else math.nan
     text = (
@@ -140,7 +140,7 @@ def trajectory(story: Story) -> Section:
 def path(story: Story) -> Section:
     """The straight line from memorising to generalising."""
     data = _part(story, "path_")
-    start, end = int(data["start_epoch"]), int(data["end_epoch"])
+    start, end = int(data["start_step"]), int(data["end_step"])
     fig = render_barrier(data | {"kind": "line"}, title=f"From step {start:,} to step {end:,} in a straight line")
     barrier = with_error(float(data["barrier_linear"]), float(data["barrier_linear_stderr"]))
     text = (
@@ -161,7 +161,7 @@ def dimensionality(story: Story) -> Section:
     data = _part(story, "dimensionality_")
     steps = _phases(story)
     fig = render_dimensionality_trajectory(data, steps[0], names)
-    at = {int(step): i for i, step in enumerate(data["epochs"])}
+    at = {int(step): i for i, step in enumerate(data["step"])}
     first, last = (data["participation_ratio"][at[step]] for step in steps)
     falls = [name for name, a, b in zip(names, first, last, strict=True) if b < a]
     text = (

@@ -81,7 +81,7 @@ def render_contour(
 
     plane: `grid_losses` (n, m), `axis_values` (n,) of the first direction (horizontal), `axis_values_2` (m,) of the
     second (vertical), and, shown where they are there, `axis_names`, `relative_displacement` (2,) and `baseline_loss`.
-    trajectory: `coordinates` (k, 2) in the unit of the axes and `epochs` (k,), a line with a dot per epoch; the epoch
+    trajectory: `coordinates` (k, 2) in the unit of the axes and `steps` (k,), a line with a dot per step; the step
     `current` is a large dot, where it is among them. Colours are logarithmic where all finite losses are positive and
     spread over two decades.
 
@@ -260,28 +260,28 @@ def _marks(plane: Plane) -> list[go.Scatter]:
 
 
 def _trajectory(trajectory: Mapping[str, Any]) -> tuple[Float[np.ndarray, "k 2"], np.ndarray]:
-    data = arrays(trajectory, "coordinates", "epochs")
-    at, epochs = numbers_of(data, "coordinates"), np.array(data["epochs"])
-    check_shape("coordinates", at, (len(epochs), 2))
-    return at, epochs
+    data = arrays(trajectory, "coordinates", "step")
+    at, steps = numbers_of(data, "coordinates"), np.array(data["step"])
+    check_shape("coordinates", at, (len(steps), 2))
+    return at, steps
 
 
 def _walk(trajectory: Mapping[str, Any], current: int | None) -> list[go.Scatter]:
     """A white line with a dark rim, its dots, and the current one."""
-    at, epochs = _trajectory(trajectory)
+    at, steps = _trajectory(trajectory)
     dots = {"color": "white", "size": 6, "line": {"width": 1.2, "color": INK}}
     hover = "step %{customdata:,}<br>(%{x:.4g}, %{y:.4g})<extra></extra>"
     rim = go.Scatter(
         x=at[:, 0], y=at[:, 1], mode="lines", line={"color": INK, "width": 3.5}, hoverinfo="skip", showlegend=False
     )
     line = rim.to_plotly_json() | {
-        "mode": "lines+markers", "line": {"color": "white", "width": 1.8}, "marker": dots, "customdata": epochs,
+        "mode": "lines+markers", "line": {"color": "white", "width": 1.8}, "marker": dots, "customdata": steps,
         "hovertemplate": hover, "name": "training", "showlegend": True, "hoverinfo": None,
     }  # fmt: skip
-    now = epochs == current
+    now = steps == current
     big = {"color": VERMILION, "size": 13, "line": {"width": 1.5, "color": "white"}}
     here = go.Scatter(
-        x=at[now, 0], y=at[now, 1], customdata=epochs[now], mode="markers", marker=big, hovertemplate=hover,
+        x=at[now, 0], y=at[now, 1], customdata=steps[now], mode="markers", marker=big, hovertemplate=hover,
         name=f"step {current:,}" if current is not None else "",
     )  # fmt: skip
     return [rim, go.Scatter(line), *([here] if now.any() else [])]
@@ -290,7 +290,7 @@ def _walk(trajectory: Mapping[str, Any], current: int | None) -> list[go.Scatter
 def _walk_in_space(
     plane: Plane, shades: Shades, trajectory: Mapping[str, Any], current: int | None
 ) -> list[go.Scatter3d]:
-    at, epochs = _trajectory(trajectory)
+    at, steps = _trajectory(trajectory)
     z = shades.of(plane.losses)
     if trajectory.get("losses") is not None:
         height = shades.of(numbers_of(trajectory, "losses"))
@@ -300,15 +300,15 @@ def _walk_in_space(
     line, dots = {"color": "white", "width": 6}, {"color": "white", "size": 3.5, "line": {"width": 1, "color": INK}}
     hover = "step %{customdata:,}<br>(%{x:.4g}, %{y:.4g})<extra></extra>"
     walk = go.Scatter3d(
-        x=at[:, 0], y=at[:, 1], z=height, customdata=epochs, mode="lines+markers", line=line, marker=dots,
+        x=at[:, 0], y=at[:, 1], z=height, customdata=steps, mode="lines+markers", line=line, marker=dots,
         hovertemplate=hover, name="training", connectgaps=False,
     )  # fmt: skip
-    now = epochs == current
+    now = steps == current
     if not now.any():
         return [walk]
     big = {"color": VERMILION, "size": 7, "line": {"width": 1, "color": "white"}}
     here = go.Scatter3d(
-        x=at[now, 0], y=at[now, 1], z=height[now], customdata=epochs[now], mode="markers", marker=big,
+        x=at[now, 0], y=at[now, 1], z=height[now], customdata=steps[now], mode="markers", marker=big,
         hovertemplate=hover, name=f"step {current:,}",
     )  # fmt: skip
     return [walk, here]

@@ -24,7 +24,7 @@ from .drawing import (
     faint,
     numbers_of,
     over_training,
-    put_on_epochs,
+    put_on_steps,
     scalar,
     set_scale,
     titled,
@@ -69,7 +69,7 @@ def render_training_curves(
     height: int = 470,
     checkpoints: Sequence[int] | None = None,
 ) -> go.Figure:
-    """Loss (nats, log axis) above accuracy over training, for train and test; the current epoch is marked.
+    """Loss (nats, log axis) above accuracy over training, for train and test; the current step is marked.
 
     curves: `step` (n,), `train_loss`, `test_loss`, `train_accuracy`, `test_accuracy` (n,), of which one loss must be
     there; nan is a gap. checkpoints: steps that get an open circle. The first `customdata` of a point is its step.
@@ -95,7 +95,7 @@ def render_training_curves(
     fig = figures.curves(step, loss, accuracy, np.array(checkpoints or [], dtype=np.int64), Timeline(last))
     fig.data = tuple(trace for trace in fig.data if trace.name != "checkpoint" or len(trace.x))
     fig.update_layout(height=height)
-    put_on_epochs(fig, step, current_epoch, rows=(1, 2))
+    put_on_steps(fig, step, current_epoch, rows=(1, 2))
     return titled(fig, plain(title) if title else "Training")
 
 
@@ -104,7 +104,7 @@ def render_curvature_trajectory(
 ) -> go.Figure:
     """Largest Hessian eigenvalue and trace (nats per unit of distance²) above the relative sharpness, over training.
 
-    summary_data: `epochs`, `hessian_max_eigenvalue` with `hessian_max_eigenvalue_residual` (its bar), `hessian_trace`
+    summary_data: `steps`, `hessian_max_eigenvalue` with `hessian_max_eigenvalue_residual` (its bar), `hessian_trace`
     and `sam_relative` with `..._stderr` (bars of 1.96), all (n,). Log axes; what is not positive is a triangle at the
     lower edge. The first `customdata` of a point is its step.
 
@@ -112,17 +112,17 @@ def render_curvature_trajectory(
     """
     names = ("hessian_max_eigenvalue", "hessian_trace", "sam_relative")
     errors = ("hessian_max_eigenvalue_residual", "hessian_trace_stderr", "sam_relative_stderr")
-    data = arrays(summary_data, "epochs", *names, *errors)
-    check_lengths(data, "epochs", *names, *errors)
+    data = arrays(summary_data, "step", *names, *errors)
+    check_lengths(data, "step", *names, *errors)
     top, trace, sharpness = (numbers_of(data, name) for name in names)
     residual, trace_half, sharpness_half = (
         scale * numbers_of(data, name) for scale, name in zip((1, Z95, Z95), errors, strict=True)
     )
     values, halves = (top, trace, sharpness), (residual, trace_half, sharpness_half)
-    epochs = data["epochs"]
-    fig = figures.hessian_and_sharpness(epochs, values, halves, Timeline(int(epochs.max(initial=1)) or 1))
+    steps = data["step"]
+    fig = figures.hessian_and_sharpness(steps, values, halves, Timeline(int(steps.max(initial=1)) or 1))
     fig.update_layout(height=height, margin={"l": 84})
-    put_on_epochs(fig, epochs, current_epoch, rows=(1, 2))
+    put_on_steps(fig, steps, current_epoch, rows=(1, 2))
     note = "bars: residual of the eigenvalue, 95 % interval of trace and sharpness"
     return titled(fig, plain(title) if title else "Curvature over training", note)
 
@@ -137,15 +137,15 @@ def render_dimensionality_trajectory(
 ) -> go.Figure:
     """Dimension of every weight matrix over training: its participation ratio, or its effective rank.
 
-    summary_data: `epochs` (n,) and the metric (n, k) in dimensions; names: k matrices. A colour, and a dash beyond
-    four, per matrix; the `customdata` of a point is its epoch.
+    summary_data: `steps` (n,) and the metric (n, k) in dimensions; names: k matrices. A colour, and a dash beyond
+    four, per matrix; the `customdata` of a point is its step.
 
     Raises ValueError for another metric, a missing key, and a count of names that differs.
     """
     if metric not in MEASURES:
         raise ValueError(f"`metric` must be one of {', '.join(MEASURES)}, got {metric!r}.")
-    data = arrays(summary_data, "epochs", metric)
-    check_lengths(data, "epochs", metric)
+    data = arrays(summary_data, "step", metric)
+    check_lengths(data, "step", metric)
     values = numbers_of(data, metric)
     if values.ndim != 2 or values.shape[1] != len(names):
         raise ValueError(f"`{metric}` must have a column for each of the {len(names)} names, got {values.shape}.")
@@ -154,9 +154,9 @@ def render_dimensionality_trajectory(
     for i, name in enumerate(curvature_figures.labels(names, 20)):
         colour, dash = (BLUE, VERMILION, GREEN, PURPLE)[i % 4], ("solid", "dash", "dot", "dashdot")[i // 4 % 4]
         nothing = np.full(len(values), np.nan)
-        *below, line = over_training(data["epochs"], values[:, i], nothing, plain(name), colour, "", floor)
+        *below, line = over_training(data["step"], values[:, i], nothing, plain(name), colour, "", floor)
         fig.add_traces([*below, line.update(line={"dash": dash}, marker={"size": 4})])
-    put_on_epochs(fig, data["epochs"], current_epoch)
+    put_on_steps(fig, data["step"], current_epoch)
     return titled(fig, plain(title) if title else f"{MEASURES[metric].capitalize()} of the weight matrices")
 
 

@@ -111,5 +111,5 @@ FLATNESS_PROFILE = Analyzer(
     forwards=lambda settings: (
         2 + 2 * settings["n_directions"] * (1 + len(settings["epsilons"])) + 6 * settings["products"]
     ),
-    epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),
+    steps=lambda subjects: sorted(set(phases(subjects.steps, subjects.curves))),
 )

@@ -27,7 +27,7 @@ def plane(subject: Subject, *, num: int, span: float, normalize: str, split: str
 
 def lines(subjects: Subjects, *, num_directions: int, num: int, span: float, split: str, seed: int) -> Values:
     """`fs.loss_lines` through the start, the phase of memorising and the end, a few directions each."""
-    steps = phases(subjects.epochs, subjects.curves)
+    steps = phases(subjects.steps, subjects.curves)
     found = []
     for subject in (subjects[step] for step in steps):
         params = subject.net.layout.unravel(subject.theta)
@@ -52,23 +52,23 @@ def trajectory(subjects: Subjects, *, num: int, split: str) -> Values:
     low, high = coordinates.min(0), coordinates.max(0)
     pad = MARGIN * np.maximum(high - low, 1e-3 * (high - low).max())
     span = tuple((float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True))
-    loss = subjects[subjects.epochs[-1]].loss(split)
+    loss = subjects[subjects.steps[-1]].loss(split)
     plane = {"num": num, "span": span, "buffers": "reestimate"}  # the checkpoints far from the last have others
     surface = loss_plane(loss, found.origin, found.axes, **plane)  # type: ignore[arg-type]
     return {
         **surface.asdict(),
         **found.asdict(),
-        "epochs": np.array(subjects.epochs),
+        "step": np.array(subjects.steps),
     }
 
 
 def path(subjects: Subjects, *, num: int, split: str) -> Values:
     """The straight line from the checkpoint that has memorised to the last one."""
-    _, memorised, last = phases(subjects.epochs, subjects.curves)
+    _, memorised, last = phases(subjects.steps, subjects.curves)
     start, end = subjects[memorised], subjects[last]
     with torch.no_grad():
         found = linear_path(start.loss(split), start.trained, end.trained, num=num)
-    return {**found.asdict(), "start_epoch": memorised, "end_epoch": last}
+    return {**found.asdict(), "start_step": memorised, "end_step": last}
 
 
 LOSS_PLANE = Analyzer(
@@ -78,7 +78,7 @@ LOSS_PLANE = Analyzer(
     compute_summary=lambda values: {name: values[name] for name in SUMMARY},
     settings={"num": 25, "span": 0.5, "normalize": "filter", "split": "train", "seed": 42},
     forwards=lambda settings: settings["num"] ** 2 + 2,
-    epochs=lambda subjects: sorted(set(phases(subjects.epochs, subjects.curves))),
+    steps=lambda subjects: sorted(set(phases(subjects.steps, subjects.curves))),
 )
 TRAJECTORY_PLANE = Analyzer(
     name="trajectory_plane",

@@ -1,4 +1,4 @@
-"""The dashboard of a run folder: every panel follows one variant and one epoch (extra `funcscope[view]`).
+"""The dashboard of a run folder: every panel follows one variant and one step (extra `funcscope[view]`).
 
 It only reads. Everything that the page needs comes from this server; nothing is fetched from elsewhere, and a content
 security policy keeps it so. A panel opens the one or two files that it shows, whatever the number of checkpoints.

@@ -1,7 +1,7 @@
 """What happens when: plain functions of what the page holds, and their registration.
 
 The address is read once, when the page opens. From then on the slider says where the reader stands; the script in
-`assets/` writes variant and epoch back to the address, and every figure follows the store `here`.
+`assets/` writes variant and step back to the address, and every figure follows the store `here`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SELECTING = tuple((panel.name, plot.name) for panel in PANELS for plot in panel.
 
 
 def figure(runs: Runs, here: Mapping[str, Any], panel: str, plot: str, options: Mapping[str, Any]) -> Drawn:
-    """One figure at the epoch where the reader stands. Raises ValueError for a variant or panel that is not there."""
+    """One figure at the step where the reader stands. Raises ValueError for a variant or panel that is not there."""
     known = {each.name: each for each in PANELS}
     if panel not in known:
         raise ValueError(f"no panel {panel!r}: there are {', '.join(known)}.")
     variant = runs.variant(here["variant"])
-    return drawn(known[panel], plot, View(variant, int(here["epoch"]), _valid(known[panel], variant, options)))
+    return drawn(known[panel], plot, View(variant, int(here["step"]), _valid(known[panel], variant, options)))
 
 
 def _valid(panel: Panel, variant: Variant, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +41,8 @@ def _valid(panel: Panel, variant: Variant, options: Mapping[str, Any]) -> dict[s
     return {name: value for name, value in options.items() if name in offered and value in offered[name]}
 
 
-def clicked(click: Mapping[str, Any] | None, epochs: Sequence[int]) -> int | None:
-    """Place on the slider of the epoch that a clicked point carries; None for a click on something else.
+def clicked(click: Mapping[str, Any] | None, steps: Sequence[int]) -> int | None:
+    """Place on the slider of the step that a clicked point carries; None for a click on something else.
 
     A point with a height belongs to a contour plot or a surface, and carries a loss.
     """
@@ -50,9 +50,9 @@ def clicked(click: Mapping[str, Any] | None, epochs: Sequence[int]) -> int | Non
     data = point.get("customdata")
     while isinstance(data, list) and data:
         data = data[0]
-    if "z" in point or not isinstance(data, (int, float)) or not epochs:
+    if "z" in point or not isinstance(data, (int, float)) or not steps:
         return None
-    return list(epochs).index(reading.nearest(tuple(epochs), round(data)))
+    return list(steps).index(reading.nearest(tuple(steps), round(data)))
 
 
 def unpacked(made: go.Figure) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _register_choices(app: dash.Dash, root: Path) -> None:
 
     @app.callback(
         Output("message", "children"), Output("panels", "children"), Output("facts", "children"),
-        Output("times", "children"), Output("epochs", "data"), Output("epoch", "max"), Output("epoch", "marks"),
-        Output("epoch", "value"), Output("bar", "hidden"),
+        Output("times", "children"), Output("steps", "data"), Output("step", "max"), Output("step", "marks"),
+        Output("step", "value"), Output("bar", "hidden"),
         Input("request", "data"), Input("variant", "value"), Input("reload", "n_clicks"), State("here", "data"),
     )  # fmt: skip
     def choose(
@@ -95,35 +95,35 @@ def _register_choices(app: dash.Dash, root: Path) -> None:
     ) -> tuple[Any, ...]:
         at_once = {each["prop_id"] for each in ctx.triggered}
         made = opened(Runs(root), asked or {}, name, None if "request.data" in at_once else here, clicks or 0)
-        epochs = made.epochs.get("epochs", [])
+        steps = made.steps.get("steps", [])
         panels = no_update if made.panels is None else made.panels
-        marks = layout.marks(epochs) if epochs else None
+        marks = layout.marks(steps) if steps else None
         return (
-            made.message, panels, made.facts, made.times, made.epochs, max(len(epochs) - 1, 1), marks, made.place,
-            not epochs,
+            made.message, panels, made.facts, made.times, made.steps, max(len(steps) - 1, 1), marks, made.place,
+            not steps,
         )  # fmt: skip
 
     app.clientside_callback(
         ClientsideFunction("funcscope", "follow"),
         Output("here", "data"),
-        Input("epoch", "value"),
-        Input("epochs", "data"),
+        Input("step", "value"),
+        Input("steps", "data"),
     )
     app.clientside_callback(
         ClientsideFunction("funcscope", "say"),
-        Output("now", "children"), Input("epoch", "drag_value"), Input("here", "data"), State("epochs", "data"),
+        Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("steps", "data"),
     )  # fmt: skip
 
     @app.callback(
-        Output("epoch", "value", allow_duplicate=True),
-        Input({"type": "figure", "panel": ALL, "plot": ALL}, "clickData"), State("epochs", "data"),
+        Output("step", "value", allow_duplicate=True),
+        Input({"type": "figure", "panel": ALL, "plot": ALL}, "clickData"), State("steps", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
-    def select(_: list[Any], epochs: dict[str, Any] | None) -> Any:
+    def select(_: list[Any], steps: dict[str, Any] | None) -> Any:
         source = ctx.triggered_id
         if not source or (source["panel"], source["plot"]) not in SELECTING:
             return no_update
-        index = clicked(ctx.triggered[0]["value"], (epochs or {}).get("epochs", []))
+        index = clicked(ctx.triggered[0]["value"], (steps or {}).get("steps", []))
         return no_update if index is None else index
 
 

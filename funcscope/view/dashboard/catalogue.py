@@ -1,4 +1,4 @@
-"""The panels of the page, in its order. A panel reads the summary, or the file of one epoch (of two or three to compare)."""
+"""The panels of the page, in its order. A panel reads the summary, or the file of one step (of two or three to compare)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ def available(variant: Variant) -> list[Panel]:
     return [panel for panel in PANELS if panel.needs(variant)]
 
 
-def _stored(variant: Variant, analyzer: str, epoch: int, what: str) -> dict[str, Any]:
-    found = reading.artifact(variant, analyzer, epoch)
+def _stored(variant: Variant, analyzer: str, step: int, what: str) -> dict[str, Any]:
+    found = reading.artifact(variant, analyzer, step)
     if found is None:
-        near = reading.nearest(variant.epochs(analyzer), epoch)
-        raise Absent(f"No {what} is stored at epoch {epoch:,}; the nearest is at epoch {near:,}.")
+        near = reading.nearest(variant.steps(analyzer), step)
+        raise Absent(f"No {what} is stored at step {step:,}; the nearest is at step {near:,}.")
     summary, made_with = reading.summary(variant, analyzer), found["made_with"]
     wanted = summary.settings.get("settings", made_with) if summary is not None else made_with
     if other := [f"{name} {made_with.get(name)}" for name in wanted if made_with.get(name) != wanted[name]]:
-        raise Absent(
-            f"The {what} at epoch {epoch:,} was made with other settings ({', '.join(other)}) than the summary."
-        )
+        raise Absent(f"The {what} at step {step:,} was made with other settings ({', '.join(other)}) than the summary.")
     return found
 
 
@@ -48,10 +46,10 @@ def _curves(view: View) -> Drawn:
     measured = reading.curves(view.variant)
     if measured is None:
         raise Absent("The curves are not written yet: they appear when training ends.")
-    now = reading.phase(measured, view.epoch)
-    at = f"At epoch {view.epoch:,}: train accuracy {now.train:.3f}, test accuracy {now.test:.3f}"
+    now = reading.phase(measured, view.step)
+    at = f"At step {view.step:,}: train accuracy {now.train:.3f}, test accuracy {now.test:.3f}"
     return Drawn(
-        renderers.render_training_curves(measured, current_epoch=view.epoch),
+        renderers.render_training_curves(measured, current_epoch=view.step),
         "" if math.isnan(now.train) else f"{at}{f' ({now.name})' if now.name else ''}.",
     )
 
@@ -59,72 +57,72 @@ def _curves(view: View) -> Drawn:
 def _flatness(view: View) -> Drawn:
     found = _summary(view.variant, FLATNESS)
     metric = view.options.get("metric") or "mean_delta_loss"
-    return Drawn(renderers.render_flatness_trajectory(found.arrays, view.epoch, metric=metric))
+    return Drawn(renderers.render_flatness_trajectory(found.arrays, view.step, metric=metric))
 
 
 def _distribution(view: View) -> Drawn:
-    data = _stored(view.variant, FLATNESS, view.epoch, "sample of perturbations")
-    return Drawn(renderers.render_perturbation_distribution(data, view.epoch))
+    data = _stored(view.variant, FLATNESS, view.step, "sample of perturbations")
+    return Drawn(renderers.render_perturbation_distribution(data, view.step))
 
 
 def _plane(view: View) -> Drawn:
-    near = reading.nearest(view.variant.epochs(PLANE), view.epoch)
+    near = reading.nearest(view.variant.steps(PLANE), view.step)
     plane = _stored(view.variant, PLANE, near, "plane")
     render = renderers.render_surface if view.options.get("form") == "surface" else renderers.render_contour
-    at = "" if near == view.epoch else f" It is the nearest to epoch {view.epoch:,} that is stored."
-    return Drawn(render(plane, title=f"Loss plane at epoch {near:,}"), f"Plane at epoch {near:,}.{at}")
+    at = "" if near == view.step else f" It is the nearest to step {view.step:,} that is stored."
+    return Drawn(render(plane, title=f"Loss plane at step {near:,}"), f"Plane at step {near:,}.{at}")
 
 
 def _trajectory(view: View) -> Drawn:
     found = reading.cross(view.variant, TRAJECTORY)
     if found is None:
         raise Absent("The plane of the trajectory is not written yet.")
-    epochs = [int(epoch) for epoch in found["epochs"]]
-    near = reading.nearest(tuple(epochs), view.epoch)
+    steps = [int(step) for step in found["step"]]
+    near = reading.nearest(tuple(steps), view.step)
     render = renderers.render_surface if view.options.get("form") == "surface" else renderers.render_contour
     fig = render(found, trajectory=found, current=near, title="Loss on the plane of the trajectory")
     share = 100 * float(sum(found["explained"]))
     held = f"The two axes hold {share:.0f} % of the squared distances to the last checkpoint."
-    return Drawn(fig, f"Epoch {near:,} is marked. {held}")
+    return Drawn(fig, f"Step {near:,} is marked. {held}")
 
 
 def _curvature(view: View) -> Drawn:
-    return Drawn(renderers.render_curvature_trajectory(_summary(view.variant, CURVATURE).arrays, view.epoch))
+    return Drawn(renderers.render_curvature_trajectory(_summary(view.variant, CURVATURE).arrays, view.step))
 
 
 def _dimension(view: View) -> Drawn:
     found = _summary(view.variant, DIMENSION)
     return Drawn(
-        renderers.render_dimensionality_trajectory(found.arrays, view.epoch, tuple(found.settings.get("matrices", ())))
+        renderers.render_dimensionality_trajectory(found.arrays, view.step, tuple(found.settings.get("matrices", ())))
     )
 
 
 def _directional(view: View) -> Drawn:
-    """The epoch between the two phases; three files, however many epochs there are."""
-    stored = view.variant.epochs(DIRECTIONAL)
-    near = reading.nearest(stored, view.epoch)
+    """The step between the two phases; three files, however many steps there are."""
+    stored = view.variant.steps(DIRECTIONAL)
+    near = reading.nearest(stored, view.step)
     chosen = sorted({*reading.phases(reading.measured(view.variant), stored), near})
-    results = [_stored(view.variant, DIRECTIONAL, epoch, "sample of directions") for epoch in chosen]
-    at = "" if near == view.epoch else f" Epoch {near:,} is the nearest to epoch {view.epoch:,} that is stored."
+    results = [_stored(view.variant, DIRECTIONAL, step, "sample of directions") for step in chosen]
+    at = "" if near == view.step else f" Step {near:,} is the nearest to step {view.step:,} that is stored."
     return Drawn(
-        renderers.render_directional_violin(results, names=[f"epoch {epoch:,}" for epoch in chosen]),
-        f"The epoch, between the memorising phase and the last one.{at}",
+        renderers.render_directional_violin(results, names=[f"step {step:,}" for step in chosen]),
+        f"The step, between the memorising phase and the last one.{at}",
     )
 
 
 def _pair(variant: Variant, options: Mapping[str, Any]) -> tuple[int, int]:
-    """The two epochs that are compared; at first those of the phases, of epochs with a plane where these have both."""
-    found, planes = reading.measured(variant), variant.epochs(PLANE)
-    memorising = any(reading.phase(found, epoch).name == "memorising" for epoch in planes)
-    first, last = reading.phases(found, planes if memorising else reading.epochs(variant))
+    """The two steps that are compared; at first those of the phases, of steps with a plane where these have both."""
+    found, planes = reading.measured(variant), variant.steps(PLANE)
+    memorising = any(reading.phase(found, step).name == "memorising" for step in planes)
+    first, last = reading.phases(found, planes if memorising else reading.steps(variant))
     return int(options.get("first", first)), int(options.get("last", last))
 
 
 def _two_planes(view: View) -> Drawn:
-    pair = [reading.nearest(view.variant.epochs(PLANE), epoch) for epoch in _pair(view.variant, view.options)]
-    planes = [_stored(view.variant, PLANE, epoch, "plane") for epoch in pair]
-    titles = [_phase_title(view.variant, epoch) for epoch in pair]
-    moved = "" if tuple(pair) == _pair(view.variant, view.options) else " The nearest epochs that have a plane."
+    pair = [reading.nearest(view.variant.steps(PLANE), step) for step in _pair(view.variant, view.options)]
+    planes = [_stored(view.variant, PLANE, step, "plane") for step in pair]
+    titles = [_phase_title(view.variant, step) for step in pair]
+    moved = "" if tuple(pair) == _pair(view.variant, view.options) else " The nearest steps that have a plane."
     fig = renderers.render_planes_side_by_side(planes, titles, height=WIDE)
     return Drawn(fig, f"One colour scale for both.{moved}")
 
@@ -132,7 +130,7 @@ def _two_planes(view: View) -> Drawn:
 def _one_of_two(which: int) -> Callable[[View], Drawn]:
     def draw(view: View) -> Drawn:
         pair = _pair(view.variant, view.options)
-        samples = [_stored(view.variant, FLATNESS, epoch, "sample of perturbations") for epoch in pair]
+        samples = [_stored(view.variant, FLATNESS, step, "sample of perturbations") for step in pair]
         title = _phase_title(view.variant, pair[which])
         figures = [
             renderers.render_perturbation_distribution(s, e, title=title) for s, e in zip(samples, pair, strict=True)
@@ -142,13 +140,13 @@ def _one_of_two(which: int) -> Callable[[View], Drawn]:
     return draw
 
 
-def _phase_title(variant: Variant, epoch: int) -> str:
-    name = reading.phase(reading.measured(variant), epoch).name
-    return f"epoch {epoch:,}, {name}" if name else f"epoch {epoch:,}"
+def _phase_title(variant: Variant, step: int) -> str:
+    name = reading.phase(reading.measured(variant), step).name
+    return f"step {step:,}, {name}" if name else f"step {step:,}"
 
 
 def _has(*analyzers: str) -> Callable[[Variant], bool]:
-    return lambda variant: any(variant.epochs(analyzer) for analyzer in analyzers)
+    return lambda variant: any(variant.steps(analyzer) for analyzer in analyzers)
 
 
 def _metrics(variant: Variant) -> dict[str, str]:
@@ -163,8 +161,8 @@ def _metrics(variant: Variant) -> dict[str, str]:
 
 def _choices(variant: Variant) -> dict[int, str]:
     measured = reading.measured(variant)
-    named = ((epoch, reading.phase(measured, epoch).name) for epoch in reading.epochs(variant))
-    return {epoch: f"{epoch:,} · {name}" if name else f"{epoch:,}" for epoch, name in named}
+    named = ((step, reading.phase(measured, step).name) for step in reading.steps(variant))
+    return {step: f"{step:,} · {name}" if name else f"{step:,}" for step, name in named}
 
 
 FORM = Option(
@@ -197,7 +195,7 @@ PANELS = (
     ),
     Panel(
         "distribution",
-        "Perturbations at this epoch",
+        "Perturbations at this step",
         _has(FLATNESS),
         (Plot("distribution", "Loss changes under random perturbations", _distribution, 350),),
     ),
@@ -238,13 +236,13 @@ PANELS = (
         "Two phases side by side",
         _has(FLATNESS, PLANE),
         (
-            Plot("phases-planes", "Loss planes of two epochs", _two_planes, WIDE),
-            Plot("phases-first", "Loss changes at the first epoch", _one_of_two(0), 350),
-            Plot("phases-last", "Loss changes at the second epoch", _one_of_two(1), 350),
+            Plot("phases-planes", "Loss planes of two steps", _two_planes, WIDE),
+            Plot("phases-first", "Loss changes at the first step", _one_of_two(0), 350),
+            Plot("phases-last", "Loss changes at the second step", _one_of_two(1), 350),
         ),
         (
-            Option("first", "First epoch", _choices, lambda variant: _pair(variant, {})[0]),
-            Option("last", "Second epoch", _choices, lambda variant: _pair(variant, {})[1]),
+            Option("first", "First step", _choices, lambda variant: _pair(variant, {})[0]),
+            Option("last", "Second step", _choices, lambda variant: _pair(variant, {})[1]),
         ),
         wide=True,
     ),

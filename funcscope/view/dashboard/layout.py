@@ -1,4 +1,4 @@
-"""The page: a head with the variant, a bar with the epoch that stays in sight, panels in two columns, run times."""
+"""The page: a head with the variant, a bar with the step that stays in sight, panels in two columns, run times."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def shell(runs: Runs) -> html.Main:
         [
             dcc.Location(id="url", refresh=False),
             dcc.Store(id="request"),
-            dcc.Store(id="epochs"),
+            dcc.Store(id="steps"),
             dcc.Store(id="here"),
             html.Header(
                 [
@@ -57,16 +57,16 @@ def shell(runs: Runs) -> html.Main:
             ),
             html.Div(id="message", role="alert"),
             html.Div(id="facts"),
-            html.Section(_epoch_bar(), id="bar", hidden=True, **_named("Epoch")),
+            html.Section(_step_bar(), id="bar", hidden=True, **_named("Step")),
             html.Div(id="panels"),
             html.Div(id="times"),
         ]
     )
 
 
-def _epoch_bar() -> list[html.Div]:
+def _step_bar() -> list[html.Div]:
     slider = dcc.Slider(
-        id="epoch",
+        id="step",
         min=0,
         max=1,
         step=1,
@@ -146,22 +146,22 @@ def _named(label: str) -> dict[str, Any]:
     return {"aria-label": label}
 
 
-def marks(epochs: Sequence[int], most: int = 6) -> dict[int, str]:
-    """Labels of the slider, which counts the stored epochs: the first, the last and some between.
+def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
+    """Labels of the slider, which counts the stored steps: the first, the last and some between.
 
     >>> marks([0, 10, 50])
     {0: '0', 1: '10', 2: '50'}
     >>> marks(range(0, 1000, 10))
     {0: '0', 20: '200', 40: '400', 59: '590', 79: '790', 99: '990'}
     """
-    last = len(epochs) - 1
+    last = len(steps) - 1
     places = {round(i * last / (most - 1)) for i in range(most)} if last >= most else range(last + 1)
-    return {place: f"{epochs[place]:,}" for place in sorted(places)}
+    return {place: f"{steps[place]:,}" for place in sorted(places)}
 
 
 def times(costs: Sequence[reading.Cost]) -> html.Section | None:
     """The table of run times, an analyzer a row."""
-    heads = ("analyzer", "epochs stored", "expected per epoch", "measured per epoch", "so far", "left")
+    heads = ("analyzer", "steps stored", "expected per step", "measured per step", "so far", "left")
     rows = [
         html.Tr(
             [
@@ -176,7 +176,7 @@ def times(costs: Sequence[reading.Cost]) -> html.Section | None:
         return None
     table = html.Table([html.Thead(html.Tr([html.Th(head, scope="col") for head in heads])), html.Tbody(rows)])
     note = (
-        "Expected: the number of forward passes times the time of one, measured at the same epoch. Measured: the median. "
+        "Expected: the number of forward passes times the time of one, measured at the same step. Measured: the median. "
         "Left: the checkpoints that it looks at and that have no artifact yet, at the median."
     )
     return html.Section(

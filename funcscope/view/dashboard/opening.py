@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
-from ...core.store import Damaged
 from ...study.runs import Runs, Variant
 from . import layout, reading
 from .catalogue import available
@@ -20,20 +19,20 @@ class Opened(NamedTuple):
     """None: they are what they were."""
     facts: Any
     times: Any
-    epochs: dict[str, Any]
-    """`variant`, the `epochs` of the slider, and a `stamp` that makes the panels look again."""
+    steps: dict[str, Any]
+    """`variant`, the `steps` of the slider, and a `stamp` that makes the panels look again."""
     place: int
-    """Of the epoch, on the slider."""
+    """Of the step, on the slider."""
 
 
 def requested(search: str | None) -> dict[str, str]:
-    """Variant and epoch that the address asks for, as text: nothing is believed yet.
+    """Variant and step that the address asks for, as text: nothing is believed yet.
 
-    >>> requested("?variant=p37&epoch=100&x=1")
-    {'variant': 'p37', 'epoch': '100'}
+    >>> requested("?variant=p37&step=100&x=1")
+    {'variant': 'p37', 'step': '100'}
     """
     asked = parse_qs((search or "").removeprefix("?"))
-    return {name: asked[name][0] for name in ("variant", "epoch") if name in asked}
+    return {name: asked[name][0] for name in ("variant", "step") if name in asked}
 
 
 def admitted(runs: Runs, asked: Mapping[str, str]) -> str | None:
@@ -47,7 +46,7 @@ def admitted(runs: Runs, asked: Mapping[str, str]) -> str | None:
 def opened(
     runs: Runs, asked: Mapping[str, str], name: str | None, here: Mapping[str, Any] | None, stamp: int
 ) -> Opened:
-    """The page of a variant. The epoch stays at a reload and from variant to variant; so do the panels at a reload.
+    """The page of a variant. The step stays at a reload and from variant to variant; so do the panels at a reload.
 
     here: where the reader stands; None where the address is to say it.
     """
@@ -57,9 +56,9 @@ def opened(
         variant = runs.variant(name)
     except ValueError:
         return Opened(_refusal(runs, name), [], None, None, {}, 0)
-    epochs = reading.epochs(variant)
+    steps = reading.steps(variant)
     meant = admitted(runs, asked) == variant.name
-    index, remark = _arrival(epochs, asked.get("epoch") if meant else None, here)
+    index, remark = _arrival(steps, asked.get("step") if meant else None, here)
     shown = available(variant)
     wanted = [panel.name for panel in shown]
     same = here is not None and here.get("variant") == variant.name and here.get("panels") == wanted
@@ -69,7 +68,7 @@ def opened(
         None if same else [layout.card(panel, variant) for panel in shown],
         head,
         layout.times([reading.cost(variant, analyzer) for analyzer in variant.analyzers()]),
-        {"variant": variant.name, "epochs": list(epochs), "stamp": stamp, "panels": wanted},
+        {"variant": variant.name, "steps": list(steps), "stamp": stamp, "panels": wanted},
         index,
     )
 
@@ -77,7 +76,7 @@ def opened(
 def _head(variant: Variant) -> tuple[str, Any]:
     try:
         return "", layout.facts(variant)
-    except Damaged as err:
+    except ValueError as err:
         return str(err).replace(f"{variant.path}/", ""), None
 
 
@@ -86,15 +85,15 @@ def _refusal(runs: Runs, name: str) -> str:
     return f"There is no variant “{shown}” in this run. It has {', '.join(runs.variants())}: choose one above."
 
 
-def _arrival(epochs: Sequence[int], text: str | None, here: Mapping[str, Any] | None) -> tuple[int, str]:
-    """Place of the epoch to stand at, and what is to be said about it."""
-    if not epochs:
+def _arrival(steps: Sequence[int], text: str | None, here: Mapping[str, Any] | None) -> tuple[int, str]:
+    """Place of the step to stand at, and what is to be said about it."""
+    if not steps:
         return 0, ""
-    if here is not None and "epoch" in here:
-        return epochs.index(reading.nearest(tuple(epochs), int(here["epoch"]))), ""
+    if here is not None and "step" in here:
+        return steps.index(reading.nearest(tuple(steps), int(here["step"]))), ""
     if text is None:
-        return len(epochs) - 1, ""
+        return len(steps) - 1, ""
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        return len(epochs) - 1, "The epoch of the address is not a whole number: this is the last one."
-    near = reading.nearest(tuple(epochs), int(text))
-    return epochs.index(near), "" if near == int(text) else f"Epoch {int(text):,} is not stored: this is the nearest."
+        return len(steps) - 1, "The step of the address is not a whole number: this is the last one."
+    near = reading.nearest(tuple(steps), int(text))
+    return steps.index(near), "" if near == int(text) else f"Step {int(text):,} is not stored: this is the nearest."

@@ -1,4 +1,4 @@
-"""What a panel is: what it needs, what can be chosen in it, and its plots, each drawn for one variant and epoch."""
+"""What a panel is: what it needs, what can be chosen in it, and its plots, each drawn for one variant and step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from ...core.store import Damaged
+from ...core.store import Damaged, Outdated
 from ...study.runs import Variant
 from ..theme import MUTED, TEMPLATE, set_linear
 
-UNREADABLE = (Damaged, OSError, ValueError, KeyError, IndexError, TypeError)
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError)
 """What a damaged file raises, and a file of another program under one of our names."""
 
 
@@ -27,7 +27,7 @@ class View(NamedTuple):
     """Where the reader stands."""
 
     variant: Variant
-    epoch: int
+    step: int
     options: Mapping[str, Any]
 
 
@@ -52,7 +52,7 @@ class Plot(NamedTuple):
     height: int = 400
     """Of its placeholder, in pixels."""
     selects: bool = False
-    """A click on a point selects its epoch."""
+    """A click on a point selects its step."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def share_axes(figures: list[go.Figure]) -> list[go.Figure]:
 
 
 def file_name(view: View, plot: str) -> str:
-    """Of an exported figure, without its ending: variant, plot and epoch."""
-    return f"{view.variant.name}-{plot}-epoch-{view.epoch:05d}"
+    """Of an exported figure, without its ending: variant, plot and step."""
+    return f"{view.variant.name}-{plot}-step-{view.step:05d}"
 
 
 def _reason(err: Exception, variant: Variant) -> str:
     text = str(err).replace(f"{variant.path}/", "")
-    if isinstance(err, (Damaged, OSError)):
+    if isinstance(err, (Damaged, Outdated, OSError)):
         return f"This file cannot be read: {text}"
     return f"This file does not hold what its analyzer writes: {type(err).__name__}, {text}"

@@ -1,7 +1,7 @@
 """What the panels read: one file per question, kept as long as the file stays as it is.
 
 A file is known by its path, its time of change and its size: a run that is still being written shows itself on the next
-look, and moving to and fro over epochs reads nothing twice.
+look, and moving to and fro over steps reads nothing twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...core.store import Damaged
 from ...study.analyzer import Subjects
 from ...study.analyzers import ANALYZERS
 from ...study.phases import GENERAL, MEMORISED
@@ -55,7 +54,7 @@ def curves(variant: Variant) -> dict[str, np.ndarray] | None:
 
 
 def summary(variant: Variant, analyzer: str) -> Summary | None:
-    """One row per epoch, and the settings; None where it was not written yet."""
+    """One row per step, and the settings; None where it was not written yet."""
     stamp = _stamp(variant.folder(analyzer) / "summary.npz")
     return _summary(variant, analyzer, stamp) if stamp else None
 
@@ -66,25 +65,25 @@ def cross(variant: Variant, analyzer: str) -> dict[str, Any] | None:
     return _cross(variant, analyzer, stamp) if stamp else None
 
 
-def artifact(variant: Variant, analyzer: str, epoch: int) -> dict[str, Any] | None:
-    """The numbers of one epoch, or None where it has none."""
-    stamp = _stamp(variant.artifact(analyzer, epoch))
-    return _artifact(variant, analyzer, epoch, stamp) if stamp else None
+def artifact(variant: Variant, analyzer: str, step: int) -> dict[str, Any] | None:
+    """The numbers of one step, or None where it has none."""
+    stamp = _stamp(variant.artifact(analyzer, step))
+    return _artifact(variant, analyzer, step, stamp) if stamp else None
 
 
-def epochs(variant: Variant) -> tuple[int, ...]:
-    """Epochs with an artifact of any analyzer; the checkpoints where there is none."""
-    stored = {epoch for analyzer in variant.analyzers() for epoch in variant.epochs(analyzer)}
+def steps(variant: Variant) -> tuple[int, ...]:
+    """Steps with an artifact of any analyzer; the checkpoints where there is none."""
+    stored = {step for analyzer in variant.analyzers() for step in variant.steps(analyzer)}
     return tuple(sorted(stored)) or variant.checkpoints()
 
 
-def nearest(among: tuple[int, ...], epoch: int) -> int:
-    """The epoch that lies nearest, the earlier one of two.
+def nearest(among: tuple[int, ...], step: int) -> int:
+    """The step that lies nearest, the earlier one of two.
 
     >>> nearest((0, 100, 200), 160), nearest((0, 100, 200), 150)
     (200, 100)
     """
-    return min(among, key=lambda each: (abs(each - epoch), each))
+    return min(among, key=lambda each: (abs(each - step), each))
 
 
 class Phase(NamedTuple):
@@ -95,15 +94,15 @@ class Phase(NamedTuple):
     """Accuracies; nan where the curves do not reach."""
 
 
-def phase(measured: Mapping[str, np.ndarray] | None, epoch: int) -> Phase:
-    """What the curves say of an epoch: memorising is train accuracy above .99 with test accuracy below .5,
+def phase(measured: Mapping[str, np.ndarray] | None, step: int) -> Phase:
+    """What the curves say of a step: memorising is train accuracy above .99 with test accuracy below .5,
     generalising is both above .99.
 
     >>> flat = {"step": np.array([0, 9]), "train_accuracy": np.ones(2), "test_accuracy": np.array([0.1, 1.0])}
     >>> phase(flat, 5).name, phase(flat, 9).name, phase(None, 9).name
     ('memorising', 'generalising', '')
     """
-    row = -1 if measured is None else int(np.searchsorted(measured["step"], epoch, side="right")) - 1
+    row = -1 if measured is None else int(np.searchsorted(measured["step"], step, side="right")) - 1
     if measured is None or row < 0:
         return Phase("", math.nan, math.nan)
     train, test = float(measured["train_accuracy"][row]), float(measured["test_accuracy"][row])
@@ -114,14 +113,14 @@ def phase(measured: Mapping[str, np.ndarray] | None, epoch: int) -> Phase:
 
 
 def phases(measured: Mapping[str, np.ndarray] | None, among: tuple[int, ...]) -> tuple[int, int]:
-    """The last epoch that memorises, or the first one where none does; and the last one."""
-    memorising = [epoch for epoch in among if phase(measured, epoch).name == "memorising"]
+    """The last step that memorises, or the first one where none does; and the last one."""
+    memorising = [step for step in among if phase(measured, step).name == "memorising"]
     return (memorising or among)[-1 if memorising else 0], among[-1]
 
 
 def cost(variant: Variant, analyzer: str) -> Cost:
-    """What an analyzer took and may still take. An epoch that was analysed again counts once, with its last entry."""
-    times = {entry.get("epoch"): entry for entry in variant.times(analyzer)}
+    """What an analyzer took and may still take. A step that was analysed again counts once, with its last entry."""
+    times = {entry.get("step"): entry for entry in variant.times(analyzer)}
     seconds = [float(entry.get("seconds", math.nan)) for entry in times.values()]
     forwards = [
         float(e.get("forwards") or math.nan) * float(e.get("forward_seconds") or math.nan) for e in times.values()
@@ -137,11 +136,11 @@ def cost(variant: Variant, analyzer: str) -> Cost:
 
 
 def _current(variant: Variant, analyzer: str) -> tuple[int, ...]:
-    """Epochs that are stored with the settings of the summary: those that have a row in it."""
-    stored = variant.epochs(analyzer)
+    """Steps that are stored with the settings of the summary: those that have a row in it."""
+    stored = variant.steps(analyzer)
     try:
         found = summary(variant, analyzer)
-    except (Damaged, OSError):
+    except (ValueError, OSError):
         return stored
     if found is None or len(found.arrays) < 2:
         return stored
@@ -153,18 +152,18 @@ def planned(variant: Variant, analyzer: str) -> tuple[int, ...]:
     one, kept = ANALYZERS.get(analyzer), variant.checkpoints()
     if one is None or one.across or not kept:
         return ()
-    return tuple(one.epochs(Subjects(kept, _unread, measured(variant))))
+    return tuple(one.steps(Subjects(kept, _unread, measured(variant))))
 
 
-def _unread(epoch: int) -> Any:
-    raise ValueError(f"the dashboard opens no checkpoint (epoch {epoch}).")
+def _unread(step: int) -> Any:
+    raise ValueError(f"the dashboard opens no checkpoint (step {step}).")
 
 
 def measured(variant: Variant) -> dict[str, np.ndarray] | None:
     """The curves where they can be read and have accuracies: what tells the phases apart."""
     try:
         found = curves(variant)
-    except (Damaged, OSError):
+    except (ValueError, OSError):
         return None
     return found if found and {"step", "train_accuracy", "test_accuracy"} <= found.keys() else None
 
@@ -194,8 +193,8 @@ def _summary(variant: Variant, analyzer: str, _: Stamp) -> Summary | None:
 
 
 @lru_cache(KEPT)
-def _artifact(variant: Variant, analyzer: str, epoch: int, _: Stamp) -> dict[str, Any]:
-    values, settings = variant.opened(analyzer, epoch)
+def _artifact(variant: Variant, analyzer: str, step: int, _: Stamp) -> dict[str, Any]:
+    values, settings = variant.opened(analyzer, step)
     return values | {"made_with": settings}
 
 

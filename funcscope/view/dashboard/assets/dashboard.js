@@ -2,32 +2,32 @@
 (function () {
   "use strict";
 
-  function address(variant, epoch) {
-    const query = "?variant=" + encodeURIComponent(variant) + "&epoch=" + epoch;
+  function address(variant, step) {
+    const query = "?variant=" + encodeURIComponent(variant) + "&step=" + step;
     if (window.location.search !== query) window.history.replaceState(window.history.state, "", query);
   }
 
-  /* Where the reader stands: the slider counts the stored epochs. */
+  /* Where the reader stands: the slider counts the stored steps. */
   function follow(index, known) {
-    if (!known || !known.variant || !known.epochs.length) return null;
-    const epoch = known.epochs[Math.min(index, known.epochs.length - 1)];
-    address(known.variant, epoch);
-    return { variant: known.variant, epoch: epoch, stamp: known.stamp, panels: known.panels };
+    if (!known || !known.variant || !known.steps.length) return null;
+    const step = known.steps[Math.min(index, known.steps.length - 1)];
+    address(known.variant, step);
+    return { variant: known.variant, step: step, stamp: known.stamp, panels: known.panels };
   }
 
-  /* The epoch as text, also while the handle is dragged. */
+  /* The step as text, also while the handle is dragged. */
   function say(dragged, here, known) {
-    if (!here || !known || !known.epochs) return "";
-    const moving = window.dash_clientside.callback_context.triggered.some((t) => t.prop_id === "epoch.drag_value");
-    const index = moving && dragged < known.epochs.length ? dragged : known.epochs.indexOf(here.epoch);
-    const epoch = known.epochs[index].toLocaleString("en");
-    const text = "Epoch " + epoch;
+    if (!here || !known || !known.steps) return "";
+    const moving = window.dash_clientside.callback_context.triggered.some((t) => t.prop_id === "step.drag_value");
+    const index = moving && dragged < known.steps.length ? dragged : known.steps.indexOf(here.step);
+    const step = known.steps[index].toLocaleString("en");
+    const text = "Step " + step;
     const thumb = document.querySelector("#bar [role=slider]");
     if (thumb) {
-      thumb.setAttribute("aria-label", "Epoch");
+      thumb.setAttribute("aria-label", "Step");
       thumb.setAttribute("aria-valuetext", text);
     }
-    return [text, " · " + (index + 1) + " of " + known.epochs.length].join("");
+    return [text, " · " + (index + 1) + " of " + known.steps.length].join("");
   }
 
   /* The picture is made here, on white, at the size in which it is seen. */
