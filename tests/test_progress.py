@@ -12,8 +12,7 @@ from torch.func import vmap
 
 import funcscope as fs
 from funcscope.core.progress import tick, watched
-from funcscope.study import pace as paces
-from funcscope.study.pace import Pace, pace_of, warn_if_threads_wait
+from funcscope.study.pace import Pace, pace_of
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +90,13 @@ def test_there_is_one_bar_which_says_what_was_counted(loss, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_threads_that_wait_for_each_other_are_told_and_put_back(loss, monkeypatch):
+def test_threads_that_wait_for_each_other_are_told_and_put_back(loss):
     before = torch.get_num_threads()
     pace = pace_of(loss, loss.net.theta)
     assert torch.get_num_threads() == before
     assert 0 < pace.seconds < math.inf
     assert Pace(0.1, 0.09, 2).note == ""
     assert "OMP_NUM_THREADS=1" in Pace(0.1, 0.001, 2).note
-    warn_if_threads_wait(loss, loss.net.theta)
-    monkeypatch.setattr(paces, "pace_of", lambda *_: Pace(0.1, 0.001, 2))
-    torch.set_num_threads(2)
-    try:
-        with pytest.warns(UserWarning, match="threads wait for each other"):
-            warn_if_threads_wait(loss, loss.net.theta)
-    finally:
-        torch.set_num_threads(before)
     assert "20 s" in Pace(0.1, 0.1, 2).estimate(100, "directions", 2)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -55,12 +54,6 @@ def pace_of(loss: Loss, theta: Theta) -> Pace:
         return Pace(seconds, _timed(loss, theta), threads)
     finally:
         torch.set_num_threads(threads)
-
-
-def warn_if_threads_wait(loss: Loss, theta: Theta) -> None:
-    """Warns where all threads together are much slower than one: three forward passes, none where there is one thread."""
-    if torch.get_num_threads() > 1 and (note := pace_of(loss, theta).note):
-        warnings.warn(note, stacklevel=3)
 
 
 def duration(seconds: float) -> str:
