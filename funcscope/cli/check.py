@@ -12,7 +12,7 @@ from ..core.keys import fold_in, key
 from ..curvature.audit import audit
 from ..curvature.audit_result import Audit
 from ..study.listing import Listing, terminal_width, wrapped
-from ..study.opening import Source, check_source, open_model
+from ..study.opening import DataSpec, check_data, open_model
 from .own_model import _add_computing, _add_texts, _given
 from .shared import print_data
 
@@ -22,7 +22,7 @@ ALONE = "a sequence alone"
 
 
 def add_check(commands: Any) -> None:
-    d = Source("", num_samples=8)
+    d = DataSpec("", num_samples=8)
     show = commands.add_parser(
         "check",
         help="which derivatives of your own model are right, and which module breaks those that are not",
@@ -41,8 +41,8 @@ def add_check(commands: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    source = Source(**_given(args, Source))
-    check_source(source)
+    source = DataSpec(**_given(args, DataSpec))
+    check_data(source)
     check_count("directions", args.directions, least=2)
     loss, data, _ = open_model(source, args.model, length=LENGTH)
     result = audit(loss, loss.net.params, key=fold_in(key(source.seed), "audit"), num=args.directions)

@@ -15,7 +15,7 @@ from ..study.curvature_table import text as curvature_text
 from ..study.directional_rows import text as directional_text
 from ..study.inputs import DType, Task, Unit
 from ..study.listing import terminal_width
-from ..study.opening import Source
+from ..study.opening import DataSpec
 from ..study.unfinished import kept
 from .shared import check_plotly, check_writable, print_data, print_files
 
@@ -104,7 +104,7 @@ def add_curvature(commands: Any) -> None:
     show.set_defaults(run=_curvature)
 
 
-def _add_texts(show: argparse.ArgumentParser, d: Source, length: int) -> None:
+def _add_texts(show: argparse.ArgumentParser, d: DataSpec, length: int) -> None:
     texts = show.add_argument_group("texts")
     texts.add_argument(
         "--task", choices=get_args(Task), help="what the model is trained for, if config.json does not say"
@@ -123,7 +123,7 @@ def _add_texts(show: argparse.ArgumentParser, d: Source, length: int) -> None:
     texts.add_argument("--packing", action="store_true", help="cut the joined texts into full blocks, without padding")
 
 
-def _add_computing(show: argparse.ArgumentParser, d: Source) -> Any:
+def _add_computing(show: argparse.ArgumentParser, d: DataSpec) -> Any:
     computing = show.add_argument_group("computing")
     computing.add_argument("--dtype", choices=get_args(DType), default=d.dtype, help="of the weights; auto: as stored")
     computing.add_argument(
@@ -179,6 +179,6 @@ def _curvature(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, settings: type[Source]) -> dict[str, Any]:
+def _given(args: argparse.Namespace, settings: type[DataSpec]) -> dict[str, Any]:
     """What was said on the command line, for these settings."""
     return {name: value for name, value in vars(args).items() if name in settings.__dataclass_fields__}

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..study.inputs import Data
 from ..study.listing import wrapped
-from ..study.opening import Source, one_sequence
+from ..study.opening import DataSpec, one_sequence
 
 
-def print_data(settings: Source, data: Data, width: int) -> None:
+def print_data(settings: DataSpec, data: Data, width: int) -> None:
     """What is scored, and what a single sequence leaves unknown."""
     for line in (str(data), one_sequence(asdict(settings), data.num_samples)):
         if line:

@@ -22,7 +22,7 @@ from ..curvature.summary import Matrix
 from ..linalg.summary import SpectrumSummary
 from .curvature_stages import STAGES, Settings, Work, check_vectors, expected
 from .inputs import Data
-from .opening import Opened, check_source, counts, free_stem, names_of, open_model
+from .opening import Opened, check_data, counts, free_stem, names_of, open_model
 from .pace import Pace, pace_of
 from .record import versions
 from .spectrum import Part, summary_of
@@ -105,7 +105,7 @@ def _check(settings: Settings) -> None:
         check_count(name, getattr(settings, name), smallest)
     for name in ("tol", "epsilon", "memory"):
         check_positive(name, getattr(settings, name))
-    check_source(settings)
+    check_data(settings)
     if settings.attention == "keep":
         raise ValueError(
             "fused attention has no second derivative: the curvature needs `attention` 'eager' or 'math'; from Python, "

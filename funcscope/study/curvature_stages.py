@@ -24,7 +24,7 @@ from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.matvec import Matvec
 from ..linalg.quadrature import spectral_density
 from ..linalg.trace import hutchinson_trace, xtrace
-from .opening import Source
+from .opening import DataSpec
 from .spectrum import Part, of_density, of_ends, of_trace, trace_of
 
 AVERAGE_PAIRS = 20
@@ -33,7 +33,7 @@ AVERAGE_STEP = 0.05
 
 
 @dataclass(frozen=True)
-class Settings(Source):
+class Settings(DataSpec):
     """One study: the texts that are scored, how the model computes, and what is asked of its curvature."""
 
     num_samples: int = 16

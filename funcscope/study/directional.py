@@ -25,7 +25,7 @@ from ..landscape.directional import Sampling, prepare
 from ..landscape.directional_result import DirectionalLosses
 from ..landscape.sampling import SamplingSettings
 from .inputs import Data
-from .opening import Source, check_source, counts, free_stem, names_of, open_model
+from .opening import DataSpec, check_data, counts, free_stem, names_of, open_model
 from .pace import pace_of
 from .record import versions
 from .unfinished import files_of, remove, reusable, unfinished
@@ -36,7 +36,7 @@ KEEP_EVERY = 10.0
 
 
 @dataclass(frozen=True)
-class Settings(Source):
+class Settings(DataSpec):
     """One study: the texts that are scored, how the model computes, and how its landscape is sampled."""
 
     n_samples: int = 50
@@ -103,7 +103,7 @@ def _check(settings: Settings) -> None:
     for name, allowed in (("curvature", Curvature), ("normalize", Normalize), ("distribution", Distribution)):
         check_choice(name, getattr(settings, name), get_args(allowed))
     check_count("n_samples", settings.n_samples)
-    check_source(settings)
+    check_data(settings)
     if settings.attention == "keep" and settings.curvature == "exact":
         raise ValueError(
             "fused attention has no second derivative: `curvature` 'exact' needs `attention` 'eager' or 'math'."

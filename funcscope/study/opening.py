@@ -24,7 +24,7 @@ _CRITERIA: dict[Task, Criterion] = {"causal": causal_lm, "masked": masked_lm, "c
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSpec:
     """Which texts are scored, and how the model computes: what the settings of every study have."""
 
     data: str
@@ -53,7 +53,7 @@ class Opened(NamedTuple):
     described: dict[str, Any]
 
 
-def check_source(source: Source) -> None:
+def check_data(source: DataSpec) -> None:
     """What can be said before a model is loaded; the rest is checked where it is used."""
     for name in ("num_samples", "max_seq_length", "batch_size"):
         if getattr(source, name) is not None:
@@ -65,7 +65,7 @@ def check_source(source: Source) -> None:
         raise ValueError(f"the device {source.device!r} cannot be used ({reason}): pass another `device`.") from err
 
 
-def open_model(source: Source, folder: Path, *, length: int = 128) -> Opened:
+def open_model(source: DataSpec, folder: Path, *, length: int = 128) -> Opened:
     """The loss of the model in a local folder on the texts, cut off at `length` tokens unless the source says where.
 
     Raises ValueError or OSError in one line for whatever does not fit together.
@@ -105,7 +105,7 @@ def open_model(source: Source, folder: Path, *, length: int = 128) -> Opened:
     return Opened(objective(net, batches, _CRITERIA[task]), data, described)
 
 
-def counts(source: Source, data: Data, task: str) -> dict[str, Any]:
+def counts(source: DataSpec, data: Data, task: str) -> dict[str, Any]:
     """What is stored of the texts: how many were used, skipped and cut."""
     names = ("num_samples", "num_tokens", "num_scored", "num_too_short", "num_truncated")
     described = {"path": source.data, "task": task, **{name: getattr(data, name) for name in names}}

@@ -1,0 +1,174 @@
+"""Where outcomes are kept: one file each, named by what went in. The one thing that decides what may be used again."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from ..core.pack import Packed, unpack
+from ..core.result import Result
+from ..core.store import Damaged, Outdated, Stored, load, save, to_json
+from . import digest
+from .digest import Sums
+from .record import file_stem
+
+Status = Literal["ok", "failed", "timeout", "out of memory", "skipped"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric on one subject with everything that its numbers depend on."""
+
+    metric: str
+    subject: str
+    """Its name, for people: two subjects of one name have different contents below, and never share a cell."""
+    content: dict[str, Any]
+    """Version and settings of the metric, seed, digests of weights and data, packages."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}-{digest.of_json([self.metric, self.content])[:20]}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one metric on one subject: a result, or the reason why there is none."""
+
+    metric: str
+    subject: str
+    step: int | None
+    task: str
+    status: Status
+    result: Result | None = None
+    error: str = ""
+    error_type: str = ""
+    traceback: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What it was made with beside its settings, after halving where memory ran out."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """`seconds`, `forwards` and `products`."""
+    reused: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Outcomes under a folder, `root/SUBJECT/METRIC-HASH.npz`; with None for a root nothing is kept.
+
+    Files are checked when they are read: one that is damaged, or not ours, is set aside and made again. Several processes
+    may share a folder. max_mb: above it, the outcomes that were not used for the longest time go.
+    """
+
+    root: Path | None
+    max_mb: float | None = None
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(None if self.root is None else self.root / "sums.json")
+
+    def path(self, cell: Cell) -> Path | None:
+        return None if self.root is None else self.root / file_stem(cell.subject) / f"{cell.name}.npz"
+
+    def get(self, cell: Cell) -> Outcome | None:
+        """What is stored of this cell."""
+        path = self.path(cell)
+        if path is None or not path.is_file():
+            return None
+        try:
+            stored = load(path)
+            meta, known = stored.meta, to_json(cell.content)
+            if meta["content"] != known:
+                raise Damaged(f"{path} belongs to other contents.")
+            known_outcome = {**meta["outcome"], "reused": True}
+        except (Damaged, Outdated, KeyError, TypeError) as err:
+            _set_aside(path, err)
+            return None
+        path.touch()  # used: the last to go
+        return Outcome(**known_outcome, result=_result(path, stored))
+
+    def put(self, cell: Cell, outcome: Outcome) -> None:
+        """Store an outcome, whole or not at all."""
+        path, result = self.path(cell), outcome.result
+        if path is None:
+            return
+        plain = {
+            name: getattr(outcome, name) for name in Outcome.__dataclass_fields__ if name not in ("result", "reused")
+        }
+        meta = {"content": cell.content, "outcome": plain, "result": None if result is None else result.meta()}
+        save(path, {} if result is None else result.arrays(), meta, copy=False)
+        self._shrink(keep=path)
+
+    @contextmanager
+    def claim(self, cell: Cell, *, wait: bool) -> Iterator[bool]:
+        """The sole right to make a cell; given up when the process ends, however it ends. False where another has it."""
+        path = self.path(cell)
+        if path is None:
+            yield True
+            return
+        (path.parent / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / ".locks" / f"{path.name}.lock", timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            for half in path.parent.glob(f".{path.name}.*.tmp"):
+                half.unlink(missing_ok=True)
+            yield True
+        finally:
+            lock.release()
+
+    def entries(self) -> list[Path]:
+        """The files of all outcomes, those of unfinished ones among them."""
+        return [] if self.root is None else sorted(self.root.glob("*/*.npz"))
+
+    def get_stats(self) -> dict[str, float]:
+        """`num_entries` and `total_size_mb`, as documented."""
+        sizes = [path.stat().st_size for path in self.entries()]
+        return {"num_entries": len(sizes), "total_size_mb": sum(sizes) / 2**20}
+
+    def clear_model_cache(self, subject: str) -> None:
+        """Remove what is stored of one subject; nothing where nothing is."""
+        if self.root is not None:
+            shutil.rmtree(self.root / file_stem(Path(subject).name), ignore_errors=True)
+
+    def clear_all(self) -> None:
+        """Remove every outcome."""
+        for folder in {path.parent for path in self.entries()}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _shrink(self, keep: Path) -> None:
+        if self.max_mb is None:
+            return
+        files = sorted((path for path in self.entries() if path != keep), key=lambda path: path.stat().st_mtime_ns)
+        while files and self.get_stats()["total_size_mb"] > self.max_mb:
+            files.pop(0).unlink(missing_ok=True)
+
+
+def _result(path: Path, stored: Stored) -> Result | None:
+    tree = stored.meta["result"]
+    try:
+        return None if tree is None else unpack(Packed(dict(stored.arrays), tree))
+    except ValueError as err:
+        raise ValueError(
+            f"{path}: {err} A class of your own is known once the module that defines it is imported."
+        ) from err
+
+
+def _set_aside(path: Path, err: Exception) -> None:
+    taken = len(list(path.parent.glob(f"{path.name}.unreadable*")))
+    aside = path.with_name(f"{path.name}.unreadable{taken or ''}")
+    path.replace(aside)
+    warnings.warn(f"{path} could not be used ({err}) and is now {aside.name}: it is made again.", stacklevel=3)

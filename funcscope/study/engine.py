@@ -1,0 +1,353 @@
+"""The one way in which metrics run: subjects outermost, a model opened only for what is missing, every outcome kept."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.keys import key
+from ..core.progress import Kind, watched
+from ..core.result import Result
+from ..core.store import Damaged, Outdated, load, save, to_json
+from .cache import Cache, Cell, Outcome, Status
+from .metric import KEY, Metric, check_result, with_needs
+from .record import versions
+from .subject import Source, Subject
+
+KEEP_EVERY = 10.0
+"""Seconds between two copies of unfinished rows on disk."""
+FIRST_CHUNK = 8
+"""What is halved where memory runs out and the metric chose its chunk itself."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study runs; no number depends on it."""
+
+    seed: int = 42
+    """Of all draws: each metric is given `fs.key(seed)`."""
+    force: bool = False
+    """Make everything again, whatever is stored."""
+    retry_failed: bool = False
+    """Try again what failed before; what ran out of time or memory is always tried again."""
+    skip_on_error: bool = True
+    """A metric that fails is an outcome, and the others go on. Otherwise its error ends the study."""
+    timeout_seconds: float | None = None
+    """For one metric on one subject, looked at before every forward pass and product."""
+    min_chunk: int = 1
+    max_memory_gb: float | None = None
+    """Of the process, or of the device's allocator; a metric that is above it ends as out of memory."""
+    cleanup: bool = True
+    """Empty the device's cache after every metric; on the CPU, where memory goes back by itself, only where it ran out."""
+    log_memory: bool = False
+
+
+class Expired(Exception):
+    """The time for a metric is over."""
+
+
+class Full(MemoryError):
+    """More memory is in use than was allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All metrics of one subject: what is sent to a worker."""
+
+    source: Source
+    metrics: tuple[Metric, ...]
+    tasks: tuple[str, ...]
+    cache: Cache
+    options: Options
+
+
+def run(
+    metrics: Sequence[Metric],
+    sources: Sequence[Source],
+    *,
+    tasks: Sequence[str] = ("data",),
+    cache: Cache | None = None,
+    options: Options = Options(),
+    executor: Executor | None = None,
+    watch: Callable[[Outcome], object] = lambda _: None,
+    quiet: bool = True,
+) -> list[Outcome]:
+    """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
+
+    tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures`; a source
+    is one piece of work. watch: is told every outcome as soon as it is there. Whatever stops the call, what was made until
+    then is kept, and the same call goes on from there.
+
+    Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
+    """
+    ordered = tuple(with_needs(metrics))
+    _check_names(sources)
+    jobs = [Job(source, ordered, tuple(tasks), cache or Cache(None), options) for source in sources]
+    outcomes: dict[str, list[Outcome]] = {}
+    with tqdm(total=len(jobs) * len(ordered), unit="metric", disable=quiet, dynamic_ncols=True) as bar:
+
+        def announced(outcome: Outcome) -> None:
+            bar.set_postfix_str(f"{outcome.metric} of {outcome.subject}", refresh=False)
+            bar.update()
+            watch(outcome)
+
+        for job, made in _done(jobs, executor, announced):
+            outcomes[job.source.id] = made
+    return [outcome for job in jobs for outcome in outcomes[job.source.id]]
+
+
+def _done(
+    jobs: Sequence[Job], executor: Executor | None, watch: Callable[[Outcome], object]
+) -> Iterator[tuple[Job, list[Outcome]]]:
+    if executor is None:
+        yield from ((job, _each(job, watch)) for job in jobs)
+        return
+    futures = {executor.submit(_each, job): job for job in jobs}
+    try:
+        for future in as_completed(futures):
+            made = future.result()
+            for outcome in made:
+                watch(outcome)
+            yield futures[future], made
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list[Outcome]:
+    """The outcomes of one subject. What another process is making is waited for, after everything else."""
+    bench, made = _Bench(job), dict[str, Outcome]()
+    for wait in (False, True):
+        for one in job.metrics:
+            if one.name not in made and (outcome := bench.outcome(one, made, wait=wait)):
+                made[one.name] = outcome
+                watch(outcome)
+    return [made[one.name] for one in job.metrics]
+
+
+class _Bench:
+    """One subject, opened when the first metric is missing."""
+
+    def __init__(self, job: Job):
+        self.job, self.cache, self.options = job, job.cache, job.options
+        self.sums = job.cache.sums
+        self.weights = job.source.digest(self.sums)
+        self._subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        if self._subject is None:
+            self._subject = self.job.source.open()
+        return self._subject
+
+    def outcome(self, one: Metric, made: Mapping[str, Outcome], *, wait: bool) -> Outcome | None:
+        """Stored, or made; None where another process is at it, or at something that it needs."""
+        if any(name in {each.name for each in self.job.metrics} and name not in made for name in one.needs):
+            return None
+        cell = self._cell(one, made)
+        if stored := self._stored(cell):
+            return stored
+        with self.cache.claim(cell, wait=wait) if self.weights else nullcontext(True) as mine:
+            if not mine:
+                return None
+            if stored := self._stored(cell):
+                return stored
+            outcome = self._made(one, made, cell)
+            if self.weights:
+                self.cache.put(cell, outcome)
+        return outcome
+
+    def _cell(self, one: Metric, made: Mapping[str, Outcome]) -> Cell:
+        task, needs = self._task(one), [made[name] for name in one.needs if name in made]
+        content = {
+            "version": one.version, "settings": to_json(one.settings), "weights": self.weights, "task": task,
+            "data": self.job.source.data_digest(task, self.sums), "packages": versions(),
+            "seed": self.options.seed if KEY in one.needs else None,
+            "of": {each.metric: [each.settings, each.task] for each in needs},
+        }  # fmt: skip
+        return Cell(one.name, self.job.source.id, content)
+
+    def _task(self, one: Metric) -> str:
+        return one.task or self.job.tasks[0]
+
+    def _stored(self, cell: Cell) -> Outcome | None:
+        if self.options.force or not self.weights:
+            return None
+        stored = self.cache.get(cell)
+        again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
+        return None if again else stored
+
+    def _made(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> Outcome:
+        source = self.job.source
+        empty = Outcome(one.name, source.id, source.step, self._task(one), "ok", settings=to_json(one.settings))
+        if bad := [name for name in one.needs if name in made and not made[name].ok]:
+            return replace(empty, status="skipped", error=f"it needs {bad[0]}, which has no result.")
+        started, meter = time.perf_counter(), _Meter(self.options)
+        plan = dict(one.plan)
+        try:
+            with watched(meter), _memory_logged(one.name, self.options):
+                result, plan = self._called(one, made, cell)
+            outcome = replace(empty, result=result, plan=to_json(plan))
+        except Exception as err:
+            if not self.options.skip_on_error:
+                raise
+            outcome = replace(empty, **_told(err))
+        cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
+        return replace(outcome, cost=cost)
+
+    def _called(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> tuple[Result, dict[str, Any]]:
+        """The result, and the plan that it was made by: the chunk halved as often as memory ran out."""
+        values = [
+            made[name].result if name in made else self.subject.need(name, self._task(one))
+            for name in one.needs
+            if name != KEY
+        ]
+        drawn = {KEY: key(self.options.seed)} if KEY in one.needs else {}
+        plan = dict(one.plan)
+        while True:
+            try:
+                value = one.call(*values, **drawn, **one.settings, **plan)
+                if hasattr(value, "rows"):
+                    value = value.result(list(_resumed(value, self.cache.path(cell))))
+                return check_result(one, value), plan
+            except (RuntimeError, MemoryError) as err:
+                smaller = max(self.options.min_chunk, (plan.get("chunk") or FIRST_CHUNK) // 2)
+                if "chunk" not in plan or plan["chunk"] == smaller or not _is_full(err):
+                    raise
+                plan["chunk"] = smaller
+            cleanup_memory()
+
+
+class _Meter:
+    """Counts what a metric evaluates, and ends it where its time or memory is over."""
+
+    def __init__(self, options: Options):
+        self.forwards = self.products = 0
+        self.options, self.started = options, time.monotonic()
+
+    def __call__(self, kind: Kind) -> None:
+        if kind == "forward":
+            self.forwards += 1
+        else:
+            self.products += 1
+        limit, most = self.options.timeout_seconds, self.options.max_memory_gb
+        if limit is not None and time.monotonic() - self.started > limit:
+            raise Expired(f"not done after {limit:g} s: pass a larger `timeout_seconds`, or ask for less.")
+        if most is not None and (used := memory_gb()) > most:
+            raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
+
+
+def memory_gb() -> float:
+    """GB that torch has allocated on the current device; on the CPU what the process holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 1e9
+    except OSError:  # no /proc: the most that it ever held
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _resumed(sampling: Any, path: Path | None) -> Iterator[dict[str, Tensor]]:
+    """The rows that an earlier call has left, then new ones; all are on disk when this is interrupted, none when it ends."""
+    part = None if path is None else path.with_suffix(".rows.npz")
+    plan = to_json(getattr(sampling, "plan", None))
+    rows = _left(part, plan)
+    yield from rows
+    done, saved = sum(len(next(iter(row.values()))) for row in rows), time.monotonic()
+    try:
+        for row in sampling.rows(done):
+            rows.append(row)
+            yield row
+            if part is not None and time.monotonic() - saved > KEEP_EVERY:
+                _keep(part, rows, plan)
+                saved = time.monotonic()
+    except BaseException:
+        if part is not None and rows:
+            _keep(part, rows, plan)
+        raise
+    if part is not None:
+        part.unlink(missing_ok=True)
+
+
+def _left(part: Path | None, plan: Any) -> list[dict[str, Tensor]]:
+    try:
+        stored = None if part is None else load(part)
+    except (FileNotFoundError, Damaged, Outdated):
+        return []
+    if stored is None or stored.meta != {"plan": plan}:
+        return []
+    return [{name: torch.from_numpy(column) for name, column in stored.arrays.items()}]
+
+
+def _keep(part: Path, rows: list[dict[str, Tensor]], plan: Any) -> None:
+    save(part, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {"plan": plan}, copy=False)
+
+
+def _told(err: Exception) -> dict[str, Any]:
+    status: Status = "timeout" if isinstance(err, Expired) else "out of memory" if _is_full(err) else "failed"
+    kind = type(err)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    lines = "".join(traceback.format_exception(err))
+    return {"status": status, "error": str(err) or name, "error_type": name, "traceback": lines}
+
+
+def _is_full(err: Exception) -> bool:
+    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(err).lower()
+
+
+def cleanup_memory(verbose: bool = False, reason: str = "") -> None:
+    """Collect garbage and empty the device's cache, as documented. verbose: print what is in use afterwards."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    if verbose:
+        tqdm.write(_memory_line(reason or "cleanup"), file=sys.stderr)
+
+
+class _memory_logged:  # noqa: N801, used as a function
+    """The documented lines about memory before and after a metric, where they are asked for; cleans up after it."""
+
+    def __init__(self, name: str, options: Options):
+        self.name, self.options = name, options
+
+    def __enter__(self) -> None:
+        self._say("Before")
+
+    def __exit__(self, *_: object) -> None:
+        self._say("After")
+        if self.options.cleanup and torch.cuda.is_available():
+            cleanup_memory()
+
+    def _say(self, when: str) -> None:
+        if self.options.log_memory:
+            tqdm.write(_memory_line(f"{when} {self.name}"), file=sys.stderr)
+
+
+def _memory_line(when: str) -> str:
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return f"[GPU Memory] {when}: {memory_gb():.1f}GB allocated, {free / 1e9:.1f}GB free"
+    return f"[Memory] {when}: {memory_gb():.1f}GB in use"
+
+
+def _check_names(sources: Sequence[Source]) -> None:
+    names = [source.id for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two subjects are called {name!r}: give one of them another name, `name=`.")

@@ -1,0 +1,187 @@
+"""A metric: a pure function, what it needs, and what is to be known of it. The functions do not know of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from ..core.result import Result
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+KEY = "key"
+"""The need that is passed by keyword, as everywhere in the package."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """One thing that is measured on a subject: caching, tables, figures and pages come from this and its result.
+
+    A long metric may return its sampling instead of its result, an object with `rows(first)` (dictionaries of tensors, one
+    row per draw, those from `first` on) and `result(rows)`: what is interrupted then goes on from the rows that it has.
+    """
+
+    name: str
+    """Small letters, digits and underscores."""
+    call: Callable[..., Any]
+    """The function: `call(*needs, **settings)`, `key=` where it needs one. It gives a `Result`."""
+    needs: tuple[str, ...] = ("loss", "theta")
+    """In the order of the arguments: names that subjects provide (`loss`, `theta`, `net`, `params`, `key`, ...), or other
+    metrics, whose results it is given."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `call` with their values here: what is measured."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` is halved
+    where memory runs out."""
+    category: str = "your own"
+    cost: Callable[[Mapping[str, Any]], float] = lambda _: 1.0
+    """Forward passes over the data that it will take, from its settings."""
+    version: int = 1
+    """To be raised when the function changes: stored results of another version are not used."""
+    task: str | None = None
+    """The data that it looks at, by name; the study's first where it has no preference."""
+    reference: str = ""
+    sentence: str = ""
+    """What its result says, with documented names in braces: "The largest eigenvalue is {max_eigenvalue}."."""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"a metric is named by small letters, digits and underscores, got {self.name!r}.")
+        if both := sorted(self.settings.keys() & self.plan.keys()):
+            raise ValueError(f"{self.name} has {both[0]!r} among its settings and in its plan: it is one of them.")
+
+    def __repr__(self) -> str:
+        return f"Metric({self.name!r}, {dict(self.settings)})"
+
+    def __reduce__(self) -> Any:
+        """By name where it is registered, so that a worker takes it from its own catalogue."""
+        if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
+            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task)
+        return super().__reduce__()
+
+    @property
+    def summary(self) -> str:
+        """What it measures: the first line of its function's documentation."""
+        return (inspect.getdoc(self.call) or "").partition("\n")[0]
+
+    def configured(self, *, task: str | None = None, **changes: Any) -> Metric:
+        """The same with other settings, on other data. Raises ValueError for a setting that it does not have."""
+        known = self.settings.keys() | self.plan.keys()
+        for name in changes.keys() - known:
+            raise ValueError(f"{self.name} has no setting {name!r}{nearest(name, known)}")
+        return replace(
+            self,
+            task=task or self.task,
+            settings={name: changes.get(name, value) for name, value in self.settings.items()},
+            plan={name: changes.get(name, value) for name, value in self.plan.items()},
+        )
+
+
+def of_function(
+    name: str,
+    call: Callable[..., Any],
+    needs: tuple[str, ...],
+    *,
+    plan: Sequence[str] = ("chunk", "lazy"),
+    without: Sequence[str] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+    **about: Any,
+) -> Metric:
+    """A metric whose settings are the keyword arguments of its function, with the values that these have by themselves.
+
+    plan: those that are no settings but the plan. without: those that a study does not set. more: settings beside them, for
+    a function that passes `**options` on.
+
+    >>> def largest(loss, theta, *, key, num=5, chunk=None): ...
+    >>> made = of_function("largest", largest, ("loss", "theta", "key"))
+    >>> made.settings, made.plan
+    ({'num': 5}, {'chunk': None})
+    """
+    arguments = inspect.signature(call).parameters.values()
+    defaults = {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY and each.name != KEY}
+    settings = {each: value for each, value in (defaults | dict(more)).items() if each not in (*plan, *without)}
+    return Metric(name, call, needs, settings, {each: defaults[each] for each in plan if each in defaults}, **about)
+
+
+CATALOGUE: dict[str, Metric] = {}
+"""All metrics by name."""
+
+
+def register(one: Metric) -> Metric:
+    """Make a metric known by its name, and return it; one of your own that was registered before is replaced.
+
+    Raises ValueError for the name of one that is not from your module.
+
+    >>> import torch, funcscope as fs
+    >>> class Norm(fs.Result):
+    ...     norm: float = fs.quantity("norm of the weights")
+    >>> ours = Metric("weight_norm", lambda theta: Norm(float(theta.norm())), needs=("theta",))
+    >>> register(ours) is metric("weight_norm")
+    True
+    >>> del CATALOGUE["weight_norm"]
+    """
+    known = CATALOGUE.setdefault(one.name, one)
+    if _module(known) != _module(one):
+        raise ValueError(f"the name {one.name!r} is that of a metric of {_module(known)}: choose another.")
+    CATALOGUE[one.name] = one
+    return one
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name. Raises ValueError for an unknown one, with the nearest there is."""
+    if name not in CATALOGUE:
+        raise ValueError(f"no metric {name!r}{nearest(name, CATALOGUE)}")
+    return CATALOGUE[name]
+
+
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any] | Any) -> str:
+    """The end of a sentence about a name that does not exist.
+
+    >>> nearest("epsilo", ["epsilon", "num"]), nearest("x", [])
+    (": did you mean 'epsilon'? There are epsilon, num.", ': there are none.')
+    """
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    there = f"here are {', '.join(sorted(names)) or 'none'}."
+    return f": did you mean {near[0]!r}? T{there}" if near else f": t{there}"
+
+
+def with_needs(metrics: Sequence[Metric]) -> Iterator[Metric]:
+    """The metrics in an order in which each comes after those whose results it needs, which are added where they lack."""
+    asked, seen = {one.name: one for one in metrics}, set()
+
+    def visit(one: Metric) -> Iterator[Metric]:
+        if one.name not in seen:
+            seen.add(one.name)
+            for name in one.needs:
+                if name in CATALOGUE or name in asked:
+                    yield from visit(asked.get(name) or replace(metric(name), task=one.task))
+            yield one
+
+    for one in metrics:
+        yield from visit(one)
+
+
+def _module(one: Metric) -> str:
+    return one.call.__module__
+
+
+def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None) -> Metric:
+    from . import catalogue as catalogue  # a worker may not have filled it yet
+
+    return replace(metric(name), settings=settings, plan=plan, task=task)
+
+
+def check_result(one: Metric, value: Any) -> Result:
+    """What a metric must give."""
+    if not isinstance(value, Result):
+        raise TypeError(
+            f"{one.name} gave a {type(value).__name__}, and a metric gives an `fs.Result`: a class with `fs.quantity` fields "
+            "says what its numbers are."
+        )
+    value.meta()  # raises TypeError for a field that has no stored form
+    return value

@@ -1,0 +1,168 @@
+"""What a study has made: outcomes by model and metric, as frames, trajectories and plain dictionaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from ..core.result import Result
+from ..core.store import to_json, write
+from .cache import Cache, Cell, Outcome
+from .metric import nearest
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MANIFEST = "study.json"
+
+
+class Values(dict[str, Any]):
+    """An outcome as documented: the names and numbers of its result, or `error`, `error_type`, `status` and `traceback`.
+
+    The result itself, with its tables and frames, is `.result`; the whole outcome `.outcome`.
+    """
+
+    def __init__(self, outcome: Outcome):
+        failed = ("error", "error_type", "status", "traceback")
+        result = outcome.result
+        super().__init__({name: getattr(outcome, name) for name in failed} if result is None else result.asdict())
+        self.outcome = outcome
+
+    @property
+    def result(self) -> Result:
+        """Raises ValueError for an outcome that has none."""
+        if self.outcome.result is None:
+            raise ValueError(f"{self.outcome.metric} of {self.outcome.subject} has no result: {self.outcome.error}")
+        return self.outcome.result
+
+
+class Metrics(Mapping[str, Values]):
+    """The outcomes of one model by metric; dictionaries are made when they are looked at."""
+
+    def __init__(self, outcomes: Iterable[Outcome]):
+        self.outcomes = {outcome.metric: outcome for outcome in outcomes}
+        self._values: dict[str, Values] = {}
+
+    def __getitem__(self, name: str) -> Values:
+        if name not in self.outcomes:
+            raise KeyError(f"{name!r}{nearest(name, self.outcomes)}")
+        if name not in self._values:
+            self._values[name] = Values(self.outcomes[name])
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelResults:
+    """One model."""
+
+    name: str
+    step: int | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """All outcomes of a study, in the order of its models and metrics; prints itself as a table of statuses."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @cached_property
+    def models(self) -> dict[str, ModelResults]:
+        """By name."""
+        by_name: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            by_name.setdefault(outcome.subject, []).append(outcome)
+        return {name: ModelResults(name, each[0].step, Metrics(each)) for name, each in by_name.items()}
+
+    @property
+    def failed(self) -> tuple[Outcome, ...]:
+        """Those without a result."""
+        return tuple(outcome for outcome in self.outcomes if not outcome.ok)
+
+    def to_frame(self, metrics: Sequence[str] | None = None) -> DataFrame:
+        """Tidy, over everything: a row per number, with `model`, `step`, `metric`, quantity, unit, axes, value and errors.
+
+        What failed is a row with its `status`, and no number.
+        """
+        import pandas as pd
+
+        tables = []
+        for outcome in self.outcomes:
+            if metrics is None or outcome.metric in metrics:
+                rows = pd.DataFrame({"quantity": [None]}) if outcome.result is None else outcome.result.frame()
+                where = {
+                    "model": outcome.subject,
+                    "step": outcome.step,
+                    "metric": outcome.metric,
+                    "status": outcome.status,
+                }
+                tables.append(rows.assign(**where)[[*where, *rows.columns]])
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["model", "step", "metric"])
+
+    def trajectory(self, metric: str, quantity: str) -> DataFrame:
+        """One number at every step: `step`, `model`, `value`, `stderr`, in the order of the steps; absent where it failed.
+
+        Raises ValueError for a metric or a quantity that no outcome has, and for one that is more than one number.
+        """
+        frame = self.to_frame([metric])
+        if frame.empty:
+            raise ValueError(f"no metric {metric!r}{nearest(metric, {o.metric: o for o in self.outcomes})}")
+        rows = frame[frame["quantity"] == quantity]
+        if rows.empty:
+            names = frame["quantity"].dropna().unique().tolist()
+            raise ValueError(f"{metric} has no quantity {quantity!r}{nearest(quantity, names)}")
+        if rows["model"].duplicated().any():
+            raise ValueError(f"{quantity!r} of {metric} is several numbers at every step: take them from `to_frame()`.")
+        return rows[["step", "model", "value", "stderr"]].sort_values("step", kind="stable").reset_index(drop=True)
+
+    def save(self, folder: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> Path:
+        """Write the list of the cells to `folder`: with the cache in it, all that `open` needs."""
+        rows = [{"metric": cell.metric, "subject": cell.subject, "content": cell.content} for cell in cells]
+        path = folder / MANIFEST
+        write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
+        return path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Results:
+        """The results of a study that was saved there, without its models.
+
+        Raises FileNotFoundError where there is none, ValueError where an outcome is no longer in its cache.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no study (a {MANIFEST}): `funcscope analyze --out` makes one.")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        cache, outcomes = Cache(Path(folder) / "cache"), []
+        for row in stored["cells"]:
+            outcome = cache.get(Cell(row["metric"], row["subject"], row["content"]))
+            if outcome is None:
+                raise ValueError(
+                    f"{row['metric']} of {row['subject']} is no longer in {cache.root}: run the same study again."
+                )
+            outcomes.append(outcome)
+        return cls(tuple(outcomes))
+
+    def __str__(self) -> str:
+        rows = [
+            [o.subject, o.metric, o.status, "reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s", o.error]
+            for o in self.outcomes
+        ]
+        return tabulate(rows, headers=("model", "metric", "status", "time", ""), disable_numparse=True)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [[o.subject, o.metric, o.status, o.error] for o in self.outcomes]
+        return tabulate(rows, headers=("model", "metric", "status", ""), tablefmt="html", disable_numparse=True)

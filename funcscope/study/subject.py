@@ -1,0 +1,205 @@
+"""What is measured: a model on data. Sources say where it comes from and travel to workers; subjects are opened there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..core.model import Functional
+from ..core.objective import Loss
+from ..families.family import SPLITS, family
+from . import digest
+from .digest import Sums
+from .inputs.folder import local_folder, weight_files
+from .metric import nearest
+from .opening import DataSpec, check_data, open_model
+from .record import file_stem
+from .runs import Variant
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One model with its losses on the data of every task: what metrics are given their needs from."""
+
+    net: Functional
+    theta: Tensor
+    """The flat vector of its parameters."""
+    open_loss: Callable[[str], Loss]
+    """The loss on the data of a task; made when it is first asked for."""
+    losses: dict[str, Loss] = field(default_factory=dict)
+
+    def loss(self, task: str) -> Loss:
+        if task not in self.losses:
+            self.losses[task] = self.open_loss(task)
+        return self.losses[task]
+
+    def need(self, name: str, task: str) -> Any:
+        """What a metric asks for by this name. Raises ValueError for one that nothing provides."""
+        if name not in NEEDS:
+            raise ValueError(f"no subject provides {name!r}{nearest(name, NEEDS)}")
+        return NEEDS[name](self, task)
+
+
+NEEDS: dict[str, Callable[[Subject, str], Any]] = {
+    "loss": lambda subject, task: subject.loss(task),
+    "theta": lambda subject, _: subject.theta,
+    "net": lambda subject, _: subject.net,
+    "params": lambda subject, _: subject.net.layout.unravel(subject.theta),
+}
+"""By name, how a subject provides it; `key` and the results of other metrics come from the engine."""
+
+
+class Source(Protocol):
+    """Where a subject comes from: small, and can be sent to a worker."""
+
+    @property
+    def id(self) -> str:
+        """The name in results and figures."""
+
+    @property
+    def step(self) -> int | None:
+        """The step of training, where it is known."""
+
+    def digest(self, sums: Sums) -> str | None:
+        """Of everything but the data that the numbers depend on; None where it cannot be known: nothing is reused then."""
+
+    def data_digest(self, task: str, sums: Sums) -> str:
+        """Of the data of a task. Raises ValueError for a task that it does not have."""
+
+    def open(self) -> Subject:
+        """The model in memory."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in a local Hugging Face folder, on files of texts."""
+
+    folder: str
+    tasks: Mapping[str, DataSpec]
+    name: str = ""
+    at: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.name or file_stem(Path(self.folder).resolve().name)
+
+    @property
+    def step(self) -> int | None:
+        return self.at
+
+    def digest(self, sums: Sums) -> str | None:
+        path = local_folder(self.folder)
+        allow_pickle = any(spec.allow_pickle for spec in self.tasks.values())
+        texts = (file for ending in _TEXTS for file in path.glob(ending) if file.name not in _OF_TRAINING)
+        files = {*weight_files(path, allow_pickle=allow_pickle), *filter(Path.is_file, texts)}
+        return digest.of_files(sorted(files), sums)
+
+    def data_digest(self, task: str, sums: Sums) -> str:
+        spec = _task(self.tasks, task)
+        return digest.of_json({**asdict(spec), "data": sums.of(Path(spec.data))})
+
+    def open(self) -> Subject:
+        first, spec = next(iter(self.tasks.items()))
+        for each in self.tasks.values():
+            check_data(each)
+        loss = open_model(spec, Path(self.folder)).loss
+        return Subject(loss.net, loss.net.theta, self._opened, {first: loss})
+
+    def _opened(self, task: str) -> Loss:
+        return open_model(_task(self.tasks, task), Path(self.folder)).loss
+
+
+_TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken")
+"""Files of a folder that say what the model computes, beside its weights."""
+_OF_TRAINING = ("trainer_state.json", "generation_config.json", "all_results.json", "train_results.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a variant of a family; its tasks are the family's splits."""
+
+    variant: str
+    """The variant's folder."""
+    at: int
+
+    @property
+    def id(self) -> str:
+        return f"{Path(self.variant).resolve().name}@{self.at}"
+
+    @property
+    def step(self) -> int | None:
+        return self.at
+
+    def digest(self, sums: Sums) -> str | None:
+        variant = Variant(Path(self.variant))
+        file = variant.path / "checkpoints" / f"step_{self.at:05d}.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{self.variant} has no checkpoint at step {self.at}: it has {variant.checkpoints()}.")
+        return digest.of_json([variant.family, variant.config, sums.of(file)])
+
+    def data_digest(self, task: str, sums: Sums) -> str:  # noqa: ARG002
+        return _split(task)  # its data follow from the configuration
+
+    def open(self) -> Subject:
+        variant = Variant(Path(self.variant))
+        kind = family(variant.family)
+        config = kind.configured(variant.config)
+        kept = kind.checkpoint(config, variant.path, self.at)
+        net = kind.network(config)
+        if missing := sorted(net.buffers.keys() - (kept.buffers or {}).keys()) if kept.buffers is not None else []:
+            raise ValueError(f"checkpoint {self.at} lacks the running statistics `{missing[0]}`.")
+        net = replace(net.with_buffers(kept.buffers) if kept.buffers else net, params=kept.params)
+        return Subject(net, net.theta, lambda task: kind.loss(net, config, _split(task)))
+
+
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """A loss that is there already, on one task or several; without a `content` nothing of it is ever reused."""
+
+    losses: Mapping[str, Loss]
+    name: str = "model"
+    theta: Tensor | None = None
+    at: int | None = None
+    content: str | None = None
+    """What stands for the functions, which have no sum, in the identity of stored results: a version of yours."""
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+    @property
+    def step(self) -> int | None:
+        return self.at
+
+    def digest(self, sums: Sums) -> str | None:  # noqa: ARG002
+        if self.content is None:
+            return None
+        net = next(iter(self.losses.values())).net
+        fixed = [*net.frozen.values(), *net.buffers.values()]
+        weights = net.params.values() if self.theta is None else [self.theta]
+        return digest.of_json([self.content, digest.of_tensors([*weights, *fixed])])
+
+    def data_digest(self, task: str, sums: Sums) -> str:  # noqa: ARG002
+        loss = _task(self.losses, task)
+        return digest.of_json([loss.criterion.name, digest.of_tensors(loss.tensors())])
+
+    def open(self) -> Subject:
+        net = next(iter(self.losses.values())).net
+        theta = net.theta if self.theta is None else self.theta
+        return Subject(net, theta, lambda task: _task(self.losses, task))
+
+
+def _task(tasks: Mapping[str, Any], task: str) -> Any:
+    if task not in tasks:
+        raise ValueError(f"there are no data {task!r}{nearest(task, tasks)}")
+    return tasks[task]
+
+
+def _split(task: str) -> str:
+    if task not in SPLITS:
+        raise ValueError(f"a family has no data {task!r}{nearest(task, SPLITS)}")
+    return task
