@@ -21,7 +21,7 @@ from .core.model import Functional, functional
 from .core.objective import Loss, objective
 from .core.remat import remat
 from .core.restrict import grid, restrict
-from .core.result import Result
+from .core.result import Result, derived, internal, quantity
 from .core.running import running_statistics
 from .curvature import (
     Audit,
@@ -135,6 +135,7 @@ __all__ = [
     "cross_entropy",
     "curvature",
     "custom",
+    "derived",
     "difference_step",
     "directional_curvatures",
     "directional_losses",
@@ -158,6 +159,7 @@ __all__ = [
     "hessian_summary",
     "hutchinson_trace",
     "hutchpp_trace",
+    "internal",
     "key",
     "landscape",
     "linalg",
@@ -174,6 +176,7 @@ __all__ = [
     "principal_directions",
     "progress",
     "project",
+    "quantity",
     "rademacher",
     "relative_critical_sharpness",
     "remat",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset
 
 from .checks import check_device
@@ -26,7 +27,7 @@ def prepared(net: Functional, batches: Any, criterion: Criterion) -> Prepared:
     for tensor in tensors(listed):
         check_device("the batch", tensor.device, "the model", net.device)
     pairs = tuple((_checked(net.prepare(inputs)), targets) for inputs, targets in map(criterion.prepare, listed))
-    full = tuple(pair for pair in pairs if _rows(pair) != 0)
+    full = tuple(pair for pair in pairs if rows(pair) != 0)
     if not full:
         raise ValueError("`batches` hold no sequence: the first dimension of every one is 0.")
     for _, targets in full:
@@ -53,6 +54,27 @@ def tensors(tree: Any) -> Iterable[Tensor]:
     elif isinstance(tree, (tuple, list)):
         for value in tree:
             yield from tensors(value)
+
+
+def divided(batches: Prepared, size: int) -> Prepared:
+    """The same sequences, in their order, in batches of at most `size`; one that cannot be cut stays."""
+    return tuple(part for pair in batches for part in _parts(pair, size))
+
+
+def _parts(pair: tuple[Inputs, Any], size: int) -> list[Any]:
+    num = rows(pair)
+    if num is None or num <= size or not all(_is_cut(leaf, num) for leaf in tree_leaves(pair)):
+        return [pair]
+    cuts = [slice(first, first + size) for first in range(0, num, size)]
+    return [
+        tree_map(lambda x, at=at: x[at] if isinstance(x, Tensor) and x.ndim and len(x) == num else x, pair)
+        for at in cuts
+    ]
+
+
+def _is_cut(leaf: Any, num: int) -> bool:
+    """What every part may have its rows of, or the whole of."""
+    return not isinstance(leaf, str) and (not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) in (1, num))
 
 
 class Filled:
@@ -124,7 +146,7 @@ def _as_tensors(tree: Any, loaded: bool = False) -> Any:
     return tree
 
 
-def _rows(pair: tuple[Inputs, Any]) -> int | None:
+def rows(pair: tuple[Inputs, Any]) -> int | None:
     """The length of the first tensor of the targets, or else of the inputs; None where there is none."""
     inputs, targets = pair
     return next((len(x) for x in tensors((targets, inputs)) if x.ndim), None)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .batches import Prepared, prepared, tensors, with_finite_targets
+from .batches import Prepared, divided, prepared, rows, tensors, with_finite_targets
 from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
@@ -146,6 +146,15 @@ class Loss:
     def with_buffers(self, buffers: Params) -> Loss:
         """The same loss of the net with these buffers; see `Functional.with_buffers`."""
         return replace(self, net=self.net.with_buffers(buffers))
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of the largest batch, as far as batches say how many they have."""
+        return max((rows(pair) or 1 for pair in self.batches), default=1)
+
+    def split(self, size: int) -> Loss:
+        """The same loss in batches of at most `size` sequences: the same terms in the same order, in less memory."""
+        return replace(self, batches=divided(self.batches, size), _verdicts=set(self._verdicts))
 
     def tensors(self) -> Iterable[Tensor]:
         """Every tensor of the batches."""

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,8 @@ class Outcome:
     """What it was made with beside its settings, after halving where memory ran out."""
     cost: dict[str, float] = field(default_factory=dict)
     """`seconds`, `forwards` and `products`."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """That of its cell."""
     reused: bool = False
 
     @property
@@ -90,7 +92,7 @@ class Cache:
             meta, known = stored.meta, to_json(cell.content)
             if meta["content"] != known:
                 raise Damaged(f"{path} belongs to other contents.")
-            known_outcome = {**meta["outcome"], "reused": True}
+            known_outcome = {**meta["outcome"], "content": cell.content, "reused": True}
         except (Damaged, Outdated, KeyError, TypeError) as err:
             _set_aside(path, err)
             return None
@@ -102,9 +104,9 @@ class Cache:
         path, result = self.path(cell), outcome.result
         if path is None:
             return
-        plain = {
-            name: getattr(outcome, name) for name in Outcome.__dataclass_fields__ if name not in ("result", "reused")
-        }
+        plain = {each.name: getattr(outcome, each.name) for each in fields(Outcome)}
+        for apart in ("result", "reused", "content"):
+            del plain[apart]
         meta = {"content": cell.content, "outcome": plain, "result": None if result is None else result.meta()}
         save(path, {} if result is None else result.arrays(), meta, copy=False)
         self._shrink(keep=path)
@@ -134,7 +136,7 @@ class Cache:
         """The files of all outcomes, those of unfinished ones among them."""
         return [] if self.root is None else sorted(self.root.glob("*/*.npz"))
 
-    def get_stats(self) -> dict[str, float]:
+    def get_stats(self) -> dict[str, int | float]:
         """`num_entries` and `total_size_mb`, as documented."""
         sizes = [path.stat().st_size for path in self.entries()]
         return {"num_entries": len(sizes), "total_size_mb": sum(sizes) / 2**20}

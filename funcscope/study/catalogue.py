@@ -30,7 +30,9 @@ from ..landscape.truncation import num_refined
 from ..linalg.ranks import matrix_ranks
 from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import TraceEstimate, hutchinson_trace
+from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
+from .metric import metric as metric
 
 PRODUCT = 6
 """Forward passes that one product with the Hessian costs, the graph being kept."""
@@ -173,7 +175,7 @@ for _one in (
     ),
     of_function(
         "hessian_trace", hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),
-        cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {trace}.",
+        cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
     ),
     of_function(
         "fisher_information", fisher_information, ("loss", "theta", KEY), category="fisher", plan=("keep",),
@@ -181,7 +183,7 @@ for _one in (
     ),
     of_function(
         "sam_sharpness", sam_sharpness, ("loss", "theta"), category="curvature", cost=lambda s: 4 + 3 * s["steps"],
-        reference="Foret et al. (2021), arXiv:2010.01412", sentence="A step up the gradient raises the loss by {sharpness}.",
+        reference="Foret et al. (2021), arXiv:2010.01412", sentence="A step up the gradient raises the loss by {absolute}.",
     ),
     of_function(
         "asam_sharpness", asam_sharpness, ("loss", "theta"), category="curvature", cost=lambda _: 7,

@@ -9,10 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class Options:
     """A metric that fails is an outcome, and the others go on. Otherwise its error ends the study."""
     timeout_seconds: float | None = None
     """For one metric on one subject, looked at before every forward pass and product."""
-    min_chunk: int = 1
+    min_batch_size: int = 4
+    """The smallest batch of sequences that is tried where memory runs out."""
     max_memory_gb: float | None = None
     """Of the process, or of the device's allocator; a metric that is above it ends as out of memory."""
     cleanup: bool = True
@@ -87,8 +88,8 @@ def run(
 ) -> list[Outcome]:
     """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
 
-    tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures`; a source
-    is one piece of work. watch: is told every outcome as soon as it is there. Whatever stops the call, what was made until
+    tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes by
+    `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is there. Whatever stops the call, what was made until
     then is kept, and the same call goes on from there.
 
     Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
@@ -144,7 +145,7 @@ class _Bench:
     def __init__(self, job: Job):
         self.job, self.cache, self.options = job, job.cache, job.options
         self.sums = job.cache.sums
-        self.weights = job.source.digest(self.sums)
+        self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self._subject: Subject | None = None
 
     @property
@@ -160,14 +161,13 @@ class _Bench:
         cell = self._cell(one, made)
         if stored := self._stored(cell):
             return stored
-        with self.cache.claim(cell, wait=wait) if self.weights else nullcontext(True) as mine:
+        with self.cache.claim(cell, wait=wait) as mine:
             if not mine:
                 return None
             if stored := self._stored(cell):
                 return stored
             outcome = self._made(one, made, cell)
-            if self.weights:
-                self.cache.put(cell, outcome)
+            self.cache.put(cell, outcome)
         return outcome
 
     def _cell(self, one: Metric, made: Mapping[str, Outcome]) -> Cell:
@@ -184,7 +184,7 @@ class _Bench:
         return one.task or self.job.tasks[0]
 
     def _stored(self, cell: Cell) -> Outcome | None:
-        if self.options.force or not self.weights:
+        if self.options.force:
             return None
         stored = self.cache.get(cell)
         again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
@@ -192,7 +192,15 @@ class _Bench:
 
     def _made(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> Outcome:
         source = self.job.source
-        empty = Outcome(one.name, source.id, source.step, self._task(one), "ok", settings=to_json(one.settings))
+        empty = Outcome(
+            one.name,
+            source.id,
+            source.step,
+            self._task(one),
+            "ok",
+            settings=to_json(one.settings),
+            content=cell.content,
+        )
         if bad := [name for name in one.needs if name in made and not made[name].ok]:
             return replace(empty, status="skipped", error=f"it needs {bad[0]}, which has no result.")
         started, meter = time.perf_counter(), _Meter(self.options)
@@ -209,26 +217,46 @@ class _Bench:
         return replace(outcome, cost=cost)
 
     def _called(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> tuple[Result, dict[str, Any]]:
-        """The result, and the plan that it was made by: the chunk halved as often as memory ran out."""
-        values = [
-            made[name].result if name in made else self.subject.need(name, self._task(one))
-            for name in one.needs
-            if name != KEY
-        ]
+        """The result, and the plan that it was made by: chunk, then batches halved as often as memory ran out."""
         drawn = {KEY: key(self.options.seed)} if KEY in one.needs else {}
-        plan = dict(one.plan)
+        plan, size = dict(one.plan), None
         while True:
+            needs: list[Any] | None = None
+            value: Any = None
             try:
-                value = one.call(*values, **drawn, **one.settings, **plan)
-                if hasattr(value, "rows"):
+                needs = [
+                    made[name].result if name in made else self._need(name, one, size)
+                    for name in one.needs
+                    if name != KEY
+                ]
+                value = one.call(*needs, **drawn, **one.settings, **plan)
+                if not isinstance(value, Result) and hasattr(value, "rows"):
                     value = value.result(list(_resumed(value, self.cache.path(cell))))
-                return check_result(one, value), plan
+                return check_result(one, value), plan | ({} if size is None else {"batch_size": size})
             except (RuntimeError, MemoryError) as err:
-                smaller = max(self.options.min_chunk, (plan.get("chunk") or FIRST_CHUNK) // 2)
-                if "chunk" not in plan or plan["chunk"] == smaller or not _is_full(err):
+                smaller = self._smaller(one, plan, size) if _is_full(err) and not isinstance(err, Full) else None
+                if smaller is None:
                     raise
-                plan["chunk"] = smaller
+            plan, size = smaller
             cleanup_memory()
+
+    def _need(self, name: str, one: Metric, size: int | None) -> Any:
+        value = self.subject.need(name, self._task(one))
+        return value.split(size) if name == "loss" and size is not None else value
+
+    def _smaller(self, one: Metric, plan: dict[str, Any], size: int | None) -> tuple[dict[str, Any], int | None] | None:
+        """Chunk and batches that are tried next where memory ran out; None where nothing is left."""
+        chunk = plan.get("chunk", 1) or FIRST_CHUNK
+        if chunk > 1:
+            return {**plan, "chunk": chunk // 2}, size
+        if "loss" not in one.needs:
+            return None
+        loss = self.subject.loss(self._task(one))
+        now = loss.batch_size if size is None else size
+        smaller = max(self.options.min_batch_size, now // 2)
+        return (
+            (plan, smaller) if smaller < now and loss.split(smaller).batch_size < loss.split(now).batch_size else None
+        )
 
 
 class _Meter:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from ..core.architectures import family_of
 from ..core.checks import check_count
 from ..core.criterion import Criterion, causal_lm, classification, masked_lm
 from ..core.keys import fold_in, key
-from ..core.model import functional
+from ..core.model import Functional, functional
 from ..core.objective import Loss, objective
 from ..core.store import Damaged, load
 from .inputs import Data, DType, Task, Unit, load_model, load_tokenizer, make_batches, read_texts, task_of
@@ -53,62 +54,85 @@ class Opened(NamedTuple):
     described: dict[str, Any]
 
 
-def check_data(source: DataSpec) -> None:
+def check_data(spec: DataSpec) -> None:
     """What can be said before a model is loaded; the rest is checked where it is used."""
     for name in ("num_samples", "max_seq_length", "batch_size"):
-        if getattr(source, name) is not None:
-            check_count(name, getattr(source, name))
+        if getattr(spec, name) is not None:
+            check_count(name, getattr(spec, name))
     try:
-        torch.empty(0, device=source.device)
+        torch.empty(0, device=spec.device)
     except (RuntimeError, AssertionError) as err:
         reason = str(err).splitlines()[0]
-        raise ValueError(f"the device {source.device!r} cannot be used ({reason}): pass another `device`.") from err
+        raise ValueError(f"the device {spec.device!r} cannot be used ({reason}): pass another `device`.") from err
 
 
-def open_model(source: DataSpec, folder: Path, *, length: int = 128) -> Opened:
-    """The loss of the model in a local folder on the texts, cut off at `length` tokens unless the source says where.
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """A model in memory, on whatever data are asked for."""
+
+    folder: Path
+    model: PreTrainedModel
+    net: Functional
+
+    @classmethod
+    def of(cls, spec: DataSpec, folder: Path) -> OpenedModel:
+        """The model of a local folder as the data's settings say that it computes."""
+        model = load_model(folder, task=spec.task, dtype=spec.dtype, allow_pickle=spec.allow_pickle)
+        if spec.attention != "keep" and family_of(model.config) is None:
+            raise ValueError(
+                f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` "
+                "the model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
+            )
+        compute = None if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)
+        net = functional(model.to(spec.device), attention=spec.attention, trainable="all", dtype=compute)
+        return cls(folder, model, net)
+
+    def length(self, spec: DataSpec, length: int = 128) -> int:
+        """Tokens after which a text is cut off."""
+        return spec.max_seq_length or min(length, max_positions(self.model) or length)
+
+    def loss(self, spec: DataSpec, *, length: int = 128) -> tuple[Loss, Data]:
+        """The loss on the texts, cut off at `length` tokens unless the data's settings say where."""
+        task = task_of(self.model)
+        data = make_batches(
+            read_texts(spec.data, field=spec.field, label_field=spec.label_field, unit=spec.unit),
+            load_tokenizer(self.folder, self.model),
+            self.model,
+            task=task,
+            num_samples=spec.num_samples,
+            max_seq_length=self.length(spec, length),
+            batch_size=spec.batch_size,
+            packing=spec.packing,
+            key=fold_in(key(spec.seed), "masked tokens"),
+        )
+        batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
+        return objective(self.net, batches, _CRITERIA[task]), data
+
+
+def open_model(spec: DataSpec, folder: Path, *, length: int = 128) -> Opened:
+    """The loss of the model in a local folder on the texts, cut off at `length` tokens unless the settings say where.
 
     Raises ValueError or OSError in one line for whatever does not fit together.
     """
-    model = load_model(folder, task=source.task, dtype=source.dtype, allow_pickle=source.allow_pickle)
-    task = task_of(model)
-    if source.attention != "keep" and family_of(model.config) is None:
-        raise ValueError(
-            f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` the "
-            "model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
-        )
-    length = source.max_seq_length or min(length, max_positions(model) or length)
-    data = make_batches(
-        read_texts(source.data, field=source.field, label_field=source.label_field, unit=source.unit),
-        load_tokenizer(folder, model),
-        model,
-        task=task,
-        num_samples=source.num_samples,
-        max_seq_length=length,
-        batch_size=source.batch_size,
-        packing=source.packing,
-        key=fold_in(key(source.seed), "masked tokens"),
-    )
-    compute = None if source.compute_dtype == "auto" else getattr(torch, source.compute_dtype)
-    net = functional(model.to(source.device), attention=source.attention, trainable="all", dtype=compute)
-    batches = [{name: value.to(source.device) for name, value in batch.items()} for batch in data.batches]
+    opened = OpenedModel.of(spec, folder)
+    loss, data = opened.loss(spec, length=length)
     described = {
-        "class": type(model).__name__,
+        "class": type(opened.model).__name__,
         "folder": str(folder.resolve()),
-        "task": task,
-        "num_parameters": net.layout.num,
-        "dtype": str(next(iter(net.params.values())).dtype),
-        "compute_dtype": str(net.layout.dtype),
-        "attention": source.attention,
-        "max_seq_length": length,
+        "task": task_of(opened.model),
+        "num_parameters": loss.layout.num,
+        "dtype": str(next(iter(loss.net.params.values())).dtype),
+        "compute_dtype": str(loss.layout.dtype),
+        "attention": spec.attention,
+        "max_seq_length": opened.length(spec, length),
     }
-    return Opened(objective(net, batches, _CRITERIA[task]), data, described)
+    return Opened(loss, data, described)
 
 
-def counts(source: DataSpec, data: Data, task: str) -> dict[str, Any]:
+def counts(spec: DataSpec, data: Data, task: str) -> dict[str, Any]:
     """What is stored of the texts: how many were used, skipped and cut."""
     names = ("num_samples", "num_tokens", "num_scored", "num_too_short", "num_truncated")
-    described = {"path": source.data, "task": task, **{name: getattr(data, name) for name in names}}
+    described = {"path": spec.data, "task": task, **{name: getattr(data, name) for name in names}}
     return described | {"num_batches": len(data.batches)}
 
 

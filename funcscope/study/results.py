@@ -125,11 +125,15 @@ class Results:
             raise ValueError(f"{metric} has no quantity {quantity!r}{nearest(quantity, names)}")
         if rows["model"].duplicated().any():
             raise ValueError(f"{quantity!r} of {metric} is several numbers at every step: take them from `to_frame()`.")
-        return rows[["step", "model", "value", "stderr"]].sort_values("step", kind="stable").reset_index(drop=True)
+        return (
+            rows.reindex(columns=["step", "model", "value", "stderr"])
+            .sort_values("step", kind="stable")
+            .reset_index(drop=True)
+        )
 
-    def save(self, folder: Path, cells: Sequence[Cell], about: Mapping[str, Any]) -> Path:
-        """Write the list of the cells to `folder`: with the cache in it, all that `open` needs."""
-        rows = [{"metric": cell.metric, "subject": cell.subject, "content": cell.content} for cell in cells]
+    def save(self, folder: Path, about: Mapping[str, Any]) -> Path:
+        """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs."""
+        rows = [{"metric": o.metric, "subject": o.subject, "content": o.content} for o in self.outcomes]
         path = folder / MANIFEST
         write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
         return path

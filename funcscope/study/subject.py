@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from . import digest
 from .digest import Sums
 from .inputs.folder import local_folder, weight_files
 from .metric import nearest
-from .opening import DataSpec, check_data, open_model
+from .opening import DataSpec, OpenedModel, check_data
 from .record import file_stem
 from .runs import Variant
 
@@ -53,6 +53,7 @@ NEEDS: dict[str, Callable[[Subject, str], Any]] = {
 """By name, how a subject provides it; `key` and the results of other metrics come from the engine."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a subject comes from: small, and can be sent to a worker."""
 
@@ -99,18 +100,17 @@ class Pretrained:
         return digest.of_files(sorted(files), sums)
 
     def data_digest(self, task: str, sums: Sums) -> str:
-        spec = _task(self.tasks, task)
-        return digest.of_json({**asdict(spec), "data": sums.of(Path(spec.data))})
+        spec = asdict(_task(self.tasks, task))
+        for how in ("batch_size", "device"):  # no number depends on them beyond rounding
+            del spec[how]
+        return digest.of_json({**spec, "data": sums.of(Path(spec["data"]))})
 
     def open(self) -> Subject:
-        first, spec = next(iter(self.tasks.items()))
-        for each in self.tasks.values():
+        specs = list(self.tasks.values())
+        for each in specs:
             check_data(each)
-        loss = open_model(spec, Path(self.folder)).loss
-        return Subject(loss.net, loss.net.theta, self._opened, {first: loss})
-
-    def _opened(self, task: str) -> Loss:
-        return open_model(_task(self.tasks, task), Path(self.folder)).loss
+        opened = OpenedModel.of(specs[0], Path(self.folder))
+        return Subject(opened.net, opened.net.theta, lambda task: opened.loss(_task(self.tasks, task))[0])
 
 
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken")
