@@ -14,10 +14,10 @@ import torch
 import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.core.result import Result, quantity
-from funcscope.study import engine
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import CATALOGUE, metric
-from funcscope.study.engine import Options, run
+from funcscope.study.engine import run
+from funcscope.study.meter import Options, memory_gb
 from funcscope.study.metric import Metric, register
 from funcscope.study.results import Results
 from funcscope.study.subject import InMemory
@@ -406,4 +406,4 @@ def test_cost_is_counted_and_memory_is_logged(capsys):
     shown = capsys.readouterr().err
     assert "Before hessian_trace" in shown
     assert "After hessian_trace" in shown
-    assert engine.memory_gb() > 0.05
+    assert memory_gb() > 0.05

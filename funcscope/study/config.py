@@ -16,7 +16,8 @@ import torch
 from ..core.checks import check_choice, check_count, check_positive
 from .cache import Cache
 from .catalogue import CATALOGUE, metric
-from .engine import Options, run
+from .engine import run
+from .meter import Options
 from .metric import Metric, nearest
 from .opening import DataSpec
 from .results import Results

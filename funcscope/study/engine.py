@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-import gc
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.keys import key
-from ..core.progress import Kind, watched
+from ..core.progress import watched
 from ..core.result import Result
-from ..core.store import Damaged, Outdated, load, save, to_json
+from ..core.store import to_json
 from .cache import Cache, Cell, Outcome, Status
+from .meter import Expired, Full, MemoryLog, Meter, Options, cleanup_memory, is_full
 from .metric import KEY, Metric, check_result, with_needs
 from .record import versions
+from .rows import resumed
 from .subject import Source, Subject
 
-KEEP_EVERY = 10.0
-"""Seconds between two copies of unfinished rows on disk."""
 FIRST_CHUNK = 8
 """What is halved where memory runs out and the metric chose its chunk itself."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a study runs; no number depends on it."""
-
-    seed: int = 42
-    """Of all draws: each metric is given `fs.key(seed)`."""
-    force: bool = False
-    """Make everything again, whatever is stored."""
-    retry_failed: bool = False
-    """Try again what failed before; what ran out of time or memory is always tried again."""
-    skip_on_error: bool = True
-    """A metric that fails is an outcome, and the others go on. Otherwise its error ends the study."""
-    timeout_seconds: float | None = None
-    """For one metric on one subject, looked at before every forward pass and product."""
-    min_batch_size: int = 4
-    """The smallest batch of sequences that is tried where memory runs out."""
-    max_memory_gb: float | None = None
-    """Of the process, or of the device's allocator; a metric that is above it ends as out of memory."""
-    cleanup: bool = True
-    """Empty the device's cache after every metric; on the CPU, where memory goes back by itself, only where it ran out."""
-    log_memory: bool = False
-
-
-class Expired(Exception):
-    """The time for a metric is over."""
-
-
-class Full(MemoryError):
-    """More memory is in use than was allowed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +44,22 @@ def run(
     *,
     tasks: Sequence[str] = ("data",),
     cache: Cache | None = None,
-    options: Options = Options(),
+    options: Options | None = None,
     executor: Executor | None = None,
     watch: Callable[[Outcome], object] = lambda _: None,
     quiet: bool = True,
 ) -> list[Outcome]:
     """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
 
-    tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes by
-    `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is there. Whatever stops the call, what was made until
-    then is kept, and the same call goes on from there.
+    tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes
+    by `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is
+    there. Whatever stops the call, what was made until then is kept, and the same call goes on from there.
 
     Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
     """
     ordered = tuple(with_needs(metrics))
     _check_names(sources)
-    jobs = [Job(source, ordered, tuple(tasks), cache or Cache(None), options) for source in sources]
+    jobs = [Job(source, ordered, tuple(tasks), cache or Cache(None), options or Options()) for source in sources]
     outcomes: dict[str, list[Outcome]] = {}
     with tqdm(total=len(jobs) * len(ordered), unit="metric", disable=quiet, dynamic_ncols=True) as bar:
 
@@ -130,7 +93,19 @@ def _done(
 
 def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list[Outcome]:
     """The outcomes of one subject. What another process is making is waited for, after everything else."""
-    bench, made = _Bench(job), dict[str, Outcome]()
+    made = dict[str, Outcome]()
+    try:
+        bench = _Bench(job)
+    except Exception as err:
+        if not job.options.skip_on_error:
+            raise
+        lost = [
+            Outcome(one.name, job.source.id, job.source.step, one.task or job.tasks[0], **_told(err))
+            for one in job.metrics
+        ]
+        for outcome in lost:
+            watch(outcome)
+        return lost
     for wait in (False, True):
         for one in job.metrics:
             if one.name not in made and (outcome := bench.outcome(one, made, wait=wait)):
@@ -203,10 +178,10 @@ class _Bench:
         )
         if bad := [name for name in one.needs if name in made and not made[name].ok]:
             return replace(empty, status="skipped", error=f"it needs {bad[0]}, which has no result.")
-        started, meter = time.perf_counter(), _Meter(self.options)
+        started, meter = time.perf_counter(), Meter(self.options)
         plan = dict(one.plan)
         try:
-            with watched(meter), _memory_logged(one.name, self.options):
+            with watched(meter), MemoryLog(one.name, self.options):
                 result, plan = self._called(one, made, cell)
             outcome = replace(empty, result=result, plan=to_json(plan))
         except Exception as err:
@@ -231,10 +206,10 @@ class _Bench:
                 ]
                 value = one.call(*needs, **drawn, **one.settings, **plan)
                 if not isinstance(value, Result) and hasattr(value, "rows"):
-                    value = value.result(list(_resumed(value, self.cache.path(cell))))
+                    value = value.result(list(resumed(value, self.cache.path(cell))))
                 return check_result(one, value), plan | ({} if size is None else {"batch_size": size})
             except (RuntimeError, MemoryError) as err:
-                smaller = self._smaller(one, plan, size) if _is_full(err) and not isinstance(err, Full) else None
+                smaller = self._smaller(one, plan, size) if is_full(err) and not isinstance(err, Full) else None
                 if smaller is None:
                     raise
             plan, size = smaller
@@ -259,119 +234,12 @@ class _Bench:
         )
 
 
-class _Meter:
-    """Counts what a metric evaluates, and ends it where its time or memory is over."""
-
-    def __init__(self, options: Options):
-        self.forwards = self.products = 0
-        self.options, self.started = options, time.monotonic()
-
-    def __call__(self, kind: Kind) -> None:
-        if kind == "forward":
-            self.forwards += 1
-        else:
-            self.products += 1
-        limit, most = self.options.timeout_seconds, self.options.max_memory_gb
-        if limit is not None and time.monotonic() - self.started > limit:
-            raise Expired(f"not done after {limit:g} s: pass a larger `timeout_seconds`, or ask for less.")
-        if most is not None and (used := memory_gb()) > most:
-            raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
-
-
-def memory_gb() -> float:
-    """GB that torch has allocated on the current device; on the CPU what the process holds."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 1e9
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 1e9
-    except OSError:  # no /proc: the most that it ever held
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _resumed(sampling: Any, path: Path | None) -> Iterator[dict[str, Tensor]]:
-    """The rows that an earlier call has left, then new ones; all are on disk when this is interrupted, none when it ends."""
-    part = None if path is None else path.with_suffix(".rows.npz")
-    plan = to_json(getattr(sampling, "plan", None))
-    rows = _left(part, plan)
-    yield from rows
-    done, saved = sum(len(next(iter(row.values()))) for row in rows), time.monotonic()
-    try:
-        for row in sampling.rows(done):
-            rows.append(row)
-            yield row
-            if part is not None and time.monotonic() - saved > KEEP_EVERY:
-                _keep(part, rows, plan)
-                saved = time.monotonic()
-    except BaseException:
-        if part is not None and rows:
-            _keep(part, rows, plan)
-        raise
-    if part is not None:
-        part.unlink(missing_ok=True)
-
-
-def _left(part: Path | None, plan: Any) -> list[dict[str, Tensor]]:
-    try:
-        stored = None if part is None else load(part)
-    except (FileNotFoundError, Damaged, Outdated):
-        return []
-    if stored is None or stored.meta != {"plan": plan}:
-        return []
-    return [{name: torch.from_numpy(column) for name, column in stored.arrays.items()}]
-
-
-def _keep(part: Path, rows: list[dict[str, Tensor]], plan: Any) -> None:
-    save(part, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {"plan": plan}, copy=False)
-
-
 def _told(err: Exception) -> dict[str, Any]:
-    status: Status = "timeout" if isinstance(err, Expired) else "out of memory" if _is_full(err) else "failed"
+    status: Status = "timeout" if isinstance(err, Expired) else "out of memory" if is_full(err) else "failed"
     kind = type(err)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     lines = "".join(traceback.format_exception(err))
     return {"status": status, "error": str(err) or name, "error_type": name, "traceback": lines}
-
-
-def _is_full(err: Exception) -> bool:
-    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(err).lower()
-
-
-def cleanup_memory(verbose: bool = False, reason: str = "") -> None:
-    """Collect garbage and empty the device's cache, as documented. verbose: print what is in use afterwards."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    if verbose:
-        tqdm.write(_memory_line(reason or "cleanup"), file=sys.stderr)
-
-
-class _memory_logged:  # noqa: N801, used as a function
-    """The documented lines about memory before and after a metric, where they are asked for; cleans up after it."""
-
-    def __init__(self, name: str, options: Options):
-        self.name, self.options = name, options
-
-    def __enter__(self) -> None:
-        self._say("Before")
-
-    def __exit__(self, *_: object) -> None:
-        self._say("After")
-        if self.options.cleanup and torch.cuda.is_available():
-            cleanup_memory()
-
-    def _say(self, when: str) -> None:
-        if self.options.log_memory:
-            tqdm.write(_memory_line(f"{when} {self.name}"), file=sys.stderr)
-
-
-def _memory_line(when: str) -> str:
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return f"[GPU Memory] {when}: {memory_gb():.1f}GB allocated, {free / 1e9:.1f}GB free"
-    return f"[Memory] {when}: {memory_gb():.1f}GB in use"
 
 
 def _check_names(sources: Sequence[Source]) -> None:

@@ -1,0 +1,118 @@
+"""How a study runs and what its metrics use: options, counts, the clock, memory."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..core.progress import Kind
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study runs; no number depends on it."""
+
+    seed: int = 42
+    """Of all draws: each metric is given `fs.key(seed)`."""
+    force: bool = False
+    """Make everything again, whatever is stored."""
+    retry_failed: bool = False
+    """Try again what failed before; what ran out of time or memory is always tried again."""
+    skip_on_error: bool = True
+    """A metric that fails is an outcome, and the others go on. Otherwise its error ends the study."""
+    timeout_seconds: float | None = None
+    """For one metric on one subject, looked at before every forward pass and product."""
+    min_batch_size: int = 4
+    """The smallest batch of sequences that is tried where memory runs out."""
+    max_memory_gb: float | None = None
+    """Of the process, or of the device's allocator; a metric that is above it ends as out of memory."""
+    cleanup: bool = True
+    """Empty the device's cache after every metric; on the CPU, where memory goes back by itself, only where it ran out."""
+    log_memory: bool = False
+
+
+class Expired(Exception):
+    """The time for a metric is over."""
+
+
+class Full(MemoryError):
+    """More memory is in use than was allowed."""
+
+
+class Meter:
+    """Counts what a metric evaluates, and ends it where its time or memory is over."""
+
+    def __init__(self, options: Options):
+        self.forwards = self.products = 0
+        self.options, self.started = options, time.monotonic()
+
+    def __call__(self, kind: Kind) -> None:
+        if kind == "forward":
+            self.forwards += 1
+        else:
+            self.products += 1
+        limit, most = self.options.timeout_seconds, self.options.max_memory_gb
+        if limit is not None and time.monotonic() - self.started > limit:
+            raise Expired(f"not done after {limit:g} s: pass a larger `timeout_seconds`, or ask for less.")
+        if most is not None and (used := memory_gb()) > most:
+            raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
+
+
+def memory_gb() -> float:
+    """GB that torch has allocated on the current device; on the CPU what the process holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e9
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 1e9
+    except OSError:  # no /proc: the most that it ever held
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def is_full(err: Exception) -> bool:
+    """Whether memory ran out."""
+    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(err).lower()
+
+
+def cleanup_memory(verbose: bool = False, reason: str = "") -> None:
+    """Collect garbage and empty the device's cache, as documented. verbose: print what is in use afterwards."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    if verbose:
+        tqdm.write(_memory_line(reason or "cleanup"), file=sys.stderr)
+
+
+class MemoryLog:
+    """The documented lines about memory before and after a metric, where they are asked for; cleans up after it."""
+
+    def __init__(self, name: str, options: Options):
+        self.name, self.options = name, options
+
+    def __enter__(self) -> None:
+        self._say("Before")
+
+    def __exit__(self, *_: object) -> None:
+        self._say("After")
+        if self.options.cleanup and torch.cuda.is_available():
+            cleanup_memory()
+
+    def _say(self, when: str) -> None:
+        if self.options.log_memory:
+            tqdm.write(_memory_line(f"{when} {self.name}"), file=sys.stderr)
+
+
+def _memory_line(when: str) -> str:
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return f"[GPU Memory] {when}: {memory_gb():.1f}GB allocated, {free / 1e9:.1f}GB free"
+    return f"[Memory] {when}: {memory_gb():.1f}GB in use"

@@ -1,0 +1,119 @@
+"""The documented entry point: every documented field and code block, on local models."""
+
+import json
+from dataclasses import asdict, fields
+
+import pytest
+from folders import folder, texts
+
+from funcscope.study.config import FLAGS, UnifiedConfig, analyze_models
+from funcscope.study.results import Results
+
+DOCUMENTED = {
+    "model_name": None, "base_model": None, "device": "auto", "dtype": "auto", "dataset_name": "openwebtext",
+    "dataset_split": "train", "num_samples": 1000, "max_seq_length": 512, "batch_size": 32, "max_batch_size": 256,
+    "min_batch_size": 4, "adaptive_batch_sizing": True, "compute_all": False, "fisher_n_samples": 1000,
+    "fisher_method": "empirical", "fisher_batch_size": 128, "compute_fisher_eigenvalues": True, "fisher_top_k": 20,
+    "enable_qkov_interference": True, "enable_cross_task_conflicts": True, "loss_landscape_n_points": 25,
+    "loss_landscape_span": 0.1, "loss_landscape_normalization": "layer", "loss_landscape_batches": 10,
+    "gradient_trajectory_steps": 100, "compute_gradient_flow": True, "compute_gradient_pathology": True,
+    "aggressive_cleanup": True, "enable_memory_tracking": False, "max_memory_gb": 70.0, "seed": 42, "deterministic": True,
+    "output_dir": "./analysis_results", "save_results": True, "save_plots": False, "verbose": True, "use_cache": True,
+    "force_recompute": False, "skip_on_error": True, "timeout_seconds": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Three checkpoints of one model, and texts."""
+    paths = [folder(tmp_path / f"checkpoint-{step}", scale=1 + step / 1000) for step in (100, 200, 300)]
+    return [str(path) for path in paths], texts(tmp_path / "texts.txt"), tmp_path / "out"
+
+
+def config(data, out, **changes):
+    few = {"num_samples": 4, "max_seq_length": 8, "metrics": ("mean_loss",), "verbose": False}
+    return UnifiedConfig(**{"dataset_name": data, "output_dir": str(out), **few, **changes})
+
+
+def test_every_documented_field_is_there_with_its_documented_value():
+    values = asdict(UnifiedConfig())
+    assert {name: values[name] for name in DOCUMENTED} == DOCUMENTED
+    assert all(values[flag] is False for flag in FLAGS)
+    assert len(FLAGS) == 9
+
+
+def test_checkpoints_are_analysed_compared_and_stored(made):
+    paths, data, out = made
+    chosen = config(data, out, compute_loss_landscape=True, loss_landscape_n_points=3)
+    results = analyze_models(paths, chosen)
+    for path in paths:
+        values = results.models[path].metrics["loss_landscape_2d"]
+        assert values["grid_losses"].shape == (3, 3)
+        assert values["roughness"] > 0
+        assert "error" not in values
+    assert results.trajectory("mean_loss", "loss")["step"].tolist() == [100, 200, 300]
+    again = analyze_models(paths, chosen)
+    assert all(outcome.reused for outcome in again.outcomes)
+    assert str(Results.open(out)) == str(again)
+    assert json.loads((out / "study.json").read_text())["config"]["loss_landscape_n_points"] == 3
+    forced = analyze_models(paths, config(data, out, force_recompute=True))
+    assert not any(outcome.reused for outcome in forced.outcomes)
+    assert not any(outcome.reused for outcome in analyze_models(paths, config(data, out, use_cache=False)).outcomes)
+
+
+def test_the_size_of_batches_changes_no_number_and_no_identity(made):
+    paths, data, out = made
+    first = analyze_models(paths[:1], config(data, out, batch_size=4))
+    assert analyze_models(paths[:1], config(data, out, batch_size=1)).outcomes[0].reused
+    one = analyze_models(paths[:1], config(data, out, batch_size=1, use_cache=False))
+    value, other = (each.outcomes[0].result.loss.value for each in (first, one))
+    assert float(value) == pytest.approx(float(other), rel=1e-6)
+
+
+def test_weights_that_change_in_their_folder_are_measured_anew(made, tmp_path):
+    paths, data, out = made
+    first = analyze_models(paths[:1], config(data, out)).outcomes[0]
+    folder(tmp_path / "checkpoint-100", scale=3.0)
+    second = analyze_models(paths[:1], config(data, out)).outcomes[0]
+    assert not second.reused
+    assert second.result != first.result
+    (tmp_path / "texts.txt").write_text("other words\n\nare here\n")
+    assert not analyze_models(paths[:1], config(data, out)).outcomes[0].reused
+
+
+def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
+    _, data, out = made
+    with pytest.raises(ValueError, match="at least one model"):
+        analyze_models([], config(data, out))
+    with pytest.raises(ValueError, match="no metric is asked for"):
+        UnifiedConfig().selected()
+    with pytest.raises(ValueError, match=r"attention_patterns.* not here yet.*hessian_eigenvalues"):
+        UnifiedConfig(compute_mechanistic=True).selected()
+    with pytest.warns(UserWarning, match="fisher_importance, fisher_overlap are not here yet"):
+        assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == ["fisher_information"]
+    with pytest.raises(ValueError, match=r"field 'loss_landscape_spam'.*did you mean 'loss_landscape_span'"):
+        UnifiedConfig.of({"loss_landscape_spam": 0.2})
+    for bad in (
+        {"num_samples": "many"},
+        {"compute_all": 1},
+        {"seed": 1.5},
+        {"loss_landscape_span": "x"},
+        {"num_samples": 0},
+    ):
+        with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
+            UnifiedConfig(**bad)
+    failed = analyze_models([str(tmp_path / "nowhere")], config(data, out, skip_on_error=True))
+    assert "error" in failed.models[str(tmp_path / "nowhere")].metrics["mean_loss"]
+
+
+def test_a_configuration_comes_from_a_file(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(asdict(UnifiedConfig(seed=7, metrics=("mean_loss",)))))
+    (tmp_path / "a.toml").write_text('seed = 7\nmetrics = ["mean_loss"]\n')
+    for ending in ("json", "toml"):
+        assert UnifiedConfig.load(tmp_path / f"a.{ending}") == UnifiedConfig(seed=7, metrics=("mean_loss",))
+
+
+def test_compute_all_is_everything_that_is_there():
+    names = [one.name for one in UnifiedConfig(compute_all=True).selected()]
+    assert len(names) == len(set(names)) >= 12
+    assert {each.name for each in fields(UnifiedConfig)} >= {"metrics", "settings"}
