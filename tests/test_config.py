@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 import pytest
 from folders import folder, texts
 
-from funcscope.study.config import FLAGS, UnifiedConfig, analyze_models
+from funcscope.study.config import FLAGS, UnifiedConfig, analyze_models, check_kind
 from funcscope.study.results import Results
 
 DOCUMENTED = {
@@ -93,15 +93,11 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
         assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == ["fisher_information"]
     with pytest.raises(ValueError, match=r"field 'loss_landscape_spam'.*did you mean 'loss_landscape_span'"):
         UnifiedConfig.of({"loss_landscape_spam": 0.2})
-    for bad in (
-        {"num_samples": "many"},
-        {"compute_all": 1},
-        {"seed": 1.5},
-        {"loss_landscape_span": "x"},
-        {"num_samples": 0},
-    ):
-        with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be"):
-            UnifiedConfig(**bad)
+    for name, bad in (("num_samples", "many"), ("compute_all", 1), ("seed", 1.5), ("loss_landscape_span", "x")):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            check_kind(name, bad, getattr(UnifiedConfig, name))
+    with pytest.raises(ValueError, match="`num_samples` must be"):
+        UnifiedConfig(num_samples=0)
     failed = analyze_models([str(tmp_path / "nowhere")], config(data, out, skip_on_error=True))
     assert "error" in failed.models[str(tmp_path / "nowhere")].metrics["mean_loss"]
 

@@ -106,7 +106,7 @@ class UnifiedConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_kind(each.name, getattr(self, each.name), each.default)
+            check_kind(each.name, getattr(self, each.name), each.default)
         for name in (
             "num_samples",
             "max_seq_length",
@@ -256,7 +256,7 @@ def pretrained(path: str | Path, tasks: Mapping[str, DataSpec]) -> Pretrained:
     return Pretrained(str(path), tasks, name=str(path), at=int(found[1]) if found else None)
 
 
-def _check_kind(name: str, value: Any, default: Any) -> None:
+def check_kind(name: str, value: Any, default: Any) -> None:
     """A value is of the kind that the default is of."""
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, got {value!r}.")

@@ -103,8 +103,8 @@ def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list
             Outcome(one.name, job.source.id, job.source.step, one.task or job.tasks[0], **_told(err))
             for one in job.metrics
         ]
-        for outcome in lost:
-            watch(outcome)
+        for each in lost:
+            watch(each)
         return lost
     for wait in (False, True):
         for one in job.metrics:
