@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
@@ -391,6 +393,53 @@ def test_a_model_that_uses_remat_is_measured_as_the_one_that_does_not(lazy):
             (lines.losses, lines.slopes, fs.hessian(loss, net.theta)(net.theta), fs.ggn(loss, net.theta)(net.theta))
         )
     assert_close(*measured)
+
+
+SMOOTH = {
+    "silu": F.silu, "mish": F.mish, "gelu": F.gelu, "softplus": F.softplus, "logsigmoid": F.logsigmoid,
+    "group norm": lambda t: F.group_norm(t, 2),
+    "attention": lambda t: F.scaled_dot_product_attention(*[t[None, None]] * 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_operations_that_choose_their_kernel_by_what_is_differentiated(name):
+    x, v = draw("rows", 4, 6), draw("tangent", 4, 6)
+
+    def second(f):
+        def loss(t):
+            return f(t).square().sum()
+
+        forward = jvp(grad(loss), (x,), (v,))[1]
+        backward = vjp(grad(loss), x)[1](v)[0]
+        return (
+            forward,
+            backward,
+            grad(lambda t: jvp(loss, (t,), (v,))[1])(x),
+            jvp(lambda t: jvp(loss, (t,), (v,))[1], (x,), (v,)),
+        )
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_close(second(remat(SMOOTH[name])), second(SMOOTH[name]), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_remat_in_a_model_has_second_derivatives():
+    class Attention(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            self.mix = nn.Linear(3, 3)
+            self.attend = remat(F.scaled_dot_product_attention) if again else F.scaled_dot_product_attention
+
+        def forward(self, x):
+            q = self.mix(x)[:, None]
+            return self.attend(q, q, q)[:, 0].mean(1)
+
+    products = []
+    for again in (True, False):
+        net = fs.functional(seeded(0, partial(Attention, again)).double())
+        loss = fs.objective(net, [(draw("texts", 4, 5, 3), torch.tensor([0, 1, 2, 1]))], fs.classification)
+        products.append((fs.hessian(loss, net.theta)(net.theta), fs.ggn(loss, net.theta)(net.theta)))
+    assert_close(*products)
 
 
 def test_autocast_of_the_call_is_that_of_its_backward():

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from results import EXAMPLES, example  # imports funcscope, with all its results
 
-from funcscope.core.pack import equal, pack, unpack
-from funcscope.core.result import Result
+from funcscope.core.estimate import Crossed
+from funcscope.core.keys import Key, key
+from funcscope.core.pack import Packed, equal, pack, storable, unpack
+from funcscope.core.result import Result, quantity
 from funcscope.core.store import Damaged, to_json
+from funcscope.core.tables import said
 
 every = pytest.mark.parametrize("name", EXAMPLES)
 
@@ -46,8 +49,8 @@ def test_a_result_that_was_stored_comes_back_equal_to_the_last_bit(name, tmp_pat
 
 def same(one, other):
     assert one.keys() == other.keys()
-    for key, value in one.items():
-        np.testing.assert_array_equal(np.asarray(value), np.asarray(other[key]))
+    for name, value in one.items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(other[name]))
 
 
 @every
@@ -72,9 +75,9 @@ def test_a_dictionary_holds_plain_values_that_json_and_numpy_can_say(name):
     values = result.asdict()
     assert values
     json.dumps(to_json(values), allow_nan=False)
-    for key, value in values.items():
-        assert isinstance(key, str)
-        assert isinstance(value, (bool, int, float, str, tuple, list, np.ndarray, type(None))), key
+    for documented, value in values.items():
+        assert isinstance(documented, str)
+        assert isinstance(value, (bool, int, float, str, tuple, list, np.ndarray, type(None))), documented
         if isinstance(value, np.ndarray) and value.size:
             value[...] = 0  # it is the reader's own
     same(type(result).asdict(example(name)), example(name).asdict())
@@ -135,7 +138,7 @@ def test_the_guards_of_the_store_hold(tmp_path):
     with pytest.raises(Damaged):
         Result.load(path)
     arrays, meta = pairs.arrays(), pairs.meta()
-    with pytest.raises(ValueError, match="Compute it again"):
+    with pytest.raises(ValueError, match="otherwise compute it again"):
         unpack(type(pack(0))(arrays, {**meta, "is": "Nothing"}))
     with pytest.raises(TypeError, match="no stored form"):
         pack(object())
@@ -175,3 +178,107 @@ def test_whatever_is_packed_is_unpacked(tree):
     packed = pack({"a": tree})
     again = unpack(type(packed)(packed.arrays, json.loads(json.dumps(packed.tree, allow_nan=False))))
     assert equal(pack(again), packed)
+
+
+class Layered(Result):
+    """A result of a user's own."""
+
+    widths: torch.Tensor = quantity("width", per="layer")
+    chunk: int = 0
+    first_key: Key = key(0)
+    key: Key = key(1)
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.float32(0.5), np.bool_(True)])
+def test_numbers_of_numpy_are_numbers(number, tmp_path):
+    result = Layered(torch.ones(2), number)
+    assert result == result
+    result.save(tmp_path / "a.npz")
+    assert Layered.load(tmp_path / "a.npz") == result
+
+
+def test_arrays_are_the_readers_own():
+    result = Layered(torch.ones(2))
+    result.arrays()["widths"].zero_()
+    assert torch.equal(result.widths, torch.ones(2))
+
+
+def test_every_key_has_its_seed():
+    values = Layered(torch.ones(2)).asdict()
+    assert (values["seed"], values["first_key_seed"]) == (1, 0)
+    assert values["key"] != values["first_key"]
+
+
+def test_a_class_that_is_defined_again_in_a_notebook_is_the_same():
+    old = Layered(torch.ones(2))
+
+    def again():
+        class Layered(Result):
+            widths: torch.Tensor = quantity("width", per="layer")
+            chunk: int = 0
+            first_key: Key = key(0)
+            key: Key = key(1)
+
+        return Layered(torch.ones(2))
+
+    assert old == again()
+    assert old == old
+    storable(Layered)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0), (1, True), (0.0, -0.0), ((1,), [1]), (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.tensor([complex(math.nan, 1)]), torch.tensor([complex(1, math.nan)])),
+    ],
+)  # fmt: skip
+def test_what_differs_in_a_bit_is_not_equal(one, other):
+    assert not equal(pack({"x": one}), pack({"x": other}))
+    for value in (one, other):
+        assert equal(pack({"x": value}), pack({"x": value}))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "other"),
+    [("npz", torch.bfloat16, "safetensors"), ("safetensors", torch.complex128, "npz")],
+)
+def test_a_dtype_that_a_format_lacks_is_refused_with_the_other_format(suffix, dtype, other, tmp_path):
+    result = Layered(torch.ones(2, dtype=dtype))
+    with pytest.raises(ValueError, match=rf"has no {dtype}.*save to a \.{other} file"):
+        result.save(tmp_path / f"a.{suffix}")
+    result.save(tmp_path / f"a.{other}")
+    assert Layered.load(tmp_path / f"a.{other}") == result
+
+
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ValueError, match="not written by funcscope: choose another name"):
+        Layered(torch.ones(2)).save(tmp_path / "config.npz")
+    assert (tmp_path / "config.json").read_text() == '{"hidden_size": 8}'
+    assert not (tmp_path / "config.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"is": "dtype", "value": "load"},
+        {"is": "tensor", "at": "nowhere"},
+        {"is": "Layered", "fields": {}},
+        {"is": "os.system"},
+    ],
+)
+def test_a_forged_tree_is_refused(tree):
+    with pytest.raises(ValueError, match=r"no (stored )?result"):
+        unpack(Packed({}, tree))
+
+
+def test_the_frame_of_an_estimate_has_all_its_errors():
+    crossed = Crossed(torch.tensor(1.0), torch.tensor(0.1), 3, torch.tensor(0.2), torch.tensor(0.3), 4.0)
+    (row,) = crossed.frame().to_dict("records")
+    assert (row["value"], row["stderr"], row["stderr_data"], row["stderr_total"]) == pytest.approx((1.0, 0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(("value", "stderr"), [(59.8, 6e-15), (59.8, 0.0), (-3e9, 1e-3)])
+def test_an_error_of_rounding_is_not_printed_digit_by_digit(value, stderr):
+    assert len(said(value, stderr)) < 20

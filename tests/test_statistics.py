@@ -92,3 +92,23 @@ def test_a_permutation_test_has_the_exact_p_value_and_the_bootstrap_the_error_of
     assert p == pytest.approx(1 / 20, abs=4 * (0.05 * 0.95 / 1999) ** 0.5)  # one of the 20 choices of three
     stderr = statistics.bootstrap_stderr(lambda at: x[at].mean(), len(x), key=fs.key(0), num=2000)
     assert float(stderr) == pytest.approx(float(x.std(correction=0)) / 6**0.5, rel=0.07)
+
+
+def test_a_correlation_that_hangs_on_one_sample_has_no_error():
+    for size in (0.1, 1.0, 3.0, 1e6):
+        x = torch.tensor([0.0, 0.0, 0.0, 0.0, size], dtype=torch.float64)
+        estimate = statistics.correlation(x, torch.arange(1.0, 6.0, dtype=torch.float64))
+        assert estimate.stderr.isnan(), size
+        assert estimate.value.isfinite()
+
+
+def test_a_permutation_whose_statistic_is_nan_proves_nothing():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert math.isnan(statistics.permutation_p_value(lambda _: math.nan, labels, key=fs.key(0), num=9))
+    seen = iter([0.0, *[math.nan] * 9])
+    assert statistics.permutation_p_value(lambda _: next(seen), labels, key=fs.key(0), num=9) == 1.0
+
+
+def test_one_datum_has_no_bootstrap_error():
+    x = torch.tensor([3.0])
+    assert statistics.bootstrap_stderr(lambda at: x[at].mean(), 1, key=fs.key(0), num=5).isnan()

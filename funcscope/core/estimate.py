@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from . import tables
 from .result import Result, quantity
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -46,6 +51,11 @@ class Estimate(Result):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
+
+    def frame(self) -> DataFrame:
+        """As of every result; the value has every error of it."""
+        whole = (each._replace(value=self, stderr=None) if each.name == "value" else each for each in self.entries())
+        return tables.frame(whole, self.coords, self.unresolved)
 
     def named(self, name: str) -> dict[str, float]:
         """Plain numbers: the value by that name, and every error of it by the name with an ending."""

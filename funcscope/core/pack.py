@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 C = TypeVar("C", bound=type)
 
 _CLASSES: dict[str, type] = {}
+_DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
 
 class Packed(NamedTuple):
@@ -43,13 +45,17 @@ def pack(value: Any) -> Packed:
 
 
 def unpack(packed: Packed) -> Any:
-    """What `pack` took. Raises ValueError for a class that is not here, or has other fields."""
-    return _unpacked(packed.tree, packed.arrays)
+    """What `pack` took. Raises ValueError for a class that is not here or has other fields, and for missing parts."""
+    try:
+        return _unpacked(packed.tree, packed.arrays)
+    except (KeyError, TypeError) as err:
+        raise ValueError(f"this is no stored result: {err} is missing or of another kind.") from err
 
 
 def equal(one: Packed, other: Packed) -> bool:
     """Bit for bit, nan equal to nan."""
-    if one.tree != other.tree or one.arrays.keys() != other.arrays.keys():
+    # as text: in Python 1 is 1.0 and True, and -0.0 is 0.0
+    if json.dumps(one.tree) != json.dumps(other.tree) or one.arrays.keys() != other.arrays.keys():
         return False
     return all(_same(torch.as_tensor(x), torch.as_tensor(other.arrays[path])) for path, x in one.arrays.items())
 
@@ -57,7 +63,11 @@ def equal(one: Packed, other: Packed) -> bool:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())  # nan alone differs from itself
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool((((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())).all())
 
 
 def _packed(value: Any, path: str, arrays: dict[str, Any]) -> Any:
@@ -67,6 +77,8 @@ def _packed(value: Any, path: str, arrays: dict[str, Any]) -> Any:
     if isinstance(value, (Tensor, np.ndarray)):
         arrays[path] = value.detach().cpu() if isinstance(value, Tensor) else value
         return {"is": "tensor" if isinstance(value, Tensor) else "array", "at": path}
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"is": "float", "value": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -85,7 +97,8 @@ def _packed(value: Any, path: str, arrays: dict[str, Any]) -> Any:
 
 
 def _names(cls: type) -> list[str]:
-    if _CLASSES.get(cls.__name__) is not cls:
+    known = _CLASSES.get(cls.__name__)
+    if known is None or known.__module__ != cls.__module__:  # a class that a notebook defines again is another object
         raise TypeError(f"a {cls.__name__} has no stored form: it is no number, array or result.")
     return [each.name for each in fields(cls)] if is_dataclass(cls) else list(cls._fields)  # type: ignore[attr-defined]
 
@@ -103,12 +116,15 @@ def _unpacked(tree: Any, arrays: Mapping[str, Any]) -> Any:
         case "float":
             return float(tree["value"])
         case "dtype":
-            return getattr(torch, tree["value"])
+            return _DTYPES[tree["value"]]
         case "dict":
             return {_unpacked(key, arrays): _unpacked(each, arrays) for key, each in tree["items"]}
         case "tuple":
             return tuple(_unpacked(each, arrays) for each in tree["items"])
     cls, known = _CLASSES.get(str(tree.get("is"))), tree.get("fields", {})
     if cls is None or set(_names(cls)) != set(known):
-        raise ValueError(f"no result of this version of funcscope: {tree.get('is')!r}. Compute it again.")
+        raise ValueError(
+            f"no result of this version of funcscope: {tree.get('is')!r}. Import the module that defines it where it is a "
+            "class of your own; otherwise compute it again."
+        )
     return cls(**{name: _unpacked(each, arrays) for name, each in known.items()})

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
@@ -144,7 +145,8 @@ class _Remat(torch.autograd.Function):
 
         def pulled(*args: Tensor) -> tuple[Tensor, ...]:
             points, bars = args[:num], args[num:]
-            return vjp(_part(fn, points, wrt, ys), *(points[i] for i in wrt))[1](bars)
+            with torch.enable_grad():  # without it torch takes kernels that cannot be differentiated once more
+                return vjp(_part(fn, points, wrt, ys), *(points[i] for i in wrt))[1](bars)
 
         none = [None] * (2 + num)
         if not (wrt and ys):
@@ -159,7 +161,8 @@ class _Remat(torch.autograd.Function):
 
         def pushed(*args: Tensor) -> tuple[Tensor, ...]:
             points, dots = args[:num], args[num:]
-            return jvp(_part(fn, points, wrt, ys), tuple(points[i] for i in wrt), dots)[1]
+            with torch.enable_grad():
+                return jvp(_part(fn, points, wrt, ys), tuple(points[i] for i in wrt), dots)[1]
 
         none = [None] * ctx.num
         if not (wrt and ys):
@@ -193,6 +196,15 @@ def _apart(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(y.clone() if again else y for y, again in zip(ys, shared, strict=True))
 
 
+_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
+"""Of fused attention, on every device."""
+
+
 def _surroundings(modes: Sequence[Any], devices: set[str]) -> Callable[[], Iterator[Any]]:
     """What is switched on at the call, to be switched on again whenever the function is evaluated."""
     modes = list(dict.fromkeys(mode for mode in modes if not isinstance(mode, Watch)))
@@ -201,10 +213,12 @@ def _surroundings(modes: Sequence[Any], devices: set[str]) -> Callable[[], Itera
         for device in sorted(devices | {"cpu"})
         if torch.amp.is_autocast_available(device)
     ]
+    kernels = [backend for backend, enabled in _KERNELS.items() if enabled()]
 
     def contexts() -> Iterator[Any]:
         for device, dtype, enabled in casts:
             yield torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+        yield sdpa_kernel(kernels)
         yield from modes
 
     return contexts

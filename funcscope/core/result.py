@@ -133,7 +133,7 @@ class Result:
             stderr = getattr(self, what.stderr) if what.stderr else None
             if what.name == "*":
                 for name, each in value.items():
-                    yield Entry(name, what, each, None)
+                    yield Entry(name, what, each, None if stderr is None else stderr.get(name))
             elif value is not None:
                 yield Entry(what.name or attribute, what, value, stderr)
 
@@ -151,8 +151,8 @@ class Result:
         return values
 
     def arrays(self) -> dict[str, Any]:
-        """Every array of every field, by its path: with `meta`, what `restore` needs."""
-        return self._packed.arrays
+        """Every array of every field, by its path, copied: with `meta`, what `restore` needs."""
+        return {path: x.clone() if isinstance(x, Tensor) else x.copy() for path, x in self._packed.arrays.items()}
 
     def meta(self) -> dict[str, Any]:
         """All that is no array, as JSON can say it."""
@@ -220,7 +220,7 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
     if is_estimate(value):
         return value.named(name)
     if isinstance(value, Key):
-        return {"seed": value.seed, "key": f"{value.bits:032x}"}
+        return {"seed" if name == "key" else f"{name}_seed": value.seed, name: f"{value.bits:032x}"}
     if isinstance(value, Result):
         return {f"{name}_{inner}": each for inner, each in value.asdict().items()}
     if isinstance(value, Mapping) or hasattr(value, "_asdict"):

@@ -57,9 +57,15 @@ def correlation(x: Samples, y: Samples) -> Estimate:
     if xx == 0 or yy == 0:
         return _undefined(x)
     share = len(x) / max(len(x) - 1, 1)  # leaving out i takes n / (n - 1) times its product of deviations from each sum
+
+    def without(squares: Tensor, total: Tensor) -> Tensor:
+        """nan where nothing but rounding is left: without that sample there is no correlation."""
+        rest = total - share * squares
+        return torch.where(rest > 4 * len(x) * torch.finfo(x.dtype).eps * total, rest, math.nan)
+
     return jackknifed(
         lambda: xy / (xx * yy).sqrt(),
-        lambda: (xy - share * dx * dy) / ((xx - share * dx * dx) * (yy - share * dy * dy)).sqrt(),
+        lambda: (xy - share * dx * dy) / (without(dx * dx, xx) * without(dy * dy, yy)).sqrt(),
         x,
         least=3,
     )
@@ -178,23 +184,27 @@ def q_values(p_values: Sequence[float]) -> list[float]:
 def permutation_p_value(statistic: Callable[[Tensor], float], labels: Tensor, *, key: Key, num: int = 999) -> float:
     """Share of `num` random orders of the labels, theirs counted in, whose statistic is at least that of the labels.
 
+    nan for a statistic that is nan; an order whose statistic is nan counts as one that is as large.
     Valid for every num where all orders are equally likely without an effect: Phipson, Smyth (2010),
     doi:10.2202/1544-6115.1585.
     """
     like = torch.zeros(len(labels), dtype=torch.float64)
     orders = (uniform(fold_in(key, i), like).argsort() for i in range(num))
     at = statistic(labels)
-    return (1 + sum(statistic(labels[order]) >= at for order in orders)) / (1 + num)
+    if math.isnan(at):
+        return math.nan
+    return (1 + sum(not statistic(labels[order]) < at for order in orders)) / (1 + num)
 
 
 def bootstrap_stderr(statistic: Callable[[Tensor], Tensor], num_data: int, *, key: Key, num: int = 200) -> Tensor:
-    """Standard error of a statistic of places among `num_data` sequences: its sd over `num` samples with replacement.
+    """Standard error of a statistic of places among `num_data` sequences: its sd over `num` resamples; nan for one datum.
 
     Efron (1979), doi:10.1214/aos/1176344552. For what has no residual per sequence; else `standard_errors.ratio_stderr`.
     """
     like = torch.zeros(num_data, dtype=torch.float64)
     places = ((uniform(fold_in(key, i), like) * num_data).long() for i in range(num))
-    return torch.stack([statistic(place) for place in places]).std(0)
+    drawn = torch.stack([statistic(place) for place in places]).std(0)
+    return drawn if num_data > 1 else torch.full_like(drawn, math.nan)
 
 
 def left_out(x: Samples) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Stored(NamedTuple):
 
 _UNREADABLE = (
     SafetensorError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError,
-    KeyError, TypeError, ValueError, NotImplementedError, EOFError, OSError,
+    KeyError, TypeError, ValueError, RuntimeError, NotImplementedError, EOFError, OSError,
 )  # fmt: skip
 """What the parsers raise for bytes that are not theirs."""
 
@@ -58,7 +58,8 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy
     """Write arrays and settings to `path` (`.safetensors` or `.npz`), and the settings to a `.json` beside it.
 
     meta: anything JSON can say; non-finite numbers become null there (arrays keep them). copy: write the `.json`, too.
-    Raises OSError where the folder cannot be written, and leaves what was there before.
+    Raises OSError where the folder cannot be written, and leaves what was there before; ValueError for a dtype that the
+    format does not have, and where the `.json` would replace a file that is not one of ours.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(Path(folder) / "a.npz", {"x": np.arange(3)}, {"step": 7})
@@ -71,9 +72,13 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy
     tensors = {name: _tensor(value) for name, value in arrays.items()}
     head = {"version": VERSION, "sha256": _digest(tensors, plain), "meta": plain}
     text = json.dumps(head, allow_nan=False)
+    if copy:
+        _check_own(path.with_suffix(".json"))
     if path.suffix == ".safetensors":
+        _check_dtypes(path, tensors, {torch.complex64, torch.complex128}, ".npz")
         data = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}, {META: text})
     elif path.suffix == ".npz":
+        _check_dtypes(path, tensors, {torch.bfloat16}, ".safetensors")
         buffer = io.BytesIO()
         parts: dict[str, Any] = {META: np.array(text)} | {name: tensor.numpy() for name, tensor in tensors.items()}
         np.savez_compressed(buffer, **parts)
@@ -148,6 +153,18 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}.")
+
+
+def _check_dtypes(path: Path, tensors: Mapping[str, Tensor], absent: set[torch.dtype], other: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype in absent:
+            raise ValueError(f"{path.suffix} has no {tensor.dtype}, the dtype of {name!r}: save to a {other} file.")
+
+
+def _check_own(copy: Path) -> None:
+    """Raises ValueError where the copy for people would replace a file of somebody else."""
+    if copy.is_file() and b'"sha256"' not in copy.read_bytes():
+        raise ValueError(f"{copy} is there and was not written by funcscope: choose another name for the numbers.")
 
 
 def _parse(path: Path, data: bytes) -> tuple[dict[str, Any], str]:

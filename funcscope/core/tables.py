@@ -58,8 +58,8 @@ def said(value: float, stderr: float = math.nan) -> str:
         return "undefined"
     if math.isnan(stderr) or math.isinf(value):
         return f"{value:.5g}"
-    if stderr == 0:
-        return f"{value:.5g} ± 0"
+    if stderr <= 1e-9 * abs(value):  # 0, or rounding: its digits would be those of the binary number
+        return f"{value:.5g} ± {stderr:.1g}"
     return f"{ufloat(value, stderr):.2uP}".replace("±", " ± ")
 
 

@@ -66,7 +66,7 @@ def render_flatness_trajectory(
 ) -> go.Figure:
     """A flatness metric over training, with its uncertainty, beside the loss itself; the current step is marked.
 
-    summary_data: `steps` (n,), `baseline_loss` (n,) in nats, and the metric (n,), nan where a step has none: a gap.
+    summary_data: `step` (n,), `baseline_loss` (n,) in nats, and the metric (n,), nan where a step has none: a gap.
     Drawn where they are there: `<metric>_stderr` (n,) as bars of 1.96 standard errors, and for mean and median the band
     from `p10_delta_loss` to `p90_delta_loss`, which holds 80 % of the directions. metric: a key of FLATNESS_METRICS.
     height in pixels. An axis is logarithmic where its values are positive and spread over two decades or more. The

@@ -81,7 +81,7 @@ def render_contour(
 
     plane: `grid_losses` (n, m), `axis_values` (n,) of the first direction (horizontal), `axis_values_2` (m,) of the
     second (vertical), and, shown where they are there, `axis_names`, `relative_displacement` (2,) and `baseline_loss`.
-    trajectory: `coordinates` (k, 2) in the unit of the axes and `steps` (k,), a line with a dot per step; the step
+    trajectory: `coordinates` (k, 2) in the unit of the axes and `step` (k,), a line with a dot per step; the step
     `current` is a large dot, where it is among them. Colours are logarithmic where all finite losses are positive and
     spread over two decades.
 

@@ -104,7 +104,7 @@ def render_curvature_trajectory(
 ) -> go.Figure:
     """Largest Hessian eigenvalue and trace (nats per unit of distance²) above the relative sharpness, over training.
 
-    summary_data: `steps`, `hessian_max_eigenvalue` with `hessian_max_eigenvalue_residual` (its bar), `hessian_trace`
+    summary_data: `step`, `hessian_max_eigenvalue` with `hessian_max_eigenvalue_residual` (its bar), `hessian_trace`
     and `sam_relative` with `..._stderr` (bars of 1.96), all (n,). Log axes; what is not positive is a triangle at the
     lower edge. The first `customdata` of a point is its step.
 
@@ -137,7 +137,7 @@ def render_dimensionality_trajectory(
 ) -> go.Figure:
     """Dimension of every weight matrix over training: its participation ratio, or its effective rank.
 
-    summary_data: `steps` (n,) and the metric (n, k) in dimensions; names: k matrices. A colour, and a dash beyond
+    summary_data: `step` (n,) and the metric (n, k) in dimensions; names: k matrices. A colour, and a dash beyond
     four, per matrix; the `customdata` of a point is its step.
 
     Raises ValueError for another metric, a missing key, and a count of names that differs.
