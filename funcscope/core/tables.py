@@ -139,7 +139,7 @@ def _tabulated(rows: Sequence[Sequence[str]], headers: Sequence[str], tablefmt: 
 
 def _columns(entry: Entry, coordinates: Coordinates) -> dict[str, Any] | None:
     """The rows of one quantity for a frame; None where it is no number."""
-    values = _numbers(entry)
+    values = numbers(entry)
     if values is None:
         return None
     sizes = zip(entry.quantity.per, values["value"].shape, strict=True)
@@ -150,18 +150,18 @@ def _columns(entry: Entry, coordinates: Coordinates) -> dict[str, Any] | None:
     return columns | {name: np.ravel(value) for name, value in values.items()}
 
 
-def _numbers(entry: Entry) -> dict[str, np.ndarray] | None:
-    """Value and errors as float arrays of one shape."""
+def numbers(entry: Entry) -> dict[str, np.ndarray] | None:
+    """Value and errors as float arrays of one shape; None for what is no number."""
     value = list(entry.value.values()) if isinstance(entry.value, Mapping) else entry.value
     if isinstance(value, (list, tuple)) and value and is_estimate(value[0]):
         each = [_errors(estimate) for estimate in value]
-        return {name: np.array([numbers.get(name, math.nan) for numbers in each]) for name in each[0]}
+        return {name: np.array([one.get(name, math.nan) for one in each]) for name in each[0]}
     if is_estimate(value):
         return {name: np.array(number) for name, number in _errors(value).items()}
     if isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(each, str) for each in value)):
         return None
-    numbers = {"value": _array(value)}
-    return numbers if entry.stderr is None else numbers | {"stderr": _array(entry.stderr)}
+    alone = {"value": _array(value)}
+    return alone if entry.stderr is None else alone | {"stderr": _array(entry.stderr)}
 
 
 def _array(value: Any) -> np.ndarray:
@@ -175,7 +175,7 @@ def _errors(estimate: Any) -> dict[str, float]:
 
 def _cells(entry: Entry) -> list[str]:
     """One text per number, each with its standard error where there is one."""
-    values = _numbers(entry)
+    values = numbers(entry)
     if values is None:
         return list(entry.value)
     errors = values.get("stderr_total", values.get("stderr"))

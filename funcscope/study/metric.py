@@ -45,6 +45,8 @@ class Metric:
     task: str | None = None
     """The data that it looks at, by name; the study's first where it has no preference."""
     reference: str = ""
+    drawn: tuple[str, ...] = ()
+    """The quantities that its page has figures of, by their documented names; all of them where none is named."""
     sentence: str = ""
     """What its result says, with documented names in braces: "The largest eigenvalue is {max_eigenvalue}."."""
 

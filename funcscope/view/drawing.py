@@ -99,7 +99,7 @@ def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends:
     The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value.
     """
     if spreads(value):
-        axis.title.text = f"{name} ({unit})"
+        axis.title.text = f"{name} ({unit})" if unit else name
         least = value[np.isfinite(value) & (value > 0)].min() / 10
         return _set_log(axis, value, *(np.where(end > 0, np.maximum(end, least), np.nan) for end in ends))
     every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])
