@@ -50,7 +50,7 @@ def section(outcomes: Sequence[Outcome]) -> Section:
     if ok:
         blocks += [*_sentences(one.sentence if one else "", ok), *_tables(ok)]
         blocks += [Chart(*drawn) for drawn in figures(ok, one.drawn if one else ())]
-        blocks += [Quote(note, short(outcome.subject, 40)) for outcome in ok[:MOST_COLUMNS] for note in _notes(outcome)]
+        blocks += [Quote(note, short(outcome.subject, 40)) for outcome in _shown(ok) for note in _notes(outcome)]
         blocks.append(Terms(_terms(ok[0], one.reference if one else "")))
     lost = len(outcomes) - len(ok)
     blocks += [Note(f"{lost} of {len(outcomes)} have no result; the reasons are at the end.")] if lost else []
@@ -79,7 +79,7 @@ def _sentences(template: str, outcomes: Sequence[Outcome]) -> list[str]:
 
 def _tables(outcomes: Sequence[Outcome]) -> list[Block]:
     """A row per single number, a column per subject."""
-    shown = outcomes if len(outcomes) <= MOST_COLUMNS else [outcomes[0], outcomes[-1]]
+    shown = _shown(outcomes)
     columns = []
     for outcome in shown:
         assert outcome.result is not None
@@ -95,6 +95,10 @@ def _tables(outcomes: Sequence[Outcome]) -> list[Block]:
         return []
     headers = ["", *(_whose(outcome) if len(shown) > 1 else "value" for outcome in shown), "unit"]
     return [Table(headers, rows, "listed")]
+
+
+def _shown(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    return outcomes if len(outcomes) <= MOST_COLUMNS else [outcomes[0], outcomes[-1]]
 
 
 def _said(result: Result, entry: Entry) -> str:
