@@ -436,7 +436,7 @@ def test_bad_requests_get_one_clear_line():
         inspect.unwrap(asam_sharpness)(loss, theta, scale="row")
     with pytest.raises(ValueError, match="flat vector of shape"):
         sam_sharpness(loss, theta[1:])
-    with pytest.raises(ValueError, match=r"`theta` must have the names and shapes of `net\.layout`"):
+    with pytest.raises(ValueError, match=r"`theta` must have the 4 names of `net\.layout\.names`"):
         sam_sharpness(loss, {"0.weight": theta[:24].view(6, 4)})
     with pytest.raises(ValueError, match="the loss at theta is nan"):
         sam_sharpness(loss, theta * math.nan)

@@ -14,19 +14,14 @@ from ..core.layout import Leaf
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_interval, ratio_stderr
+from ..core.vectors import Leaves, inner, moved, norm
 from .leafwise import (
-    Leaves,
     Terms,
     ascent_length,
     curvature_along,
     gradient_at,
-    inner,
-    leaves_of,
-    moved,
-    norm,
     realised_norm,
     rounding_of_difference,
-    scaled,
     terms_at,
 )
 
@@ -184,12 +179,12 @@ def sam_sharpness(
         check_positive("stride", stride)
     if norm_threshold != 0:
         check_positive("norm_threshold", norm_threshold)
-    at = leaves_of(loss, theta)
+    at = Loss.wide_leaves(loss, theta)
     gradient, terms = gradient_at(loss, at)
     length, radius = ascent_length(gradient, norm_threshold), epsilon
     if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
-    first = scaled(gradient, radius / length)
+    first = _times(gradient, radius / length)
     step: Leaves = first
     taken = 1
     if steps > 1 or stride is not None:
@@ -240,7 +235,7 @@ def asam_sharpness(
     for name, number in (("eta", eta), ("norm_threshold", norm_threshold)):
         if number != 0:
             check_positive(name, number)
-    at = leaves_of(loss, theta)
+    at = Loss.wide_leaves(loss, theta)
     gradient, terms = gradient_at(loss, at)
     units = {leaf.name: _unit(leaf, at[leaf.name], scale) + eta for leaf in loss.layout.leaves}
     stretched = {k: units[k] * g for k, g in gradient.items()}
@@ -259,7 +254,7 @@ def _measured(
     there = moved(at, step)
     after = terms_at(loss, there)
     scored, length = terms.weights != 0, norm(first)
-    unit = scaled(first, 1 / length)
+    unit = _times(first, 1 / length)
     bent = curvature_along(loss, at, unit, float(terms.weights.sum())) if curvature else math.nan
     return SamSharpness(
         loss=terms.mean,
@@ -281,7 +276,7 @@ def _ascent(
     loss: Loss, at: Leaves, gradient: Leaves, radius: float, steps: int, share: float, norm_threshold: float
 ) -> tuple[Leaves, int]:
     """The displacement after normalised gradient steps of length share * radius, projected on the ball."""
-    step = scaled(gradient, min(share, 1.0) * radius / norm(gradient))
+    step = _times(gradient, min(share, 1.0) * radius / norm(gradient))
     for taken in range(1, steps):
         uphill, _ = gradient_at(loss, moved(at, step))
         length = norm(uphill)
@@ -289,7 +284,7 @@ def _ascent(
             return step, taken
         step = {k: x + uphill[k] * (share * radius / length) for k, x in step.items()}
         if (size := norm(step)) > radius:
-            step = scaled(step, radius / size)
+            step = _times(step, radius / size)
     return step, steps
 
 
@@ -298,3 +293,7 @@ def _unit(leaf: Leaf, value: Tensor, scale: Scale) -> Tensor:
     if scale == "elementwise" or leaf.filter_dim is None:
         return value.abs()
     return value.square().sum(leaf.within_filter, keepdim=True).sqrt()
+
+
+def _times(step: Leaves, factor: float) -> Leaves:
+    return {k: x * factor for k, x in step.items()}

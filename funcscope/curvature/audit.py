@@ -22,7 +22,7 @@ from .derivative_ways import PRODUCTS, nested, norm
 from .differences import Derivative, differenced, moved_leaves, value_at, values_of
 from .hessian import hessian, hessian_difference
 from .product_check import has_kinks
-from .pullbacks import ONE_AT_A_TIME, flat
+from .pullbacks import ONE_AT_A_TIME
 from .rows import cut
 
 _SAME, _RESOLVED = 1e-3, 0.1
@@ -63,7 +63,7 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     (True, True, ())
     """
     check_count("num", num, least=2)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     first, same = value_at(loss, theta), max(1e-6, 64 * loss.net.unit_roundoff)
     if not math.isfinite(first):
         raise ValueError(f"the loss at theta is {first}: it has no derivatives. Check the weights and the batch.")

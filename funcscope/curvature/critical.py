@@ -12,8 +12,9 @@ from ..core.checks import check_count, check_positive
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.standard_errors import ratio_stderr
+from ..core.vectors import Leaves, inner, moved, norm
 from .critical_search import bracket
-from .leafwise import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
+from .leafwise import Terms, gradient_at, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 
@@ -97,9 +98,9 @@ def critical_sharpness(
     >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
-    at = leaves_of(loss, theta)
+    at = Loss.wide_leaves(loss, theta)
     if direction is not None:
-        return _along(loss, at, leaves_of(loss, direction, "direction"), start, tolerance, max_forwards)
+        return _along(loss, at, loss.wide_leaves(direction, "direction"), start, tolerance, max_forwards)
     update, terms = gradient_at(loss, at)
     return _searched(loss, at, update, inner(update, update), terms, start, tolerance, max_forwards)
 
@@ -135,8 +136,8 @@ def relative_critical_sharpness(
     """
     if loss_1.layout.shapes != loss_2.layout.shapes:
         raise ValueError("`loss_1` and `loss_2` must be losses of the same parameters; their names or shapes differ.")
-    at = leaves_of(loss_2, theta)
-    update = gradient_at(loss_1, at)[0] if direction is None else leaves_of(loss_1, direction, "direction")
+    at = Loss.wide_leaves(loss_2, theta)
+    update = gradient_at(loss_1, at)[0] if direction is None else loss_1.wide_leaves(direction, "direction")
     return _along(loss_2, at, update, start, tolerance, max_forwards)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from ..core.checks import check_choice, check_count, check_instance
+from ..core.checks import check_choice, check_count
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
@@ -20,7 +20,7 @@ from ..linalg.matvec import Matvec
 from .ggn import ggn
 from .head import total_of
 from .outputs import Outputs, total_weight, whole
-from .pullbacks import AtOutputs, flat, sandwich
+from .pullbacks import AtOutputs, sandwich
 
 
 def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
@@ -36,6 +36,7 @@ def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int
 
     Martens (2020), arXiv:1412.1193; Kunstner, Balles, Hennig (2019), arXiv:1905.12558, for the three meanings.
     """
+    theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
     return ggn(loss, theta, keep=keep, head_chunk=head_chunk)
 
@@ -53,9 +54,8 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     """
     check_key(key)
     check_count("num", num)
-    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
+    theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
-    theta = flat(loss, theta)
     _check_apart(loss, theta)
     drawn = _draws(loss, theta, key, num)
     return sandwich(loss, theta, _scored_by(_by_token, loss, drawn), 1 / (num * total_weight(loss, theta)), keep)
@@ -83,7 +83,7 @@ def empirical_fisher(
     tensor([ 0.2500, -0.2500])
     """
     check_choice("unit", unit, ("sequence", "token"))
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     by = _by_token if unit == "token" else _by_sequence
     if unit == "token":
         _check_apart(loss, theta)
@@ -126,7 +126,7 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     check_key(key)
     check_count("num", num)
     _check_distribution(loss.criterion)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     with torch.no_grad():
         if bool((loss.terms(theta)[1] < 0).any()):
             raise ValueError("weights must be at least 0: their square roots are those of the scores.")

@@ -6,7 +6,7 @@ from ..core.checks import check_count
 from ..core.objective import Loss, Theta
 from ..linalg.matvec import Matvec
 from .outputs import normalised, outputs_of
-from .pullbacks import flat, sandwich
+from .pullbacks import sandwich
 
 
 def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
@@ -32,7 +32,7 @@ def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None =
     >>> ggn(loss, net.theta)(torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     if head_chunk is not None:
         check_count("head_chunk", head_chunk)
     loss, scale = normalised(loss, theta)

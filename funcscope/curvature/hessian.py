@@ -20,7 +20,7 @@ from .derivative_ways import norm
 from .outputs import check_head, loss_at, normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
 from .product_check import check_product
-from .pullbacks import ONE_AT_A_TIME, flat, forward_or_reverse, kept_gradient, operator, summed, unchanged
+from .pullbacks import ONE_AT_A_TIME, forward_or_reverse, kept_gradient, operator, summed, unchanged
 
 _AGREE, _RESOLVED, _PATIENCE = 3e-3, 0.05, 3
 
@@ -53,7 +53,7 @@ def hessian(
     >>> hessian(loss, net.theta)(torch.tensor([3.0, 4.0]))
     tensor([3., 4.])
     """
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     if head_chunk is not None:
         check_count("head_chunk", head_chunk)
         check_head(loss)
@@ -102,7 +102,7 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
     >>> torch.allclose(matvec(x[0]), x[0]), matvec.error() < 1e-8
     (True, True)
     """
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     halve = step is None
     if step is None:
         step = loss.net.unit_roundoff ** (1 / 3) * max(dot(theta, theta) ** 0.5, 1.0)

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
 from .head import total_of
-from .pullbacks import flat
 from .rows import coupled, cut, is_cut, tolerance
 
 Reduction = Literal["sum", "mean"]
@@ -51,7 +50,7 @@ def gradient_chunks(
     """The rows of `per_sample_gradients`, at most `chunk_size` at a time: chunks do not cross batches."""
     check_choice("reduction", reduction, ("sum", "mean"))
     check_count("chunk_size", chunk_size)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     for batch in loss.batches:
         yield from _Batch(loss, *batch).gradients(theta, reduction, chunk_size)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from ..core.checks import check_flat
-from ..core.objective import Loss, Theta, check_point
+from ..core.objective import Loss
 from ..core.progress import tick
 from ..linalg.matvec import Matvec
 from .head import Outs
@@ -26,15 +26,6 @@ _MISSING = ("is not implemented", "not implemented for", "does not support it", 
 
 AtOutputs = Callable[[Outs, Outs], Outs]
 """(outputs, tangent) -> cotangent: a symmetric linear map of the tangent."""
-
-
-def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
-    """Theta as one vector, in float32 at least: a constant to whoever differentiates later. The door of the operators."""
-    check_point(loss, theta)
-    if isinstance(theta, Tensor):
-        check_flat("theta", theta, loss.layout.num)
-        return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
-    return loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32)).detach()
 
 
 def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
@@ -91,9 +82,9 @@ def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
     return out if scale == 1 else out * scale
 
 
-def kept_gradient(f: Callable[[Tensor], Tensor], theta: Tensor) -> Matvec:
-    """v -> H v of one function, the graph of its gradient made once."""
-    with torch.enable_grad():
+def kept_gradient(f: Callable[[Any], Tensor], theta: Any) -> Callable[[Any], Any]:
+    """v -> H v of one function of a vector or of leaves, the graph of its gradient made once."""
+    with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
         _, pull = vjp(grad(f), theta)
     return lambda v: pull(v)[0]
 

@@ -19,7 +19,7 @@ from ..core.result import Result, derived, quantity
 from ..core.standard_errors import ratio_stderr
 from ..linalg.matvec import Matvec
 from .outputs import loss_at, whole
-from .pullbacks import ONE_AT_A_TIME, flat, kept_gradient, kept_sandwich, named_if_missing
+from .pullbacks import ONE_AT_A_TIME, kept_gradient, kept_sandwich, named_if_missing
 from .rows import is_cut, micro_batches, sizes_of
 
 Matrix = Literal["hessian", "ggn"]
@@ -130,7 +130,7 @@ def crossed_forms(
     def parts(_: Tensor, image: Tensor) -> Tensor:
         return torch.cat([rows @ image, (image @ image)[None]])
 
-    rows = vectors.to(flat(loss, theta))
+    rows = vectors.to(Loss.vector(loss, theta))
     table, weights, size = _tables(loss, theta, vectors, parts, **options)
     return table.transpose(0, 1), weights, size
 
@@ -160,7 +160,7 @@ def _tables(
 ) -> tuple[Tensor, Tensor, int]:
     """`parts(v, A_i v)` of every scored unit and vector, the weights of those units, and the sequences in each."""
     check_choice("matrix", matrix, get_args(Matrix))
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     if vectors.ndim != 2 or vectors.shape[1] != len(theta):
         raise ValueError(f"`vectors` must have shape (k, {len(theta)}), got {tuple(vectors.shape)}.")
     if chunk_size is None:

@@ -16,7 +16,6 @@ from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import BlockTraces, block_traces
 from .ggn import ggn
 from .hessian import hessian
-from .pullbacks import flat
 from .sequence_forms import Matrix
 
 MATRICES = {"hessian": hessian, "ggn": ggn}
@@ -53,7 +52,7 @@ def hessian_summary(
     check_key(key)
     check_choice("matrix", matrix, MATRICES)
     check_options("hessian_summary", spectrum_summary, options)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     return spectrum_summary(MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
 
@@ -87,7 +86,7 @@ def hessian_block_traces(
 
     The blocks' errors include their coupling to the other blocks; see `linalg.block_traces`.
     """
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     matvec = hessian(loss, theta) if matvec is None else matvec
     return block_traces(matvec, theta, block_slices(loss.layout, by), key=key, num=num)
 
@@ -115,7 +114,7 @@ def hessian_block_eigenvalues(
     check_key(key)
     check_choice("matrix", matrix, MATRICES)
     check_options("hessian_block_eigenvalues", eigenpairs, options)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     block_slices(loss.layout, by)  # refuses what does not keep parameters whole
     groups = loss.layout.group_of(by)
     blocks: dict[str, Eigenpairs] = {}
@@ -132,4 +131,4 @@ def hessian_block_eigenvalues(
 
 def only(loss: Loss, theta: Theta, names: list[str]) -> Loss:
     """The loss as a function of some of the parameters, the others held where theta has them."""
-    return replace(loss, net=loss.net.only(names, loss.params(flat(loss, theta))))
+    return replace(loss, net=loss.net.only(names, loss.params(Loss.vector(loss, theta))))

@@ -9,7 +9,6 @@ from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal
-from .pullbacks import flat
 from .sequence_forms import NUMBERS, Matrix, SequenceForms, check_sum, sequence_forms
 from .summary import MATRICES
 
@@ -71,7 +70,7 @@ def trace_errors(
     """
     check_key(key)
     check_count("num", num)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     rows, together = [], max(1, NUMBERS // len(theta))  # probes are as long as theta
     for first in range(0, num, together):
         probes = torch.stack([rademacher(fold_in(key, j), theta) for j in range(first, min(first + together, num))])
