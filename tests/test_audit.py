@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import funcscope as fs
-from funcscope.curvature.differences import along_line
+from funcscope.curvature.derivatives import along_line
 
 SECOND = ("jvp of grad", "vjp of grad", "jvp of jvp", "hessian", "hessian, keep=False")
 

@@ -1,10 +1,10 @@
 """Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
 
 from .ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
-from .audit import audit
-from .audit_result import Audit, Culprit, Way
+from .audit import Audit, Way, audit
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
+from .culprits import Culprit
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc

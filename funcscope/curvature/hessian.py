@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from ..core.checks import check_count, check_flat, check_positive
-from ..core.directions import dot
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta
+from ..core.vectors import norm
 from ..linalg.matvec import Matvec
-from .derivative_ways import norm
 from .outputs import check_head, loss_at, normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
 from .product_check import check_product
@@ -105,7 +104,7 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
     theta = Loss.vector(loss, theta)
     halve = step is None
     if step is None:
-        step = loss.net.unit_roundoff ** (1 / 3) * max(dot(theta, theta) ** 0.5, 1.0)
+        step = loss.net.unit_roundoff ** (1 / 3) * max(norm(theta), 1.0)
     check_positive("step", step)
     check_unchanged, scale, first = unchanged(loss, theta), 1 / total_weight(loss, theta), float(step)
 

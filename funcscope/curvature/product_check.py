@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.criterion import Criterion
-from ..core.directions import dot
 from ..core.keys import fold_in, key
 from ..core.model import Functional
 from ..core.objective import Loss
+from ..core.vectors import dot
 from ..linalg.matvec import Matvec
-from .derivative_ways import PRODUCTS, Calls
-from .differences import differenced, moved_leaves, values_of
+from .derivatives import METHODS, differenced, has_kinks, moved_leaves, values_of
 from .pullbacks import ONE_AT_A_TIME
 
 STEP, DIFFERENT = 0.05, 0.05
@@ -66,12 +65,8 @@ def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, 
         return
     other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")
     second = math.nan
-    with (
-        suppress(NotImplementedError, RuntimeError),
-        torch.enable_grad(),
-        ONE_AT_A_TIME,
-    ):  # a way that torch does not have
-        second = dot(d, PRODUCTS[product](loss, theta)(d))
+    with suppress(NotImplementedError, RuntimeError), torch.enable_grad(), ONE_AT_A_TIME:  # torch may not have it
+        second = dot(d, METHODS[product].of(loss, theta)(d))
     if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
         return
     right = not math.isnan(second) and not judge.contradicts(second, DIFFERENT, rounding)
@@ -81,10 +76,3 @@ def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, 
         f"second derivative. Take {f'`hessian({other})`, which agrees' if right else '`hessian_difference`'}; "
         "`funcscope.audit` names the operation."
     )
-
-
-def has_kinks(loss: Loss, theta: Tensor) -> bool:
-    """Does a forward pass call a function that is smooth in pieces only?"""
-    with torch.no_grad(), ONE_AT_A_TIME, Calls() as called:
-        loss(theta)
-    return called.kinks

@@ -1,19 +1,64 @@
-"""Derivatives along a line from values alone, in float64, with their error: the judge of all other ways."""
+"""Derivatives of a function of one vector: by torch's transforms, by differences of values, and whether these agree."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import _C, Tensor
+from torch.func import grad, jvp, vjp
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ..core.keys import Key, normal
 from ..core.objective import Loss
+from ..core.vectors import dot
 from .pullbacks import ONE_AT_A_TIME
+
+Scalar = Callable[[Tensor], Tensor]
+
+
+class Method(NamedTuple):
+    """One way to differentiate f at x: `of(f, x)(d)` is the derivative along d, or a vector whose product with d that is.
+
+    Of order 1 that vector is the gradient, of order 2 H d, whose products with other vectors are derivatives, too.
+    """
+
+    order: int
+    of: Callable[[Any, Tensor], Callable[[Tensor], Tensor]]
+
+
+def along(derivative: Tensor, d: Tensor) -> float:
+    """The number itself, or the product of the vector with d."""
+    return dot(derivative, d) if derivative.ndim else float(derivative)
+
+
+def _gradient(f: Scalar, x: Tensor) -> Callable[[Tensor], Tensor]:
+    g = grad(f)(x)
+    return lambda _: g
+
+
+def _slope(f: Scalar, x: Tensor, d: Tensor) -> Scalar:
+    """a -> the slope of f along d at x + a d, in forward mode."""
+    return lambda a: jvp(lambda b: f(x + b * d), (a,), (x.new_ones(()),))[1]
+
+
+def _nested(f: Scalar, x: Tensor, d: Tensor) -> Tensor:
+    return jvp(_slope(f, x, d), (x.new_zeros(()),), (x.new_ones(()),))[1]
+
+
+METHODS = {
+    "gradient": Method(1, _gradient),
+    "jvp": Method(1, lambda f, x: lambda d: jvp(f, (x,), (d,))[1]),
+    "jvp of grad": Method(2, lambda f, x: lambda v: jvp(grad(f), (x,), (v,))[1]),
+    "vjp of grad": Method(2, lambda f, x: lambda v: vjp(grad(f), x)[1](v)[0]),
+    "jvp of jvp": Method(2, lambda f, x: lambda d: _nested(f, x, d)),
+}
+"""Of torch; those of the Hessian differentiate anew for each vector."""
+
 
 FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 11
 _TINY = 1e-6
@@ -123,3 +168,48 @@ def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -
     base, step = theta.to(wide), direction.to(wide)
     first_step = FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP
     return along_line(lambda a: values.at(base + a * step), first_step)
+
+
+class Calls(TorchFunctionMode):
+    """The functions of torch that are called: their names, and outside of transforms their arguments where asked for."""
+
+    def __init__(self, arguments: bool = False) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.names: list[str] = []
+        self.calls: list[tuple[str, Callable, tuple, dict]] = []
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name == "custom_function_call":
+            name = f"autograd.Function {args[0].__name__}"
+        if name != "__get__":
+            self.names.append(name)
+            if self.arguments and not _C._functorch.peek_interpreter_stack():
+                self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kinks(self) -> bool:
+        """Is one of them smooth in pieces only?"""
+        return any(name.strip("_") in KINKED for name in self.names)
+
+
+def has_kinks(loss: Loss, theta: Tensor) -> bool:
+    """Does a forward pass call a function that is smooth in pieces only?"""
+    with torch.no_grad(), ONE_AT_A_TIME, Calls() as called:
+        loss(theta)
+    return called.kinks
+
+
+KINKED = frozenset(
+    {
+        "abs", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "amin", "aminmax", "argmax", "argmin", "argsort",
+        "ceil", "clamp", "clamp_max", "clamp_min", "clip", "cummax", "cummin", "floor", "frac", "ge", "gt",
+        "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "huber_loss", "kthvalue", "l1_loss", "le", "leaky_relu",
+        "lt", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "median", "min", "minimum", "mode",
+        "multi_margin_loss", "nonzero", "one_hot", "prelu", "quantile", "relu", "relu6", "round", "searchsorted", "sgn",
+        "sign", "smooth_l1_loss", "softshrink", "sort", "threshold", "topk", "trunc",
+    }
+)  # fmt: skip
+"""Functions with a kink or a jump, or that choose one."""
