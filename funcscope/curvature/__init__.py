@@ -8,8 +8,7 @@ from .culprits import Culprit
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
-from .ggn import ggn
-from .hessian import hessian, hessian_difference
+from .hessian import ggn, hessian, hessian_difference
 from .m_sharpness import MSharpness, m_sharpness
 from .per_sample import gradient_chunks, per_sample_gradients
 from .rows import micro_batches

@@ -18,7 +18,7 @@ from ..core.objective import Loss
 from ..core.pack import storable
 from ..core.skeleton import TrueDerivatives
 from .derivatives import METHODS, Calls, Scalar, along, along_line, in_float64
-from .head import total_of
+from .outputs import total_of
 from .pullbacks import ONE_AT_A_TIME
 
 _OFF = 1e-3

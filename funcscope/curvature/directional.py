@@ -18,8 +18,7 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Products
-from .ggn import ggn
-from .hessian import hessian
+from .hessian import ggn, hessian
 
 STENCIL = {
     2: (1 / 90, -3 / 20, 3 / 2, -49 / 18, 3 / 2, -3 / 20, 1 / 90),

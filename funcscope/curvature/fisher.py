@@ -17,9 +17,8 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..linalg.matvec import Matvec
-from .ggn import ggn
-from .head import total_of
-from .outputs import Outputs, total_weight, whole
+from .hessian import ggn
+from .outputs import Outputs, total_of, total_weight
 from .pullbacks import AtOutputs, sandwich
 
 
@@ -184,10 +183,7 @@ def _scored_by(
     def middle(several: list[Any]) -> AtOutputs:
         return lambda outs, moved: (sum(by(loss.criterion, outs[0], one, moved[0]) for one in several),)  # type: ignore[return-value]
 
-    return [
-        (whole(loss.net, loss.criterion, *batch), middle(several))
-        for batch, several in zip(loss.batches, targets, strict=True)
-    ]
+    return [(Outputs(loss, batch), middle(several)) for batch, several in zip(loss.batches, targets, strict=True)]
 
 
 def _by_token(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
-from .head import total_of
+from .outputs import total_of
 from .rows import coupled, cut, is_cut, tolerance
 
 Reduction = Literal["sum", "mean"]

@@ -18,7 +18,7 @@ from ..core.progress import tick
 from ..core.result import Result, derived, quantity
 from ..core.standard_errors import ratio_stderr
 from ..linalg.matvec import Matvec
-from .outputs import loss_at, whole
+from .outputs import Outputs
 from .pullbacks import ONE_AT_A_TIME, kept_gradient, kept_sandwich, named_if_missing
 from .rows import is_cut, micro_batches, sizes_of
 
@@ -188,7 +188,7 @@ def _chunk(
     own = [i for i, x in enumerate(leaves) if is_cut(x, num)]
 
     def of(batch: list[Any]) -> Tensor:
-        product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
+        product = _PRODUCTS[matrix](Outputs(part, tree_unflatten(batch, spec)), theta)
         return torch.stack([parts(v, product(v)) for v in vectors])
 
     def one(*rows: Tensor) -> Tensor:
@@ -201,12 +201,7 @@ def _chunk(
     return table.detach().cpu().double()
 
 
-def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    batch = whole(loss.net, loss.criterion, inputs, targets)
-    return kept_sandwich(loss, theta, batch, batch.gauss_newton)
-
-
-_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {
-    "hessian": lambda loss, theta, *batch: kept_gradient(loss_at(loss, *batch), theta),
-    "ggn": _ggn,
+_PRODUCTS: dict[str, Callable[[Outputs, Tensor], Matvec]] = {
+    "hessian": lambda part, theta: kept_gradient(part.sum, theta),
+    "ggn": lambda part, theta: kept_sandwich(theta, part, part.gauss_newton),
 }
