@@ -10,12 +10,10 @@ from .directional import DifferenceStep, DirectionalCurvatures, difference_step,
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .hessian import ggn, hessian, hessian_difference
 from .m_sharpness import MSharpness, m_sharpness
-from .per_sample import gradient_chunks, per_sample_gradients
-from .rows import micro_batches
-from .sequence_forms import SequenceForms, sequence_forms
+from .rows import gradient_chunks, micro_batches, per_sample_gradients
+from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
-from .trace_error import TraceErrors, trace_errors
 
 __all__ = [
     "Audit",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +15,12 @@ from torch.func import grad, jvp, vjp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..core.keys import Key, normal
+from ..core.criterion import Criterion
+from ..core.keys import Key, fold_in, key, normal
+from ..core.model import Functional
 from ..core.objective import Loss
 from ..core.vectors import dot
+from ..linalg.matvec import Matvec
 from .pullbacks import ONE_AT_A_TIME
 
 Scalar = Callable[[Tensor], Tensor]
@@ -152,10 +157,10 @@ def value_at(loss: Loss, theta: Tensor) -> float:
         return float(loss(theta.to(torch.promote_types(loss.layout.dtype, torch.float32))))
 
 
-def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], key: Key) -> Float[Tensor, " p"]:
+def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], draw: Key) -> Float[Tensor, " p"]:
     """A random direction in which every leaf moves by its own size: a part of the model with few weights is seen, too."""
     typical = theta.norm() / len(theta) ** 0.5
-    out = normal(key, theta)
+    out = normal(draw, theta)
     for leaf in loss.layout.leaves:
         size = theta[leaf.slice].norm() / leaf.numel**0.5
         out[leaf.slice] *= torch.where(size > 0, size, torch.where(typical > 0, typical, 1.0))
@@ -193,6 +198,65 @@ class Calls(TorchFunctionMode):
     def kinks(self) -> bool:
         """Is one of them smooth in pieces only?"""
         return any(name.strip("_") in KINKED for name in self.names)
+
+
+STEP, DIFFERENT = 0.05, 0.05
+"""Of the direction; and relative, below which two curvatures are not called different, whatever their errors."""
+
+_passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = weakref.WeakKeyDictionary()
+
+
+def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: str) -> None:
+    r"""Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
+
+    One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
+    eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What
+    cannot be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with
+    functions that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net,
+    criterion and way.
+
+    way: "keep=True" or "keep=False".
+    """
+    passed = _passed.setdefault(loss.net, [])
+    if any(criterion is loss.criterion and other == way for criterion, other in passed):
+        return
+    if loss.net.unit_roundoff < 1e-4:
+        d = moved_leaves(loss, theta, fold_in(key(0), "check of a product"))
+        with torch.no_grad():
+            Hd = matvec(d)
+        form, rounding = dot(d, Hd), 64 * torch.finfo(theta.dtype).eps * math.sqrt(dot(d, d) * dot(Hd, Hd))
+        if not _agree_at_once(loss, theta, d, form, rounding):
+            _decide(loss, theta, d, form, rounding, way)
+    passed.append((loss.criterion, way))
+
+
+def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float) -> bool:
+    with torch.no_grad(), ONE_AT_A_TIME:
+        plus, middle, minus = (float(loss(theta + a * d)) for a in (STEP, 0.0, -STEP))
+    difference = (plus - 2 * middle + minus) / STEP**2
+    noise = 32 * loss.net.unit_roundoff * max(map(abs, (plus, middle, minus))) / STEP**2
+    allowed = DIFFERENT * max(abs(form), abs(difference)) + noise + rounding
+    return not abs(form - difference) > allowed  # nan: others say what is not finite
+
+
+def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, way: str) -> None:
+    kinks = has_kinks(loss, theta)
+    judge = differenced(values_of(loss), theta, d, kinks)[1]
+    if not judge.contradicts(form, DIFFERENT, rounding):
+        return
+    other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")
+    second = math.nan
+    with suppress(NotImplementedError, RuntimeError), torch.enable_grad(), ONE_AT_A_TIME:  # torch may not have it
+        second = dot(d, METHODS[product].of(loss, theta)(d))
+    if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
+        return
+    right = not math.isnan(second) and not judge.contradicts(second, DIFFERENT, rounding)
+    raise ValueError(
+        f"`hessian({way})` is wrong for this model: along a random direction the curvature is {form:.6g} by its product and "
+        f"{judge.value:.6g} ± {judge.error:.1g} by differences of the loss; a kernel or an `autograd.Function` has a wrong "
+        f"second derivative. Take {f'`hessian({other})`, which agrees' if right else '`hessian_difference`'}; "
+        "`funcscope.audit` names the operation."
+    )
 
 
 def has_kinks(loss: Loss, theta: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,11 +15,12 @@ from ..core.checks import check_flat, check_positive
 from ..core.objective import Loss, Theta
 from ..core.vectors import norm
 from ..linalg.matvec import Matvec
+from .derivatives import check_product
 from .outputs import normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
-from .product_check import check_product
 from .pullbacks import ONE_AT_A_TIME, kept_gradient, operator, rebuilt_gradient, sandwich, summed, unchanged
 
+Matrix = Literal["hessian", "ggn"]
 _AGREE, _RESOLVED, _PATIENCE = 3e-3, 0.05, 3
 
 
@@ -156,6 +158,9 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
 
     matvec.error = lambda: worst[0]  # type: ignore[attr-defined]
     return matvec
+
+
+MATRICES: dict[str, Callable[..., Matvec]] = {"hessian": hessian, "ggn": ggn}
 
 
 def _extrapolated(central: Callable[[float], Tensor], step: float, halve: bool) -> tuple[Tensor, float]:

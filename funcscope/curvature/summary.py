@@ -14,10 +14,7 @@ from ..linalg.eigen import Eigenpairs, Which, eigenpairs
 from ..linalg.matvec import Matvec
 from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import BlockTraces, block_traces
-from .hessian import ggn, hessian
-from .sequence_forms import Matrix
-
-MATRICES = {"hessian": hessian, "ggn": ggn}
+from .hessian import MATRICES, Matrix, hessian
 
 
 def hessian_summary(
