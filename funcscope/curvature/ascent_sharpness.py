@@ -180,20 +180,16 @@ def sam_sharpness(
     if norm_threshold != 0:
         check_positive("norm_threshold", norm_threshold)
     at = Loss.wide_leaves(loss, theta)
-    gradient, terms = gradient_at(loss, at)
-    length, radius = ascent_length(gradient, norm_threshold), epsilon
-    if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
+    radius = epsilon * norm(at) if adaptive_epsilon else epsilon
+    if radius == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
-    first = _times(gradient, radius / length)
-    step: Leaves = first
+    gradient, terms = gradient_at(loss, at)
+    first = step = _times(gradient, radius / ascent_length(gradient, norm_threshold))
     taken = 1
     if steps > 1 or stride is not None:
         share = 1 / steps if stride is None else stride
         step, taken = _ascent(loss, at, gradient, radius, steps, share, norm_threshold)
-    return _measured(
-        loss, at, gradient, terms, first, step, curvature=curvature, epsilon=radius,
-        adaptive_epsilon=adaptive_epsilon, steps=steps, steps_taken=taken, num_gradients=min(taken + 1, steps),
-    )  # fmt: skip
+    return _measured(loss, at, gradient, terms, first, step, curvature, radius, adaptive_epsilon, steps, taken)
 
 
 def asam_sharpness(
@@ -241,15 +237,13 @@ def asam_sharpness(
     stretched = {k: units[k] * g for k, g in gradient.items()}
     length = ascent_length(stretched, norm_threshold)
     step = {k: units[k] * x * (rho / length) for k, x in stretched.items()}
-    return _measured(
-        loss, at, gradient, terms, step, step, curvature=curvature, epsilon=rho,
-        adaptive_epsilon=True, steps=1, steps_taken=1, num_gradients=1,
-    )  # fmt: skip
+    return _measured(loss, at, gradient, terms, step, step, curvature, rho, adaptive_epsilon=True, steps=1, taken=1)
 
 
 def _measured(
-    loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, *, curvature: bool, **settings
-) -> SamSharpness:
+    loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, curvature: bool,
+    epsilon: float, adaptive_epsilon: bool, steps: int, taken: int,
+) -> SamSharpness:  # fmt: skip
     """The rise in `step`, beside the first two orders of the one-step displacement `first`."""
     there = moved(at, step)
     after = terms_at(loss, there)
@@ -261,6 +255,10 @@ def _measured(
         sums=terms.sums[scored],
         differences=(after.sums - terms.sums)[scored],
         weights=terms.weights[scored],
+        epsilon=epsilon,
+        adaptive_epsilon=adaptive_epsilon,
+        steps=steps,
+        steps_taken=taken,
         displacement=realised_norm(loss, at, there),
         gradient_norm=norm(gradient),
         first_order=inner(gradient, first),
@@ -268,7 +266,7 @@ def _measured(
         second_order=length**2 / 2 * bent,
         rounding=rounding_of_difference(loss, at, gradient, max(abs(terms.mean), abs(after.mean))),
         num_forwards=1,
-        **settings,
+        num_gradients=min(taken + 1, steps),
     )
 
 

@@ -191,7 +191,7 @@ class _Subject:
 
     def __init__(self, loss: Loss, theta: Tensor, key: Key, num: int):
         self.loss, self.theta, self.kinks, values = loss, theta, has_kinks(loss, theta), values_of(loss)
-        self.dtype, self.dirs = values.dtype, _directions(loss, theta, key, num)
+        self.dtype, self.dirs = values.layout.dtype, _directions(loss, theta, key, num)
         self.sums = [d + self.dirs[i - 1] for i, d in enumerate(self.dirs)]
         self.slopes, self.curvatures = zip(*(differenced(values, theta, d, self.kinks) for d in self.dirs), strict=True)
         self.together = [differenced(values, theta, d, self.kinks)[1] for d in self.sums]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -159,22 +159,17 @@ def average_sharpness(
         distribution=distribution,
         epsilon=epsilon,
         num_parameters=loss.layout.num,
-        trace=_known(trace),
+        trace=trace if trace is None or isinstance(trace, Estimate) else _bare(trace),
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class _Sequences(Loss):
-    """The loss, which also writes down the sums of the single sequences at every evaluation."""
-
-    sums: list[Tensor] = field(default_factory=list)
+    """The sums of the single sequences in the place of the mean."""
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
-        self.sums.append(torch.cat(sums).cpu().double())
-        return self.sums[-1].sum() / torch.cat(weights).sum()
+        return torch.cat([self.scored(outputs, *batch)[0] for batch in self.batches])
 
 
 @dataclass(frozen=True)
@@ -201,9 +196,7 @@ def _pair(
         unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
         length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
     phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
-    for at in (length, -length):
-        phi(at)
-    return torch.stack([loss.sums.pop() for _ in range(2)]).flip(0)
+    return torch.stack([phi(at) for at in (length, -length)]).cpu().double()
 
 
 def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, stretched: bool) -> Phi:
@@ -215,8 +208,6 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
     return restrict(loss, theta, row)
 
 
-def _known(trace: float | Estimate | None) -> Estimate | None:
-    if trace is None or isinstance(trace, Estimate):
-        return trace
+def _bare(trace: float) -> Estimate:
     value = torch.tensor(float(trace), dtype=torch.float64)
     return Estimate(value, value * math.nan, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -98,9 +98,10 @@ def critical_sharpness(
     >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
-    at = Loss.wide_leaves(loss, theta)
+    search: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards}
     if direction is not None:
-        return _along(loss, at, loss.wide_leaves(direction, "direction"), start, tolerance, max_forwards)
+        return relative_critical_sharpness(loss, loss, theta, direction, **search)
+    at = Loss.wide_leaves(loss, theta)
     update, terms = gradient_at(loss, at)
     return _searched(loss, at, update, inner(update, update), terms, start, tolerance, max_forwards)
 
@@ -138,21 +139,14 @@ def relative_critical_sharpness(
         raise ValueError("`loss_1` and `loss_2` must be losses of the same parameters; their names or shapes differ.")
     at = Loss.wide_leaves(loss_2, theta)
     update = gradient_at(loss_1, at)[0] if direction is None else loss_1.wide_leaves(direction, "direction")
-    return _along(loss_2, at, update, start, tolerance, max_forwards)
-
-
-def _along(
-    loss: Loss, at: Leaves, update: Leaves, start: float | None, tolerance: float, max_forwards: int
-) -> CriticalSharpness:
-    """Along a given update: its slope is one `jvp`."""
-    terms = terms_at(loss, at)
-    slope = slope_along(loss, at, update, float(terms.weights.sum()))
+    terms = terms_at(loss_2, at)
+    slope = slope_along(loss_2, at, update, float(terms.weights.sum()))
     if not math.isfinite(terms.mean) or not math.isfinite(slope):
         raise ValueError(
             f"the loss at theta is {terms.mean} and its slope along the update {slope}: both must be finite. Check the "
             "weights, the batch and the update."
         )
-    result = _searched(loss, at, update, slope, terms, start, tolerance, max_forwards - 1)
+    result = _searched(loss_2, at, update, slope, terms, start, tolerance, max_forwards - 1)
     return replace(result, num_forwards=result.num_forwards + 1)
 
 

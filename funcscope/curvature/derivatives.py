@@ -124,23 +124,16 @@ def _extrapolated(row: list[float], rounding: list[float]) -> Derivative:
     return best
 
 
-class Values(NamedTuple):
-    """The loss as a judge sees it."""
-
-    at: Callable[[Tensor], float]
-    dtype: torch.dtype
-
-
-def values_of(loss: Loss) -> Values:
-    """The loss in float64; in its own dtype where a part of the model does not take float64."""
+def values_of(loss: Loss) -> Loss:
+    """As a judge sees it: in float64; in its own dtype where a part of the model does not take float64."""
     wide = in_float64(loss)
     try:
         value_at(wide, wide.net.theta)
     except RuntimeError as err:
         if "dtype" not in str(err) and "scalar type" not in str(err):
             raise
-        wide = loss
-    return Values(lambda theta: value_at(wide, theta), wide.layout.dtype)
+        return loss
+    return wide
 
 
 def in_float64(loss: Loss) -> Loss:
@@ -167,12 +160,11 @@ def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], draw: Key) -> Float[Ten
     return out
 
 
-def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
+def differenced(values: Loss, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
     """Slope and curvature of the loss along a direction at theta."""
-    wide = torch.float64 if values.dtype == torch.float64 else theta.dtype
+    wide = torch.float64 if values.layout.dtype == torch.float64 else theta.dtype
     base, step = theta.to(wide), direction.to(wide)
-    first_step = FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP
-    return along_line(lambda a: values.at(base + a * step), first_step)
+    return along_line(lambda a: value_at(values, base + a * step), FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP)
 
 
 class Calls(TorchFunctionMode):
