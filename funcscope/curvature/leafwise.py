@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from ..core.objective import Loss
+from ..core.objective import Loss, Theta
 from ..core.vectors import Leaves, inner, norm
 from .pullbacks import kept_gradient
 
@@ -31,10 +31,10 @@ class Terms(NamedTuple):
         return float(self.sums.sum() / self.weights.sum())
 
 
-def terms_at(loss: Loss, leaves: Leaves) -> Terms:
-    """One forward pass over all batches."""
+def terms_at(loss: Loss, theta: Theta) -> Terms:
+    """One forward pass over all batches; theta is a vector or leaves."""
     with torch.no_grad():
-        return _gathered([one.terms(leaves) for one in _one_by_one(loss)])
+        return Terms(*(x.cpu().double() for x in loss.terms(theta)))
 
 
 def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
@@ -54,7 +54,7 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
             part, terms = grad(summed, has_aux=True)(dict(leaves))
         total = {k: total[k].add_(v) for k, v in part.items()} if total else part
         parts.append(terms)
-    terms = _gathered(parts)
+    terms = Terms(*(torch.cat(each).detach().cpu().double() for each in zip(*parts, strict=True)))
     _check_finite(total, terms.mean)
     weight = float(terms.weights.sum())
     return {k: v.div_(weight) for k, v in total.items()}, terms
@@ -124,11 +124,6 @@ def rounding_of_difference(loss: Loss, leaves: Leaves, gradient: Leaves, level: 
         roundoff = max(torch.finfo(used[k]).eps, torch.finfo(x.dtype).eps) / 2
         total += roundoff * inner({k: x.abs()}, {k: gradient[k].abs()})
     return total
-
-
-def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Terms:
-    sums, weights = zip(*parts, strict=True)
-    return Terms(torch.cat(sums).detach().cpu().double(), torch.cat(weights).detach().cpu().double())
 
 
 def _one_by_one(loss: Loss) -> Iterator[Loss]:

@@ -18,6 +18,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..linalg.matvec import Matvec
 from .hessian import MATRICES, Matrix
+from .leafwise import terms_at
 from .outputs import Outputs
 from .pullbacks import ONE_AT_A_TIME, kept_gradient, kept_sandwich, named_if_missing
 from .rows import mapped, micro_batches, sizes_of
@@ -237,8 +238,7 @@ def _tables(
     if chunk_size is None:
         chunk_size = max(1, NUMBERS // len(theta))
     check_count("chunk_size", chunk_size)
-    with torch.no_grad():
-        weights = loss.terms(theta)[1].cpu().double()
+    weights = terms_at(loss, theta).weights
     group = -(-len(weights) // UNITS) if group is None else group
     check_count("group", group)
     rows, cut = vectors.to(theta), micro_batches(loss, group if group > 1 else chunk_size)
