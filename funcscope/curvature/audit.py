@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -116,14 +116,6 @@ class Audit(Result):
         return f"derivatives along {self.num_directions} directions, judged by differences of values in {dtype}{pieces}"
 
 
-class Pair(NamedTuple):
-    """A value, its judge, and the size of what was added up to it: rounding is relative to that."""
-
-    value: float
-    judge: Derivative
-    size: float
-
-
 def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     r"""Which derivatives of this loss are right, to which order, and which module breaks those that are not.
 
@@ -155,35 +147,29 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     if not math.isfinite(first):
         raise ValueError(f"the loss at theta is {first}: it has no derivatives. Check the weights and the batch.")
     subject = _Subject(loss, theta, key, num)
-    checks = {
-        "vmap against a loop": subject.same(0, subject.mapped_values, same),
-        "leaf by leaf": subject.same(0, subject.leaf_by_leaf, same),
-        "a sequence alone": subject.same(0, subject.alone, max(1e-5, same)),
-        **{name: subject.right(method) for name, method in {**METHODS, **OPERATORS}.items()},
-        "products by vmap": subject.same(2, subject.mapped_products, max(1e-5, 1e3 * loss.net.unit_roundoff)),
-        "symmetry": subject.same(2, subject.symmetric, max(1e-5, 1e3 * loss.net.unit_roundoff)),
-        "a later call": subject.same(0, lambda: torch.tensor([value_at(loss, theta), first]), same),
-    }
-    ways = tuple(_way(name, check) for name, check in checks.items())
+    rough, products = max(1e-5, same), max(1e-5, 1e3 * loss.net.unit_roundoff)
+    ways = (
+        subject.same("vmap against a loop", 0, subject.mapped_values, same),
+        subject.same("leaf by leaf", 0, subject.leaf_by_leaf, same),
+        subject.same("a sequence alone", 0, subject.alone, rough),
+        *(subject.right(name, method) for name, method in {**METHODS, **OPERATORS}.items()),
+        subject.same("products by vmap", 2, subject.mapped_products, products),
+        subject.same("symmetry", 2, subject.symmetric, products),
+        subject.same("a later call", 0, lambda: torch.tensor([value_at(loss, theta), first]), same),
+    )
     broken = any(way.order and way.verdict in ("wrong", "missing") for way in ways)
     culprits = culprits_of(loss, theta, fold_in(key, "modules")) if broken else ()
     return Audit(ways, culprits, num, subject.kinks, subject.dtype, key)
 
 
-class Check(NamedTuple):
-    order: int
-    verdict: Callable[[], tuple[Verdict, float, float]]
-    """With the deviation and what is allowed."""
-
-
-def _way(name: str, check: Check) -> Way:
-    """A way that torch does not have is missing."""
+def _way(name: str, order: int, verdict: Callable[[], tuple[Verdict, float, float]]) -> Way:
+    """The verdict, the deviation and what is allowed; a way that torch does not have is missing."""
     try:
         with ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a way that is slow or rough: the table says so
-            return Way(name, check.order, *check.verdict())
+            return Way(name, order, *verdict())
     except (NotImplementedError, RuntimeError, ValueError) as err:
-        return Way(name, check.order, "missing", math.nan, math.nan, str(err).splitlines()[0][:80])
+        return Way(name, order, "missing", math.nan, math.nan, str(err).splitlines()[0][:80])
 
 
 class _Subject:
@@ -201,7 +187,7 @@ class _Subject:
             for b, c, a in zip(self.together, self.curvatures, before, strict=True)
         ]
 
-    def same(self, order: int, pair: Callable[[], Any], allowed: float) -> Check:
+    def same(self, name: str, order: int, pair: Callable[[], Any], allowed: float) -> Way:
         """Whether two tensors are one, up to what is allowed relative to the second."""
 
         @torch.no_grad()
@@ -213,30 +199,26 @@ class _Subject:
                 return "undecided", deviation, allowed
             return "right" if deviation <= allowed else "wrong", deviation, allowed
 
-        return Check(order, verdict)
+        return _way(name, order, verdict)
 
-    def right(self, method: Method) -> Check:
+    def right(self, name: str, method: Method) -> Way:
         """Whether a method has the derivatives of the values; see `audit`."""
 
         @torch.enable_grad()
         def verdict() -> tuple[Verdict, float, float]:
-            resolved = []
-            for value, judge, size in self._pairs(method):
-                scale = max(abs(value), abs(judge.value))
-                error = 10 * judge.error + 64 * self.loss.net.unit_roundoff * size
-                if error <= _RESOLVED * scale:
-                    resolved.append((abs(value - judge.value) / scale, error / scale + _SAME))
+            resolved = [each for each in self._compared(method) if each is not None]
             if not resolved:
                 return "undecided", math.nan, math.nan
             ordered = sorted(resolved, key=lambda pair: pair[0] / pair[1])
             deviation, allowed = ordered[len(ordered) // 2 if self.kinks else -1]
             return "wrong" if deviation > allowed else "right", deviation, allowed
 
-        return Check(method.order, verdict)
+        return _way(name, method.order, verdict)
 
-    def _pairs(self, method: Method) -> list[Pair]:
-        """Along every direction; in second order also for neighbours: e'Hd, or along their sum where only numbers are.
+    def _compared(self, method: Method) -> Iterator[tuple[float, float] | None]:
+        """Deviation and what is allowed, relative, of every derivative; None where differences do not decide.
 
+        Along every direction; in second order also for neighbours: e'Hd, or along their sum where only numbers are.
         The error of a method that knows its own (`hessian_difference`) belongs to the judge's: not held against it.
         """
         of, dirs = method.of(self.loss, self.theta), self.dirs
@@ -246,11 +228,13 @@ class _Subject:
             probes += zip(derivatives, [dirs[-1], *dirs[:-1]], self.mixed, strict=True)
         elif method.order == 2:
             probes += ((of(d).detach(), d, judge) for d, judge in zip(self.sums, self.together, strict=True))
-        own, pairs = getattr(of, "error", float)() / 10, []
+        own = getattr(of, "error", float)() / 10
         for derivative, d, judge in probes:
-            size = norm(d) * norm(derivative) if derivative.ndim else abs(judge.value)
-            pairs.append(Pair(along(derivative, d), judge._replace(error=judge.error + own * size), size))
-        return pairs
+            value, size = along(derivative, d), norm(d) * norm(derivative) if derivative.ndim else abs(judge.value)
+            scale = max(abs(value), abs(judge.value))
+            error = 10 * (judge.error + own * size) + 64 * self.loss.net.unit_roundoff * size
+            resolved = error <= _RESOLVED * scale
+            yield (abs(value - judge.value) / scale, error / scale + _SAME) if resolved else None
 
     def mapped_values(self) -> tuple[Tensor, Tensor]:
         points = torch.stack([self.theta + 1e-2 * d for d in self.dirs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -165,11 +165,16 @@ def average_sharpness(
     )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class _Sequences(Loss):
-    """The sums of the single sequences in the place of the mean."""
+    """The loss, which also writes down the sums of the single sequences at every evaluation."""
+
+    sums: list[Tensor] = field(default_factory=list)
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        return torch.cat([self.scored(outputs, *batch)[0] for batch in self.batches])
+        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
+        self.sums.append(torch.cat(sums).cpu().double())
+        return self.sums[-1].sum() / torch.cat(weights).sum()
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,9 @@ def _pair(
         unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
         length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
     phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
-    return torch.stack([phi(at) for at in (length, -length)]).cpu().double()
+    for at in (length, -length):
+        phi(at)
+    return torch.stack([loss.sums.pop() for _ in range(2)]).flip(0)
 
 
 def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, stretched: bool) -> Phi:
