@@ -20,17 +20,7 @@ from ..core.pack import storable
 from ..core.result import Derived, Result, derived
 from ..core.vectors import dot, norm
 from .culprits import Culprit, culprits_of
-from .derivatives import (
-    METHODS,
-    Derivative,
-    Method,
-    along,
-    differenced,
-    has_kinks,
-    moved_leaves,
-    value_at,
-    values_of,
-)
+from .derivatives import METHODS, Derivative, Method, along, differenced, has_kinks, moved_leaves, value_at, values_of
 from .hessian import hessian, hessian_difference
 from .pullbacks import ONE_AT_A_TIME
 from .rows import cut

@@ -92,7 +92,7 @@ def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
 
 
 def faults_of(f: Callable[..., Any], at: tuple, key: Key) -> Faults:
-    """Of a function of tensors alone, in all its floating arguments and outputs; none where values do not decide."""
+    """The faults of a function of tensors, in all its floating arguments and outputs; none where values do not decide."""
     line = _line_of(f, at, key)
     if line is None:
         return {}

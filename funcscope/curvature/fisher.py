@@ -125,8 +125,8 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     """
     check_key(key)
     check_count("num", num)
-    _check_distribution(loss.criterion)
     theta = Loss.vector(loss, theta)
+    _check_distribution(loss.criterion)
     if bool((terms_at(loss, theta).weights < 0).any()):
         raise ValueError("weights must be at least 0: their square roots are those of the scores.")
     scale = total_weight(loss, theta)
