@@ -116,7 +116,7 @@ def _of_batch(
 ) -> Iterator[Tensor]:
     """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
     rows = next(len(leaf) for leaf in tree_leaves(batch[1]) if isinstance(leaf, Tensor) and leaf.ndim)
-    total, lengths, is_mapped = torch.zeros_like(theta), 0.0, True
+    total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         out = loss.net.apply(loss.params(t), part[0])
@@ -126,16 +126,16 @@ def _of_batch(
         return grad(summed, has_aux=True)(theta, part)
 
     for first in range(0, rows, chunk_size):
-        last, reason = min(first + chunk_size, rows), ""
-        if is_mapped:
+        last = min(first + chunk_size, rows)
+        if not refusal:
             try:
                 sums, weights = mapped(gradient, batch, rows, slice(first, last))
             except RuntimeError as err:
-                is_mapped, reason = False, str(err).split("\n", 1)[0][:100]
-        if not is_mapped:  # or this says what is wrong with the model
+                refusal = str(err).split("\n", 1)[0][:100] or type(err).__name__
+        if refusal:  # or this says what is wrong with the model
             singles = zip(*(gradient(cut(batch, slice(i, i + 1), rows)) for i in range(first, last)), strict=True)
             sums, weights = map(torch.stack, singles)
-            loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({reason}).")
+            loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({refusal}).")
         total, lengths = total + sums.sum(0), lengths + float(torch.linalg.vector_norm(sums, dim=1).sum())
         off = float(torch.linalg.vector_norm(total - gradient(batch)[0])) if last == rows else 0.0
         if math.isfinite(off) and off > tolerance(loss) * lengths:
