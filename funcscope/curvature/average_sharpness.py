@@ -149,6 +149,9 @@ def average_sharpness(
         drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
         each = _Sequences(loss.net, loss.batches, loss.criterion, loss._verdicts)
         after = torch.stack([_pair(each, theta, params, d, distribution, epsilon) for d in drawn])
+    if trace is not None and not isinstance(trace, Estimate):
+        value, unknown = torch.tensor([float(trace), math.nan], dtype=torch.float64)
+        trace = Estimate(value, unknown, 0)
     positive, negative = after.sum(2).T / weights.sum()
     rises, scored = ((after - before).sum(1) / 2)[(positive + negative).isfinite()], weights != 0
     return AverageSharpness(
@@ -159,7 +162,7 @@ def average_sharpness(
         distribution=distribution,
         epsilon=epsilon,
         num_parameters=loss.layout.num,
-        trace=trace if trace is None or isinstance(trace, Estimate) else _bare(trace),
+        trace=trace,
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
@@ -213,8 +216,3 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
     if stretched:
         row *= loss.layout.ravel(params, row.dtype).abs()
     return restrict(loss, theta, row)
-
-
-def _bare(trace: float) -> Estimate:
-    value = torch.tensor(float(trace), dtype=torch.float64)
-    return Estimate(value, value * math.nan, 0)

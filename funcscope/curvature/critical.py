@@ -98,8 +98,8 @@ def critical_sharpness(
     >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
-    search: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards}
     if direction is not None:
+        search: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards}
         return relative_critical_sharpness(loss, loss, theta, direction, **search)
     at = Loss.wide_leaves(loss, theta)
     update, terms = gradient_at(loss, at)

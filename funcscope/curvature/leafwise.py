@@ -47,8 +47,8 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
     for one in _one_by_one(loss):
 
         def summed(at: Leaves, one: Loss = one) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            sums, weights = one.terms(at)
-            return sums.sum(), (sums, weights)
+            terms = one.terms(at)
+            return terms[0].sum(), terms
 
         with torch.enable_grad():
             part, terms = grad(summed, has_aux=True)(dict(leaves))
