@@ -21,6 +21,7 @@ from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 from ..core.result import Result, derived, internal, quantity
+from .leafwise import terms_at
 from .sequence_forms import SequenceForms
 
 Steps = Literal["sphere", "normal", "relative"]
@@ -137,29 +138,31 @@ def average_sharpness(
     check_choice("distribution", distribution, get_args(Steps))
     check_point(loss, theta)
     params = loss.leaves(theta)
+    before, weights = terms = terms_at(loss, theta)
+    if not math.isfinite(terms.mean):
+        raise ValueError(
+            f"the loss at theta is {terms.mean}: there is no sharpness around it. Check weights and batch."
+        )
+    if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
+        raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
     with torch.no_grad():
-        before, weights = (x.cpu().double() for x in loss.terms(theta))
-        centre = float(before.sum() / weights.sum())
-        if not math.isfinite(centre):
-            raise ValueError(
-                f"the loss at theta is {centre}: there is no sharpness around it. Check weights and batch."
-            )
-        if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
-            raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
         drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
         each = _Sequences(loss.net, loss.batches, loss.criterion, loss._verdicts)
         after = torch.stack([_pair(each, theta, params, d, distribution, epsilon) for d in drawn])
+    if trace is not None and not isinstance(trace, Estimate):
+        value, unknown = torch.tensor([float(trace), math.nan], dtype=torch.float64)
+        trace = Estimate(value, unknown, 0)
     positive, negative = after.sum(2).T / weights.sum()
     rises, scored = ((after - before).sum(1) / 2)[(positive + negative).isfinite()], weights != 0
     return AverageSharpness(
-        loss=centre,
+        loss=terms.mean,
         forms=SequenceForms(rises[:, scored], weights[scored]),
         positive=positive,
         negative=negative,
         distribution=distribution,
         epsilon=epsilon,
         num_parameters=loss.layout.num,
-        trace=_known(trace),
+        trace=trace,
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
@@ -213,10 +216,3 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
     if stretched:
         row *= loss.layout.ravel(params, row.dtype).abs()
     return restrict(loss, theta, row)
-
-
-def _known(trace: float | Estimate | None) -> Estimate | None:
-    if trace is None or isinstance(trace, Estimate):
-        return trace
-    value = torch.tensor(float(trace), dtype=torch.float64)
-    return Estimate(value, value * math.nan, 0)

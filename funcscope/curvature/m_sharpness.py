@@ -12,6 +12,7 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta, check_point
 from ..core.result import Result, derived, quantity
 from .ascent_sharpness import SamSharpness, sam_sharpness
+from .leafwise import terms_at
 from .rows import coupled, micro_batches, sizes_of, tolerance
 
 
@@ -71,8 +72,7 @@ def m_sharpness(
     """
     check_point(loss, theta)
     parts = micro_batches(loss, m)
-    with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in loss.terms(theta))
+    sums, weights = terms_at(loss, theta)
     sizes = sizes_of(parts, len(sums))
     each: list[SamSharpness] = []
     options: Any = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}

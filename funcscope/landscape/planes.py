@@ -16,7 +16,6 @@ from ..core.directions import Direction, dot
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
-from ..curvature.pullbacks import flat
 from . import roughness
 from .axes import Axes, Trajectory
 from .grid import (
@@ -236,7 +235,7 @@ def loss_plane(
     nums, ranges, axes = plane_nums(num), plane_ranges(span), given(axes)
     if len(axes) != 2:
         raise ValueError(f"a plane has two axes, got {len(axes)}: choose two with `axes.pick(0, 1)`.")
-    vector = flat(loss, theta)
+    vector = Loss.vector(loss, theta)
     a, b = values = coefficients(axes, vector, ranges, nums, relative_span)
     rows = [Row((x, 0.0), 1, b.tolist()) for x in a.tolist()]
     both = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
@@ -283,7 +282,7 @@ def loss_lines(
     [[-5.0, 0.0, 7.0]]
     """
     check_count("num", num, least=2)
-    ends, vector, axes = span_range(span), flat(loss, theta), given(axes)
+    ends, vector, axes = span_range(span), Loss.vector(loss, theta), given(axes)
     k = len(axes)
     values = coefficients(axes, vector, [ends] * k, [num] * k, relative_span)
     rows = [Row((0.0,) * k, i, each.tolist()) for i, each in enumerate(values)]

@@ -16,7 +16,6 @@ from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
-from ..curvature.pullbacks import flat
 from .terms import Metric, Values, check_metrics
 
 Buffers = Literal["interpolate", "reestimate", "fixed"]
@@ -146,7 +145,7 @@ class States:
         """The statistics at a bare theta."""
         ours, singular = held_statistics(self.loss.net), power_iterations(self.loss.net)
         tied = [*(ours if self.buffers == "interpolate" else ()), *(singular if self.buffers != "fixed" else ())]
-        if tied and not torch.equal(theta, flat(self.loss, self.loss.net.params).to(theta.dtype)):
+        if tied and not torch.equal(theta, self.loss.vector(self.loss.net.params).to(theta.dtype)):
             raise ValueError(
                 f"`{name}` is a bare theta other than that of `loss.net`, whose buffers (`{tied[0]}`; {len(tied)} of them) "
                 "belong to its own weights: pass the net itself, `fs.functional(model)`. Without one, "
@@ -163,7 +162,7 @@ def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
         check_flat(name, theta, loss.layout.num)
     some = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
     check_device(f"`{name}`", some.device, "the model", loss.net.device)
-    flattened = flat(loss, theta)
+    flattened = Loss.vector(loss, theta)
     if bad := int((~flattened.isfinite()).sum()):
         raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(flattened)} are not: no path leads there.")
     return flattened
