@@ -461,7 +461,7 @@ def test_the_dictionary_has_the_documented_keys():
         ({"bias": vector(1.0)}, vector(1.0), {}, "unknown: .'bias'."),
         (vector(1.0), vector(1.0), {"num": 2}, "`num` must be an integer of at least 3, got 2"),
         (vector(1.0), vector(1.0), {"chunk": 0}, "`chunk` must be an integer of at least 1, got 0"),
-        (vector(1.0), vector(1.0).to("meta"), {}, "`end` is on meta, the model on cpu"),
+        (vector(1.0), vector(1.0).to("meta"), {}, "end`? is on meta, the model on cpu"),
     ],
 )
 def test_bad_input_is_named(start, end, options, message):

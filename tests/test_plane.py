@@ -380,7 +380,7 @@ def test_parameters_of_wrong_shapes_are_refused_and_half_precision_vectors_widen
     loss = loss_of("mlp", torch.float32)
     axes = fs.plane_directions(loss.net, key=fs.key(0))
     turned = {name: value.T.contiguous() if value.ndim == 2 else value for name, value in loss.net.params.items()}
-    with pytest.raises(ValueError, match=r"`params\['0.weight'\]` must have shape \(6, 4\), got \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"`theta\['0.weight'\]` must have shape \(6, 4\), got \(4, 6\)"):
         fs.loss_plane(loss, turned, axes, num=3)
     half = loss.net.theta.bfloat16()
     for chunk in (1, 8):
