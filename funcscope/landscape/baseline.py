@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,6 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from .directional_result import Plan
 from .evaluator import mapped
-from .precision import check_baseline
 from .residuals import num_groups, residuals
 from .terms import PerSequence
 
@@ -59,3 +59,17 @@ def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, 
     value, centre = residuals(terms, scored, num_groups(len(scored), num))
     check_baseline(float(value), float(again), loss.net.unit_roundoff)
     return float(value), centre, scored
+
+
+def check_baseline(value: float, again: float, unit_roundoff: float) -> None:
+    """The loss at theta, evaluated twice, is finite and a function of theta."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+            "(an attention mask of zeros, an overflow in half precision)."
+        )
+    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
+        raise ValueError(
+            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
+            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
+        )

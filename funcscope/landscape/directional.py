@@ -20,9 +20,8 @@ from .baseline import centre_at, copies
 from .directional_result import DirectionalLosses, Plan
 from .evaluator import GRADIENT_UP_TO
 from .per_direction import Request, sampled
-from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .precision import is_half, loss_error, realised, unmoved, warn_if_swallowed
 from .residuals import Residuals
-from .resolution import unmoved
 from .sampling import SamplingSettings
 from .truncation import STEPS, num_refined
 

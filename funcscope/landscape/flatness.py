@@ -20,9 +20,8 @@ from .directional import plan_of
 from .directional_result import Plan
 from .evaluator import mapped, points_at_once
 from .flatness_result import Flatness
-from .precision import is_half, realised, warn_if_swallowed
+from .precision import is_half, loss_rounding, realised, unmoved, warn_if_swallowed
 from .residuals import Residuals, residuals
-from .resolution import loss_rounding, unmoved
 from .sampling import Arguments, CommonDirections, SamplingSettings
 from .terms import PerSequence, Values
 

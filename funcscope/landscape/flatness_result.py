@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core import statistics
-from ..core.estimate import Crossed, Estimate
+from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, internal, quantity
-from ..core.standard_errors import Statistic, crossed
+from ..core.standard_errors import Statistic
 from ..core.tables import Entry
 from ..linalg.trace import TraceEstimate
 from . import caveats
-from .directional_columns import finite
+from .directional_columns import Sampled, finite, scaled
 from .directional_result import Plan
 from .residuals import Residuals
-from .resolution import partly_moved, unresolved_step, without_error
 
 SHARE_OF_BASELINE = 0.1
 """A direction counts as flat for `flatness_ratio` where the loss rises by less than this share of the baseline."""
@@ -31,7 +28,7 @@ PAIRED = ("pair_mean", "pair_variance_ratio", "second_order")
 """What needs both sides."""
 
 
-class Flatness(Result):
+class Flatness(Sampled, Result):
     r"""Loss changes at a step along random directions; made by `flatness`, whose docstring has the formulas.
 
     Samples are float64 tensors of shape (n,) on the CPU, non-finite ones included. Statistics are over the finite ones
@@ -89,7 +86,7 @@ class Flatness(Result):
     @property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that no statistic of them has an error; None where they are."""
-        return unresolved_step(self.unmoved, Estimate.of(finite(self.delta_losses)), self.loss_rounding)
+        return self.lost("rise")
 
     @property
     def even(self) -> Float[Tensor, " m"]:
@@ -141,8 +138,8 @@ class Flatness(Result):
         nan for one-sided samples and for directions other than `global`, where the mean weighs the blocks of H.
         """
         if self.normalize != "global":
-            return _scaled(self.pair_mean, math.nan)
-        return _scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
+            return scaled(self.pair_mean, math.nan)
+        return scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
 
     def expected_from_trace(self, trace: Estimate | TraceEstimate) -> Estimate:
         r"""$\epsilon^2 \mathrm{tr}(H) / 2P$ with its error, for a trace from elsewhere: to put beside the means.
@@ -157,16 +154,12 @@ class Flatness(Result):
             )
         num = trace.num if isinstance(trace, Estimate) else len(trace.samples)
         known = Estimate(trace.value, trace.stderr, num)
-        return _scaled(known, self.displacement * self.displacement / (2 * self.num_params))
+        return scaled(known, self.displacement * self.displacement / (2 * self.num_params))
 
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its name, with its standard error; those of pairs where there are any."""
         return {entry.name: entry.value for entry in self.entries() if isinstance(entry.value, Estimate)}
-
-    @derived("sequences that score something", shown=False)
-    def n_sequences(self) -> int:
-        return 0 if self.residuals is None else self.residuals.num
 
     @property
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
@@ -176,14 +169,17 @@ class Flatness(Result):
             return {"rise": rise, "even": rise.new_empty(0), "odd": rise.new_empty(0)}
         return {"rise": rise, "even": (rise + negative) / 2, "odd": (rise - negative) / 2}
 
-    def estimated(self, statistic: Callable[..., Estimate], over: Sequence[str]) -> Estimate:
-        """A statistic of these columns where all of them are finite, with both errors; without any at no resolved step."""
-        columns = [self.columns[each] for each in over]
-        seen = torch.stack(columns).isfinite().all(0)
-        columns = [x[seen] for x in columns]
-        estimate = crossed(statistic, columns, [self._residuals(each, seen) for each in over])
-        lost = unresolved_step(self.unmoved, Estimate.of(columns[0]), self.loss_rounding)
-        return estimate if lost is None else without_error(estimate)
+    def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
+        known = self.residuals
+        if known is None or (quantity != "rise" and known.negative is None):
+            return None
+        rows = known.positive - known.centre
+        if known.negative is not None and quantity != "rise":
+            sign = 1 if quantity == "even" else -1
+            rows = (rows + sign * (known.negative - known.centre)) / 2
+        return rows
+
+    lost = Sampled.unresolved_step
 
     def entries(self) -> Iterator[Entry]:
         absent = PAIRED if self.delta_losses_negative is None else ()
@@ -210,33 +206,14 @@ class Flatness(Result):
     @property
     def notes(self) -> list[str]:
         notes = (
-            caveats.nonfinite(self.n_nonfinite, self.n_nonfinite_negative, "d"),
-            self.resolution_note or partly_moved(self.unmoved),
-            caveats.large_step(self.epsilon_relative),
+            caveats.note("nonfinite", positive=self.n_nonfinite, negative=self.n_nonfinite_negative, step="d"),
+            self.resolution_note or caveats.note("partly moved", share=self.unmoved),
+            caveats.note("large step", relative=self.epsilon_relative),
             caveats.unresolved("loss change", self.estimates["mean_delta_loss"], finite(self.delta_losses)),
             caveats.few_sequences(self.n_sequences),
         )
         return [note for note in notes if note]
 
-    def _residuals(self, column: str, seen: Tensor) -> Tensor | None:
-        """What each sequence adds to a column beside its mean."""
-        known = self.residuals
-        if known is None or (column != "rise" and known.negative is None):
-            return None
-        rows = known.positive - known.centre
-        if known.negative is not None and column != "rise":
-            sign = 1 if column == "even" else -1
-            rows = (rows + sign * (known.negative - known.centre)) / 2
-        return rows[seen]
-
     def _share_below(self, rise: float) -> Estimate:
         share = Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
-        return share if self.resolution_note is None else without_error(share)
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    scaled = replace(estimate, value=estimate.value * factor, stderr=estimate.stderr * abs(factor))
-    if not isinstance(scaled, Crossed):
-        return scaled
-    size = abs(factor)
-    return replace(scaled, stderr_data=scaled.stderr_data * size, stderr_total=scaled.stderr_total * size)
+        return share if self.resolution_note is None else scaled(share, 1.0, math.nan)
