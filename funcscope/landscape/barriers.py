@@ -160,8 +160,8 @@ class LossPath(Measured, Result):
     def over_chord(self, sums: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
         """Less the chord, from its nearer end: exact where the ends are equal, the same from either side."""
         t, first, last = self.coefficients[:, None], sums[0], sums[-1]
-        left = t < t.flip(0)
-        near, far = torch.where(left, first, last), torch.where(left, last, first)
+        from_start = t < t.flip(0)
+        near, far = torch.where(from_start, first, last), torch.where(from_start, last, first)
         chord = near + torch.minimum(t, t.flip(0)) * (far - near)
         return sums - torch.where(t == t.flip(0), (first + last) / 2, chord)
 

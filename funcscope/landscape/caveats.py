@@ -28,7 +28,7 @@ _SIMPLE: dict[str, tuple[Callable[..., bool], str]] = {
     ),
     "half precision": (
         lambda moved, **_: moved is not None,
-        "half precision: asked to move by {asked:.4g}, moves by {moved.displacement:.4g} "
+        "half precision: asked to move by {intended:.4g}, moves by {moved.displacement:.4g} "
         "(error {moved.error:.1%} of the step, {moved.unmoved:.1%} of the weights do not move)",
     ),
     "partly moved": (

@@ -86,8 +86,8 @@ def compare_directional(
     >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
     >>> near, far = (directional_losses(loss, scale * torch.tensor([3.0, 4.0]), key=keys.key(0), n_samples=6, span=0.1,
     ...              compute_curvature=True, curvature="exact") for scale in (1, 2))
-    >>> found = compare_directional(near, far).differences["curvature_mean"]        # |theta|^2 along every direction
-    >>> round(float(found.first.value), 3), round(float(found.second.value), 3), found.pairs.p_value   # 2 / 2^6
+    >>> change = compare_directional(near, far).differences["curvature_mean"]        # |theta|^2 along every direction
+    >>> round(float(change.first.value), 3), round(float(change.second.value), 3), change.pairs.p_value   # 2 / 2^6
     (25.0, 100.0, 0.03125)
     """
     _check(first, second, names, level)

@@ -242,7 +242,7 @@ class DirectionalLosses(Columns, Result):
         ]
         notes = [
             caveats.note("nonfinite", positive=self.n_nonfinite_pos, negative=self.n_nonfinite_neg, step="span"),
-            caveats.note("half precision", asked=self.displacement, moved=self.realised),
+            caveats.note("half precision", intended=self.displacement, moved=self.realised),
             self.resolution_note or caveats.note("partly moved", share=self.unmoved),
             caveats.note("large step", relative=self.relative_step),
             *means,

@@ -17,8 +17,8 @@ from ..core.directions import Direction, dot, stack
 from ..core.objective import Loss
 from ..core.standard_errors import means
 from .axes import Axes, Trajectory
-from .baseline import check_baseline
 from .evaluator import Write, over_points, points_at_once
+from .sampling import check_baseline
 from .states import States
 from .terms import Metric, estimate
 

@@ -148,8 +148,8 @@ def _triangular(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _factor(square: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(square)
-    size, left = square.diagonal(dim1=1, dim2=2), factor.diagonal(dim1=1, dim2=2).square()
-    dependent = (info > 0) | ~(left > DEPENDENT * size).all(1)
+    size, rest = square.diagonal(dim1=1, dim2=2), factor.diagonal(dim1=1, dim2=2).square()
+    dependent = (info > 0) | ~(rest > DEPENDENT * size).all(1)
     eye = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
     return torch.where(dependent[:, None, None], eye, factor), dependent
 

@@ -54,10 +54,10 @@ def realised(
         return None
     moved = wished = error = asymmetry = 0.0
     for dtype, at, values in _parts(layout, base, direction):
-        asked = values * step
-        before = at.to(dtype).to(asked.dtype)
-        plus, minus = ((at + sign * asked).to(dtype).to(asked.dtype) - before for sign in (1, -1))
-        sums = (dot(x, x) for x in (plus, asked, plus - asked, plus + minus))
+        intended = values * step
+        before = at.to(dtype).to(intended.dtype)
+        plus, minus = ((at + sign * intended).to(dtype).to(intended.dtype) - before for sign in (1, -1))
+        sums = (dot(x, x) for x in (plus, intended, plus - intended, plus + minus))
         moved, wished, error, asymmetry = (a + b for a, b in zip((moved, wished, error, asymmetry), sums, strict=True))
     if wished == 0:
         return None
@@ -80,12 +80,12 @@ def unmoved(layout: Layout, base: Params, direction: Direction, step: float) -> 
 
 
 def _unmoved(layout: Layout, base: Params, direction: Direction, step: float) -> float:
-    still = asked_to = 0
+    still = num = 0
     for dtype, at, values in _parts(layout, base, direction):
-        asked = values != 0
-        still += int((((at + step * values).to(dtype) == at.to(dtype)) & asked).sum())
-        asked_to += int(asked.sum())
-    return still / asked_to if asked_to else 0.0
+        moving = values != 0
+        still += int((((at + step * values).to(dtype) == at.to(dtype)) & moving).sum())
+        num += int(moving.sum())
+    return still / num if num else 0.0
 
 
 def _parts(layout: Layout, base: Params, direction: Direction) -> Iterator[tuple[torch.dtype, Tensor, Tensor]]:
