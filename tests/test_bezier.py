@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -182,22 +181,6 @@ def test_training_works_where_gradients_are_off_and_where_attention_is_kept():
 
 
 # What comes out, and what may go in.
-
-
-def test_the_dictionary_has_curve_and_line(pair):
-    a, b, loss, _ = pair
-    found = connect(loss, a, b, key=fs.key(0), steps=2, learning_rate=0.02, num=4)
-    values = found.asdict()
-    assert (values["kind"], values["line_kind"], values["steps"], values["learning_rate"]) == (
-        "bezier",
-        "line",
-        2,
-        0.02,
-    )
-    assert values["losses"].shape == values["line_losses"].shape == (4,)
-    assert isinstance(values["history"], np.ndarray)
-    assert (values["num_forwards"], values["num_gradients"], values["points"], values["seed"]) == (6, 8, 4, 0)
-    assert {"reduction", "reduction_stderr", "displacement", "key", "line_barrier_max"} <= values.keys()
 
 
 def wells():

@@ -1,7 +1,6 @@
 """Straight paths between models, their barriers, and the matrix of barriers."""
 
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -425,28 +424,6 @@ def test_the_matrix_takes_dicts_and_counts_what_is_not_finite():
 
 
 # What comes out, and what may go in.
-
-
-def test_the_dictionary_has_the_documented_keys():
-    path = linear_path(wells(), vector(-1.0), vector(1.0), num=5)
-    values = path.asdict()
-    arrays = ("coefficients", "losses", "stderr", "excess", "excess_stderr")
-    assert all(isinstance(values[name], np.ndarray) and values[name].shape == (5,) for name in arrays)
-    assert all(values[name].dtype == np.float64 for name in arrays)
-    plain = ("barrier_max", "barrier_max_stderr", "barrier_linear", "barrier_linear_stderr", "distance", "curvature")
-    assert all(isinstance(values[name], float) for name in plain)
-    wanted = {"argmax": 2, "argmax_loss": 2, "n_nonfinite": 0, "is_connected": None, "num_forwards": 5, "kind": "line"}
-    assert {name: values[name] for name in wanted} == wanted  # one sequence has no error: nothing can be said
-    assert pickle.loads(pickle.dumps(path)) == path
-    found = barrier_matrix(wells(), [vector(-1.0), vector(1.0)]).asdict()
-    assert {
-        "barrier_max",
-        "barrier_linear_stderr",
-        "mean_barrier_max",
-        "mean_barrier_linear",
-        "num_forwards",
-    } <= found.keys()
-    assert found["barrier_linear"].shape == (2, 2)
 
 
 @pytest.mark.parametrize(
