@@ -216,8 +216,8 @@ class BarrierMatrix(Measured, Result):
     """On each pair's path. Those of nan are left out of the maxima; a pair that shows no barrier
     beside them has barriers of nan, and then so have the means."""
     num_forwards: int
-    measured: dict[str, Means] = internal()
-    """By name, (2, M, M) each: metrics, and their excess."""
+    measured: dict[str, dict[str, Tensor]] = internal()
+    """By ending and name, as `_beside`."""
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the paths; "none" where it tracks none."""
 
@@ -225,8 +225,7 @@ class BarrierMatrix(Measured, Result):
 
     @cached_property
     def _beside(self) -> dict[str, dict[str, Tensor]]:
-        plain, over = ({name: Means(*(x[i] for x in each)) for name, each in self.measured.items()} for i in (0, 1))
-        return by_ending(plain) | by_ending(over, "_excess")
+        return self.measured
 
     @derived("losses on all paths that are not finite", unit="points")
     def n_nonfinite(self) -> int:

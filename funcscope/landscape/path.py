@@ -17,7 +17,7 @@ from ..core.standard_errors import Means, means
 from .barriers import BarrierMatrix, LossPath
 from .evaluator import over_points, points_at_once
 from .states import Buffers, End, EndPoint, States
-from .terms import Metric, estimate
+from .terms import Metric, by_ending, estimate
 
 Point = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
@@ -144,10 +144,12 @@ def barrier_matrix(
     values, errors, distance, lost = (table + table.mT for table in (values, errors, distance, lost))
     for i, end in enumerate(ends):
         values[2:, i, i].view(k, 2)[:, 0], errors[2:, i, i].view(k, 2)[:, 0] = means(end.sums[1:], weights)
-    known = {name: Means(values[2 + 2 * i :][:2], errors[2 + 2 * i :][:2]) for i, name in enumerate(states.metrics)}
+    plain, over = (dict(zip(states.metrics, map(Means, values[i::2], errors[i::2]), strict=True)) for i in (2, 3))
     highest, linear = (estimate(total / (m * (m - 1) // 2), weights) for total in totals)
     tables = values[0], errors[0], values[1], errors[1], distance, highest, linear
-    return BarrierMatrix(names, *tables, num, lost, forwards, known, states.buffers)
+    return BarrierMatrix(
+        names, *tables, num, lost, forwards, by_ending(plain) | by_ending(over, "_excess"), states.buffers
+    )
 
 
 def _named(names: Sequence[str] | None, num: int) -> tuple[str, ...]:
