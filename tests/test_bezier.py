@@ -154,19 +154,6 @@ def test_the_reduction_is_paired():
     assert float(found.reduction.value) == pytest.approx(float(line.losses.max() - path.losses.max()))
 
 
-def test_the_key_decides_and_the_callers_tensors_stay(pair):
-    a, b, loss, _ = pair
-    kept = a.clone(), b.clone()
-    runs = [connect(loss, a, b, key=fs.key(seed), steps=5, num=3) for seed in (1, 1, 2)]
-    assert torch.equal(runs[0].midpoint, runs[1].midpoint)
-    assert torch.equal(runs[0].history, runs[1].history)
-    assert not torch.equal(runs[0].history, runs[2].history)
-    assert torch.equal(a, kept[0])
-    assert torch.equal(b, kept[1])
-    assert not runs[0].midpoint.requires_grad
-    assert runs[0].midpoint.grad is None
-
-
 def test_training_works_where_gradients_are_off_and_where_attention_is_kept():
     loss = loss_of("gpt2", torch.float32, attention="keep")
     a = loss.net.theta

@@ -186,17 +186,6 @@ def test_order_and_invariance_of_the_barriers(seed, shift, num):
     assert_close(slope.excess_stderr, plain.excess_stderr, rtol=1e-9, atol=1e-9)
 
 
-def test_a_split_into_batches_changes_nothing():
-    loss = loss_of("mlp")
-    x, y = (torch.cat(parts) for parts in zip(*((b[0], b[1].index) for b in loss.batches), strict=True))
-    whole = fs.objective(loss.net, [(x, y)], fs.classification)
-    a, b = loss.net.theta, drawn(3, loss.layout.num)
-    paths = [linear_path(one, a, b, num=5) for one in (loss, whole)]
-    assert_close(paths[0].losses, paths[1].losses)
-    assert_close(paths[0].excess_stderr, paths[1].excess_stderr)
-    assert_close(paths[0].barrier_linear.stderr, paths[1].barrier_linear.stderr)
-
-
 def test_a_model_and_itself_have_no_barrier():
     loss = loss_of("gpt2", torch.float32)
     for chunk in (1, 8):

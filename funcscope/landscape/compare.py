@@ -188,14 +188,7 @@ def _check(first: DirectionalLosses, second: DirectionalLosses, names: Any, leve
 
 def _partner_settings(result: DirectionalLosses) -> dict[str, Any]:
     """What makes samples partners; None for what was not asked for."""
+    same = ("key", "span", "normalize", "distribution", "relative_span", "global_renorm")
     curvature = "difference" if result.exact_curvatures is None else "exact"
-    return {
-        "key": result.key,
-        "n_samples": len(result.losses),
-        "span": result.span,
-        "normalize": result.normalize,
-        "distribution": result.distribution,
-        "relative_span": result.relative_span,
-        "global_renorm": result.global_renorm,
-        "curvature": curvature if result.compute_curvature else None,
-    }
+    own = {"n_samples": len(result.losses), "curvature": curvature if result.compute_curvature else None}
+    return {name: getattr(result, name) for name in same} | own

@@ -31,10 +31,8 @@ PAIRED = ("pair_mean", "pair_variance_ratio", "second_order")
 class Flatness(Sampled, Result):
     r"""Loss changes at a step along random directions; made by `flatness`, whose docstring has the formulas.
 
-    Samples are float64 tensors of shape (n,) on the CPU, non-finite ones included. Statistics are over the finite ones
-    (pairs: where both sides are), but the two shares, which count a non-finite change as not flat. Errors are over
-    directions, and for all but the shares (which have no derivative by a loss) over sequences, too (`Crossed`); nan where too
-    few samples define one. `asdict()` has the documented names.
+    Samples, statistics and their errors are as in `DirectionalLosses`; but the two shares count a non-finite change as not
+    flat, and have no error over sequences: they have no derivative by a loss.
     """
 
     delta_losses: Float[Tensor, " n"] = quantity("loss change at +d", unit="nats", per="direction")
@@ -132,10 +130,9 @@ class Flatness(Sampled, Result):
     def second_order(self) -> Estimate:
         r"""$2 P \,\overline{e} / \epsilon^2$, epsilon the displacement: tr(H) at this step's resolution, not tr(H) itself.
 
-        Off by $O(\epsilon^2)$ for a loss with four derivatives. For a ReLU network it contains the kinks within epsilon,
-        which the Hessian of autodiff does not have, and which do not vanish with higher orders: no estimate of that
-        trace (ratios of 0.6 to 0.8 between the two are common) unless epsilon is small against the distance to the kinks.
-        nan for one-sided samples and for directions other than `global`, where the mean weighs the blocks of H.
+        Off by $O(\epsilon^2)$ for a loss with four derivatives; with kinks within epsilon (ReLU), no estimate of the trace
+        of autodiff's Hessian, which has none: ratios of 0.6 to 0.8 between the two are common. nan for one-sided samples
+        and for directions other than `global`, where the mean weighs the blocks of H.
         """
         if self.normalize != "global":
             return scaled(self.pair_mean, math.nan)
@@ -144,8 +141,8 @@ class Flatness(Sampled, Result):
     def expected_from_trace(self, trace: Estimate | TraceEstimate) -> Estimate:
         r"""$\epsilon^2 \mathrm{tr}(H) / 2P$ with its error, for a trace from elsewhere: to put beside the means.
 
-        The two agree to $O(\epsilon^4)$ for a loss with four derivatives; for a ReLU network the Hessian of autodiff lacks
-        the kinks (`second_order`). Raises ValueError for directions other than `global`, whose mean is no trace.
+        The two agree to $O(\epsilon^4)$ where `second_order` is the trace. Raises ValueError for directions other than
+        `global`, whose mean is no trace.
         """
         if self.normalize != "global":
             raise ValueError(
@@ -186,12 +183,7 @@ class Flatness(Sampled, Result):
         return (entry for entry in super().entries() if entry.name not in absent)
 
     def asdict(self) -> dict[str, Any]:
-        """Documented names, standard errors, settings, costs, samples: plain numbers, strings, numpy arrays.
-
-        `<name>_stderr` is over directions, `<name>_stderr_data` over sequences, `<name>_stderr_total` over both.
-
-        Keys of the other side and of pairs are absent where one side was evaluated only.
-        """
+        """As of every result; keys of the other side and of pairs are absent where one side was evaluated only."""
         sides = {"n_directions": len(self.delta_losses), "two_sided": self.delta_losses_negative is not None}
         return super().asdict() | sides | self.plan.named | {"resolution_note": self.resolution_note or ""}
 

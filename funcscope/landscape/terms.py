@@ -116,28 +116,14 @@ class Measured:
     def _beside(self) -> dict[str, dict[str, Tensor]]:
         raise NotImplementedError
 
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
-        return self._beside[""]
-
-    @property
-    def metrics_stderr(self) -> dict[str, Tensor]:
-        return self._beside["_stderr"]
-
-    @property
-    def metrics_excess(self) -> dict[str, Tensor]:
-        """On paths, the metrics less their own chords between the ends, as `excess`, with paired errors."""
-        return self._beside["_excess"]
-
-    @property
-    def metrics_excess_stderr(self) -> dict[str, Tensor]:
-        return self._beside["_excess_stderr"]
-
-    @property
-    def metrics_delta_stderr(self) -> dict[str, Tensor]:
-        """On lines and planes, paired errors of the metrics' changes from theta, as those of the loss."""
-        return self._beside["_delta_stderr"]
+    metrics = property(lambda self: self._beside[""])
+    """Means of what was measured beside the loss, by name."""
+    metrics_stderr = property(lambda self: self._beside["_stderr"])
+    metrics_excess = property(lambda self: self._beside["_excess"])
+    """On paths, the metrics less their own chords between the ends, as `excess`; their errors are paired."""
+    metrics_excess_stderr = property(lambda self: self._beside["_excess_stderr"])
+    metrics_delta_stderr = property(lambda self: self._beside["_delta_stderr"])
+    """On lines and planes, paired errors of the metrics' changes from theta, as those of the loss."""
 
     def documented(self) -> dict[str, Tensor]:
         """By the names that `asdict()` has."""
