@@ -23,6 +23,7 @@ from .precision import Realised
 from .residuals import Residuals
 
 _SIGNED = ("delta", "dir_grad", "curvature")
+_PER_H2 = "nats per h^2"
 
 
 @storable
@@ -90,10 +91,12 @@ class DirectionalLosses(Columns, Result):
     dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="nats per h", steady=True)
     dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="nats per h", steady=True)
     dir_grad_delta_corr = Statistic("correlation of slope and loss change", statistics.correlation, "dir_grad", "delta")
-    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit="nats per h^2")
-    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit="nats per h^2")
+    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit=_PER_H2)
+    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit=_PER_H2)
     curvature_p10, curvature_p50, curvature_p90 = (
-        Statistic(f"{p}th percentile of it", partial(statistics.quantile, q=p / 100), "curvature", unit="nats per h^2")
+        Statistic(
+            f"{p}th percentile of the curvature", partial(statistics.quantile, q=p / 100), "curvature", unit=_PER_H2
+        )
         for p in (10, 50, 90)
     )
     rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="nats per distance^2")
@@ -184,7 +187,7 @@ class DirectionalLosses(Columns, Result):
     def loss_min(self) -> float:
         return float(near.min()) if len(near := finite(self.losses)) else math.nan
 
-    @derived("what the step adds to the mean curvature", unit="nats per h^2")
+    @derived("what the step adds to the mean curvature", unit=_PER_H2)
     def curvature_truncation(self) -> Estimate | None:
         return None if self.truncation is None else self.truncation.bias
 
