@@ -294,33 +294,6 @@ def test_parallel_axes_are_allowed_and_said_and_half_precision_is_cast_inside():
         assert centre.grid_losses.isfinite().all()
 
 
-def test_the_documented_dictionary():
-    loss = classifier(5)
-    axes = plane_directions(loss.net, key=fs.key(0))
-    plane = loss_plane(loss, loss.net.theta, axes, num=(3, 4))
-    found = plane.asdict()
-    documented = (
-        "grid_losses axis_values roughness normalized_roughness loss_mean loss_std loss_min loss_max orthogonality_check "
-        "n_batches_used axis_values_2 grid_stderr grid_delta_stderr baseline_loss normalized_roughness_range quad_residual "
-        "n_nonfinite direction_norms param_norm span actual_span displacement relative_displacement axis_names num_forwards"
-    )
-    assert set(documented.split()) <= found.keys()
-    assert found["grid_losses"].shape == found["grid_stderr"].shape == found["grid_delta_stderr"].shape == (3, 4)
-    assert found["grid_losses"].dtype == np.float64
-    assert found["axes_normalize"] == "filter"
-    lines = loss_lines(loss, loss.net.theta, axes, num=4)
-    shapes = {
-        "losses": (2, 4),
-        "delta_losses": (2, 4),
-        "delta_stderr": (2, 4),
-        "axis_values": (4,),
-        "displacement": (2,),
-    }
-    for name, shape in shapes.items():
-        assert lines.asdict()[name].shape == shape
-    assert lines.asdict()["axis_names"] == ["direction 1", "direction 2"]
-
-
 def test_bad_requests_get_one_clear_line():
     loss = classifier(5)
     theta, axes, plane = loss.net.theta, plane_directions(loss.net, key=fs.key(0)), inspect.unwrap(loss_plane)

@@ -16,12 +16,12 @@ from ..core.estimate import Estimate
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Means, means
 from .states import USED
-from .terms import documented, estimate
+from .terms import Measured, by_ending, estimate
 
 PAIR = ("model", "other")
 
 
-class LossPath(Result):
+class LossPath(Measured, Result):
     r"""Losses at equally spaced points of a path; made by `linear_path` and `bezier_path`, which have the formulas.
 
     `sums` are float64 on the CPU: per point and sequence, the weighted sum of the token losses, non-finite ones
@@ -66,16 +66,7 @@ class LossPath(Result):
     loss_start = derived("loss at the start", unit="nats")(lambda self: self.mean(self.sums[0]))
     loss_end = derived("loss at the end", unit="nats")(lambda self: self.mean(self.sums[-1]))
     loss_max = derived("largest loss", unit="nats")(lambda self: self.mean(self.sums[self.argmax_loss]))
-    _metrics = derived("metric", per="t", name="*", shown=False)(documented)
-
-    @property
-    def metrics(self) -> dict[str, Float[Tensor, " n"]]:
-        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
-        return {name: each.value for name, each in self._means_of_metrics.items()}
-
-    @property
-    def metrics_stderr(self) -> dict[str, Float[Tensor, " n"]]:
-        return {name: each.stderr for name, each in self._means_of_metrics.items()}
+    _metrics = derived("metric", per="t", name="*", shown=False)(Measured.documented)
 
     @derived("barrier over the higher end", unit="nats")
     def barrier_max(self) -> Estimate:
@@ -86,11 +77,16 @@ class LossPath(Result):
     def barrier_linear(self) -> Estimate:
         return self.mean(self.barrier_sums[1])
 
-    @property
+    @cached_property
     def barrier_sums(self) -> Float[Tensor, "2 s"]:
         """Per sequence, what `barrier_max` and `barrier_linear` are the means of."""
         higher = 0 if self.losses[0] >= self.losses[-1] else -1
-        return torch.stack([self.sums[self.argmax_loss] - self.sums[higher], self._excess_sums[self.argmax]])
+        return torch.stack([self.sums[self.argmax_loss] - self.sums[higher], self.over_chord(self.sums)[self.argmax]])
+
+    @property
+    def metric_barrier_sums(self) -> tuple[Float[Tensor, "2 s"], ...]:
+        """Of every metric, what its mean at `argmax` and its excess there are the means of."""
+        return tuple(torch.stack([each[self.argmax], self.over_chord(each)[self.argmax]]) for each in self.metric_sums)
 
     @derived("curvature at the largest loss over the chord", unit="nats")
     def curvature(self) -> Estimate:
@@ -156,22 +152,22 @@ class LossPath(Result):
         return means(self.sums, self.weights)
 
     @cached_property
-    def _means_of_metrics(self) -> dict[str, Means]:
-        pairs = zip(self.metric_names, self.metric_sums, strict=True)
-        return {name: means(sums, self.weights) for name, sums in pairs}
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        known = dict(zip(self.metric_names, self.metric_sums, strict=True))
+        over = {name: means(self.over_chord(sums), self.weights) for name, sums in known.items()}
+        return by_ending({name: means(sums, self.weights) for name, sums in known.items()}) | by_ending(over, "_excess")
 
-    @cached_property
-    def _excess_sums(self) -> Tensor:
+    def over_chord(self, sums: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
         """Less the chord, from its nearer end: exact where the ends are equal, the same from either side."""
-        t, first, last = self.coefficients[:, None], self.sums[0], self.sums[-1]
-        left = t < t.flip(0)
-        near, far = torch.where(left, first, last), torch.where(left, last, first)
+        t, first, last = self.coefficients[:, None], sums[0], sums[-1]
+        from_start = t < t.flip(0)
+        near, far = torch.where(from_start, first, last), torch.where(from_start, last, first)
         chord = near + torch.minimum(t, t.flip(0)) * (far - near)
-        return self.sums - torch.where(t == t.flip(0), (first + last) / 2, chord)
+        return sums - torch.where(t == t.flip(0), (first + last) / 2, chord)
 
     @cached_property
     def _excess(self) -> Means:
-        return means(self._excess_sums, self.weights)
+        return means(self.over_chord(self.sums), self.weights)
 
     def asdict(self) -> dict[str, Any]:
         """As of every result; `is_connected` is None where that cannot be said."""
@@ -193,12 +189,13 @@ class LossPath(Result):
         return {"t": self.coefficients.tolist()}
 
 
-class BarrierMatrix(Result):
+class BarrierMatrix(Measured, Result):
     """Barriers between every two of M models; made by `barrier_matrix`.
 
     Arrays of shape (M, M) are float64 on the CPU, symmetric, with a diagonal of 0. Infinite where a path has an infinite
-    loss. The errors of the means hold for the points where the maxima were found, and for these models: over sequences,
-    paired across all paths.
+    loss. `metrics` and `metrics_excess` have what was measured beside the loss, and that less its chord, by name, where
+    `barrier_linear` is reached; on the diagonal, the models' own. The errors of the
+    means hold for the points where the maxima were found, and for these models: over sequences, paired across all paths.
     """
 
     names: tuple[str, ...]
@@ -219,8 +216,16 @@ class BarrierMatrix(Result):
     """On each pair's path. Those of nan are left out of the maxima; a pair that shows no barrier
     beside them has barriers of nan, and then so have the means."""
     num_forwards: int
+    measured: dict[str, dict[str, Tensor]] = internal()
+    """By ending and name, as `_beside`."""
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the paths; "none" where it tracks none."""
+
+    _metrics = derived("metric", per=PAIR, name="*", shown=False)(Measured.documented)
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        return self.measured
 
     @derived("losses on all paths that are not finite", unit="points")
     def n_nonfinite(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..core.estimate import Estimate
 from ..core.layout import Params
 from ..core.model import Inputs, LeafFn
 from ..core.objective import Loss, Theta, per_sequence
-from ..core.standard_errors import means
+from ..core.standard_errors import Means, means
 
 Metric = Callable[[Tensor, Any], Tensor]
 """(output of the model, targets): a value for every position that the criterion weighs. Targets of the criteria of this
@@ -108,10 +109,32 @@ def check_metrics(metric: Any) -> Mapping[str, Metric]:
     return dict(metric)
 
 
-def documented(result: Any) -> dict[str, Tensor]:
-    """The metrics of a result and their errors by the names that `asdict()` has."""
-    errors = {f"metric_{name}_stderr": value for name, value in result.metrics_stderr.items()}
-    return {f"metric_{name}": value for name, value in result.metrics.items()} | errors
+class Measured:
+    """Of a result: what was measured beside its losses. `_beside` has it by ending ("", "_stderr", ...) and by name."""
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    metrics = property(lambda self: self._beside[""])
+    """Means of what was measured beside the loss, by name."""
+    metrics_stderr = property(lambda self: self._beside["_stderr"])
+    metrics_excess = property(lambda self: self._beside["_excess"])
+    """On paths, the metrics less their own chords between the ends, as `excess`; their errors are paired."""
+    metrics_excess_stderr = property(lambda self: self._beside["_excess_stderr"])
+    metrics_delta_stderr = property(lambda self: self._beside["_delta_stderr"])
+    """On lines and planes, paired errors of the metrics' changes from theta, as those of the loss."""
+
+    def documented(self) -> dict[str, Tensor]:
+        """By the names that `asdict()` has."""
+        every = self._beside.items()
+        return {f"metric_{name}{ending}": value for ending, values in every for name, value in values.items()}
+
+
+def by_ending(known: Mapping[str, Means], ending: str = "") -> dict[str, dict[str, Tensor]]:
+    """Values and errors apart."""
+    values = {name: each.value for name, each in known.items()}
+    return {ending: values, f"{ending}_stderr": {name: each.stderr for name, each in known.items()}}
 
 
 def estimate(sums: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> Estimate:
