@@ -404,3 +404,43 @@ def test_spans_and_numbers_of_points_in_every_form():
     kept = two.grid_losses.clone()
     two.asdict()["grid_losses"][:] = 0
     assert torch.equal(two.grid_losses, kept)
+
+
+def test_a_metric_that_writes_to_what_it_is_given_is_refused_and_named():
+    loss, theta = small_loss()
+    for bad in (lambda out, _: out.sub_(1.0)[..., 0], lambda out, labels: labels.zero_() + 0 * out[..., 0]):
+        with pytest.raises(ValueError, match=r"writes to its arguments.*write to a clone"):
+            fs.linear_path(loss, theta, theta + 1, num=3, metric={"bad": bad})
+
+
+def test_names_of_metrics_do_not_meet_those_of_their_errors():
+    loss, theta = small_loss()
+
+    def right(out, labels):
+        return out.argmax(-1) == labels
+
+    for name in ("a_stderr", "a_baseline", "a_excess", "a_delta_stderr"):
+        with pytest.raises(ValueError, match=rf"`metric` has '{name}'.*choose another"):
+            fs.linear_path(loss, theta, theta + 1, num=3, metric={"a": right, name: right})
+    with pytest.raises(TypeError, match="must return real numbers"):
+        fs.linear_path(loss, theta, theta + 1, num=3, metric={"a": lambda out, _: out[..., 0] * 1j})
+
+
+def test_large_integers_of_a_metric_are_exact_and_frames_have_its_errors():
+    model = seeded(0, lambda: torch.nn.Linear(3, 2))
+    inputs = fs.normal(fs.key(1), torch.zeros(6, 3))
+    loss = fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+    theta = loss.net.theta
+    metric = {"big": lambda out, labels: labels * 0 + 2**24 + 1, "right": lambda out, labels: out.argmax(-1) == labels}
+    path = fs.linear_path(loss, theta, theta + 1, num=3, metric=metric)
+    assert path.metrics["big"].tolist() == [2**24 + 1] * 3
+    rows = path.frame().set_index("quantity").loc["metric_right"]
+    assert_close(torch.tensor(rows["value"].to_numpy()), path.metrics["right"])
+    assert_close(torch.tensor(rows["stderr"].to_numpy()), path.metrics_stderr["right"])
+
+
+def small_loss():
+    model = seeded(0, lambda: torch.nn.Linear(3, 2)).double()
+    inputs = fs.normal(fs.key(1), torch.zeros(6, 3, dtype=torch.float64))
+    loss = fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+    return loss, loss.net.theta

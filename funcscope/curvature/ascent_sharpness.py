@@ -35,7 +35,7 @@ class SamSharpness(Result):
     CPU. Losses and their differences in nats; `epsilon` in the unit of theta.
     """
 
-    loss: float = quantity("loss", unit="nats")
+    loss: float = quantity("loss", unit="loss")
     sums: Float[Tensor, " n"] = internal()
     r"""Per sequence, the weighted sum of its token losses at $\theta$."""
     differences: Float[Tensor, " n"] = internal()
@@ -50,11 +50,11 @@ class SamSharpness(Result):
     displacement: float
     r"""$\|[\theta + \delta] - [\theta]\|$, where [.] rounds to the dtypes that the model computes in."""
     gradient_norm: float = quantity("gradient norm")
-    first_order: float = quantity("first order of the rise", unit="nats")
+    first_order: float = quantity("first order of the rise", unit="loss")
     r"""$g^\top \delta_1$, $\delta_1$ the one-step displacement: $\epsilon \|g\|$."""
     curvature: float = quantity("curvature along the step")
     r"""$\delta_1^\top H \delta_1 / \|\delta_1\|^2$, a Rayleigh quotient of the Hessian; nan where it was not asked for."""
-    second_order: float = quantity("second order of the rise", unit="nats")
+    second_order: float = quantity("second order of the rise", unit="loss")
     r"""$\delta_1^\top H \delta_1 / 2$: $\tfrac{\epsilon^2}{2}$ times the curvature."""
     rounding: float
     """The order of what rounding may do to `absolute`; see `leafwise.rounding_of_difference`."""
@@ -62,12 +62,12 @@ class SamSharpness(Result):
     """Passes over all batches without a derivative."""
     num_gradients: int
 
-    @derived("sharpness", unit="nats", stderr="stderr")
+    @derived("sharpness", unit="loss", stderr="stderr")
     def absolute(self) -> float:
         r"""$L(\theta + \delta) - L(\theta)$."""
         return float(self.differences.sum() / self.weights.sum())
 
-    @derived("standard error of the sharpness over sequences", unit="nats", shown=False)
+    @derived("standard error of the sharpness over sequences", unit="loss", shown=False)
     def stderr(self) -> float:
         """Over sequences, with the step held fixed; nan for one sequence."""
         return float(ratio_stderr(self.differences, self.weights))
@@ -102,9 +102,9 @@ class SamSharpness(Result):
         if not math.isnan(self.relative_interval[0]):
             return ""
         loss = f"{self.loss:.3g} ± {float(ratio_stderr(self.sums, self.weights)):.2g}"
-        return f"not resolved: the loss is {loss} over {len(self.sums)} sequences and may be 0, score more"
+        return f"not resolved: the loss {loss} of {len(self.sums)} sequences may be 0, score more"
 
-    @derived("rise beyond the second order", unit="nats")
+    @derived("rise beyond the second order", unit="loss")
     def remainder(self) -> float:
         r"""`absolute - first_order - second_order`: $\epsilon^3$ and up; for several steps, also what they gain over one."""
         return self.absolute - self.first_order - self.second_order
@@ -119,12 +119,16 @@ class SamSharpness(Result):
         return f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
 
     @property
+    def unresolved(self) -> list[str]:
+        return ["absolute", "relative", "remainder"] if abs(self.absolute) < self.rounding else []
+
+    @property
     def notes(self) -> list[str]:
-        notes = ["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else []
-        if self.relative_note:
-            return [f"relative: {self.relative_note}", *notes]
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
-        return [f"relative: {low} to {high} % of the loss at 95 % confidence", *notes]
+        first = f"relative: {self.relative_note or f'{low} to {high} % of the loss at 95 % confidence'}"
+        if self.unresolved:
+            first = f"sharpness: below what rounding may do to it, {self.rounding:.1g}: take a larger step"
+        return [first, *(["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else [])]
 
 
 def sam_sharpness(

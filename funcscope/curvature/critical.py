@@ -37,7 +37,7 @@ class CriticalSharpness(Result):
     learning_rate_interval: tuple[float, float] = quantity("interval of the critical learning rate", per="bound")
     slope: float = quantity("slope along the update")
     r"""$g^\top u$: how fast the loss falls along the update."""
-    loss: float = quantity("loss", unit="nats")
+    loss: float = quantity("loss", unit="loss")
     rounding: float
     """The relative error of the value that rounding of two losses may make."""
     num_forwards: int

@@ -19,9 +19,9 @@ from .rows import coupled, micro_batches, sizes_of, tolerance
 class MSharpness(Result):
     """One-step sharpness of every micro-batch of m sequences; made by `m_sharpness`."""
 
-    values: Float[Tensor, " n"] = quantity("sharpness", unit="nats", per="micro-batch")
+    values: Float[Tensor, " n"] = quantity("sharpness", unit="loss", per="micro-batch")
     """One per micro-batch, float64, nats."""
-    losses: Float[Tensor, " n"] = quantity("loss", unit="nats", per="micro-batch")
+    losses: Float[Tensor, " n"] = quantity("loss", unit="loss", per="micro-batch")
     gradient_norms: Float[Tensor, " n"] = quantity("gradient norm", per="micro-batch")
     m: int
     epsilon: float
@@ -30,7 +30,7 @@ class MSharpness(Result):
     num_forwards: float
     """Passes over as many sequences as the loss has, without a derivative; as many gradients."""
 
-    @derived("mean sharpness", unit="nats", name="sharpness")
+    @derived("mean sharpness", unit="loss", name="sharpness")
     def estimate(self) -> Estimate:
         """The mean over micro-batches with its standard error."""
         return Estimate.of(self.values)

@@ -49,31 +49,32 @@ class LossPath(Measured, Result):
     """Of what was measured beside the loss, as `sums`."""
 
     coefficients = derived("position t on the path", per="t", shown=False)(lambda self: _positions(len(self.sums)))
-    losses = derived("loss", unit="nats", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
-    stderr = derived("standard error of the loss", unit="nats", per="t", shown=False)(attrgetter("_losses.stderr"))
+    losses = derived("loss", unit="loss", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
+    stderr = derived("standard error of the loss", unit="loss", per="t", shown=False)(attrgetter("_losses.stderr"))
     """Neighbours share their sequences, so that their differences are known far better."""
-    excess = derived("loss over the chord", unit="nats", per="t", stderr="excess_stderr", shown=False)(
+    excess = derived("loss over the chord", unit="loss", per="t", stderr="excess_stderr", shown=False)(
         attrgetter("_excess.value")
     )
     """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
-    excess_stderr = derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)(
+    excess_stderr = derived("standard error of the loss over the chord", unit="loss", per="t", shown=False)(
         attrgetter("_excess.stderr")
     )
     argmax = derived("index of the largest loss over the chord")(lambda self: _argmax(self.excess))
     """Where `barrier_linear` is reached; the first of several."""
     argmax_loss = derived("index of the largest loss")(lambda self: _argmax(self.losses))
     """Where `barrier_max` is reached; the first of several."""
-    loss_start = derived("loss at the start", unit="nats")(lambda self: self.mean(self.sums[0]))
-    loss_end = derived("loss at the end", unit="nats")(lambda self: self.mean(self.sums[-1]))
-    loss_max = derived("largest loss", unit="nats")(lambda self: self.mean(self.sums[self.argmax_loss]))
-    _metrics = derived("metric", per="t", name="*", shown=False)(Measured.documented)
+    loss_start = derived("loss at the start", unit="loss")(lambda self: self.mean(self.sums[0]))
+    loss_end = derived("loss at the end", unit="loss")(lambda self: self.mean(self.sums[-1]))
+    loss_max = derived("largest loss", unit="loss")(lambda self: self.mean(self.sums[self.argmax_loss]))
+    _metrics = derived("metric", per="t", name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
-    @derived("barrier over the higher end", unit="nats")
+    @derived("barrier over the higher end", unit="loss")
     def barrier_max(self) -> Estimate:
         """The highest loss over the higher end point; over the first one, where they are equal."""
         return self.mean(self.barrier_sums[0])
 
-    @derived("barrier over the chord", unit="nats")
+    @derived("barrier over the chord", unit="loss")
     def barrier_linear(self) -> Estimate:
         return self.mean(self.barrier_sums[1])
 
@@ -88,7 +89,7 @@ class LossPath(Measured, Result):
         """Of every metric, what its mean at `argmax` and its excess there are the means of."""
         return tuple(torch.stack([each[self.argmax], self.over_chord(each)[self.argmax]]) for each in self.metric_sums)
 
-    @derived("curvature at the largest loss over the chord", unit="nats")
+    @derived("curvature at the largest loss over the chord", unit="loss per t^2")
     def curvature(self) -> Estimate:
         """Second difference in t at `argmax` over the square of the spacing; nan where that is an end point."""
         at = self.argmax
@@ -97,23 +98,23 @@ class LossPath(Measured, Result):
         second = self.sums[at - 1] - 2 * self.sums[at] + self.sums[at + 1]
         return self.mean(second * (len(self.sums) - 1) ** 2)
 
-    @derived("curvature per square of the distance", unit="nats")
+    @derived("curvature per square of the distance", unit="loss per distance^2")
     def curvature_per_distance(self) -> float:
         """nan for a curve, whose speed varies, and at distance 0."""
         straight = self.kind == "line" and self.distance > 0
         return float(self.curvature.value) / self.distance**2 if straight else math.nan
 
-    @derived("total variation", unit="nats")
+    @derived("total variation", unit="loss")
     def total_variation(self) -> float:
         """Sum of |dL| from point to point: noise and a finer grid make it larger."""
         return float(self.losses.diff().abs().sum())
 
-    @derived("change at the start by re-estimated statistics", unit="nats")
+    @derived("change at the start by re-estimated statistics", unit="loss")
     def start_reestimation(self) -> Estimate | None:
         """By how much the loss at the start changes where its running statistics are re-estimated from the data."""
         return None if self.start_reestimated is None else self.mean(self.start_reestimated - self.sums[0])
 
-    @derived("change at the end by re-estimated statistics", unit="nats")
+    @derived("change at the end by re-estimated statistics", unit="loss")
     def end_reestimation(self) -> Estimate | None:
         return None if self.end_reestimated is None else self.mean(self.end_reestimated - self.sums[-1])
 
@@ -200,16 +201,16 @@ class BarrierMatrix(Measured, Result):
 
     names: tuple[str, ...]
     barrier_max: Float[Tensor, "m m"] = quantity(
-        "barrier over the higher end", unit="nats", per=PAIR, stderr="barrier_max_stderr", shown=False
+        "barrier over the higher end", unit="loss", per=PAIR, stderr="barrier_max_stderr", shown=False
     )
-    barrier_max_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    barrier_max_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="loss", per=PAIR, shown=False)
     barrier_linear: Float[Tensor, "m m"] = quantity(
-        "barrier over the chord", unit="nats", per=PAIR, stderr="barrier_linear_stderr"
+        "barrier over the chord", unit="loss", per=PAIR, stderr="barrier_linear_stderr"
     )
-    barrier_linear_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    barrier_linear_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="loss", per=PAIR, shown=False)
     distance: Float[Tensor, "m m"] = quantity("distance of the models", per=PAIR, shown=False)
-    mean_barrier_max: Estimate = quantity("mean barrier over the higher end", unit="nats")
-    mean_barrier_linear: Estimate = quantity("mean barrier over the chord", unit="nats")
+    mean_barrier_max: Estimate = quantity("mean barrier over the higher end", unit="loss")
+    mean_barrier_linear: Estimate = quantity("mean barrier over the chord", unit="loss")
     """Over the pairs of different models; the diagonal is no barrier."""
     num: int
     nonfinite: Int[Tensor, "m m"] = quantity("losses not finite", unit="points", per=PAIR, shown=False)
@@ -221,7 +222,8 @@ class BarrierMatrix(Measured, Result):
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the paths; "none" where it tracks none."""
 
-    _metrics = derived("metric", per=PAIR, name="*", shown=False)(Measured.documented)
+    _metrics = derived("metric", per=PAIR, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
     @cached_property
     def _beside(self) -> dict[str, dict[str, Tensor]]:

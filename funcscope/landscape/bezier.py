@@ -167,7 +167,7 @@ class Connection(Result):
     path: LossPath = internal()
     line: LossPath = internal()
     history: Float[Tensor, " steps"] = quantity(
-        "mean loss at the points of a step", unit="nats", per="step", shown=False
+        "mean loss at the points of a step", unit="loss", per="step", shown=False
     )
     """Before each step: noisy, as t differs from step to step."""
     displacement: float = quantity("distance of the control point from the straight midpoint")
@@ -175,7 +175,7 @@ class Connection(Result):
     points: int
     key: Key
 
-    @derived("fall of the highest loss from the line to the curve", unit="nats")
+    @derived("fall of the highest loss from the line to the curve", unit="loss")
     def reduction(self) -> Estimate:
         """With its paired error."""
         return self.line.mean(self.line.barrier_sums[0] - self.path.barrier_sums[0])

@@ -82,7 +82,7 @@ class Columns(Sampled):
         """Loss change at +span."""
         return self.losses - self.baseline_loss
 
-    @derived("curvature", unit="nats per h^2", per="direction")
+    @derived("curvature", unit="loss per h^2", per="direction")
     def curvatures(self) -> Float[Tensor, " n"] | None:
         """Second derivative along each direction per unit of the coefficient: exact, or the two-sided difference."""
         if not self.compute_curvature:
@@ -92,12 +92,12 @@ class Columns(Sampled):
         assert self.losses_negative is not None
         return central_second_difference(self.losses, self.losses_negative, self.baseline_loss, self.actual_span)
 
-    @derived("curvature per distance", unit="nats per distance^2", per="direction")
+    @derived("curvature per distance", unit="loss per distance^2", per="direction")
     def rayleigh_quotients(self) -> Float[Tensor, " n"] | None:
         """Curvature per unit of distance, c / ||d||^2: comparable between modes, spans and models."""
         return None if self.curvatures is None else self.curvatures / self.direction_norms.square()
 
-    @derived("what rounding may move a curvature by", unit="nats per h^2", shown=False)
+    @derived("what rounding may move a curvature by", unit="loss per h^2", shown=False)
     def curvature_noise_floor(self) -> Any:
         r"""How much rounding alone can move a curvature, an order of magnitude; 0 for exact ones in full precision.
 

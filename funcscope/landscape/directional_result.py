@@ -16,14 +16,13 @@ from ..core.keys import Key
 from ..core.pack import storable
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Statistic
-from ..core.tables import said
 from . import caveats
 from .directional_columns import Columns, finite
 from .precision import Realised
 from .residuals import Residuals
 
 _SIGNED = ("delta", "dir_grad", "curvature")
-_PER_H2 = "nats per h^2"
+_PER_H2 = "loss per h^2"
 
 
 @storable
@@ -52,10 +51,10 @@ class DirectionalLosses(Columns, Result):
     `asdict()` gives the documented dictionary.
     """
 
-    baseline_loss: float = quantity("loss at theta", unit="nats")
-    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="nats", per="direction")
-    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="nats", per="direction")
-    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="nats per h", per="direction")
+    baseline_loss: float = quantity("loss at theta", unit="loss", stderr="baseline_loss_stderr_data")
+    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="loss", per="direction")
+    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="loss", per="direction")
+    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="loss per h", per="direction")
     exact_curvatures: Float[Tensor, " n"] | None = internal()
     direction_norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
     param_norm: float
@@ -83,13 +82,13 @@ class DirectionalLosses(Columns, Result):
     unmoved: float = 0.0
     """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
 
-    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="nats", steady=True)
-    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="nats")
-    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="nats")
-    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="nats")
+    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="loss", steady=True)
+    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="loss")
+    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="loss")
+    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="loss")
     landscape_roughness = Statistic("sd over mean of the loss at +h", statistics.variation, "loss")
-    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="nats per h", steady=True)
-    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="loss per h", steady=True)
+    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="loss per h", steady=True)
     dir_grad_delta_corr = Statistic("correlation of slope and loss change", statistics.correlation, "dir_grad", "delta")
     curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit=_PER_H2)
     curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit=_PER_H2)
@@ -99,10 +98,10 @@ class DirectionalLosses(Columns, Result):
         )
         for p in (10, 50, 90)
     )
-    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="nats per distance^2")
-    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="nats")
-    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="nats", steady=True)
-    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="nats")
+    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="loss per distance^2")
+    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="loss")
+    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="loss", steady=True)
+    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="loss")
 
     @derived("finite losses at +h", shown=False)
     def n_samples(self) -> int:
@@ -166,7 +165,7 @@ class DirectionalLosses(Columns, Result):
         corr = float(self.estimates["dir_grad_delta_corr"].value)
         return caveats.low_correlation(corr, self.deltas, self.slopes, self.actual_span)
 
-    @derived("standard error of the loss at theta over sequences", unit="nats", shown=False)
+    @derived("standard error of the loss at theta over sequences", unit="loss", shown=False)
     def baseline_loss_stderr_data(self) -> float:
         return float(self.baseline.stderr)
 
@@ -179,11 +178,11 @@ class DirectionalLosses(Columns, Result):
     def delta_largest_share(self) -> float:
         return statistics.largest_share(finite(self.deltas))
 
-    @derived("largest finite loss at +h", unit="nats", shown=False)
+    @derived("largest finite loss at +h", unit="loss", shown=False)
     def loss_max(self) -> float:
         return float(near.max()) if len(near := finite(self.losses)) else math.nan
 
-    @derived("smallest finite loss at +h", unit="nats", shown=False)
+    @derived("smallest finite loss at +h", unit="loss", shown=False)
     def loss_min(self) -> float:
         return float(near.min()) if len(near := finite(self.losses)) else math.nan
 
@@ -225,14 +224,15 @@ class DirectionalLosses(Columns, Result):
     def unresolved(self) -> list[str]:
         rough = self.truncation is not None and self.truncation.status == "rough"
         names = ["curvature_mean", "rayleigh_mean"] if rough else []
+        if 2 * (self.n_curvatures_undecided or 0) > len(finite(self.columns.get("curvature", self.losses[:0]))):
+            names += [name for name in self.estimates if name.startswith(("curvature", "rayleigh"))]  # below rounding
         lost = {} if self.resolution_note is None else self.estimates
-        return names + [name for name, estimate in lost.items() if estimate.stderr.isnan() and name not in names]
+        names += [name for name, estimate in lost.items() if estimate.stderr.isnan()]
+        return list(dict.fromkeys(names))
 
     @property
     def texts(self) -> dict[str, str]:
-        texts = {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
-        loss = f"{said(self.baseline_loss, self.baseline_loss_stderr_data)} over data"
-        return texts if self.residuals is None else {"baseline_loss": loss} | texts
+        return {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
 
     @property
     def notes(self) -> list[str]:

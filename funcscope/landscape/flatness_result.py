@@ -35,12 +35,12 @@ class Flatness(Sampled, Result):
     flat, and have no error over sequences: they have no derivative by a loss.
     """
 
-    delta_losses: Float[Tensor, " n"] = quantity("loss change at +d", unit="nats", per="direction")
-    delta_losses_negative: Float[Tensor, " n"] | None = quantity("loss change at -d", unit="nats", per="direction")
+    delta_losses: Float[Tensor, " n"] = quantity("loss change at +d", unit="loss", per="direction")
+    delta_losses_negative: Float[Tensor, " n"] | None = quantity("loss change at -d", unit="loss", per="direction")
     epsilon: float
     step: float
     """The coefficient of the directions: epsilon, or epsilon ||theta|| / ||d|| where it is relative."""
-    baseline_loss: float = quantity("loss at theta", unit="nats")
+    baseline_loss: float = quantity("loss at theta", unit="loss")
     direction_norm: float
     param_norm: float
     num_params: int
@@ -75,7 +75,7 @@ class Flatness(Sampled, Result):
     def n_nonfinite_negative(self) -> int:
         return 0 if self.delta_losses_negative is None else int((~self.delta_losses_negative.isfinite()).sum())
 
-    @derived("largest loss change at +d", unit="nats")
+    @derived("largest loss change at +d", unit="loss")
     def max_delta_loss(self) -> float:
         """The largest finite change at +d; it grows with the number of directions, and has no standard error."""
         rises = finite(self.delta_losses)
@@ -87,15 +87,25 @@ class Flatness(Sampled, Result):
         return self.lost("rise")
 
     @property
+    def pair_note(self) -> str | None:
+        """Why the means of both sides are not resolved at this step; None where they are, or where there are none."""
+        return self.lost("even") if len(self.even) else None
+
+    @property
+    def unresolved(self) -> list[str]:
+        one_sided = [] if self.resolution_note is None else [name for name in self.estimates if name not in PAIRED]
+        return one_sided + ([] if self.pair_note is None else [name for name in self.estimates if name in PAIRED])
+
+    @property
     def even(self) -> Float[Tensor, " m"]:
         """(D+ + D-) / 2 of the pairs with two finite sides; empty where one side was evaluated only."""
         return finite(self.columns["even"])
 
-    mean_delta_loss = Statistic("mean loss change at +d", statistics.mean, "rise", unit="nats")
-    median_delta_loss = Statistic("median loss change at +d", partial(statistics.order, q=0.5), "rise", unit="nats")
-    std_delta_loss = Statistic("sd of the loss change at +d", statistics.spread, "rise", unit="nats")
-    p90_delta_loss = Statistic("90th percentile of it", partial(statistics.order, q=0.9), "rise", unit="nats")
-    p10_delta_loss = Statistic("10th percentile of it", partial(statistics.order, q=0.1), "rise", unit="nats")
+    mean_delta_loss = Statistic("mean loss change at +d", statistics.mean, "rise", unit="loss")
+    median_delta_loss = Statistic("median loss change at +d", partial(statistics.order, q=0.5), "rise", unit="loss")
+    std_delta_loss = Statistic("sd of the loss change at +d", statistics.spread, "rise", unit="loss")
+    p90_delta_loss = Statistic("90th percentile of it", partial(statistics.order, q=0.9), "rise", unit="loss")
+    p10_delta_loss = Statistic("10th percentile of it", partial(statistics.order, q=0.1), "rise", unit="loss")
 
     @derived("directions in which the loss rises by less than a share of itself", unit="share")
     def flatness_ratio(self) -> Estimate:
@@ -107,7 +117,7 @@ class Flatness(Sampled, Result):
         """Where the rise is below `threshold`."""
         return self._share_below(self.threshold)
 
-    @derived("mean of both sides", unit="nats")
+    @derived("mean of both sides", unit="loss")
     def pair_mean(self) -> Estimate:
         r"""Mean of the even parts: $E[\Delta]$ without the scatter of the gradient and of all odd orders.
 
@@ -126,7 +136,7 @@ class Flatness(Sampled, Result):
         """
         return self.estimated(statistics.variance_ratio, ["even", "odd"])
 
-    @derived("trace of the Hessian at this step", unit="nats per distance^2")
+    @derived("trace of the Hessian at this step", unit="loss per distance^2")
     def second_order(self) -> Estimate:
         r"""$2 P \,\overline{e} / \epsilon^2$, epsilon the displacement: tr(H) at this step's resolution, not tr(H) itself.
 
@@ -200,6 +210,7 @@ class Flatness(Sampled, Result):
         notes = (
             caveats.note("nonfinite", positive=self.n_nonfinite, negative=self.n_nonfinite_negative, step="d"),
             self.resolution_note or caveats.note("partly moved", share=self.unmoved),
+            None if self.resolution_note or not self.pair_note else f"pairs: {self.pair_note}",
             caveats.note("large step", relative=self.epsilon_relative),
             caveats.unresolved("loss change", self.estimates["mean_delta_loss"], finite(self.delta_losses)),
             caveats.few_sequences(self.n_sequences),

@@ -52,7 +52,7 @@ class _Grid(Measured, Result):
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = quantity("running statistics", shown=False)
     """Which the net has at the points; "none" where it tracks none."""
 
-    baseline_loss = derived("loss at theta", unit="nats")(lambda self: float(self.at_theta[0].value))
+    baseline_loss = derived("loss at theta", unit="loss")(lambda self: float(self.at_theta[0].value))
     direction_norms = derived("norm of the direction", per="axis", shown=False)(lambda self: self.axes.norms.cpu())
     orthogonality_check = derived("largest |cosine| of two axes")(attrgetter("axes.cosine"))
     axis_names = derived("name of the axis", per="axis", shown=False)(lambda self: list(self.axes.names))
@@ -98,7 +98,7 @@ class _Grid(Measured, Result):
 
 
 def _of_points(label: str, **what: Any) -> Any:
-    return derived(label, unit="nats", shown=False, **what)
+    return derived(label, unit="loss", shown=False, **what)
 
 
 class LossPlane(_Grid):
@@ -113,7 +113,8 @@ class LossPlane(_Grid):
     grid_delta_stderr = _of_points("standard error of the change", per=PLANE)(lambda self: self.change_stderr[0])
     axis_values = derived("coefficient along the first direction", per="x", shown=False)(lambda self: self.places[0])
     axis_values_2 = derived("coefficient along the second direction", per="y", shown=False)(lambda self: self.places[1])
-    _metrics = derived("metric", per=PLANE, name="*", shown=False)(Measured.documented)
+    _metrics = derived("metric", per=PLANE, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
     @derived("statistic of the finite losses", name="*")
     def statistics(self) -> dict[str, float]:
@@ -139,15 +140,16 @@ class LossLines(_Grid):
     )
     delta_stderr = _of_points("paired standard error of the change", per=LINES)(lambda self: self.change_stderr[0])
     coefficients = derived("coefficient", per=LINES, shown=False)(lambda self: torch.stack(self.places))
-    loss_start = derived("loss at the start", unit="nats", per="axis")(lambda self: self.losses[:, 0])
-    loss_end = derived("loss at the end", unit="nats", per="axis")(lambda self: self.losses[:, -1])
-    _metrics = derived("metric", per=LINES, name="*", shown=False)(Measured.documented)
+    loss_start = derived("loss at the start", unit="loss", per="axis")(lambda self: self.losses[:, 0])
+    loss_end = derived("loss at the end", unit="loss", per="axis")(lambda self: self.losses[:, -1])
+    _metrics = derived("metric", per=LINES, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
     @derived("coefficient, or share of the norm of theta where the span is relative", per="t", shown=False)
     def axis_values(self) -> Float[Tensor, " n"]:
         return spaced(span_range(self.span), self.losses.shape[1])
 
-    @derived("lowest finite loss", unit="nats", per="axis")
+    @derived("lowest finite loss", unit="loss", per="axis")
     def loss_min(self) -> Float[Tensor, " k"]:
         finite = torch.where(self.losses.isfinite(), self.losses, math.inf).amin(1)
         return torch.where(finite.isfinite(), finite, math.nan)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
+from ..core.checks import check_choice, check_count, check_device, check_flag, check_flat, check_names, check_positive
 from ..core.directions import Direction, Normalize, directions, stack
 from ..core.keys import Distribution, Key, check_key
 from ..core.layout import Params
@@ -52,16 +52,16 @@ class SamplingSettings:
     """Of the steps: the span, or the epsilons."""
     normalize: Any = "filter"
     distribution: Any = "normal"
-    relative: bool = False
+    relative: Any = False
     unit_norm: bool = False
     """`global_renorm`."""
-    two_sided: bool = True
+    two_sided: Any = True
     slope: Any = None
     """How slopes are had ("auto", "gradient", "jvp"); None: not at all."""
     curvature: Any = None
     """How curvatures are had ("difference", "exact"); None: not at all."""
     chunk: int | None = None
-    lazy: bool | None = None
+    lazy: Any = None
     arguments: Arguments = DIRECTIONAL
 
     def check(self, loss: Loss, theta: Theta) -> None:
@@ -75,6 +75,9 @@ class SamplingSettings:
             check_positive(self.arguments.each, length)
         check_choice("curvature", self.curvature or "difference", ("difference", "exact"))
         check_choice("slope", self.slope or "auto", ("auto", "gradient", "jvp"))
+        check_flag("two_sided", self.two_sided)
+        check_flag(self.arguments.relative, self.relative)
+        check_flag("lazy", bool(self.lazy) if self.lazy is None else self.lazy)
         if self.chunk is not None:
             check_count("chunk", self.chunk)
         if isinstance(theta, Mapping):
