@@ -58,8 +58,7 @@ class SamSharpness(Result):
     r"""$\delta_1^\top H \delta_1 / 2$: $\tfrac{\epsilon^2}{2}$ times the curvature."""
     rounding: float
     """The order of what rounding may do to `absolute`; see `leafwise.rounding_of_difference`."""
-    num_forwards: int
-    """Passes over all batches without a derivative."""
+    num_forwards: int  # without a derivative
     num_gradients: int
 
     @derived("sharpness", unit="loss", stderr="stderr")
