@@ -5,7 +5,7 @@ Claim: A token with logits z(theta), Jacobian J, p = softmax(z) and scores s_y =
     (GGN). Hess(-log p_y) = J'(diag(p) - p p')J + sum_i (p_i - [i = y]) Hess(z_i), where the sum has mean 0 over y ~ p,
     and is 0 for linear z. The empirical Fisher, with labels of the data, is another matrix; its mean over independent
     labels y_t ~ p_t is the Fisher for tokens, and T/n times the Fisher for n sequences of T tokens in all.
-Function: funcscope.curvature.ggn.ggn, funcscope.curvature.fisher.exact_fisher, funcscope.curvature.fisher.fisher_mc,
+Function: funcscope.curvature.hessian.ggn, funcscope.curvature.fisher.exact_fisher, funcscope.curvature.fisher.fisher_mc,
     funcscope.curvature.fisher.empirical_fisher
 Size: the covariance diag(p) - p p' of e_y for every number V of classes, as an entry (i, j) tells the labels i, j and
     "another" apart, no more; the rest for V = 2, 3, two parameters and two tokens, all symbols. Parameters and tokens
@@ -30,7 +30,7 @@ from funcscope.core.keys import fold_in, key
 from funcscope.core.model import functional
 from funcscope.core.objective import objective
 from funcscope.curvature.fisher import empirical_fisher, exact_fisher, fisher_mc
-from funcscope.curvature.ggn import ggn
+from funcscope.curvature.hessian import ggn
 
 SIZES = pytest.mark.parametrize("n", [2, 3])
 

@@ -90,8 +90,12 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "LossPlane": lambda: fs.loss_plane(loss(), theta(), axes(), num=(3, 4), metric={"accuracy": accuracy}),
     "LossLines": lambda: fs.loss_lines(loss(), theta(), axes(), num=5, relative_span=True),
     "LossPath": lambda: fs.linear_path(loss(), theta(), other(), num=5, metric={"accuracy": accuracy}),
-    "BarrierMatrix": lambda: fs.barrier_matrix(loss(), [theta(), other(), -theta()], num=3),
-    "Connection": lambda: fs.connect(loss(), theta(), other(), key=fs.key(0), steps=2, num=4),
+    "BarrierMatrix": lambda: fs.barrier_matrix(
+        loss(), [theta(), other(), -theta()], num=3, metric={"accuracy": accuracy}
+    ),
+    "Connection": lambda: fs.connect(
+        loss(), theta(), other(), key=fs.key(0), steps=2, num=4, metric={"accuracy": accuracy}
+    ),
     "DirectionalLosses": lambda: sampled(theta()),
     "Truncation": lambda: sampled(theta()).truncation,
     "Comparison": comparison,

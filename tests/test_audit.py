@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import funcscope as fs
-from funcscope.curvature.differences import along_line
+from funcscope.curvature.derivatives import along_line
 
 SECOND = ("jvp of grad", "vjp of grad", "jvp of jvp", "hessian", "hessian, keep=False")
 
@@ -214,14 +214,6 @@ def test_differences_along_a_line_have_an_error_that_covers():
     assert along_line(abs)[1].error > 1  # the control: no second derivative
 
 
-def test_a_loss_that_is_not_finite_is_refused():
-    loss = model_of(nn.Tanh())
-    with pytest.raises(ValueError, match="nan"):
-        fs.audit(loss, loss.net.theta * math.nan, key=fs.key(0))
-    with pytest.raises(ValueError, match="`num`"):
-        audited(loss, num=1)
-
-
 def test_the_result_is_plain_and_the_same_twice():
     loss = model_of(nn.Tanh())
     assert audited(loss).asdict() == audited(loss).asdict()
@@ -234,18 +226,7 @@ def test_the_command_says_what_the_function_says(tmp_path, capsys):
     from funcscope import cli
 
     model, data = folder(tmp_path / "gpt2"), texts(tmp_path / "texts.jsonl")
-    args = [
-        "check",
-        str(model),
-        "--data",
-        str(data),
-        "--num-samples",
-        "2",
-        "--max-seq-length",
-        "6",
-        "--directions",
-        "2",
-    ]
+    args = f"check {model} --data {data} --num-samples 2 --max-seq-length 6 --directions 2".split()
     assert cli.main(args) == 0
     out = capsys.readouterr().out
     assert "jvp of grad" in out

@@ -11,7 +11,6 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.landscape import axes as module
 from funcscope.landscape import orthogonal
 from funcscope.landscape.axes import Axes, eigenvector_axes, plane_directions, principal_directions, project
 
@@ -205,7 +204,6 @@ def test_a_path_in_a_plane_is_explained_by_it_and_has_no_third_axis():
 def test_blocks_of_coordinates_do_not_change_a_trajectory(monkeypatch):
     thetas = list(trajectory())
     whole = principal_directions(thetas)
-    monkeypatch.setattr(module, "BLOCK", 7)
     monkeypatch.setattr(orthogonal, "BLOCK", 7)
     cut = principal_directions(thetas)
     for field in ("coordinates", "explained", "residuals"):

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -155,19 +154,6 @@ def test_the_reduction_is_paired():
     assert float(found.reduction.value) == pytest.approx(float(line.losses.max() - path.losses.max()))
 
 
-def test_the_key_decides_and_the_callers_tensors_stay(pair):
-    a, b, loss, _ = pair
-    kept = a.clone(), b.clone()
-    runs = [connect(loss, a, b, key=fs.key(seed), steps=5, num=3) for seed in (1, 1, 2)]
-    assert torch.equal(runs[0].midpoint, runs[1].midpoint)
-    assert torch.equal(runs[0].history, runs[1].history)
-    assert not torch.equal(runs[0].history, runs[2].history)
-    assert torch.equal(a, kept[0])
-    assert torch.equal(b, kept[1])
-    assert not runs[0].midpoint.requires_grad
-    assert runs[0].midpoint.grad is None
-
-
 def test_training_works_where_gradients_are_off_and_where_attention_is_kept():
     loss = loss_of("gpt2", torch.float32, attention="keep")
     a = loss.net.theta
@@ -182,22 +168,6 @@ def test_training_works_where_gradients_are_off_and_where_attention_is_kept():
 
 
 # What comes out, and what may go in.
-
-
-def test_the_dictionary_has_curve_and_line(pair):
-    a, b, loss, _ = pair
-    found = connect(loss, a, b, key=fs.key(0), steps=2, learning_rate=0.02, num=4)
-    values = found.asdict()
-    assert (values["kind"], values["line_kind"], values["steps"], values["learning_rate"]) == (
-        "bezier",
-        "line",
-        2,
-        0.02,
-    )
-    assert values["losses"].shape == values["line_losses"].shape == (4,)
-    assert isinstance(values["history"], np.ndarray)
-    assert (values["num_forwards"], values["num_gradients"], values["points"], values["seed"]) == (6, 8, 4, 0)
-    assert {"reduction", "reduction_stderr", "displacement", "key", "line_barrier_max"} <= values.keys()
 
 
 def wells():

@@ -437,27 +437,10 @@ def test_partners_have_the_same_draw():
 
 def test_it_prints_itself_with_its_names_and_what_the_p_values_are():
     found = compare_directional(sampled(), sampled(0.1), names=("base", "<fine & tuned>"))
-    text = str(found)
-    assert text == repr(found)
-    assert text.startswith("<fine & tuned> - base, paired over 12 filter-normalised normal directions at span 0.3")
-    assert all(f"\n{name} " in text for name in found.differences)
-    assert "not corrected for 5 quantities tested" in " ".join(text.split())
-    assert "95 % interval" in text
+    assert "not corrected for 5 quantities tested" in " ".join(str(found).split())
     page = found._repr_html_()
     assert "&lt;fine &amp; tuned&gt;" in page
     assert "<fine" not in page
-    assert all(name in page for name in found.differences)
-
-
-def test_asdict_is_flat_and_plain():
-    found = compare_directional(sampled(), sampled(0.1), names=("a", "b"), level=0.9).asdict()
-    assert all(type(value) in (float, int, str) for value in found.values())
-    assert (found["name_first"], found["name_second"], found["level"], found["n_tests"]) == ("a", "b", 0.9, 5)
-    assert (found["seed"], found["n_directions"], found["normalize"]) == (3, 12, "filter")
-    for part in ("first", "second", "difference", "rank_biserial", "cohen_dz", "correlation"):
-        assert {f"delta_mean_{part}", f"delta_mean_{part}_stderr"} <= found.keys()
-    assert found["delta_mean_difference_low"] < found["delta_mean_difference"] < found["delta_mean_difference_high"]
-    assert "loss_std_p_value" not in found
 
 
 def test_results_that_are_not_paired_are_refused():

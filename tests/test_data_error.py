@@ -64,9 +64,8 @@ def test_sequences_add_up_to_the_operator(name, matrix):
     product = OPERATORS[matrix](loss, theta)
     whole = torch.stack([x @ product(x) for x in v])
     for chunk in (1, None):
-        assert_close(
-            fs.sequence_forms(loss, theta, v, matrix=matrix, chunk_size=chunk).values, whole, rtol=1e-7, atol=1e-9
-        )
+        forms = fs.sequence_forms(loss, theta, v, matrix=matrix, chunk_size=chunk)
+        assert_close(forms.values, whole, rtol=1e-7, atol=1e-9)
 
 
 def test_groups_of_sequences_are_the_sums_of_their_sequences():
@@ -76,12 +75,8 @@ def test_groups_of_sequences_are_the_sums_of_their_sequences():
     single = fs.sequence_forms(loss, net.theta, v, group=1)
     grouped = fs.sequence_forms(loss, net.theta, v)
     assert (single.terms.shape[1], grouped.group, grouped.terms.shape[1]) == (300, 3, 97 + 4)
-    assert_close(
-        grouped.terms[0, :97],
-        torch.stack([part.sum() for part in single.terms[0, :290].split(3)]),
-        rtol=1e-9,
-        atol=1e-10,
-    )
+    sums = torch.stack([part.sum() for part in single.terms[0, :290].split(3)])
+    assert_close(grouped.terms[0, :97], sums, rtol=1e-9, atol=1e-10)
     assert_close(grouped.values, single.values)
     assert_close(grouped.stderr, single.stderr, rtol=0.25, atol=0)
     assert not single.paired_with(grouped)
@@ -124,8 +119,6 @@ def test_the_gauss_newton_matrix_has_errors_too(sampled):
     pairs = fs.eigenpairs(fs.ggn(sampled, theta), theta, key=fs.key(1), num=2, tol=1e-8, vectors=True)
     found = fs.eigenvalue_errors(sampled, theta, pairs, matrix="ggn")
     assert_close(found.forms.values, pairs.values, rtol=1e-7, atol=0)
-    with pytest.raises(ValueError, match=r"add up to .* `matrix`"):
-        fs.eigenvalue_errors(sampled, theta, pairs)
 
 
 def test_where_the_second_order_is_not_below_the_first_there_is_no_interval(sampled):
@@ -143,22 +136,6 @@ def test_where_the_second_order_is_not_below_the_first_there_is_no_interval(samp
     assert not gap.resolved[-1]
 
 
-def test_pairs_of_another_point_or_without_vectors_are_refused(sampled):
-    theta = sampled.net.theta
-    pairs = top(sampled)
-    with pytest.raises(ValueError, match="add up to"):
-        fs.eigenvalue_errors(sampled, 1.2 * theta, pairs)
-    bare = fs.eigenpairs(fs.hessian(sampled, theta), theta, key=fs.key(1), num=1)
-    with pytest.raises(ValueError, match="vectors=True"):
-        fs.eigenvalue_errors(sampled, theta, bare)
-    with pytest.raises(ValueError, match=r"`vectors` must have shape \(k, 51\)"):
-        fs.sequence_forms(sampled, theta, theta[None, 1:])
-    with pytest.raises(ValueError, match="ask for as many"):
-        fs.compare_eigenvalues(
-            fs.eigenvalue_errors(sampled, theta, pairs), fs.eigenvalue_errors(sampled, theta, top(sampled, 1))
-        )
-
-
 def test_rows_that_are_coupled_by_statistics_of_the_batch_are_refused():
     class Centred(nn.Module):
         def __init__(self):
@@ -173,9 +150,7 @@ def test_rows_that_are_coupled_by_statistics_of_the_batch_are_refused():
     loss = fs.objective(fs.functional(Centred()), (x, y), fs.classification)
     with pytest.raises(ValueError, match="coupled"):
         fs.trace_errors(loss, loss.net.theta, key=fs.key(0), num=2)
-    fs.trace_errors(
-        loss, loss.net.theta, key=fs.key(0), num=2, check=False
-    )  # negative control: the check is what refuses
+    fs.trace_errors(loss, loss.net.theta, key=fs.key(0), num=2, check=False)  # the control: the check refuses
 
 
 def test_two_models_are_compared_in_pairs_over_the_same_sequences(sampled):
@@ -207,9 +182,8 @@ def test_the_trace_is_hutchinsons_with_an_error_that_more_probes_do_not_take_awa
     assert_close(float(few.trace.value), float(plain.value), rtol=1e-9, atol=0)
     assert_close(float(few.trace.stderr), float(plain.stderr), rtol=1e-9, atol=0)
     dense = torch.stack([dense_hessian(part, theta).trace() for part in micro_batches(sampled, 1)])
-    assert_close(
-        float(many.trace.stderr_data), float(dense.std() / 60**0.5), rtol=0.25, atol=0
-    )  # and 1/64 of the interaction
+    whole = float(dense.std() / 60**0.5)  # and 1/64 of the interaction
+    assert_close(float(many.trace.stderr_data), whole, rtol=0.25, atol=0)
     assert many.trace.stderr < 0.5 * few.trace.stderr
     assert max(many.trace.stderr, many.trace.stderr_data) <= many.trace.stderr_total
     assert many.trace.stderr_total <= math.hypot(many.trace.stderr, many.trace.stderr_data)
@@ -255,11 +229,6 @@ def test_a_ratio_has_the_t_interval_of_a_certain_denominator_and_none_where_it_m
     assert all(math.isnan(end) for end in ratio_interval(a, b))
     assert all(math.isnan(end) for end in ratio_interval(a[:1], a[:1]))
     assert bool(ratio_stderr(a[:1], a[:1]).isnan())
-    low, high = ratio_interval(a, a + b + 3)
-    t = 3.1824463  # at either end, the difference a - r b is t standard errors from 0
-    for r in (low, high):
-        d = a - r * (a + b + 3)
-        assert_close(abs(float(d.mean())), t * float(d.std()) / 2, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow

@@ -380,8 +380,9 @@ def test_gradients_of_sequences_through_recurrent_models(kind, dtype):
 
 def test_gradients_of_sequences_through_a_model_that_reads_a_value():
     loss = wrong_inputs.loss_of(wrong_inputs.Item().double(), [(X.double(), Y)])
-    with pytest.warns(UserWarning, match=r"one sequence at a time.*\.item\(\)"):
-        rows = fs.per_sample_gradients(loss, loss.net.theta)
+    with pytest.warns(UserWarning, match=r"one sequence at a time.*\.item\(\)") as caught:
+        rows = fs.per_sample_gradients(loss, loss.net.theta, chunk_size=2)
+    assert sum("one sequence at a time" in str(each.message) for each in caught) == 1  # not once per chunk
     assert rows.shape == (6, loss.layout.num)
 
 

@@ -21,9 +21,6 @@ from funcscope.landscape.sampling import common_directions
 
 module = importlib.import_module("funcscope.landscape.flatness")  # `landscape.flatness` is the function
 
-DOCUMENTED = """mean_delta_loss median_delta_loss max_delta_loss std_delta_loss p90_delta_loss flatness_ratio
-    baseline_loss p10_delta_loss""".split()
-
 
 class Vector(nn.Module):
     """theta itself as the output, one row."""
@@ -156,14 +153,6 @@ def test_a_relu_network_parts_from_the_trace_of_autodiff_once_steps_reach_kinks(
     assert z(profile[1].second_order, trace.value) > 10
 
 
-def test_at_a_minimum_all_deltas_are_small_and_positive():
-    result = flatness(quadratic(torch.diag(torch.arange(1.0, 7).double()), zeros(6), 3.0), zeros(6), key=fs.key(0))
-    for side in (result.delta_losses, result.delta_losses_negative):
-        assert bool((side > 0).all())
-        assert float(side.max()) <= 0.1**2 / 2 * 6 + 1e-15
-    assert result.estimates["flatness_ratio"].value == 1
-
-
 def test_losses_in_float64_resolve_what_float32_cannot():
     """A classifier sure to 1e-9: in float32 its losses are multiples of 6e-8."""
     model = seeded(0, lambda: nn.Linear(2, 2, bias=False))
@@ -290,31 +279,13 @@ def test_documented_statistics_are_those_of_numpy_on_one_side(level):
     assert values["flatness_fraction"] != values["flatness_ratio"]
 
 
-@pytest.mark.parametrize("two_sided", [True, False])
-def test_asdict_is_plain_numbers_strings_and_float64_arrays(two_sided):
-    result = flatness(
-        loss_of("mlp", torch.float32), loss_of("mlp").net.theta.float(), key=fs.key(5), two_sided=two_sided
-    )
-    values = result.asdict()
-    assert set(DOCUMENTED) <= set(values)
-    sampled = {"mean", "median", "std", "p90", "p10"}
-    assert {f"{name}_delta_loss_stderr" for name in sampled} <= set(values)
-    for name, value in values.items():
-        assert type(value) in (float, int, bool, str, np.ndarray), name
-        assert not isinstance(value, np.ndarray) or (value.dtype == np.float64 and value.shape == (50,)), name
-    pairs = {"delta_losses_negative", "pair_mean", "pair_mean_stderr", "second_order", "pair_variance_ratio"}
-    assert pairs <= set(values) if two_sided else not pairs & set(values)
-    assert values["seed"] == 5
-    assert values["num_forwards"] == 9 + 50 * (1 + two_sided)
-    assert (values["two_sided"], values["n_directions"], values["num_params"]) == (two_sided, 50, 51)
-    assert math.isnan(float(result.pair_mean.value)) is not two_sided
-
-
 def test_one_side_of_two_is_the_side_alone():
     loss = loss_of("mlp")
     two, one = (flatness(loss, loss.net.theta, key=fs.key(1), two_sided=side) for side in (True, False))
     assert torch.equal(two.delta_losses, one.delta_losses)
     assert one.delta_losses_negative is None
+    assert (one.num_forwards, two.num_forwards) == (9 + 50, 9 + 100)
+    assert not {"pair_mean", "second_order", "pair_variance_ratio", "delta_losses_negative"} & one.asdict().keys()
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "cnn"])
@@ -357,25 +328,6 @@ def test_a_profile_is_its_single_results():
         alone = flatness(loss, loss.net.theta, key=fs.key(1), epsilon=epsilon, normalize="layer", threshold=0.2)
         assert torch.equal(result.delta_losses, alone.delta_losses)
         assert str(result) == str(alone)
-
-
-def test_the_key_decides_the_draw():
-    loss = loss_of("mlp")
-    a, again, b = (flatness(loss, loss.net.theta, key=fs.key(k)).delta_losses for k in (1, 1, 2))
-    assert torch.equal(a, again)
-    assert not torch.equal(a, b)
-
-
-def test_inputs_are_unchanged():
-    model = seeded(0, lambda: nn.Linear(3, 2))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    loss = fs.objective(fs.functional(model), [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], fs.classification)
-    theta = loss.net.theta
-    kept = theta.clone()
-    for at in (theta, loss.net.params):
-        flatness(loss, at, key=fs.key(1), n_directions=3)
-    assert torch.equal(theta, kept)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @given(st.integers(0, 2**32), st.floats(0.1, 10), st.floats(-3, 3))
@@ -449,15 +401,6 @@ def test_half_precision_that_swallows_the_step_warns():
         flatness(loss, loss.net.theta, key=fs.key(1), n_directions=2, epsilon=1e-4)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, -0.1, math.nan, math.inf])
-def test_a_step_that_is_none_is_refused(epsilon):
-    loss = loss_of("mlp")
-    with pytest.raises(ValueError, match="`epsilon` must be a finite number above 0"):
-        flatness(loss, loss.net.theta, key=fs.key(1), epsilon=epsilon)
-    with pytest.raises(ValueError, match="`epsilon` must be a finite number above 0"):
-        flatness_profile(loss, loss.net.theta, key=fs.key(1), epsilons=(0.1, epsilon))
-
-
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -465,6 +408,10 @@ def test_a_step_that_is_none_is_refused(epsilon):
         ({"threshold": 0.0}, "`threshold` must be a finite number above 0"),
         ({"chunk": 0}, "`chunk` must be an integer of at least 1"),
         ({"epsilons": ()}, "`epsilons` is empty"),
+        *(
+            ({"epsilons": (0.1, x)}, "`epsilon` must be a finite number above 0")
+            for x in (0.0, -0.1, math.nan, math.inf)
+        ),
     ],
 )
 def test_bad_requests_get_one_clear_line(wrong, says):
@@ -486,25 +433,3 @@ def test_directions_of_another_kind_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             flatness(loss, theta, **run | wrong)
-
-
-def test_bad_theta_and_losses_are_refused():
-    loss = loss_of("mlp")
-    with pytest.raises(ValueError, match=r"`theta` must be a flat vector of shape \(51,\)"):
-        flatness(loss, zeros(3), key=fs.key(1))
-    with pytest.raises(ValueError, match=r"names of `net\.layout\.names`"):
-        flatness(loss, {"weight": zeros(3)}, key=fs.key(1))
-    with pytest.raises(ValueError, match="the loss at theta is nan"):
-        flatness(loss, loss.net.theta * math.nan, key=fs.key(1))
-
-
-def test_it_prints_itself_as_a_short_table():
-    loss = loss_of("mlp")
-    result = flatness(loss, loss.net.theta, key=fs.key(4))
-    text, page = str(result), result._repr_html_()
-    assert text == repr(result)
-    assert "50 global directions, two-sided, a step of 0.1" in text
-    for name in ("pair_mean", "mean_delta_loss", "flatness_ratio", "max_delta_loss"):
-        assert name in text
-        assert name in page
-    assert "&lt;" not in result._repr_html_().partition("<table>")[2]

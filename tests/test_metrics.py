@@ -65,6 +65,82 @@ def test_means_and_errors_are_those_by_hand_at_every_kind_of_point(name, chunk):
     assert path.asdict()["metric_top"].shape == (5,)
 
 
+def sums_by_hand(loss, theta):
+    """Per sequence, sums of weight times value of every metric, and the weights."""
+    rows = []
+    for inputs, targets in loss.batches:
+        out = loss.net.apply(loss.params(theta), inputs).detach()
+        each = [(metric(out, targets.index).double() * targets.weight).flatten(1).sum(1) for metric in METRIC.values()]
+        rows.append(torch.stack([*each, targets.weight.double().flatten(1).sum(1)]))
+    *sums, weights = torch.cat(rows, 1)
+    return dict(zip(METRIC, sums, strict=True)), weights
+
+
+def paired(sums, weights):
+    """A mean of differences and its error over sequences, those of a ratio, by a plain sum."""
+    n, mean = int((weights != 0).sum()), float(sums.sum() / weights.sum())
+    scatter = sum((s - mean * w) ** 2 for s, w in zip(sums.tolist(), weights.tolist(), strict=True))
+    return mean, math.sqrt(n / (n - 1) * scatter) / float(weights.sum())
+
+
+def test_errors_of_changes_and_of_excesses_are_paired_by_hand():
+    loss = loss_of("gpt2")
+    theta, axes = loss.net.theta, fs.plane_directions(loss.net, key=fs.key(0))
+    lines = fs.loss_lines(loss, theta, axes, num=3, span=0.6, metric=METRIC)
+    path = fs.linear_path(loss, theta, theta + axes.vectors[0], num=5, metric=METRIC)
+    (there, w), (here, _), (end, _) = (sums_by_hand(loss, theta + a * axes.vectors[0]) for a in (0.6, 0.0, 1.0))
+    quarter, _ = sums_by_hand(loss, theta + 0.25 * axes.vectors[0])
+    for name in METRIC:
+        assert_close(
+            float(lines.metrics_delta_stderr[name][0, 2]), paired(there[name] - here[name], w)[1], rtol=1e-6, atol=1e-9
+        )
+        excess = paired(quarter[name] - 0.75 * here[name] - 0.25 * end[name], w)
+        numbers = (path.metrics_excess[name][1], path.metrics_excess_stderr[name][1])
+        assert_close(tuple(map(float, numbers)), excess, rtol=1e-6, atol=1e-9)
+    assert not torch.equal(lines.metrics_delta_stderr["top"], lines.metrics_stderr["top"])
+    assert lines.asdict()["metric_top_delta_stderr"].shape == (2, 3)
+    assert path.asdict()["metric_top_excess_stderr"].shape == (5,)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_matrix_of_barriers_has_the_metrics_of_its_paths(chunk):
+    """Oracle: a loop over `linear_path`, and values by hand for the models themselves."""
+    loss = loss_of("mlp")
+    thetas = [3 * fs.normal(fs.key(i), loss.net.theta) for i in range(3)]
+    for _ in range(60):  # trained apart: there are barriers between them
+        thetas = [theta - torch.func.grad(loss)(theta) / 2 for theta in thetas]
+    matrix = fs.barrier_matrix(loss, thetas, num=7, chunk=chunk, metric=METRIC)
+    for i, theta in enumerate(thetas):
+        check(loss, theta, matrix.metrics, matrix.metrics_stderr, (i, i))
+        for j in range(i + 1, 3):
+            path = fs.linear_path(loss, theta, thetas[j], num=7, chunk=chunk, metric=METRIC)
+            for name in METRIC:
+                for whole, part in ((matrix.metrics, path.metrics), (matrix.metrics_stderr, path.metrics_stderr),
+                                    (matrix.metrics_excess, path.metrics_excess),
+                                    (matrix.metrics_excess_stderr, path.metrics_excess_stderr)):  # fmt: skip
+                    assert_close(whole[name][i, j], part[name][path.argmax], rtol=1e-9, atol=1e-12)
+                    assert whole[name][i, j] == whole[name][j, i]
+    assert any(bool((excess != 0).any()) for excess in matrix.metrics_excess.values())
+    assert all(not excess.diagonal().any() for excess in matrix.metrics_excess.values())
+    plain = fs.barrier_matrix(loss, thetas, num=7, chunk=chunk)
+    assert torch.equal(plain.barrier_linear, matrix.barrier_linear)
+    assert (plain.num_forwards, plain.metrics) == (matrix.num_forwards, {})
+    assert matrix.asdict()["metric_accuracy_excess_stderr"].shape == (3, 3)
+
+
+def test_a_trained_curve_has_the_metrics_of_its_line_and_its_path():
+    loss = loss_of("mlp")
+    theta, end = loss.net.theta, loss.net.theta + fs.normal(fs.key(2), loss.net.theta)
+    curve = fs.connect(loss, theta, end, key=fs.key(0), steps=2, num=3, metric=METRIC)
+    check(loss, (theta + end) / 2, curve.line.metrics, curve.line.metrics_stderr, 1)
+    check(loss, fs.bezier(theta, curve.midpoint, end, 0.5), curve.path.metrics, curve.path.metrics_stderr, 1)
+    values = curve.asdict()
+    assert values["metric_top"].shape == values["line_metric_top"].shape == (3,)
+    plain = fs.connect(loss, theta, end, key=fs.key(0), steps=2, num=3)
+    assert torch.equal(plain.midpoint, curve.midpoint)
+    assert plain.num_forwards == curve.num_forwards
+
+
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_the_weights_of_a_custom_criterion_are_those_of_its_metrics(chunk):
     net = fs.functional(torch.nn.Linear(3, 1, bias=False, device="meta").to_empty(device="cpu").double())

@@ -1,7 +1,5 @@
 """Oracles of the operators: dense matrices from `jacfwd` of `grad` and from Jacobians, in float64, over the catalogue."""
 
-import inspect
-
 import pytest
 import torch
 from hypothesis import given
@@ -267,17 +265,6 @@ def test_matvecs_can_be_mapped_over_vectors():
         torch.testing.assert_close(vmap(matvec)(vs), torch.stack([matvec(v) for v in vs]), rtol=1e-9, atol=1e-12)
 
 
-def test_linear_regression_in_closed_form():
-    x, y = seeded(1, lambda: (torch.randn(7, 3).double(), torch.randn(7, 2).double()))
-    net = fs.functional(seeded(0, lambda: nn.Linear(3, 2, bias=False)).double())
-    loss = fs.objective(net, [(x[:4], y[:4]), (x[4:], y[4:])], fs.custom(lambda out, y: (out - y).square().sum(-1) / 2))
-    wanted = torch.kron(torch.eye(2, dtype=torch.float64), x.T @ x / 7)
-    for matvec in (hessian(loss, net.theta), ggn(loss, net.theta), hessian(loss, net.theta, keep=False)):
-        torch.testing.assert_close(columns(matvec, 6), wanted, rtol=1e-12, atol=1e-14)
-    with pytest.raises(ValueError, match="has no `sample`"):
-        exact_fisher(loss, net.theta)
-
-
 def test_weights_between_zero_and_one_are_weights():
     """Softmax regression: z = W x, so that every matrix is written down by hand."""
     x, label = seeded(2, lambda: (torch.randn(6, 2).double(), torch.randint(0, 3, (6,))))
@@ -306,21 +293,6 @@ def test_a_kernel_without_second_derivative_is_named():
         hessian(loss, theta, keep=False)(theta)
     eager = loss_of("llama", torch.float32)
     assert relative(hessian_difference(loss, theta)(theta), hessian(eager, theta)(theta)) < 0.05
-
-
-def test_misfits_are_named():
-    loss = loss_of("mlp")
-    theta = loss.net.theta
-    with pytest.raises(ValueError, match="`v` must be a flat vector"):
-        hessian(loss, theta)(theta[1:])
-    with pytest.raises(ValueError, match="`theta` must be a flat vector"):
-        ggn(loss, theta[1:])
-    with pytest.raises(ValueError, match="`head_chunk` needs a causal language model"):
-        ggn(loss, theta, head_chunk=4)
-    with pytest.raises(ValueError, match="`head_chunk` needs keep=True"):
-        hessian(loss_of("gpt2"), loss_of("gpt2").net.theta, keep=False, head_chunk=4)
-    with pytest.raises(ValueError, match="`unit` must be one of"):
-        inspect.unwrap(empirical_fisher)(loss, theta, unit="batch")
 
 
 def test_parameters_and_vector_are_left_alone_and_dict_is_vector():

@@ -294,33 +294,6 @@ def test_parallel_axes_are_allowed_and_said_and_half_precision_is_cast_inside():
         assert centre.grid_losses.isfinite().all()
 
 
-def test_the_documented_dictionary():
-    loss = classifier(5)
-    axes = plane_directions(loss.net, key=fs.key(0))
-    plane = loss_plane(loss, loss.net.theta, axes, num=(3, 4))
-    found = plane.asdict()
-    documented = (
-        "grid_losses axis_values roughness normalized_roughness loss_mean loss_std loss_min loss_max orthogonality_check "
-        "n_batches_used axis_values_2 grid_stderr grid_delta_stderr baseline_loss normalized_roughness_range quad_residual "
-        "n_nonfinite direction_norms param_norm span actual_span displacement relative_displacement axis_names num_forwards"
-    )
-    assert set(documented.split()) <= found.keys()
-    assert found["grid_losses"].shape == found["grid_stderr"].shape == found["grid_delta_stderr"].shape == (3, 4)
-    assert found["grid_losses"].dtype == np.float64
-    assert found["axes_normalize"] == "filter"
-    lines = loss_lines(loss, loss.net.theta, axes, num=4)
-    shapes = {
-        "losses": (2, 4),
-        "delta_losses": (2, 4),
-        "delta_stderr": (2, 4),
-        "axis_values": (4,),
-        "displacement": (2,),
-    }
-    for name, shape in shapes.items():
-        assert lines.asdict()[name].shape == shape
-    assert lines.asdict()["axis_names"] == ["direction 1", "direction 2"]
-
-
 def test_bad_requests_get_one_clear_line():
     loss = classifier(5)
     theta, axes, plane = loss.net.theta, plane_directions(loss.net, key=fs.key(0)), inspect.unwrap(loss_plane)
@@ -380,7 +353,7 @@ def test_parameters_of_wrong_shapes_are_refused_and_half_precision_vectors_widen
     loss = loss_of("mlp", torch.float32)
     axes = fs.plane_directions(loss.net, key=fs.key(0))
     turned = {name: value.T.contiguous() if value.ndim == 2 else value for name, value in loss.net.params.items()}
-    with pytest.raises(ValueError, match=r"`params\['0.weight'\]` must have shape \(6, 4\), got \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"`theta\['0.weight'\]` must have shape \(6, 4\), got \(4, 6\)"):
         fs.loss_plane(loss, turned, axes, num=3)
     half = loss.net.theta.bfloat16()
     for chunk in (1, 8):
@@ -431,3 +404,43 @@ def test_spans_and_numbers_of_points_in_every_form():
     kept = two.grid_losses.clone()
     two.asdict()["grid_losses"][:] = 0
     assert torch.equal(two.grid_losses, kept)
+
+
+def test_a_metric_that_writes_to_what_it_is_given_is_refused_and_named():
+    loss, theta = small_loss()
+    for bad in (lambda out, _: out.sub_(1.0)[..., 0], lambda out, labels: labels.zero_() + 0 * out[..., 0]):
+        with pytest.raises(ValueError, match=r"writes to its arguments.*write to a clone"):
+            fs.linear_path(loss, theta, theta + 1, num=3, metric={"bad": bad})
+
+
+def test_names_of_metrics_do_not_meet_those_of_their_errors():
+    loss, theta = small_loss()
+
+    def right(out, labels):
+        return out.argmax(-1) == labels
+
+    for name in ("a_stderr", "a_baseline", "a_excess", "a_delta_stderr"):
+        with pytest.raises(ValueError, match=rf"`metric` has '{name}'.*choose another"):
+            fs.linear_path(loss, theta, theta + 1, num=3, metric={"a": right, name: right})
+    with pytest.raises(TypeError, match="must return real numbers"):
+        fs.linear_path(loss, theta, theta + 1, num=3, metric={"a": lambda out, _: out[..., 0] * 1j})
+
+
+def test_large_integers_of_a_metric_are_exact_and_frames_have_its_errors():
+    model = seeded(0, lambda: torch.nn.Linear(3, 2))
+    inputs = fs.normal(fs.key(1), torch.zeros(6, 3))
+    loss = fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+    theta = loss.net.theta
+    metric = {"big": lambda out, labels: labels * 0 + 2**24 + 1, "right": lambda out, labels: out.argmax(-1) == labels}
+    path = fs.linear_path(loss, theta, theta + 1, num=3, metric=metric)
+    assert path.metrics["big"].tolist() == [2**24 + 1] * 3
+    rows = path.frame().set_index("quantity").loc["metric_right"]
+    assert_close(torch.tensor(rows["value"].to_numpy()), path.metrics["right"])
+    assert_close(torch.tensor(rows["stderr"].to_numpy()), path.metrics_stderr["right"])
+
+
+def small_loss():
+    model = seeded(0, lambda: torch.nn.Linear(3, 2)).double()
+    inputs = fs.normal(fs.key(1), torch.zeros(6, 3, dtype=torch.float64))
+    loss = fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+    return loss, loss.net.theta

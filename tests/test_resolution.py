@@ -165,3 +165,50 @@ def test_the_bias_of_few_sequences_is_in_the_total_error():
     assert_close(found.stderr_total**2, without.stderr_total**2 + bias**2)
     mean = crossed(Estimate.of, [x], [rows])
     assert_close(mean.stderr_total, Crossed.of_rows(mean, rows / 9).stderr_total)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """A small classifier in float32: short steps are below what its losses resolve."""
+    model = seeded(0, lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
+    inputs = fs.normal(fs.key(1), torch.zeros(6, 3))
+    return fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+
+
+@pytest.mark.parametrize(
+    ("measure", "names"),
+    [
+        (
+            lambda loss, size: fs.flatness(loss, loss.net.theta, key=fs.key(0), epsilon=size),
+            ["pair_mean", "second_order"],
+        ),
+        (
+            lambda loss, size: fs.average_sharpness(loss, loss.net.theta, key=fs.key(0), num=20, epsilon=size),
+            ["sharpness"],
+        ),
+        (lambda loss, size: fs.sam_sharpness(loss, loss.net.theta, epsilon=size / 1e3), ["absolute", "relative"]),
+    ],
+)
+def test_what_rounding_hides_is_unresolved_says_why_and_is_marked_in_frames(single, measure, names):
+    short, long = measure(single, 1e-5), measure(single, 0.1 if names != ["absolute", "relative"] else 1e2)
+    assert set(names) <= set(short.unresolved)
+    assert not set(names) & set(long.unresolved)
+    assert any("rounding" in note or "resolved" in note for note in short.notes)
+    frame = short.frame().set_index("quantity")
+    assert not frame.loc[names, "resolved"].any()
+
+
+def test_curvatures_whose_signs_rounding_decides_are_unresolved(single):
+    def sampled(span):
+        settings = {"two_sided": True, "compute_gradient": False, "compute_curvature": True}
+        return fs.directional_losses(single, single.net.theta, key=fs.key(0), n_samples=8, span=span, **settings)
+
+    assert {"curvature_mean", "curvature_p90", "rayleigh_mean"} <= set(sampled(1e-4).unresolved)
+    assert not {"curvature_mean", "curvature_p90"} & set(sampled(0.3).unresolved)
+
+
+@pytest.mark.parametrize("name", ["two_sided", "relative", "lazy"])
+def test_a_word_is_no_flag(single, name):
+    call = fs.directional_losses if name == "lazy" else fs.flatness
+    with pytest.raises(TypeError):
+        call(single, single.net.theta, key=fs.key(0), **{name: "no"})

@@ -1,7 +1,6 @@
 """SAM, ASAM and m-sharpness: closed forms, the dense Hessian, finite sums, and the laws of each."""
 
 import dataclasses
-import inspect
 import itertools
 import math
 
@@ -285,9 +284,6 @@ def test_adaptive_epsilon_is_relative_to_the_norm_of_theta():
     s = sam_sharpness(loss, theta, epsilon=0.02, adaptive_epsilon=True)
     assert_close(s.epsilon, 0.02 * float(theta.norm()))
     assert_close(s.absolute, sam_sharpness(loss, theta, epsilon=0.02 * float(theta.norm())).absolute)
-    A = torch.eye(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="relative to the norm of theta, which is 0"):
-        sam_sharpness(parabola(A, torch.ones(2)), torch.zeros(2, dtype=torch.float64), adaptive_epsilon=True)
 
 
 def test_adaptive_epsilon_does_not_see_the_scale_of_scale_invariant_weights():
@@ -356,12 +352,10 @@ def test_asam_steps_to_the_maximiser_over_its_ball(name, scale):
     assert_close(s.gradient_norm, float(g.norm()))
 
 
-def test_asam_leaves_weights_of_0_where_they_are_and_has_no_direction_if_all_are():
+def test_asam_leaves_weights_of_0_where_they_are():
     loss = parabola(torch.eye(2, dtype=torch.float64), torch.ones(2))
     x = torch.tensor([0.0, 2.0], dtype=torch.float64)
     assert_close(asam_sharpness(loss, x, rho=0.5).displacement, 1.0)
-    with pytest.raises(ValueError, match="the gradient's norm is 0"):
-        asam_sharpness(loss, 0 * x)
 
 
 def test_m_sharpness_is_the_mean_over_the_losses_of_m_sequences():
@@ -381,11 +375,8 @@ def test_m_sharpness_is_the_mean_over_the_losses_of_m_sequences():
     assert_close(float(m_sharpness(whole, net.theta, m=3).estimate.value), sam_sharpness(whole, net.theta).absolute)
     single = m_sharpness(loss, net.theta, m=1, epsilon=0.1)
     assert len(single.values) == 5
-    assert (
-        float(single.estimate.value)
-        > float(found.estimate.value)
-        > sam_sharpness(loss, net.theta, epsilon=0.1).absolute
-    )
+    few, many = float(single.estimate.value), float(found.estimate.value)
+    assert few > many > sam_sharpness(loss, net.theta, epsilon=0.1).absolute
 
 
 def test_m_sharpness_counts_sequences_without_a_scored_token():
@@ -415,40 +406,9 @@ def test_what_cannot_be_cut_or_compared_is_refused():
     uneven = fs.objective(net, [(torch.ones(4, 4, dtype=torch.float64), (torch.ones(6, 3),))], square)
     with pytest.raises(ValueError, match="all tensors of a batch must have as many, or one; got 4 and 6"):
         m_sharpness(uneven, net.theta, m=2)
-    with pytest.raises(ValueError, match="no batch has 9 sequences"):
-        m_sharpness(loss_of("mlp"), net.theta, m=9)
     with pytest.raises(ValueError, match="the gradient's norm") as raised:
         m_sharpness(loss_of("mlp"), net.theta, m=2, norm_threshold=1e9)
     assert raised.value.__notes__ == ["This is micro-batch 0, of 2 sequences."]
-
-
-def test_bad_requests_get_one_clear_line():
-    loss = loss_of("mlp")
-    theta = loss.net.theta
-    for bad in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`epsilon` must be a finite number above 0"):
-            sam_sharpness(loss, theta, epsilon=bad)
-    with pytest.raises(ValueError, match="`steps` must be an integer of at least 1, got 0"):
-        sam_sharpness(loss, theta, steps=0)
-    with pytest.raises(ValueError, match="`norm_threshold` must be a finite number"):
-        sam_sharpness(loss, theta, norm_threshold=-1.0)
-    with pytest.raises(ValueError, match="`scale` must be one of 'elementwise', 'filter', got 'row'"):
-        inspect.unwrap(asam_sharpness)(loss, theta, scale="row")
-    with pytest.raises(ValueError, match="flat vector of shape"):
-        sam_sharpness(loss, theta[1:])
-    with pytest.raises(ValueError, match=r"`theta` must have the names and shapes of `net\.layout`"):
-        sam_sharpness(loss, {"0.weight": theta[:24].view(6, 4)})
-    with pytest.raises(ValueError, match="the loss at theta is nan"):
-        sam_sharpness(loss, theta * math.nan)
-    kink = fs.objective(
-        loss.net, problem("mlp").batches, fs.custom(lambda out, y: (out * 0).sum(1).sqrt() + out.sum(1))
-    )
-    with pytest.raises(ValueError, match=r"the gradient at theta has \d+ entries that are not finite"):
-        sam_sharpness(kink, theta)
-    with pytest.raises(ValueError, match=r"made with `attention=.keep.`"):
-        kept = loss_of("mlp", attention="keep")
-        sam_sharpness(kept, kept.net.theta)
-    assert sam_sharpness(kept, kept.net.theta, curvature=False).absolute > 0
 
 
 def test_a_step_into_infinity_is_reported_and_not_hidden():
@@ -458,12 +418,6 @@ def test_a_step_into_infinity_is_reported_and_not_hidden():
     s = sam_sharpness(steep, torch.zeros(1, dtype=torch.float64), epsilon=1e4)
     assert s.absolute == math.inf
     assert (s.first_order, s.curvature) == (1e4, 1.0)
-
-
-def test_prints_itself():
-    text = str(sam_sharpness(loss_of("mlp"), loss_of("mlp").net.theta))
-    assert "sharpness within 0.01 of theta, 7 sequences" in text
-    assert "second_order" in text
 
 
 # Two models
@@ -510,12 +464,8 @@ def test_errors_are_paired_over_the_same_sequences_and_only_there():
     assert_close(float(other.sam_ratio.stderr), r * relative)
     assert float(paired.sam_ratio.stderr) < 0.05 * float(other.sam_ratio.stderr)
     same = compare_sharpness(a, theta, a, theta)
-    assert (float(same.sam_ratio.value), float(same.sam_ratio.stderr), same.sharper_by_sam, same.agree) == (
-        1,
-        0,
-        None,
-        False,
-    )
+    assert (float(same.sam_ratio.value), float(same.sam_ratio.stderr)) == (1, 0)
+    assert (same.sharper_by_sam, same.agree) == (None, False)
     assert math.isnan(same.eigenvalue_ratio)
     assert "sharper" in str(same)
 
@@ -592,12 +542,8 @@ def test_the_larger_eigenvalue_on_these_data_may_not_be_larger_on_others():
     d = found.a.differences - found.b.differences
     left = (d.sum() - d) / (found.a.weights.sum() - found.a.weights)
     half = 2.7764451 * float((4 / 5 * (left - left.mean()).square().sum()).sqrt())
-    assert_close(
-        found.sam_interval,
-        (float(found.sam_difference.value) - half, float(found.sam_difference.value) + half),
-        rtol=1e-6,
-        atol=0,
-    )
+    centre = float(found.sam_difference.value)
+    assert_close(found.sam_interval, (centre - half, centre + half), rtol=1e-6, atol=0)
     assert ("not resolved" in str(found)) == (
         found.sam_interval[0] <= 0 <= found.sam_interval[1] or not bool(gap.resolved[0])
     )

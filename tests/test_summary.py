@@ -8,12 +8,7 @@ import torch
 from problems import dense_hessian, loss_of
 
 import funcscope as fs
-from funcscope.curvature import (
-    block_slices,
-    hessian_block_eigenvalues,
-    hessian_block_traces,
-    hessian_summary,
-)
+from funcscope.curvature import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 from funcscope.curvature.summary import only
 from funcscope.linalg import spectrum_summary
 
@@ -157,8 +152,3 @@ def test_the_loss_of_some_parameters_is_the_loss():
     assert part.layout.num == sum(x.numel() for x in part.net.params.values()) < loss.layout.num
     with pytest.raises(ValueError, match="not among"):
         only(loss, theta, ["nothing"])
-
-
-def test_filters_are_no_slices():
-    with pytest.raises(ValueError, match="must keep parameters whole"):
-        block_slices(loss_of("mlp").layout, "filter")

@@ -207,15 +207,16 @@ def test_a_comparison_pairs_sequences():
     """Oracle: the errors of the mean difference of terms, sequence by sequence; unpaired ones would be larger."""
     nets, x, labels = population()
     first, second = both(nets, x[:32], labels[:32], fs.key(3), 12)
-    got = compare_directional(first, second).differences["delta_mean"]
-    changes = []
+    every = compare_directional(first, second).differences
+    got, changes, two_sided = every["delta_mean"], [], []
     for net in nets:
         loss = fs.objective(net, [(x[:32], labels[:32])], fs.classification)
         rows = fs.stack(fs.directions(net, key=fs.key(3), num=12))
-        changes.append(
-            torch.stack([loss.terms(net.theta + 0.3 * d)[0] for d in rows]).mean(0) - loss.terms(net.theta)[0]
-        )
-    gap = changes[1] - changes[0]
+        sides = [torch.stack([loss.terms(net.theta + a * d)[0] for d in rows]).mean(0) for a in (0.3, -0.3)]
+        changes.append(sides[0] - loss.terms(net.theta)[0])
+        two_sided.append((sides[0] + sides[1]) / 2 - loss.terms(net.theta)[0])
+    gap, even = changes[1] - changes[0], two_sided[1] - two_sided[0]
+    assert_close(every["delta_two_sided_mean"].difference.stderr_data, even.std() / 32**0.5)
     assert_close(got.difference.stderr_data, gap.std() / 32**0.5)
     low, high = got.interval
     total = float(got.difference.stderr_total)

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..core.checks import check_count
 from ..core.keys import fold_in, key
-from ..curvature.audit import audit
-from ..curvature.audit_result import Audit
+from ..curvature.audit import Audit, audit
 from ..study.listing import Listing, terminal_width, wrapped
 from ..study.opening import DataSpec, check_data, open_model
 from .own_model import _add_computing, _add_texts, _given

@@ -69,6 +69,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """True or False: a word would count as True whatever it says."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_positive(name: str, value: float) -> None:
     """`value` is a finite number above zero."""
     if not (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value > 0):

@@ -33,7 +33,10 @@ def _described(
 
 
 def quantity(label: str, *, default: Any = MISSING, **what: Any) -> Any:
-    """A field that holds a quantity. what: unit, per (axes), name (as documented), stderr (an attribute), shown."""
+    """A field that holds a quantity. what: unit, per (axes), name (as documented), stderr (an attribute), shown.
+
+    The unit "loss" is that of the criterion: nats for a cross-entropy.
+    """
     return field(default=default, metadata={"quantity": _described(label, **what)})
 
 

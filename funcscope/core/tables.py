@@ -109,7 +109,9 @@ def _scalars(entries: list[Entry], texts: Mapping[str, str], tablefmt: str) -> s
             rows.append([entry.name, texts[entry.name]])
         elif crossed and is_estimate(entry.value):
             value, *errors = _errors(entry.value).values()
-            rows.append([entry.name, said(value), *(f"{error:.2g}" for error in errors)])
+            rows.append([entry.name, said(value), *map(_error, errors)])
+        elif crossed and entry.stderr is not None:  # of what no draw goes into
+            rows.append([entry.name, said(float(entry.value)), "", _error(float(entry.stderr)), ""])
         else:
             rows.append([entry.name, _cell(entry)])
     return _tabulated(rows, HEADERS if crossed else (), tablefmt)
@@ -171,6 +173,10 @@ def _array(value: Any) -> np.ndarray:
 def _errors(estimate: Any) -> dict[str, float]:
     names = [name for name in ERRORS if hasattr(estimate, name)]
     return {"value": float(estimate.value)} | {name: float(getattr(estimate, name)) for name in names}
+
+
+def _error(stderr: float) -> str:
+    return "" if math.isnan(stderr) else f"{stderr:.2g}"
 
 
 def _cells(entry: Entry) -> list[str]:

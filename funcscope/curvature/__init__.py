@@ -1,22 +1,19 @@
 """Second derivatives of the loss as matvecs over the flat vector, and what is read off them."""
 
 from .ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
-from .audit import audit
-from .audit_result import Audit, Culprit, Way
+from .audit import Audit, Way, audit
 from .average_sharpness import AverageSharpness, average_sharpness
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
+from .culprits import Culprit
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
-from .ggn import ggn
-from .hessian import hessian, hessian_difference
+from .hessian import ggn, hessian, hessian_difference
 from .m_sharpness import MSharpness, m_sharpness
-from .per_sample import gradient_chunks, per_sample_gradients
-from .rows import micro_batches
-from .sequence_forms import SequenceForms, sequence_forms
+from .rows import gradient_chunks, micro_batches, per_sample_gradients
+from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
-from .trace_error import TraceErrors, trace_errors
 
 __all__ = [
     "Audit",

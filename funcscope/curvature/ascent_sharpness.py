@@ -14,19 +14,14 @@ from ..core.layout import Leaf
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_interval, ratio_stderr
+from ..core.vectors import Leaves, inner, moved, norm
 from .leafwise import (
-    Leaves,
     Terms,
     ascent_length,
     curvature_along,
     gradient_at,
-    inner,
-    leaves_of,
-    moved,
-    norm,
     realised_norm,
     rounding_of_difference,
-    scaled,
     terms_at,
 )
 
@@ -40,7 +35,7 @@ class SamSharpness(Result):
     CPU. Losses and their differences in nats; `epsilon` in the unit of theta.
     """
 
-    loss: float = quantity("loss", unit="nats")
+    loss: float = quantity("loss", unit="loss")
     sums: Float[Tensor, " n"] = internal()
     r"""Per sequence, the weighted sum of its token losses at $\theta$."""
     differences: Float[Tensor, " n"] = internal()
@@ -55,24 +50,23 @@ class SamSharpness(Result):
     displacement: float
     r"""$\|[\theta + \delta] - [\theta]\|$, where [.] rounds to the dtypes that the model computes in."""
     gradient_norm: float = quantity("gradient norm")
-    first_order: float = quantity("first order of the rise", unit="nats")
+    first_order: float = quantity("first order of the rise", unit="loss")
     r"""$g^\top \delta_1$, $\delta_1$ the one-step displacement: $\epsilon \|g\|$."""
     curvature: float = quantity("curvature along the step")
     r"""$\delta_1^\top H \delta_1 / \|\delta_1\|^2$, a Rayleigh quotient of the Hessian; nan where it was not asked for."""
-    second_order: float = quantity("second order of the rise", unit="nats")
+    second_order: float = quantity("second order of the rise", unit="loss")
     r"""$\delta_1^\top H \delta_1 / 2$: $\tfrac{\epsilon^2}{2}$ times the curvature."""
     rounding: float
     """The order of what rounding may do to `absolute`; see `leafwise.rounding_of_difference`."""
-    num_forwards: int
-    """Passes over all batches without a derivative."""
+    num_forwards: int  # without a derivative
     num_gradients: int
 
-    @derived("sharpness", unit="nats", stderr="stderr")
+    @derived("sharpness", unit="loss", stderr="stderr")
     def absolute(self) -> float:
         r"""$L(\theta + \delta) - L(\theta)$."""
         return float(self.differences.sum() / self.weights.sum())
 
-    @derived("standard error of the sharpness over sequences", unit="nats", shown=False)
+    @derived("standard error of the sharpness over sequences", unit="loss", shown=False)
     def stderr(self) -> float:
         """Over sequences, with the step held fixed; nan for one sequence."""
         return float(ratio_stderr(self.differences, self.weights))
@@ -107,9 +101,9 @@ class SamSharpness(Result):
         if not math.isnan(self.relative_interval[0]):
             return ""
         loss = f"{self.loss:.3g} ± {float(ratio_stderr(self.sums, self.weights)):.2g}"
-        return f"not resolved: the loss is {loss} over {len(self.sums)} sequences and may be 0, score more"
+        return f"not resolved: the loss {loss} of {len(self.sums)} sequences may be 0, score more"
 
-    @derived("rise beyond the second order", unit="nats")
+    @derived("rise beyond the second order", unit="loss")
     def remainder(self) -> float:
         r"""`absolute - first_order - second_order`: $\epsilon^3$ and up; for several steps, also what they gain over one."""
         return self.absolute - self.first_order - self.second_order
@@ -124,12 +118,16 @@ class SamSharpness(Result):
         return f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
 
     @property
+    def unresolved(self) -> list[str]:
+        return ["absolute", "relative", "remainder"] if abs(self.absolute) < self.rounding else []
+
+    @property
     def notes(self) -> list[str]:
-        notes = ["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else []
-        if self.relative_note:
-            return [f"relative: {self.relative_note}", *notes]
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
-        return [f"relative: {low} to {high} % of the loss at 95 % confidence", *notes]
+        first = f"relative: {self.relative_note or f'{low} to {high} % of the loss at 95 % confidence'}"
+        if self.unresolved:
+            first = f"sharpness: below what rounding may do to it, {self.rounding:.1g}: take a larger step"
+        return [first, *(["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else [])]
 
 
 def sam_sharpness(
@@ -184,21 +182,17 @@ def sam_sharpness(
         check_positive("stride", stride)
     if norm_threshold != 0:
         check_positive("norm_threshold", norm_threshold)
-    at = leaves_of(loss, theta)
-    gradient, terms = gradient_at(loss, at)
-    length, radius = ascent_length(gradient, norm_threshold), epsilon
-    if adaptive_epsilon and (radius := epsilon * norm(at)) == 0:
+    at = Loss.wide_leaves(loss, theta)
+    radius = epsilon * norm(at) if adaptive_epsilon else epsilon
+    if radius == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
-    first = scaled(gradient, radius / length)
-    step: Leaves = first
+    gradient, terms = gradient_at(loss, at)
+    first = step = _times(gradient, radius / ascent_length(gradient, norm_threshold))
     taken = 1
     if steps > 1 or stride is not None:
         share = 1 / steps if stride is None else stride
         step, taken = _ascent(loss, at, gradient, radius, steps, share, norm_threshold)
-    return _measured(
-        loss, at, gradient, terms, first, step, curvature=curvature, epsilon=radius,
-        adaptive_epsilon=adaptive_epsilon, steps=steps, steps_taken=taken, num_gradients=min(taken + 1, steps),
-    )  # fmt: skip
+    return _measured(loss, at, gradient, terms, first, step, curvature, radius, adaptive_epsilon, steps, taken)
 
 
 def asam_sharpness(
@@ -240,32 +234,34 @@ def asam_sharpness(
     for name, number in (("eta", eta), ("norm_threshold", norm_threshold)):
         if number != 0:
             check_positive(name, number)
-    at = leaves_of(loss, theta)
+    at = Loss.wide_leaves(loss, theta)
     gradient, terms = gradient_at(loss, at)
     units = {leaf.name: _unit(leaf, at[leaf.name], scale) + eta for leaf in loss.layout.leaves}
     stretched = {k: units[k] * g for k, g in gradient.items()}
     length = ascent_length(stretched, norm_threshold)
     step = {k: units[k] * x * (rho / length) for k, x in stretched.items()}
-    return _measured(
-        loss, at, gradient, terms, step, step, curvature=curvature, epsilon=rho,
-        adaptive_epsilon=True, steps=1, steps_taken=1, num_gradients=1,
-    )  # fmt: skip
+    return _measured(loss, at, gradient, terms, step, step, curvature, rho, adaptive_epsilon=True, steps=1, taken=1)
 
 
 def _measured(
-    loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, *, curvature: bool, **settings
-) -> SamSharpness:
+    loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, curvature: bool,
+    epsilon: float, adaptive_epsilon: bool, steps: int, taken: int,
+) -> SamSharpness:  # fmt: skip
     """The rise in `step`, beside the first two orders of the one-step displacement `first`."""
     there = moved(at, step)
     after = terms_at(loss, there)
     scored, length = terms.weights != 0, norm(first)
-    unit = scaled(first, 1 / length)
+    unit = _times(first, 1 / length)
     bent = curvature_along(loss, at, unit, float(terms.weights.sum())) if curvature else math.nan
     return SamSharpness(
         loss=terms.mean,
         sums=terms.sums[scored],
         differences=(after.sums - terms.sums)[scored],
         weights=terms.weights[scored],
+        epsilon=epsilon,
+        adaptive_epsilon=adaptive_epsilon,
+        steps=steps,
+        steps_taken=taken,
         displacement=realised_norm(loss, at, there),
         gradient_norm=norm(gradient),
         first_order=inner(gradient, first),
@@ -273,7 +269,7 @@ def _measured(
         second_order=length**2 / 2 * bent,
         rounding=rounding_of_difference(loss, at, gradient, max(abs(terms.mean), abs(after.mean))),
         num_forwards=1,
-        **settings,
+        num_gradients=min(taken + 1, steps),
     )
 
 
@@ -281,7 +277,7 @@ def _ascent(
     loss: Loss, at: Leaves, gradient: Leaves, radius: float, steps: int, share: float, norm_threshold: float
 ) -> tuple[Leaves, int]:
     """The displacement after normalised gradient steps of length share * radius, projected on the ball."""
-    step = scaled(gradient, min(share, 1.0) * radius / norm(gradient))
+    step = _times(gradient, min(share, 1.0) * radius / norm(gradient))
     for taken in range(1, steps):
         uphill, _ = gradient_at(loss, moved(at, step))
         length = norm(uphill)
@@ -289,7 +285,7 @@ def _ascent(
             return step, taken
         step = {k: x + uphill[k] * (share * radius / length) for k, x in step.items()}
         if (size := norm(step)) > radius:
-            step = scaled(step, radius / size)
+            step = _times(step, radius / size)
     return step, steps
 
 
@@ -298,3 +294,7 @@ def _unit(leaf: Leaf, value: Tensor, scale: Scale) -> Tensor:
     if scale == "elementwise" or leaf.filter_dim is None:
         return value.abs()
     return value.square().sum(leaf.within_filter, keepdim=True).sqrt()
+
+
+def _times(step: Leaves, factor: float) -> Leaves:
+    return {k: x * factor for k, x in step.items()}

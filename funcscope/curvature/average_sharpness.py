@@ -21,6 +21,7 @@ from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 from ..core.result import Result, derived, internal, quantity
+from .leafwise import terms_at
 from .sequence_forms import SequenceForms
 
 Steps = Literal["sphere", "normal", "relative"]
@@ -32,11 +33,11 @@ class AverageSharpness(Result):
     `positive` and `negative` have one entry per pair, float64 on the CPU, non-finite ones included. Nats.
     """
 
-    loss: float = quantity("loss", unit="nats")
+    loss: float = quantity("loss", unit="loss")
     forms: SequenceForms = internal()
     """The mean rise of each finite pair, sequence by sequence."""
-    positive: Float[Tensor, " n"] = quantity("loss after the step", unit="nats", per="pair")
-    negative: Float[Tensor, " n"] = quantity("loss after the opposite step", unit="nats", per="pair")
+    positive: Float[Tensor, " n"] = quantity("loss after the step", unit="loss", per="pair")
+    negative: Float[Tensor, " n"] = quantity("loss after the opposite step", unit="loss", per="pair")
     distribution: str
     epsilon: float
     num_parameters: int
@@ -45,7 +46,7 @@ class AverageSharpness(Result):
     unit_roundoff: float
     key: Key
 
-    @derived("mean rise of a pair", unit="nats", per="pair")
+    @derived("mean rise of a pair", unit="loss", per="pair")
     def values(self) -> Float[Tensor, " n"]:
         """The mean rise of each pair; odd orders of the loss cancel in it."""
         return (self.positive - self.loss + (self.negative - self.loss)) / 2
@@ -60,12 +61,12 @@ class AverageSharpness(Result):
         """The sharpness with its standard error over finite pairs: biased downwards where `num_nonfinite` is not 0."""
         return Estimate.of(self.values[self.values.isfinite()])
 
-    @derived("average sharpness", unit="nats", name="sharpness")
+    @derived("average sharpness", unit="loss", name="sharpness")
     def errors(self) -> Crossed:
         """The same with its errors over the pairs, over the sequences, and over both."""
         return self.forms.mean
 
-    @derived("second order from the trace", unit="nats")
+    @derived("second order from the trace", unit="loss")
     def predicted(self) -> Estimate | None:
         r"""The second order, $\epsilon^2 \operatorname{tr} H / 2P$, from the trace that was passed; None without one."""
         if self.trace is None:
@@ -73,7 +74,7 @@ class AverageSharpness(Result):
         factor = self.epsilon**2 / 2 / (1 if self.distribution == "relative" else self.num_parameters)
         return Estimate(self.trace.value * factor, self.trace.stderr * factor, self.trace.num)
 
-    @derived("rounding", unit="nats")
+    @derived("rounding", unit="loss")
     def rounding(self) -> float:
         r"""The order of what rounding of the losses does to each value: $2 u |L|$, u the model's unit roundoff."""
         return 2 * self.unit_roundoff * abs(self.loss)
@@ -84,9 +85,17 @@ class AverageSharpness(Result):
         return 2 * len(self.positive) + 1
 
     @property
+    def unresolved(self) -> list[str]:
+        return ["sharpness"] if abs(float(self.errors.value)) < self.rounding else []
+
+    @property
     def notes(self) -> list[str]:
         known = self.predicted is None or bool(self.predicted.stderr.isfinite())
-        return self.forms.notes + ([] if known else ["predicted: the trace came without an error"])
+        notes = self.forms.notes + ([] if known else ["predicted: the trace came without an error"])
+        lost = (
+            f"sharpness: below what rounding of the losses may do to it, {self.rounding:.1g}: take a larger `epsilon`"
+        )
+        return [lost, *notes] if self.unresolved else notes
 
     @property
     def head(self) -> str:
@@ -137,29 +146,31 @@ def average_sharpness(
     check_choice("distribution", distribution, get_args(Steps))
     check_point(loss, theta)
     params = loss.leaves(theta)
+    before, weights = terms = terms_at(loss, theta)
+    if not math.isfinite(terms.mean):
+        raise ValueError(
+            f"the loss at theta is {terms.mean}: there is no sharpness around it. Check weights and batch."
+        )
+    if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
+        raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
     with torch.no_grad():
-        before, weights = (x.cpu().double() for x in loss.terms(theta))
-        centre = float(before.sum() / weights.sum())
-        if not math.isfinite(centre):
-            raise ValueError(
-                f"the loss at theta is {centre}: there is no sharpness around it. Check weights and batch."
-            )
-        if distribution == "relative" and not any(bool(x.any()) for x in params.values()):
-            raise ValueError("`relative` steps are proportional to theta, which is 0: use 'sphere' or 'normal'.")
         drawn = directions(loss.net, key=fold_in(key, "directions"), num=num, normalize="global", base=params)
         each = _Sequences(loss.net, loss.batches, loss.criterion, loss._verdicts)
         after = torch.stack([_pair(each, theta, params, d, distribution, epsilon) for d in drawn])
+    if trace is not None and not isinstance(trace, Estimate):
+        value, unknown = torch.tensor([float(trace), math.nan], dtype=torch.float64)
+        trace = Estimate(value, unknown, 0)
     positive, negative = after.sum(2).T / weights.sum()
     rises, scored = ((after - before).sum(1) / 2)[(positive + negative).isfinite()], weights != 0
     return AverageSharpness(
-        loss=centre,
+        loss=terms.mean,
         forms=SequenceForms(rises[:, scored], weights[scored]),
         positive=positive,
         negative=negative,
         distribution=distribution,
         epsilon=epsilon,
         num_parameters=loss.layout.num,
-        trace=_known(trace),
+        trace=trace,
         unit_roundoff=loss.net.unit_roundoff,
         key=key,
     )
@@ -213,10 +224,3 @@ def _line(loss: Loss, theta: Theta, params: Params, direction: Direction, *, str
     if stretched:
         row *= loss.layout.ravel(params, row.dtype).abs()
     return restrict(loss, theta, row)
-
-
-def _known(trace: float | Estimate | None) -> Estimate | None:
-    if trace is None or isinstance(trace, Estimate):
-        return trace
-    value = torch.tensor(float(trace), dtype=torch.float64)
-    return Estimate(value, value * math.nan, 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from ..core.checks import check_count, check_positive
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.standard_errors import ratio_stderr
-from .critical_search import bracket
-from .leafwise import Leaves, Terms, gradient_at, inner, leaves_of, moved, norm, slope_along, terms_at
+from ..core.vectors import Leaves, inner, moved, norm
+from .leafwise import Terms, gradient_at, slope_along, terms_at
 
 Status = Literal["found", "ascent direction", "flat direction", "never rises", "always rises", "not narrowed"]
 
@@ -36,7 +37,7 @@ class CriticalSharpness(Result):
     learning_rate_interval: tuple[float, float] = quantity("interval of the critical learning rate", per="bound")
     slope: float = quantity("slope along the update")
     r"""$g^\top u$: how fast the loss falls along the update."""
-    loss: float = quantity("loss", unit="nats")
+    loss: float = quantity("loss", unit="loss")
     rounding: float
     """The relative error of the value that rounding of two losses may make."""
     num_forwards: int
@@ -97,9 +98,10 @@ def critical_sharpness(
     >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
-    at = leaves_of(loss, theta)
     if direction is not None:
-        return _along(loss, at, leaves_of(loss, direction, "direction"), start, tolerance, max_forwards)
+        search: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards}
+        return relative_critical_sharpness(loss, loss, theta, direction, **search)
+    at = Loss.wide_leaves(loss, theta)
     update, terms = gradient_at(loss, at)
     return _searched(loss, at, update, inner(update, update), terms, start, tolerance, max_forwards)
 
@@ -135,23 +137,16 @@ def relative_critical_sharpness(
     """
     if loss_1.layout.shapes != loss_2.layout.shapes:
         raise ValueError("`loss_1` and `loss_2` must be losses of the same parameters; their names or shapes differ.")
-    at = leaves_of(loss_2, theta)
-    update = gradient_at(loss_1, at)[0] if direction is None else leaves_of(loss_1, direction, "direction")
-    return _along(loss_2, at, update, start, tolerance, max_forwards)
-
-
-def _along(
-    loss: Loss, at: Leaves, update: Leaves, start: float | None, tolerance: float, max_forwards: int
-) -> CriticalSharpness:
-    """Along a given update: its slope is one `jvp`."""
-    terms = terms_at(loss, at)
-    slope = slope_along(loss, at, update, float(terms.weights.sum()))
+    at = Loss.wide_leaves(loss_2, theta)
+    update = gradient_at(loss_1, at)[0] if direction is None else loss_1.wide_leaves(direction, "direction")
+    terms = terms_at(loss_2, at)
+    slope = slope_along(loss_2, at, update, float(terms.weights.sum()))
     if not math.isfinite(terms.mean) or not math.isfinite(slope):
         raise ValueError(
             f"the loss at theta is {terms.mean} and its slope along the update {slope}: both must be finite. Check the "
             "weights, the batch and the update."
         )
-    result = _searched(loss, at, update, slope, terms, start, tolerance, max_forwards - 1)
+    result = _searched(loss_2, at, update, slope, terms, start, tolerance, max_forwards - 1)
     return replace(result, num_forwards=result.num_forwards + 1)
 
 
@@ -200,3 +195,104 @@ def _start(at: Leaves, update: Leaves, slope: float, level: float) -> float:
     """The smaller of two: where the tangent of the loss reaches 0, and a step of a hundredth of theta's norm."""
     steps = [level / slope, 0.01 * norm(at) / norm(update)]
     return min((step for step in steps if 0 < step < math.inf), default=1.0)
+
+
+class Trial(NamedTuple):
+    """A learning rate, and how far the loss has risen there over that rate: -slope at 0, and 0 at the crossing."""
+
+    eta: float
+    rate: float
+
+
+class Bracket(NamedTuple):
+    """The largest trial below and the smallest above; (0, -slope) and (inf, nan) where there was none."""
+
+    low: Trial
+    high: Trial
+    third: Trial
+    """The end that the last trial took the place of; the origin where there was none."""
+    num: int
+
+    @property
+    def closed(self) -> bool:
+        return self.low.eta > 0 and math.isfinite(self.high.eta)
+
+    @property
+    def crossing(self) -> float:
+        """Where the secant of the rate crosses 0, exact for a parabola; the ends' geometric mean where one is infinite."""
+        share = -self.low.rate / (self.high.rate - self.low.rate)
+        if not math.isfinite(self.high.rate) or not math.isfinite(share):
+            return math.sqrt(self.low.eta) * math.sqrt(self.high.eta)
+        return self.low.eta + (self.high.eta - self.low.eta) * share
+
+
+def bracket(rise: Callable[[float], float], slope: float, start: float, *, ratio: float, max_trials: int) -> Bracket:
+    r"""Trials until `high / low <= ratio`: none of them above at low, one above at high. A rise of nan counts as above.
+
+    slope: how fast the function falls at 0. While all trials are on one side, the next is where a parabola through 0 and the
+    last one crosses, further by a factor of 3, 9, ... after each failure; a step of 10 where it hardly bends. Between two
+    sides, it is where a secant puts the crossing, or, once there are three trials around it, inverse quadratic interpolation
+    if Chandrupatla's test trusts it, or else the middle in log space;
+    moved by a factor of about $\sqrt{ratio}$ to the far side, so that the bracket closes from both ends.
+
+    Chandrupatla (1997), doi:10.1016/S0965-9978(96)00051-8.
+
+    >>> ends = bracket(lambda x: x**2 - 3 * x, 3.0, 100.0, ratio=1.1, max_trials=9)
+    >>> ends.num, round(ends.low.eta, 2), round(ends.high.eta, 2), round(ends.crossing, 12)
+    (3, 2.87, 3.13, 3.0)
+    """
+    origin = Trial(0.0, -slope)
+    ends = Bracket(origin, Trial(math.inf, math.nan), origin, 0)
+    eta, same_side, was_below = start, 0, None
+    while ends.num < max_trials and 0 < eta < math.inf:
+        trial = Trial(eta, rise(eta) / eta)
+        below = trial.rate <= 0
+        same_side, was_below = same_side + 1 if below == was_below else 0, below
+        third = ends.low if below else ends.high if math.isfinite(ends.high.eta) else origin
+        ends = Bracket(*((trial, ends.high) if below else (ends.low, trial)), third, ends.num + 1)
+        if ends.closed and ends.high.eta <= ratio * ends.low.eta:
+            break
+        eta = (_between if ends.closed else _beyond)(ends, below, same_side, ratio**0.45, slope)
+    return ends
+
+
+def _beyond(ends: Bracket, below: bool, failures: int, beside: float, slope: float) -> float:
+    """Where to look for the other side."""
+    factor = max(beside, 3.0**failures) if failures else beside
+    if below:
+        guess = max(_parabola(slope, ends.low), ends.low.eta)
+        return factor * (guess if guess < 1000 * ends.low.eta else 10 * ends.low.eta)  # a small bend may be rounding
+    return max(_parabola(slope, ends.high) / factor, ends.high.eta / 1000)
+
+
+def _between(ends: Bracket, below: bool, failures: int, beside: float, _: float) -> float:
+    """Where to cut the bracket: on the far side of the crossing from the last trial."""
+    low, high = ends.low.eta, ends.high.eta
+    middle = math.sqrt(low) * math.sqrt(high)
+    last, other = (ends.low, ends.high) if below else (ends.high, ends.low)
+    root = _inverse_quadratic(last, other, ends.third) if ends.third.eta else ends.crossing
+    if root is None or failures > 2:
+        return middle
+    wide = beside**2.0**failures
+    places = (root * wide, root / beside) if below else (root / wide, root * beside)
+    return next((eta for eta in places if low < eta < high), middle)  # the bracket may already end on the far side
+
+
+def _inverse_quadratic(a: Trial, b: Trial, c: Trial) -> float | None:
+    """The crossing between a and b with the help of c; None where the three do not lie on a monotone parabola."""
+    if not all(math.isfinite(x.rate) for x in (a, b, c)) or len({a.rate, b.rate, c.rate}) < 3:
+        return None
+    place, size = (a.eta - b.eta) / (c.eta - b.eta), (a.rate - b.rate) / (c.rate - b.rate)
+    if not (size * size < place and (1 - size) * (1 - size) < 1 - place):
+        return None
+    first = a.rate / (b.rate - a.rate) * (c.rate / (b.rate - c.rate))
+    second = (c.eta - a.eta) / (b.eta - a.eta) * (a.rate / (c.rate - a.rate)) * (b.rate / (c.rate - b.rate))
+    return a.eta + (first + second) * (b.eta - a.eta)
+
+
+def _parabola(slope: float, at: Trial) -> float:
+    """Where the parabola with this slope at 0 through a trial crosses 0; inf where it never does, 0 for an infinite rise."""
+    bend = at.rate + slope
+    if math.isnan(bend):
+        return 0.0
+    return at.eta * (slope / bend) if bend > 0 else math.inf

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,45 @@ from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ..core.directions import dot
 from ..core.keys import Key, fold_in, normal
 from ..core.objective import Loss
+from ..core.pack import storable
 from ..core.skeleton import TrueDerivatives
-from .audit_result import Culprit
-from .derivative_ways import PRODUCTS, Calls, nested, slope
-from .differences import along_line, in_float64
-from .head import total_of
+from .derivatives import METHODS, Calls, Scalar, along, along_line, in_float64
+from .outputs import total_of
 from .pullbacks import ONE_AT_A_TIME
 
 _OFF = 1e-3
 _LARGEST = 2**24
 """Numbers in one vector of everything that a module reads; larger ones are not looked at alone."""
+
+
+Faults = dict[str, Literal["wrong", "missing"]]
+"""Methods of differentiation that contradict the values, or that torch does not have; empty where all are right."""
+
+
+@storable
+@dataclass(frozen=True)
+class Culprit:
+    """A module, or the criterion, whose own derivatives are wrong or missing, and not because of a part of it.
+
+    operations: the functions of torch that break alone what the module breaks; all that it calls where none does alone.
+    """
+
+    module: str
+    kind: str
+    operations: tuple[str, ...]
+    wrong: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: str, kind: str, operations: tuple[str, ...], faults: Faults) -> Culprit:
+        named = {what: tuple(way for way, fault in faults.items() if fault == what) for what in ("wrong", "missing")}
+        return cls(module, kind, operations, **named)
+
+    def __str__(self) -> str:
+        faults = [f"{what}: {', '.join(ways)}" for what in ("wrong", "missing") if (ways := getattr(self, what))]
+        return f"{self.module} ({self.kind}) calls {', '.join(self.operations)}; {'; '.join(faults)}"
 
 
 class Call(NamedTuple):
@@ -43,71 +69,50 @@ class Call(NamedTuple):
         return type(self.module), self.module.extra_repr(), str(tree), tuple(getattr(x, "shape", None) for x in leaves)
 
 
-class Faults(NamedTuple):
-    """Ways to a derivative that are not those of the values, or that torch does not have."""
-
-    wrong: tuple[str, ...]
-    missing: tuple[str, ...]
-
-
 def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
     """The modules, and the criterion, that break a derivative that no part of them breaks; each kind once."""
     loss = in_float64(loss)
     loss = replace(loss, net=loss.net.in_dtype(torch.float64), batches=loss.batches[:1])  # a skeleton to be listened to
     out: list[Culprit] = []
-    faults: dict[str, Faults | None] = {}
+    faults: dict[str, Faults] = {}
     calls, outputs = _calls(loss, theta.double())
     for call in calls:  # parts come before the whole
         f, at = _of_module(call, loss.net.attention == "keep"), (call.weights, call.args, call.kwargs)
+        inside = call.name and f"{call.name}."
+        parts = {
+            way for name, broken in faults.items() if name.startswith(inside) and name != call.name for way in broken
+        }
         faults[call.name] = broken = faults_of(f, at, fold_in(key, call.name))
-        inside = [
-            faults[name] for name in faults if name != call.name and name.startswith(call.name and f"{call.name}.")
-        ]
-        if broken and (own := _minus(broken, inside)):
+        if own := {way: fault for way, fault in broken.items() if way not in parts}:
             operations = _operations(f, at, broken, fold_in(key, call.name))
-            out.append(Culprit(call.name or "the model", type(call.module).__name__, operations, *own))
-    targets = loss.batches[0][1]
+            out.append(Culprit.of(call.name or "the model", type(call.module).__name__, operations, own))
+    name, targets = loss.criterion.name, loss.batches[0][1]
     own = faults_of(lambda z: total_of(loss.criterion, z, targets), (outputs,), fold_in(key, "the criterion"))
-    if own:
-        out.append(Culprit("the criterion", loss.criterion.name, (loss.criterion.name,), *own))
-    return tuple(out)
+    return (*out, *([Culprit.of("the criterion", name, (name,), own)] if own else ()))
 
 
-def faults_of(f: Callable[..., Any], at: tuple, key: Key) -> Faults | None:
-    """The ways that are wrong or missing for a function of tensors alone, in all its floating arguments and outputs.
-
-    None where all are right, or where values do not decide.
-    """
+def faults_of(f: Callable[..., Any], at: tuple, key: Key) -> Faults:
+    """The faults of a function of tensors, in all its floating arguments and outputs; none where values do not decide."""
     line = _line_of(f, at, key)
     if line is None:
-        return None
+        return {}
     phi, x, d = line
     with torch.no_grad():
         judges = along_line(lambda a: float(phi(x + a * d)))
-    wrong, missing = [], []
-    for way, (order, take) in _ways(phi, x, d).items():
+    faults: Faults = {}
+    for name, method in METHODS.items():
         try:
             with torch.enable_grad(), ONE_AT_A_TIME:
-                value = float(take())
+                value = along(method.of(phi, x)(d), d)
         except (NotImplementedError, RuntimeError):
-            missing.append(way)
+            faults[name] = "missing"
             continue
-        if judges[order - 1].contradicts(value, _OFF):
-            wrong.append(way)
-    return Faults(tuple(wrong), tuple(missing)) if wrong or missing else None
+        if judges[method.order - 1].contradicts(value, _OFF):
+            faults[name] = "wrong"
+    return faults
 
 
-def _ways(phi: Callable[[Tensor], Tensor], x: Tensor, d: Tensor) -> dict[str, tuple[int, Callable[[], Any]]]:
-    return {
-        "gradient": (1, lambda: dot(grad(phi)(x), d)),
-        "jvp": (1, lambda: slope(phi, x, d)(x.new_zeros(()))),
-        "vjp of grad": (2, lambda: dot(PRODUCTS["vjp of grad"](phi, x)(d), d)),
-        "jvp of grad": (2, lambda: dot(PRODUCTS["jvp of grad"](phi, x)(d), d)),
-        "jvp of jvp": (2, lambda: nested(phi, x, d)),
-    }
-
-
-def _line_of(f: Callable[..., Any], at: tuple, key: Key) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor] | None:
+def _line_of(f: Callable[..., Any], at: tuple, key: Key) -> tuple[Scalar, Tensor, Tensor] | None:
     """A number made of all outputs, as a function of one vector of all floating inputs; where it is, and a direction."""
     leaves, tree = tree_flatten(at)
     moving = [i for i, leaf in enumerate(leaves) if _is_real(leaf)]
@@ -184,7 +189,7 @@ def _operations(f: Callable[..., Any], at: tuple, faults: Faults, key: Key) -> t
     breaking = []
     for i, (name, func, args, kwargs) in enumerate(called.calls):
         alone = faults_of(lambda a, k, func=func: func(*a, **k), (args, kwargs), fold_in(key, i))
-        if alone and (set(alone.wrong) & set(faults.wrong) or set(alone.missing) & set(faults.missing)):
+        if alone.items() & faults.items():
             breaking.append(name)
     if not breaking:
         with Calls() as called:
@@ -195,10 +200,3 @@ def _operations(f: Callable[..., Any], at: tuple, faults: Faults, key: Key) -> t
         own = [name for name in called.names if name.startswith("autograd.Function")]
         breaking = own or called.names
     return tuple(dict.fromkeys(breaking))
-
-
-def _minus(faults: Faults, others: list[Faults | None]) -> Faults | None:
-    """What is not explained by the parts."""
-    known = {way for other in others if other for way in other.wrong + other.missing}
-    own = Faults(*(tuple(way for way in ways if way not in known) for ways in faults))
-    return own if any(own) else None

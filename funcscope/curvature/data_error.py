@@ -14,7 +14,8 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..linalg.eigen import Eigenpairs
-from .sequence_forms import Matrix, SequenceForms, check_sum, crossed_forms
+from .hessian import Matrix
+from .sequence_forms import SequenceForms, check_sum, crossed_forms
 
 
 class EigenvalueErrors(Result):

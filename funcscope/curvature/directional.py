@@ -18,9 +18,7 @@ from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
 from ..core.result import Result, derived, quantity
 from ..linalg.matvec import Products
-from .ggn import ggn
-from .hessian import hessian
-from .pullbacks import flat
+from .hessian import ggn, hessian
 
 STENCIL = {
     2: (1 / 90, -3 / 20, 3 / 2, -49 / 18, 3 / 2, -3 / 20, 1 / 90),
@@ -72,7 +70,7 @@ def directional_curvatures(
     [1.0, 1.0]
     """
     check_count("the number of directions", len(dirs))
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     makers = [hessian, ggn] if gauss_newton else [hessian]
     products = [Products(make(loss, theta, keep=keep)) for make in makers]
     rows = []

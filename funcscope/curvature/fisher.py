@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
-from ..core.checks import check_choice, check_count, check_instance
+from ..core.checks import check_choice, check_count
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..linalg.matvec import Matvec
-from .ggn import ggn
-from .head import total_of
-from .outputs import Outputs, total_weight, whole
-from .pullbacks import AtOutputs, flat, sandwich
+from .hessian import ggn
+from .leafwise import terms_at
+from .outputs import Outputs, total_of, total_weight
+from .pullbacks import AtOutputs, sandwich
 
 
 def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:
@@ -36,6 +36,7 @@ def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int
 
     Martens (2020), arXiv:1412.1193; Kunstner, Balles, Hennig (2019), arXiv:1905.12558, for the three meanings.
     """
+    theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
     return ggn(loss, theta, keep=keep, head_chunk=head_chunk)
 
@@ -53,9 +54,8 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     """
     check_key(key)
     check_count("num", num)
-    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
+    theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
-    theta = flat(loss, theta)
     _check_apart(loss, theta)
     drawn = _draws(loss, theta, key, num)
     return sandwich(loss, theta, _scored_by(_by_token, loss, drawn), 1 / (num * total_weight(loss, theta)), keep)
@@ -83,11 +83,11 @@ def empirical_fisher(
     tensor([ 0.2500, -0.2500])
     """
     check_choice("unit", unit, ("sequence", "token"))
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     by = _by_token if unit == "token" else _by_sequence
     if unit == "token":
         _check_apart(loss, theta)
-    scale = total_weight(loss, theta) if unit == "token" else float(_scored_sequences(loss, theta))
+    scale = total_weight(loss, theta) if unit == "token" else float((terms_at(loss, theta).weights != 0).sum())
     parts = _scored_by(by, loss, [[targets] for _, targets in loss.batches])
     return sandwich(loss, theta, parts, 1 / scale, keep)
 
@@ -125,11 +125,10 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     """
     check_key(key)
     check_count("num", num)
+    theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
-    theta = flat(loss, theta)
-    with torch.no_grad():
-        if bool((loss.terms(theta)[1] < 0).any()):
-            raise ValueError("weights must be at least 0: their square roots are those of the scores.")
+    if bool((terms_at(loss, theta).weights < 0).any()):
+        raise ValueError("weights must be at least 0: their square roots are those of the scores.")
     scale = total_weight(loss, theta)
     mean, scatter = torch.zeros_like(theta), torch.zeros_like(theta)
     for i in range(num):
@@ -156,24 +155,19 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
 
 def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
     """Per batch, `num` targets with drawn labels. Draw i of sequence r comes from the child (i, r) of the key."""
-    params, first, drawn = loss.params(theta), 0, []
-    for inputs, targets in loss.batches:
+    first, drawn, sample = 0, [], loss.criterion.sample
+    assert sample is not None
+    for batch in loss.batches:
         with torch.no_grad():
-            out = loss.net.apply(params, inputs)
-        draws = []
-        for i in range(num):
-            rows = [
-                loss.criterion.sample(out[r : r + 1], _row(targets, r), fold_in(fold_in(key, i), first + r))  # type: ignore[misc]
-                for r in range(len(out))
-            ]
-            draws.append(tree_map(lambda *leaves: torch.cat(leaves), *rows))
+            (out,) = Outputs(loss, batch).of(theta)
+        singles = [tree_map(lambda x, r=r: x[r : r + 1], (out, batch[1])) for r in range(len(out))]
+        keys = [[fold_in(fold_in(key, i), first + r) for r in range(len(out))] for i in range(num)]
+        draws = [
+            [sample(single[0], single[1], each) for single, each in zip(singles, row, strict=True)] for row in keys
+        ]
+        drawn.append([tree_map(lambda *leaves: torch.cat(leaves), *rows) for rows in draws])
         first += len(out)
-        drawn.append(draws)
     return drawn
-
-
-def _row(targets: Any, r: int) -> Any:
-    return tree_map(lambda x: x[r : r + 1], targets)
 
 
 def _scored_by(
@@ -184,10 +178,7 @@ def _scored_by(
     def middle(several: list[Any]) -> AtOutputs:
         return lambda outs, moved: (sum(by(loss.criterion, outs[0], one, moved[0]) for one in several),)  # type: ignore[return-value]
 
-    return [
-        (whole(loss.net, loss.criterion, *batch), middle(several))
-        for batch, several in zip(loss.batches, targets, strict=True)
-    ]
+    return [(Outputs(loss, batch), middle(several)) for batch, several in zip(loss.batches, targets, strict=True)]
 
 
 def _by_token(criterion: Criterion, out: Tensor, targets: Any, v: Tensor) -> Tensor:
@@ -234,11 +225,6 @@ def _scores(criterion: Criterion, out: Tensor, targets: Any, factor: Tensor | fl
 def _over(x: Tensor, like: Tensor) -> Tensor:
     """x with as many dimensions as `like`, new ones last."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)).to(like.dtype)
-
-
-def _scored_sequences(loss: Loss, theta: Tensor) -> int:
-    with torch.no_grad():
-        return int((loss.terms(theta)[1] != 0).sum())
 
 
 def _check_distribution(criterion: Criterion) -> None:

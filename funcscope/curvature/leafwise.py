@@ -6,20 +6,17 @@ All are sums over the batches, one batch at a time, so that the memory is that o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp
 
-from ..core.checks import check_flat
-from ..core.directions import PART, dot
-from ..core.objective import Loss, Theta, check_point
-
-Leaves = Mapping[str, Tensor]
-"""One tensor per parameter: a point, a gradient or a step."""
+from ..core.objective import Loss, Theta
+from ..core.vectors import Leaves, inner, norm
+from .pullbacks import kept_gradient
 
 
 class Terms(NamedTuple):
@@ -34,27 +31,10 @@ class Terms(NamedTuple):
         return float(self.sums.sum() / self.weights.sum())
 
 
-def leaves_of(loss: Loss, theta: Theta, name: str = "theta") -> dict[str, Tensor]:
-    """The leaves of a flat vector or a dict of parameters, in float32 at least: a step is made before any rounding.
-
-    Raises ValueError for another length, other names or other shapes than those of the layout.
-    """
-    check_point(loss, theta)
-    if isinstance(theta, Tensor):
-        check_flat(name, theta, loss.layout.num)
-    leaves = loss.leaves(theta)
-    if {k: tuple(v.shape) for k, v in leaves.items()} != loss.layout.shapes:
-        raise ValueError(
-            f"`{name}` must have the names and shapes of `net.layout`: a flat vector of shape ({loss.layout.num},) or a "
-            "dict like `net.params`."
-        )
-    return {k: leaves[k].detach().to(torch.promote_types(leaves[k].dtype, torch.float32)) for k in loss.layout.names}
-
-
-def terms_at(loss: Loss, leaves: Leaves) -> Terms:
-    """One forward pass over all batches."""
+def terms_at(loss: Loss, theta: Theta) -> Terms:
+    """One forward pass over all batches; theta is a vector or leaves."""
     with torch.no_grad():
-        return _gathered([one.terms(leaves) for one in _one_by_one(loss)])
+        return Terms(*(x.cpu().double() for x in loss.terms(theta)))
 
 
 def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
@@ -67,14 +47,14 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
     for one in _one_by_one(loss):
 
         def summed(at: Leaves, one: Loss = one) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            sums, weights = one.terms(at)
-            return sums.sum(), (sums, weights)
+            terms = one.terms(at)
+            return terms[0].sum(), terms
 
         with torch.enable_grad():
             part, terms = grad(summed, has_aux=True)(dict(leaves))
         total = {k: total[k].add_(v) for k, v in part.items()} if total else part
         parts.append(terms)
-    terms = _gathered(parts)
+    terms = Terms(*(torch.cat(each).detach().cpu().double() for each in zip(*parts, strict=True)))
     _check_finite(total, terms.mean)
     weight = float(terms.weights.sum())
     return {k: v.div_(weight) for k, v in total.items()}, terms
@@ -104,10 +84,8 @@ def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> flo
         )
     total = 0.0
     for one in _one_by_one(loss):
-        with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
-            _, pull = vjp(grad(lambda at, one=one: one.terms(at)[0].sum()), dict(leaves))
-            along = {k: v[k].to(x.dtype) for k, x in leaves.items()}
-            total += inner(pull(along)[0], along)
+        along = {k: v[k].to(x.dtype) for k, x in leaves.items()}
+        total += inner(kept_gradient(lambda at, one=one: one.terms(at)[0].sum(), dict(leaves))(along), along)
     return total / weight
 
 
@@ -127,26 +105,6 @@ def slope_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
     return sum(map(along, _one_by_one(loss))) / weight
 
 
-def inner(a: Leaves, b: Leaves) -> float:
-    """The inner product of two sets of leaves."""
-    return sum(dot(x, y.to(x.dtype)) for k in a for x, y in _parts(a[k], b[k]))
-
-
-def norm(a: Leaves) -> float:
-    """The Euclidean norm of all leaves together."""
-    return math.sqrt(inner(a, a))
-
-
-def scaled(a: Leaves, factor: float) -> dict[str, Tensor]:
-    """factor * a."""
-    return {k: x * factor for k, x in a.items()}
-
-
-def moved(leaves: Leaves, step: Leaves, factor: float = 1.0) -> dict[str, Tensor]:
-    """theta + factor * step, in theta's own dtype; the model rounds to the dtype that it computes in."""
-    return {k: torch.add(x, step[k].to(x.dtype), alpha=factor) for k, x in leaves.items()}
-
-
 def realised_norm(loss: Loss, leaves: Leaves, at: Leaves) -> float:
     """The distance of two points after rounding to the dtypes that the model computes in."""
     used = {leaf.name: leaf.dtype for leaf in loss.layout.leaves}
@@ -164,22 +122,12 @@ def rounding_of_difference(loss: Loss, leaves: Leaves, gradient: Leaves, level: 
     total = 2 * loss.net.unit_roundoff * abs(level)
     for k, x in leaves.items():
         roundoff = max(torch.finfo(used[k]).eps, torch.finfo(x.dtype).eps) / 2
-        total += roundoff * sum(dot(g.abs().to(t.dtype), t.abs()) for g, t in _parts(gradient[k], x))
+        total += roundoff * inner({k: x.abs()}, {k: gradient[k].abs()})
     return total
-
-
-def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Terms:
-    sums, weights = zip(*parts, strict=True)
-    return Terms(torch.cat(sums).detach().cpu().double(), torch.cat(weights).detach().cpu().double())
 
 
 def _one_by_one(loss: Loss) -> Iterator[Loss]:
     return (replace(loss, batches=(batch,)) for batch in loss.batches)
-
-
-def _parts(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both flat, some 2 MiB at a time: no second copy of a large leaf."""
-    return zip(a.reshape(-1).split(PART), b.reshape(-1).split(PART), strict=True)
 
 
 def _check_finite(gradient: Leaves, level: float) -> None:

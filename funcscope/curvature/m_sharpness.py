@@ -12,15 +12,16 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta, check_point
 from ..core.result import Result, derived, quantity
 from .ascent_sharpness import SamSharpness, sam_sharpness
+from .leafwise import terms_at
 from .rows import coupled, micro_batches, sizes_of, tolerance
 
 
 class MSharpness(Result):
     """One-step sharpness of every micro-batch of m sequences; made by `m_sharpness`."""
 
-    values: Float[Tensor, " n"] = quantity("sharpness", unit="nats", per="micro-batch")
+    values: Float[Tensor, " n"] = quantity("sharpness", unit="loss", per="micro-batch")
     """One per micro-batch, float64, nats."""
-    losses: Float[Tensor, " n"] = quantity("loss", unit="nats", per="micro-batch")
+    losses: Float[Tensor, " n"] = quantity("loss", unit="loss", per="micro-batch")
     gradient_norms: Float[Tensor, " n"] = quantity("gradient norm", per="micro-batch")
     m: int
     epsilon: float
@@ -29,7 +30,7 @@ class MSharpness(Result):
     num_forwards: float
     """Passes over as many sequences as the loss has, without a derivative; as many gradients."""
 
-    @derived("mean sharpness", unit="nats", name="sharpness")
+    @derived("mean sharpness", unit="loss", name="sharpness")
     def estimate(self) -> Estimate:
         """The mean over micro-batches with its standard error."""
         return Estimate.of(self.values)
@@ -71,8 +72,7 @@ def m_sharpness(
     """
     check_point(loss, theta)
     parts = micro_batches(loss, m)
-    with torch.no_grad():
-        sums, weights = (x.cpu().double() for x in loss.terms(theta))
+    sums, weights = terms_at(loss, theta)
     sizes = sizes_of(parts, len(sums))
     each: list[SamSharpness] = []
     options: Any = {"epsilon": epsilon, "adaptive_epsilon": adaptive_epsilon, "norm_threshold": norm_threshold}

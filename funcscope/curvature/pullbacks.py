@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from ..core.checks import check_flat
-from ..core.objective import Loss, Theta, check_point
+from ..core.objective import Loss
 from ..core.progress import tick
 from ..linalg.matvec import Matvec
-from .head import Outs
-from .outputs import Outputs
+from .outputs import Outputs, Outs
 
 ONE_AT_A_TIME = threading.RLock()
 """For products that run the model: its skeleton holds one set of values, and torch has one level of forward mode."""
@@ -26,15 +25,6 @@ _MISSING = ("is not implemented", "not implemented for", "does not support it", 
 
 AtOutputs = Callable[[Outs, Outs], Outs]
 """(outputs, tangent) -> cotangent: a symmetric linear map of the tangent."""
-
-
-def flat(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
-    """Theta as one vector, in float32 at least: a constant to whoever differentiates later. The door of the operators."""
-    check_point(loss, theta)
-    if isinstance(theta, Tensor):
-        check_flat("theta", theta, loss.layout.num)
-        return theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
-    return loss.layout.ravel(theta, torch.promote_types(loss.layout.dtype, torch.float32)).detach()
 
 
 def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
@@ -77,7 +67,7 @@ def sandwich(
     one = kept_sandwich if keep else _rebuilt
 
     def maps() -> list[Matvec]:
-        return [one(loss, theta, batch, middle) for batch, middle in parts]
+        return [one(theta, batch, middle) for batch, middle in parts]
 
     return operator(loss, theta, maps, scale, "J v and J'u need derivatives in both modes")
 
@@ -91,17 +81,17 @@ def summed(maps: list[Matvec], v: Tensor, scale: float) -> Tensor:
     return out if scale == 1 else out * scale
 
 
-def kept_gradient(f: Callable[[Tensor], Tensor], theta: Tensor) -> Matvec:
-    """v -> H v of one function, the graph of its gradient made once."""
-    with torch.enable_grad():
+def kept_gradient(f: Callable[[Any], Tensor], theta: Any) -> Callable[[Any], Any]:
+    """v -> H v of one function of a vector or of leaves, the graph of its gradient made once."""
+    with torch.enable_grad():  # without grad mode, torch takes formulas that have no derivative themselves (SiLU)
         _, pull = vjp(grad(f), theta)
     return lambda v: pull(v)[0]
 
 
-def kept_sandwich(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
+def kept_sandwich(theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
     """J' u is the pullback; J v is the pullback of u -> J' u, which is linear: both graphs are made once."""
     with torch.enable_grad():
-        outs, pull = vjp(lambda t: batch.of(loss.params(t)), theta)
+        outs, pull = vjp(batch.of, theta)
         push = _push(outs, pull)
     return lambda v: pull(middle(outs, push(v)))[0]
 
@@ -110,22 +100,31 @@ def _push(outs: Outs, pull: Callable[..., tuple]) -> Callable[[Tensor], Outs]:
     return vjp(lambda *u: pull(u)[0], *(torch.zeros_like(out) for out in outs))[1]
 
 
-def _rebuilt(loss: Loss, theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
-    def of(t: Tensor) -> Outs:
-        return batch.of(loss.params(t))
-
-    pushed = forward_or_reverse(lambda v: jvp(of, (theta,), (v,))[1], lambda v: _push(*vjp(of, theta))(v))
+def _rebuilt(theta: Tensor, batch: Outputs, middle: AtOutputs) -> Matvec:
+    pushed = _forward_or_reverse(lambda v: jvp(batch.of, (theta,), (v,))[1], lambda v: _push(*vjp(batch.of, theta))(v))
 
     def matvec(v: Tensor) -> Tensor:
         with torch.enable_grad(), ONE_AT_A_TIME:  # the graph of the pullback, whatever the caller's mode
-            outs, pull = vjp(of, theta)
+            outs, pull = vjp(batch.of, theta)
             moved = pushed(v)
         return pull(middle(outs, moved))[0]
 
     return matvec
 
 
-def forward_or_reverse(forward: Callable[[Tensor], Any], reverse: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def rebuilt_gradient(f: Callable[[Tensor], Tensor], theta: Tensor) -> Matvec:
+    """v -> H v of one function, differentiated anew for every vector."""
+    slope = grad(f)
+    product = _forward_or_reverse(lambda v: jvp(slope, (theta,), (v,))[1], lambda v: vjp(slope, theta)[1](v)[0])
+
+    def matvec(v: Tensor) -> Tensor:
+        with torch.enable_grad(), ONE_AT_A_TIME:  # see `kept_gradient`
+            return product(v)
+
+    return matvec
+
+
+def _forward_or_reverse(forward: Callable[[Tensor], Any], reverse: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """The first of two ways to one product; the second from then on, with a warning, where a kernel has no forward mode."""
     missing: list[str] = []
 

@@ -1,16 +1,23 @@
-"""Batches cut by rows: a tensor has one row per sequence, or serves them all."""
+"""Batches cut by rows, where a tensor has one per sequence or serves them all; and gradients of single sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.checks import check_count
-from ..core.objective import Loss
+from ..core.checks import check_choice, check_count
+from ..core.objective import Loss, Theta
+from .outputs import total_of
+
+Reduction = Literal["sum", "mean"]
 
 
 def micro_batches(loss: Loss, m: int) -> list[Loss]:
@@ -49,6 +56,12 @@ def cut(tree: Any, part: slice, rows: int) -> Any:
     return tree_map(lambda x: x[part] if is_cut(x, rows) else x, tree)
 
 
+def mapped(function: Callable[[Any], Any], batch: Any, rows: int, part: slice = slice(None)) -> Any:
+    """By `vmap`, the function of every sequence of a part of a batch: of batches of one."""
+    dims = tree_map(lambda x: 0 if is_cut(x, rows) else None, batch)
+    return vmap(function, in_dims=(dims,))(tree_map(lambda x: x[part][:, None] if is_cut(x, rows) else x, batch))
+
+
 def coupled(rows: int | str = "as many") -> str:
     """Why parts are not those of a whole, and what helps."""
     return (
@@ -61,6 +74,76 @@ def coupled(rows: int | str = "as many") -> str:
 def tolerance(loss: Loss) -> float:
     """Relative; beyond it, what is computed for sequences alone is not what is computed for all together."""
     return max(32 * loss.net.unit_roundoff, min(1e-4, 1e8 * loss.net.unit_roundoff))
+
+
+def per_sample_gradients(
+    loss: Loss, theta: Theta, *, reduction: Reduction = "sum", chunk_size: int = 8
+) -> Float[Tensor, "n p"]:
+    r"""One row per sequence, in the order of the batches: the gradient of its own loss.
+
+    `sum`: $g_b = \sum_{t \in b} w_t \nabla \ell_t$, so that the rows add up to $W \nabla L$. `mean`: $g_b / W_b$, with nan
+    for a sequence without a scored position. n P numbers are in memory; `gradient_chunks` gives them a few at a time.
+
+    chunk_size: sequences whose gradients are computed at once. Tensors of a batch whose first dimension is the number of
+    sequences are taken to have one entry per sequence; all others are shared. Models that `vmap` refuses (a
+    `.item()` in the forward pass) are differentiated one sequence at a time, which a warning says once.
+
+    Raises ValueError where the rows of a batch do not add up to its gradient: sequences that see each other.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
+    >>> per_sample_gradients(loss, torch.tensor([3.0, 4.0])).tolist()
+    [[3.0, 0.0], [0.0, 4.0]]
+    """
+    return torch.cat(list(gradient_chunks(loss, theta, reduction=reduction, chunk_size=chunk_size)))
+
+
+def gradient_chunks(
+    loss: Loss, theta: Theta, *, reduction: Reduction = "sum", chunk_size: int = 8
+) -> Iterator[Float[Tensor, "c p"]]:
+    """The rows of `per_sample_gradients`, at most `chunk_size` at a time: chunks do not cross batches."""
+    check_choice("reduction", reduction, ("sum", "mean"))
+    check_count("chunk_size", chunk_size)
+    theta = Loss.vector(loss, theta)
+    for batch in loss.batches:
+        yield from _of_batch(loss, theta, batch, reduction, chunk_size)
+
+
+def _of_batch(
+    loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int
+) -> Iterator[Tensor]:
+    """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
+    rows = next(len(leaf) for leaf in tree_leaves(batch[1]) if isinstance(leaf, Tensor) and leaf.ndim)
+    total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
+
+    def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        out = loss.net.apply(loss.params(t), part[0])
+        return total_of(loss.criterion, out, part[1]), loss.criterion.token_loss(out, part[1])[1].sum()
+
+    def gradient(part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        return grad(summed, has_aux=True)(theta, part)
+
+    for first in range(0, rows, chunk_size):
+        last = min(first + chunk_size, rows)
+        if not refusal:
+            try:
+                sums, weights = mapped(gradient, batch, rows, slice(first, last))
+            except RuntimeError as err:
+                refusal = str(err).split("\n", 1)[0][:100] or type(err).__name__
+        if refusal:  # or this says what is wrong with the model
+            singles = zip(*(gradient(cut(batch, slice(i, i + 1), rows)) for i in range(first, last)), strict=True)
+            sums, weights = map(torch.stack, singles)
+            loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({refusal}).")
+        total, lengths = total + sums.sum(0), lengths + float(torch.linalg.vector_norm(sums, dim=1).sum())
+        off = float(torch.linalg.vector_norm(total - gradient(batch)[0])) if last == rows else 0.0
+        if math.isfinite(off) and off > tolerance(loss) * lengths:
+            raise ValueError(
+                f"the gradients of {rows} single sequences add up to another one than that of their batch, off by "
+                f"{off / lengths:.1e} of their lengths: {coupled(rows)}"
+            )
+        yield sums if reduction == "sum" else sums / weights[:, None].to(sums.dtype)
 
 
 def _parts(batch: tuple[Any, Any], m: int) -> Iterator[tuple[Any, Any]]:

@@ -1,28 +1,28 @@
-"""Quadratic forms v'Hv taken apart into what each sequence adds to them: where errors over data come from."""
+"""Quadratic forms v'Hv, and traces, taken apart into what each sequence adds to them: where errors over data come from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.checks import check_choice, check_count
 from ..core.estimate import Crossed, Estimate
+from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
-from ..core.result import Result, derived, quantity
+from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..linalg.matvec import Matvec
-from .outputs import loss_at, whole
-from .pullbacks import ONE_AT_A_TIME, flat, kept_gradient, kept_sandwich, named_if_missing
-from .rows import is_cut, micro_batches, sizes_of
+from .hessian import MATRICES, Matrix
+from .leafwise import terms_at
+from .outputs import Outputs
+from .pullbacks import ONE_AT_A_TIME, kept_gradient, kept_sandwich, named_if_missing
+from .rows import mapped, micro_batches, sizes_of
 
-Matrix = Literal["hessian", "ggn"]
 UNITS = 128
 """Groups of sequences that an error over data is taken from at most, unless `group` says otherwise: it is good to 6 %."""
 NUMBERS = 2**22
@@ -86,6 +86,32 @@ class SequenceForms(Result):
         return SequenceForms(self.terms - other.terms, self.weights, self.group)
 
 
+class TraceErrors(Result):
+    """A trace from random probes and a sample of sequences, with the errors of both; made by `trace_errors`."""
+
+    forms: SequenceForms = internal()
+    key: Key
+
+    @derived("trace")
+    def trace(self) -> Crossed:
+        return self.forms.mean
+
+    @property
+    def head(self) -> str:
+        return f"trace from {len(self.forms.terms)} probes and {len(self.forms.weights)} sequences"
+
+    @property
+    def notes(self) -> list[str]:
+        return self.forms.notes
+
+    def minus(self, other: TraceErrors) -> Crossed:
+        """The difference to another model's trace, in pairs of sequences, and of probes where the keys are the same.
+
+        Raises ValueError for other sequences or another number of probes.
+        """
+        return self.forms.minus(other.forms).mean
+
+
 def sequence_forms(
     loss: Loss,
     theta: Theta,
@@ -122,6 +148,52 @@ def sequence_forms(
     return SequenceForms(rows[:, :, 0].T, weights, group)
 
 
+def trace_errors(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    num: int = 32,
+    matrix: Matrix = "hessian",
+    group: int | None = None,
+    chunk_size: int | None = None,
+    check: bool = True,
+) -> TraceErrors:
+    r"""The trace by Hutchinson's estimate, with its error over the probes, over the sequences, and over both.
+
+    $$\widehat{\mathrm{tr}} = \frac{1}{m} \sum_j \frac{\sum_i z_j^\top H_i z_j}{\sum_i w_i}.$$
+
+    z are random signs, probe j from `fold_in(key, j)`: those of `linalg.hutchinson_trace`, whose value and error over probes
+    this has. More probes leave the error over sequences where it is. check: one product of the whole, for the first probe,
+    must agree with the sum over sequences.
+
+    Raises ValueError where it does not (statistics of the batch), and as `sequence_forms` does.
+
+    Hutchinson (1990), doi:10.1080/03610919008812866.
+
+    >>> import funcscope as fs
+    >>> net, square = fs.functional(torch.nn.Linear(1, 1, bias=False)), fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))], square)
+    >>> print(trace_errors(loss, net.theta, key=fs.key(0), num=2).trace)          # the mean of x^2: 1, 4, 9
+    4.667 ± 0 over 2 draws, ± 2.3 over data, ± 2.3 in all
+    """
+    check_key(key)
+    check_count("num", num)
+    theta = Loss.vector(loss, theta)
+    rows, together = [], max(1, NUMBERS // len(theta))  # probes are as long as theta
+    for first in range(0, num, together):
+        probes = torch.stack([rademacher(fold_in(key, j), theta) for j in range(first, min(first + together, num))])
+        rows.append(sequence_forms(loss, theta, probes, matrix=matrix, group=group, chunk_size=chunk_size))
+    forms = SequenceForms(torch.cat([row.terms for row in rows]), rows[0].weights, rows[0].group)
+    if check:
+        z = rademacher(fold_in(key, 0), theta)
+        with torch.no_grad():
+            whole = (z @ MATRICES[matrix](loss, theta)(z)).cpu().double()[None]
+        scale = forms.terms[0].abs().sum() / forms.weights.sum()
+        check_sum(forms.values[:1], whole, scale.new_zeros(1), torch.finfo(theta.dtype).eps, float(scale))
+    return TraceErrors(forms, key)
+
+
 def crossed_forms(
     loss: Loss, theta: Theta, vectors: Float[Tensor, "k p"], **options: Any
 ) -> tuple[Float[Tensor, "k n l"], Float[Tensor, " n"], int]:
@@ -130,7 +202,7 @@ def crossed_forms(
     def parts(_: Tensor, image: Tensor) -> Tensor:
         return torch.cat([rows @ image, (image @ image)[None]])
 
-    rows = vectors.to(flat(loss, theta))
+    rows = vectors.to(Loss.vector(loss, theta))
     table, weights, size = _tables(loss, theta, vectors, parts, **options)
     return table.transpose(0, 1), weights, size
 
@@ -160,14 +232,13 @@ def _tables(
 ) -> tuple[Tensor, Tensor, int]:
     """`parts(v, A_i v)` of every scored unit and vector, the weights of those units, and the sequences in each."""
     check_choice("matrix", matrix, get_args(Matrix))
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     if vectors.ndim != 2 or vectors.shape[1] != len(theta):
         raise ValueError(f"`vectors` must have shape (k, {len(theta)}), got {tuple(vectors.shape)}.")
     if chunk_size is None:
         chunk_size = max(1, NUMBERS // len(theta))
     check_count("chunk_size", chunk_size)
-    with torch.no_grad():
-        weights = loss.terms(theta)[1].cpu().double()
+    weights = terms_at(loss, theta).weights
     group = -(-len(weights) // UNITS) if group is None else group
     check_count("group", group)
     rows, cut = vectors.to(theta), micro_batches(loss, group if group > 1 else chunk_size)
@@ -184,29 +255,19 @@ def _chunk(
     part: Loss, num: int, theta: Tensor, vectors: Tensor, matrix: Matrix, parts: Callable[..., Tensor], together: bool
 ) -> Tensor:
     """The rows of one micro-batch: one for it all `together`, or one per sequence, several by `vmap`."""
-    leaves, spec = tree_flatten(part.batches[0])
-    own = [i for i, x in enumerate(leaves) if is_cut(x, num)]
 
-    def of(batch: list[Any]) -> Tensor:
-        product = _PRODUCTS[matrix](part, theta, *tree_unflatten(batch, spec))
+    def of(batch: tuple[Any, Any]) -> Tensor:
+        product = _PRODUCTS[matrix](Outputs(part, batch), theta)
         return torch.stack([parts(v, product(v)) for v in vectors])
-
-    def one(*rows: Tensor) -> Tensor:
-        row = dict(zip(own, rows, strict=True))
-        return of([row[i][None] if i in row else x for i, x in enumerate(leaves)])
 
     tick("forward")
     with torch.enable_grad(), ONE_AT_A_TIME:
-        table = of(leaves)[None] if together or num == 1 else vmap(one)(*(leaves[i] for i in own))
+        batch = part.batches[0]
+        table = of(batch)[None] if together or num == 1 else mapped(of, batch, num)
     return table.detach().cpu().double()
 
 
-def _ggn(loss: Loss, theta: Tensor, inputs: Any, targets: Any) -> Matvec:
-    batch = whole(loss.net, loss.criterion, inputs, targets)
-    return kept_sandwich(loss, theta, batch, batch.gauss_newton)
-
-
-_PRODUCTS: dict[str, Callable[[Loss, Tensor, Any, Any], Matvec]] = {
-    "hessian": lambda loss, theta, *batch: kept_gradient(loss_at(loss, *batch), theta),
-    "ggn": _ggn,
+_PRODUCTS: dict[str, Callable[[Outputs, Tensor], Matvec]] = {
+    "hessian": lambda part, theta: kept_gradient(part.sum, theta),
+    "ggn": lambda part, theta: kept_sandwich(theta, part, part.gauss_newton),
 }

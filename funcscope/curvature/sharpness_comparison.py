@@ -43,12 +43,12 @@ class SharpnessComparison(Result):
     paired: bool
     """Whether both losses score the same sequences with the same weights, so that their errors are taken in pairs."""
 
-    @derived("difference of the sharpnesses, A - B", unit="nats")
+    @derived("difference of the sharpnesses, A - B", unit="loss")
     def sam_difference(self) -> Estimate:
         """S_A - S_B; standard error over sequences, paired where they are the same."""
         return self._statistic(lambda a, b: a - b, lambda: math.hypot(self.a.stderr, self.b.stderr))
 
-    @derived("95 % interval of the difference", unit="nats", per="bound")
+    @derived("95 % interval of the difference", unit="loss", per="bound")
     def sam_interval(self) -> tuple[float, float]:
         """95 % interval of `sam_difference`, by Student's t of n - 1 sequences; nan for one."""
         return interval(self.sam_difference)
@@ -124,11 +124,11 @@ class SharpnessComparison(Result):
     def head(self) -> str:
         return "A and B " + ("in pairs over the same sequences" if self.paired else "over sequences, not paired")
 
-    @derived("sharpness", unit="nats", per="model")
+    @derived("sharpness", unit="loss", per="model")
     def sharpness(self) -> dict[str, Estimate]:
         return {"A": self.a.estimate, "B": self.b.estimate}
 
-    @derived("first order of the sharpness", unit="nats", per="model")
+    @derived("first order of the sharpness", unit="loss", per="model")
     def first_order(self) -> list[float]:
         return [self.a.first_order, self.b.first_order]
 

@@ -14,12 +14,7 @@ from ..linalg.eigen import Eigenpairs, Which, eigenpairs
 from ..linalg.matvec import Matvec
 from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import BlockTraces, block_traces
-from .ggn import ggn
-from .hessian import hessian
-from .pullbacks import flat
-from .sequence_forms import Matrix
-
-MATRICES = {"hessian": hessian, "ggn": ggn}
+from .hessian import MATRICES, Matrix, hessian
 
 
 def hessian_summary(
@@ -53,7 +48,7 @@ def hessian_summary(
     check_key(key)
     check_choice("matrix", matrix, MATRICES)
     check_options("hessian_summary", spectrum_summary, options)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     return spectrum_summary(MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
 
@@ -87,7 +82,7 @@ def hessian_block_traces(
 
     The blocks' errors include their coupling to the other blocks; see `linalg.block_traces`.
     """
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     matvec = hessian(loss, theta) if matvec is None else matvec
     return block_traces(matvec, theta, block_slices(loss.layout, by), key=key, num=num)
 
@@ -115,7 +110,7 @@ def hessian_block_eigenvalues(
     check_key(key)
     check_choice("matrix", matrix, MATRICES)
     check_options("hessian_block_eigenvalues", eigenpairs, options)
-    theta = flat(loss, theta)
+    theta = Loss.vector(loss, theta)
     block_slices(loss.layout, by)  # refuses what does not keep parameters whole
     groups = loss.layout.group_of(by)
     blocks: dict[str, Eigenpairs] = {}
@@ -132,4 +127,4 @@ def hessian_block_eigenvalues(
 
 def only(loss: Loss, theta: Theta, names: list[str]) -> Loss:
     """The loss as a function of some of the parameters, the others held where theta has them."""
-    return replace(loss, net=loss.net.only(names, loss.params(flat(loss, theta))))
+    return replace(loss, net=loss.net.only(names, loss.params(Loss.vector(loss, theta))))

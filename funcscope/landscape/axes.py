@@ -18,12 +18,9 @@ from ..core.layout import Params
 from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
 from ..linalg.eigen import Eigenpairs
-from .orthogonal import gram, orthogonalise, orthonormalise
+from .orthogonal import blocks, gram, orthogonalise, orthonormalise
 
 Kind = Literal["random", "principal", "eigenvectors", "given"]
-
-BLOCK = 2**20
-"""Coordinates that are widened to float64 at a time."""
 
 
 class Axes(Result):
@@ -240,27 +237,21 @@ def project(
             f"points (m, p), origin (p,) and axes (k, p) must belong to one model, got shapes {tuple(points.shape)}, "
             f"{tuple(origin.shape)} and {tuple(vectors.shape)}."
         )
-    parts = range(0, len(origin), BLOCK)
-    inner = sum(_block(points, origin, a) @ vectors[:, a : a + BLOCK].double().T for a in parts)
+    inner = torch.stack([x @ v.T for x, v in zip(blocks(points, origin), blocks(vectors), strict=True)]).sum(0)
     square = gram(vectors)
     scale = square.diagonal().sqrt()
     if not bool(scale.all()) or float(torch.linalg.eigvalsh(square / (scale[:, None] * scale))[0]) < 1e-12:
         raise ValueError("the axes are linearly dependent: coordinates along them are not unique.")
-    coordinates = torch.linalg.solve(square, inner.T).T  # type: ignore[union-attr]
-    left = sum(
-        (_block(points, origin, a) - coordinates @ vectors[:, a : a + BLOCK].double()).square().sum(1) for a in parts
-    )
-    return coordinates.cpu(), left.sqrt().cpu()  # type: ignore[union-attr]
-
-
-def _block(points: Tensor, origin: Tensor, first: int) -> Tensor:
-    return points[:, first : first + BLOCK].double() - origin[first : first + BLOCK].double()
+    coordinates = torch.linalg.solve(square, inner.T).T
+    beside = (x - coordinates @ v for x, v in zip(blocks(points, origin), blocks(vectors), strict=True))
+    squares = torch.stack([part.square().sum(1) for part in beside]).sum(0)
+    return coordinates.cpu(), squares.sqrt().cpu()
 
 
 def _combined(points: Tensor, origin: Tensor, weights: Tensor) -> Tensor:
     """Orthonormal combinations of the differences, in the dtype of the points."""
-    wide = [weights.T @ _block(points, origin, a) for a in range(0, len(origin), BLOCK)]
-    return orthonormalise(torch.cat(wide, 1)).to(points.dtype)
+    wide = torch.cat([weights.T @ part for part in blocks(points, origin)], 1)
+    return orthonormalise(wide).to(points.dtype)
 
 
 def _stacked(thetas: Any) -> Tensor:

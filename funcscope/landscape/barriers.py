@@ -16,12 +16,12 @@ from ..core.estimate import Estimate
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Means, means
 from .states import USED
-from .terms import documented, estimate
+from .terms import Measured, by_ending, estimate
 
 PAIR = ("model", "other")
 
 
-class LossPath(Result):
+class LossPath(Measured, Result):
     r"""Losses at equally spaced points of a path; made by `linear_path` and `bezier_path`, which have the formulas.
 
     `sums` are float64 on the CPU: per point and sequence, the weighted sum of the token losses, non-finite ones
@@ -49,50 +49,47 @@ class LossPath(Result):
     """Of what was measured beside the loss, as `sums`."""
 
     coefficients = derived("position t on the path", per="t", shown=False)(lambda self: _positions(len(self.sums)))
-    losses = derived("loss", unit="nats", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
-    stderr = derived("standard error of the loss", unit="nats", per="t", shown=False)(attrgetter("_losses.stderr"))
+    losses = derived("loss", unit="loss", per="t", stderr="stderr", shown=False)(attrgetter("_losses.value"))
+    stderr = derived("standard error of the loss", unit="loss", per="t", shown=False)(attrgetter("_losses.stderr"))
     """Neighbours share their sequences, so that their differences are known far better."""
-    excess = derived("loss over the chord", unit="nats", per="t", stderr="excess_stderr", shown=False)(
+    excess = derived("loss over the chord", unit="loss", per="t", stderr="excess_stderr", shown=False)(
         attrgetter("_excess.value")
     )
     """Loss minus the chord (1 - t) L_0 + t L_1; exactly 0 at the ends."""
-    excess_stderr = derived("standard error of the loss over the chord", unit="nats", per="t", shown=False)(
+    excess_stderr = derived("standard error of the loss over the chord", unit="loss", per="t", shown=False)(
         attrgetter("_excess.stderr")
     )
     argmax = derived("index of the largest loss over the chord")(lambda self: _argmax(self.excess))
     """Where `barrier_linear` is reached; the first of several."""
     argmax_loss = derived("index of the largest loss")(lambda self: _argmax(self.losses))
     """Where `barrier_max` is reached; the first of several."""
-    loss_start = derived("loss at the start", unit="nats")(lambda self: self.mean(self.sums[0]))
-    loss_end = derived("loss at the end", unit="nats")(lambda self: self.mean(self.sums[-1]))
-    loss_max = derived("largest loss", unit="nats")(lambda self: self.mean(self.sums[self.argmax_loss]))
-    _metrics = derived("metric", per="t", name="*", shown=False)(documented)
+    loss_start = derived("loss at the start", unit="loss")(lambda self: self.mean(self.sums[0]))
+    loss_end = derived("loss at the end", unit="loss")(lambda self: self.mean(self.sums[-1]))
+    loss_max = derived("largest loss", unit="loss")(lambda self: self.mean(self.sums[self.argmax_loss]))
+    _metrics = derived("metric", per="t", name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
-    @property
-    def metrics(self) -> dict[str, Float[Tensor, " n"]]:
-        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
-        return {name: each.value for name, each in self._means_of_metrics.items()}
-
-    @property
-    def metrics_stderr(self) -> dict[str, Float[Tensor, " n"]]:
-        return {name: each.stderr for name, each in self._means_of_metrics.items()}
-
-    @derived("barrier over the higher end", unit="nats")
+    @derived("barrier over the higher end", unit="loss")
     def barrier_max(self) -> Estimate:
         """The highest loss over the higher end point; over the first one, where they are equal."""
         return self.mean(self.barrier_sums[0])
 
-    @derived("barrier over the chord", unit="nats")
+    @derived("barrier over the chord", unit="loss")
     def barrier_linear(self) -> Estimate:
         return self.mean(self.barrier_sums[1])
 
-    @property
+    @cached_property
     def barrier_sums(self) -> Float[Tensor, "2 s"]:
         """Per sequence, what `barrier_max` and `barrier_linear` are the means of."""
         higher = 0 if self.losses[0] >= self.losses[-1] else -1
-        return torch.stack([self.sums[self.argmax_loss] - self.sums[higher], self._excess_sums[self.argmax]])
+        return torch.stack([self.sums[self.argmax_loss] - self.sums[higher], self.over_chord(self.sums)[self.argmax]])
 
-    @derived("curvature at the largest loss over the chord", unit="nats")
+    @property
+    def metric_barrier_sums(self) -> tuple[Float[Tensor, "2 s"], ...]:
+        """Of every metric, what its mean at `argmax` and its excess there are the means of."""
+        return tuple(torch.stack([each[self.argmax], self.over_chord(each)[self.argmax]]) for each in self.metric_sums)
+
+    @derived("curvature at the largest loss over the chord", unit="loss per t^2")
     def curvature(self) -> Estimate:
         """Second difference in t at `argmax` over the square of the spacing; nan where that is an end point."""
         at = self.argmax
@@ -101,23 +98,23 @@ class LossPath(Result):
         second = self.sums[at - 1] - 2 * self.sums[at] + self.sums[at + 1]
         return self.mean(second * (len(self.sums) - 1) ** 2)
 
-    @derived("curvature per square of the distance", unit="nats")
+    @derived("curvature per square of the distance", unit="loss per distance^2")
     def curvature_per_distance(self) -> float:
         """nan for a curve, whose speed varies, and at distance 0."""
         straight = self.kind == "line" and self.distance > 0
         return float(self.curvature.value) / self.distance**2 if straight else math.nan
 
-    @derived("total variation", unit="nats")
+    @derived("total variation", unit="loss")
     def total_variation(self) -> float:
         """Sum of |dL| from point to point: noise and a finer grid make it larger."""
         return float(self.losses.diff().abs().sum())
 
-    @derived("change at the start by re-estimated statistics", unit="nats")
+    @derived("change at the start by re-estimated statistics", unit="loss")
     def start_reestimation(self) -> Estimate | None:
         """By how much the loss at the start changes where its running statistics are re-estimated from the data."""
         return None if self.start_reestimated is None else self.mean(self.start_reestimated - self.sums[0])
 
-    @derived("change at the end by re-estimated statistics", unit="nats")
+    @derived("change at the end by re-estimated statistics", unit="loss")
     def end_reestimation(self) -> Estimate | None:
         return None if self.end_reestimated is None else self.mean(self.end_reestimated - self.sums[-1])
 
@@ -156,22 +153,22 @@ class LossPath(Result):
         return means(self.sums, self.weights)
 
     @cached_property
-    def _means_of_metrics(self) -> dict[str, Means]:
-        pairs = zip(self.metric_names, self.metric_sums, strict=True)
-        return {name: means(sums, self.weights) for name, sums in pairs}
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        known = dict(zip(self.metric_names, self.metric_sums, strict=True))
+        over = {name: means(self.over_chord(sums), self.weights) for name, sums in known.items()}
+        return by_ending({name: means(sums, self.weights) for name, sums in known.items()}) | by_ending(over, "_excess")
 
-    @cached_property
-    def _excess_sums(self) -> Tensor:
+    def over_chord(self, sums: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
         """Less the chord, from its nearer end: exact where the ends are equal, the same from either side."""
-        t, first, last = self.coefficients[:, None], self.sums[0], self.sums[-1]
-        left = t < t.flip(0)
-        near, far = torch.where(left, first, last), torch.where(left, last, first)
+        t, first, last = self.coefficients[:, None], sums[0], sums[-1]
+        from_start = t < t.flip(0)
+        near, far = torch.where(from_start, first, last), torch.where(from_start, last, first)
         chord = near + torch.minimum(t, t.flip(0)) * (far - near)
-        return self.sums - torch.where(t == t.flip(0), (first + last) / 2, chord)
+        return sums - torch.where(t == t.flip(0), (first + last) / 2, chord)
 
     @cached_property
     def _excess(self) -> Means:
-        return means(self._excess_sums, self.weights)
+        return means(self.over_chord(self.sums), self.weights)
 
     def asdict(self) -> dict[str, Any]:
         """As of every result; `is_connected` is None where that cannot be said."""
@@ -193,34 +190,44 @@ class LossPath(Result):
         return {"t": self.coefficients.tolist()}
 
 
-class BarrierMatrix(Result):
+class BarrierMatrix(Measured, Result):
     """Barriers between every two of M models; made by `barrier_matrix`.
 
     Arrays of shape (M, M) are float64 on the CPU, symmetric, with a diagonal of 0. Infinite where a path has an infinite
-    loss. The errors of the means hold for the points where the maxima were found, and for these models: over sequences,
-    paired across all paths.
+    loss. `metrics` and `metrics_excess` have what was measured beside the loss, and that less its chord, by name, where
+    `barrier_linear` is reached; on the diagonal, the models' own. The errors of the
+    means hold for the points where the maxima were found, and for these models: over sequences, paired across all paths.
     """
 
     names: tuple[str, ...]
     barrier_max: Float[Tensor, "m m"] = quantity(
-        "barrier over the higher end", unit="nats", per=PAIR, stderr="barrier_max_stderr", shown=False
+        "barrier over the higher end", unit="loss", per=PAIR, stderr="barrier_max_stderr", shown=False
     )
-    barrier_max_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    barrier_max_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="loss", per=PAIR, shown=False)
     barrier_linear: Float[Tensor, "m m"] = quantity(
-        "barrier over the chord", unit="nats", per=PAIR, stderr="barrier_linear_stderr"
+        "barrier over the chord", unit="loss", per=PAIR, stderr="barrier_linear_stderr"
     )
-    barrier_linear_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="nats", per=PAIR, shown=False)
+    barrier_linear_stderr: Float[Tensor, "m m"] = quantity("its standard error", unit="loss", per=PAIR, shown=False)
     distance: Float[Tensor, "m m"] = quantity("distance of the models", per=PAIR, shown=False)
-    mean_barrier_max: Estimate = quantity("mean barrier over the higher end", unit="nats")
-    mean_barrier_linear: Estimate = quantity("mean barrier over the chord", unit="nats")
+    mean_barrier_max: Estimate = quantity("mean barrier over the higher end", unit="loss")
+    mean_barrier_linear: Estimate = quantity("mean barrier over the chord", unit="loss")
     """Over the pairs of different models; the diagonal is no barrier."""
     num: int
     nonfinite: Int[Tensor, "m m"] = quantity("losses not finite", unit="points", per=PAIR, shown=False)
     """On each pair's path. Those of nan are left out of the maxima; a pair that shows no barrier
     beside them has barriers of nan, and then so have the means."""
     num_forwards: int
+    measured: dict[str, dict[str, Tensor]] = internal()
+    """By ending and name, as `_beside`."""
     buffers: Literal["none", "interpolate", "reestimate", "fixed"] = "none"
     """Which running statistics the net has on the paths; "none" where it tracks none."""
+
+    _metrics = derived("metric", per=PAIR, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        return self.measured
 
     @derived("losses on all paths that are not finite", unit="points")
     def n_nonfinite(self) -> int:

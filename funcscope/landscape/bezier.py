@@ -21,7 +21,7 @@ from ..core.tables import Entry
 from .barriers import LossPath
 from .evaluator import over_points, points_at_once
 from .path import Point, measured, on_line
-from .states import Buffers, End, EndPoint, States, vector
+from .states import Buffers, End, EndPoint, States
 from .terms import Metric
 
 RATE = 0.1
@@ -81,7 +81,7 @@ def bezier_path(
     check_count("num", num, least=3)
     states = States.of(loss, buffers, metric)
     ends = states.end(start, "start"), states.end(end, "end")
-    m, middle = vector(loss, midpoint, "midpoint"), (ends[0].state + ends[1].state) / 2
+    m, middle = states.vector(midpoint, "midpoint"), (ends[0].state + ends[1].state) / 2
     m = torch.cat([m, middle[len(m) :]])
     return measured(states, *ends, _on_curve(*ends, m, num), num=num, chunk=chunk, kind="bezier")
 
@@ -98,6 +98,7 @@ def connect(
     num: int = 21,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> Connection:
     r"""A curve of low loss between two models, looked for by training: are they connected though the line is blocked?
 
@@ -116,7 +117,7 @@ def connect(
     the root mean square coordinate of end - start: an Adam step moves a coordinate by about the rate, so that `steps`
     of them may move m by some 0.05 steps ||end - start|| at the most.
     num: points of `path` and `line`, at the same t. chunk: models per `vmap`, see `linear_path`; in training at most
-    `points`, each with its gradient.
+    `points`, each with its gradient. metric: measured on `path` and `line`, see `loss_plane`; training does not look at it.
 
     The loss of `path` is on the data that m was trained on, and biased down as any training loss is: measure on other
     data with `bezier_path`. Cost: steps x points gradients and 2 num - 2 forwards.
@@ -140,7 +141,7 @@ def connect(
     for name, count, least in (("steps", steps, 1), ("points", points, 1), ("num", num, 3)):
         check_count(name, count, least)
     chunk = points_at_once(loss, chunk)
-    states, p = States.of(loss, buffers), loss.layout.num
+    states, p = States.of(loss, buffers, metric), loss.layout.num
     a, b = states.end(start, "start"), states.end(end, "end")
     gap = b.state[:p] - a.state[:p]
     distance = dot(gap, gap) ** 0.5
@@ -166,7 +167,7 @@ class Connection(Result):
     path: LossPath = internal()
     line: LossPath = internal()
     history: Float[Tensor, " steps"] = quantity(
-        "mean loss at the points of a step", unit="nats", per="step", shown=False
+        "mean loss at the points of a step", unit="loss", per="step", shown=False
     )
     """Before each step: noisy, as t differs from step to step."""
     displacement: float = quantity("distance of the control point from the straight midpoint")
@@ -174,7 +175,7 @@ class Connection(Result):
     points: int
     key: Key
 
-    @derived("fall of the highest loss from the line to the curve", unit="nats")
+    @derived("fall of the highest loss from the line to the curve", unit="loss")
     def reduction(self) -> Estimate:
         """With its paired error."""
         return self.line.mean(self.line.barrier_sums[0] - self.path.barrier_sums[0])

@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.estimate import Estimate, interval
 from ..core.statistics import largest_share, signs
-from .precision import Realised
 from .truncation import Truncation
 
 LOW_CORRELATION = 0.3
 """Below this the result carries a note on why slopes do not predict loss changes."""
+FEW_UNMOVED, MOST_UNMOVED = 0.01, 0.5
+"""Shares of the weights that stay where they are: above the first it is said, above the second no step is resolved."""
 FEW_SEQUENCES = 50
 """Below this, intervals over sequences lean on how skewed the data are."""
+
+
+_SIMPLE: dict[str, tuple[Callable[..., bool], str]] = {
+    "nonfinite": (
+        lambda positive, negative, **_: positive + negative > 0,
+        "non-finite losses: {positive} at +{step}, {negative} at -{step}",
+    ),
+    "half precision": (
+        lambda moved, **_: moved is not None,
+        "half precision: asked to move by {intended:.4g}, moves by {moved.displacement:.4g} "
+        "(error {moved.error:.1%} of the step, {moved.unmoved:.1%} of the weights do not move)",
+    ),
+    "partly moved": (
+        lambda share: FEW_UNMOVED < share <= MOST_UNMOVED,
+        "{share:.0%} of the weights do not move at all at this step, which is below the resolution of their dtype.",
+    ),
+    "large step": (
+        lambda relative: relative > 1,
+        "relative step {relative:.3g}: the weights move by more than their own length. These are losses of other "
+        "networks, and no neighbourhood of this one.",
+    ),
+    "signs": (
+        lambda few, **_: few > 0,
+        "rounding may decide the sign of {few} of {num} curvatures: it moves each by about {floor:.2g}. Take a larger "
+        "span, or {remedy}.",
+    ),
+    "no data error": (
+        lambda names: names != "",
+        "no error over sequences, as their own terms are not known along every direction; intervals are about these data "
+        "alone: {names}",
+    ),
+}
+"""What is said, and when, from the values that are named."""
+
+
+def note(name: str, **values: Any) -> str | None:
+    """The text of that name; None where it does not apply."""
+    applies, text = _SIMPLE[name]
+    return text.format(**values) if applies(**values) else None
 
 
 def low_correlation(corr: float, deltas: Float[Tensor, " n"], slopes: Float[Tensor, " n"], span: float) -> str | None:
@@ -55,23 +96,6 @@ def _reasons(corr: float, deltas: Float[Tensor, " n"], slopes: Float[Tensor, " n
     return reasons
 
 
-def undecided_signs(few: int, num: int, floor: float, *, half: bool) -> str:
-    """That rounding may decide signs of curvatures, and what to do."""
-    remedy = "compute in float32 (`functional(model, dtype=torch.float32)`)" if half else "pass `curvature='exact'`"
-    return (
-        f"rounding may decide the sign of {few} of {num} curvatures: it moves each by about {floor:.2g}. Take a larger "
-        f"span, or {remedy}."
-    )
-
-
-def half_precision(displacement: float, realised: Realised) -> str:
-    """What half precision makes of the step."""
-    return (
-        f"half precision: asked to move by {displacement:.4g}, moves by {realised.displacement:.4g} "
-        f"(error {realised.error:.1%} of the step, {realised.unmoved:.1%} of the weights do not move)"
-    )
-
-
 def curvature_and_step(truncation: Truncation, mean: Estimate, step: float) -> str | None:
     """What shorter steps say of a mean of second differences; None where the step does not matter."""
     if truncation.status == "rough":
@@ -89,16 +113,6 @@ def curvature_and_step(truncation: Truncation, mean: Estimate, step: float) -> s
         f"the step, not the sampling, decides the mean curvature: at {step:.3g} it is off by about {float(bias.value):.2g} ± "
         f"{float(bias.stderr):.1g} (from half the step along {bias.num} directions). Take a smaller span, or "
         "`curvature='exact'`, which takes no step."
-    )
-
-
-def large_step(relative: float) -> str | None:
-    """That the weights move by more than their own norm."""
-    if not relative > 1:
-        return None
-    return (
-        f"relative step {relative:.3g}: the weights move by more than their own length. These are losses of other networks, "
-        "and no neighbourhood of this one."
     )
 
 
@@ -132,18 +146,15 @@ def _total(mean: Estimate) -> float:
     return (high - low) / 2
 
 
-def nonfinite(positive: int, negative: int, step: str) -> str | None:
-    """How many losses at both ends of the step are not finite."""
-    if not positive + negative:
-        return None
-    return f"non-finite losses: {positive} at +{step}, {negative} at -{step}"
-
-
-def no_data_error(names: Sequence[str]) -> str | None:
-    """Which statistics have no error over sequences, where others may have one."""
-    if not names:
+def unresolved_step(share: float, change: Estimate, rounding: float) -> str | None:
+    """Why the change of the loss at a step is not resolved, with what to do; None where it is."""
+    remedy = "take a larger step, or compute in float64 (`functional(model, dtype=torch.float64)`)"
+    if share > MOST_UNMOVED:
+        return f"the step is not resolved: {share:.0%} of the weights do not move at all in their dtype; {remedy}."
+    value, error = abs(float(change.value)), float(change.stderr)
+    if not value <= rounding or error > rounding:
         return None
     return (
-        "no error over sequences, as their own terms are not known along every direction; intervals are about these data "
-        f"alone: {', '.join(names)}"
+        f"the change of the loss is not resolved: a mean of {float(change.value):.2g} is no more than rounding of the loss "
+        f"in its dtype ({rounding:.1g}) makes; {remedy}."
     )

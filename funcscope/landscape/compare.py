@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import statistics
@@ -85,28 +86,17 @@ def compare_directional(
     >>> loss = objective.objective(net, [(torch.eye(2) * 2**0.5, torch.zeros(2, 1))], half_square)    # L = |theta|^2 / 2
     >>> near, far = (directional_losses(loss, scale * torch.tensor([3.0, 4.0]), key=keys.key(0), n_samples=6, span=0.1,
     ...              compute_curvature=True, curvature="exact") for scale in (1, 2))
-    >>> found = compare_directional(near, far).differences["curvature_mean"]        # |theta|^2 along every direction
-    >>> round(float(found.first.value), 3), round(float(found.second.value), 3), found.pairs.p_value   # 2 / 2^6
+    >>> change = compare_directional(near, far).differences["curvature_mean"]        # |theta|^2 along every direction
+    >>> round(float(change.first.value), 3), round(float(change.second.value), 3), change.pairs.p_value   # 2 / 2^6
     (25.0, 100.0, 0.03125)
     """
     _check(first, second, names, level)
-    shared = {
-        name: _Pair.of(first, second, name)
-        for name in _QUANTITIES
-        if name in first.columns.keys() & second.columns.keys()
+    shared = first.columns.keys() & second.columns.keys()
+    differences = {
+        name: _difference(first, second, column, statistic, of_moments, level)
+        for name, (column, statistic, of_moments) in _STATISTICS.items()
+        if column in shared
     }
-    differences = {f"{name}_mean": _of_means(pair, level) for name, pair in shared.items()}
-    for name, column, estimate, of_moments in _SPREADS:
-        if column in shared:
-            differences[name] = _of_spreads(shared[column], estimate, of_moments, level)
-    if first.resolution_note and second.resolution_note:
-        exact = first.exact_curvatures is not None
-        differences = {
-            name: each
-            if (name.startswith("dir_grad") or (exact and name.startswith("curvature")))
-            else each.without_error()
-            for name, each in differences.items()
-        }
     return Comparison(
         names=names,
         level=level,
@@ -124,50 +114,49 @@ def compare_directional(
     )
 
 
-_QUANTITIES = ("loss", "delta", "delta_two_sided", "dir_grad", "curvature")
-
-
-class _Pair(NamedTuple):
-    """Samples of a quantity along the directions where both are finite, with the rows of their sequences."""
-
-    samples: tuple[Tensor, Tensor]
-    rows: tuple[Tensor | None, Tensor | None]
-    num_lost: int
-
-    @classmethod
-    def of(cls, first: DirectionalLosses, second: DirectionalLosses, name: str) -> _Pair:
-        x, y = (result.columns[name] for result in (first, second))
-        both = x.isfinite() & y.isfinite()
-        one, other = (None if (rows := result.rows(name)) is None else rows[both] for result in (first, second))
-        if one is None or other is None or one.shape != other.shape:
-            one = other = None
-        return cls((x[both], y[both]), (one, other), int((~both).sum()))
-
-
-def _of_means(pair: _Pair, level: float) -> Difference:
-    (x, y), d = pair.samples, pair.samples[1] - pair.samples[0]
-    difference = crossed(lambda x, y: statistics.mean(y - x), pair.samples, pair.rows)
-    statistic, p = statistics.signed_rank_test(d)
-    effects = (statistics.rank_biserial(d), statistics.standardised_mean(d), statistics.signs(d))
-    pairs = Pairs(statistics.correlation(x, y), statistic, p, *effects)
-    return _difference(statistics.mean, pair, difference, level, pairs)
-
-
-def _of_spreads(
-    pair: _Pair, estimate: Callable[[Samples], Estimate], of_moments: OfMoments, level: float
-) -> Difference:
-    def gap(x: Tensor, y: Tensor) -> Estimate:
-        left_out = lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x))  # noqa: E731
-        return statistics.jackknifed(lambda: estimate(y).value - estimate(x).value, left_out, x)
-
-    return _difference(estimate, pair, crossed(gap, pair.samples, pair.rows), level, None)
+_STATISTICS: dict[str, tuple[str, Callable[[Samples], Estimate], OfMoments | None]] = {
+    f"{name}_mean": (name, statistics.mean, None)
+    for name in ("loss", "delta", "delta_two_sided", "dir_grad", "curvature")
+} | {
+    "loss_std": ("loss", statistics.spread, lambda _, v: v.sqrt()),
+    "landscape_roughness": ("loss", statistics.variation, lambda m, v: v.sqrt() / m.abs()),
+    "curvature_std": ("curvature", statistics.spread, lambda _, v: v.sqrt()),
+}
+"""By name: of which column, and for those that are no means, how they follow from mean and variance."""
 
 
 def _difference(
-    estimate: Callable[[Samples], Estimate], pair: _Pair, difference: Estimate, level: float, pairs: Pairs | None
+    first: DirectionalLosses,
+    second: DirectionalLosses,
+    column: str,
+    statistic: Callable[[Samples], Estimate],
+    of_moments: OfMoments | None,
+    level: float,
 ) -> Difference:
-    first, second = (crossed(estimate, [x], [rows]) for x, rows in zip(pair.samples, pair.rows, strict=True))
-    return Difference(first, second, difference, interval(difference, level), pair.num_lost, pairs)
+    """Over the directions where the column is finite in both, with the rows of their sequences where both have them."""
+    both = torch.stack([result.columns[column] for result in (first, second)]).isfinite().all(0)
+    samples = [result.columns[column][both] for result in (first, second)]
+    rows = [None if (row := result.rows(column)) is None else row[both] for result in (first, second)]
+    if rows[0] is None or rows[1] is None or rows[0].shape != rows[1].shape:
+        rows = [None, None]
+
+    def gap(x: Tensor, y: Tensor) -> Estimate:
+        if of_moments is None:
+            return statistics.mean(y - x)
+        left_out = lambda: of_moments(*statistics.left_out(y)) - of_moments(*statistics.left_out(x))  # noqa: E731
+        return statistics.jackknifed(lambda: statistic(y).value - statistic(x).value, left_out, x)
+
+    one, other = (crossed(statistic, [x], [row]) for x, row in zip(samples, rows, strict=True))
+    change, pairs = crossed(gap, samples, rows), _pairs(*samples) if of_moments is None else None
+    difference = Difference(one, other, change, interval(change, level), int((~both).sum()), pairs)
+    lost = column != "dir_grad" and first.lost(column) and second.lost(column)
+    return difference.without_error() if lost else difference
+
+
+def _pairs(x: Tensor, y: Tensor) -> Pairs:
+    d = y - x
+    effect, standardised, signs = statistics.rank_biserial(d), statistics.standardised_mean(d), statistics.signs(d)
+    return Pairs(statistics.correlation(x, y), *statistics.signed_rank_test(d), effect, standardised, signs)
 
 
 def _truncation(first: DirectionalLosses, second: DirectionalLosses) -> Estimate | None:
@@ -176,13 +165,6 @@ def _truncation(first: DirectionalLosses, second: DirectionalLosses) -> Estimate
     if one is None or other is None or len(one.whole) != len(other.whole):
         return None
     return Estimate.of(4 / 3 * (other.whole - other.half - one.whole + one.half))
-
-
-_SPREADS: tuple[tuple[str, str, Callable[[Samples], Estimate], OfMoments], ...] = (
-    ("loss_std", "loss", statistics.spread, lambda _, v: v.sqrt()),
-    ("landscape_roughness", "loss", statistics.variation, lambda m, v: v.sqrt() / m.abs()),
-    ("curvature_std", "curvature", statistics.spread, lambda _, v: v.sqrt()),
-)
 
 
 def _check(first: DirectionalLosses, second: DirectionalLosses, names: Any, level: Any) -> None:
@@ -206,14 +188,7 @@ def _check(first: DirectionalLosses, second: DirectionalLosses, names: Any, leve
 
 def _partner_settings(result: DirectionalLosses) -> dict[str, Any]:
     """What makes samples partners; None for what was not asked for."""
+    same = ("key", "span", "normalize", "distribution", "relative_span", "global_renorm")
     curvature = "difference" if result.exact_curvatures is None else "exact"
-    return {
-        "key": result.key,
-        "n_samples": len(result.losses),
-        "span": result.span,
-        "normalize": result.normalize,
-        "distribution": result.distribution,
-        "relative_span": result.relative_span,
-        "global_renorm": result.global_renorm,
-        "curvature": curvature if result.compute_curvature else None,
-    }
+    own = {"n_samples": len(result.losses), "curvature": curvature if result.compute_curvature else None}
+    return {name: getattr(result, name) for name in same} | own

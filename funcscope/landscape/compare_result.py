@@ -13,8 +13,8 @@ from ..core.keys import Key
 from ..core.result import Derived, Result, derived, internal, quantity
 from ..core.statistics import Signs
 from ..core.tables import Entry
-from .caveats import large_step
-from .resolution import without_error
+from .caveats import note
+from .directional_columns import scaled
 
 
 class Pairs(Result):
@@ -83,7 +83,7 @@ class Difference(Result):
         pairs, nan = self.pairs, math.nan
         if pairs is not None:
             pairs = replace(pairs, p_value=nan, signs=pairs.signs._replace(p_value=nan))
-        return replace(self, difference=without_error(self.difference), interval=(nan, nan), pairs=pairs)
+        return replace(self, difference=scaled(self.difference, 1.0, math.nan), interval=(nan, nan), pairs=pairs)
 
     def entries(self) -> Iterator[Entry]:
         """With those of the pairs; the test is about means."""
@@ -186,8 +186,8 @@ class Comparison(Result):
             "p and interval: Student's t, from the errors over directions and over sequences together; not corrected for "
             f"{self.num_tests} quantities tested.",
             *(f"{what}: {', '.join(names)}" for what, names in listed.items() if names),
-            *(f"{name}: {note}" for name, note in zip(self.names, self.step_notes, strict=True) if note),
-            *filter(None, [large_step(self.relative_step)]),
+            *(f"{name}: {text}" for name, text in zip(self.names, self.step_notes, strict=True) if text),
+            *filter(None, [note("large step", relative=self.relative_step)]),
         ]
 
     def _signs(self) -> list[str]:

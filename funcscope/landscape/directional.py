@@ -16,14 +16,12 @@ from ..core.directions import Direction, Normalize, norm
 from ..core.keys import Distribution, Key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
-from .baseline import centre_at, copies
 from .directional_result import DirectionalLosses, Plan
 from .evaluator import GRADIENT_UP_TO
 from .per_direction import Request, sampled
-from .precision import is_half, loss_error, realised, warn_if_swallowed
+from .precision import is_half, loss_error, realised, unmoved, warn_if_swallowed
 from .residuals import Residuals
-from .resolution import unmoved
-from .sampling import SamplingSettings
+from .sampling import SamplingSettings, centre_at, copies
 from .truncation import STEPS, num_refined
 
 CHUNKED_UP_TO = 2**20
@@ -203,7 +201,7 @@ def prepare(loss: Loss, theta: Theta, settings: SamplingSettings) -> Sampling:
         "realised": rounded,
         "unmoved": unmoved(loss.layout, base, dirs[0], step) if rounded is None else rounded.unmoved,
         "plan": plan,
-        **_asked(loss, settings),
+        **_settings(loss, settings),
         **_costs(loss, plan, settings, request, math.isfinite(off)),
     }
     return Sampling(loss, theta, dirs, request, plan, centre.cpu().double(), known)
@@ -224,7 +222,7 @@ def _request(loss: Loss, plan: Plan, settings: SamplingSettings, step: float, sc
     return Request(step, settings.two_sided, slope, curvature if exact else None, refined, scored, groups)
 
 
-def _asked(loss: Loss, settings: SamplingSettings) -> dict[str, Any]:
+def _settings(loss: Loss, settings: SamplingSettings) -> dict[str, Any]:
     """What was asked for, by the names of the result."""
     return {
         "span": settings.lengths[0],

@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.estimate import Estimate
 from ..core.result import derived
-from .precision import Realised
+from ..core.standard_errors import crossed
+from ..core.tables import ERRORS
+from . import caveats
+from .precision import Realised, loss_rounding
 from .residuals import Residuals
-from .resolution import loss_rounding
 from .truncation import Truncation, central_second_difference, rounding_bound
 
 AGREEMENT = 0.05
 """Share of their size by which slopes and two-sided differences may differ where one stands for the other."""
 
 
-class Columns:
+class Sampled:
+    """What directional losses and flatness share: samples along random directions as columns, statistics with two errors."""
+
+    residuals: Residuals | None
+    unmoved: float
+    loss_rounding: Any
+    columns: Any
+    """The samples of every quantity that is there."""
+    rows: Any
+    """Of a quantity, what each sequence adds to it beside its mean over sequences; None where that is not known."""
+    lost: Any
+    """Of a quantity, why its statistics have no errors and no tests at this step; None where they have."""
+
+    @derived("sequences that score something", shown=False)
+    def n_sequences(self) -> int:
+        return 0 if self.residuals is None else self.residuals.num
+
+    def unresolved_step(self, quantity: str) -> str | None:
+        """Why changes of the loss at this step are not resolved in their dtype."""
+        change = Estimate.of(finite(self.columns[quantity]))
+        return caveats.unresolved_step(self.unmoved, change, self.loss_rounding)
+
+    def estimated(self, statistic: Callable[..., Estimate], over: Sequence[str], steady: bool = False) -> Any:
+        """A statistic of these columns, over the directions where all of them are finite; None where one is not there.
+
+        steady: it does not depend on how well loss changes at the step are resolved.
+        """
+        columns = self.columns
+        if not columns.keys() >= set(over):
+            return None
+        seen = torch.stack([columns[each] for each in over]).isfinite().all(0)
+        rows = [None if (row := self.rows(each)) is None else row[seen] for each in over]
+        estimate = crossed(statistic, [columns[each][seen] for each in over], rows)
+        return estimate if steady or self.lost(over[0]) is None else scaled(estimate, 1.0, math.nan)
+
+
+class Columns(Sampled):
     """What `DirectionalLosses` computes from its fields, direction by direction."""
 
     baseline_loss: float
@@ -33,7 +75,6 @@ class Columns:
     compute_curvature: bool
     unit_roundoff: float
     realised: Realised | None
-    residuals: Residuals | None
     finer: Float[Tensor, "m 4"] | None
 
     @property
@@ -41,7 +82,7 @@ class Columns:
         """Loss change at +span."""
         return self.losses - self.baseline_loss
 
-    @derived("curvature", unit="nats per h^2", per="direction")
+    @derived("curvature", unit="loss per h^2", per="direction")
     def curvatures(self) -> Float[Tensor, " n"] | None:
         """Second derivative along each direction per unit of the coefficient: exact, or the two-sided difference."""
         if not self.compute_curvature:
@@ -51,13 +92,13 @@ class Columns:
         assert self.losses_negative is not None
         return central_second_difference(self.losses, self.losses_negative, self.baseline_loss, self.actual_span)
 
-    @derived("curvature per distance", unit="nats per distance^2", per="direction")
+    @derived("curvature per distance", unit="loss per distance^2", per="direction")
     def rayleigh_quotients(self) -> Float[Tensor, " n"] | None:
         """Curvature per unit of distance, c / ||d||^2: comparable between modes, spans and models."""
         return None if self.curvatures is None else self.curvatures / self.direction_norms.square()
 
-    @derived("what rounding may move a curvature by", unit="nats per h^2", shown=False)
-    def curvature_noise_floor(self) -> float:
+    @derived("what rounding may move a curvature by", unit="loss per h^2", shown=False)
+    def curvature_noise_floor(self) -> Any:
         r"""How much rounding alone can move a curvature, an order of magnitude; 0 for exact ones in full precision.
 
         In full precision `rounding_bound`. In half precision it is measured: $\sqrt6\,\epsilon / h^2$ for an error
@@ -65,6 +106,8 @@ class Columns:
         let the slope s in (a is `realised.asymmetry`, s the two-sided slopes). nan for exact curvatures in half
         precision: rounding inside the model moves them too, by an amount that is not measured.
         """
+        if not self.compute_curvature:
+            return None
         if self.exact_curvatures is not None:
             return 0.0 if self.realised is None else math.nan
         if self.realised is not None and self.losses_negative is not None and math.isfinite(self.realised.loss_error):
@@ -77,10 +120,10 @@ class Columns:
         return rounding_bound(level, self.actual_span, self.unit_roundoff)
 
     @derived("curvatures whose sign rounding may decide", shown=False)
-    def n_curvatures_undecided(self) -> int:
+    def n_curvatures_undecided(self) -> int | None:
         """Directions whose curvature has a sign that rounding may have decided: |c| below the noise floor."""
-        small = None if self.curvatures is None else finite(self.curvatures).abs() < self.curvature_noise_floor
-        return 0 if small is None else int(small.sum())
+        known = self.curvatures
+        return None if known is None else int((finite(known).abs() < self.curvature_noise_floor).sum())
 
     @cached_property
     def truncation(self) -> Truncation | None:
@@ -96,12 +139,8 @@ class Columns:
 
     @property
     def loss_rounding(self) -> float:
-        """By how much rounding alone may move a loss change; see `resolution.loss_rounding`."""
+        """By how much rounding alone may move a loss change; see `precision.loss_rounding`."""
         return loss_rounding(self.baseline_loss, self.unit_roundoff, self.n_sequences, self.realised)
-
-    @derived("sequences that score something", shown=False)
-    def n_sequences(self) -> int:
-        return 0 if self.residuals is None else self.residuals.num
 
     @derived("length of the step", shown=False)
     def displacement(self) -> float:
@@ -115,7 +154,6 @@ class Columns:
 
     @property
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
-        """The samples of every quantity that is there."""
         negative = self.losses_negative
         columns = {
             "loss": self.losses,
@@ -129,8 +167,16 @@ class Columns:
         }
         return {name: samples for name, samples in columns.items() if samples is not None}
 
+    @cached_property
+    def resolution_note(self) -> str | None:
+        """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
+        return self.unresolved_step("delta")
+
+    def lost(self, quantity: str) -> str | None:
+        steady = self.exact_curvatures is not None and quantity in ("curvature", "rayleigh")
+        return None if steady else self.resolution_note
+
     def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
-        """What each sequence adds to that quantity beside its mean over sequences; None where that is not known."""
         if self.residuals is None:
             return None
         bent = quantity in ("curvature", "rayleigh")
@@ -154,3 +200,10 @@ class Columns:
 def finite(x: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
     """The samples that are finite."""
     return x[x.isfinite()]
+
+
+def scaled(estimate: Estimate, factor: float, share: float | None = None) -> Estimate:
+    """The estimate times a factor; its errors times the size of that, or a share of their own: nan where there are none."""
+    size = abs(factor) if share is None else share
+    errors = {name: getattr(estimate, name) * size for name in ERRORS if hasattr(estimate, name)}
+    return replace(estimate, value=estimate.value * factor, **errors)

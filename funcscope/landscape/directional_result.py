@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -16,15 +15,14 @@ from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key
 from ..core.pack import storable
 from ..core.result import Result, derived, internal, quantity
-from ..core.standard_errors import Statistic, crossed
-from ..core.tables import Entry, said
+from ..core.standard_errors import Statistic
 from . import caveats
 from .directional_columns import Columns, finite
 from .precision import Realised
 from .residuals import Residuals
-from .resolution import partly_moved, unresolved_step, without_error
 
 _SIGNED = ("delta", "dir_grad", "curvature")
+_PER_H2 = "loss per h^2"
 
 
 @storable
@@ -53,10 +51,10 @@ class DirectionalLosses(Columns, Result):
     `asdict()` gives the documented dictionary.
     """
 
-    baseline_loss: float = quantity("loss at theta", unit="nats")
-    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="nats", per="direction")
-    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="nats", per="direction")
-    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="nats per h", per="direction")
+    baseline_loss: float = quantity("loss at theta", unit="loss", stderr="baseline_loss_stderr_data")
+    losses: Float[Tensor, " n"] = quantity("loss at +h", unit="loss", per="direction")
+    losses_negative: Float[Tensor, " n"] | None = quantity("loss at -h", unit="loss", per="direction")
+    slopes: Float[Tensor, " n"] | None = quantity("slope", unit="loss per h", per="direction")
     exact_curvatures: Float[Tensor, " n"] | None = internal()
     direction_norms: Float[Tensor, " n"] = quantity("norm of the direction", per="direction")
     param_norm: float
@@ -84,29 +82,26 @@ class DirectionalLosses(Columns, Result):
     unmoved: float = 0.0
     """Share of the weights that do not move at all at this step, by rounding; measured on the first direction."""
 
-    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="nats", steady=True)
-    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="nats")
-    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="nats")
-    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="nats")
+    loss_mean = Statistic("mean loss at +h", statistics.mean, "loss", unit="loss", steady=True)
+    loss_std = Statistic("sd of the loss at +h", statistics.spread, "loss", unit="loss")
+    delta_mean = Statistic("mean loss change at +h", statistics.mean, "delta", unit="loss")
+    delta_std = Statistic("sd of the loss change at +h", statistics.spread, "delta", unit="loss")
     landscape_roughness = Statistic("sd over mean of the loss at +h", statistics.variation, "loss")
-    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="nats per h", steady=True)
-    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="nats per h", steady=True)
+    dir_grad_mean = Statistic("mean slope", statistics.mean, "dir_grad", unit="loss per h", steady=True)
+    dir_grad_std = Statistic("sd of the slope", statistics.spread, "dir_grad", unit="loss per h", steady=True)
     dir_grad_delta_corr = Statistic("correlation of slope and loss change", statistics.correlation, "dir_grad", "delta")
-    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit="nats per h^2")
-    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit="nats per h^2")
+    curvature_mean = Statistic("mean curvature", statistics.mean, "curvature", unit=_PER_H2)
+    curvature_std = Statistic("sd of the curvature", statistics.spread, "curvature", unit=_PER_H2)
     curvature_p10, curvature_p50, curvature_p90 = (
         Statistic(
-            f"{p}th percentile of the curvature",
-            partial(statistics.quantile, q=p / 100),
-            "curvature",
-            unit="nats per h^2",
+            f"{p}th percentile of the curvature", partial(statistics.quantile, q=p / 100), "curvature", unit=_PER_H2
         )
         for p in (10, 50, 90)
     )
-    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="nats per distance^2")
-    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="nats")
-    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="nats", steady=True)
-    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="nats")
+    rayleigh_mean = Statistic("mean curvature per distance", statistics.mean, "rayleigh", unit="loss per distance^2")
+    delta_mean_negative = Statistic("mean loss change at -h", statistics.mean, "delta_negative", unit="loss")
+    loss_mean_negative = Statistic("mean loss at -h", statistics.mean, "negative", unit="loss", steady=True)
+    loss_std_negative = Statistic("sd of the loss at -h", statistics.spread, "negative", unit="loss")
 
     @derived("finite losses at +h", shown=False)
     def n_samples(self) -> int:
@@ -124,10 +119,10 @@ class DirectionalLosses(Columns, Result):
     @property
     def precision_note(self) -> str | None:
         """That rounding may decide signs of curvatures here, and what to do; None where it does not."""
-        if not (few := self.n_curvatures_undecided) or self.curvatures is None:
-            return None
-        half = self.realised is not None
-        return caveats.undecided_signs(few, len(self.curvatures), self.curvature_noise_floor, half=half)
+        few, num, floor = self.n_curvatures_undecided, len(self.losses), self.curvature_noise_floor
+        half = "compute in float32 (`functional(model, dtype=torch.float32)`)"
+        remedy = half if self.realised is not None else "pass `curvature='exact'`"
+        return None if few is None else caveats.note("signs", few=few, num=num, floor=floor, remedy=remedy)
 
     @property
     def step_note(self) -> str | None:
@@ -135,36 +130,15 @@ class DirectionalLosses(Columns, Result):
         known, mean = self.truncation, self.curvature_mean
         return None if known is None else caveats.curvature_and_step(known, mean, self.actual_span)
 
-    @cached_property
-    def resolution_note(self) -> str | None:
-        """Why loss changes at this step are not resolved, so that they have no errors and no tests; None where they are."""
-        return unresolved_step(self.unmoved, Estimate.of(finite(self.deltas)), self.loss_rounding)
-
     @derived("directions with a finite slope and loss", shown=False)
-    def n_samples_for_corr(self) -> int:
+    def n_samples_for_corr(self) -> int | None:
         """Directions where both the slope and the loss are finite."""
-        return 0 if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
+        return None if self.slopes is None else int((self.slopes.isfinite() & self.losses.isfinite()).sum())
 
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its documented name, with its standard errors over directions and over sequences."""
         return Statistic.all_of(self)
-
-    def estimated(
-        self, statistic: Callable[..., Estimate], over: Sequence[str], steady: bool = False
-    ) -> Estimate | None:
-        """A statistic of these columns, over the directions where all of them are finite; None where one is not there.
-
-        steady: it does not depend on how well loss changes at the step are resolved.
-        """
-        columns = self.columns
-        if not columns.keys() >= set(over):
-            return None
-        seen = torch.stack([columns[each] for each in over]).isfinite().all(0)
-        rows = [None if (row := self.rows(each)) is None else row[seen] for each in over]
-        estimate = crossed(statistic, [columns[each][seen] for each in over], rows)
-        steady |= self.exact_curvatures is not None and over[0] in ("curvature", "rayleigh")
-        return estimate if steady or self.resolution_note is None else without_error(estimate)
 
     @cached_property
     def baseline(self) -> Estimate:
@@ -179,9 +153,8 @@ class DirectionalLosses(Columns, Result):
     @property
     def signs(self) -> dict[str, statistics.Signs]:
         """Of loss changes and, where they are there, of slopes and curvatures: how many are above and below 0."""
-        at_the_step = {"delta", "curvature"} if self.exact_curvatures is None else {"delta"}
-        lost = set() if self.resolution_note is None else at_the_step
         tests = {name: statistics.signs(finite(x)) for name, x in self.columns.items() if name in _SIGNED}
+        lost = {name for name in tests if name != "dir_grad" and self.lost(name)}
         return {name: test._replace(p_value=math.nan) if name in lost else test for name, test in tests.items()}
 
     @property
@@ -192,7 +165,7 @@ class DirectionalLosses(Columns, Result):
         corr = float(self.estimates["dir_grad_delta_corr"].value)
         return caveats.low_correlation(corr, self.deltas, self.slopes, self.actual_span)
 
-    @derived("standard error of the loss at theta over sequences", unit="nats", shown=False)
+    @derived("standard error of the loss at theta over sequences", unit="loss", shown=False)
     def baseline_loss_stderr_data(self) -> float:
         return float(self.baseline.stderr)
 
@@ -205,23 +178,17 @@ class DirectionalLosses(Columns, Result):
     def delta_largest_share(self) -> float:
         return statistics.largest_share(finite(self.deltas))
 
-    @derived("largest finite loss at +h", unit="nats", shown=False)
+    @derived("largest finite loss at +h", unit="loss", shown=False)
     def loss_max(self) -> float:
         return float(near.max()) if len(near := finite(self.losses)) else math.nan
 
-    @derived("smallest finite loss at +h", unit="nats", shown=False)
+    @derived("smallest finite loss at +h", unit="loss", shown=False)
     def loss_min(self) -> float:
         return float(near.min()) if len(near := finite(self.losses)) else math.nan
 
-    @derived("what the step adds to the mean curvature", unit="nats per h^2")
+    @derived("what the step adds to the mean curvature", unit=_PER_H2)
     def curvature_truncation(self) -> Estimate | None:
         return None if self.truncation is None else self.truncation.bias
-
-    def entries(self) -> Iterator[Entry]:
-        absent = () if self.slopes is not None else ("n_samples_for_corr",)
-        if not self.compute_curvature:
-            absent += ("curvature_noise_floor", "n_curvatures_undecided")  # type: ignore[assignment]
-        return (entry for entry in super().entries() if entry.name not in absent)
 
     def asdict(self) -> dict[str, Any]:
         """The documented dictionary, then standard errors, settings, costs and per-direction arrays.
@@ -232,15 +199,16 @@ class DirectionalLosses(Columns, Result):
         Plain numbers, strings and numpy arrays, None for a note that does not apply; keys of what was not asked for are
         absent, as documented.
         """
-        notes: dict[str, Any] = {"note": self.note, "relative_step_note": caveats.large_step(self.relative_step)}
-        notes |= {"resolution_note": self.resolution_note}
+        large = caveats.note("large step", relative=self.relative_step)
+        notes: dict[str, Any] = {
+            "note": self.note,
+            "relative_step_note": large,
+            "resolution_note": self.resolution_note,
+        }
         notes |= {"precision_note": self.precision_note} if self.compute_curvature else {}
         if (known := self.truncation) is not None:
-            notes |= {
-                "step_note": self.step_note,
-                "curvature_status": known.status,
-                "curvature_settling": known.settling,
-            }
+            settling = {"curvature_status": known.status, "curvature_settling": known.settling}
+            notes |= {"step_note": self.step_note} | settling
         unit = {"use_filter_norm": self.normalize == "filter"}
         unit |= {"global_renorm": self.global_renorm or self.normalize == "global"}
         return super().asdict() | unit | self.plan.named | notes
@@ -256,14 +224,15 @@ class DirectionalLosses(Columns, Result):
     def unresolved(self) -> list[str]:
         rough = self.truncation is not None and self.truncation.status == "rough"
         names = ["curvature_mean", "rayleigh_mean"] if rough else []
+        if 2 * (self.n_curvatures_undecided or 0) > len(finite(self.columns.get("curvature", self.losses[:0]))):
+            names += [name for name in self.estimates if name.startswith(("curvature", "rayleigh"))]  # below rounding
         lost = {} if self.resolution_note is None else self.estimates
-        return names + [name for name, estimate in lost.items() if estimate.stderr.isnan() and name not in names]
+        names += [name for name, estimate in lost.items() if estimate.stderr.isnan()]
+        return list(dict.fromkeys(names))
 
     @property
     def texts(self) -> dict[str, str]:
-        texts = {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
-        loss = f"{said(self.baseline_loss, self.baseline_loss_stderr_data)} over data"
-        return texts if self.residuals is None else {"baseline_loss": loss} | texts
+        return {name: f"{float(self.estimates[name].value):.5g}, not resolved" for name in self.unresolved}
 
     @property
     def notes(self) -> list[str]:
@@ -275,22 +244,23 @@ class DirectionalLosses(Columns, Result):
             if name in columns
         ]
         notes = [
-            caveats.nonfinite(self.n_nonfinite_pos, self.n_nonfinite_neg, "span"),
-            None if self.realised is None else caveats.half_precision(self.displacement, self.realised),
-            self.resolution_note or partly_moved(self.unmoved),
-            caveats.large_step(self.relative_step),
+            caveats.note("nonfinite", positive=self.n_nonfinite_pos, negative=self.n_nonfinite_neg, step="span"),
+            caveats.note("half precision", intended=self.displacement, moved=self.realised),
+            self.resolution_note or caveats.note("partly moved", share=self.unmoved),
+            caveats.note("large step", relative=self.relative_step),
             *means,
             self.note,
             self.step_note,
             self.precision_note,
             caveats.few_sequences(self.n_sequences),
-            caveats.no_data_error(self._without_data_error) if self.n_sequences > 1 else None,
+            caveats.note("no data error", names=", ".join(self._without_data_error)),
         ]
         return [note for note in notes if note]
 
     @property
     def _without_data_error(self) -> list[str]:
-        known = {
-            name: isinstance(each, Crossed) and each.stderr_data.isfinite() for name, each in self.estimates.items()
-        }
-        return [name for name, each in self.estimates.items() if each.stderr.isfinite() and not known[name]]
+        """Statistics whose terms per sequence are not known, where others may have an error over sequences."""
+        if self.n_sequences < 2:
+            return []
+        known = {name for name, x in self.estimates.items() if isinstance(x, Crossed) and x.stderr_data.isfinite()}
+        return [name for name, x in self.estimates.items() if x.stderr.isfinite() and name not in known]

@@ -15,15 +15,13 @@ from ..core.directions import Direction, Normalize, norm, stack
 from ..core.keys import Key
 from ..core.objective import Loss, Theta
 from ..core.restrict import restrict
-from .baseline import centre_at, centred, copies
 from .directional import plan_of
 from .directional_result import Plan
 from .evaluator import mapped, points_at_once
 from .flatness_result import Flatness
-from .precision import is_half, realised, warn_if_swallowed
+from .precision import is_half, loss_rounding, realised, unmoved, warn_if_swallowed
 from .residuals import Residuals, residuals
-from .resolution import loss_rounding, unmoved
-from .sampling import Arguments, CommonDirections, SamplingSettings
+from .sampling import Arguments, CommonDirections, SamplingSettings, centre_at, centred, copies
 from .terms import PerSequence, Values
 
 
@@ -220,13 +218,13 @@ def _terms(
         last = min(first + plan.chunk, len(dirs))
         part = stack(dirs[first:last]) if rows is None else rows[first:last]
         if plan.chunk > 1:
-            found = [mapped(lambda row, a=a: restrict(per, flat, row)(a), part, "chunk=1") for a in steps]
+            terms = [mapped(lambda row, a=a: restrict(per, flat, row)(a), part, "chunk=1") for a in steps]
         else:
             point = (
                 part.new_empty(len(flat), dtype=torch.promote_types(part.dtype, flat.dtype)) if point is None else point
             )
-            found = [torch.stack(values(torch.add(flat, part[0], alpha=a, out=point)))[None] for a in steps]
-        yield torch.stack(found, dim=1)
+            terms = [torch.stack(values(torch.add(flat, part[0], alpha=a, out=point)))[None] for a in steps]
+        yield torch.stack(terms, dim=1)
 
 
 def _along_lazy(loss: Loss, params: Mapping[str, Tensor], direction: Direction, steps: list[float]) -> list[Tensor]:

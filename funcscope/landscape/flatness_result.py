@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core import statistics
-from ..core.estimate import Crossed, Estimate
+from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, internal, quantity
-from ..core.standard_errors import Statistic, crossed
+from ..core.standard_errors import Statistic
 from ..core.tables import Entry
 from ..linalg.trace import TraceEstimate
 from . import caveats
-from .directional_columns import finite
+from .directional_columns import Sampled, finite, scaled
 from .directional_result import Plan
 from .residuals import Residuals
-from .resolution import partly_moved, unresolved_step, without_error
 
 SHARE_OF_BASELINE = 0.1
 """A direction counts as flat for `flatness_ratio` where the loss rises by less than this share of the baseline."""
@@ -31,21 +28,19 @@ PAIRED = ("pair_mean", "pair_variance_ratio", "second_order")
 """What needs both sides."""
 
 
-class Flatness(Result):
+class Flatness(Sampled, Result):
     r"""Loss changes at a step along random directions; made by `flatness`, whose docstring has the formulas.
 
-    Samples are float64 tensors of shape (n,) on the CPU, non-finite ones included. Statistics are over the finite ones
-    (pairs: where both sides are), but the two shares, which count a non-finite change as not flat. Errors are over
-    directions, and for all but the shares (which have no derivative by a loss) over sequences, too (`Crossed`); nan where too
-    few samples define one. `asdict()` has the documented names.
+    Samples, statistics and their errors are as in `DirectionalLosses`; but the two shares count a non-finite change as not
+    flat, and have no error over sequences: they have no derivative by a loss.
     """
 
-    delta_losses: Float[Tensor, " n"] = quantity("loss change at +d", unit="nats", per="direction")
-    delta_losses_negative: Float[Tensor, " n"] | None = quantity("loss change at -d", unit="nats", per="direction")
+    delta_losses: Float[Tensor, " n"] = quantity("loss change at +d", unit="loss", per="direction")
+    delta_losses_negative: Float[Tensor, " n"] | None = quantity("loss change at -d", unit="loss", per="direction")
     epsilon: float
     step: float
     """The coefficient of the directions: epsilon, or epsilon ||theta|| / ||d|| where it is relative."""
-    baseline_loss: float = quantity("loss at theta", unit="nats")
+    baseline_loss: float = quantity("loss at theta", unit="loss")
     direction_norm: float
     param_norm: float
     num_params: int
@@ -80,7 +75,7 @@ class Flatness(Result):
     def n_nonfinite_negative(self) -> int:
         return 0 if self.delta_losses_negative is None else int((~self.delta_losses_negative.isfinite()).sum())
 
-    @derived("largest loss change at +d", unit="nats")
+    @derived("largest loss change at +d", unit="loss")
     def max_delta_loss(self) -> float:
         """The largest finite change at +d; it grows with the number of directions, and has no standard error."""
         rises = finite(self.delta_losses)
@@ -89,18 +84,28 @@ class Flatness(Result):
     @property
     def resolution_note(self) -> str | None:
         """Why loss changes at this step are not resolved, so that no statistic of them has an error; None where they are."""
-        return unresolved_step(self.unmoved, Estimate.of(finite(self.delta_losses)), self.loss_rounding)
+        return self.lost("rise")
+
+    @property
+    def pair_note(self) -> str | None:
+        """Why the means of both sides are not resolved at this step; None where they are, or where there are none."""
+        return self.lost("even") if len(self.even) else None
+
+    @property
+    def unresolved(self) -> list[str]:
+        one_sided = [] if self.resolution_note is None else [name for name in self.estimates if name not in PAIRED]
+        return one_sided + ([] if self.pair_note is None else [name for name in self.estimates if name in PAIRED])
 
     @property
     def even(self) -> Float[Tensor, " m"]:
         """(D+ + D-) / 2 of the pairs with two finite sides; empty where one side was evaluated only."""
         return finite(self.columns["even"])
 
-    mean_delta_loss = Statistic("mean loss change at +d", statistics.mean, "rise", unit="nats")
-    median_delta_loss = Statistic("median loss change at +d", partial(statistics.order, q=0.5), "rise", unit="nats")
-    std_delta_loss = Statistic("sd of the loss change at +d", statistics.spread, "rise", unit="nats")
-    p90_delta_loss = Statistic("90th percentile of it", partial(statistics.order, q=0.9), "rise", unit="nats")
-    p10_delta_loss = Statistic("10th percentile of it", partial(statistics.order, q=0.1), "rise", unit="nats")
+    mean_delta_loss = Statistic("mean loss change at +d", statistics.mean, "rise", unit="loss")
+    median_delta_loss = Statistic("median loss change at +d", partial(statistics.order, q=0.5), "rise", unit="loss")
+    std_delta_loss = Statistic("sd of the loss change at +d", statistics.spread, "rise", unit="loss")
+    p90_delta_loss = Statistic("90th percentile of it", partial(statistics.order, q=0.9), "rise", unit="loss")
+    p10_delta_loss = Statistic("10th percentile of it", partial(statistics.order, q=0.1), "rise", unit="loss")
 
     @derived("directions in which the loss rises by less than a share of itself", unit="share")
     def flatness_ratio(self) -> Estimate:
@@ -112,7 +117,7 @@ class Flatness(Result):
         """Where the rise is below `threshold`."""
         return self._share_below(self.threshold)
 
-    @derived("mean of both sides", unit="nats")
+    @derived("mean of both sides", unit="loss")
     def pair_mean(self) -> Estimate:
         r"""Mean of the even parts: $E[\Delta]$ without the scatter of the gradient and of all odd orders.
 
@@ -131,24 +136,23 @@ class Flatness(Result):
         """
         return self.estimated(statistics.variance_ratio, ["even", "odd"])
 
-    @derived("trace of the Hessian at this step", unit="nats per distance^2")
+    @derived("trace of the Hessian at this step", unit="loss per distance^2")
     def second_order(self) -> Estimate:
         r"""$2 P \,\overline{e} / \epsilon^2$, epsilon the displacement: tr(H) at this step's resolution, not tr(H) itself.
 
-        Off by $O(\epsilon^2)$ for a loss with four derivatives. For a ReLU network it contains the kinks within epsilon,
-        which the Hessian of autodiff does not have, and which do not vanish with higher orders: no estimate of that
-        trace (ratios of 0.6 to 0.8 between the two are common) unless epsilon is small against the distance to the kinks.
-        nan for one-sided samples and for directions other than `global`, where the mean weighs the blocks of H.
+        Off by $O(\epsilon^2)$ for a loss with four derivatives; with kinks within epsilon (ReLU), no estimate of the trace
+        of autodiff's Hessian, which has none: ratios of 0.6 to 0.8 between the two are common. nan for one-sided samples
+        and for directions other than `global`, where the mean weighs the blocks of H.
         """
         if self.normalize != "global":
-            return _scaled(self.pair_mean, math.nan)
-        return _scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
+            return scaled(self.pair_mean, math.nan)
+        return scaled(self.pair_mean, 2 * self.num_params / self.displacement / self.displacement)
 
     def expected_from_trace(self, trace: Estimate | TraceEstimate) -> Estimate:
         r"""$\epsilon^2 \mathrm{tr}(H) / 2P$ with its error, for a trace from elsewhere: to put beside the means.
 
-        The two agree to $O(\epsilon^4)$ for a loss with four derivatives; for a ReLU network the Hessian of autodiff lacks
-        the kinks (`second_order`). Raises ValueError for directions other than `global`, whose mean is no trace.
+        The two agree to $O(\epsilon^4)$ where `second_order` is the trace. Raises ValueError for directions other than
+        `global`, whose mean is no trace.
         """
         if self.normalize != "global":
             raise ValueError(
@@ -157,16 +161,12 @@ class Flatness(Result):
             )
         num = trace.num if isinstance(trace, Estimate) else len(trace.samples)
         known = Estimate(trace.value, trace.stderr, num)
-        return _scaled(known, self.displacement * self.displacement / (2 * self.num_params))
+        return scaled(known, self.displacement * self.displacement / (2 * self.num_params))
 
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Every sampled statistic by its name, with its standard error; those of pairs where there are any."""
         return {entry.name: entry.value for entry in self.entries() if isinstance(entry.value, Estimate)}
-
-    @derived("sequences that score something", shown=False)
-    def n_sequences(self) -> int:
-        return 0 if self.residuals is None else self.residuals.num
 
     @property
     def columns(self) -> dict[str, Float[Tensor, " n"]]:
@@ -176,26 +176,24 @@ class Flatness(Result):
             return {"rise": rise, "even": rise.new_empty(0), "odd": rise.new_empty(0)}
         return {"rise": rise, "even": (rise + negative) / 2, "odd": (rise - negative) / 2}
 
-    def estimated(self, statistic: Callable[..., Estimate], over: Sequence[str]) -> Estimate:
-        """A statistic of these columns where all of them are finite, with both errors; without any at no resolved step."""
-        columns = [self.columns[each] for each in over]
-        seen = torch.stack(columns).isfinite().all(0)
-        columns = [x[seen] for x in columns]
-        estimate = crossed(statistic, columns, [self._residuals(each, seen) for each in over])
-        lost = unresolved_step(self.unmoved, Estimate.of(columns[0]), self.loss_rounding)
-        return estimate if lost is None else without_error(estimate)
+    def rows(self, quantity: str) -> Float[Tensor, "n g"] | None:
+        known = self.residuals
+        if known is None or (quantity != "rise" and known.negative is None):
+            return None
+        rows = known.positive - known.centre
+        if known.negative is not None and quantity != "rise":
+            sign = 1 if quantity == "even" else -1
+            rows = (rows + sign * (known.negative - known.centre)) / 2
+        return rows
+
+    lost = Sampled.unresolved_step
 
     def entries(self) -> Iterator[Entry]:
         absent = PAIRED if self.delta_losses_negative is None else ()
         return (entry for entry in super().entries() if entry.name not in absent)
 
     def asdict(self) -> dict[str, Any]:
-        """Documented names, standard errors, settings, costs, samples: plain numbers, strings, numpy arrays.
-
-        `<name>_stderr` is over directions, `<name>_stderr_data` over sequences, `<name>_stderr_total` over both.
-
-        Keys of the other side and of pairs are absent where one side was evaluated only.
-        """
+        """As of every result; keys of the other side and of pairs are absent where one side was evaluated only."""
         sides = {"n_directions": len(self.delta_losses), "two_sided": self.delta_losses_negative is not None}
         return super().asdict() | sides | self.plan.named | {"resolution_note": self.resolution_note or ""}
 
@@ -210,33 +208,15 @@ class Flatness(Result):
     @property
     def notes(self) -> list[str]:
         notes = (
-            caveats.nonfinite(self.n_nonfinite, self.n_nonfinite_negative, "d"),
-            self.resolution_note or partly_moved(self.unmoved),
-            caveats.large_step(self.epsilon_relative),
+            caveats.note("nonfinite", positive=self.n_nonfinite, negative=self.n_nonfinite_negative, step="d"),
+            self.resolution_note or caveats.note("partly moved", share=self.unmoved),
+            None if self.resolution_note or not self.pair_note else f"pairs: {self.pair_note}",
+            caveats.note("large step", relative=self.epsilon_relative),
             caveats.unresolved("loss change", self.estimates["mean_delta_loss"], finite(self.delta_losses)),
             caveats.few_sequences(self.n_sequences),
         )
         return [note for note in notes if note]
 
-    def _residuals(self, column: str, seen: Tensor) -> Tensor | None:
-        """What each sequence adds to a column beside its mean."""
-        known = self.residuals
-        if known is None or (column != "rise" and known.negative is None):
-            return None
-        rows = known.positive - known.centre
-        if known.negative is not None and column != "rise":
-            sign = 1 if column == "even" else -1
-            rows = (rows + sign * (known.negative - known.centre)) / 2
-        return rows[seen]
-
     def _share_below(self, rise: float) -> Estimate:
         share = Estimate.of((self.delta_losses.isfinite() & (self.delta_losses < rise)).double())
-        return share if self.resolution_note is None else without_error(share)
-
-
-def _scaled(estimate: Estimate, factor: float) -> Estimate:
-    scaled = replace(estimate, value=estimate.value * factor, stderr=estimate.stderr * abs(factor))
-    if not isinstance(scaled, Crossed):
-        return scaled
-    size = abs(factor)
-    return replace(scaled, stderr_data=scaled.stderr_data * size, stderr_total=scaled.stderr_total * size)
+        return share if self.resolution_note is None else scaled(share, 1.0, math.nan)

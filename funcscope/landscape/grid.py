@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_device, check_flat, check_positive
 from ..core.directions import Direction, dot, stack
-from ..core.estimate import Estimate
 from ..core.objective import Loss
-from ..core.pack import storable
 from ..core.standard_errors import means
 from .axes import Axes, Trajectory
 from .evaluator import Write, over_points, points_at_once
-from .precision import check_baseline
+from .sampling import check_baseline
 from .states import States
 from .terms import Metric, estimate
 
@@ -43,25 +41,6 @@ class Row(NamedTuple):
     values: list[float]
 
 
-@storable
-class Evaluated(NamedTuple):
-    """Means of the loss and of k metrics at rows of points, in float64 on the CPU; errors are over sequences."""
-
-    values: Float[Tensor, "1+k r m"]
-    stderr: Float[Tensor, "1+k r m"]
-    delta_stderr: Float[Tensor, "r m"]
-    """Of loss changes from theta, on the same sequences."""
-    at_theta: tuple[Estimate, ...]
-    metrics: tuple[str, ...]
-    num_batches: int
-    num_forwards: int
-    """Passes over all batches, two at theta itself among them."""
-    chunk: int
-    threads: int
-    buffers: Literal["none", "interpolate", "reestimate", "fixed"]
-    """Which running statistics the net has at the points; "none" where it tracks none."""
-
-
 def evaluate(
     loss: Loss,
     theta: Float[Tensor, " p"],
@@ -71,8 +50,8 @@ def evaluate(
     chunk: int | None,
     buffers: Statistics,
     metric: Mapping[str, Metric] | None,
-) -> Evaluated:
-    """The loss at theta itself, and at every point of rows of one length, by one plan and on the loss's own batches.
+) -> dict[str, Any]:
+    """The loss at theta itself, and at every point of rows of one length: the fields that lines and planes have in common.
 
     In chunks, theta is a point of the first one, so that its loss has the rounding of the others. In the loop, points are
     (theta + a d_1) + b d_2 in one buffer: at most nine roundings per coordinate, none for coefficients of 0.
@@ -97,19 +76,25 @@ def evaluate(
         parts = [_statistics(first, centre, weights)]
         while slab := list(islice(sums, SLAB)):
             parts.append(_statistics(torch.cat(slab), centre, weights))
-    values, stderr, delta_stderr = (
-        torch.cat(each, -1).unflatten(-1, (len(rows), -1)) for each in zip(*parts, strict=True)
-    )
-    passes, threads = (num + 1) * states.passes, torch.get_num_threads()
-    settings = (tuple(states.metrics), len(loss.batches), passes, chunk, threads, states.buffers)
-    return Evaluated(values, stderr, delta_stderr, at_theta, *settings)
+    tables = (torch.cat(each, -1).unflatten(-1, (len(rows), -1)) for each in zip(*parts, strict=True))
+    return dict(zip(("values", "stderr", "change_stderr"), tables, strict=True)) | {
+        "at_theta": at_theta,
+        "metric_names": tuple(states.metrics),
+        "num_batches": len(loss.batches),
+        "num_forwards": (num + 1) * states.passes,
+        "chunk": chunk,
+        "threads": torch.get_num_threads(),
+        "buffers": states.buffers,
+    }
 
 
 def _statistics(sums: Float[Tensor, "c k n"], centre: Float[Tensor, "k n"], weights: Tensor) -> tuple[Tensor, ...]:
-    """Means and errors, (k, c) each, and the errors of loss changes from theta, (c,)."""
-    columns = [means(each, weights) for each in sums.unbind(1)]
-    values, stderr = (torch.stack(column) for column in zip(*columns, strict=True))
-    return values, stderr, means(sums[:, 0] - centre[0], weights).stderr
+    """Means, their errors, and the errors of changes from theta, (k, c) each."""
+    columns = [
+        (*means(each, weights), means(each - at, weights).stderr)
+        for each, at in zip(sums.unbind(1), centre, strict=True)
+    ]
+    return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
 
 def _stepped(theta: Tensor, vectors: Tensor, rows: Sequence[Row]) -> Write:
@@ -201,7 +186,7 @@ def span_range(span: Any) -> Range:
     return float(span[0]), float(span[1])
 
 
-def plane_ranges(span: Any) -> list[Range]:
+def span_ranges(span: Any) -> list[Range]:
     """The ranges of both coefficients, from one span for both or one range for each."""
     if isinstance(span, Sequence) and not all(isinstance(x, Real) for x in span):
         if len(span) != 2:
@@ -210,7 +195,7 @@ def plane_ranges(span: Any) -> list[Range]:
     return [span_range(span)] * 2
 
 
-def plane_nums(num: Any) -> tuple[int, int]:
+def point_nums(num: Any) -> tuple[int, int]:
     """The points along both axes."""
     both = tuple(num) if isinstance(num, Sequence) else (num, num)
     if len(both) != 2:

@@ -36,13 +36,14 @@ class Group(NamedTuple):
 
 def gram(vectors: Float[Tensor, "k p"], origin: Float[Tensor, " p"] | None = None) -> Float[Tensor, "k k"]:
     """All inner products of the vectors, of their differences to `origin` where given; in float64, block by block."""
-    total = torch.zeros(len(vectors), len(vectors), dtype=wide(vectors.device), device=vectors.device)
+    return torch.stack([part @ part.T for part in blocks(vectors, origin)]).sum(0)
+
+
+def blocks(vectors: Float[Tensor, "k p"], origin: Float[Tensor, " p"] | None = None) -> Iterator[Float[Tensor, "k b"]]:
+    """The vectors, or their differences to `origin`, some coordinates at a time in float64."""
     for first in range(0, vectors.shape[1], BLOCK):
-        part = vectors[:, first : first + BLOCK].to(total)
-        if origin is not None:
-            part = part - origin[first : first + BLOCK].to(total)
-        total += part @ part.T
-    return total
+        part = vectors[:, first : first + BLOCK].to(wide(vectors.device))
+        yield part if origin is None else part - origin[first : first + BLOCK].to(part)
 
 
 def orthonormalise(vectors: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
@@ -147,8 +148,8 @@ def _triangular(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _factor(square: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(square)
-    size, left = square.diagonal(dim1=1, dim2=2), factor.diagonal(dim1=1, dim2=2).square()
-    dependent = (info > 0) | ~(left > DEPENDENT * size).all(1)
+    size, rest = square.diagonal(dim1=1, dim2=2), factor.diagonal(dim1=1, dim2=2).square()
+    dependent = (info > 0) | ~(rest > DEPENDENT * size).all(1)
     eye = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
     return torch.where(dependent[:, None, None], eye, factor), dependent
 
@@ -160,23 +161,21 @@ def _inverse(factor: Tensor) -> Tensor:
 
 def _gram(parts: list[Tensor], transform: Tensor | None) -> Tensor:
     """Inner products (g, n, n) of the groups' parts, transformed first where a matrix is given."""
-    moved = (z if transform is None else transform @ z for part in parts for z in _wide(part))
+    moved = (z if transform is None else transform @ z for z in map(_wide, _pieces(parts)))
     return torch.stack([z @ z.mT for z in moved]).sum(0)
 
 
 def _apply(parts: list[Tensor], first: Tensor, second: Tensor) -> None:
+    for piece in _pieces(parts):
+        piece.copy_((second @ (first @ _wide(piece))).transpose(0, 1).reshape(piece.shape))
+
+
+def _pieces(parts: list[Tensor]) -> Iterator[Tensor]:
+    """The parts, some coordinates at a time where a group is one long vector."""
     for part in parts:
-        if part.ndim == 3 and part.shape[1] == 1:  # long vectors: some coordinates at a time
-            for z in part.split(BLOCK, 2):
-                z.copy_((second @ (first @ z.transpose(0, 1).to(first))).transpose(0, 1))
-        else:
-            part.copy_((second @ (first @ next(_wide(part)))).transpose(0, 1).reshape(part.shape))
+        yield from part.split(BLOCK, 2) if part.ndim == 3 and part.shape[1] == 1 else (part,)
 
 
-def _wide(part: Tensor) -> Iterator[Tensor]:
-    """(g, n, m) in float64, some coordinates at a time where one group is long."""
-    dtype = wide(part.device)
-    if part.ndim == 3 and part.shape[1] == 1:
-        yield from (z.transpose(0, 1).to(dtype) for z in part.split(BLOCK, 2))
-    else:
-        yield part.flatten(2).transpose(0, 1).to(dtype)
+def _wide(part: Tensor) -> Tensor:
+    """(g, n, m) in float64."""
+    return part.flatten(2).transpose(0, 1).to(wide(part.device))

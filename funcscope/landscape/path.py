@@ -13,10 +13,11 @@ from torch import Tensor
 from ..core.checks import check_count, check_instance
 from ..core.directions import dot
 from ..core.objective import Loss
+from ..core.standard_errors import Means, means
 from .barriers import BarrierMatrix, LossPath
 from .evaluator import over_points, points_at_once
 from .states import Buffers, End, EndPoint, States
-from .terms import Metric
+from .terms import Metric, by_ending, estimate
 
 Point = Callable[[int, Tensor], Any]
 """(i, row): write the i-th point of the path into the row."""
@@ -94,6 +95,7 @@ def barrier_matrix(
     names: Sequence[str] | None = None,
     chunk: int | None = None,
     buffers: Buffers = "interpolate",
+    metric: Mapping[str, Metric] | None = None,
 ) -> BarrierMatrix:
     r"""Barriers on the straight lines between every two of M models: which of them share a basin?
 
@@ -103,6 +105,9 @@ def barrier_matrix(
     2 (num - 2) passes a pair and 3 a model.
 
     thetas: nets, flat vectors of shape (P,) or dicts of parameters. names: one per model; default "0", "1", ...
+    metric: measured in the same forward passes, see `loss_plane`: `metrics` has the models' own on the diagonal, and beside
+    it those at the point of each path where its loss is highest over the chord; `metrics_excess` what they are over their
+    own chord there (an accuracy: below 0 where it falls).
 
     Raises ValueError for fewer than two models, names that are not one per model or not different, and as `linear_path`.
 
@@ -120,27 +125,30 @@ def barrier_matrix(
     check_instance("thetas", thetas, Sized, "a list of the models, `[fs.functional(model), ...]`")
     check_count("the number of models", len(thetas), least=2)
     names = _named(names, len(thetas))
-    states = States.of(loss, buffers)
+    states = States.of(loss, buffers, metric)
     ends = [states.end(theta, f"thetas[{i}]") for i, theta in enumerate(thetas)]
-    table = torch.zeros(5, len(ends), len(ends), dtype=torch.float64)
-    totals, forwards = torch.zeros(2, len(ends[0].weights), dtype=torch.float64), sum(end.passes for end in ends)
-    lost = torch.zeros(len(ends), len(ends), dtype=torch.int64)
-    for i, j in combinations(range(len(ends)), 2):
+    weights, m, k = ends[0].weights, len(ends), len(states.metrics)
+    values, errors = torch.zeros(2, 2 + 2 * k, m, m, dtype=torch.float64)
+    distance, lost = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.int64)
+    totals, forwards = torch.zeros(2, len(weights), dtype=torch.float64), sum(end.passes for end in ends)
+    for i, j in combinations(range(m), 2):
         write = on_line(ends[i].state, ends[j].state, num)
         path = measured(states, ends[i], ends[j], write, num=num, chunk=chunk, kind="line", known=True)
-        sums = path.barrier_sums
+        sums = torch.cat([path.barrier_sums, *path.metric_barrier_sums])
         if bool(path.losses.isnan().any()) and not float(path.barrier_linear.value) > 0:
             sums = torch.full_like(sums, math.nan)  # nothing is seen beside the holes, and nothing is known of them
-        numbers = (float(x) for each in map(path.mean, sums) for x in (each.value, each.stderr))
-        table[:, i, j] = table[:, j, i] = table.new_tensor([*numbers, path.distance])
-        totals += sums
-        lost[i, j] = lost[j, i] = path.n_nonfinite
+        values[:, i, j], errors[:, i, j] = means(sums, weights)
+        distance[i, j], lost[i, j] = path.distance, path.n_nonfinite
+        totals += sums[:2]
         forwards += path.num_forwards
-    pairs = len(ends) * (len(ends) - 1) // 2
-    highest, linear = (path.mean(total / pairs) for total in totals)  # any path: all have the weights
-    top, top_error, over, over_error, distance = table
+    values, errors, distance, lost = (table + table.mT for table in (values, errors, distance, lost))
+    for i, end in enumerate(ends):
+        values[2:, i, i].view(k, 2)[:, 0], errors[2:, i, i].view(k, 2)[:, 0] = means(end.sums[1:], weights)
+    plain, over = (dict(zip(states.metrics, map(Means, values[i::2], errors[i::2]), strict=True)) for i in (2, 3))
+    highest, linear = (estimate(total / (m * (m - 1) // 2), weights) for total in totals)
+    tables = values[0], errors[0], values[1], errors[1], distance, highest, linear
     return BarrierMatrix(
-        names, top, top_error, over, over_error, distance, highest, linear, num, lost, forwards, states.buffers
+        names, *tables, num, lost, forwards, by_ending(plain) | by_ending(over, "_excess"), states.buffers
     )
 
 

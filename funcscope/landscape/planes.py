@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,47 +17,42 @@ from ..core.directions import Direction, dot
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
-from ..curvature.pullbacks import flat
 from . import roughness
 from .axes import Axes, Trajectory
-from .grid import (
-    Evaluated,
-    Range,
-    Row,
-    Statistics,
-    coefficients,
-    evaluate,
-    given,
-    plane_nums,
-    plane_ranges,
-    spaced,
-    span_range,
-)
+from .grid import Range, Row, Statistics, coefficients, evaluate, given, point_nums, spaced, span_range, span_ranges
 from .precision import warn_of_small_steps
 from .states import USED
-from .terms import Metric, documented
+from .terms import Measured, Metric
 
 Ranges = tuple[Range, Range]
 PLANE, LINES = ("x", "y"), ("axis", "t")
 
 
-class _Grid(Result):
+class _Grid(Measured, Result):
     """What was evaluated at rows of points around theta, and where; losses that are not finite stay as they are."""
 
-    evaluated: Evaluated = internal()
     axes: Axes = internal()
     places: tuple[Tensor, ...] = internal()
     """Coefficients along each axis, in float64."""
     param_norm: float = quantity("norm of theta", shown=False)
     span: float | Range | Ranges
     relative_span: bool
+    values: Float[Tensor, "q r m"] = internal()
+    """Means of the loss and of q - 1 metrics at rows of points, in float64 on the CPU; errors are over sequences."""
+    stderr: Float[Tensor, "q r m"] = internal()
+    change_stderr: Float[Tensor, "q r m"] = internal()
+    """Of changes from theta, on the same sequences."""
+    at_theta: tuple[Estimate, ...] = internal()
+    metric_names: tuple[str, ...] = internal()
+    num_batches: int = quantity("batches", name="n_batches_used", shown=False)
+    num_forwards: int = quantity("passes over all batches", shown=False)
+    """Two at theta itself among them."""
+    chunk: int = quantity("points at once", shown=False)
+    threads: int = quantity("threads", shown=False)
+    buffers: Literal["none", "interpolate", "reestimate", "fixed"] = quantity("running statistics", shown=False)
+    """Which the net has at the points; "none" where it tracks none."""
 
-    baseline_loss = derived("loss at theta", unit="nats")(lambda self: float(self.evaluated.at_theta[0].value))
-    num_batches = derived("batches", name="n_batches_used", shown=False)(attrgetter("evaluated.num_batches"))
-    num_forwards = derived("passes over all batches", shown=False)(attrgetter("evaluated.num_forwards"))
-    chunk = derived("points at once", shown=False)(attrgetter("evaluated.chunk"))
-    threads = derived("threads", shown=False)(attrgetter("evaluated.threads"))
-    buffers = derived("running statistics", shown=False)(attrgetter("evaluated.buffers"))
+    baseline_loss = derived("loss at theta", unit="loss")(lambda self: float(self.at_theta[0].value))
     direction_norms = derived("norm of the direction", per="axis", shown=False)(lambda self: self.axes.norms.cpu())
     orthogonality_check = derived("largest |cosine| of two axes")(attrgetter("axes.cosine"))
     axis_names = derived("name of the axis", per="axis", shown=False)(lambda self: list(self.axes.names))
@@ -64,7 +60,7 @@ class _Grid(Result):
 
     @derived("points whose loss is infinite or nan", unit="points")
     def n_nonfinite(self) -> int:
-        return int((~self.evaluated.values[0].isfinite()).sum())
+        return int((~self.values[0].isfinite()).sum())
 
     @derived("largest |coefficient|", per="axis", shown=False)
     def actual_span(self) -> Float[Tensor, " k"]:
@@ -79,19 +75,15 @@ class _Grid(Result):
         """nan where theta is 0."""
         return self.displacement / (self.param_norm or math.nan)
 
-    @property
-    def metrics(self) -> dict[str, Float[Tensor, "r m"]]:
-        """Means of what was measured beside the loss, by name; `metrics_stderr` has their errors."""
-        return dict(zip(self.evaluated.metrics, self.evaluated.values[1:], strict=True))
-
-    @property
-    def metrics_stderr(self) -> dict[str, Float[Tensor, "r m"]]:
-        return dict(zip(self.evaluated.metrics, self.evaluated.stderr[1:], strict=True))
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        every = {"": self.values, "_stderr": self.stderr, "_delta_stderr": self.change_stderr}
+        return {end: dict(zip(self.metric_names, each[1:], strict=True)) for end, each in every.items()}
 
     @property
     def metrics_baseline(self) -> dict[str, Estimate]:
         """At theta."""
-        return dict(zip(self.evaluated.metrics, self.evaluated.at_theta[1:], strict=True))
+        return dict(zip(self.metric_names, self.at_theta[1:], strict=True))
 
     @derived("metric at theta", name="*")
     def _at_theta(self) -> dict[str, Estimate]:
@@ -99,14 +91,14 @@ class _Grid(Result):
 
     @property
     def notes(self) -> list[str]:
-        return USED[self.evaluated.buffers]
+        return USED[self.buffers]
 
     def asdict(self) -> dict[str, Any]:
         return super().asdict() | {f"axes_{name}": value for name, value in self.axes.settings.items()}
 
 
 def _of_points(label: str, **what: Any) -> Any:
-    return derived(label, unit="nats", shown=False, **what)
+    return derived(label, unit="loss", shown=False, **what)
 
 
 class LossPlane(_Grid):
@@ -116,12 +108,13 @@ class LossPlane(_Grid):
     the statistics, edges that touch one too.
     """
 
-    grid_losses = _of_points("loss", per=PLANE, stderr="grid_stderr")(lambda self: self.evaluated.values[0])
-    grid_stderr = _of_points("standard error of the loss", per=PLANE)(lambda self: self.evaluated.stderr[0])
-    grid_delta_stderr = _of_points("standard error of the change", per=PLANE)(attrgetter("evaluated.delta_stderr"))
+    grid_losses = _of_points("loss", per=PLANE, stderr="grid_stderr")(lambda self: self.values[0])
+    grid_stderr = _of_points("standard error of the loss", per=PLANE)(lambda self: self.stderr[0])
+    grid_delta_stderr = _of_points("standard error of the change", per=PLANE)(lambda self: self.change_stderr[0])
     axis_values = derived("coefficient along the first direction", per="x", shown=False)(lambda self: self.places[0])
     axis_values_2 = derived("coefficient along the second direction", per="y", shown=False)(lambda self: self.places[1])
-    _metrics = derived("metric", per=PLANE, name="*", shown=False)(documented)
+    _metrics = derived("metric", per=PLANE, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
     @derived("statistic of the finite losses", name="*")
     def statistics(self) -> dict[str, float]:
@@ -140,22 +133,23 @@ class LossPlane(_Grid):
 class LossLines(_Grid):
     """The loss along k axes, n points each; made by `loss_lines`. Float64 tensors on the CPU, not finite ones included."""
 
-    losses = _of_points("loss", per=LINES, stderr="losses_stderr")(lambda self: self.evaluated.values[0])
-    losses_stderr = _of_points("standard error of the loss", per=LINES)(lambda self: self.evaluated.stderr[0])
+    losses = _of_points("loss", per=LINES, stderr="losses_stderr")(lambda self: self.values[0])
+    losses_stderr = _of_points("standard error of the loss", per=LINES)(lambda self: self.stderr[0])
     delta_losses = _of_points("change of the loss from theta", per=LINES, stderr="delta_stderr")(
         lambda self: self.losses - self.baseline_loss
     )
-    delta_stderr = _of_points("paired standard error of the change", per=LINES)(attrgetter("evaluated.delta_stderr"))
+    delta_stderr = _of_points("paired standard error of the change", per=LINES)(lambda self: self.change_stderr[0])
     coefficients = derived("coefficient", per=LINES, shown=False)(lambda self: torch.stack(self.places))
-    loss_start = derived("loss at the start", unit="nats", per="axis")(lambda self: self.losses[:, 0])
-    loss_end = derived("loss at the end", unit="nats", per="axis")(lambda self: self.losses[:, -1])
-    _metrics = derived("metric", per=LINES, name="*", shown=False)(documented)
+    loss_start = derived("loss at the start", unit="loss", per="axis")(lambda self: self.losses[:, 0])
+    loss_end = derived("loss at the end", unit="loss", per="axis")(lambda self: self.losses[:, -1])
+    _metrics = derived("metric", per=LINES, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
+    _metric_errors = property(Measured.documented_errors)
 
     @derived("coefficient, or share of the norm of theta where the span is relative", per="t", shown=False)
     def axis_values(self) -> Float[Tensor, " n"]:
         return spaced(span_range(self.span), self.losses.shape[1])
 
-    @derived("lowest finite loss", unit="nats", per="axis")
+    @derived("lowest finite loss", unit="loss", per="axis")
     def loss_min(self) -> Float[Tensor, " k"]:
         finite = torch.where(self.losses.isfinite(), self.losses, math.inf).amin(1)
         return torch.where(finite.isfinite(), finite, math.nan)
@@ -217,7 +211,8 @@ def loss_plane(
     passes. For another network's theta, take its loss: `loss.with_buffers(other.buffers)`.
     metric: functions of (output, targets) by name, measured in the same forward passes; each gives one value for every
     position, `{"accuracy": lambda out, labels: out.argmax(-1) == labels}`. Their means have the loss's weights:
-    `plane.metrics["accuracy"]` and `metrics_stderr` have the shape of the grid; `metric_accuracy` in `asdict()`.
+    `plane.metrics["accuracy"]`, `metrics_stderr` and `metrics_delta_stderr` (paired, of the change from theta) have the
+    shape of the grid; `metric_accuracy`, `metric_accuracy_stderr`, ... in `asdict()`.
 
     Raises ValueError for a span that is not positive or a range that is empty, fewer than two points along an axis, axes of
     another model, of norm 0 or not finite, other than two of them, and where the loss at theta is not finite or not the
@@ -233,15 +228,15 @@ def loss_plane(
     >>> [[round(x, 3) for x in row] for row in plane.grid_losses.tolist()]
     [[6.5, 10.0, 14.5], [9.0, 12.5, 17.0], [12.5, 16.0, 20.5]]
     """
-    nums, ranges, axes = plane_nums(num), plane_ranges(span), given(axes)
+    nums, ranges, axes = point_nums(num), span_ranges(span), given(axes)
     if len(axes) != 2:
         raise ValueError(f"a plane has two axes, got {len(axes)}: choose two with `axes.pick(0, 1)`.")
-    vector = flat(loss, theta)
+    vector = Loss.vector(loss, theta)
     a, b = values = coefficients(axes, vector, ranges, nums, relative_span)
     rows = [Row((x, 0.0), 1, b.tolist()) for x in a.tolist()]
     both = ranges[0][1] if ranges[0] == ranges[1] and -ranges[0][0] == ranges[0][1] else (ranges[0], ranges[1])
     evaluated = evaluate(loss, vector, axes, rows, chunk=chunk, buffers=buffers, metric=metric)
-    return LossPlane(evaluated, axes, tuple(values), _norm(loss, vector, axes, values), both, relative_span)
+    return LossPlane(axes, tuple(values), _norm(loss, vector, axes, values), both, relative_span, **evaluated)
 
 
 def loss_lines(
@@ -283,13 +278,13 @@ def loss_lines(
     [[-5.0, 0.0, 7.0]]
     """
     check_count("num", num, least=2)
-    ends, vector, axes = span_range(span), flat(loss, theta), given(axes)
+    ends, vector, axes = span_range(span), Loss.vector(loss, theta), given(axes)
     k = len(axes)
     values = coefficients(axes, vector, [ends] * k, [num] * k, relative_span)
     rows = [Row((0.0,) * k, i, each.tolist()) for i, each in enumerate(values)]
     span = ends[1] if -ends[0] == ends[1] else ends
     evaluated = evaluate(loss, vector, axes, rows, chunk=chunk, buffers=buffers, metric=metric)
-    return LossLines(evaluated, axes, tuple(values), _norm(loss, vector, axes, values), span, relative_span)
+    return LossLines(axes, tuple(values), _norm(loss, vector, axes, values), span, relative_span, **evaluated)
 
 
 def _norm(loss: Loss, theta: Tensor, axes: Axes, values: list[Tensor]) -> float:

@@ -1,20 +1,26 @@
-"""What half precision makes of a step and of a loss: how far the parameters really move, how far the loss is off."""
+"""What rounding makes of a step and of a loss: how far the parameters really move, how far the loss is off."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..core.directions import Direction, dot
+from ..core.directions import Direction, dot, norm
 from ..core.layout import Layout, Params
 from ..core.objective import Loss
 from ..core.pack import storable
 
 HALF = (torch.bfloat16, torch.float16)
+FAR = 2.0**10
+"""Steps of more units in the last place of ||theta|| than that move all but the odd weight: they are not looked at."""
+ROUNDINGS = 4.0
+"""Relative roundings in the difference of two losses: those of both, and of a forward pass that rounds at every layer."""
 
 
 @storable
@@ -47,23 +53,57 @@ def realised(
     if not is_half(layout):
         return None
     moved = wished = error = asymmetry = 0.0
-    still = asked_to = 0
-    for leaf in layout.leaves:
-        for rows, values in direction.parts(leaf.name):
-            asked = values * step
-            at = base[leaf.name][rows] if leaf.shape else base[leaf.name]
-            before = at.to(leaf.dtype).to(asked.dtype)
-            plus, minus = ((at + sign * asked).to(leaf.dtype).to(asked.dtype) - before for sign in (1, -1))
-            moved += dot(plus, plus)
-            wished += dot(asked, asked)
-            error += dot(plus - asked, plus - asked)
-            asymmetry += dot(plus + minus, plus + minus)
-            still += int(((plus == 0) & (asked != 0)).sum())
-            asked_to += int((asked != 0).sum())
+    for dtype, at, values in _parts(layout, base, direction):
+        intended = values * step
+        before = at.to(dtype).to(intended.dtype)
+        plus, minus = ((at + sign * intended).to(dtype).to(intended.dtype) - before for sign in (1, -1))
+        sums = (dot(x, x) for x in (plus, intended, plus - intended, plus + minus))
+        moved, wished, error, asymmetry = (a + b for a, b in zip((moved, wished, error, asymmetry), sums, strict=True))
     if wished == 0:
         return None
     roots = (math.sqrt(moved), math.sqrt(error / wished), math.sqrt(asymmetry / wished))
-    return Realised(*roots, unmoved=still / asked_to, loss_error=loss_error)
+    return Realised(*roots, unmoved=_unmoved(layout, base, direction, step), loss_error=loss_error)
+
+
+def unmoved(layout: Layout, base: Params, direction: Direction, step: float) -> float:
+    """Share of the parameters that do not move at all at `step` along `direction`, though asked to; 0 for steps far above.
+
+    >>> from funcscope.core import directions, keys, model
+    >>> net = model.functional(torch.nn.Linear(64, 64, bias=False))
+    >>> d, = directions.directions(net, key=keys.key(0), num=1)
+    >>> unmoved(net.layout, net.params, d, 1e-12), unmoved(net.layout, net.params, d, 0.1)
+    (1.0, 0.0)
+    """
+    coarsest = max(torch.finfo(leaf.dtype).eps for leaf in layout.leaves)
+    is_far = abs(step) * direction.norm > FAR * coarsest * norm(base)
+    return 0.0 if is_far else _unmoved(layout, base, direction, step)
+
+
+def _unmoved(layout: Layout, base: Params, direction: Direction, step: float) -> float:
+    still = num = 0
+    for dtype, at, values in _parts(layout, base, direction):
+        moving = values != 0
+        still += int((((at + step * values).to(dtype) == at.to(dtype)) & moving).sum())
+        num += int(moving.sum())
+    return still / num if num else 0.0
+
+
+def _parts(layout: Layout, base: Params, direction: Direction) -> Iterator[tuple[torch.dtype, Tensor, Tensor]]:
+    """The dtype of some parameters, where they are, and their direction."""
+    for leaf in layout.leaves:
+        for rows, values in direction.parts(leaf.name):
+            yield leaf.dtype, base[leaf.name][rows] if leaf.shape else base[leaf.name], values
+
+
+def loss_rounding(level: float, unit_roundoff: float, num: int, realised: Realised | None = None) -> float:
+    r"""By how much rounding alone may move a difference of two means over `num` sequences: $4 u |L| / \sqrt n$.
+
+    Sequences are rounded apart from each other and summed in float64. In half precision it is what was measured; 0 where
+    nothing was.
+    """
+    if realised is None:
+        return ROUNDINGS * unit_roundoff * abs(level) / max(num, 1) ** 0.5
+    return 2 * realised.loss_error if math.isfinite(realised.loss_error) else 0.0
 
 
 def loss_error(loss: Loss, base: Params) -> float:
@@ -75,7 +115,7 @@ def loss_error(loss: Loss, base: Params) -> float:
     wide = loss.net.in_dtype(torch.float32)
     sums = torch.zeros(3, dtype=torch.float64)
 
-    def at(name: str, _: torch.Tensor) -> torch.Tensor:
+    def at(name: str, _: Tensor) -> Tensor:
         return base[name].to(loss.layout.by_name[name].dtype)
 
     for inputs, targets in loss.batches:
@@ -91,13 +131,13 @@ def is_half(layout: Layout) -> bool:
     return any(leaf.dtype in HALF for leaf in layout.leaves)
 
 
-def warn_if_swallowed(found: Realised | None, span: float, relative_step: float) -> None:
+def warn_if_swallowed(rounded: Realised | None, span: float, relative_step: float) -> None:
     """Steps below 0.01 of ||theta|| are lost in half precision: by how much, and what to do."""
-    if found is None or relative_step >= 0.01:
+    if rounded is None or relative_step >= 0.01:
         return
     warnings.warn(
-        f"span {span:g} in half precision: {found.unmoved:.0%} of the weights do not move at all, and the realised step "
-        f"differs from the intended one by {found.error:.0%} of its length. Use a larger span, "
+        f"span {span:g} in half precision: {rounded.unmoved:.0%} of the weights do not move at all, and the realised step "
+        f"differs from the intended one by {rounded.error:.0%} of its length. Use a larger span, "
         "`dtype=torch.float32` in `functional`, or `compute_gradient` and `curvature='exact'`, which take no step.",
         stacklevel=4,
     )
@@ -115,18 +155,4 @@ def warn_of_small_steps(loss: Loss, step: float, param_norm: float) -> None:
 
 
 def _widened(inputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)
-
-
-def check_baseline(value: float, again: float, unit_roundoff: float) -> None:
-    """The loss at theta, evaluated twice, is finite and a function of theta."""
-    if not math.isfinite(value):
-        raise ValueError(
-            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
-            "(an attention mask of zeros, an overflow in half precision)."
-        )
-    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
-        raise ValueError(
-            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
-            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
-        )
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in HALF else x, inputs)

@@ -52,8 +52,8 @@ def quadratic_residual(grid: Float[Tensor, "n m"], first: Float[Tensor, " n"], s
     if len(z) == 0 or len(z) <= int(torch.linalg.matrix_rank(design)) or bool((z == z[0]).all()):
         return math.nan
     z = (z - z.mean()) / (z - z.mean()).abs().max()  # so that squares neither vanish nor overflow
-    left = z - design @ torch.linalg.lstsq(design, z[:, None], driver="gelsd").solution[:, 0]
-    return float((left.square().sum() / z.square().sum()).sqrt())
+    rest = z - design @ torch.linalg.lstsq(design, z[:, None], driver="gelsd").solution[:, 0]
+    return float((rest.square().sum() / z.square().sum()).sqrt())
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -1,20 +1,30 @@
-"""How the loss is sampled along random directions: the settings of directional losses, flatness and studies."""
+"""How the loss is sampled along random directions: settings of directional losses, flatness and studies; loss at theta.
+
+The loss at theta has the plan and the kernels of the losses around it, from which it is subtracted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_device, check_flat, check_names, check_positive
+from ..core.checks import check_choice, check_count, check_device, check_flag, check_flat, check_names, check_positive
 from ..core.directions import Direction, Normalize, directions, stack
 from ..core.keys import Distribution, Key, check_key
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss, Theta, check_point
+from ..core.restrict import restrict
+from .directional_result import Plan
+from .evaluator import mapped
+from .residuals import num_groups, residuals
+from .terms import PerSequence
 
 
 class Arguments(NamedTuple):
@@ -42,16 +52,16 @@ class SamplingSettings:
     """Of the steps: the span, or the epsilons."""
     normalize: Any = "filter"
     distribution: Any = "normal"
-    relative: bool = False
+    relative: Any = False
     unit_norm: bool = False
     """`global_renorm`."""
-    two_sided: bool = True
+    two_sided: Any = True
     slope: Any = None
     """How slopes are had ("auto", "gradient", "jvp"); None: not at all."""
     curvature: Any = None
     """How curvatures are had ("difference", "exact"); None: not at all."""
     chunk: int | None = None
-    lazy: bool | None = None
+    lazy: Any = None
     arguments: Arguments = DIRECTIONAL
 
     def check(self, loss: Loss, theta: Theta) -> None:
@@ -65,6 +75,9 @@ class SamplingSettings:
             check_positive(self.arguments.each, length)
         check_choice("curvature", self.curvature or "difference", ("difference", "exact"))
         check_choice("slope", self.slope or "auto", ("auto", "gradient", "jvp"))
+        check_flag("two_sided", self.two_sided)
+        check_flag(self.arguments.relative, self.relative)
+        check_flag("lazy", bool(self.lazy) if self.lazy is None else self.lazy)
         if self.chunk is not None:
             check_count("chunk", self.chunk)
         if isinstance(theta, Mapping):
@@ -143,3 +156,58 @@ def common_directions(net: Functional, *, key: Key, num: int = 50) -> CommonDire
     """
     dirs = directions(net, key=key, num=num, normalize="global")
     return CommonDirections(key, dirs, stack(dirs))
+
+
+def copies(loss: Loss, plan: Plan, num: int, steps: int) -> int:
+    """How many models are evaluated at once, at so many steps along each of `num` directions."""
+    if not plan.lazy:
+        return min(plan.chunk, num)
+    return steps if loss.net.attention != "keep" and loss.is_mapped() else 1
+
+
+def centre_at(
+    loss: Loss, theta: Theta, plan: Plan, num: int, dirs: Sequence[Direction], steps: int, rows: Tensor | None = None
+) -> tuple[float, Tensor, Tensor]:
+    """The loss at theta by that plan, the residuals of its sequences for `num` values, and which of them are scored.
+
+    As many copies at once as at the steps: mapped products round in another way, which small differences would have in them.
+    Raises ValueError where the loss is not finite, or not the same twice.
+    """
+    params, per, many = loss.leaves(theta), PerSequence.of(loss), copies(loss, plan, len(dirs), steps)
+
+    def at(of: Loss) -> Tensor:
+        return of.at_leaves(lambda name, _: params[name]) if plan.lazy else of(theta)
+
+    if many == 1:
+        terms = at(per)
+    elif plan.lazy:
+        like = dirs[0].scales
+        zeros = torch.zeros(many, dtype=like.dtype, device=like.device)
+        terms = mapped(restrict(per, params, dirs[0], lazy=True), zeros, "lazy=False, chunk=1")[0]
+    else:
+        flat = theta if isinstance(theta, Tensor) else loss.layout.ravel(theta, dirs[0].scales.dtype)
+        rows = stack(dirs[:many]) if rows is None else rows[:many]
+        terms = mapped(lambda row: restrict(per, flat, row)(0.0), rows, "chunk=1")[0]
+    return centred(terms, at(loss), loss, num)
+
+
+def centred(terms: Tensor, again: Tensor, loss: Loss, num: int) -> tuple[float, Tensor, Tensor]:
+    """The same from sums and weights per sequence, and the loss evaluated once more."""
+    scored = terms[1].nonzero()[:, 0]
+    value, centre = residuals(terms, scored, num_groups(len(scored), num))
+    check_baseline(float(value), float(again), loss.net.unit_roundoff)
+    return float(value), centre, scored
+
+
+def check_baseline(value: float, again: float, unit_roundoff: float) -> None:
+    """The loss at theta, evaluated twice, is finite and a function of theta."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
+            "(an attention mask of zeros, an overflow in half precision)."
+        )
+    if abs(again - value) > max(1e-5, unit_roundoff) * abs(value):  # bfloat16 kernels may sum in another order
+        raise ValueError(
+            f"the loss at theta is {value:.8g} at one call and {again:.8g} at the next: the model's forward pass changes "
+            "something (a buffer, a cache, dynamic position embeddings) or draws random numbers, and is no function of theta."
+        )

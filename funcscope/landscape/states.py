@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_device, check_flat, check_params
+from ..core.checks import check_choice, check_device, check_flat
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss, Theta
 from ..core.running import batch_normalised, held_statistics, power_iterations, running_statistics
-from ..curvature.pullbacks import flat
 from .terms import Metric, Values, check_metrics
 
 Buffers = Literal["interpolate", "reestimate", "fixed"]
@@ -105,10 +104,13 @@ class States:
 
     def end(self, end: End, name: str) -> EndPoint:
         """An end checked, flat, and its per-sequence sums: of a net, with its own buffers in every mode but "fixed"."""
+        ours, fixed = self.loss.net, self.buffers == "fixed"
         if isinstance(end, Functional):
-            statistics, theta = self._of_net(end, name), vector(self.loss, end.theta, name)
+            _check_alike(ours, end, name, self.buffers)
+            theta = self.vector(end.theta, name)
+            statistics: Params = {} if fixed else {key: end.buffers[key] for key in held_statistics(ours)}
         else:
-            theta = vector(self.loss, end, name)
+            theta = self.vector(end, name)
             statistics = self._of_bare(theta, name)
         loss, state = with_statistics(self.loss, statistics), theta
         if self.buffers == "interpolate":
@@ -117,6 +119,16 @@ class States:
         if self.buffers != "reestimate" or not isinstance(end, Functional):
             return EndPoint(state, sums, weights, None, self.passes)
         return EndPoint(state, sums, weights, self._evaluated(self.at(state)[0], theta, name)[0][0], 3)
+
+    def vector(self, theta: Theta, name: str) -> Float[Tensor, " p"]:
+        """`Loss.vector` of finite numbers."""
+        if not isinstance(theta, Mapping):
+            check_flat(name, theta, self.loss.layout.num)
+        flat = self.loss.vector(theta, name)
+        check_device(f"`{name}`", flat.device, "the model", self.loss.net.device)
+        if bad := int((~flat.isfinite()).sum()):
+            raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(flat)} are not: no path leads there.")
+        return flat
 
     def _evaluated(self, loss: Loss, theta: Tensor, name: str) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -134,19 +146,11 @@ class States:
         pairs = zip(buffers.items(), parts, strict=True)
         return {name: part.view(buffer.shape).to(buffer.dtype) for (name, buffer), part in pairs}
 
-    def _of_net(self, end: Functional, name: str) -> Params:
-        """The statistics of a net, in the order of the loss's own; none where those of `loss.net` are used."""
-        _check_same_parameters(self.loss.net, end, name)
-        if self.buffers == "fixed":
-            return {}
-        _check_same_buffers(self.loss.net, end, name)
-        return {key: end.buffers[key] for key in held_statistics(self.loss.net)}
-
     def _of_bare(self, theta: Tensor, name: str) -> Params:
         """The statistics at a bare theta."""
         ours, singular = held_statistics(self.loss.net), power_iterations(self.loss.net)
         tied = [*(ours if self.buffers == "interpolate" else ()), *(singular if self.buffers != "fixed" else ())]
-        if tied and not torch.equal(theta, flat(self.loss, self.loss.net.params).to(theta.dtype)):
+        if tied and not torch.equal(theta, self.loss.vector(self.loss.net.params).to(theta.dtype)):
             raise ValueError(
                 f"`{name}` is a bare theta other than that of `loss.net`, whose buffers (`{tied[0]}`; {len(tied)} of them) "
                 "belong to its own weights: pass the net itself, `fs.functional(model)`. Without one, "
@@ -155,55 +159,38 @@ class States:
         return running_statistics(self.loss, theta) if self.buffers == "reestimate" else ours
 
 
-def vector(loss: Loss, theta: Theta, name: str) -> Float[Tensor, " p"]:
-    """Theta as one finite vector of the model's length, on its device."""
-    if isinstance(theta, Mapping):
-        check_params(theta, loss.layout.shapes, name)
-    else:
-        check_flat(name, theta, loss.layout.num)
-    some = theta if isinstance(theta, Tensor) else next(iter(theta.values()))
-    check_device(f"`{name}`", some.device, "the model", loss.net.device)
-    flattened = flat(loss, theta)
-    if bad := int((~flattened.isfinite()).sum()):
-        raise ValueError(f"`{name}` must hold finite numbers, {bad} of {len(flattened)} are not: no path leads there.")
-    return flattened
-
-
 def with_statistics(loss: Loss, statistics: Params) -> Loss:
     """The loss with these running statistics, which may be functions of theta: nothing is copied."""
     return replace(loss, net=replace(loss.net, buffers={**loss.net.buffers, **statistics}))
 
 
-def _check_same_parameters(ours: Functional, end: Functional, name: str) -> None:
+def _check_alike(ours: Functional, end: Functional, name: str, buffers: str) -> None:
+    """An end is of the loss's architecture: what is neither theta nor running statistics is the same in both."""
     if end.layout.shapes != ours.layout.shapes:
         raise ValueError(
             f"`{name}` is a net of other parameters than `loss.net` ({end.layout.num:,} and {ours.layout.num:,} in theta): "
             "paths lead between models of one architecture, with one choice of `trainable`."
         )
     check_device(f"`{name}`", end.device, "the model", ours.device)
-    _check_same("frozen parameter", end.frozen, ours.frozen, name, 'make both nets with `trainable="all"`')
-
-
-def _check_same_buffers(ours: Functional, end: Functional, name: str) -> None:
-    """The same running statistics are held; everything else is the same: tables, masks."""
-    sizes = [{key: tuple(x.shape) for key, x in held_statistics(net).items()} for net in (end, ours)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"`{name}` and `loss.net` track different running statistics ({len(sizes[0])} and {len(sizes[1])} buffers): "
-            "make both with the same normalising layers."
-        )
-    remedy = "it is no running statistic that could be interpolated; make it the same, or merge it into the weights"
-    _check_same("buffer", _constants(end), _constants(ours), name, remedy)
+    cases = [("frozen parameter", end.frozen, ours.frozen, 'make both nets with `trainable="all"`')]
+    if buffers != "fixed":
+        sizes = [{key: tuple(x.shape) for key, x in held_statistics(net).items()} for net in (end, ours)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`{name}` and `loss.net` track different running statistics ({len(sizes[0])} and {len(sizes[1])} buffers): "
+                "make both with the same normalising layers."
+            )
+        remedy = "it is no running statistic that could be interpolated; make it the same, or merge it into the weights"
+        cases.append(("buffer", _constants(end), _constants(ours), remedy))
+    for what, one, other, remedy in cases:
+        if missing := sorted(one.keys() ^ other.keys()):
+            raise ValueError(f"the {what} `{missing[0]}` belongs to one of `{name}` and `loss.net` only: {remedy}.")
+        for key, value in one.items():
+            if not torch.equal(value, other[key].to(value.dtype)):
+                raise ValueError(f"the {what} `{key}` of `{name}` differs from that of `loss.net`: {remedy}.")
 
 
 def _constants(net: Functional) -> Params:
+    """Tables, masks: what is no running statistic."""
     statistics = held_statistics(net)
     return {k: v for k, v in net.buffers.items() if k not in statistics and not k.endswith(COUNTER)}
-
-
-def _check_same(what: str, one: Params, other: Params, name: str, remedy: str) -> None:
-    if missing := sorted(one.keys() ^ other.keys()):
-        raise ValueError(f"the {what} `{missing[0]}` belongs to one of `{name}` and `loss.net` only: {remedy}.")
-    for key, value in one.items():
-        if not torch.equal(value, other[key].to(value.dtype)):
-            raise ValueError(f"the {what} `{key}` of `{name}` differs from that of `loss.net`: {remedy}.")

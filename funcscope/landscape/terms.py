@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.batches import tensors
 from ..core.criterion import Labels
-from ..core.estimate import Estimate
+from ..core.estimate import Estimate, wide
 from ..core.layout import Params
 from ..core.model import Inputs, LeafFn
 from ..core.objective import Loss, Theta, per_sequence
-from ..core.standard_errors import means
+from ..core.standard_errors import Means, means
 
 Metric = Callable[[Tensor, Any], Tensor]
 """(output of the model, targets): a value for every position that the criterion weighs. Targets of the criteria of this
 package are the labels of every position; of others, what they take themselves."""
+ENDINGS = ("_stderr", "_baseline", "_excess", "_excess_stderr", "_delta_stderr")
+"""Of names in `asdict()`, behind those of metrics."""
 ROWS = 2**19
 """Entries of the output that are scored at a time, so that what the loss makes of them stays in the cache."""
 
@@ -85,13 +89,25 @@ class Values:
     def _of_metric(self, metric: Metric, out: Tensor, targets: Any) -> Tensor:
         labels = isinstance(targets, Labels)
         weight = targets.weight if labels else self.loss.criterion.token_loss(out, targets)[1]
+        written = [(x, x._version) for x in tensors((out, targets))]
         value = metric(out, targets.index if labels else targets)
+        if any(x._version != version for x, version in written):
+            raise ValueError(
+                "a function in `metric` writes to its arguments, which are those of the loss and of the other functions: "
+                "write to a clone."
+            )
         if not isinstance(value, Tensor) or value.shape != weight.shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(
                 f"a function in `metric` must return one value for every position, a tensor of shape {tuple(weight.shape)} "
                 f"here, got {got}: leave out the mean."
             )
+        if value.is_complex():
+            raise TypeError(
+                f"a function in `metric` must return real numbers, got {value.dtype}: take `.abs()` or `.real`."
+            )
+        if not value.is_floating_point():
+            value = value.to(wide(value.device))  # float32 has no integers above 2^24
         value = value.to(torch.promote_types(value.dtype, weight.dtype))
         return per_sequence(torch.where(weight != 0, value, torch.zeros_like(value)) * weight)
 
@@ -105,13 +121,47 @@ def check_metrics(metric: Any) -> Mapping[str, Metric]:
             f"`metric` must map names to functions of (output, targets), got {metric!r}: "
             '`{"accuracy": lambda out, labels: out.argmax(-1) == labels}`.'
         )
+    for name in metric:
+        for ending in ENDINGS:
+            if name.endswith(ending) and name.removesuffix(ending) in metric:
+                raise ValueError(
+                    f"`metric` has {name!r}, the name that a result has for the {ending[1:]} of "
+                    f"{name.removesuffix(ending)!r}: choose another."
+                )
     return dict(metric)
 
 
-def documented(result: Any) -> dict[str, Tensor]:
-    """The metrics of a result and their errors by the names that `asdict()` has."""
-    errors = {f"metric_{name}_stderr": value for name, value in result.metrics_stderr.items()}
-    return {f"metric_{name}": value for name, value in result.metrics.items()} | errors
+class Measured:
+    """Of a result: what was measured beside its losses. `_beside` has it by ending ("", "_stderr", ...) and by name."""
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    metrics = property(lambda self: self._beside[""])
+    """Means of what was measured beside the loss, by name."""
+    metrics_stderr = property(lambda self: self._beside["_stderr"])
+    metrics_excess = property(lambda self: self._beside["_excess"])
+    """On paths, the metrics less their own chords between the ends, as `excess`; their errors are paired."""
+    metrics_excess_stderr = property(lambda self: self._beside["_excess_stderr"])
+    metrics_delta_stderr = property(lambda self: self._beside["_delta_stderr"])
+    """On lines and planes, paired errors of the metrics' changes from theta, as those of the loss."""
+
+    def documented(self) -> dict[str, Tensor]:
+        """By the names that `asdict()` has."""
+        every = self._beside.items()
+        return {f"metric_{name}{ending}": value for ending, values in every for name, value in values.items()}
+
+    def documented_errors(self) -> dict[str, Tensor]:
+        """By the names of the values that they are of."""
+        every = ((ending, self._beside.get(f"{ending}_stderr", {})) for ending in ("", "_excess"))
+        return {f"metric_{name}{ending}": value for ending, errors in every for name, value in errors.items()}
+
+
+def by_ending(known: Mapping[str, Means], ending: str = "") -> dict[str, dict[str, Tensor]]:
+    """Values and errors apart."""
+    values = {name: each.value for name, each in known.items()}
+    return {ending: values, f"{ending}_stderr": {name: each.stderr for name, each in known.items()}}
 
 
 def estimate(sums: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> Estimate:

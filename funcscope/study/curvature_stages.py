@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..core.keys import Key, fold_in
 from ..core.objective import Loss
+from ..core.vectors import norm
 from ..curvature.ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
 from ..curvature.data_error import eigenvalue_errors
-from ..curvature.leafwise import gradient_at, leaves_of, norm
+from ..curvature.leafwise import gradient_at
 from ..curvature.summary import MATRICES, Matrix, hessian_block_eigenvalues, hessian_block_traces
 from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.matvec import Matvec
@@ -185,7 +186,7 @@ def block_eigenvalues(work: Work, _: Mapping[str, Part]) -> Part:
 def sharpness(work: Work, parts: Mapping[str, Part]) -> Part:
     """Four measures of sharpness, each with its numbers or with the reason why it has none."""
     loss, theta, s = work.loss, work.theta, work.settings
-    at = leaves_of(loss, theta)
+    at = loss.wide_leaves(theta)
     gradient = norm(gradient_at(loss, at)[0])
     length = AVERAGE_STEP * norm(at)
     of_hessian = trace_of(*parts["trace"]) if s.matrix == "hessian" else None

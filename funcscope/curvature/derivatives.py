@@ -1,0 +1,271 @@
+"""Derivatives of a function of one vector: by torch's transforms, by differences of values, and whether these agree."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import _C, Tensor
+from torch.func import grad, jvp, vjp
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ..core.criterion import Criterion
+from ..core.keys import Key, fold_in, key, normal
+from ..core.model import Functional
+from ..core.objective import Loss
+from ..core.vectors import dot
+from ..linalg.matvec import Matvec
+from .pullbacks import ONE_AT_A_TIME
+
+Scalar = Callable[[Tensor], Tensor]
+
+
+class Method(NamedTuple):
+    """One way to differentiate f at x: `of(f, x)(d)` is the derivative along d, or a vector whose product with d that is.
+
+    Of order 1 that vector is the gradient, of order 2 H d, whose products with other vectors are derivatives, too.
+    """
+
+    order: int
+    of: Callable[[Any, Tensor], Callable[[Tensor], Tensor]]
+
+
+def along(derivative: Tensor, d: Tensor) -> float:
+    """The number itself, or the product of the vector with d."""
+    return dot(derivative, d) if derivative.ndim else float(derivative)
+
+
+def _gradient(f: Scalar, x: Tensor) -> Callable[[Tensor], Tensor]:
+    g = grad(f)(x)
+    return lambda _: g
+
+
+def _slope(f: Scalar, x: Tensor, d: Tensor) -> Scalar:
+    """a -> the slope of f along d at x + a d, in forward mode."""
+    return lambda a: jvp(lambda b: f(x + b * d), (a,), (x.new_ones(()),))[1]
+
+
+def _nested(f: Scalar, x: Tensor, d: Tensor) -> Tensor:
+    return jvp(_slope(f, x, d), (x.new_zeros(()),), (x.new_ones(()),))[1]
+
+
+METHODS = {
+    "gradient": Method(1, _gradient),
+    "jvp": Method(1, lambda f, x: lambda d: jvp(f, (x,), (d,))[1]),
+    "jvp of grad": Method(2, lambda f, x: lambda v: jvp(grad(f), (x,), (v,))[1]),
+    "vjp of grad": Method(2, lambda f, x: lambda v: vjp(grad(f), x)[1](v)[0]),
+    "jvp of jvp": Method(2, lambda f, x: lambda d: _nested(f, x, d)),
+}
+"""Of torch; those of the Hessian differentiate anew for each vector."""
+
+
+FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 11
+_TINY = 1e-6
+
+
+class Derivative(NamedTuple):
+    """A value by differences, and how far two neighbouring extrapolations and rounding let it be off."""
+
+    value: float
+    error: float
+
+    def contradicts(self, other: float, share: float, rounding: float = 0.0) -> bool:
+        """Is another value beyond doubt a different one, by this share at least? Not where the error is not small."""
+        size = max(abs(other), abs(self.value))
+        resolved = self.error <= share / 5 * size
+        return resolved and not abs(other - self.value) <= max(10 * self.error, share * size, rounding)
+
+
+def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP) -> tuple[Derivative, Derivative]:
+    r"""The first and second derivative of a function of one number at 0, by extrapolated central differences.
+
+    Steps $h_k = h_0 2.5^{-k}$, k < 11, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
+    $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the noise of the values included: what
+    three second differences over a millionth show, divided by $h^2$. A function with kinks, where the smallest steps cross
+    one, has no entry that agrees with its neighbours: its error is large.
+
+    Ridders (1982), doi:10.1016/S0141-1195(82)80057-0.
+
+    >>> slope, curvature = along_line(lambda a: math.exp(2 * a))
+    >>> abs(slope.value - 2) < 1e-9, abs(curvature.value - 4) < 1e-7, curvature.error < 1e-6
+    (True, True, True)
+    >>> along_line(lambda a: abs(a - 1e-9))[1].error > 1
+    True
+    """
+    middle = values(0.0)
+    steps = [first_step * RATIO**-k for k in range(NUM_STEPS)]
+    pairs = [(values(h), values(-h)) for h in steps]
+    noise = max(2**-51 * abs(middle), *(abs(values(k * _TINY) - 2 * middle + values(-k * _TINY)) for k in (1, 2, 3)))
+    first = [(p - m) / (2 * h) for h, (p, m) in zip(steps, pairs, strict=True)]
+    second = [(p - 2 * middle + m) / h**2 for h, (p, m) in zip(steps, pairs, strict=True)]
+    return (
+        _extrapolated(first, [noise / (2 * h) for h in steps]),
+        _extrapolated(second, [noise / h**2 for h in steps]),
+    )
+
+
+def _extrapolated(row: list[float], rounding: list[float]) -> Derivative:
+    best, before = Derivative(math.nan, math.inf), [row[0]]
+    for value, floor in zip(row[1:], rounding[1:], strict=True):
+        entries = [value]
+        for j, old in enumerate(before, start=1):
+            weight = RATIO ** (2 * j)
+            entries.append((weight * entries[-1] - old) / (weight - 1))
+            error = max(abs(entries[-1] - entries[-2]), abs(entries[-1] - old)) + floor
+            if error < best.error:
+                best = Derivative(entries[-1], error)
+        before = entries
+    return best
+
+
+def values_of(loss: Loss) -> Loss:
+    """As a judge sees it: in float64; in its own dtype where a part of the model does not take float64."""
+    wide = in_float64(loss)
+    try:
+        value_at(wide, wide.net.theta)
+    except RuntimeError as err:
+        if "dtype" not in str(err) and "scalar type" not in str(err):
+            raise
+        return loss
+    return wide
+
+
+def in_float64(loss: Loss) -> Loss:
+    """The same function of the same weights, computed in float64."""
+    if all(leaf.dtype == torch.float64 for leaf in loss.layout.leaves):
+        return loss
+    batches = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, loss.batches)
+    return Loss(loss.net.in_dtype(torch.float64), batches, loss.criterion)
+
+
+def value_at(loss: Loss, theta: Tensor) -> float:
+    """The loss in its own dtype."""
+    with torch.no_grad(), ONE_AT_A_TIME:
+        return float(loss(theta.to(torch.promote_types(loss.layout.dtype, torch.float32))))
+
+
+def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], draw: Key) -> Float[Tensor, " p"]:
+    """A random direction in which every leaf moves by its own size: a part of the model with few weights is seen, too."""
+    typical = theta.norm() / len(theta) ** 0.5
+    out = normal(draw, theta)
+    for leaf in loss.layout.leaves:
+        size = theta[leaf.slice].norm() / leaf.numel**0.5
+        out[leaf.slice] *= torch.where(size > 0, size, torch.where(typical > 0, typical, 1.0))
+    return out
+
+
+def differenced(values: Loss, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
+    """Slope and curvature of the loss along a direction at theta."""
+    wide = torch.float64 if values.layout.dtype == torch.float64 else theta.dtype
+    base, step = theta.to(wide), direction.to(wide)
+    return along_line(lambda a: value_at(values, base + a * step), FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP)
+
+
+class Calls(TorchFunctionMode):
+    """The functions of torch that are called: their names, and outside of transforms their arguments where asked for."""
+
+    def __init__(self, arguments: bool = False) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.names: list[str] = []
+        self.calls: list[tuple[str, Callable, tuple, dict]] = []
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name == "custom_function_call":
+            name = f"autograd.Function {args[0].__name__}"
+        if name != "__get__":
+            self.names.append(name)
+            if self.arguments and not _C._functorch.peek_interpreter_stack():
+                self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kinks(self) -> bool:
+        """Is one of them smooth in pieces only?"""
+        return any(name.strip("_") in KINKED for name in self.names)
+
+
+STEP, DIFFERENT = 0.05, 0.05
+"""Of the direction; and relative, below which two curvatures are not called different, whatever their errors."""
+
+_passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = weakref.WeakKeyDictionary()
+
+
+def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: str) -> None:
+    r"""Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
+
+    One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
+    eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What
+    cannot be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with
+    functions that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net,
+    criterion and way.
+
+    way: "keep=True" or "keep=False".
+    """
+    passed = _passed.setdefault(loss.net, [])
+    if any(criterion is loss.criterion and other == way for criterion, other in passed):
+        return
+    if loss.net.unit_roundoff < 1e-4:
+        d = moved_leaves(loss, theta, fold_in(key(0), "check of a product"))
+        with torch.no_grad():
+            Hd = matvec(d)
+        form, rounding = dot(d, Hd), 64 * torch.finfo(theta.dtype).eps * math.sqrt(dot(d, d) * dot(Hd, Hd))
+        if not _agree_at_once(loss, theta, d, form, rounding):
+            _decide(loss, theta, d, form, rounding, way)
+    passed.append((loss.criterion, way))
+
+
+def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float) -> bool:
+    with torch.no_grad(), ONE_AT_A_TIME:
+        plus, middle, minus = (float(loss(theta + a * d)) for a in (STEP, 0.0, -STEP))
+    difference = (plus - 2 * middle + minus) / STEP**2
+    noise = 32 * loss.net.unit_roundoff * max(map(abs, (plus, middle, minus))) / STEP**2
+    allowed = DIFFERENT * max(abs(form), abs(difference)) + noise + rounding
+    return not abs(form - difference) > allowed  # nan: others say what is not finite
+
+
+def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, way: str) -> None:
+    kinks = has_kinks(loss, theta)
+    judge = differenced(values_of(loss), theta, d, kinks)[1]
+    if not judge.contradicts(form, DIFFERENT, rounding):
+        return
+    other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")
+    second = math.nan
+    with suppress(NotImplementedError, RuntimeError), torch.enable_grad(), ONE_AT_A_TIME:  # torch may not have it
+        second = dot(d, METHODS[product].of(loss, theta)(d))
+    if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
+        return
+    right = not math.isnan(second) and not judge.contradicts(second, DIFFERENT, rounding)
+    raise ValueError(
+        f"`hessian({way})` is wrong for this model: along a random direction the curvature is {form:.6g} by its product and "
+        f"{judge.value:.6g} ± {judge.error:.1g} by differences of the loss; a kernel or an `autograd.Function` has a wrong "
+        f"second derivative. Take {f'`hessian({other})`, which agrees' if right else '`hessian_difference`'}; "
+        "`funcscope.audit` names the operation."
+    )
+
+
+def has_kinks(loss: Loss, theta: Tensor) -> bool:
+    """Does a forward pass call a function that is smooth in pieces only?"""
+    with torch.no_grad(), ONE_AT_A_TIME, Calls() as called:
+        loss(theta)
+    return called.kinks
+
+
+KINKED = frozenset(
+    {
+        "abs", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "amin", "aminmax", "argmax", "argmin", "argsort",
+        "ceil", "clamp", "clamp_max", "clamp_min", "clip", "cummax", "cummin", "floor", "frac", "ge", "gt",
+        "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "huber_loss", "kthvalue", "l1_loss", "le", "leaky_relu",
+        "lt", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "median", "min", "minimum", "mode",
+        "multi_margin_loss", "nonzero", "one_hot", "prelu", "quantile", "relu", "relu6", "round", "searchsorted", "sgn",
+        "sign", "smooth_l1_loss", "softshrink", "sort", "threshold", "topk", "trunc",
+    }
+)  # fmt: skip
+"""Functions with a kink or a jump, or that choose one."""
