@@ -12,6 +12,7 @@ from .. import __version__
 from .check import add_check
 from .own_model import FIELDS, add_curvature, add_directional
 from .runs import add_analyze, add_dashboard, add_demo, add_train
+from .studies import add_cache, add_metrics, add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_demo, add_directional, add_curvature, add_check, add_train, add_analyze, add_dashboard):
+    models = (add_demo, add_directional, add_curvature, add_check, add_train)
+    for add in (*models, add_analyze, add_report, add_dashboard, add_metrics, add_cache):
         add(commands)
     return parser
 

@@ -21,6 +21,7 @@ from ..study.listing import Listing, terminal_width
 from ..study.runs import Runs, Variant, summarised
 from ..study.training import trained
 from .shared import check_plotly, check_writable, print_files
+from .studies import add_models, analyze, is_study
 
 
 def add_demo(commands: Any) -> None:
@@ -60,11 +61,15 @@ def add_train(commands: Any) -> None:
 def add_analyze(commands: Any) -> None:
     show = commands.add_parser(
         "analyze",
-        help="run analyzers over the checkpoints of a run: flatness, curvature, dimensionality, planes",
-        description="Goes through the checkpoints of every variant in a run folder. What is stored with the same settings is "
-        "kept; interrupted calls go on where they were, and several may work on one folder at a time.",
+        help="measure models on texts (--data), or run analyzers over the checkpoints of a run",
+        description="With --data: every metric on every model folder, and a page. Without: goes through the checkpoints of "
+        "every variant in a run folder. What is stored with the same settings is kept; interrupted calls go on where they "
+        "were, and several may work on one folder at a time.",
     )
-    show.add_argument("folder", type=Path, metavar="RUN_DIR", help="as `funcscope train` and `funcscope demo` make it")
+    show.add_argument(
+        "folder", type=Path, nargs="+", metavar="PATH", help="model folders, or a run as `funcscope train` makes it"
+    )
+    add_models(show)
     show.add_argument("--variant", metavar="NAME", help="only this one")
     show.add_argument(
         "--analyzer", action="append", metavar="NAME", help=f"one or more of {', '.join(ANALYZERS)} (default: all)"
@@ -145,12 +150,16 @@ def _train(args: argparse.Namespace) -> int:
 
 def _analyze(args: argparse.Namespace) -> int:
     _import(args.modules)
+    if is_study(args):
+        return analyze(args)
+    if len(args.folder) > 1:
+        raise ValueError("several paths are models, which need texts: `--data FILE`. A run folder stands alone.")
     chosen = [analyzer(name) for name in args.analyzer or ANALYZERS]
     if args.changes:
         if len(chosen) != 1:
             raise ValueError("`--set` is for one analyzer: name it with `--analyzer`.")
         chosen = [chosen[0].configured(**_changes(chosen[0], args.changes))]
-    runs = Runs(args.folder)
+    runs = Runs(args.folder[0])
     variants = [runs.variant(args.variant)] if args.variant else [runs.variant(name) for name in runs.variants()]
     failures = []
     try:
@@ -165,7 +174,7 @@ def _analyze(args: argparse.Namespace) -> int:
     rows = [tuple(row) for variant in variants for row in _times(variant, chosen)]
     headers = ("analyzer", "variant", "steps", "forwards each", "seconds each", "expected")
     print(Listing(headers, tuple(rows)).text(terminal_width()))
-    print(f"\nnext  funcscope dashboard {args.folder}")
+    print(f"\nnext  funcscope dashboard {args.folder[0]}")
     if failures:
         raise Unanalysed(" ".join(failures))
     return 0

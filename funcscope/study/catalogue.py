@@ -145,7 +145,7 @@ def fisher_information(
 def of_summary(settings: Mapping[str, Any]) -> float:
     """Forward passes of a spectrum's summary; the eigenvalues take what they often take."""
     products = 40 + 6 * settings["num"] + settings["trace_matvecs"] + settings["num_probes"] * settings["steps"]
-    return PRODUCT * products
+    return float(PRODUCT * products)
 
 
 SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
@@ -153,23 +153,31 @@ SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
 for _one in (
     Metric("mean_loss", mean_loss, ("loss", "params"), category="loss", sentence="The loss is {loss} nats."),
     of_function(
-        "directional_losses", directional, ("loss", "params", KEY), drawn=('delta_mean', 'curvature_mean', 'dir_grad_delta_corr', 'delta_losses', 'curvatures'), category="landscape",
+        "directional_losses", directional, ("loss", "params", KEY),
+        drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "curvatures"),
+        category="landscape",
         cost=lambda s: 5 + 2 * s["n_samples"] + 4 * num_refined(s["n_samples"]),
         sentence="Along random directions the loss changes by {delta_mean} nats on average.",
         reference="Li et al. (2018), arXiv:1712.09913",
     ),
     of_function(
-        "landscape_flatness", flatness, ("loss", "theta", KEY), drawn=('mean_delta_loss', 'flatness_ratio', 'pair_mean', 'delta_losses'), category="landscape", without=("directions",),
+        "landscape_flatness", flatness, ("loss", "theta", KEY),
+        drawn=("mean_delta_loss", "flatness_ratio", "pair_mean", "delta_losses"),
+        category="landscape", without=("directions",),
         cost=lambda s: 2 + (1 + s["two_sided"]) * s["n_directions"],
         sentence="A step of length {epsilon} raises the loss by {mean_delta_loss} nats on average.",
     ),
     of_function(
-        "loss_landscape_2d", loss_landscape_2d, ("loss", "theta", KEY), drawn=('grid_losses', 'roughness'), category="landscape",
+        "loss_landscape_2d", loss_landscape_2d, ("loss", "theta", KEY),
+        drawn=("grid_losses", "roughness"),
+        category="landscape",
         cost=lambda s: s["n_points"] ** 2 + 2, reference="Li et al. (2018), arXiv:1712.09913",
         sentence="On the plane the loss lies between {loss_min} and {loss_max} nats.",
     ),
     of_function(
-        "hessian_eigenvalues", hessian_summary, ("loss", "theta", KEY), drawn=('max_eigenvalue', 'min_eigenvalue', 'trace', 'negative_fraction', 'effective_rank'), category="curvature", plan=("keep", "head_chunk"),
+        "hessian_eigenvalues", hessian_summary, ("loss", "theta", KEY),
+        drawn=("max_eigenvalue", "min_eigenvalue", "trace", "negative_fraction", "effective_rank"),
+        category="curvature", plan=("keep", "head_chunk"),
         cost=of_summary, more={"num": 5, **SUMMARY}, reference="Ghorbani et al. (2019), arXiv:1901.10159",
         sentence="The largest eigenvalue of the Hessian is {max_eigenvalue}, its trace {trace}.",
     ),
@@ -178,11 +186,15 @@ for _one in (
         cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
     ),
     of_function(
-        "fisher_information", fisher_information, ("loss", "theta", KEY), drawn=('trace', 'max_eigenvalue', 'effective_rank'), category="fisher", plan=("keep",),
+        "fisher_information", fisher_information, ("loss", "theta", KEY),
+        drawn=("trace", "max_eigenvalue", "effective_rank"),
+        category="fisher", plan=("keep",),
         cost=of_summary, more=SUMMARY, sentence="The trace is {trace}, the effective rank {effective_rank}.",
     ),
     of_function(
-        "sam_sharpness", sam_sharpness, ("loss", "theta"), drawn=('absolute', 'relative'), category="curvature", cost=lambda s: 4 + 3 * s["steps"],
+        "sam_sharpness", sam_sharpness, ("loss", "theta"),
+        drawn=("absolute", "relative"),
+        category="curvature", cost=lambda s: 4 + 3 * s["steps"],
         reference="Foret et al. (2021), arXiv:2010.01412", sentence="A step up the gradient raises the loss by {absolute}.",
     ),
     of_function(

@@ -149,6 +149,10 @@ class UnifiedConfig:
             raise ValueError(
                 "no metric is asked for: `metrics=(...)`, `compute_all=True`, or a flag such as `compute_fisher`."
             )
+        for name, changes in (self.settings or {}).items():
+            metric(name).configured(**changes)  # refuses a setting that it does not have
+            if name not in names:
+                raise ValueError(f"there are settings of {name}, which is not measured: add it to `metrics`.")
         return [self._configured(metric(name)) for name in dict.fromkeys(names)]
 
     def _there(self, flag: str, wanted: Sequence[str]) -> list[str]:
@@ -185,7 +189,6 @@ class UnifiedConfig:
             label_field=self.label_field,
             task=self.task,  # type: ignore[arg-type]
             num_samples=self.num_samples,
-            max_seq_length=self.max_seq_length,
             batch_size=min(self.batch_size, self.max_batch_size),
             seed=self.seed,
             dtype=self.dtype,  # type: ignore[arg-type]
@@ -228,7 +231,10 @@ def analyze_models(
     if isinstance(model_paths, (str, Path)) or not model_paths:
         raise ValueError("`model_paths` must be a list of at least one model, for example ['runs/checkpoint-1000'].")
     metrics, tasks = config.selected(), config.tasks()
-    sources = [one if not isinstance(one, (str, Path)) else pretrained(one, tasks) for one in model_paths]
+    sources = [
+        one if not isinstance(one, (str, Path)) else pretrained(one, tasks, config.max_seq_length)
+        for one in model_paths
+    ]
     out = Path(config.output_dir)
     cache = Cache(out / "cache" if config.use_cache or config.save_results else None)
     outcomes = run(
@@ -246,14 +252,14 @@ def analyze_models(
     return results
 
 
-def pretrained(path: str | Path, tasks: Mapping[str, DataSpec]) -> Pretrained:
+def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 512) -> Pretrained:
     """The source of a folder; its step is the number that the name ends with.
 
     >>> pretrained("runs/checkpoint-1000", {}).step
     1000
     """
     found = STEP.search(str(path).rstrip("/"))
-    return Pretrained(str(path), tasks, name=str(path), at=int(found[1]) if found else None)
+    return Pretrained(str(path), tasks, name=str(path), at=int(found[1]) if found else None, length=length)
 
 
 def check_kind(name: str, value: Any, default: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from ..core.result import Result
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+MOST_NAMES = 20
+"""Of more than so many names, a message has the nearest alone."""
 KEY = "key"
 """The need that is passed by keyword, as everywhere in the package."""
 
@@ -148,6 +150,8 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any] | Any) -> str:
     """
     names = list(known)
     near = get_close_matches(name, names, 1)
+    if near and len(names) > MOST_NAMES:
+        return f": did you mean {near[0]!r}?"
     there = f"here are {', '.join(sorted(names)) or 'none'}."
     return f": did you mean {near[0]!r}? T{there}" if near else f": t{there}"
 

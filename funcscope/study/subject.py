@@ -83,6 +83,8 @@ class Pretrained:
     tasks: Mapping[str, DataSpec]
     name: str = ""
     at: int | None = None
+    length: int = 128
+    """Tokens of a text that are kept unless its settings say so, or as many as the model has positions."""
 
     @property
     def id(self) -> str:
@@ -103,14 +105,18 @@ class Pretrained:
         spec = asdict(_task(self.tasks, task))
         for how in ("batch_size", "device"):  # no number depends on them beyond rounding
             del spec[how]
-        return digest.of_json({**spec, "data": sums.of(Path(spec["data"]))})
+        if not (file := Path(spec["data"])).is_file():
+            raise FileNotFoundError(f"{spec['data']!r} is no file: the texts are a .txt, .jsonl or .parquet file.")
+        return digest.of_json({**spec, "data": sums.of(file), "length": self.length})
 
     def open(self) -> Subject:
         specs = list(self.tasks.values())
         for each in specs:
             check_data(each)
         opened = OpenedModel.of(specs[0], Path(self.folder))
-        return Subject(opened.net, opened.net.theta, lambda task: opened.loss(_task(self.tasks, task))[0])
+        return Subject(
+            opened.net, opened.net.theta, lambda task: opened.loss(_task(self.tasks, task), length=self.length)[0]
+        )
 
 
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken")

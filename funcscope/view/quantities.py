@@ -47,7 +47,7 @@ class Seen(NamedTuple):
     entry: Entry
     value: Float[np.ndarray, "*shape"]
     stderr: Float[np.ndarray, "*shape"]
-    places: tuple[Sequence[Any] | None, ...]
+    places: tuple[list[Any] | None, ...]
     """Names or numbers along each axis, where it has any."""
 
     @property
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
         if is_estimate(self.entry.value):
             low, high = interval(self.entry.value)
             return np.array((high - low) / 2)
-        return Z95 * self.stderr
+        return np.asarray(Z95 * self.stderr)
 
 
 CUSTOM: dict[tuple[str, str], Callable[[Sequence[Outcome]], Drawn]] = {}
@@ -104,7 +104,8 @@ def _seen(outcome: Outcome, name: str) -> Seen | None:
             value = values["value"]
             if value.ndim != len(entry.quantity.per):  # a range
                 return None
-            places = tuple(result.coords.get(axis) for axis in entry.quantity.per)
+            known = (result.coords.get(axis) for axis in entry.quantity.per)
+            places = tuple(None if each is None else np.asarray(each).tolist() for each in known)
             stderr = values.get("stderr_total", values.get("stderr", np.full(value.shape, math.nan)))
             return Seen(outcome.subject, outcome.step, entry, value, stderr, places)
     return None

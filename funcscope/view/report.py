@@ -68,7 +68,9 @@ def _sentences(template: str, outcomes: Sequence[Outcome]) -> list[str]:
         told = {
             entry.name: _said(outcome.result, entry) for entry in outcome.result.entries() if not entry.quantity.per
         }
-        settings = {name: setting(value) for name, value in outcome.settings.items() if isinstance(value, (int, float))}
+        settings = {
+            name: setting(float(value)) for name, value in outcome.settings.items() if isinstance(value, (int, float))
+        }
         try:
             text = template.format_map({**settings, **told})
         except KeyError:  # a quantity that this subject does not have
@@ -144,7 +146,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return setting(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    return setting(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _whose(outcome: Outcome) -> str:
