@@ -89,7 +89,13 @@ from .linalg import (
     spectrum_summary,
     xtrace,
 )
+from .study.config import UnifiedConfig, analyze_models
+from .study.meter import cleanup_memory
+from .study.metric import Metric, register
 from .study.progress import progress
+from .study.results import Results
+from .study.subject import InMemory, Pretrained
+from .study.unified import ResultCache, UnifiedModelAnalyzer
 
 __version__ = "0.1.0"
 
@@ -107,14 +113,22 @@ __all__ = [
     "Estimate",
     "Flatness",
     "Functional",
+    "InMemory",
     "Key",
     "Layout",
     "Loss",
     "LossLines",
     "LossPath",
     "LossPlane",
+    "Metric",
+    "Pretrained",
     "Result",
+    "ResultCache",
+    "Results",
     "Trajectory",
+    "UnifiedConfig",
+    "UnifiedModelAnalyzer",
+    "analyze_models",
     "asam_sharpness",
     "audit",
     "average_sharpness",
@@ -124,6 +138,7 @@ __all__ = [
     "binary_cross_entropy",
     "causal_lm",
     "classification",
+    "cleanup_memory",
     "common_directions",
     "compare_directional",
     "compare_eigenvalues",
@@ -178,6 +193,7 @@ __all__ = [
     "project",
     "quantity",
     "rademacher",
+    "register",
     "relative_critical_sharpness",
     "remat",
     "restrict",

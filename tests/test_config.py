@@ -6,8 +6,11 @@ from dataclasses import asdict, fields
 import pytest
 from folders import folder, texts
 
+import funcscope as fs
+from funcscope.study.catalogue import CATALOGUE
 from funcscope.study.config import FLAGS, UnifiedConfig, analyze_models, check_kind
 from funcscope.study.results import Results
+from funcscope.view.report import write_report
 
 DOCUMENTED = {
     "model_name": None, "base_model": None, "device": "auto", "dtype": "auto", "dataset_name": "openwebtext",
@@ -113,3 +116,88 @@ def test_compute_all_is_everything_that_is_there():
     names = [one.name for one in UnifiedConfig(compute_all=True).selected()]
     assert len(names) == len(set(names)) >= 12
     assert {each.name for each in fields(UnifiedConfig)} >= {"metrics", "settings"}
+
+
+def test_the_documented_classes_work_by_hand(made):
+    paths, data, out = made
+    chosen = config(data, out, compute_loss_landscape=True, loss_landscape_n_points=3)
+    analyzer = fs.UnifiedModelAnalyzer(config=chosen)
+    model, tokenizer = analyzer.load_model(paths[0])
+    by_hand = analyzer.compute_loss_landscape(model, tokenizer)
+    stored = analyzer.analyze_model(paths[0])
+    assert by_hand["loss_landscape_2d"].result == stored["loss_landscape_2d"].result
+    assert list(stored) == ["mean_loss", "loss_landscape_2d"]
+    cache = fs.ResultCache(cache_dir=out / "cache")
+    assert cache.get_stats()["num_entries"] == 2
+    assert cache.get_stats()["total_size_mb"] > 0
+    cache.clear_model_cache(paths[0])
+    assert cache.get_stats()["num_entries"] == 0
+    with pytest.raises(ValueError, match=r"gradient_flow.* not here yet"):
+        analyzer.compute_gradient_analysis(model, tokenizer)
+    fs.cleanup_memory(verbose=False, reason="after")
+
+
+def test_the_documented_patterns_run(made):
+    paths, data, out = made
+    few = {
+        "num_samples": 4,
+        "fisher_n_samples": 4,
+        "fisher_top_k": 1,
+        "loss_landscape_n_points": 3,
+        "loss_landscape_batches": 1,
+    }
+    few |= {"settings": {"fisher_information": {"num_probes": 2, "steps": 4, "trace_matvecs": 4}}, "dataset_name": data}
+    chosen = fs.UnifiedConfig(
+        model_name=paths[0],
+        batch_size=32,
+        max_batch_size=256,
+        compute_fisher=True,
+        compute_loss_landscape=True,
+        seed=42,
+        output_dir=str(out),
+        save_results=True,
+        verbose=False,
+        **few,
+    )
+    with pytest.warns(UserWarning, match="left out"):
+        results = fs.analyze_models(model_paths=paths[:2], config=chosen)
+    for checkpoint in paths[:2]:  # comparing checkpoints
+        fisher = results.models[checkpoint].metrics["fisher_information"]
+        assert fisher["trace"] > 0
+        assert fisher["effective_rank"] > 0
+        assert f"{fisher['trace']:.2e}"
+    for value in results.models[paths[0]].metrics.values():  # error handling
+        assert not (isinstance(value, dict) and "error" in value)
+    chosen.force_recompute = True
+    with pytest.warns(UserWarning, match="left out"):
+        again = fs.analyze_models(paths[:1], chosen)
+    assert again.models[paths[0]].metrics["fisher_information"]["trace"] == fisher_of(results, paths[0])["trace"]
+    assert json.dumps(asdict(chosen))  # saved beside the results
+
+
+def fisher_of(results, path):
+    return results.models[path].metrics["fisher_information"]
+
+
+def test_metrics_of_a_user_get_everything_in_a_few_lines(made, tmp_path):
+    class Sparsity(fs.Result):
+        """How many weights are near zero."""
+
+        share: float = fs.quantity("weights below the threshold", unit="share")
+
+    def sparsity(theta, *, threshold=1e-2):
+        """The share of weights below a threshold."""
+        return Sparsity(float((theta.abs() < threshold).double().mean()))
+
+    fs.register(fs.Metric("sparsity_of_mine", sparsity, needs=("theta",), settings={"threshold": 1e-2}))
+    try:
+        paths, data, out = made
+        chosen = config(data, out, metrics=("sparsity_of_mine",), settings={"sparsity_of_mine": {"threshold": 0.1}})
+        results = analyze_models(paths, chosen)
+        line = results.trajectory("sparsity_of_mine", "share")
+        assert line["step"].tolist() == [100, 200, 300]
+        assert analyze_models(paths, chosen).outcomes[0].reused
+        page = write_report(results, tmp_path / "page.html")
+        assert "The share of weights below a threshold." in page.path.read_text()
+    finally:
+        del CATALOGUE["sparsity_of_mine"]

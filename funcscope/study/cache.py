@@ -80,7 +80,7 @@ class Cache:
         return Sums(None if self.root is None else self.root / "sums.json")
 
     def path(self, cell: Cell) -> Path | None:
-        return None if self.root is None else self.root / file_stem(cell.subject) / f"{cell.name}.npz"
+        return None if self.root is None else self.root / _folder(cell.subject) / f"{cell.name}.npz"
 
     def get(self, cell: Cell) -> Outcome | None:
         """What is stored of this cell."""
@@ -144,7 +144,7 @@ class Cache:
     def clear_model_cache(self, subject: str) -> None:
         """Remove what is stored of one subject; nothing where nothing is."""
         if self.root is not None:
-            shutil.rmtree(self.root / file_stem(Path(subject).name), ignore_errors=True)
+            shutil.rmtree(self.root / _folder(subject), ignore_errors=True)
 
     def clear_all(self) -> None:
         """Remove every outcome."""
@@ -157,6 +157,11 @@ class Cache:
         files = sorted((path for path in self.entries() if path != keep), key=lambda path: path.stat().st_mtime_ns)
         while files and self.get_stats()["total_size_mb"] > self.max_mb:
             files.pop(0).unlink(missing_ok=True)
+
+
+def _folder(subject: str) -> str:
+    """The last part of the name, to be found by, and what tells it from others that end alike."""
+    return f"{file_stem(Path(subject).name)}-{digest.of_json(subject)[:8]}"
 
 
 def _result(path: Path, stored: Stored) -> Result | None:

@@ -142,9 +142,9 @@ class UnifiedConfig:
         names = list(self.metrics)
         if self.compute_all:
             names += [name for name, one in CATALOGUE.items() if not {"pair", "series"} & {*one.needs}]
-        for flag, wanted in FLAGS.items():
+        for flag in FLAGS:
             if getattr(self, flag):
-                names += self._there(flag, wanted)
+                names += self.asked_by(flag)
         if not names:
             raise ValueError(
                 "no metric is asked for: `metrics=(...)`, `compute_all=True`, or a flag such as `compute_fisher`."
@@ -153,9 +153,12 @@ class UnifiedConfig:
             metric(name).configured(**changes)  # refuses a setting that it does not have
             if name not in names:
                 raise ValueError(f"there are settings of {name}, which is not measured: add it to `metrics`.")
-        return [self._configured(metric(name)) for name in dict.fromkeys(names)]
+        return [self.configured(name) for name in dict.fromkeys(names)]
 
-    def _there(self, flag: str, wanted: Sequence[str]) -> list[str]:
+    @staticmethod
+    def asked_by(flag: str) -> list[str]:
+        """The metrics of a flag that are there. Raises ValueError where none is, warns where some are not."""
+        wanted = FLAGS[flag]
         there = [name for name in wanted if name in CATALOGUE]
         if not there:
             raise ValueError(
@@ -166,7 +169,8 @@ class UnifiedConfig:
             warnings.warn(f"`{flag}`: {', '.join(absent)} are not here yet, and left out.", stacklevel=4)
         return there
 
-    def _configured(self, one: Metric) -> Metric:
+    def configured(self, name: str) -> Metric:
+        """A metric with the settings that this configuration has for it."""
         own = {
             "fisher_information": ("fisher", {"method": self.fisher_method, "num": self.fisher_top_k}),
             "loss_landscape_2d": (
@@ -178,8 +182,8 @@ class UnifiedConfig:
                 },
             ),
         }
-        task, settings = own.get(one.name, ("data", {}))
-        return one.configured(task=task, **{**settings, **dict((self.settings or {}).get(one.name, {}))})
+        task, settings = own.get(name, ("data", {}))
+        return metric(name).configured(task=task, **{**settings, **dict((self.settings or {}).get(name, {}))})
 
     def tasks(self) -> dict[str, DataSpec]:
         """The data: all, as many as the Fisher information takes, and the batches of the landscape."""

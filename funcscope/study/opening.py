@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.architectures import family_of
 from ..core.checks import check_count
@@ -73,6 +73,8 @@ class OpenedModel:
     folder: Path
     model: PreTrainedModel
     net: Functional
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """None: the one in the folder, loaded when it is needed."""
 
     @classmethod
     def of(cls, spec: DataSpec, folder: Path) -> OpenedModel:
@@ -96,7 +98,7 @@ class OpenedModel:
         task = task_of(self.model)
         data = make_batches(
             read_texts(spec.data, field=spec.field, label_field=spec.label_field, unit=spec.unit),
-            load_tokenizer(self.folder, self.model),
+            self.tokenizer or load_tokenizer(self.folder, self.model),
             self.model,
             task=task,
             num_samples=spec.num_samples,
