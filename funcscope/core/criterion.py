@@ -42,6 +42,8 @@ class Criterion:
     sample: Callable[[Tensor, Any, Key], Any] | None = None
     positionwise: bool = False
     """The targets are `Labels`, weighted by their `weight`, and each loss looks at the output of its own position only."""
+    unit: str = "loss"
+    """Of the loss, as figures and pages name it: nats for a cross-entropy."""
 
     def scored(self, out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """`token_loss` with 0 for every loss of weight 0, whatever it was, and the weights."""
@@ -208,19 +210,27 @@ def _labels(labels: Tensor, scored: Tensor) -> Labels:
     return Labels(labels.masked_fill(~scored, 0), scored.to(torch.float32))
 
 
-causal_lm = Criterion("causal_lm", _causal, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
+causal_lm = Criterion(
+    "causal_lm", _causal, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True, unit="nats"
+)
 """Next-token cross-entropy: position t against token t + 1; padding, `labels == -100` and the last position weigh 0.
 
 Why the shift: proofs/causal_shift.py.
 """
 
-masked_lm = Criterion("masked_lm", _masked, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
+masked_lm = Criterion(
+    "masked_lm", _masked, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True, unit="nats"
+)
 """Cross-entropy of the masked tokens at their own positions; `labels` are -100 where nothing was masked."""
 
-classification = Criterion("classification", classes, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
+classification = Criterion(
+    "classification", classes, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True, unit="nats"
+)
 """Cross-entropy of one class per output row, for batches `(inputs, labels)` or mappings with `labels`."""
 
-seq2seq_lm = Criterion("seq2seq_lm", _translated, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
+seq2seq_lm = Criterion(
+    "seq2seq_lm", _translated, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True, unit="nats"
+)
 """Cross-entropy of an encoder-decoder's labels (-100: not scored), each at the decoder position that predicts it.
 
 Without `decoder_input_ids`, the labels stay among the inputs, and the model's door makes the decoder's inputs of them.

@@ -34,7 +34,9 @@ def cross_entropy(*, weight: Tensor | None = None, label_smoothing: float = 0.0)
     if weight is not None:
         _check_class_weights(weight, label_smoothing)
     if weight is None and not label_smoothing:
-        return Criterion("cross_entropy", classes, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True)
+        return Criterion(
+            "cross_entropy", classes, cross_entropy_of, softmax_hessian, draw_labels, positionwise=True, unit="nats"
+        )
 
     def prepare(batch: Any) -> tuple[Inputs, Labels]:
         inputs, labels = classes(batch)
@@ -62,7 +64,7 @@ def cross_entropy(*, weight: Tensor | None = None, label_smoothing: float = 0.0)
         return softmax_hessian(out, Labels(targets.index, targets.weight * (1 + label_smoothing * (share - 1))), v)
 
     sample = None if label_smoothing else draw_labels
-    return Criterion("cross_entropy", prepare, token_loss, output_hessian, sample, positionwise=True)
+    return Criterion("cross_entropy", prepare, token_loss, output_hessian, sample, positionwise=True, unit="nats")
 
 
 def _per_own(weight: Tensor, targets: Labels, like: Tensor) -> Tensor:
@@ -156,7 +158,9 @@ Up to a constant this is $-\log p(y)$ of a normal distribution around the output
 from: the Fisher information is the Gauss-Newton matrix, with a Hessian of 2 in every output.
 """
 
-binary_cross_entropy = Criterion("binary_cross_entropy", _probabilities, _logistic, _logistic_hessian, _draw_bernoulli)
+binary_cross_entropy = Criterion(
+    "binary_cross_entropy", _probabilities, _logistic, _logistic_hessian, _draw_bernoulli, unit="nats"
+)
 r"""$\log(1 + e^z) - y z$ for every entry, the outputs being logits, as `binary_cross_entropy_with_logits`; nats.
 
 Targets have the output's shape and lie between 0 and 1; booleans and integers are taken, too.

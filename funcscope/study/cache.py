@@ -57,7 +57,14 @@ class Outcome:
     """`seconds`, `forwards` and `products`."""
     content: dict[str, Any] = field(default_factory=dict)
     """That of its cell."""
+    unit: str = "loss"
+    """Of the loss."""
     reused: bool = False
+
+    def in_unit(self, unit: str) -> str:
+        """A quantity's unit with that of this loss, in the characters of print."""
+        named = self.unit + unit.removeprefix("loss") if unit.startswith("loss") else unit
+        return named.replace("^2", "²")
 
     @property
     def ok(self) -> bool:

@@ -41,7 +41,7 @@ PRODUCT = 6
 class MeanLoss(Result):
     """The loss on the data, with its standard error over sequences."""
 
-    loss: Estimate = quantity("loss", unit="nats")
+    loss: Estimate = quantity("loss", unit="loss")
     num_sequences: int
 
     @property
@@ -151,13 +151,13 @@ def of_summary(settings: Mapping[str, Any]) -> float:
 SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
 
 for _one in (
-    Metric("mean_loss", mean_loss, ("loss", "params"), category="loss", sentence="The loss is {loss} nats."),
+    Metric("mean_loss", mean_loss, ("loss", "params"), category="loss", sentence="The loss is {loss}."),
     of_function(
         "directional_losses", directional, ("loss", "params", KEY),
         drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "curvatures"),
         category="landscape",
         cost=lambda s: 5 + 2 * s["n_samples"] + 4 * num_refined(s["n_samples"]),
-        sentence="Along random directions the loss changes by {delta_mean} nats on average.",
+        sentence="Along random directions the loss changes by {delta_mean} on average.",
         reference="Li et al. (2018), arXiv:1712.09913",
     ),
     of_function(
@@ -165,14 +165,14 @@ for _one in (
         drawn=("mean_delta_loss", "flatness_ratio", "pair_mean", "delta_losses"),
         category="landscape", without=("directions",),
         cost=lambda s: 2 + (1 + s["two_sided"]) * s["n_directions"],
-        sentence="A step of length {epsilon} raises the loss by {mean_delta_loss} nats on average.",
+        sentence="A step of length {epsilon} raises the loss by {mean_delta_loss} on average.",
     ),
     of_function(
         "loss_landscape_2d", loss_landscape_2d, ("loss", "theta", KEY),
         drawn=("grid_losses", "roughness"),
         category="landscape",
         cost=lambda s: s["n_points"] ** 2 + 2, reference="Li et al. (2018), arXiv:1712.09913",
-        sentence="On the plane the loss lies between {loss_min} and {loss_max} nats.",
+        sentence="On the plane the loss lies between {loss_min} and {loss_max}.",
     ),
     of_function(
         "hessian_eigenvalues", hessian_summary, ("loss", "theta", KEY),

@@ -183,7 +183,8 @@ class _Bench:
         try:
             with watched(meter), MemoryLog(one.name, self.options):
                 result, plan = self._called(one, made, cell)
-            outcome = replace(empty, result=result, plan=to_json(plan))
+            unit = self.subject.loss(self._task(one)).criterion.unit if "loss" in one.needs else empty.unit
+            outcome = replace(empty, result=result, plan=to_json(plan), unit=unit)
         except Exception as err:
             if not self.options.skip_on_error:
                 raise

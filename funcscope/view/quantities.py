@@ -49,6 +49,7 @@ class Seen(NamedTuple):
     stderr: Float[np.ndarray, "*shape"]
     places: tuple[list[Any] | None, ...]
     """Names or numbers along each axis, where it has any."""
+    unit: str
 
     @property
     def half(self) -> Float[np.ndarray, "*shape"]:
@@ -107,7 +108,8 @@ def _seen(outcome: Outcome, name: str) -> Seen | None:
             known = (result.coords.get(axis) for axis in entry.quantity.per)
             places = tuple(None if each is None else np.asarray(each).tolist() for each in known)
             stderr = values.get("stderr_total", values.get("stderr", np.full(value.shape, math.nan)))
-            return Seen(outcome.subject, outcome.step, entry, value, stderr, places)
+            unit = outcome.in_unit(entry.quantity.unit)
+            return Seen(outcome.subject, outcome.step, entry, value, stderr, places, unit)
     return None
 
 
@@ -116,7 +118,7 @@ def _trajectory(seen: Sequence[Seen]) -> Drawn:
     ordered = sorted(seen, key=lambda one: one.step or 0)
     steps, value = np.array([one.step for one in ordered]), np.array([float(one.value) for one in ordered])
     half = np.array([float(one.half) for one in ordered])
-    label, unit = _label(ordered[0]), ordered[0].entry.quantity.unit
+    label, unit = _label(ordered[0]), ordered[0].unit
     fig = blank(330, "").update_layout(showlegend=False)
     floor = set_scale(fig.layout.yaxis, label, unit, value, value - half, value + half)
     fig.add_traces(over_training(steps, value, half, label, BLUE, unit, floor))
@@ -131,7 +133,7 @@ def _estimates(seen: Sequence[Seen]) -> Drawn:
     values, half = (
         np.array([float(one) for one in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True)
     )
-    name, unit = _label(seen[0]), seen[0].entry.quantity.unit
+    name, unit = _label(seen[0]), seen[0].unit
     ends = np.concatenate([values - np.nan_to_num(half), values + np.nan_to_num(half)])
     fig = blank(120 + 30 * len(seen), "").update_layout(showlegend=False)
     finite = ends[np.isfinite(ends)]
@@ -154,7 +156,7 @@ def _distribution(seen: Sequence[Seen]) -> Drawn:
     """Every sample of the first and the last subject, or of the few there are."""
     shown = seen if len(seen) <= MOST_LINES else (seen[0], seen[-1])
     samples = {_name(one): one.value for one in shown}
-    name, unit = _label(seen[0]), seen[0].entry.quantity.unit
+    name, unit = _label(seen[0]), seen[0].unit
     fig = strips(samples, {key: _mean(value) for key, value in samples.items()}, name=name, unit=unit)
     axis = seen[0].entry.quantity.per[0]
     return _captioned(
@@ -170,7 +172,7 @@ def _bars(one: Seen) -> Drawn:
         one.value,
         one.half,
         name=_label(one),
-        unit=quantity.unit,
+        unit=one.unit,
         error=" (95 %)",
     )
     return _captioned(fig, one, f"per {quantity.per[0]} of {_name(one)}", lost(one.value, "bars"))
@@ -185,7 +187,7 @@ def _lines(seen: Sequence[Seen]) -> Drawn:
     ends = [
         edge for one in shown if np.isfinite(one.half).any() for edge in (one.value - one.half, one.value + one.half)
     ]
-    floor = set_scale(fig.layout.yaxis, label, quantity.unit, every, *ends)
+    floor = set_scale(fig.layout.yaxis, label, seen[0].unit, every, *ends)
     across = []
     for one, colour in zip(shown, PALETTE, strict=False):
         places = one.places[0] if one.places[0] is not None else range(1, len(one.value) + 1)
@@ -197,7 +199,7 @@ def _lines(seen: Sequence[Seen]) -> Drawn:
             go.Scatter(
                 x=x, y=y, error_y=error, mode="lines+markers", name=plain(_name(one)), line={"color": colour, "width": 1.6},
                 marker={"color": colour, "size": 5 if len(x) < 60 else 3}, connectgaps=False,
-                hovertemplate=f"{quantity.per[0]} %{{x:.4g}}<br>{label} %{{y:.4g}} {quantity.unit}<extra></extra>",
+                hovertemplate=f"{quantity.per[0]} %{{x:.4g}}<br>{label} %{{y:.4g}} {one.unit}<extra></extra>",
             )
         )  # fmt: skip
     x = np.concatenate(across)
@@ -213,12 +215,12 @@ def _heat(one: Seen) -> Drawn | None:
     is_plane = quantity.per == ("x", "y")
     z = one.value.T if is_plane else one.value
     x, y = one.places if is_plane else one.places[::-1]
-    heading = {"text": quantity.unit or "value", "font": {"size": 13, "color": MUTED}}
+    heading = {"text": one.unit or "value", "font": {"size": 13, "color": MUTED}}
     fig = blank(160 + max(240, min(26 * len(z), 460)), "").update_layout(plot_bgcolor=HOLE)
     fig.add_trace(
         go.Heatmap(
             x=_along(x, z.shape[1]), y=_along(y, z.shape[0]), z=np.where(np.isfinite(z), z, np.nan), colorscale=COLOURS,
-            hovertemplate=f"%{{x}}, %{{y}}<br>{_label(one)} %{{z:.4g}} {quantity.unit}<extra></extra>",
+            hovertemplate=f"%{{x}}, %{{y}}<br>{_label(one)} %{{z:.4g}} {one.unit}<extra></extra>",
             colorbar={"title": heading, "thickness": 13, "outlinewidth": 0},
         )
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from .page import Block, Chart, Fact, Note, Page, Quote, Section, Table, Terms, 
 from .quantities import figures
 from .result import short
 
+MOST_LETTERS = 40
+"""Of a cell in a table."""
 MOST_COLUMNS = 6
 """Subjects that have a column each; of more, a figure shows what a table would not hold."""
 
@@ -66,7 +69,9 @@ def _sentences(template: str, outcomes: Sequence[Outcome]) -> list[str]:
     for outcome in shown:
         assert outcome.result is not None
         told = {
-            entry.name: _said(outcome.result, entry) for entry in outcome.result.entries() if not entry.quantity.per
+            entry.name: f"{_said(outcome.result, entry)} {outcome.in_unit(entry.quantity.unit)}".strip()
+            for entry in outcome.result.entries()
+            if not entry.quantity.per
         }
         settings = {
             name: setting(float(value)) for name, value in outcome.settings.items() if isinstance(value, (int, float))
@@ -86,13 +91,14 @@ def _tables(outcomes: Sequence[Outcome]) -> list[Block]:
     for outcome in shown:
         assert outcome.result is not None
         single = (entry for entry in outcome.result.entries() if entry.quantity.shown and not entry.quantity.per)
-        columns.append({entry.name: (entry, _said(outcome.result, entry)) for entry in single})
+        columns.append({entry.name: (entry, _short(_said(outcome.result, entry))) for entry in single})
     names = dict.fromkeys(name for column in columns for name in column)
     rows = []
     for name in names:
         entry = next(column[name][0] for column in columns if name in column)
+        unit = shown[0].in_unit(entry.quantity.unit)
         label = name if entry.quantity.name == "*" else entry.quantity.label
-        rows.append([label, *(column[name][1] if name in column else "" for column in columns), entry.quantity.unit])
+        rows.append([label, *(column[name][1] if name in column else "" for column in columns), unit])
     if not rows:
         return []
     headers = ["", *(_whose(outcome) if len(shown) > 1 else "value" for outcome in shown), "unit"]
@@ -122,9 +128,15 @@ def _said(result: Result, entry: Entry) -> str:
     )
 
 
+def _short(text: str) -> str:
+    """What a cell has room for; the whole text is in the notes."""
+    return text if len(text) <= MOST_LETTERS else re.split("[:;]", text)[0]
+
+
 def _notes(outcome: Outcome) -> list[str]:
     assert outcome.result is not None
-    return [typeset(note) for note in outcome.result.notes]
+    long = [f"{name}: {text}" for name, text in outcome.result.texts.items() if len(text) > MOST_LETTERS]
+    return [typeset(note) for note in (*long, *outcome.result.notes)]
 
 
 def _terms(outcome: Outcome, reference: str) -> list[tuple[str, list[str]]]:
