@@ -7,10 +7,12 @@ import pytest
 from folders import folder, texts
 from problems import problem
 
+import funcscope as fs
 from funcscope import cli
 from funcscope.families import modular
 from funcscope.families.family import Setup
 from funcscope.study.analyzers import ANALYZERS
+from funcscope.study.catalogue import CATALOGUE
 from funcscope.study.runs import Runs
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,32 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     assert "<iframe" in scope["page"]._repr_html_()
 
 
+def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
+    """On two checkpoints, and then the same from Python, with a metric of one's own."""
+    monkeypatch.chdir(tmp_path)
+    for step in (10, 20):
+        folder(tmp_path / "runs" / f"checkpoint-{step}", scale=1 + step / 100)
+    texts(tmp_path / "texts.jsonl")
+    (command,) = re.findall(r"^funcscope (analyze .*--data .*)$", README, re.MULTILINE)
+    paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*"))
+    few = ["--set", "num_samples=4", "--set", "directional_losses.n_samples=3", "--quiet"]
+    asked = [part for word in command.split() for part in (paths if "*" in word else [word])]
+    assert cli.main(asked + few) == 0
+    assert cli.main(["report"]) == 0
+    assert cli.main(["metrics"]) == 0
+    assert "sam_sharpness" in capsys.readouterr().out
+    study, own = (next(block for block in BLOCKS if part in block) for part in ("analyze_models", "class Sparsity"))
+    scope = {"fs": fs, "paths": paths, "__name__": "readme"}
+    study = study.replace("UnifiedConfig(", "UnifiedConfig(num_samples=2, loss_landscape_n_points=3, verbose=False, ")
+    try:
+        exec(own, scope)
+        exec(study.replace("UnifiedConfig(", "UnifiedConfig(metrics=('sparsity',), "), scope)
+        assert len(scope["results"].outcomes) == 4
+        assert not scope["results"].failed
+    finally:
+        CATALOGUE.pop("sparsity", None)
+
+
 def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     """With a smaller variant of that name; the analyzer of the README among them, from a module of its own."""
     monkeypatch.chdir(tmp_path)
@@ -47,6 +75,7 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("funcscope.view.dashboard.serve", lambda folder, **options: served.append((folder, options)))
     commands = re.findall(r"^funcscope ((?:train|analyze|dashboard) .*)$", README, re.MULTILINE)
+    commands = [command for command in commands if "--data" not in command]
     assert [command.split()[0] for command in commands] == ["dashboard", "train", "analyze", "dashboard"]
     for command in commands[1:]:
         quiet = [] if command.startswith("dashboard") else ["--quiet"]
@@ -68,7 +97,7 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
 
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # it saves a result
-    blocks = [block for block in BLOCKS if "show(" not in block]
+    blocks = [block for block in BLOCKS if not any(part in block for part in ("show(", "analyze_models", "Sparsity"))]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}

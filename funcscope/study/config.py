@@ -43,7 +43,8 @@ class UnifiedConfig:
     """What `analyze_models` does: the documented fields with their documented values, and five of ours at the end.
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
-    and change no number. Raises TypeError for an unknown field, ValueError for one of the wrong kind.
+    and change no number. Without effect so far, beside the fields of metrics that are not here: `model_name`, `base_model`,
+    `dataset_split` (texts are a file), `save_plots` (`funcscope.view.report.write_report` makes the page). Raises TypeError for an unknown field, ValueError for one of the wrong kind.
     """
 
     model_name: str | None = None
@@ -215,6 +216,7 @@ class UnifiedConfig:
             min_batch_size=self.min_batch_size if self.adaptive_batch_sizing else 2**62,
             max_memory_gb=self.max_memory_gb,
             cleanup=self.aggressive_cleanup,
+            deterministic=self.deterministic,
             log_memory=self.enable_memory_tracking and self.verbose,
         )
 

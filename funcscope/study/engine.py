@@ -16,6 +16,7 @@ from ..core.keys import key
 from ..core.progress import watched
 from ..core.result import Result
 from ..core.store import to_json
+from . import digest
 from .cache import Cache, Cell, Outcome, Status
 from .meter import Expired, Full, MemoryLog, Meter, Options, cleanup_memory, is_full
 from .metric import KEY, Metric, check_result, with_needs
@@ -151,7 +152,7 @@ class _Bench:
             "version": one.version, "settings": to_json(one.settings), "weights": self.weights, "task": task,
             "data": self.job.source.data_digest(task, self.sums), "packages": versions(),
             "seed": self.options.seed if KEY in one.needs else None,
-            "of": {each.metric: [each.settings, each.task] for each in needs},
+            "of": {each.metric: digest.of_json(each.content) for each in needs},
         }  # fmt: skip
         return Cell(one.name, self.job.source.id, content)
 
@@ -163,7 +164,7 @@ class _Bench:
             return None
         stored = self.cache.get(cell)
         again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
-        return None if again else stored
+        return None if again else stored and replace(stored, step=self.job.source.step)
 
     def _made(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> Outcome:
         source = self.job.source
@@ -205,7 +206,8 @@ class _Bench:
                     for name in one.needs
                     if name != KEY
                 ]
-                value = one.call(*needs, **drawn, **one.settings, **plan)
+                with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
+                    value = one.call(*needs, **drawn, **one.settings, **plan)
                 if not isinstance(value, Result) and hasattr(value, "rows"):
                     value = value.result(list(resumed(value, self.cache.path(cell))))
                 return check_result(one, value), plan | ({} if size is None else {"batch_size": size})

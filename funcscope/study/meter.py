@@ -17,8 +17,10 @@ from ..core.progress import Kind
 
 @dataclass(frozen=True)
 class Options:
-    """How a study runs; no number depends on it."""
+    """How a study runs; of these only the seed is part of what a number is."""
 
+    deterministic: bool = True
+    """Of cuDNN, inside metrics."""
     seed: int = 42
     """Of all draws: each metric is given `fs.key(seed)`."""
     force: bool = False

@@ -173,7 +173,7 @@ def with_needs(metrics: Sequence[Metric]) -> Iterator[Metric]:
 
 
 def _module(one: Metric) -> str:
-    return one.call.__module__
+    return str(getattr(one.call, "__module__", None))
 
 
 def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None) -> Metric:
