@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
+import torch
 from tqdm.auto import tqdm
 
 from ..core.keys import key
