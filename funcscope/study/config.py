@@ -44,8 +44,8 @@ class UnifiedConfig:
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
     and change no number. Without effect so far, beside the fields of metrics that are not here: `model_name`, `base_model`,
-    `dataset_split` (texts are a file), `save_plots` (`funcscope.view.report.write_report` makes the page). Raises TypeError for
-    an unknown field, ValueError for one of the wrong kind.
+    `dataset_split` (texts are a file), `save_plots` (`funcscope.view.report.write_report` makes the page). Raises TypeError
+    for an unknown field, ValueError for one of the wrong kind.
     """
 
     model_name: str | None = None
