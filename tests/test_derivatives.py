@@ -544,3 +544,13 @@ def test_steps_that_are_too_long_are_halved(dtype):
     off = float((matvec(x[0]) - exact).norm())
     assert off < 1e-3 * float(exact.norm())
     assert off <= matvec.error() < 0.05 * float(exact.norm())
+
+
+@pytest.mark.parametrize("parts", [{"bias": False}, {"elementwise_affine": False}, {}])
+def test_a_norm_without_some_of_its_parameters_is_that_of_torch(parts):
+    model = seeded(0, lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, **parts))).double()
+    with torch.no_grad():
+        for param in model[1].parameters():
+            param.copy_(torch.linspace(0.5, 2, 4))
+    net, x = fs.functional(model), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
+    torch.testing.assert_close(net.apply(net.params, x), model(x))

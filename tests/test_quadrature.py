@@ -13,6 +13,7 @@ from test_eigen import network, prescribed
 from torch.testing import assert_close
 
 from funcscope.core.keys import fold_in, key, normal, rademacher
+from funcscope.linalg.gauss import christoffel
 from funcscope.linalg.krylov import Krylov
 from funcscope.linalg.matvec import NonFinite, Products
 from funcscope.linalg.quadrature import spectral_density
@@ -330,3 +331,15 @@ def test_the_interval_of_the_square_covers(top):
         low, high = of(d, key=key(index), steps=4).trace_squared_interval()
         hits += low <= float(d.square().sum()) <= high
     assert 0.9 <= hits / 200 <= 0.99
+
+
+@pytest.mark.parametrize("at", [-0.4, 0.3, 2.0])
+def test_the_christoffel_function_is_that_of_the_orthonormal_polynomials(at):
+    nodes = torch.tensor([-1.0, -0.2, 0.1, 0.9, 1.5], dtype=torch.float64)
+    weights = torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15], dtype=torch.float64)
+    powers = nodes[:, None] ** torch.arange(5)
+    R = torch.linalg.qr(weights.sqrt()[:, None] * powers).R  # powers = polynomials R, orthonormal on the nodes
+    p = torch.linalg.solve_triangular(
+        R.T, (torch.tensor(at, dtype=torch.float64) ** torch.arange(5))[:, None], upper=False
+    )
+    assert christoffel(nodes, weights, at, 1e-12) == pytest.approx(min(1.0, 1 / float(p.square().sum())), rel=1e-9)
