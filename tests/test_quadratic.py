@@ -66,6 +66,8 @@ def test_recommended_step_is_near_the_best_of_many(dtype):
     found = fs.difference_step(loss, loss.net.theta, direction)
     assert found.status == "resolved"
     assert found.num_forwards <= 19
+    # at the best step truncation and rounding are equal
+    assert found.error == pytest.approx(found.step**2 * abs(found.fourth_derivative) / 6, rel=1e-9)
     exact = float(fs.directional_curvatures(loss_of("gpt2"), loss_of("gpt2").net.theta, [direction64()]).hessian)
     phi = fs.restrict(loss, loss.net.theta, direction)
 
