@@ -12,6 +12,7 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.linalg import block_traces, hutchinson_diagonal
+from funcscope.study.catalogue import effective_dimensionality, mean_loss
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -109,6 +110,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=1)[0]
     ),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
+    "MeanLoss": lambda: mean_loss(loss(), loss().layout.unravel(theta())),
+    "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
 
