@@ -21,6 +21,7 @@ from funcscope.study.meter import Options, memory_gb
 from funcscope.study.metric import Metric, register
 from funcscope.study.results import Results
 from funcscope.study.subject import InMemory
+from funcscope.view.quantities import figures
 
 FEW = {
     "directional_losses": {"n_samples": 4},
@@ -128,7 +129,7 @@ def test_a_damaged_entry_is_set_aside_and_made_again(harm, cache):
     first = one(SIZE, cache)
     (path,) = cache.entries()
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.warns(UserWarning, match=r"could not be used .* is made again"):
+    with pytest.warns(UserWarning, match=r"could not be read and is now .* it is made again"):
         again = one(SIZE, cache)
     assert not again.reused
     assert again.result == first.result
@@ -407,3 +408,35 @@ def test_cost_is_counted_and_memory_is_logged(capsys):
     assert "Before hessian_trace" in shown
     assert "After hessian_trace" in shown
     assert memory_gb() > 0.05
+
+
+def test_a_study_with_a_model_that_is_not_there_opens_again(cache, tmp_path):
+    class Missing(InMemory):
+        def digest(self, sums):
+            raise FileNotFoundError("no such folder")
+
+    results = Results(tuple(run([SIZE], [source(), Missing({"data": made.loss()}, "gone")], cache=cache)))
+    results.save(tmp_path, {})
+    opened = Results.open(tmp_path)
+    assert [(o.subject, o.status, o.error) for o in opened.outcomes] == [
+        ("model", "ok", ""), ("gone", "failed", "no such folder")
+    ]  # fmt: skip
+    assert opened.outcomes[0].result == results.outcomes[0].result
+
+
+def test_what_is_not_resolved_is_a_hole_in_figures_and_marked_in_trajectories(cache):
+    class Perhaps(Result):
+        value: Estimate = quantity("something", unit="loss")
+
+        @property
+        def unresolved(self):
+            return ["value"] if float(self.value.value) < 1.5 else []
+
+    perhaps = Metric("perhaps", lambda theta: Perhaps(Estimate.of(theta[:1] * 0 + theta.norm())), ("theta",))
+    scale = 1 / float(made.theta().norm())
+    outcomes = run([perhaps], [source(f"m{i}", scale=scale * i, at=i) for i in (1, 2, 3)], cache=cache)
+    assert Results(tuple(outcomes)).trajectory("perhaps", "value")["resolved"].tolist() == [False, True, True]
+    (drawn,) = figures(outcomes)
+    (line,) = [trace for trace in drawn.figure.data if len(trace.x) == 3]
+    assert np.isnan(line.y).tolist() == [True, False, False]
+    assert "1 of 3" in drawn.caption

@@ -152,3 +152,14 @@ def test_the_loss_of_some_parameters_is_the_loss():
     assert part.layout.num == sum(x.numel() for x in part.net.params.values()) < loss.layout.num
     with pytest.raises(ValueError, match="not among"):
         only(loss, theta, ["nothing"])
+
+
+def test_an_end_that_is_not_converged_says_so_beside_its_residual():
+    matvec, like = spectrum(np.linspace(-1, 1, 400))
+    early = spectrum_summary(matvec, like, key=fs.key(0), num=1, tol=1e-9, max_matvecs=6)
+    assert {"max_eigenvalue", "min_eigenvalue"} <= set(early.unresolved)
+    assert "not converged" in str(early)
+    assert abs(early.max_eigenvalue - 1) <= early.max_residual  # an eigenvalue lies within the residual
+    assert early.max_residual == float(early.ends.residuals[0])
+    late = spectrum_summary(*spectrum(np.r_[np.zeros(50), 3.0]), key=fs.key(0), num=1)
+    assert "max_eigenvalue" not in late.unresolved

@@ -142,13 +142,23 @@ class SpectrumSummary(Result):
         num, last = len(self.top_eigenvalues), self.num_parameters
         return {"place": [f"{i + 1:,}" if i < num else f"{last - 2 * num + i + 1:,}" for i in range(2 * num)]}
 
+    @derived("residual of the largest eigenvalue")
+    def max_residual(self) -> float:
+        return float(self.ends.residuals[0])
+
+    @derived("residual of the smallest eigenvalue")
+    def min_residual(self) -> float:
+        return float(self.ends.residuals[-1])
+
     @property
     def unresolved(self) -> list[str]:
-        return self.density.unresolved
+        ends = zip(("max_eigenvalue", "min_eigenvalue"), self.ends.converged[[0, -1]].tolist(), strict=True)
+        return [*(name for name, converged in ends if not converged), *self.density.unresolved]
 
     @property
     def texts(self) -> dict[str, str]:
-        return self.density.texts
+        ends = (name for name in ("max_eigenvalue", "min_eigenvalue") if name in self.unresolved)
+        return {name: f"{getattr(self, name):.5g}, not converged" for name in ends} | self.density.texts
 
     @property
     def notes(self) -> list[str]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -20,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..core.checks import check_params
@@ -29,6 +26,7 @@ from ..core.store import Damaged, save, to_json
 from ..families.family import Family
 from ..families.family import family as registered
 from .analyzer import Analyzer, Bench, Subject, Subjects, Values
+from .files import claimed, set_aside
 from .runs import CROSS, Variant, keep, read, settings_of
 
 
@@ -125,7 +123,7 @@ class Work:
     def _claimed(self, analyzer: Analyzer, step: int, forward: _Forward, failed: dict[int, str], *, wait: bool) -> bool:
         """Make a step's artifact unless it is there; False where another process is at it."""
         path = self.variant.artifact(analyzer.name, step)
-        with _claim(path, wait=wait) as mine:
+        with claimed(path, wait=wait) as mine:
             if not mine:
                 return False
             try:
@@ -161,7 +159,7 @@ class Work:
     def _summarise(self, analyzer: Analyzer) -> None:
         """One row per checkpoint from what is stored with these settings, by whichever process; nan for the rest."""
         folder = self.variant.folder(analyzer.name)
-        with _claim(folder / "summary.npz", wait=True):
+        with claimed(folder / "summary.npz", wait=True):
             rows: dict[int, Values] = {}
             for step in self.variant.steps(analyzer.name):
                 path = self.variant.artifact(analyzer.name, step)
@@ -184,7 +182,7 @@ class Work:
 
     def _across(self, analyzer: Analyzer) -> None:
         path = self.variant.folder(analyzer.name) / CROSS
-        with _claim(path, wait=True):
+        with claimed(path, wait=True):
             try:
                 sums = {str(step): self._settings(analyzer, step)["checkpoint"] for step in self.subjects.steps}
                 wanted = {**self._common(analyzer), "checkpoints": sums}
@@ -251,11 +249,8 @@ def _stored(path: Path) -> dict[str, Any] | None:
         return settings_of(path)
     except FileNotFoundError:
         return None
-    except Damaged:
-        taken = len(list(path.parent.glob(f"{path.name}.unreadable*")))
-        aside = path.with_name(f"{path.name}.unreadable{taken or ''}")
-        path.replace(aside)
-        warnings.warn(f"{path} could not be read and is now {aside.name}: it is made again.", stacklevel=2)
+    except Damaged as err:
+        set_aside(path, err)
         return None
 
 
@@ -266,25 +261,6 @@ def _check_summary(analyzer: Analyzer, values: Values) -> None:
             f"`compute_summary` of {analyzer.name} gives {sorted(row)}, "
             f"its `summary_keys` are {sorted(analyzer.summary_keys)}."
         )
-
-
-@contextmanager
-def _claim(path: Path, *, wait: bool) -> Iterator[bool]:
-    """The sole right to write a file, given up when the process ends, however it ends; what was left half written goes."""
-    locks = path.parent / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{path.name}.lock", timeout=-1 if wait else 0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
-        yield True
-    finally:
-        lock.release()
 
 
 def _append(path: Path, line: str) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from ..core.pack import Packed, unpack
 from ..core.result import Result
 from ..core.store import Damaged, Outdated, Stored, load, save, to_json
 from . import digest
 from .digest import Sums
+from .files import claimed, set_aside
 from .record import file_stem
 
 Status = Literal["ok", "failed", "timeout", "out of memory", "skipped"]
@@ -71,6 +69,14 @@ class Outcome:
         return self.status == "ok"
 
 
+def plain(outcome: Outcome) -> dict[str, Any]:
+    """What is said of an outcome beside its result and what went in."""
+    return {each.name: getattr(outcome, each.name) for each in fields(Outcome) if each.name not in _APART}
+
+
+_APART = ("result", "reused", "content")
+
+
 @dataclass(frozen=True, eq=False)
 class Cache:
     """Outcomes under a folder, `root/SUBJECT/METRIC-HASH.npz`; with None for a root nothing is kept.
@@ -101,7 +107,7 @@ class Cache:
                 raise Damaged(f"{path} belongs to other contents.")
             known_outcome = {**meta["outcome"], "content": cell.content, "reused": True}
         except (Damaged, Outdated, KeyError, TypeError) as err:
-            _set_aside(path, err)
+            set_aside(path, err)
             return None
         path.touch()  # used: the last to go
         return Outcome(**known_outcome, result=_result(path, stored))
@@ -111,10 +117,7 @@ class Cache:
         path, result = self.path(cell), outcome.result
         if path is None:
             return
-        plain = {each.name: getattr(outcome, each.name) for each in fields(Outcome)}
-        for apart in ("result", "reused", "content"):
-            del plain[apart]
-        meta = {"content": cell.content, "outcome": plain, "result": None if result is None else result.meta()}
+        meta = {"content": cell.content, "outcome": plain(outcome), "result": None if result is None else result.meta()}
         save(path, {} if result is None else result.arrays(), meta, copy=False)
         self._shrink(keep=path)
 
@@ -125,19 +128,8 @@ class Cache:
         if path is None:
             yield True
             return
-        (path.parent / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / ".locks" / f"{path.name}.lock", timeout=-1 if wait else 0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            for half in path.parent.glob(f".{path.name}.*.tmp"):
-                half.unlink(missing_ok=True)
-            yield True
-        finally:
-            lock.release()
+        with claimed(path, wait=wait) as mine:
+            yield mine
 
     def entries(self) -> list[Path]:
         """The files of all outcomes, those of unfinished ones among them."""
@@ -179,10 +171,3 @@ def _result(path: Path, stored: Stored) -> Result | None:
         raise ValueError(
             f"{path}: {err} A class of your own is known once the module that defines it is imported."
         ) from err
-
-
-def _set_aside(path: Path, err: Exception) -> None:
-    taken = len(list(path.parent.glob(f"{path.name}.unreadable*")))
-    aside = path.with_name(f"{path.name}.unreadable{taken or ''}")
-    path.replace(aside)
-    warnings.warn(f"{path} could not be used ({err}) and is now {aside.name}: it is made again.", stacklevel=3)

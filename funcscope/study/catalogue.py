@@ -179,7 +179,7 @@ for _one in (
         drawn=("max_eigenvalue", "min_eigenvalue", "trace", "negative_fraction", "effective_rank"),
         category="curvature", plan=("keep", "head_chunk"),
         cost=of_summary, more={"num": 5, **SUMMARY}, reference="Ghorbani et al. (2019), arXiv:1901.10159",
-        sentence="The largest eigenvalue of the Hessian is {max_eigenvalue}, its trace {trace}.",
+        sentence="The largest eigenvalue of the Hessian is {max_eigenvalue} (residual {max_residual}), its trace {trace}.",
     ),
     of_function(
         "hessian_trace", hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),

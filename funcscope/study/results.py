@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from ..core.result import Result
 from ..core.store import to_json, write
-from .cache import Cache, Cell, Outcome
+from .cache import Cache, Cell, Outcome, plain
 from .metric import nearest
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Results:
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["model", "step", "metric"])
 
     def trajectory(self, metric: str, quantity: str) -> DataFrame:
-        """One number at every step: `step`, `model`, `value`, `stderr`, in the order of the steps; absent where it failed.
+        """One number at every step: `step`, `model`, `value`, `stderr`, `resolved`; absent where it failed.
 
         Raises ValueError for a metric or a quantity that no outcome has, and for one that is more than one number.
         """
@@ -125,15 +125,16 @@ class Results:
             raise ValueError(f"{metric} has no quantity {quantity!r}{nearest(quantity, names)}")
         if rows["model"].duplicated().any():
             raise ValueError(f"{quantity!r} of {metric} is several numbers at every step: take them from `to_frame()`.")
-        return (
-            rows.reindex(columns=["step", "model", "value", "stderr"])
-            .sort_values("step", kind="stable")
-            .reset_index(drop=True)
-        )
+        known = rows["resolved"].fillna(True).astype(bool) if "resolved" in rows else True
+        rows = rows.assign(resolved=known).reindex(columns=["step", "model", "value", "stderr", "resolved"])
+        return rows.sort_values("step", kind="stable").reset_index(drop=True)
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> Path:
         """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs."""
-        rows = [{"metric": o.metric, "subject": o.subject, "content": o.content} for o in self.outcomes]
+        rows = [
+            {"metric": o.metric, "subject": o.subject, "content": o.content} if o.content else {"lost": plain(o)}
+            for o in self.outcomes  # without content: the model could not be opened, and there is no cell
+        ]
         path = folder / MANIFEST
         write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
         return path
@@ -150,6 +151,9 @@ class Results:
         stored = json.loads(path.read_text(encoding="utf-8"))
         cache, outcomes = Cache(Path(folder) / "cache"), []
         for row in stored["cells"]:
+            if "lost" in row:
+                outcomes.append(Outcome(**row["lost"]))
+                continue
             outcome = cache.get(Cell(row["metric"], row["subject"], row["content"]))
             if outcome is None:
                 raise ValueError(

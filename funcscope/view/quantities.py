@@ -109,6 +109,8 @@ def _seen(outcome: Outcome, name: str) -> Seen | None:
             places = tuple(None if each is None else np.asarray(each).tolist() for each in known)
             stderr = values.get("stderr_total", values.get("stderr", np.full(value.shape, math.nan)))
             unit = outcome.in_unit(entry.quantity.unit)
+            if name in result.unresolved:  # a hole, that is counted: a mark would be believed
+                value = np.full(value.shape, math.nan)
             return Seen(outcome.subject, outcome.step, entry, value, stderr, places, unit)
     return None
 
