@@ -15,7 +15,7 @@ import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.core.result import Result, quantity
 from funcscope.study.cache import Cache
-from funcscope.study.catalogue import CATALOGUE, metric
+from funcscope.study.catalogue import CATALOGUE, mean_loss, metric
 from funcscope.study.engine import run
 from funcscope.study.meter import Options, memory_gb
 from funcscope.study.metric import Metric, register
@@ -440,3 +440,15 @@ def test_what_is_not_resolved_is_a_hole_in_figures_and_marked_in_trajectories(ca
     (line,) = [trace for trace in drawn.figure.data if len(trace.x) == 3]
     assert np.isnan(line.y).tolist() == [True, False, False]
     assert "1 of 3" in drawn.caption
+
+
+def test_a_loss_that_is_nan_or_of_one_sequence_says_so():
+    loss, theta = made.loss(), made.theta()
+    assert "the loss is nan" in mean_loss(loss, loss.layout.unravel(theta * float("nan"))).notes[0]
+    inputs = fs.normal(fs.key(1), torch.zeros(1, 3, dtype=torch.float64))
+    single = mean_loss(
+        fs.objective(loss.net, [(inputs, torch.tensor([1]))], fs.classification), loss.layout.unravel(theta)
+    )
+    assert single.loss.stderr.isnan()
+    assert "one sequence" in single.notes[0]
+    assert not mean_loss(loss, loss.layout.unravel(theta)).notes

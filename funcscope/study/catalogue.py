@@ -48,6 +48,12 @@ class MeanLoss(Result):
     def head(self) -> str:
         return f"loss over {self.num_sequences} sequences"
 
+    @property
+    def notes(self) -> list[str]:
+        if not bool(self.loss.value.isfinite()):
+            return [f"the loss is {float(self.loss.value)}: check the weights and the texts."]
+        return ["one sequence: there is no error over sequences."] if self.num_sequences < 2 else []
+
 
 def mean_loss(loss: Loss, params: Params) -> MeanLoss:
     """The loss, token-weighted, with its linearised standard error over sequences."""
