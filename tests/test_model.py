@@ -1,6 +1,7 @@
 """`functional`: the same function as the caller's model, which nothing touches."""
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -527,3 +528,14 @@ def test_a_frozen_head_is_a_head_and_an_output_of_ones_own_has_none():
         frozen.readout(frozen.params, frozen.hidden(frozen.params, ids)), frozen.apply(frozen.params, ids)
     )
     assert fs.functional(model, output=lambda out: out.logits * 2).head is None
+
+
+def test_two_threads_at_different_parameters_do_not_see_each_other():
+    net = fs.functional(nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double())
+    inputs = torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(10, 6)
+    places = [{name: scale * value for name, value in net.params.items()} for scale in (0.5, 2.0)]
+    alone = [net.apply(params, inputs) for params in places]
+    with ThreadPoolExecutor(2) as workers:
+        for _ in range(200):
+            for made, expected in zip(workers.map(lambda p: net.apply(p, inputs), places), alone, strict=True):
+                assert torch.equal(made, expected)

@@ -158,9 +158,9 @@ def test_nan_equals_nan_and_nothing_else():
     assert not equal(pack(one), pack(one.double()))
 
 
-def test_a_class_name_means_one_thing():
+def test_a_class_of_the_package_has_no_second_of_its_name():
     with pytest.raises(TypeError, match="name this one otherwise"):
-        type("Eigenpairs", (Result,), {"__module__": "elsewhere", "__annotations__": {}})
+        type("Eigenpairs", (Result,), {"__module__": "funcscope.elsewhere", "__annotations__": {}})
 
 
 numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -223,6 +223,20 @@ def test_a_class_that_is_defined_again_in_a_notebook_is_the_same():
 
     assert old == again()
     assert old == old
+    storable(Layered)
+
+
+def test_classes_of_one_name_in_two_modules_are_two_kinds_of_result(tmp_path):
+    here, there = (
+        type("Layered", (Result,), {"__module__": module, "__annotations__": {"share": float}, "share": quantity("share")})
+        for module in (__name__, "builtins")
+    )
+    for cls in (here, there):
+        file = tmp_path / f"{cls.__module__}.npz"
+        cls(0.5).save(file)
+        assert Result.load(file) == cls(0.5)
+        assert type(Result.load(file)) is cls
+    assert here(0.5) != there(0.5)
     storable(Layered)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import get_ident
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,10 +60,20 @@ class Functional:
         """The trainable parameters as one new flat vector of shape (P,), in float32 at least."""
         return self.layout.ravel(self.params, torch.promote_types(self.layout.dtype, torch.float32))
 
-    @cached_property
+    @property
     def _running(self) -> nn.Module:
-        """The module that is called: a copy of the skeleton, which stays as it was made, on these buffers."""
-        return running(self._skeleton, self.buffers)
+        """The module that is called: a copy of the skeleton, which stays as it was made, on these buffers.
+
+        A copy for each thread: `functional_call` sets the parameters of its module while that runs.
+        """
+        thread = get_ident()
+        if thread not in self._copies:
+            self._copies[thread] = running(self._skeleton, self.buffers)
+        return self._copies[thread]
+
+    @cached_property
+    def _copies(self) -> dict[int, nn.Module]:
+        return {}
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:

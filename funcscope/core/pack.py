@@ -25,12 +25,20 @@ class Packed(NamedTuple):
 
 
 def storable(cls: C) -> C:
-    """A dataclass or named tuple that `pack` takes, known by its name, which one class of the package has."""
-    other = _CLASSES.setdefault(cls.__name__, cls)
-    if other.__module__ != cls.__module__:
+    """A dataclass or named tuple that `pack` takes, known by its name, and one of your own by that of its module, too.
+
+    A class that is defined again, as in a notebook, takes the place of the one before.
+    """
+    other = _CLASSES.setdefault(_stored_name(cls), cls)
+    if other.__module__ != cls.__module__:  # in the package a name means one thing
         raise TypeError(f"{other.__module__} has a class {cls.__name__} already: name this one otherwise.")
-    _CLASSES[cls.__name__] = cls
+    _CLASSES[_stored_name(cls)] = cls
     return cls
+
+
+def _stored_name(cls: type) -> str:
+    ours = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return cls.__name__ if ours else f"{cls.__module__}:{cls.__name__}"
 
 
 def pack(value: Any) -> Packed:
@@ -93,12 +101,11 @@ def _packed(value: Any, path: str, arrays: dict[str, Any]) -> Any:
     if type(value) is tuple:
         return {"is": "tuple", "items": [inner(i, each) for i, each in enumerate(value)]}
     names = _names(type(value))
-    return {"is": type(value).__name__, "fields": {name: inner(name, getattr(value, name)) for name in names}}
+    return {"is": _stored_name(type(value)), "fields": {name: inner(name, getattr(value, name)) for name in names}}
 
 
 def _names(cls: type) -> list[str]:
-    known = _CLASSES.get(cls.__name__)
-    if known is None or known.__module__ != cls.__module__:  # a class that a notebook defines again is another object
+    if _stored_name(cls) not in _CLASSES:  # by name: a class that a notebook defines again is another object
         raise TypeError(f"a {cls.__name__} has no stored form: it is no number, array or result.")
     return [each.name for each in fields(cls)] if is_dataclass(cls) else list(cls._fields)  # type: ignore[attr-defined]
 
