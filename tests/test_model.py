@@ -531,7 +531,7 @@ def test_a_frozen_head_is_a_head_and_an_output_of_ones_own_has_none():
 
 
 def test_two_threads_at_different_parameters_do_not_see_each_other():
-    net = fs.functional(nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double())
+    net = fs.functional(seeded(1, lambda: nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()))
     inputs = torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(10, 6)
     places = [{name: scale * value for name, value in net.params.items()} for scale in (0.5, 2.0)]
     alone = [net.apply(params, inputs) for params in places]

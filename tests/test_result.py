@@ -228,7 +228,11 @@ def test_a_class_that_is_defined_again_in_a_notebook_is_the_same():
 
 def test_classes_of_one_name_in_two_modules_are_two_kinds_of_result(tmp_path):
     here, there = (
-        type("Layered", (Result,), {"__module__": module, "__annotations__": {"share": float}, "share": quantity("share")})
+        type(
+            "Layered",
+            (Result,),
+            {"__module__": module, "__annotations__": {"share": float}, "share": quantity("share")},
+        )
         for module in (__name__, "builtins")
     )
     for cls in (here, there):
