@@ -14,12 +14,12 @@ import torch
 from funcscope.core.store import Damaged, load, save
 from funcscope.families import modular
 from funcscope.families.family import Family, Kept, Setup, family, register
+from funcscope.families.phases import phases
 from funcscope.landscape.path import linear_path
 from funcscope.study.analysis import Work, analyse
 from funcscope.study.analyzer import Analyzer
 from funcscope.study.analyzers import ANALYZERS, EFFECTIVE_DIMENSIONALITY, LANDSCAPE_FLATNESS, analyzer
 from funcscope.study.analyzers import register as register_analyzer
-from funcscope.study.phases import phases
 from funcscope.study.runs import Runs, Variant, begin
 from funcscope.study.training import trained
 

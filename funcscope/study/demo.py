@@ -13,6 +13,7 @@ from ..core.checks import check_count, check_positive
 from ..core.store import save
 from ..families import modular
 from ..families.family import Setup
+from ..families.phases import phases
 from .analysis import analyse
 from .analyzer import Analyzer
 from .analyzers import (
@@ -27,7 +28,6 @@ from .analyzers import (
     TRAJECTORY_PLANE,
 )
 from .numbers import is_known, number, with_error
-from .phases import phases
 from .record import versions
 from .runs import Variant
 from .training import trained

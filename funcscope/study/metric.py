@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ..core.result import Result
 
@@ -44,6 +44,11 @@ class Metric:
     """Forward passes over the data that it will take, from its settings."""
     version: int = 1
     """To be raised when the function changes: stored results of another version are not used."""
+    on: Literal["model", "pair", "series"] = "model"
+    """What it looks at: one model, two, or the checkpoints of a run. The results of other metrics that it needs are then
+    those of all of these, in a tuple."""
+    at: Literal["every", "phases"] = "every"
+    """Of a training run, every checkpoint, or the start, where it has memorised, and the end."""
     task: str | None = None
     """The data that it looks at, by name; the study's first where it has no preference."""
     reference: str = ""
@@ -158,18 +163,29 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any] | Any) -> str:
 
 def with_needs(metrics: Sequence[Metric]) -> Iterator[Metric]:
     """The metrics in an order in which each comes after those whose results it needs, which are added where they lack."""
-    asked, seen = {one.name: one for one in metrics}, set()
+    asked, seen = {one.name: one for one in metrics}, set[str]()
 
     def visit(one: Metric) -> Iterator[Metric]:
         if one.name not in seen:
             seen.add(one.name)
             for name in one.needs:
-                if name in CATALOGUE or name in asked:
+                if one.on == "model" and (name in CATALOGUE or name in asked):
                     yield from visit(asked.get(name) or replace(metric(name), task=one.task))
             yield one
 
     for one in metrics:
         yield from visit(one)
+
+
+def with_members(metrics: Sequence[Metric]) -> Iterator[Metric]:
+    """The metrics, and before them those that a pair or a series needs of each of its subjects."""
+    names = {one.name for one in metrics}
+    for one in metrics:
+        for name in one.needs:
+            if one.on != "model" and name in CATALOGUE and name not in names:
+                names.add(name)
+                yield replace(metric(name), task=one.task)
+    yield from metrics
 
 
 def _module(one: Metric) -> str:

@@ -12,10 +12,10 @@ import torch
 from ...core.keys import fold_in, key
 from ...core.objective import Loss
 from ...curvature.hessian import hessian
+from ...families.phases import phases
 from ...landscape.flatness import flatness, flatness_profile
 from ...linalg.trace import hutchinson_trace
 from ..analyzer import Analyzer, Subject, Values
-from ..phases import phases
 
 SUMMARY = (
     "baseline_loss", "mean_delta_loss", "median_delta_loss", "max_delta_loss", "std_delta_loss", "p90_delta_loss",

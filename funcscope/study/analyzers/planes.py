@@ -7,11 +7,11 @@ import torch
 
 from ...core.directions import directions, stack
 from ...core.keys import fold_in, key
+from ...families.phases import phases
 from ...landscape.axes import plane_directions, principal_directions
 from ...landscape.path import linear_path
 from ...landscape.planes import loss_lines, loss_plane
 from ..analyzer import Analyzer, Subject, Subjects, Values
-from ..phases import phases
 
 SUMMARY = ("roughness", "loss_min", "loss_max", "n_nonfinite")
 MARGIN = 0.25
