@@ -19,6 +19,7 @@ FRAME_HEIGHT = 760
 MANY_SECTIONS = 4
 """A page of more sections than this has a table of contents."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
+_SIGNS = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
 _NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]|undefined|not resolved|failed|timeout|out of memory|skipped|$")
 
 
@@ -77,13 +78,6 @@ class Table(Block):
     def words(self) -> list[bool]:
         """Whether a column holds words, which start at the left, and not numbers."""
         return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in zip(*self.rows)]  # noqa: B905
-
-
-@dataclass(frozen=True)
-class Note(Block):
-    """A paragraph in small letters."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -146,24 +140,27 @@ def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], 
     """
     charts = any(isinstance(block, Chart) for section in sections for block in section.blocks)
     return _template().render(
-        bare=None, title=title, kicker=kicker, lede=lede, strip=strip, sections=sections, contents=len(sections) > MANY_SECTIONS,
+        bare=None, title=title, kicker=kicker, lede=lede, strip=strip, sections=sections,
+        contents=len(sections) > MANY_SECTIONS,
         style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
         script=Markup(get_plotlyjs()) if charts else "",
     )  # fmt: skip
 
 
-def markdown(title: str, lede: Sequence[str], strip: Sequence[Fact], sections: Sequence[Section]) -> str:
+def markdown(title: str, strip: Sequence[Fact], sections: Sequence[Section]) -> str:
     """The page as Markdown, with a figure's caption in its place.
 
-    >>> print(markdown("a *b*", ["1 < 2"], [], []))
+    >>> print(markdown("a *b*", [], [Section("c", ["1 < 2"])]))
     # a \\*b\\*
+    <BLANKLINE>
+    ## c
     <BLANKLINE>
     1 &lt; 2
     """
-    facts = [f"{fact.label}: {fact.value} ({fact.detail})" for fact in strip]
-    parts = [f"# {_marked(title)}", *map(_marked, lede), "\n".join(f"- {_marked(fact)}" for fact in facts)]
+    facts = "\n".join(f"- {_marked(f'{fact.label}: {fact.value} ({fact.detail})')}" for fact in strip)
+    parts = [f"# {_marked(title)}", facts]
     for section in sections:
-        parts += [f"## {_marked(section.title)}", *(_in_markdown(block) for block in section.blocks)]
+        parts += [f"## {_marked(section.title)}", *map(_in_markdown, section.blocks)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -180,22 +177,20 @@ def _in_markdown(block: Block | str) -> str:
         case Chart():
             return f"*Figure{f' `{block.name}`' if block.name else ''}: {_marked(block.caption)}*"
         case Table():
-            rows = [block.headers, [":--" if words else "--:" for words in block.words or [True]], *block.rows]
-            cells = [
-                [_marked(cell).replace("|", "\\|") for cell in row] if i != 1 else row for i, row in enumerate(rows)
-            ]
-            return "\n".join(
-                [*(f"| {' | '.join(row)} |" for row in cells), *([f"\n{_marked(block.caption)}"] * bool(block.caption))]
-            )
+            rule = f"|{'|'.join(':--' if words else '--:' for words in block.words)}|"
+            head, *rows = (_row(cells) for cells in (block.headers, *block.rows))
+            return "\n".join([head, rule, *rows, *([f"\n{_marked(block.caption)}"] if block.caption else [])])
         case Terms():
             return "\n".join(f"- **{_marked(term)}**: {_marked(' '.join(lines))}" for term, lines in block.items)
         case Quote():
             return f"> {_marked(block.text)} ({_marked(block.source)})"
         case Code():
             return "\n".join(f"    {line}" for line in block.text.splitlines())
-        case Note():
-            return _marked(block.text)
     return _marked(str(block))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_marked(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _marked(text: str) -> str:
@@ -206,11 +201,8 @@ def _marked(text: str) -> str:
     """
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
     for i in range(0, len(parts), 2):
-        plain = re.sub(
-            r"([\\`*\[\]~$])|(?<!\w)(_)|(_)(?!\w)", lambda sign: f"\\{sign[0]}", escape(parts[i], quote=False)
-        )
-        parts[i] = re.sub(r"^([-+#]|\d+[.)])(?=\s|#|$)", lambda sign: f"\\{sign[0]}", plain) if i == 0 else plain
-    return "".join(parts)
+        parts[i] = _SIGNS.sub(lambda sign: f"\\{sign[0]}", escape(parts[i], quote=False))
+    return re.sub(r"^(?=[-+#=])|^(\d+)(?=[.)](?:\s|$))", r"\1\\", "".join(parts))
 
 
 def _inline(text: str) -> Markup:

@@ -15,9 +15,9 @@ from ..study.pace import duration
 from ..study.record import file_stem
 from ..study.results import Results
 from .export import ENDINGS, export
-from .numbers import counted, typeset
-from .page import Block, Code, Fact, Page, Section, Table, Terms, markdown, render
-from .section import MOST_COLUMNS, label, methods, on, panel, section, table
+from .numbers import typeset
+from .page import Code, Fact, Page, Section, Table, Terms, markdown, render
+from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, table
 
 __all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
@@ -30,25 +30,16 @@ def write_report(results: Results, path: str | Path, *, title: str = "", metrics
 
     Raises ValueError for another ending, for a metric that the study does not have, and for a study of nothing.
     """
-    path, results = Path(path), with_short_names(results)
+    path, results, is_page = Path(path), with_short_names(results), Path(path).suffix == ".html"
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"a report is a page (`.html`) or Markdown (`.md`), got {path.name!r}.")
     chosen = _chosen(results, metrics)
-    sections = [
-        *overview(results, chosen),
-        *(section(of_metric(results, name)) for name in chosen),
-        *provenance(results),
-    ]
-    models = list(dict.fromkeys(o.subject for o in results.outcomes if on(o) == "model")) or [
-        results.outcomes[0].subject
-    ]
-    heading = title or (f"What {models[0]} is like" if len(models) == 1 else f"What {len(models)} models are like")
-    strip = [*_models(results), *_outcomes(results)]
-    text = (
-        render(heading, "funcscope", [], strip, sections)
-        if path.suffix == ".html"
-        else markdown(heading, [], strip, sections)
-    )
+    results = Results(tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
+    body = [*_overview(results, chosen), *(section(of_metric(results, name)) for name in chosen), *provenance(results)]
+    names = list(dict.fromkeys(o.subject for o in sorted(results.outcomes, key=lambda o: on(o) != "model")))
+    num = len({outcome.subject for outcome in results.outcomes if on(outcome) == "model"})
+    title = title or (f"What {num} models are like" if num > 1 else f"What {names[0]} is like")
+    text = render(title, "funcscope", [], _strip(results), body) if is_page else markdown(title, _strip(results), body)
     write(path, text.encode())
     return Page(path)
 
@@ -76,32 +67,24 @@ def of_metric(results: Results, name: str) -> list[Outcome]:
     return [outcome for outcome in results.outcomes if outcome.metric == name]
 
 
-def overview(results: Results, metrics: Sequence[str]) -> Iterator[Section]:
+def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Section]:
     """The main number of every metric, where there is more than one to be looked at together."""
-    per_model = [o for o in results.outcomes if on(o) == "model" and o.metric in metrics]
-    names = [name for name in metrics if any(outcome.metric == name for outcome in per_model)]
-    if len({outcome.subject for outcome in per_model}) > 1 and len(names) > 1:
-        parts = [names[i : i + MOST_COLUMNS] for i in range(0, len(names), MOST_COLUMNS)]
-        yield Section("Overview", [table(results, part) for part in parts])
+    names = [name for name in metrics if len(table(results, [name]).headers) > 1]
+    whole = [table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS)]
+    if len(names) > 1 and len(whole[0].rows) > 1:
+        yield Section("Overview", whole)
 
 
 def provenance(results: Results) -> Iterator[Section]:
     """What has no result and why, what is not resolved and why, and how all of it is made again."""
     failed = [(o, o.status, f"{o.error_type.rpartition('.')[2]}: {o.error}".strip(": ")) for o in results.failed]
     open_ones = [each for outcome in results.outcomes for each in _unresolved(outcome)]
-    for title, rows, head in (
-        ("What has no result", failed, "status"),
-        ("What is not resolved", open_ones, "number"),
-    ):
+    for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", open_ones, "number")):
         if rows:
-            yield Section(title, [Table(["metric", head, "of", "reason"], _merged(rows))])
+            yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
-    made: list[Block | str] = [
-        "The same numbers come from this call, `sources` being the models:",
-        Code(_call(results)),
-    ]
-    versions = [Terms([("Versions", [", ".join(packages)])])] if packages else []
-    yield Section("How this was made", [*made, *versions])
+    call = ["The same numbers come from this call, `sources` being the models:", Code(_call(results))]
+    yield Section("How this was made", [*call, Terms([("Versions", [", ".join(packages)])] if packages else [])])
 
 
 def with_short_names(results: Results) -> Results:
@@ -116,16 +99,11 @@ def with_short_names(results: Results) -> Results:
         shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if is_one_kind else ""
         names = {f"{shared}/": ""} if shared.strip("/") else {}
     pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
-    cut = {
-        s: pattern.sub(lambda hit: names[hit[0]], s) if names else s
-        for o in results.outcomes
-        for s in (o.subject, o.group)
-    }
+    each = {name for o in results.outcomes for name in (o.subject, o.group)}
+    cut = {name: pattern.sub(lambda hit: names[hit[0]], name) if names else name for name in each}
     if len(set(cut.values())) < len(cut):  # two would have one name
         return results
-    return replace(
-        results, outcomes=tuple(replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes)
-    )
+    return Results(tuple(replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes))
 
 
 def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:
@@ -138,11 +116,9 @@ def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:
 
 
 def _unresolved(outcome: Outcome) -> Iterator[tuple[Outcome, str, str]]:
-    result = outcome.result
-    for entry in result.entries() if result is not None else ():
-        assert result is not None
-        if entry.name in result.unresolved:
-            yield outcome, label(entry), typeset(result.texts.get(entry.name, "") or " ".join(result.notes))
+    for name, entry in entries(outcome).items():
+        if outcome.result is not None and name in outcome.result.unresolved:
+            yield outcome, label(entry), typeset(outcome.result.texts.get(name, "") or " ".join(outcome.result.notes))
 
 
 def _merged(rows: Sequence[tuple[Outcome, str, str]]) -> list[list[str]]:
@@ -160,16 +136,8 @@ def _call(results: Results) -> str:
     tasks = tuple(dict.fromkeys(outcome.task for outcome in results.outcomes))
     seeds = {seed for o in results.outcomes if (seed := o.content.get("seed")) is not None}
     options = "".join(f", options=Options(seed={seed})" for seed in seeds if len(seeds) == 1)
-    return "\n".join(
-        [
-            "run(",
-            "    [",
-            *(f"        {each}," for each in metrics),
-            "    ],",
-            f"    sources, tasks={tasks!r}{options}",
-            ")",
-        ]
-    )
+    listed = "\n".join(f"        {each}," for each in metrics)
+    return f"run(\n    [\n{listed}\n    ],\n    sources, tasks={tasks!r}{options}\n)"
 
 
 def _configured(outcome: Outcome) -> str:
@@ -180,24 +148,17 @@ def _configured(outcome: Outcome) -> str:
     return f"metric({outcome.metric!r})" + (f".configured({settings})" if settings else "")
 
 
-def _models(results: Results) -> list[Fact]:
+def _strip(results: Results) -> list[Fact]:
     models = {outcome.subject: outcome for outcome in results.outcomes if on(outcome) == "model"}
     steps = [outcome.step for outcome in models.values() if outcome.step is not None]
-    few = [*dict.fromkeys(outcome.group or outcome.subject for outcome in models.values())][:2]
+    few = ", ".join([*dict.fromkeys(outcome.group or outcome.subject for outcome in models.values())][:2])
     span = f", steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else ""
-    return [Fact("Models", f"{len(models):,}", ", ".join(few) + span)]
-
-
-def _outcomes(results: Results) -> list[Fact]:
     num, lost = len(results.outcomes), len(results.failed)
-    seconds = sum(outcome.cost.get("seconds", 0) for outcome in results.outcomes)
-    passes = int(sum(outcome.cost.get("forwards", 0) for outcome in results.outcomes))
+    seconds, passes = (sum(o.cost.get(each, 0) for o in results.outcomes) for each in ("seconds", "forwards"))
+    metrics, tasks = ({getattr(o, each) for o in results.outcomes} for each in ("metric", "task"))
     return [
-        Fact(
-            "Metrics",
-            str(len({o.metric for o in results.outcomes})),
-            counted(len({o.task for o in results.outcomes}), "data set"),
-        ),
+        Fact("Models", f"{len(models):,}", few + span),
+        Fact("Metrics", f"{len(metrics)}", f"on {', '.join(sorted(tasks))} data"),
         Fact("Results", f"{num - lost} of {num}", "the others say why not" if lost else "nothing failed"),
-        Fact("Computing", duration(seconds), f"{passes:,} forward passes"),
+        Fact("Computing", duration(seconds), f"{int(passes):,} forward passes"),
     ]

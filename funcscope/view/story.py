@@ -1,4 +1,4 @@
-"""What happened in a training run, in sentences over what was measured of it: nothing is computed here but which is larger."""
+"""What happened in a training run, in sentences over what was measured of it."""
 
 from __future__ import annotations
 
