@@ -67,7 +67,9 @@ def _one_line(err: object) -> str:
 
 def _with_flags(text: str) -> str:
     """Arguments of Python by the names that they have here."""
-    names = {each.name: each.name for each in fields(UnifiedConfig)} | {"n_samples": "samples", "dataset_name": "data"}
+    flags = {name: name for one in COMMANDS for name in one.flags}
+    names = flags | {each.name: each.name for each in fields(UnifiedConfig)}
+    names |= {"n_samples": "samples", "dataset_name": "data"}
     for name, flag in names.items():
         text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
     return text

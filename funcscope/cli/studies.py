@@ -156,7 +156,8 @@ _KEPT = (
 
 
 def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) -> None:
-    show.add_argument("--data", dest="dataset_name", metavar="FILE", help="texts: .txt, .jsonl, .csv, .tsv or .parquet")
+    texts = "texts: .txt, .jsonl, .csv, .tsv or .parquet; several as NAME=FILE"
+    show.add_argument("--data", dest="dataset_name", nargs="+", metavar="FILE", help=texts)
     show.add_argument(
         "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
     )
@@ -208,6 +209,8 @@ def _study(
 ) -> int:
     """Measure, print, and write the page."""
     check_plotly()
+    if args.dataset_name is not None:
+        args.dataset_name = _named(args.dataset_name)
     _check(models, args.dataset_name or values.get("dataset_name"))
     given, settings = changed(args, flags)
     for name in (*preset, *(values.get("settings") or {})):
@@ -239,8 +242,21 @@ def _study(
     return show(results, out, shown=shown, seconds=time.perf_counter() - started)
 
 
-def _check(models: list[Any], data: str | None) -> None:
+def _named(files: list[str]) -> str | dict[str, str]:
+    """One file of texts, or several by name."""
+    if len(files) == 1 and ("=" not in files[0] or Path(files[0]).exists()):
+        return files[0]
+    named = dict(file.partition("=")[::2] for file in files)
+    if not all(name and file for name, file in named.items()) or len(named) < len(files):
+        raise ValueError(f"several files of texts have a name each, `--data code=a.jsonl prose=b.jsonl`, got {files}.")
+    return named
+
+
+def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     """What can be said before any work."""
+    for file in [data] if isinstance(data, str) else (data or {}).values():
+        if models and not is_run(str(models[0])) and not Path(file).is_file():
+            raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
     folders = [path for path in models if isinstance(path, (str, Path)) and not is_run(path)]
     for path in folders:
         local_folder(path)

@@ -301,7 +301,7 @@ def flatness_profile(
     trace = hutchinson_trace(hessian(loss, theta), theta, key=fold_in(key, "trace"), num=products)
     expected = [one.expected_from_trace(trace) for one in each]
     return FlatnessProfile(
-        mean_delta_loss=_column([one.estimates["mean_delta_loss"].value for one in each]),
+        mean_delta_loss=_column([one.mean_delta_loss.value for one in each]),
         pair_mean=_column([one.pair_mean.value for one in each]),
         pair_mean_stderr=_column([one.pair_mean.stderr for one in each]),
         expected_delta_loss=_column([one.value for one in expected]),
