@@ -254,16 +254,16 @@ def _named(files: list[str]) -> str | dict[str, str]:
 
 def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     """What can be said before any work."""
-    for file in [data] if isinstance(data, str) else (data or {}).values():
-        if models and not is_run(str(models[0])) and not Path(file).is_file():
-            raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
     folders = [path for path in models if isinstance(path, (str, Path)) and not is_run(path)]
     for path in folders:
         local_folder(path)
-    if folders and data is None:
-        raise ValueError("models in folders need texts: `--data FILE`.")
     if len({str(Path(path).resolve()) for path in folders}) < len(folders):
         raise ValueError("one of the models is given twice: a model does not differ from itself.")
+    if folders and data is None:
+        raise ValueError("models in folders need texts: `--data FILE`.")
+    for file in [data] if isinstance(data, str) else (data or {}).values():
+        if folders and not Path(file).is_file():
+            raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 
 def show(results: Results, out: Path, *, shown: bool, seconds: float) -> int:
