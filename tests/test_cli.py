@@ -16,8 +16,8 @@ from folders import folder, texts
 
 import funcscope as fs
 from funcscope import cli
+from funcscope.cli.commands import COMMANDS
 from funcscope.cli.options import changed
-from funcscope.cli.studies import COMMANDS
 from funcscope.core.store import load, save
 from funcscope.families import modular
 from funcscope.families.family import Setup, family

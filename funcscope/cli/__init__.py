@@ -12,8 +12,9 @@ from dataclasses import fields
 from .. import __version__
 from ..study.config import UnifiedConfig
 from .check import add_check
+from .commands import COMMANDS
 from .runs import add_dashboard, add_demo, add_train
-from .studies import COMMANDS, add_analyze, add_cache, add_command, add_metrics, add_report
+from .studies import add_analyze, add_cache, add_command, add_metrics, add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

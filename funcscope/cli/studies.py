@@ -1,4 +1,4 @@
-"""Commands that measure: each is a list of metrics, the options that they have, and a page."""
+"""How the commands that measure run: options, a study, what is printed, a page; and what is said of studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ..study import presets
 from ..study.analyze import analyze_models, checkpoints_of
@@ -21,99 +21,13 @@ from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
 from ..study.results import Results
 from ..study.runs import is_run
+from .commands import Command
 from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed
 from .shared import check_plotly, check_writable, import_modules
 
 OUT = Path("analysis_results")
 FEW = {"num_samples": 64, "max_seq_length": 128, "batch_size": 8}
 """Fields that the commands have otherwise than `UnifiedConfig`: what ends within minutes on a laptop."""
-_DRAWS = {
-    "samples": Flag(["directional_losses.n_samples"], "random directions"),
-    "span": Flag(["directional_losses.span"], "step along each direction"),
-    "normalize": Flag(["directional_losses.normalize"], "scale of the directions"),
-    "distribution": Flag(["directional_losses.distribution"], "draws"),
-    "curvature": Flag(["directional_losses.curvature"], "difference, or exact: no step is taken"),
-    "slopes": Flag(["directional_losses.slopes"], "slopes along the directions"),
-}
-_SPECTRA = ("hessian_eigenvalues", "hessian_eigenvalue_errors", "hessian_block_eigenvalues")
-
-
-class Command(NamedTuple):
-    """A command that measures models."""
-
-    name: str
-    help: str
-    description: str
-    models: Literal["MODEL", "A B", "MODEL..."]
-    preset: Preset
-    flags: Mapping[str, Flag] = {}
-    fields: Mapping[str, Any] = {}
-    """Fields of the configuration that have another default here."""
-
-
-COMMANDS = (
-    Command(
-        "directional",
-        "losses, slopes and curvatures of your own model along random directions",
-        "Samples the loss along random directions on both sides.",
-        "MODEL",
-        presets.DIRECTIONAL,
-        _DRAWS,
-    ),
-    Command(
-        "curvature",
-        "spectrum of the Hessian, trace, curvature of every block and sharpness of your own model",
-        "Finds both ends of the spectrum of the Hessian (or the Gauss-Newton matrix) with their errors over texts, its "
-        "density, its trace and those of its blocks, and measures sharpness. Every product with the matrix costs 4 to 6 "
-        "forward passes over all texts, and there are some 700: fewer texts, --probes or --steps make it shorter.",
-        "MODEL",
-        presets.CURVATURE,
-        {
-            "matrix": Flag([f"{each}.matrix" for each in _SPECTRA], "hessian, or ggn: the Gauss-Newton matrix"),
-            "num": Flag(["hessian_eigenvalues.num"], "eigenvalues from each end"),
-            "tol": Flag([f"{each}.tol" for each in _SPECTRA], "residual, relative to the largest |eigenvalue|"),
-            "probes": Flag(["hessian_eigenvalues.num_probes"], "random starts of the density"),
-            "steps": Flag(["hessian_eigenvalues.steps"], "products per start"),
-            "trace_products": Flag(["hessian_eigenvalues.trace_matvecs"], "products for the trace"),
-            "by": Flag(["hessian_block_traces.by", "hessian_block_eigenvalues.by"], "a block: layer, module, tensor"),
-            "block_products": Flag(["hessian_block_traces.num"], "products for the traces of blocks"),
-            "epsilon": Flag(["sam_sharpness.epsilon"], "radius of SAM's ball, a distance"),
-            "keep": Flag([f"{each}.keep" for each in _SPECTRA], "keep the graph: faster, more memory"),
-        },
-        {"num_samples": 16, "max_seq_length": 64},
-    ),
-    Command(
-        "landscape",
-        "the loss of your own model on a plane and on lines, and how flat it is",
-        "Evaluates the loss on a plane of two random directions and along lines, and measures flatness.",
-        "MODEL",
-        presets.LANDSCAPE,
-        {
-            "points": Flag(["loss_landscape_2d.n_points"], "of the plane, along each side"),
-            "span": Flag(["loss_landscape_2d.span", "loss_lines.span"], "how far to each side"),
-            "normalization": Flag(["loss_landscape_2d.normalization"], "scale of the directions"),
-            "lines": Flag(["loss_lines.num_directions"], "random lines"),
-            "epsilon": Flag(["landscape_flatness.epsilon"], "the step of flatness, a distance"),
-            "directions": Flag(["landscape_flatness.n_directions"], "directions of flatness"),
-        },
-    ),
-    Command(
-        "path",
-        "the loss on the line between two models: how high is the barrier?",
-        "Evaluates the loss on the straight line between two models of one shape.",
-        "A B",
-        presets.PATH,
-        {"points": Flag(["linear_path.num"], "on the line, both ends among them")},
-    ),
-    Command(
-        "compare",
-        "models against a first one, along the same random directions, with paired errors",
-        "Samples every model along the same random directions, and tests the paired differences to the first.",
-        "MODEL...",
-        presets.COMPARISON,
-        _DRAWS,
-    ),
-)
 
 
 def add_command(commands: Any, one: Command) -> None:
@@ -320,8 +234,8 @@ def _metrics(_: argparse.Namespace) -> int:
     rows = []
     for one in sorted(CATALOGUE.values(), key=lambda one: (one.category, one.name)):
         settings = ", ".join(f"{name}={value}" for name, value in one.settings.items() if value is not None)
-        rows.append((one.name, one.category, f"{one.cost(one.settings):,.0f}", one.summary, settings))
-    headers = ("metric", "category", "forward passes", "what", "settings")
+        rows.append((one.name, one.category, one.on, f"{one.cost(one.settings):,.0f}", one.summary, settings))
+    headers = ("metric", "category", "of a", "forward passes", "what", "settings")
     print(Listing(headers, tuple(rows)).text(terminal_width()))
     return 0
 

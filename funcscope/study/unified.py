@@ -121,8 +121,8 @@ class UnifiedModelAnalysis:
 
         data: batches as `fs.objective` takes them. config: `metrics` (["sharpness"]), `sharpness_methods` (of "hessian",
         "sam"), `use_sam_as_sanity_check`, `epsilon` (0.01), `seed` (42). With the check there is `sharpness_check`, by the
-        relation that holds, and not by the documented one, which leaves out the slope: S = eps |g| + eps^2/2 g'Hg/|g|^2 + O(eps^3), and the
-        curvature along the gradient, g'Hg/|g|^2, lies between the smallest eigenvalue and the largest.
+        relation that holds, and not by the documented one, which leaves out the slope: S = eps |g| + eps^2/2 g'Hg/|g|^2
+        + O(eps^3), and the curvature along the gradient, g'Hg/|g|^2, lies between the smallest eigenvalue and the largest.
 
         Raises ValueError for other metrics and methods.
         """
