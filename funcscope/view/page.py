@@ -77,7 +77,8 @@ class Table(Block):
     @property
     def words(self) -> list[bool]:
         """Whether a column holds words, which start at the left, and not numbers."""
-        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in zip(*self.rows)]  # noqa: B905
+        columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
+        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in columns]
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,15 @@ def of_metric(results: Results, name: str) -> list[Outcome]:
 
 
 def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Section]:
-    """The main number of every metric, where there is more than one to be looked at together."""
-    names = [name for name in metrics if len(table(results, [name]).headers) > 1]
-    whole = [table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS)]
-    if len(names) > 1 and len(whole[0].rows) > 1:
-        yield Section("Overview", whole)
+    """The main number of every metric, where there are several models to be looked at together."""
+    whole = table(results, metrics)
+    if whole.headers[0] == "model":  # a column per metric
+        names = [name for name in metrics if len(table(results, [name], rows=True).headers) > 1]
+        yield Section(
+            "Overview", [table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS)]
+        )
+    elif len(whole.headers) > 3 and len(whole.rows) > 1:
+        yield Section("Overview", [whole])
 
 
 def provenance(results: Results) -> Iterator[Section]:
@@ -83,8 +87,11 @@ def provenance(results: Results) -> Iterator[Section]:
         if rows:
             yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
-    call = ["The same numbers come from this call, `sources` being the models:", Code(_call(results))]
-    yield Section("How this was made", [*call, Terms([("Versions", [", ".join(packages)])] if packages else [])])
+    text = "The same numbers come from this call, `sources` being the models:"
+    yield Section(
+        "How this was made",
+        [text, Code(_call(results)), Terms([("Versions", [", ".join(packages)])] if packages else [])],
+    )
 
 
 def with_short_names(results: Results) -> Results:
