@@ -32,7 +32,7 @@ def of_summary(settings: Mapping[str, Any]) -> float:
 SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
 
 for _one in (
-    Metric("mean_loss", measures.mean_loss, ("loss", "params"), category="loss", sentence="The loss is {loss}."),
+    Metric("mean_loss", measures.mean_loss, ("loss", "params", "texts"), category="loss", sentence="The loss is {loss}."),
     of_function(
         "directional_losses", measures.directional, ("loss", "params", KEY),
         drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "curvatures"),
@@ -92,6 +92,10 @@ for _one in (
     Metric(
         "effective_dimensionality", measures.effective_dimensionality, ("params",), category="weights", cost=lambda _: 0,
         reference="Roy and Vetterli (2007)",
+    ),
+    of_function(
+        "hessian_largest_eigenvalues", measures.hessian_largest_eigenvalues, ("loss", "theta", KEY), category="curvature",
+        plan=("keep",), cost=lambda s: float(PRODUCT * (15 + 5 * s["num"])),
     ),
     of_function(
         "hessian_eigenvalue_errors", measures.hessian_eigenvalue_errors, ("loss", "theta", KEY), category="curvature",

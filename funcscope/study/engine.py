@@ -55,6 +55,7 @@ def run(
     executor: Executor | None = None,
     watch: Callable[[Outcome], object] = lambda _: None,
     quiet: bool = True,
+    base: Source | None = None,
 ) -> list[Outcome]:
     """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
 
@@ -62,12 +63,16 @@ def run(
 
     tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes
     by `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is
-    there. Whatever stops the call, what was made until then is kept, and the same call goes on from there.
+    there. base: what pairs compare the others with, measured as they are. Whatever stops the call, what was made until then
+    is kept, and the same call goes on from there.
 
     Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
     """
     _check_names(sources)
-    plan = list(arranged(list(with_members(metrics)), sources))
+    every = list(with_members(metrics))
+    if base is not None and base.id not in {one.id for one in sources} and any(one.on == "pair" for one in every):
+        sources = [base, *sources]
+    plan = list(arranged(every, sources, base))
     outcomes: dict[str, dict[str, Outcome]] = {}
     total = sum(len(list(with_needs(each))) for _, each in plan)
     with tqdm(total=total, unit="metric", disable=quiet, dynamic_ncols=True) as bar:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checks import check_choice
-from ..core.directions import directions, stack
+from ..core.directions import Normalize, directions, stack
 from ..core.estimate import Estimate
-from ..core.keys import Key, fold_in
+from ..core.keys import Distribution, Key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, internal, quantity
@@ -28,7 +28,7 @@ from ..landscape.flatness import flatness_profile as profile
 from ..landscape.planes import LossLines, LossPlane, loss_plane
 from ..landscape.planes import loss_lines as lines
 from ..landscape.sampling import SamplingSettings
-from ..linalg.eigen import eigenpairs
+from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.ranks import matrix_ranks
 from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import TraceEstimate, hutchinson_trace
@@ -46,6 +46,8 @@ class MeanLoss(Result):
     num_sequences: int
     data: str = internal()
     """The sum of what is scored: equal for two models that read the same tokens and labels."""
+    about: str = internal()
+    """Which texts these are, where they come from a file: how many were used, skipped and cut."""
 
     @property
     def head(self) -> str:
@@ -55,16 +57,17 @@ class MeanLoss(Result):
     def notes(self) -> list[str]:
         if not bool(self.loss.value.isfinite()):
             return [f"the loss is {float(self.loss.value)}: check the weights and the texts."]
-        return ["one sequence: there is no error over sequences."] if self.num_sequences < 2 else []
+        one = ["one sequence: there is no error over sequences."] if self.num_sequences < 2 else []
+        return [*filter(None, [self.about]), *one]
 
 
-def mean_loss(loss: Loss, params: Params) -> MeanLoss:
+def mean_loss(loss: Loss, params: Params, texts: str = "") -> MeanLoss:
     """The loss, token-weighted, with its linearised standard error over sequences."""
     with torch.no_grad():
         sums, weights = loss.terms(params)
     scored = int((weights != 0).sum())
     mean = Estimate(sums.sum() / weights.sum(), ratio_stderr(sums, weights), scored)
-    return MeanLoss(mean, scored, digest.of_tensors(_scored(loss)))
+    return MeanLoss(mean, scored, digest.of_tensors(_scored(loss)), texts)
 
 
 def _scored(loss: Loss) -> list[Tensor]:
@@ -115,11 +118,11 @@ def directional(
     key: Key,
     n_samples: int = 50,
     span: float = 0.1,
-    normalize: str = "filter",
-    distribution: str = "normal",
+    normalize: Normalize = "filter",
+    distribution: Distribution = "normal",
     relative_span: bool = False,
     slopes: bool = True,
-    curvature: str | None = "difference",
+    curvature: Literal["difference", "exact", "none"] = "difference",
     chunk: int | None = None,
 ) -> Sampling:
     """Losses, slopes and curvatures along random directions, on both sides: `directional_losses`, a row at a time."""
@@ -128,7 +131,8 @@ def directional(
         params,
         SamplingSettings(
             key=key, num=n_samples, lengths=(span,), normalize=normalize, distribution=distribution,
-            relative=relative_span, slope="auto" if slopes else None, curvature=curvature, chunk=chunk,
+            relative=relative_span, slope="auto" if slopes else None, chunk=chunk,
+            curvature=None if curvature == "none" else curvature,
         ),
     )  # fmt: skip
 
@@ -140,12 +144,12 @@ def loss_landscape_2d(
     key: Key,
     n_points: int = 25,
     span: float = 0.1,
-    normalization: str = "layer",
+    normalization: Normalize = "layer",
     chunk: int | None = None,
 ) -> LossPlane:
     """The loss on the plane through theta along two random directions, orthogonal in every group; see `loss_plane`."""
     base = loss.net.layout.unravel(theta)
-    axes = plane_directions(loss.net, key=key, normalize=normalization, base=base)  # type: ignore[arg-type]
+    axes = plane_directions(loss.net, key=key, normalize=normalization, base=base)
     surface = loss_plane(loss, theta, axes, num=n_points, span=span, chunk=chunk)
     return replace(surface, axes=surface.axes.within_span())
 
@@ -156,7 +160,14 @@ def hessian_trace(loss: Loss, theta: Tensor, *, key: Key, num: int = 64, keep: b
 
 
 def fisher_information(
-    loss: Loss, theta: Tensor, *, key: Key, method: str = "empirical", num: int = 5, keep: bool = True, **options: Any
+    loss: Loss,
+    theta: Tensor,
+    *,
+    key: Key,
+    method: Literal["empirical", "exact"] = "empirical",
+    num: int = 5,
+    keep: bool = True,
+    **options: Any,
 ) -> SpectrumSummary:
     """Spectrum, trace and ranks of the Fisher information, or of the gradients' second moment ("empirical").
 
@@ -166,6 +177,21 @@ def fisher_information(
     check_choice("method", method, ("empirical", "exact"))
     matvec = (empirical_fisher if method == "empirical" else exact_fisher)(loss, theta, keep=keep)
     return spectrum_summary(matvec, theta, key=key, num=num, **options)
+
+
+def hessian_largest_eigenvalues(
+    loss: Loss,
+    theta: Tensor,
+    *,
+    key: Key,
+    matrix: Matrix = "hessian",
+    num: int = 1,
+    tol: float = 1e-2,
+    keep: bool = True,
+) -> Eigenpairs:
+    """The largest eigenvalues of the Hessian with their residuals, and nothing else of its spectrum; see `eigenpairs`."""
+    check_choice("matrix", matrix, MATRICES)
+    return eigenpairs(MATRICES[matrix](loss, theta, keep=keep), theta, key=key, num=num, which="largest", tol=tol)
 
 
 def hessian_eigenvalue_errors(

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal
 
+from ..core.checks import check_choice
 from ..core.result import Result
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -69,7 +70,7 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name where it is registered, so that a worker takes it from its own catalogue."""
         if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
-            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task)
+            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task, self.at)
         return super().__reduce__()
 
     @property
@@ -77,14 +78,19 @@ class Metric:
         """What it measures: the first line of its function's documentation."""
         return (inspect.getdoc(self.call) or "").partition("\n")[0]
 
-    def configured(self, *, task: str | None = None, **changes: Any) -> Metric:
-        """The same with other settings, on other data. Raises ValueError for a setting that it does not have."""
+    def configured(self, *, task: str | None = None, at: str | None = None, **changes: Any) -> Metric:
+        """The same with other settings, on other data, at other checkpoints.
+
+        Raises ValueError for a setting that it does not have.
+        """
+        check_choice("at", at or self.at, ("every", "phases"))
         known = self.settings.keys() | self.plan.keys()
         for name in changes.keys() - known:
             raise ValueError(f"{self.name} has no setting {name!r}{nearest(name, known)}")
         return replace(
             self,
             task=task or self.task,
+            at=at or self.at,  # type: ignore[arg-type]
             settings={name: changes.get(name, value) for name, value in self.settings.items()},
             plan={name: changes.get(name, value) for name, value in self.plan.items()},
         )
@@ -192,10 +198,10 @@ def _module(one: Metric) -> str:
     return str(getattr(one.call, "__module__", None))
 
 
-def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None) -> Metric:
+def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None, at: Any) -> Metric:
     from . import catalogue as catalogue  # a worker may not have filled it yet
 
-    return replace(metric(name), settings=settings, plan=plan, task=task)
+    return replace(metric(name), settings=settings, plan=plan, task=task, at=at)
 
 
 def check_result(one: Metric, value: Any) -> Result:

@@ -33,6 +33,8 @@ class Subject:
     open_loss: Callable[[str], Loss]
     """The loss on the data of a task; made when it is first asked for."""
     losses: dict[str, Loss] = field(default_factory=dict)
+    texts: Callable[[str], str] = lambda _: ""
+    """What is said of the data of a task, after their loss is made."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """What this subject provides beside the needs that every one has, by name."""
 
@@ -51,6 +53,7 @@ class Subject:
 
 
 NEEDS: dict[str, Callable[[Subject, str], Any]] = {
+    "texts": lambda subject, task: subject.texts(task),
     "start": lambda subject, task: subject.need("members", task)[0].net,
     "end": lambda subject, task: subject.need("members", task)[-1].net,
     "thetas": lambda subject, task: [member.theta for member in subject.need("members", task)],
@@ -135,10 +138,14 @@ class Pretrained:
         specs = list(self.tasks.values())
         for each in specs:
             check_data(each)
-        opened = OpenedModel.of(specs[0], Path(self.folder))
-        return Subject(
-            opened.net, opened.net.theta, lambda task: opened.loss(_task(self.tasks, task), length=self.length)[0]
-        )
+        opened, texts = OpenedModel.of(specs[0], Path(self.folder)), dict[str, str]()
+
+        def loss(task: str) -> Loss:
+            made, data = opened.loss(_task(self.tasks, task), length=self.length)
+            texts[task] = str(data)
+            return made
+
+        return Subject(opened.net, opened.net.theta, loss, texts=lambda task: texts.get(task, ""))
 
 
 STEP = re.compile(r"(?:^|[-_/])(?:checkpoint|step|global_step)[-_]?(\d+)/*$")

@@ -88,7 +88,9 @@ def phases_of(sources: Sequence[Source]) -> list[Source]:
     return [sources[steps.index(step)] for step in dict.fromkeys(chosen)]
 
 
-def arranged(metrics: Sequence[Metric], sources: Sequence[Source]) -> Iterator[tuple[Source, list[Metric]]]:
+def arranged(
+    metrics: Sequence[Metric], sources: Sequence[Source], base: Source | None = None
+) -> Iterator[tuple[Source, list[Metric]]]:
     """Which metrics are measured on which subjects: models first, then pairs and series of them.
 
     A metric at the `phases` looks at three checkpoints of a run. A pair is the checkpoint that has memorised and the last
@@ -101,7 +103,8 @@ def arranged(metrics: Sequence[Metric], sources: Sequence[Source]) -> Iterator[t
         chosen = [metric for metric in alone if metric.at == "every" or id(source) in at_phases]
         if chosen:
             yield source, chosen
-    for on, sets in (("pair", _pairs(groups)), ("series", _series(groups))):
+    pairs = _pairs(groups) if base is None else (_pair(base, one, base.id) for one in sources if one.id != base.id)
+    for on, sets in (("pair", pairs), ("series", _series(groups))):
         if about := [metric for metric in metrics if metric.on == on]:
             yield from ((one, about) for one in sets)
 
