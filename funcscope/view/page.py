@@ -140,12 +140,13 @@ def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], 
     True
     """
     charts = any(isinstance(block, Chart) for section in sections for block in section.blocks)
-    return _template().render(
+    text = _template().render(
         bare=None, title=title, kicker=kicker, lede=lede, strip=strip, sections=sections,
         contents=len(sections) > MANY_SECTIONS,
         style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
         script=Markup(get_plotlyjs()) if charts else "",
     )  # fmt: skip
+    return text.lstrip()
 
 
 def markdown(title: str, strip: Sequence[Fact], sections: Sequence[Section]) -> str:

@@ -42,7 +42,7 @@ def section(outcomes: Sequence[Outcome], text: str = "") -> Section:
         lambda: [methods(ok)],
     )
     for part in parts if ok else [lambda: [text] if text else []]:
-        blocks += _tried(part, name)
+        blocks += tried(part, name)
     blocks += [f"{lost} of {len(outcomes)} have no result; the reasons are at the end."] if lost else []
     return Section(heading(name), blocks)
 
@@ -97,9 +97,9 @@ def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
 def methods(outcomes: Sequence[Outcome]) -> Terms:
     """Settings, plan, seed, cost, data and reference of what was measured; each once where it is one for all."""
     one, many = CATALOGUE.get(outcomes[0].metric), f" for {len(outcomes)} subjects" if len(outcomes) > 1 else ""
-    costs = {each: sum(o.cost.get(each, 0) for o in outcomes) for each in ("forwards", "products", "seconds")}
+    costs = [float(sum(o.cost.get(each, 0) for o in outcomes)) for each in ("forwards", "products", "seconds")]
     seeds = (outcome.content.get("seed") for outcome in outcomes)
-    cost = f"{costs['forwards']:,} forward passes, {costs['products']:,} products, {duration(costs['seconds'])}{many}"
+    cost = f"{costs[0]:,.0f} forward passes, {costs[1]:,.0f} products, {duration(costs[2])}{many}"
     rows = {
         "Settings": [_values(outcome.settings) for outcome in outcomes],
         "Plan": [_values(outcome.plan) for outcome in outcomes],
@@ -227,10 +227,11 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[Quote]:
     yield from (Quote(note, ", ".join(names)) for note, names in sources.items())
 
 
-def _tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | str]:
+def tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | str]:
+    """Blocks, or the error in their place: a class or a figure of the reader's own does not take the page with it."""
     try:
         return list(make())
-    except Exception as err:  # noqa: BLE001 - of a class or a figure of the reader's own: the rest of the page is there
+    except Exception as err:  # noqa: BLE001
         return [Quote(f"{type(err).__name__}: {err}", f"This part of {name} could not be shown.")]
 
 

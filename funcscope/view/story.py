@@ -107,9 +107,11 @@ def training(story: Story) -> str:
     parts = []
     for split, name in (("train", "the training data"), ("test", "the test data, which it never sees,")):
         accuracy, step = story.curves[f"{split}_accuracy"], story.passed(split)
-        first = f"first passes {MEMORISED:g} at step {step:,}, and is {number(float(accuracy[-1]))} at the end"
-        never = f"never passes {MEMORISED:g}: it is {number(float(np.nanmax(accuracy)))} at best"
-        parts.append(f"Its accuracy on {name} {never if step is None else first}.")
+        if step is None:
+            text = f"never passes {MEMORISED:g}: it is {number(float(np.nanmax(accuracy)))} at best"
+        else:
+            text = f"first passes {MEMORISED:g} at step {step:,}, and is {number(float(accuracy[-1]))} at the end"
+        parts.append(f"Its accuracy on {name} {text}.")
     return " ".join(parts)
 
 
@@ -150,11 +152,15 @@ def checkpoints(story: Story) -> Table:
         Results(tuple(o for o in story.results.outcomes if o.subject in run and o.metric in MAIN)), rows=True
     )
     names = [name for name in story.curves if name != "step"]
-    known = zip(*(story.curves[name].tolist() for name in names), strict=True)
-    curves = dict(zip(story.curves.get("step", np.empty(0)).astype(int).tolist(), known, strict=False))
+    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    known = {row[0]: row[1:] for row in measured.rows}
     rows = [
-        [row[0], *map(number, curves.get(step, [None] * len(names))), *row[1:]]
-        for step, row in zip(story.steps, measured.rows, strict=True)
+        [
+            name := f"step {step:,}",
+            *(number(float(story.curves[each][places[step]])) if step in places else "" for each in names),
+            *known.get(name, [""] * len(measured.headers[1:])),
+        ]
+        for step in story.steps
     ]
     return Table([measured.headers[0], *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
 
