@@ -95,7 +95,7 @@ def test_every_result_has_a_page_and_its_notes_are_on_it(name, tmp_path):
     shown = Reader(written([outcome(result)], tmp_path / "a.html")).visible
     for note in result.notes:
         assert " ".join(typeset(note).split()) in shown
-    assert not re.search(r"\bnan\b", shown)
+    assert not re.search(r"\bnan\b", shown.replace("infinite or nan", ""))
     assert name not in shown or name in (
         "Estimate",
         "Difference",
