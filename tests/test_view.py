@@ -231,7 +231,7 @@ def test_every_figure_of_a_report_is_a_file_where_it_is_asked_for(tmp_path):
     assert [path.name for path in paths] == [f"{chart.name}.html" for chart in section.panel(many)]
     assert len(set(paths)) == len(paths) > 0
     text = (tmp_path / "a.md").read_text()
-    assert all(f"`{path.stem}`" in text for path in paths)
+    assert all(f"Figure {path.stem}:" in text for path in paths)
     with pytest.raises(ValueError, match="gif"):
         report.save_plots(Results(tuple(many)), tmp_path, ending="gif")
 

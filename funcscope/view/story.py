@@ -21,23 +21,20 @@ Z95 = 1.96
 MAIN = ("directional_losses", "landscape_flatness", "hessian_eigenvalues", "sam_sharpness", "critical_sharpness")
 """Metrics that have a column in the table of all checkpoints."""
 MOVES = {
-    "mean_loss": ("loss", "the training loss", ""),
-    "directional_losses": (
-        "curvature_mean",
-        "the mean curvature of the training loss along random directions",
-        "A cross-entropy loses its curvature when the predictions become certain: a fall alone shows no flatter solution.",
-    ),
-    "landscape_flatness": ("mean_delta_loss", "the mean loss change in a random step of one length", ""),
-    "hessian_eigenvalues": (
-        "max_eigenvalue",
-        "the largest eigenvalue of the Hessian",
-        "The network has ReLU units: the kinks between its linear pieces, which a finite step crosses, are not in it.",
-    ),
-    "sam_sharpness": ("relative", "the rise of the loss in a step up its gradient, divided by the loss,", ""),
-    "critical_sharpness": ("value", "the critical sharpness", ""),
-    "loss_landscape_2d": ("loss_max", "the largest loss on a plane of two random directions", ""),
+    "mean_loss": ("loss", "the training loss"),
+    "directional_losses": ("curvature_mean", "the mean curvature of the training loss along random directions"),
+    "landscape_flatness": ("mean_delta_loss", "the mean loss change in a random step of one length"),
+    "hessian_eigenvalues": ("max_eigenvalue", "the largest eigenvalue of the Hessian"),
+    "sam_sharpness": ("relative", "the rise of the loss in a step up its gradient, divided by the loss,"),
+    "critical_sharpness": ("value", "the critical sharpness"),
+    "loss_landscape_2d": ("loss_max", "the largest loss on a plane of two random directions"),
 }
-"""By metric, the number whose way through training is told, what it is called, and what must be said beside it."""
+"""By metric, the number whose way through training is told, and what it is called."""
+REMARKS = {
+    "directional_losses": " A cross-entropy loses its curvature when the predictions become certain: a fall alone shows no "
+    "flatter solution.",
+    "hessian_eigenvalues": " The network has ReLU units: the kinks between its linear pieces, which a step crosses, are not in it.",
+}
 RESIDUALS = {"max_eigenvalue": "max_residual"}
 
 
@@ -124,12 +121,12 @@ def sentence(story: Story, metric: str) -> str:
         return f"At the end the {' and the '.join(ends)}."
     if metric not in MOVES:
         return ""
-    name, noun, remark = MOVES[metric]
-    before, last = story.phases[1:]
+    (name, noun), (_, before, last) = MOVES[metric], story.phases
     first, second = (story.outcome(metric, step) for step in (before, last))
     if first is None or second is None:
-        return f"Steps {before:,} and {last:,}, the end, do not both have a result: no change is told. {remark}".strip()
-    return f"From step {before:,} to step {last:,}, the end, {noun} {moved(first, second, name)}. {remark}".strip()
+        return f"Steps {before:,} and {last:,}, the end, do not both have a result: no change is told."
+    text = f"From step {before:,} to step {last:,}, the end, {noun} {moved(first, second, name)}."
+    return text + REMARKS.get(metric, "")
 
 
 def moved(first: Outcome, second: Outcome, name: str) -> str:
