@@ -89,7 +89,8 @@ from .linalg import (
     spectrum_summary,
     xtrace,
 )
-from .study.config import UnifiedConfig, analyze_models
+from .study.analyze import analyze_models
+from .study.config import UnifiedConfig
 from .study.meter import cleanup_memory
 from .study.metric import Metric, register
 from .study.progress import progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 
 import funcscope as fs
@@ -12,7 +13,8 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.linalg import block_traces, hutchinson_diagonal
-from funcscope.study.catalogue import effective_dimensionality, mean_loss
+from funcscope.study.measures import block_eigenvalues, effective_dimensionality, flatness_profile, mean_loss
+from funcscope.study.trajectories import training_curves, trajectory_plane
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -111,6 +113,15 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
     "MeanLoss": lambda: mean_loss(loss(), loss().layout.unravel(theta())),
+    "BlockEigenvalues": lambda: block_eigenvalues(loss(), theta(), key=fs.key(0), by="tensor"),
+    "FlatnessProfile": lambda: flatness_profile(
+        loss(), theta(), key=fs.key(0), n_directions=3, epsilons=(0.01, 0.1), products=3
+    ),
+    "TrainingCurves": lambda: training_curves(
+        {"step": np.array([0, 10])}
+        | dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), np.array([0.5, np.nan]))
+    ),
+    "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

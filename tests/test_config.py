@@ -7,8 +7,9 @@ import pytest
 from folders import folder, texts
 
 import funcscope as fs
+from funcscope.study.analyze import analyze_models
 from funcscope.study.catalogue import CATALOGUE
-from funcscope.study.config import FLAGS, UnifiedConfig, analyze_models, check_kind
+from funcscope.study.config import FLAGS, UnifiedConfig, check_kind
 from funcscope.study.results import Results
 from funcscope.view.report import write_report
 

@@ -7,12 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 from .. import __version__
+from ..study.config import UnifiedConfig
 from .check import add_check
-from .own_model import FIELDS, add_curvature, add_directional
-from .runs import add_analyze, add_dashboard, add_demo, add_train
-from .studies import add_cache, add_metrics, add_report
+from .runs import add_dashboard, add_demo, add_train
+from .studies import COMMANDS, add_analyze, add_cache, add_command, add_metrics, add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    models = (add_demo, add_directional, add_curvature, add_check, add_train)
-    for add in (*models, add_analyze, add_report, add_dashboard, add_metrics, add_cache):
+    add_demo(commands)
+    for one in COMMANDS:
+        add_command(commands, one)
+    for add in (add_check, add_train, add_analyze, add_report, add_dashboard, add_metrics, add_cache):
         add(commands)
     return parser
 
@@ -64,7 +67,7 @@ def _one_line(err: object) -> str:
 
 def _with_flags(text: str) -> str:
     """Arguments of Python by the names that they have here."""
-    names = {name: name for name in FIELDS} | {"n_samples": "samples"}
+    names = {each.name: each.name for each in fields(UnifiedConfig)} | {"n_samples": "samples", "dataset_name": "data"}
     for name, flag in names.items():
         text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
     return text

@@ -10,43 +10,43 @@ from typing import Any
 from ..core.checks import check_count
 from ..core.keys import fold_in, key
 from ..curvature.audit import Audit, audit
+from ..study.config import UnifiedConfig
 from ..study.listing import Listing, terminal_width, wrapped
-from ..study.opening import DataSpec, check_data, open_model
-from .own_model import _add_computing, _add_texts, _given
-from .shared import print_data
+from ..study.opening import OpenedModel, check_data
+from .options import COMPUTING, TEXTS, add_fields, changed
 
-LENGTH = 32
+FEW = {"num_samples": 8, "max_seq_length": 32, "batch_size": 8}
 ALONE = "a sequence alone"
 """The way that compares sequences alone with the same in a batch."""
 
 
 def add_check(commands: Any) -> None:
-    d = DataSpec("", num_samples=8)
     show = commands.add_parser(
         "check",
         help="which derivatives of your own model are right, and which module breaks those that are not",
         description="Reads a local Hugging Face folder and a file of texts, takes slopes and curvatures along random "
         "directions from values of the loss alone, in float64, and compares them with every way of differentiation that the "
         "other commands use. Exits with 1 where one is wrong. A few texts are enough.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     show.add_argument("model", type=Path, metavar="MODEL", help="a local folder as `save_pretrained` writes it")
-    show.add_argument("--data", required=True, metavar="FILE", help="texts: .txt, .jsonl or .parquet")
-    show.add_argument("--directions", type=int, default=3, metavar="N", help="random directions, at least 2")
-    show.add_argument("--seed", type=int, default=d.seed, metavar="S", help="of the directions and masked tokens")
-    _add_texts(show, d, length=LENGTH)
-    _add_computing(show, d)
-    show.set_defaults(run=_check)
+    show.add_argument("--data", dest="dataset_name", required=True, metavar="FILE", help="texts")
+    show.add_argument(
+        "--directions", type=int, default=3, metavar="N", help="random directions, at least 2 (default: 3)"
+    )
+    add_fields(show.add_argument_group("texts"), TEXTS, FEW)
+    add_fields(show.add_argument_group("computing"), COMPUTING, FEW)
+    show.set_defaults(run=_check, changes=[])
 
 
 def _check(args: argparse.Namespace) -> int:
-    source = DataSpec(**_given(args, DataSpec))
-    check_data(source)
+    config = UnifiedConfig.load(**{**FEW, **changed(args, {})[0]})
+    spec = config.tasks()["data"]
+    check_data(spec)
     check_count("directions", args.directions, least=2)
-    loss, data, _ = open_model(source, args.model, length=LENGTH)
-    result = audit(loss, loss.net.params, key=fold_in(key(source.seed), "audit"), num=args.directions)
+    loss, data = OpenedModel.of(spec, args.model).loss(spec, length=config.max_seq_length)
+    result = audit(loss, loss.net.params, key=fold_in(key(config.seed), "audit"), num=args.directions)
     width = terminal_width()
-    print_data(source, data, width)
+    print(wrapped(str(data), width))
     title, *_ = str(result).split("\n")
     print(f"\n{wrapped(title, width)}\n{_listing(result, data.num_samples).text(width)}")
     return 0 if result.right else 1

@@ -1,26 +1,13 @@
-"""What the commands have in common: checks before any work, and the files that are named at the end."""
+"""What the commands have in common: checks before any work, and modules of the user's own."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-
-from ..study.inputs import Data
-from ..study.listing import wrapped
-from ..study.opening import DataSpec, one_sequence
-
-
-def print_data(settings: DataSpec, data: Data, width: int) -> None:
-    """What is scored, and what a single sequence leaves unknown."""
-    for line in (str(data), one_sequence(asdict(settings), data.num_samples)):
-        if line:
-            print(wrapped(line, width))
-
-
-def print_files(page: Path, numbers: Path) -> None:
-    print(f"page     {page}\nnumbers  {numbers} and {numbers.with_suffix('.json').name}")
 
 
 def check_plotly(what: str = "page", package: str = "plotly") -> None:
@@ -36,3 +23,11 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as err:
         raise OSError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another folder with --out.") from err
+
+
+def import_modules(names: list[str]) -> None:
+    """Modules by name; those of the current folder, too."""
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        importlib.import_module(name)

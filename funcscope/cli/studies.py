@@ -1,24 +1,271 @@
-"""Commands for studies of any metrics: `metrics`, `analyze MODELS --data`, `report` and `cache`."""
+"""Commands that measure: each is a list of metrics, the options that they have, and a page."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from ..study import presets
+from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
-from ..study.config import UnifiedConfig, analyze_models
+from ..study.config import FLAGS, UnifiedConfig
+from ..study.inputs.folder import local_folder
 from ..study.listing import Listing, terminal_width
-from ..study.metric import nearest
+from ..study.presets import Preset
 from ..study.results import Results
-from .shared import check_plotly, check_writable
+from ..study.runs import is_run
+from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed
+from .shared import check_plotly, check_writable, import_modules
 
 OUT = Path("analysis_results")
+FEW = {"num_samples": 64, "max_seq_length": 128, "batch_size": 8}
+"""Fields that the commands have otherwise than `UnifiedConfig`: what ends within minutes on a laptop."""
+_DRAWS = {
+    "samples": Flag(["directional_losses.n_samples"], "random directions"),
+    "span": Flag(["directional_losses.span"], "step along each direction"),
+    "normalize": Flag(["directional_losses.normalize"], "scale of the directions"),
+    "distribution": Flag(["directional_losses.distribution"], "draws"),
+    "curvature": Flag(["directional_losses.curvature"], "difference, or exact: no step is taken"),
+    "slopes": Flag(["directional_losses.slopes"], "slopes along the directions"),
+}
+_SPECTRA = ("hessian_eigenvalues", "hessian_eigenvalue_errors", "hessian_block_eigenvalues")
+
+
+class Command(NamedTuple):
+    """A command that measures models."""
+
+    name: str
+    help: str
+    description: str
+    models: Literal["MODEL", "A B", "MODEL..."]
+    preset: Preset
+    flags: Mapping[str, Flag] = {}
+    fields: Mapping[str, Any] = {}
+    """Fields of the configuration that have another default here."""
+
+
+COMMANDS = (
+    Command(
+        "directional",
+        "losses, slopes and curvatures of your own model along random directions",
+        "Samples the loss along random directions on both sides.",
+        "MODEL",
+        presets.DIRECTIONAL,
+        _DRAWS,
+    ),
+    Command(
+        "curvature",
+        "spectrum of the Hessian, trace, curvature of every block and sharpness of your own model",
+        "Finds both ends of the spectrum of the Hessian (or the Gauss-Newton matrix) with their errors over texts, its "
+        "density, its trace and those of its blocks, and measures sharpness. Every product with the matrix costs 4 to 6 "
+        "forward passes over all texts, and there are some 700: fewer texts, --probes or --steps make it shorter.",
+        "MODEL",
+        presets.CURVATURE,
+        {
+            "matrix": Flag([f"{each}.matrix" for each in _SPECTRA], "hessian, or ggn: the Gauss-Newton matrix"),
+            "num": Flag(["hessian_eigenvalues.num"], "eigenvalues from each end"),
+            "tol": Flag([f"{each}.tol" for each in _SPECTRA], "residual, relative to the largest |eigenvalue|"),
+            "probes": Flag(["hessian_eigenvalues.num_probes"], "random starts of the density"),
+            "steps": Flag(["hessian_eigenvalues.steps"], "products per start"),
+            "trace_products": Flag(["hessian_eigenvalues.trace_matvecs"], "products for the trace"),
+            "by": Flag(["hessian_block_traces.by", "hessian_block_eigenvalues.by"], "a block: layer, module, tensor"),
+            "block_products": Flag(["hessian_block_traces.num"], "products for the traces of blocks"),
+            "epsilon": Flag(["sam_sharpness.epsilon"], "radius of SAM's ball, a distance"),
+            "keep": Flag([f"{each}.keep" for each in _SPECTRA], "keep the graph: faster, more memory"),
+        },
+        {"num_samples": 16, "max_seq_length": 64},
+    ),
+    Command(
+        "landscape",
+        "the loss of your own model on a plane and on lines, and how flat it is",
+        "Evaluates the loss on a plane of two random directions and along lines, and measures flatness.",
+        "MODEL",
+        presets.LANDSCAPE,
+        {
+            "points": Flag(["loss_landscape_2d.n_points"], "of the plane, along each side"),
+            "span": Flag(["loss_landscape_2d.span", "loss_lines.span"], "how far to each side"),
+            "normalization": Flag(["loss_landscape_2d.normalization"], "scale of the directions"),
+            "lines": Flag(["loss_lines.num_directions"], "random lines"),
+            "epsilon": Flag(["landscape_flatness.epsilon"], "the step of flatness, a distance"),
+            "directions": Flag(["landscape_flatness.n_directions"], "directions of flatness"),
+        },
+    ),
+    Command(
+        "path",
+        "the loss on the line between two models: how high is the barrier?",
+        "Evaluates the loss on the straight line between two models of one shape.",
+        "A B",
+        presets.PATH,
+        {"points": Flag(["linear_path.num"], "on the line, both ends among them")},
+    ),
+    Command(
+        "compare",
+        "models against a first one, along the same random directions, with paired errors",
+        "Samples every model along the same random directions, and tests the paired differences to the first.",
+        "MODEL...",
+        presets.COMPARISON,
+        _DRAWS,
+    ),
+)
+
+
+def add_command(commands: Any, one: Command) -> None:
+    """A command of the table."""
+    show = commands.add_parser(one.name, help=one.help, description=f"{one.description} {_KEPT}")
+    names = {"A B": ["a", "b"]}.get(one.models)
+    for name in names or ["models"]:
+        nargs = "+" if one.models == "MODEL..." else 1
+        show.add_argument(name, nargs=nargs, metavar=name.upper() if names else "MODEL", help=_FOLDER)
+    if one.name == "directional":
+        show.add_argument("--compare", metavar="MODEL2", help="as `funcscope compare MODEL MODEL2`")
+    _add_study(show, one, Path(f"funcscope-{one.name}"))
+    show.set_defaults(run=lambda args: _measured(args, one))
+
+
+def add_analyze(commands: Any) -> None:
+    show = commands.add_parser(
+        "analyze",
+        help="measure any metrics on any models, or on the checkpoints of a run",
+        description=f"Every metric on every model folder (with --data), or on the checkpoints of a run. {_KEPT}",
+    )
+    show.add_argument("models", nargs="+", metavar="PATH", help="model folders, or a run as `funcscope train` makes it")
+    show.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="of `funcscope metrics`; default: all, of a run a choice"
+    )
+    show.add_argument("--config", type=Path, metavar="FILE", help="a .json or .toml file of `UnifiedConfig`")
+    show.add_argument("--variant", metavar="NAME", help="of a run, only this one")
+    show.add_argument("--at-steps", type=int, nargs="+", metavar="N", help="of a run, only these checkpoints")
+    show.add_argument("--split", metavar="NAME", help="of a run, the data: train, test or probe (default: train)")
+    _add_study(show, Command("analyze", "", "", "MODEL...", {}), None)
+    add_import(show)
+    show.set_defaults(run=_analyze)
+
+
+_FOLDER = "a local folder as `save_pretrained` writes it"
+_KEPT = (
+    "Prints the numbers, writes a page and keeps every result: what is there with the same settings is not computed again, "
+    "and an interrupted call goes on where it was."
+)
+
+
+def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) -> None:
+    show.add_argument("--data", dest="dataset_name", metavar="FILE", help="texts: .txt, .jsonl, .csv, .tsv or .parquet")
+    show.add_argument(
+        "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
+    )
+    show.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time, each in its own process")
+    show.add_argument("--quiet", action="store_true", help="no progress bar")
+    show.add_argument("--save-plots", action="store_true", default=None, help="every figure as a file, too")
+    add_settings(show)
+    defaults = {**FEW, **one.fields}
+    add_flags(show.add_argument_group("what is measured"), one.flags, one.preset)
+    add_fields(show.add_argument_group("texts"), TEXTS, defaults)
+    add_fields(show.add_argument_group("computing"), COMPUTING, defaults)
+
+
+def _measured(args: argparse.Namespace, one: Command) -> int:
+    models = [str(path) for path in getattr(args, "models", None) or [*args.a, *args.b]]
+    preset = one.preset
+    if compared := getattr(args, "compare", None):
+        models, preset = [*models, compared], presets.COMPARISON
+    base = models[0] if one.name == "compare" or compared else None
+    values = {**FEW, **one.fields, "base_model": base}
+    return _study(args, models, values, preset, one.flags, shown=True)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    import_modules(args.modules)
+    runs = [path for path in args.models if is_run(path)]
+    if runs and len(runs) < len(args.models):
+        raise ValueError("model folders and runs have different data: analyse them in two calls.")
+    models: list[Any] = list(args.models)
+    if runs:
+        models = [one for path in runs for one in checkpoints_of(path, variant=args.variant, steps=args.at_steps)]
+        args.out = args.out or Path(runs[0])
+    values = dict[str, Any](FEW) if args.config is None else asdict(UnifiedConfig.load(args.config))
+    names = args.metrics or values.get("metrics") or ()
+    preset: Preset = {name: presets.RUN.get(name, {}) if runs else {} for name in names}
+    if not names and not any(values.get(flag) for flag in (*FLAGS, "compute_all")):
+        preset, values["compute_all"] = (presets.RUN, False) if runs else ({}, True)
+    return _study(args, models, values, preset, {}, shown=False)
+
+
+def _study(
+    args: argparse.Namespace,
+    models: list[Any],
+    values: dict[str, Any],
+    preset: Preset,
+    flags: Mapping[str, Flag],
+    *,
+    shown: bool,
+) -> int:
+    """Measure, print, and write the page."""
+    check_plotly()
+    _check(models, args.dataset_name or values.get("dataset_name"))
+    given, settings = changed(args, flags)
+    for name in (*preset, *(values.get("settings") or {})):
+        own = {**preset.get(name, {}), **(values.get("settings") or {}).get(name, {})}
+        settings[name] = {**own, **settings.get(name, {})}
+    settings = {name: each for name, each in settings.items() if each}
+    out = args.out or Path(values.get("output_dir", OUT))
+    config = UnifiedConfig.load(
+        **{
+            **values,
+            "metrics": tuple(preset),
+            **given,
+            "settings": settings,
+            "output_dir": str(out),
+            "verbose": not args.quiet,
+        }
+    )
+    check_writable(out)
+    started = time.perf_counter()
+    try:
+        if args.workers > 1:
+            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
+                results = analyze_models(models, config, executor=workers)
+        else:
+            results = analyze_models(models, config)
+    except KeyboardInterrupt:
+        print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
+        return 130
+    return show(results, out, shown=shown, seconds=time.perf_counter() - started)
+
+
+def _check(models: list[Any], data: str | None) -> None:
+    """What can be said before any work."""
+    folders = [path for path in models if isinstance(path, (str, Path)) and not is_run(path)]
+    for path in folders:
+        local_folder(path)
+    if folders and data is None:
+        raise ValueError("models in folders need texts: `--data FILE`.")
+    if len({str(Path(path).resolve()) for path in folders}) < len(folders):
+        raise ValueError("one of the models is given twice: a model does not differ from itself.")
+
+
+def show(results: Results, out: Path, *, shown: bool, seconds: float) -> int:
+    """Print the results themselves, or what came of each; then write the page."""
+    from ..view.report import write_report  # plotly takes a second to import, and is an extra
+
+    width = terminal_width()
+    if shown:
+        for outcome in results.outcomes:
+            if outcome.result is not None:
+                print(f"\n{outcome.metric} of {outcome.subject}\n{outcome.result}")
+    rows = [o for o in results.outcomes if not shown or not o.ok]
+    took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
+    table = [(o.subject, o.metric, o.status, time, o.error) for o, time in zip(rows, took, strict=True)]
+    if table:
+        print(f"\n{Listing(('model', 'metric', 'status', 'time', 'why'), tuple(table)).trimmed().text(width)}")
+    print(f"\n{seconds:.0f} s\npage     {write_report(results, out / 'report.html')}\nstudy    {out}")
+    return 1 if results.failed else 0
 
 
 def add_metrics(commands: Any) -> None:
@@ -51,77 +298,6 @@ def add_cache(commands: Any) -> None:
     show.add_argument("folder", type=Path, nargs="?", default=OUT, metavar="STUDY_DIR", help=f"default: ./{OUT}")
     show.add_argument("--clear", nargs="?", const="", metavar="MODEL", help="remove those of one model, or all")
     show.set_defaults(run=_cache)
-
-
-def add_models(show: argparse.ArgumentParser) -> None:
-    """The options of `analyze` for models in folders."""
-    models = show.add_argument_group("models in Hugging Face folders")
-    models.add_argument("--data", metavar="FILE", help="the texts that they are measured on: .txt, .jsonl or .parquet")
-    models.add_argument("--metrics", nargs="+", metavar="NAME", help="of `funcscope metrics` (default: all)")
-    models.add_argument("--config", type=Path, metavar="FILE", help="a .json or .toml file of `UnifiedConfig`")
-    models.add_argument("--out", type=Path, metavar="DIR", help=f"default: ./{OUT}")
-    models.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time, each in its own process")
-
-
-def is_study(args: argparse.Namespace) -> bool:
-    """Whether `analyze` was given models and data, and no run folder."""
-    return args.data is not None or args.config is not None
-
-
-def analyze(args: argparse.Namespace) -> int:
-    """`analyze` for models in folders."""
-    check_plotly()
-    config = configured(args)
-    out = Path(config.output_dir)
-    check_writable(out)
-    models = [str(path) for path in args.folder]
-    try:
-        if args.workers > 1:
-            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
-                results = analyze_models(models, config, executor=workers)
-        else:
-            results = analyze_models(models, config)
-    except KeyboardInterrupt:
-        print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
-        return 130
-    return _shown(results, out)
-
-
-def configured(args: argparse.Namespace) -> UnifiedConfig:
-    """The file's fields, then those of the command line."""
-    few: dict[str, Any] = {"num_samples": 64, "max_seq_length": 128}
-    values = few if args.config is None else asdict(UnifiedConfig.load(args.config))
-    values |= {"dataset_name": args.data} if args.data is not None else {}
-    values |= {"metrics": tuple(args.metrics)} if args.metrics else {}
-    values |= {"output_dir": str(args.out)} if args.out is not None else {}
-    values["verbose"] = not args.quiet
-    for text in args.changes:
-        name, equals, value = text.partition("=")
-        metric, dot, setting = name.partition(".")
-        if not equals:
-            raise ValueError(f"`--set` takes name=value or metric.setting=value, got {text!r}.")
-        if dot:
-            if metric not in CATALOGUE:
-                raise ValueError(f"no metric {metric!r}{nearest(metric, CATALOGUE)}")
-            known = dict(values.get("settings") or {})
-            values["settings"] = {**known, metric: {**known.get(metric, {}), setting: _plain(value)}}
-        else:
-            values[name] = _plain(value)
-    config = UnifiedConfig.of(values)
-    flags = (each.name for each in fields(config) if each.name.startswith("compute_") and each.default is False)
-    asked = config.metrics or any(getattr(config, name) for name in flags)
-    return config if asked else UnifiedConfig.of({**values, "compute_all": True})
-
-
-def _shown(results: Results, out: Path) -> int:
-    from ..view.report import write_report  # plotly takes a second to import, and is an extra
-
-    width = terminal_width()
-    took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in results.outcomes)
-    rows = [(o.subject, o.metric, o.status, time, o.error) for o, time in zip(results.outcomes, took, strict=True)]
-    print(Listing(("model", "metric", "status", "time", "why"), tuple(rows)).trimmed().text(width))
-    print(f"\npage     {write_report(results, out / 'report.html')}\nstudy    {out}")
-    return 1 if results.failed else 0
 
 
 def _metrics(_: argparse.Namespace) -> int:
@@ -157,8 +333,8 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plain(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def add_import(show: argparse.ArgumentParser) -> None:
+    show.add_argument(
+        "--import", action="append", default=[], metavar="MODULE", dest="modules",
+        help="import a module first: one that registers a family or a metric",
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -57,6 +57,15 @@ class Axes(Result):
             for name, value in self.settings.items()
         }
         return Axes(self.vectors[chosen], tuple(self.names[i] for i in chosen), self.kind, settings)
+
+    def within_span(self) -> Axes:
+        """The same axes in coordinates of their own span, k numbers each: norms and angles without parameter space.
+
+        What is to be stored of axes that a key, or the models, give again.
+        """
+        values, vectors = torch.linalg.eigh(self._gram)
+        factor = vectors * values.clamp(min=0).sqrt()  # factor factor' = gram, parallel axes among them
+        return replace(self, vectors=factor.cpu())
 
     @property
     def head(self) -> str:

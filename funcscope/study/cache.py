@@ -57,6 +57,8 @@ class Outcome:
     """That of its cell."""
     unit: str = "loss"
     """Of the loss."""
+    group: str = ""
+    """The training run that the subject is of."""
     reused: bool = False
 
     def in_unit(self, unit: str) -> str:

@@ -5,147 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..core.checks import check_choice
-from ..core.estimate import Estimate
-from ..core.keys import Key
-from ..core.layout import Params
-from ..core.objective import Loss
-from ..core.result import Result, internal, quantity
-from ..core.standard_errors import ratio_stderr
 from ..curvature.ascent_sharpness import asam_sharpness, sam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
-from ..curvature.fisher import empirical_fisher, exact_fisher
-from ..curvature.hessian import hessian
-from ..curvature.summary import hessian_summary
-from ..landscape.axes import plane_directions
-from ..landscape.directional import Sampling, prepare
+from ..curvature.m_sharpness import m_sharpness
+from ..curvature.summary import hessian_block_traces, hessian_summary
+from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
-from ..landscape.planes import LossPlane, loss_plane
-from ..landscape.sampling import SamplingSettings
+from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
-from ..linalg.ranks import matrix_ranks
-from ..linalg.summary import SpectrumSummary, spectrum_summary
-from ..linalg.trace import TraceEstimate, hutchinson_trace
+from . import measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
 from .metric import metric as metric
 
 PRODUCT = 6
 """Forward passes that one product with the Hessian costs, the graph being kept."""
-
-
-class MeanLoss(Result):
-    """The loss on the data, with its standard error over sequences."""
-
-    loss: Estimate = quantity("loss", unit="loss")
-    num_sequences: int
-
-    @property
-    def head(self) -> str:
-        return f"loss over {self.num_sequences} sequences"
-
-    @property
-    def notes(self) -> list[str]:
-        if not bool(self.loss.value.isfinite()):
-            return [f"the loss is {float(self.loss.value)}: check the weights and the texts."]
-        return ["one sequence: there is no error over sequences."] if self.num_sequences < 2 else []
-
-
-def mean_loss(loss: Loss, params: Params) -> MeanLoss:
-    """The loss, token-weighted, with its linearised standard error over sequences."""
-    with torch.no_grad():
-        sums, weights = loss.terms(params)
-    scored = int((weights != 0).sum())
-    return MeanLoss(Estimate(sums.sum() / weights.sum(), ratio_stderr(sums, weights), scored), scored)
-
-
-class MatrixRanks(Result):
-    """The three ranks of every weight matrix."""
-
-    effective_rank: Tensor = quantity("effective rank", per="matrix")
-    spectral_rank: Tensor = quantity("spectral rank", per="matrix")
-    participation_ratio: Tensor = quantity("participation ratio", per="matrix")
-    matrices: list[str] = internal()
-
-    @property
-    def coords(self) -> Mapping[str, list[str]]:
-        return {"matrix": self.matrices}
-
-    @property
-    def head(self) -> str:
-        return f"dimensions that {len(self.matrices)} weight matrices use"
-
-
-def effective_dimensionality(params: Params) -> MatrixRanks:
-    """How many dimensions each weight matrix (a parameter of two dimensions) uses; see `matrix_ranks`."""
-    ranks = {name: matrix_ranks(value) for name, value in params.items() if value.ndim == 2}
-    if not ranks:
-        raise ValueError("the model has no weight matrix: none of its parameters has two dimensions.")
-    columns = torch.tensor([*ranks.values()], dtype=torch.float64).T
-    return MatrixRanks(columns[0], columns[1], columns[2], list(ranks))
-
-
-def directional(
-    loss: Loss,
-    params: Params,
-    *,
-    key: Key,
-    n_samples: int = 50,
-    span: float = 0.1,
-    normalize: str = "filter",
-    distribution: str = "normal",
-    relative_span: bool = False,
-    slopes: bool = True,
-    curvature: str | None = "difference",
-    chunk: int | None = None,
-) -> Sampling:
-    """Losses, slopes and curvatures along random directions, on both sides: `directional_losses`, a row at a time."""
-    return prepare(
-        loss,
-        params,
-        SamplingSettings(
-            key=key, num=n_samples, lengths=(span,), normalize=normalize, distribution=distribution,
-            relative=relative_span, slope="auto" if slopes else None, curvature=curvature, chunk=chunk,
-        ),
-    )  # fmt: skip
-
-
-def loss_landscape_2d(
-    loss: Loss,
-    theta: Tensor,
-    *,
-    key: Key,
-    n_points: int = 25,
-    span: float = 0.1,
-    normalization: str = "layer",
-    chunk: int | None = None,
-) -> LossPlane:
-    """The loss on the plane through theta along two random directions, orthogonal in every group; see `loss_plane`."""
-    base = loss.net.layout.unravel(theta)
-    axes = plane_directions(loss.net, key=key, normalize=normalization, base=base)  # type: ignore[arg-type]
-    return loss_plane(loss, theta, axes, num=n_points, span=span, chunk=chunk)
-
-
-def hessian_trace(loss: Loss, theta: Tensor, *, key: Key, num: int = 64, keep: bool = True) -> TraceEstimate:
-    """Hutchinson's trace of the Hessian; see `hutchinson_trace`."""
-    return hutchinson_trace(hessian(loss, theta, keep=keep), theta, key=key, num=num)
-
-
-def fisher_information(
-    loss: Loss, theta: Tensor, *, key: Key, method: str = "empirical", num: int = 5, keep: bool = True, **options: Any
-) -> SpectrumSummary:
-    """Spectrum, trace and ranks of the Fisher information, or of the gradients' second moment ("empirical").
-
-    method: `empirical` is the uncentred second moment of per-sequence gradients, and no Fisher information; `exact` is the
-    Fisher information of the model's own distribution, the Gauss-Newton matrix where the loss is a cross-entropy.
-    """
-    check_choice("method", method, ("empirical", "exact"))
-    matvec = (empirical_fisher if method == "empirical" else exact_fisher)(loss, theta, keep=keep)
-    return spectrum_summary(matvec, theta, key=key, num=num, **options)
 
 
 def of_summary(settings: Mapping[str, Any]) -> float:
@@ -157,9 +32,9 @@ def of_summary(settings: Mapping[str, Any]) -> float:
 SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
 
 for _one in (
-    Metric("mean_loss", mean_loss, ("loss", "params"), category="loss", sentence="The loss is {loss}."),
+    Metric("mean_loss", measures.mean_loss, ("loss", "params", "texts"), category="loss", sentence="The loss is {loss}."),
     of_function(
-        "directional_losses", directional, ("loss", "params", KEY),
+        "directional_losses", measures.directional, ("loss", "params", KEY),
         drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "curvatures"),
         category="landscape",
         cost=lambda s: 5 + 2 * s["n_samples"] + 4 * num_refined(s["n_samples"]),
@@ -174,7 +49,7 @@ for _one in (
         sentence="A step of length {epsilon} raises the loss by {mean_delta_loss} on average.",
     ),
     of_function(
-        "loss_landscape_2d", loss_landscape_2d, ("loss", "theta", KEY),
+        "loss_landscape_2d", measures.loss_landscape_2d, ("loss", "theta", KEY),
         drawn=("grid_losses", "roughness"),
         category="landscape",
         cost=lambda s: s["n_points"] ** 2 + 2, reference="Li et al. (2018), arXiv:1712.09913",
@@ -188,11 +63,11 @@ for _one in (
         sentence="The largest eigenvalue of the Hessian is {max_eigenvalue} (residual {max_residual}), its trace {trace}.",
     ),
     of_function(
-        "hessian_trace", hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),
+        "hessian_trace", measures.hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),
         cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
     ),
     of_function(
-        "fisher_information", fisher_information, ("loss", "theta", KEY),
+        "fisher_information", measures.fisher_information, ("loss", "theta", KEY),
         drawn=("trace", "max_eigenvalue", "effective_rank"),
         category="fisher", plan=("keep",),
         cost=of_summary, more=SUMMARY, sentence="The trace is {trace}, the effective rank {effective_rank}.",
@@ -215,8 +90,60 @@ for _one in (
         "critical_sharpness", critical_sharpness, ("loss", "theta"), category="curvature", cost=lambda _: 15,
     ),
     Metric(
-        "effective_dimensionality", effective_dimensionality, ("params",), category="weights", cost=lambda _: 0,
+        "effective_dimensionality", measures.effective_dimensionality, ("params",), category="weights", cost=lambda _: 0,
         reference="Roy and Vetterli (2007)",
+    ),
+    of_function(
+        "hessian_largest_eigenvalues", measures.hessian_largest_eigenvalues, ("loss", "theta", KEY), category="curvature",
+        plan=("keep",), cost=lambda s: float(PRODUCT * (15 + 5 * s["num"])),
+    ),
+    of_function(
+        "hessian_eigenvalue_errors", measures.hessian_eigenvalue_errors, ("loss", "theta", KEY), category="curvature",
+        plan=("keep",), cost=lambda s: float(PRODUCT * (46 + 6 * s["num"])), reference="Kato (1995), II.2",
+    ),
+    of_function(
+        "hessian_block_traces", hessian_block_traces, ("loss", "theta", KEY), category="curvature", without=("matvec",),
+        cost=lambda s: PRODUCT * s["num"],
+    ),
+    of_function(
+        "hessian_block_eigenvalues", measures.block_eigenvalues, ("loss", "theta", KEY), category="curvature", plan=("keep",),
+        cost=lambda _: PRODUCT * 60,
+    ),
+    Metric(
+        "m_sharpness", m_sharpness, ("loss", "theta"), {"m": 1, "epsilon": 0.01}, category="curvature", cost=lambda _: 5,
+        reference="Foret et al. (2021), arXiv:2010.01412",
+    ),
+    of_function(
+        "flatness_profile", measures.flatness_profile, ("loss", "theta", KEY), category="landscape", at="phases",
+        drawn=("pair_mean", "expected_delta_loss"),
+        cost=lambda s: 2 + 2 * s["n_directions"] * (1 + len(s["epsilons"])) + PRODUCT * s["products"],
+    ),
+    of_function(
+        "loss_lines", measures.loss_lines, ("loss", "theta", KEY), category="landscape", at="phases",
+        drawn=("losses",), cost=lambda s: s["num_directions"] * s["num"],
+    ),
+    Metric("training_curves", trajectories.training_curves, ("curves",), on="series", category="training", cost=lambda _: 0),
+    of_function(
+        "trajectory_plane", trajectories.trajectory_plane, ("loss", "thetas", "steps"), on="series", category="landscape",
+        drawn=("grid_losses",), cost=lambda s: s["num"] ** 2 + 2, reference="Li et al. (2018), arXiv:1712.09913",
+    ),
+    of_function(
+        "barrier_matrix", trajectories.barrier_matrix, ("loss", "members", "names"), on="series", category="landscape",
+        cost=lambda s: 10 * s["num"], reference="Frankle et al. (2020), arXiv:1912.05671",
+    ),
+    of_function(
+        "linear_path", linear_path, ("loss", "start", "end"), on="pair", category="landscape", without=("metric", "buffers"),
+        drawn=("losses",), cost=lambda s: s["num"], reference="Goodfellow et al. (2015), arXiv:1412.6544",
+        sentence="The barrier on the line is {barrier_max}, above the chord {barrier_linear}.",
+    ),
+    of_function(
+        "bezier_connection", connect, ("loss", "start", "end", KEY), on="pair", category="landscape",
+        without=("metric", "buffers"), cost=lambda s: 3 * s["steps"] * s["points"] + s["num"],
+        reference="Garipov et al. (2018), arXiv:1802.10026",
+    ),
+    Metric(
+        "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
+        on="pair", category="landscape", cost=lambda _: 0,
     ),
 ):  # fmt: skip
     register(_one)

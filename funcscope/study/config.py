@@ -1,28 +1,27 @@
-"""`analyze_models(model_paths, config)`: the documented entry point, over the catalogue and the engine."""
+"""The configuration of a study: the documented fields, from arguments, a file, the environment, the command line."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.checks import check_choice, check_count, check_positive
-from .cache import Cache
+from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
-from .engine import run
 from .meter import Options
 from .metric import Metric, nearest
 from .opening import DataSpec
-from .results import Results
-from .subject import Pretrained, Source
 
+PREFIX = "FUNCSCOPE_"
+"""Of environment variables that are fields."""
 FLAGS: dict[str, tuple[str, ...]] = {
     "compute_fisher": ("fisher_information", "fisher_importance", "fisher_overlap"),
     "compute_gradients": ("gradient_flow", "gradient_pathology"),
@@ -35,17 +34,17 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "compute_loss_landscape": ("loss_landscape_2d",),
 }
 """By flag, the documented names of the metrics that it asks for."""
-STEP = re.compile(r"(?:^|[-_/])(?:checkpoint|step|global_step)[-_]?(\d+)$")
 
 
 @dataclass
 class UnifiedConfig:
-    """What `analyze_models` does: the documented fields with their documented values, and five of ours at the end.
+    """What `analyze_models` does: the documented fields with their documented values, and ours at the end.
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
-    and change no number. Without effect so far, beside the fields of metrics that are not here: `model_name`, `base_model`,
-    `dataset_split` (texts are a file), `save_plots` (`funcscope.view.report.write_report` makes the page). Raises TypeError
-    for an unknown field, ValueError for one of the wrong kind.
+    and change no number. `model_name` is the model where no path is passed, `base_model` the one that pairs compare the
+    others with; `compute_qkov` is another name of `enable_qkov_interference`. Without effect so far, beside the fields of
+    metrics that are not here: `dataset_split` (texts are files). Raises TypeError for an unknown field, ValueError for one of
+    the wrong kind.
     """
 
     model_name: str | None = None
@@ -104,7 +103,22 @@ class UnifiedConfig:
     task: str | None = None
     """`causal`, `masked` or `classification`; None reads it from each model."""
     field: str = "text"
+    """The field or column of a text."""
     label_field: str | None = None
+    """That of its class."""
+    unit: str = "paragraph"
+    """What one text of a .txt file is: a line, a paragraph, the document."""
+    packing: bool = False
+    """Cut the joined texts into full blocks, without padding."""
+    attention: str = "eager"
+    """The kernel: `eager`, `math`, or `keep` for the model's own."""
+    compute_dtype: str = "auto"
+    """Weights are cast to it where they are used."""
+    allow_pickle: bool = False
+    """Read pytorch_model.bin too, as tensors only."""
+    split: str = "train"
+    """Of the checkpoints of a family, whose data are its own: `train`, `test` or `probe`."""
+    compute_qkov: bool | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -120,12 +134,22 @@ class UnifiedConfig:
             check_count(name, getattr(self, name))
         check_positive("max_memory_gb", self.max_memory_gb)
         check_choice("fisher_method", self.fisher_method, ("empirical", "exact"))
+        check_choice("split", self.split, SPLITS)
+        if self.compute_qkov is not None:
+            self.enable_qkov_interference = self.compute_qkov
 
     @classmethod
-    def load(cls, path: str | Path) -> UnifiedConfig:
-        """From a `.json` or `.toml` file. Raises ValueError for a field that there is not, with the nearest there is."""
-        text = Path(path).read_text(encoding="utf-8")
-        return cls.of(tomllib.loads(text) if Path(path).suffix == ".toml" else json.loads(text))
+    def load(cls, path: str | Path | None = None, **changes: Any) -> UnifiedConfig:
+        """From the environment (`FUNCSCOPE_SEED=7`), then a `.json` or `.toml` file, then `changes`: what is later counts.
+
+        Raises ValueError for a field that there is not, with the nearest there is.
+        """
+        named = (name for name in os.environ if name.startswith(PREFIX))
+        values = {name.removeprefix(PREFIX).lower(): parsed(os.environ[name]) for name in named}
+        if path is not None:
+            text = Path(path).read_text(encoding="utf-8")
+            values |= tomllib.loads(text) if Path(path).suffix == ".toml" else json.loads(text)
+        return cls.of({**values, **changes})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> UnifiedConfig:
@@ -143,7 +167,7 @@ class UnifiedConfig:
         """
         names = list(self.metrics)
         if self.compute_all:
-            names += [name for name, one in CATALOGUE.items() if not {"pair", "series"} & {*one.needs}]
+            names += [name for name, one in CATALOGUE.items() if one.on == "model"]
         for flag in FLAGS:
             if getattr(self, flag):
                 names += self.asked_by(flag)
@@ -151,8 +175,8 @@ class UnifiedConfig:
             raise ValueError(
                 "no metric is asked for: `metrics=(...)`, `compute_all=True`, or a flag such as `compute_fisher`."
             )
-        for name, changes in (self.settings or {}).items():
-            metric(name).configured(**changes)  # refuses a setting that it does not have
+        for name in self.settings or {}:
+            self.configured(name)  # refuses a setting that it does not have
             if name not in names:
                 raise ValueError(f"there are settings of {name}, which is not measured: add it to `metrics`.")
         return [self.configured(name) for name in dict.fromkeys(names)]
@@ -184,8 +208,8 @@ class UnifiedConfig:
                 },
             ),
         }
-        task, settings = own.get(name, ("data", {}))
-        return metric(name).configured(task=task, **{**settings, **dict((self.settings or {}).get(name, {}))})
+        task, settings = own.get(name, (None, {}))
+        return metric(name).configured(**{"task": task, **settings, **dict((self.settings or {}).get(name, {}))})
 
     def tasks(self) -> dict[str, DataSpec]:
         """The data: all, as many as the Fisher information takes, and the batches of the landscape."""
@@ -193,12 +217,18 @@ class UnifiedConfig:
             data=self.dataset_name,
             field=self.field,
             label_field=self.label_field,
+            unit=self.unit,  # type: ignore[arg-type]
             task=self.task,  # type: ignore[arg-type]
             num_samples=self.num_samples,
+            max_seq_length=None,
             batch_size=min(self.batch_size, self.max_batch_size),
+            packing=self.packing,
             seed=self.seed,
             dtype=self.dtype,  # type: ignore[arg-type]
+            compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
+            attention=self.attention,  # type: ignore[arg-type]
             device=("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
+            allow_pickle=self.allow_pickle,
         )
         num = min(self.num_samples, self.loss_landscape_batches * self.batch_size)
         grid = 32 if self.loss_landscape_n_points <= 19 else 16 if self.loss_landscape_n_points <= 25 else 8
@@ -222,53 +252,6 @@ class UnifiedConfig:
         )
 
 
-def analyze_models(
-    model_paths: Sequence[str | Path | Source], config: UnifiedConfig | None = None, **run_options: Any
-) -> Results:
-    """Every metric that `config` asks for, on every model: the documented single entry point.
-
-    model_paths: local Hugging Face folders, or sources of your own (`InMemory`, `Checkpoint`). The texts are those of the
-    file `config.dataset_name`. Results are keyed by the paths as given; what failed has `error` in place of numbers. With
-    `save_results` they are kept under `config.output_dir`, from where `Results.open` brings them back, and what is there
-    is not computed again. run_options: `executor`, `watch` of `engine.run`.
-
-    Raises ValueError for no model, no metric, or a configuration that does not fit.
-    """
-    config = config or UnifiedConfig()
-    if isinstance(model_paths, (str, Path)) or not model_paths:
-        raise ValueError("`model_paths` must be a list of at least one model, for example ['runs/checkpoint-1000'].")
-    metrics, tasks = config.selected(), config.tasks()
-    sources = [
-        one if not isinstance(one, (str, Path)) else pretrained(one, tasks, config.max_seq_length)
-        for one in model_paths
-    ]
-    out = Path(config.output_dir)
-    cache = Cache(out / "cache" if config.use_cache or config.save_results else None)
-    outcomes = run(
-        metrics,
-        sources,
-        tasks=tuple(tasks),
-        cache=cache,
-        options=config.options(),
-        quiet=not config.verbose,
-        **run_options,
-    )
-    results = Results(tuple(outcomes))
-    if config.save_results:
-        results.save(out, {"config": asdict(config)})
-    return results
-
-
-def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 512) -> Pretrained:
-    """The source of a folder; its step is the number that the name ends with.
-
-    >>> pretrained("runs/checkpoint-1000", {}).step
-    1000
-    """
-    found = STEP.search(str(path).rstrip("/"))
-    return Pretrained(str(path), tasks, name=str(path), at=int(found[1]) if found else None, length=length)
-
-
 def check_kind(name: str, value: Any, default: Any) -> None:
     """A value is of the kind that the default is of."""
     if isinstance(default, bool) and not isinstance(value, bool):
@@ -278,3 +261,15 @@ def check_kind(name: str, value: Any, default: Any) -> None:
         raise ValueError(f"`{name}` must be a {'whole ' if type(default) is int else ''}number, got {value!r}.")
     if isinstance(default, str) and not isinstance(value, str):
         raise ValueError(f"`{name}` must be text, got {value!r}.")
+
+
+def parsed(text: str) -> Any:
+    """A value of the command line or the environment: what JSON says, or the text itself.
+
+    >>> parsed("0.5"), parsed("true"), parsed("filter"), parsed("1,2")
+    (0.5, True, 'filter', (1, 2))
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return tuple(map(parsed, text.split(","))) if "," in text else text

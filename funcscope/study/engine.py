@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -20,11 +20,14 @@ from ..core.store import to_json
 from . import digest
 from .cache import Cache, Cell, Outcome, Status
 from .meter import Expired, Full, MemoryLog, Meter, Options, cleanup_memory, is_full
-from .metric import KEY, Metric, check_result, with_needs
+from .metric import KEY, Metric, check_result, with_members, with_needs
 from .record import versions
 from .rows import resumed
 from .subject import Source, Subject
+from .together import Together, arranged
 
+Needed = Mapping[str, tuple[Outcome, ...]]
+"""The outcomes of the metrics that a metric needs; of a pair or a series, those of each subject."""
 FIRST_CHUNK = 8
 """What is halved where memory runs out and the metric chose its chunk itself."""
 
@@ -38,6 +41,8 @@ class Job:
     tasks: tuple[str, ...]
     cache: Cache
     options: Options
+    parts: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
+    """Of several subjects together: the outcomes of each, by metric."""
 
 
 def run(
@@ -50,29 +55,52 @@ def run(
     executor: Executor | None = None,
     watch: Callable[[Outcome], object] = lambda _: None,
     quiet: bool = True,
+    base: Source | None = None,
 ) -> list[Outcome]:
     """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
 
+    Metrics of pairs and of series are measured on those that the sources make (`together.arranged`), after the others.
+
     tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes
     by `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is
-    there. Whatever stops the call, what was made until then is kept, and the same call goes on from there.
+    there. base: what pairs compare the others with, measured as they are. Whatever stops the call, what was made until then
+    is kept, and the same call goes on from there.
 
     Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
     """
-    ordered = tuple(with_needs(metrics))
     _check_names(sources)
-    jobs = [Job(source, ordered, tuple(tasks), cache or Cache(None), options or Options()) for source in sources]
-    outcomes: dict[str, list[Outcome]] = {}
-    with tqdm(total=len(jobs) * len(ordered), unit="metric", disable=quiet, dynamic_ncols=True) as bar:
+    every = list(with_members(metrics))
+    if base is not None and base.id not in {one.id for one in sources} and any(one.on == "pair" for one in every):
+        sources = [base, *sources]
+    plan = list(arranged(every, sources, base))
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    total = sum(len(list(with_needs(each))) for _, each in plan)
+    with tqdm(total=total, unit="metric", disable=quiet, dynamic_ncols=True) as bar:
 
         def announced(outcome: Outcome) -> None:
             bar.set_postfix_str(f"{outcome.metric} of {outcome.subject}", refresh=False)
             bar.update()
             watch(outcome)
 
-        for job, made in _done(jobs, executor, announced):
-            outcomes[job.source.id] = made
-    return [outcome for job in jobs for outcome in outcomes[job.source.id]]
+        cache, options = cache or Cache(None), options or Options()
+        for together in (False, True):  # what is made of several comes after them
+            jobs = [
+                Job(source, tuple(with_needs(each)), tuple(tasks), cache, options, _parts(source, outcomes))
+                for source, each in plan
+                if isinstance(source, Together) is together
+            ]
+            for job, made in _done(jobs, executor, announced):
+                outcomes[job.source.id] = {outcome.metric: outcome for outcome in made}
+    return [outcome for source, _ in plan for outcome in outcomes[source.id].values()]
+
+
+def _parts(source: Source, outcomes: Mapping[str, Mapping[str, Outcome]]) -> dict[str, tuple[Outcome, ...]]:
+    """What was measured of the members, by metric."""
+    if not isinstance(source, Together):
+        return {}
+    members = [outcomes[one.id] for one in source.sources if one.id in outcomes]
+    names = dict.fromkeys(name for each in members for name in each)
+    return {name: tuple(each[name] for each in members if name in each) for name in names}
 
 
 def _done(
@@ -102,7 +130,9 @@ def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list
         if not job.options.skip_on_error:
             raise
         lost = [
-            Outcome(one.name, job.source.id, job.source.step, one.task or job.tasks[0], **_told(err))
+            Outcome(
+                one.name, job.source.id, job.source.step, one.task or job.tasks[0], group=job.source.group, **_told(err)
+            )
             for one in job.metrics
         ]
         for each in lost:
@@ -133,9 +163,14 @@ class _Bench:
 
     def outcome(self, one: Metric, made: Mapping[str, Outcome], *, wait: bool) -> Outcome | None:
         """Stored, or made; None where another process is at it, or at something that it needs."""
-        if any(name in {each.name for each in self.job.metrics} and name not in made for name in one.needs):
+        if one.on == "model" and {each.name for each in self.job.metrics} & {*one.needs} - made.keys():
             return None
-        cell = self._cell(one, made)
+        needed = {
+            name: (made[name],) if one.on == "model" else self.job.parts[name]
+            for name in one.needs
+            if name in (made if one.on == "model" else self.job.parts)
+        }
+        cell = self._cell(one, needed)
         if stored := self._stored(cell):
             return stored
         with self.cache.claim(cell, wait=wait) as mine:
@@ -143,17 +178,17 @@ class _Bench:
                 return None
             if stored := self._stored(cell):
                 return stored
-            outcome = self._made(one, made, cell)
+            outcome = self._made(one, needed, cell)
             self.cache.put(cell, outcome)
         return outcome
 
-    def _cell(self, one: Metric, made: Mapping[str, Outcome]) -> Cell:
-        task, needs = self._task(one), [made[name] for name in one.needs if name in made]
+    def _cell(self, one: Metric, needed: Needed) -> Cell:
+        task = self._task(one)
         content = {
             "version": one.version, "settings": to_json(one.settings), "weights": self.weights, "task": task,
             "data": self.job.source.data_digest(task, self.sums), "packages": versions(),
             "seed": self.options.seed if KEY in one.needs else None,
-            "of": {each.metric: digest.of_json(each.content) for each in needs},
+            "of": {name: digest.of_json([each.content for each in parts]) for name, parts in needed.items()},
         }  # fmt: skip
         return Cell(one.name, self.job.source.id, content)
 
@@ -165,9 +200,9 @@ class _Bench:
             return None
         stored = self.cache.get(cell)
         again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
-        return None if again else stored and replace(stored, step=self.job.source.step)
+        return None if again else stored and replace(stored, step=self.job.source.step, group=self.job.source.group)
 
-    def _made(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> Outcome:
+    def _made(self, one: Metric, needed: Needed, cell: Cell) -> Outcome:
         source = self.job.source
         empty = Outcome(
             one.name,
@@ -177,14 +212,15 @@ class _Bench:
             "ok",
             settings=to_json(one.settings),
             content=cell.content,
+            group=source.group,
         )
-        if bad := [name for name in one.needs if name in made and not made[name].ok]:
-            return replace(empty, status="skipped", error=f"it needs {bad[0]}, which has no result.")
+        if bad := [each for parts in needed.values() for each in parts if not each.ok]:
+            return replace(empty, status="skipped", error=f"it needs {bad[0].metric}, which has no result.")
         started, meter = time.perf_counter(), Meter(self.options)
         plan = dict(one.plan)
         try:
             with watched(meter), MemoryLog(one.name, self.options):
-                result, plan = self._called(one, made, cell)
+                result, plan = self._called(one, needed, cell)
             unit = self.subject.loss(self._task(one)).criterion.unit if "loss" in one.needs else empty.unit
             outcome = replace(empty, result=result, plan=to_json(plan), unit=unit)
         except Exception as err:
@@ -194,7 +230,7 @@ class _Bench:
         cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
         return replace(outcome, cost=cost)
 
-    def _called(self, one: Metric, made: Mapping[str, Outcome], cell: Cell) -> tuple[Result, dict[str, Any]]:
+    def _called(self, one: Metric, needed: Needed, cell: Cell) -> tuple[Result, dict[str, Any]]:
         """The result, and the plan that it was made by: chunk, then batches halved as often as memory ran out."""
         drawn = {KEY: key(self.options.seed)} if KEY in one.needs else {}
         plan, size = dict(one.plan), None
@@ -202,11 +238,7 @@ class _Bench:
             needs: list[Any] | None = None
             value: Any = None
             try:
-                needs = [
-                    made[name].result if name in made else self._need(name, one, size)
-                    for name in one.needs
-                    if name != KEY
-                ]
+                needs = [self._need(name, one, needed, size) for name in one.needs if name != KEY]
                 with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
                     value = one.call(*needs, **drawn, **one.settings, **plan)
                 if not isinstance(value, Result) and hasattr(value, "rows"):
@@ -219,7 +251,10 @@ class _Bench:
             plan, size = smaller
             cleanup_memory()
 
-    def _need(self, name: str, one: Metric, size: int | None) -> Any:
+    def _need(self, name: str, one: Metric, needed: Needed, size: int | None) -> Any:
+        if name in needed:
+            results = tuple(each.result for each in needed[name])
+            return results[0] if one.on == "model" else results
         value = self.subject.need(name, self._task(one))
         return value.split(size) if name == "loss" and size is not None else value
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+from ..core.checks import check_choice
 from ..core.result import Result
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -44,6 +45,11 @@ class Metric:
     """Forward passes over the data that it will take, from its settings."""
     version: int = 1
     """To be raised when the function changes: stored results of another version are not used."""
+    on: Literal["model", "pair", "series"] = "model"
+    """What it looks at: one model, two, or the checkpoints of a run. The results of other metrics that it needs are then
+    those of all of these, in a tuple."""
+    at: Literal["every", "phases"] = "every"
+    """Of a training run, every checkpoint, or the start, where it has memorised, and the end."""
     task: str | None = None
     """The data that it looks at, by name; the study's first where it has no preference."""
     reference: str = ""
@@ -64,7 +70,7 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name where it is registered, so that a worker takes it from its own catalogue."""
         if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
-            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task)
+            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task, self.at)
         return super().__reduce__()
 
     @property
@@ -72,14 +78,19 @@ class Metric:
         """What it measures: the first line of its function's documentation."""
         return (inspect.getdoc(self.call) or "").partition("\n")[0]
 
-    def configured(self, *, task: str | None = None, **changes: Any) -> Metric:
-        """The same with other settings, on other data. Raises ValueError for a setting that it does not have."""
+    def configured(self, *, task: str | None = None, at: str | None = None, **changes: Any) -> Metric:
+        """The same with other settings, on other data, at other checkpoints.
+
+        Raises ValueError for a setting that it does not have.
+        """
+        check_choice("at", at or self.at, ("every", "phases"))
         known = self.settings.keys() | self.plan.keys()
         for name in changes.keys() - known:
             raise ValueError(f"{self.name} has no setting {name!r}{nearest(name, known)}")
         return replace(
             self,
             task=task or self.task,
+            at=at or self.at,  # type: ignore[arg-type]
             settings={name: changes.get(name, value) for name, value in self.settings.items()},
             plan={name: changes.get(name, value) for name, value in self.plan.items()},
         )
@@ -158,13 +169,13 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any] | Any) -> str:
 
 def with_needs(metrics: Sequence[Metric]) -> Iterator[Metric]:
     """The metrics in an order in which each comes after those whose results it needs, which are added where they lack."""
-    asked, seen = {one.name: one for one in metrics}, set()
+    asked, seen = {one.name: one for one in metrics}, set[str]()
 
     def visit(one: Metric) -> Iterator[Metric]:
         if one.name not in seen:
             seen.add(one.name)
             for name in one.needs:
-                if name in CATALOGUE or name in asked:
+                if one.on == "model" and (name in CATALOGUE or name in asked):
                     yield from visit(asked.get(name) or replace(metric(name), task=one.task))
             yield one
 
@@ -172,14 +183,25 @@ def with_needs(metrics: Sequence[Metric]) -> Iterator[Metric]:
         yield from visit(one)
 
 
+def with_members(metrics: Sequence[Metric]) -> Iterator[Metric]:
+    """The metrics, and before them those that a pair or a series needs of each of its subjects."""
+    names = {one.name for one in metrics}
+    for one in metrics:
+        for name in one.needs:
+            if one.on != "model" and name in CATALOGUE and name not in names:
+                names.add(name)
+                yield replace(metric(name), task=one.task)
+    yield from metrics
+
+
 def _module(one: Metric) -> str:
     return str(getattr(one.call, "__module__", None))
 
 
-def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None) -> Metric:
+def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None, at: Any) -> Metric:
     from . import catalogue as catalogue  # a worker may not have filled it yet
 
-    return replace(metric(name), settings=settings, plan=plan, task=task)
+    return replace(metric(name), settings=settings, plan=plan, task=task, at=at)
 
 
 def check_result(one: Metric, value: Any) -> Result:

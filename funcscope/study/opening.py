@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,10 +15,8 @@ from ..core.criterion import Criterion, causal_lm, classification, masked_lm
 from ..core.keys import fold_in, key
 from ..core.model import Functional, functional
 from ..core.objective import Loss, objective
-from ..core.store import Damaged, load
 from .inputs import Data, DType, Task, Unit, load_model, load_tokenizer, make_batches, read_texts, task_of
 from .inputs.tokens import max_positions
-from .record import file_stem
 
 _CRITERIA: dict[Task, Criterion] = {"causal": causal_lm, "masked": masked_lm, "classification": classification}
 
@@ -44,14 +41,6 @@ class DataSpec:
     attention: Literal["eager", "math", "keep"] = "eager"
     device: str = "cpu"
     allow_pickle: bool = False
-
-
-class Opened(NamedTuple):
-    """A model that is ready to be looked at."""
-
-    loss: Loss
-    data: Data
-    described: dict[str, Any]
 
 
 def check_data(spec: DataSpec) -> None:
@@ -109,77 +98,3 @@ class OpenedModel:
         )
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
         return objective(self.net, batches, _CRITERIA[task]), data
-
-
-def open_model(spec: DataSpec, folder: Path, *, length: int = 128) -> Opened:
-    """The loss of the model in a local folder on the texts, cut off at `length` tokens unless the settings say where.
-
-    Raises ValueError or OSError in one line for whatever does not fit together.
-    """
-    opened = OpenedModel.of(spec, folder)
-    loss, data = opened.loss(spec, length=length)
-    described = {
-        "class": type(opened.model).__name__,
-        "folder": str(folder.resolve()),
-        "task": task_of(opened.model),
-        "num_parameters": loss.layout.num,
-        "dtype": str(next(iter(loss.net.params.values())).dtype),
-        "compute_dtype": str(loss.layout.dtype),
-        "attention": spec.attention,
-        "max_seq_length": opened.length(spec, length),
-    }
-    return Opened(loss, data, described)
-
-
-def counts(spec: DataSpec, data: Data, task: str) -> dict[str, Any]:
-    """What is stored of the texts: how many were used, skipped and cut."""
-    names = ("num_samples", "num_tokens", "num_scored", "num_too_short", "num_truncated")
-    described = {"path": spec.data, "task": task, **{name: getattr(data, name) for name in names}}
-    return described | {"num_batches": len(data.batches)}
-
-
-def one_sequence(settings: Mapping[str, Any], num: int) -> str | None:
-    """That one sequence gives no errors over texts, and how there would be more; None where there are more."""
-    if num != 1:
-        return None
-    file = Path(settings["data"])
-    if settings.get("num_samples") == 1:
-        remedy = "`--num-samples` scores more."
-    elif settings.get("packing"):
-        remedy = "A smaller `--max-seq-length` cuts the texts into more blocks."
-    elif file.suffix.lower() == ".txt" and settings.get("unit") != "line":
-        remedy = f"`--unit line` makes every line of {file.name} a sequence."
-    else:
-        remedy = "Pass a file with more texts."
-    return (
-        f"There is one sequence: what other texts would change is unknown, and no error over texts is given. {remedy}"
-    )
-
-
-def names_of(folders: list[Path]) -> list[str]:
-    """Names of the folders; those of their parents before them, where they are the same."""
-    paths = [folder.resolve() for folder in folders]
-    names = [file_stem(path.name) for path in paths]
-    if len(set(names)) < len(names):
-        names = [file_stem(f"{path.parent.name}-{path.name}") for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
-    return names
-
-
-def free_stem(out: Path, wanted: str, folders: list[Path]) -> str:
-    """The name of the files: another number behind it where results of other folders have it already."""
-    stem, number = wanted, 1
-    sources = [str(folder.resolve()) for folder in folders]
-    while _sources(out / f"{stem}.npz") not in ([], sources):
-        number += 1
-        stem = f"{wanted}-{number}"
-    return stem
-
-
-def _sources(numbers: Path) -> list[str]:
-    """The folders that stored numbers come from; none where there is nothing that can be read."""
-    try:
-        return [model["folder"] for model in load(numbers).meta.get("models", [])]
-    except (FileNotFoundError, Damaged):
-        return []

@@ -14,7 +14,8 @@ from tabulate import tabulate
 from ..core.result import Result
 from ..core.store import to_json, write
 from .cache import Cache, Cell, Outcome, plain
-from .metric import nearest
+from .files import claimed
+from .metric import CATALOGUE, nearest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,6 +70,7 @@ class ModelResults:
 
     name: str
     step: int | None
+    group: str
     metrics: Metrics
 
 
@@ -84,7 +86,27 @@ class Results:
         by_name: dict[str, list[Outcome]] = {}
         for outcome in self.outcomes:
             by_name.setdefault(outcome.subject, []).append(outcome)
-        return {name: ModelResults(name, each[0].step, Metrics(each)) for name, each in by_name.items()}
+        return {
+            name: ModelResults(name, each[0].step, each[0].group or name, Metrics(each))
+            for name, each in by_name.items()
+        }
+
+    @cached_property
+    def groups(self) -> dict[str, list[ModelResults]]:
+        """The models by the training run that they are checkpoints of, in the order of their steps; one of none alone.
+
+        Pairs and series of them are in `models` only.
+        """
+        groups: dict[str, list[ModelResults]] = {}
+        for name, model in self.models.items():
+            if name not in self._together:
+                groups.setdefault(model.group, []).append(model)
+        return {name: sorted(each, key=lambda one: one.step or 0) for name, each in groups.items()}
+
+    @cached_property
+    def _together(self) -> set[str]:
+        """Names of pairs and series."""
+        return {o.subject for o in self.outcomes if o.metric in CATALOGUE and CATALOGUE[o.metric].on != "model"}
 
     @property
     def failed(self) -> tuple[Outcome, ...]:
@@ -130,13 +152,19 @@ class Results:
         return rows.sort_values("step", kind="stable").reset_index(drop=True)
 
     def save(self, folder: Path, about: Mapping[str, Any]) -> Path:
-        """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs."""
+        """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs.
+
+        What an earlier study has measured there beside them stays in the list, as long as the model has the same weights.
+        """
         rows = [
             {"metric": o.metric, "subject": o.subject, "content": o.content} if o.content else {"lost": plain(o)}
             for o in self.outcomes  # without content: the model could not be opened, and there is no cell
         ]
         path = folder / MANIFEST
-        write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(path, wait=True):
+            rows = [*_earlier(path, rows), *rows]
+            write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
         return path
 
     @classmethod
@@ -174,3 +202,23 @@ class Results:
     def _repr_html_(self) -> str:
         rows = [[o.subject, o.metric, o.status, o.error] for o in self.outcomes]
         return tabulate(rows, headers=("model", "metric", "status", ""), tablefmt="html", disable_numparse=True)
+
+
+def _earlier(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the list has of before, and `rows` do not make anew or contradict."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return []
+    named = [row for row in rows if "lost" not in row]
+    anew = {(row["metric"], row["subject"]) for row in named} | {
+        (row["lost"]["metric"], row["lost"]["subject"]) for row in rows if "lost" in row
+    }
+    weights = {row["subject"]: row["content"]["weights"] for row in named}
+    return [
+        row
+        for row in before
+        if "lost" not in row
+        and (row["metric"], row["subject"]) not in anew
+        and weights.get(row["subject"], row["content"]["weights"]) == row["content"]["weights"]
+    ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from ..core.model import Functional
@@ -31,6 +33,10 @@ class Subject:
     open_loss: Callable[[str], Loss]
     """The loss on the data of a task; made when it is first asked for."""
     losses: dict[str, Loss] = field(default_factory=dict)
+    texts: Callable[[str], str] = lambda _: ""
+    """What is said of the data of a task, after their loss is made."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """What this subject provides beside the needs that every one has, by name."""
 
     def loss(self, task: str) -> Loss:
         if task not in self.losses:
@@ -39,18 +45,29 @@ class Subject:
 
     def need(self, name: str, task: str) -> Any:
         """What a metric asks for by this name. Raises ValueError for one that nothing provides."""
+        if name in self.own:
+            return self.own[name]
         if name not in NEEDS:
-            raise ValueError(f"no subject provides {name!r}{nearest(name, NEEDS)}")
+            raise ValueError(f"this subject does not provide {name!r}{nearest(name, {*NEEDS, *self.own})}")
         return NEEDS[name](self, task)
 
 
 NEEDS: dict[str, Callable[[Subject, str], Any]] = {
+    "texts": lambda subject, task: subject.texts(task),
+    "start": lambda subject, task: subject.need("members", task)[0].net,
+    "end": lambda subject, task: subject.need("members", task)[-1].net,
+    "thetas": lambda subject, task: [member.theta for member in subject.need("members", task)],
     "loss": lambda subject, task: subject.loss(task),
     "theta": lambda subject, _: subject.theta,
     "net": lambda subject, _: subject.net,
     "params": lambda subject, _: subject.net.layout.unravel(subject.theta),
 }
-"""By name, how a subject provides it; `key` and the results of other metrics come from the engine."""
+"""By name, how a subject provides it; `key` and the results of other metrics come from the engine.
+
+Of a pair or a series: `start` and `end` are the networks of the first and the last, `thetas` the parameters of all, `members`
+the subjects, opened one at a time, `steps` and `names` theirs, `loss` and the others those of the last; `curves` are those of
+the training run, where they are known.
+"""
 
 
 @runtime_checkable
@@ -64,6 +81,10 @@ class Source(Protocol):
     @property
     def step(self) -> int | None:
         """The step of training, where it is known."""
+
+    @property
+    def group(self) -> str:
+        """The training run that it is a checkpoint of; its own name where it is of none."""
 
     def digest(self, sums: Sums) -> str | None:
         """Of everything but the data that the numbers depend on; None where it cannot be known: nothing is reused then."""
@@ -94,6 +115,10 @@ class Pretrained:
     def step(self) -> int | None:
         return self.at
 
+    @property
+    def group(self) -> str:
+        return (STEP.sub("", self.id) or "run") if self.at is not None else self.id
+
     def digest(self, sums: Sums) -> str | None:
         path = local_folder(self.folder)
         allow_pickle = any(spec.allow_pickle for spec in self.tasks.values())
@@ -113,12 +138,18 @@ class Pretrained:
         specs = list(self.tasks.values())
         for each in specs:
             check_data(each)
-        opened = OpenedModel.of(specs[0], Path(self.folder))
-        return Subject(
-            opened.net, opened.net.theta, lambda task: opened.loss(_task(self.tasks, task), length=self.length)[0]
-        )
+        opened, texts = OpenedModel.of(specs[0], Path(self.folder)), dict[str, str]()
+
+        def loss(task: str) -> Loss:
+            made, data = opened.loss(_task(self.tasks, task), length=self.length)
+            texts[task] = str(data)
+            return made
+
+        return Subject(opened.net, opened.net.theta, loss, texts=lambda task: texts.get(task, ""))
 
 
+STEP = re.compile(r"(?:^|[-_/])(?:checkpoint|step|global_step)[-_]?(\d+)/*$")
+"""How the names of checkpoints end."""
 _TEXTS = ("*.json", "*.model", "*.txt", "*.tiktoken")
 """Files of a folder that say what the model computes, beside its weights."""
 _OF_TRAINING = ("trainer_state.json", "generation_config.json", "all_results.json", "train_results.json")
@@ -134,11 +165,19 @@ class Checkpoint:
 
     @property
     def id(self) -> str:
-        return f"{Path(self.variant).resolve().name}@{self.at}"
+        return f"{self.group}@{self.at}"
 
     @property
     def step(self) -> int | None:
         return self.at
+
+    @property
+    def group(self) -> str:
+        return Path(self.variant).resolve().name
+
+    def curves(self) -> Mapping[str, np.ndarray] | None:
+        """Losses and accuracies over training; None before it ended."""
+        return Variant(Path(self.variant)).curves()
 
     def digest(self, sums: Sums) -> str | None:
         variant = Variant(Path(self.variant))
@@ -172,6 +211,8 @@ class InMemory:
     at: int | None = None
     content: str | None = None
     """What stands for the functions, which have no sum, in the identity of stored results: a version of yours."""
+    run: str = ""
+    """The training run that it is a checkpoint of."""
 
     @property
     def id(self) -> str:
@@ -180,6 +221,10 @@ class InMemory:
     @property
     def step(self) -> int | None:
         return self.at
+
+    @property
+    def group(self) -> str:
+        return self.run or self.name
 
     def digest(self, sums: Sums) -> str | None:  # noqa: ARG002
         if self.content is None:
@@ -195,8 +240,10 @@ class InMemory:
 
     def open(self) -> Subject:
         net = next(iter(self.losses.values())).net
-        theta = net.theta if self.theta is None else self.theta
-        return Subject(net, theta, lambda task: _task(self.losses, task))
+        if self.theta is None:
+            return Subject(net, net.theta, lambda task: _task(self.losses, task))
+        here = replace(net, params=net.layout.unravel(self.theta))
+        return Subject(here, self.theta, lambda task: _task(self.losses, task))
 
 
 def _task(tasks: Mapping[str, Any], task: str) -> Any:

@@ -8,8 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.model import functional
+from .analyze import analyze_models
 from .cache import Cache
-from .config import UnifiedConfig, analyze_models
+from .config import UnifiedConfig
 from .engine import run
 from .inputs import load_model, load_tokenizer
 from .opening import OpenedModel

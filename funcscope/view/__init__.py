@@ -1,4 +1,4 @@
-"""Pure renderers, result to plotly figure, and a report that puts them on one page (extra `funcscope[view]`)."""
+"""Figures, tables and pages of stored results (extra `funcscope[view]`)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.store import load
+from ..core.result import Result
+from ..study.cache import Outcome
+from ..study.results import MANIFEST, Results
 
 if TYPE_CHECKING:
     from .page import Page
 
 
-def show(numbers: str | PathLike[str]) -> Page:
-    """Write the page of stored numbers next to their `.npz`, and return it: in a notebook it shows itself.
+def show(path: str | PathLike[str]) -> Page:
+    """Write the page of stored results, and return it: in a notebook it shows itself.
 
-    Raises FileNotFoundError, and core.store.Damaged for a file that cannot be read.
+    path: the folder of a study (with its `study.json`), whose page is `report.html` there; or a file that `Result.save`
+    wrote, whose page lies beside it.
+
+    Raises FileNotFoundError where neither is there, `core.store.Damaged` for a file that cannot be read.
     """
-    from . import curvature, demo, directional  # plotly takes a second to import
-    from .page import Page
+    from .report import write_report  # plotly takes a second to import
 
-    path = Path(numbers)
+    path = Path(path)
+    if path.is_dir():
+        return write_report(Results.open(path), path / "report.html")
+    if path.name == MANIFEST and path.is_file():
+        return write_report(Results.open(path.parent), path.with_name("report.html"))
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}: pass the `.npz` of numbers that a command or a study wrote beside its page."
+            f"there is no file or folder {path}: pass the folder of a study, or a stored result's `.npz`."
         )
-    kind = load(path).meta.get("kind", "demo")
-    return Page({"demo": demo, "curvature": curvature}.get(kind, directional).write_page(path))
+    result = Result.load(path)
+    outcome = Outcome(path.stem, path.stem, None, "data", "ok", result, group=path.stem)
+    return write_report(Results((outcome,)), path.with_suffix(".html"), title=result.head)

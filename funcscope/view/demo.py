@@ -1,76 +1,49 @@
-"""The page of the demonstration: reads the stored numbers, draws them, says what they show."""
+"""The page of the demonstration: the story of a training run, then everything that was measured of it."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
+from ..core.store import write
+from ..study.results import Results
+from .numbers import typeset
+from .page import Fact, Page, Section, render
+from .report import of_metric, provenance, with_short_names
+from .section import section, told
+from .story import Story, checkpoints, sentence, title, training
 
-from ..core.store import load, write
-from . import landscape_sections, methods, sections
-from . import story as told
-from .numbers import number
-from .page import Fact, Files, Section, render
-from .story import Story
+FIRST = (
+    "training_curves", "mean_loss", "directional_losses", "hessian_eigenvalues", "sam_sharpness", "landscape_flatness",
+    "flatness_profile", "loss_landscape_2d", "loss_lines", "trajectory_plane", "linear_path", "effective_dimensionality",
+)  # fmt: skip
+"""In this order, and the others after them."""
 
 
-def write_page(numbers: Path) -> Path:
-    """Write the page of a stored demonstration next to its `.npz`, and return its path.
+def write_page(results: Results, path: str | Path) -> Page:
+    """Write the page of a family's training run, and return it: a notebook shows it.
 
-    Raises FileNotFoundError, and core.store.Damaged for a file that cannot be read.
+    Raises ValueError where the study has no checkpoints with steps.
     """
-    story = Story(load(numbers))
-    page = numbers.with_suffix(".html")
-    body = [
-        sections.training(story),
-        sections.curvature(story),
-        *([sections.sharpness(story)] if "sam_relative" in story.rows[0] else []),
-        *landscape_sections.sections(story),
-        sections.lines(story),
-        sections.distribution(story),
-        sections.roughness(story),
-        sections.correlation(story),
-        sections.table(story),
-        Section("How these numbers were made", [methods.terms(story), Files([numbers.name, f"{numbers.stem}.json"])]),
-    ]
-    kicker = f"Modular addition, p = {story.config['p']}, seed {story.config['seed']}"
-    write(page, render(told.title(story), kicker, told.lede(story), _strip(story), body).encode())
-    return page
+    results = with_short_names(results)
+    story = Story(results)
+    there = dict.fromkeys(outcome.metric for outcome in results.outcomes)
+    names = [name for name in FIRST if name in there] + [name for name in there if name not in FIRST]
+    sections = [section(of_metric(results, name), sentence(story, name)) for name in names]
+    sections += [Section("All checkpoints", [checkpoints(story)]), *provenance(results)]
+    lede = [training(story), *([sentence(story, "directional_losses")] if "directional_losses" in there else [])]
+    write(Path(path), render(title(story), story.run[0].group, lede, _strip(story), sections).encode())
+    return Page(Path(path))
 
 
 def _strip(story: Story) -> list[Fact]:
-    best = float(np.nanmax(story.array("curve_test_accuracy")))
-    never = Fact("Generalised", "never", f"{told.no_generalisation(story)}; best test accuracy {best:.3f}")
-    reached = Fact("Generalised", f"step {story.generalised or 0:,}", f"test accuracy passed {told.GENERAL:g}")
-    num = len(story.rows)
-    return [
-        _memorised(story),
-        never if story.generalised is None else reached,
-        _fallen(story),
-        Fact(
-            "Sampling",
-            f"{story.settings['n_samples']} directions",
-            f"at {num} checkpoints, span ±{story.settings['span']:g}",
-        ),
+    _, before, last = story.phases
+    when = {"Memorised": (story.memorised, "training"), "Generalised": (story.generalised, "test")}
+    facts = [
+        Fact(name, "not within the run" if step is None else f"step {step:,}", f"{data} accuracy above 0.99")
+        for name, (step, data) in when.items()
     ]
-
-
-def _memorised(story: Story) -> Fact:
-    if story.memorised is None:
-        best = float(np.nanmax(story.array("curve_train_accuracy")))
-        return Fact(
-            "Memorised", "never", f"train accuracy below 1 within {story.config['steps']:,} steps, best {best:.3f}"
-        )
-    return Fact("Memorised", f"step {story.memorised:,}", "train accuracy reached 1")
-
-
-def _fallen(story: Story) -> Fact:
-    ratio, stderr = told.curvature_ratio(story)
-    if story.reference is None or math.isnan(ratio):
-        detail = "at the end, in nats per relative step²"
-        return Fact("Mean curvature", told.curvature_at(story, -1), detail)
-    way = "lower" if ratio > 1 else "higher"
-    size, error = (ratio, stderr) if ratio > 1 else (1 / ratio, stderr / ratio**2)
-    step = story.rows[story.reference]["step"]
-    return Fact("Mean curvature", f"{number(size)}× {way}", f"± {number(error, 2)}; from step {step:,} to the end")
+    ends = [story.outcome("directional_losses", step) for step in (before, last)]
+    if known := [(step, end) for step, end in zip((before, last), ends, strict=True) if end is not None]:
+        values = [f"{told(end, 'curvature_mean')} at step {step:,}" for step, end in known]
+        facts.append(Fact("Mean curvature", typeset(values[-1]), typeset("; ".join(values[:-1]))))
+    return [*facts, Fact("Checkpoints", f"{len(story.steps):,}", f"steps {story.steps[0]:,} to {last:,}")]

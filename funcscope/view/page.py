@@ -1,52 +1,42 @@
-"""One self-contained HTML page: text, figures and tables in a column; plotly.js inside, nothing loaded."""
+"""One self-contained page, HTML or Markdown: text, figures and tables in a column; plotly.js inside, nothing loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
-from string import Template
-from typing import NamedTuple
-from urllib.parse import quote
 
 import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-
-from ..study.listing import Listing
-from .numbers import typeset
 
 FRAME_HEIGHT = 760
 """Of a page in a notebook, in pixels."""
+MANY_SECTIONS = 4
+"""A page of more sections than this has a table of contents."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:">
-<title>$title</title>
-<style>$style</style>
-<script>$script</script>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">$kicker</p>
-<h1>$title</h1>
-$lede
-</header>
-$strip
-$sections
-</main>
-</body>
-</html>
-""")
+_SIGNS = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
+_NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]|undefined|not resolved|failed|timeout|out of memory|skipped|$")
 
 
-class Fact(NamedTuple):
+class Block:
+    """A part of a page. As the last value of a notebook's cell it shows itself, in the style of the notebook."""
+
+    @property
+    def kind(self) -> str:
+        """The macro of the template that shows it."""
+        return type(self).__name__.lower()
+
+    def _repr_html_(self) -> str:
+        return _template().render(bare=self)
+
+
+@dataclass(frozen=True)
+class Fact:
     """A cell of the strip below the title: what, its value, and a line that says more."""
 
     label: str
@@ -54,56 +44,69 @@ class Fact(NamedTuple):
     detail: str
 
 
-class Chart(NamedTuple):
+@dataclass(frozen=True)
+class Chart(Block):
     figure: go.Figure
     caption: str
     """How to read it."""
+    name: str = ""
+    """Of its file, where it is written to one."""
+
+    def html(self, place: str) -> str:
+        """plotly's own, which escapes what it draws; `place` tells the figures of a page apart."""
+        height = f"{self.figure.layout.height or 450}px"
+        options = {"full_html": False, "include_plotlyjs": False, "config": _CONFIG}
+        return Markup(self.figure.to_html(div_id=place, default_height=height, **options))
+
+    def _repr_html_(self) -> str:
+        return framed(render("", "", [], [], [Section("", [self])]), self.caption)
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table(Block):
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
-    style: str = ""
-    """"named" where rows start with words, "listed" where they end with words, too, and fit the column of text."""
+    """Of as many cells as there are headers, the first a name."""
+    caption: str = ""
+
+    @property
+    def size(self) -> str:
+        """How much room it takes: what is wide becomes a list of its rows on a narrow screen."""
+        return "narrow" if len(self.headers) < 4 else "medium" if len(self.headers) < 7 else "wide"
+
+    @property
+    def words(self) -> list[bool]:
+        """Whether a column holds words, which start at the left, and not numbers."""
+        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in zip(*self.rows)]  # noqa: B905
 
 
-class Note(NamedTuple):
-    """A paragraph in small letters below a table."""
-
-    text: str
-
-
-class Terms(NamedTuple):
+@dataclass(frozen=True)
+class Terms(Block):
     """Terms and what is to be said of each, a paragraph per line."""
 
     items: Sequence[tuple[str, Sequence[str]]]
 
 
-class Quote(NamedTuple):
+@dataclass(frozen=True)
+class Quote(Block):
     text: str
     source: str
 
 
-class Files(NamedTuple):
-    """Names of files that lie beside the page."""
+@dataclass(frozen=True)
+class Code(Block):
+    """Lines as they are typed."""
 
-    names: Sequence[str]
-
-
-Block = str | Chart | Table | Note | Terms | Quote | Files
+    text: str
 
 
-class Section(NamedTuple):
+@dataclass(frozen=True)
+class Section:
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block | str]
 
-
-def listed(listing: Listing, style: str = "named") -> list[Block]:
-    """A listing of a study with its notes: the cells of the terminal, in the characters of print."""
-    rows = [[row[0], *map(typeset, row[1:])] for row in listing.rows]
-    style += " noted" if listing.headers[-1] == "note" else ""
-    notes = [Note(typeset(" ".join(listing.notes)))] if listing.notes else []
-    return [*([Table(listing.headers, rows, style)] if rows else []), *notes]
+    def _repr_html_(self) -> str:
+        return framed(render("", "", [], [], [self]), self.title)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Page:
     """A page on disk, good for a path. As the last value of a notebook's cell it shows itself there, in a frame.
 
     The frame has the page inside, so that the notebook shows it on other machines too. It runs the page's own script
-    and is cut off from the notebook: links to the files beside the page work only in the page itself.
+    and is cut off from the notebook.
     """
 
     path: Path
@@ -123,92 +126,95 @@ class Page:
         return str(self.path)
 
     def _repr_html_(self) -> str:
-        return (
-            f'<iframe title="{escape(self.path.name)}" sandbox="allow-scripts" loading="lazy" '
-            f'style="width: 100%; height: {FRAME_HEIGHT}px; border: 1px solid #dcdcdc" '
-            f'srcdoc="{escape(self.path.read_text(encoding="utf-8"))}"></iframe>'
-        )
+        text = self.path.read_text(encoding="utf-8")
+        if self.path.suffix == ".html":
+            return framed(text, self.path.name)
+        return f'<pre style="white-space: pre-wrap">{escape(text)}</pre>'
 
 
 def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], sections: Sequence[Section]) -> str:
-    """The page as HTML. All text is plain text: it is escaped here, once.
+    """The page as HTML. All text is plain text: the template escapes it.
 
     >>> "a &lt; b" in render("a < b", "", [], [], [])
     True
     """
-    body = [
-        f"<section>\n<h2>{_text(section.title)}</h2>\n"
-        + "\n".join(_html(block, f"figure-{i}-{j}") for j, block in enumerate(section.blocks))
-        + "\n</section>"
-        for i, section in enumerate(sections, start=1)
-    ]
-    return _PAGE.substitute(
-        title=_text(title),
-        kicker=_text(kicker),
-        lede="\n".join(f'<p class="lede">{_text(text)}</p>' for text in lede),
-        strip=_strip(strip),
-        sections="\n".join(body),
-        style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
-        script=get_plotlyjs(),
+    charts = any(isinstance(block, Chart) for section in sections for block in section.blocks)
+    return _template().render(
+        bare=None, title=title, kicker=kicker, lede=lede, strip=strip, sections=sections,
+        contents=len(sections) > MANY_SECTIONS,
+        style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
+        script=Markup(get_plotlyjs()) if charts else "",
+    )  # fmt: skip
+
+
+def markdown(title: str, strip: Sequence[Fact], sections: Sequence[Section]) -> str:
+    """The page as Markdown, with a figure's caption in its place.
+
+    >>> print(markdown("a *b*", [], [Section("c", ["1 < 2"])]))
+    # a \\*b\\*
+    <BLANKLINE>
+    ## c
+    <BLANKLINE>
+    1 &lt; 2
+    """
+    facts = "\n".join(f"- {_marked(f'{fact.label}: {fact.value} ({fact.detail})')}" for fact in strip)
+    parts = [f"# {_marked(title)}", facts]
+    for section in sections:
+        parts += [f"## {_marked(section.title)}", *map(_in_markdown, section.blocks)]
+    return "\n\n".join(filter(None, parts))
+
+
+def framed(page: str, name: str) -> str:
+    """A page inside another one, cut off from it."""
+    return (
+        f'<iframe title="{escape(name)}" sandbox="allow-scripts" loading="lazy" '
+        f'style="width: 100%; height: {FRAME_HEIGHT}px; border: 1px solid #dcdcdc" srcdoc="{escape(page)}"></iframe>'
     )
 
 
-def _html(block: Block, name: str) -> str:
+def _in_markdown(block: Block | str) -> str:
     match block:
         case Chart():
-            return _chart(block, name)
+            return f"*Figure{f' `{block.name}`' if block.name else ''}: {_marked(block.caption)}*"
         case Table():
-            return _table(block)
-        case Note():
-            return f'<p class="note">{_text(block.text)}</p>'
+            rule = f"|{'|'.join(':--' if words else '--:' for words in block.words)}|"
+            head, *rows = (_row(cells) for cells in (block.headers, *block.rows))
+            return "\n".join([head, rule, *rows, *([f"\n{_marked(block.caption)}"] if block.caption else [])])
         case Terms():
-            return _terms(block)
+            return "\n".join(f"- **{_marked(term)}**: {_marked(' '.join(lines))}" for term, lines in block.items)
         case Quote():
-            return f"<blockquote><p>{_text(block.text)}</p><footer>{_text(block.source)}</footer></blockquote>"
-        case Files():
-            links = (f'<a href="{escape(quote(f"./{file}"))}">{_text(file)}</a>' for file in block.names)
-            return f'<p class="files">Beside this page: {", ".join(links)}</p>'
-    return f"<p>{_text(block)}</p>"
+            return f"> {_marked(block.text)} ({_marked(block.source)})"
+        case Code():
+            return "\n".join(f"    {line}" for line in block.text.splitlines())
+    return _marked(str(block))
 
 
-def _strip(facts: Sequence[Fact]) -> str:
-    cells = (
-        f"<div><dt>{_text(fact.label)}</dt><dd>{_text(fact.value)}</dd><dd>{_text(fact.detail)}</dd></div>"
-        for fact in facts
-    )
-    return f'<dl class="strip">{"".join(cells)}</dl>'
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_marked(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _chart(chart: Chart, name: str) -> str:
-    drawn = chart.figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        config=_CONFIG,
-        div_id=name,
-        default_height=f"{chart.figure.layout.height}px",
-    )
-    caption = _text(chart.caption)
-    return f"<figure>\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>"
+def _marked(text: str) -> str:
+    r"""Text on one line that Markdown shows as it is; code between backticks stays code.
+
+    >>> _marked("a_b *c* <i> `x*y` [z]")
+    'a_b \\*c\\* &lt;i&gt; `x*y` \\[z\\]'
+    """
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    for i in range(0, len(parts), 2):
+        parts[i] = _SIGNS.sub(lambda sign: f"\\{sign[0]}", escape(parts[i], quote=False))
+    return re.sub(r"^(?=[-+#=])|^(\d+)(?=[.)](?:\s|$))", r"\1\\", "".join(parts))
 
 
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(text)}</th>' for text in table.headers)
-    rows = (
-        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>'
-        for first, *cells in table.rows
-    )
-    return (
-        f'<div class="{f"scroll {table.style}".strip()}" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>{chr(10).join(rows)}</tbody></table></div>"
-    )
-
-
-def _terms(terms: Terms) -> str:
-    items = ((term, "".join(f"<p>{_text(line)}</p>" for line in lines)) for term, lines in terms.items)
-    return "<dl>" + "".join(f"<dt>{_text(term)}</dt><dd>{lines}</dd>" for term, lines in items) + "</dl>"
-
-
-def _text(text: str) -> str:
+def _inline(text: str) -> Markup:
     """Escaped, with ±, × and % kept on the line of their neighbours, and code between backticks."""
-    kept = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", r"&nbsp;\1&nbsp;", escape(text))
-    return re.sub(r"(?<=\d) %", "&nbsp;%", re.sub(r"`([^`]+)`", r"<code>\1</code>", kept))
+    joined = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
+    joined = re.sub(r"(?<=\d) %", "\u00a0%", joined)
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(Markup.escape(joined))))
+
+
+@cache
+def _template() -> Template:
+    where = FileSystemLoader(Path(__file__).parent)
+    env = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters["inline"] = _inline
+    return env.get_template("page.html")

@@ -1,190 +1,164 @@
-"""A page of any study: a title and its metrics, each with its sentence, its table, its figures and how it was measured."""
+"""A page of any study: a title and its metrics, what failed and why, and the call that makes it again."""
 
 from __future__ import annotations
 
-import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..core.result import Result
-from ..core.store import write
-from ..core.tables import Entry, is_estimate, numbers
+from ..core.store import to_json, write
 from ..study.cache import Outcome
 from ..study.metric import CATALOGUE
 from ..study.pace import duration
+from ..study.record import file_stem
 from ..study.results import Results
-from .numbers import number, setting, typeset, with_error
-from .page import Block, Chart, Fact, Note, Page, Quote, Section, Table, Terms, render
-from .quantities import figures
-from .result import short
+from .export import ENDINGS, export
+from .numbers import typeset
+from .page import Code, Fact, Page, Section, Table, Terms, markdown, render
+from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, table
 
-MOST_LETTERS = 40
-"""Of a cell in a table."""
-MOST_COLUMNS = 6
-"""Subjects that have a column each; of more, a figure shows what a table would not hold."""
+__all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
 
 def write_report(results: Results, path: str | Path, *, title: str = "", metrics: Sequence[str] | None = None) -> Page:
-    """One self-contained page of a study's results, with what failed and why; returns it, a notebook shows it.
+    """One page of a study's results, with what failed and why; returns it, a notebook shows it.
 
+    path: `.html` for a page that is whole in itself, `.md` for Markdown with tables, whose figures `save_plots` makes.
     metrics: the ones that it has, in this order; None: all.
+
+    Raises ValueError for another ending, for a metric that the study does not have, and for a study of nothing.
     """
-    chosen = metrics or list(dict.fromkeys(outcome.metric for outcome in results.outcomes))
-    sections = [section([o for o in results.outcomes if o.metric == name]) for name in chosen]
-    sections += [_failures(results.failed)] if results.failed else []
-    names = list(results.models)
-    heading = title or (
-        f"What {len(names)} models are like" if len(names) > 1 else f"What {short(names[0], 60)} is like"
-    )
-    page = render(heading, "funcscope", [], _strip(results), sections)
-    write(Path(path), page.encode())
-    return Page(Path(path))
+    path, results, is_page = Path(path), with_short_names(results), Path(path).suffix == ".html"
+    if path.suffix not in (".html", ".md"):
+        raise ValueError(f"a report is a page (`.html`) or Markdown (`.md`), got {path.name!r}.")
+    chosen = _chosen(results, metrics)
+    results = Results(tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
+    body = [*_overview(results, chosen), *(section(of_metric(results, name)) for name in chosen), *provenance(results)]
+    names = list(dict.fromkeys(o.subject for o in sorted(results.outcomes, key=lambda o: on(o) != "model")))
+    num = len({outcome.subject for outcome in results.outcomes if on(outcome) == "model"})
+    title = title or (f"What {num} models are like" if num > 1 else f"What {names[0]} is like")
+    text = render(title, "funcscope", [], _strip(results), body) if is_page else markdown(title, _strip(results), body)
+    write(path, text.encode())
+    return Page(path)
 
 
-def section(outcomes: Sequence[Outcome]) -> Section:
-    """Of one metric over all subjects: its sentence, its numbers in a table, its figures, its settings."""
-    one = CATALOGUE.get(outcomes[0].metric)
-    ok = [outcome for outcome in outcomes if outcome.result is not None]
-    blocks: list[Block] = [] if one is None or not one.summary else [one.summary]
-    if ok:
-        blocks += [*_sentences(one.sentence if one else "", ok), *_tables(ok)]
-        blocks += [Chart(*drawn) for drawn in figures(ok, one.drawn if one else ())]
-        blocks += [Quote(note, short(outcome.subject, 40)) for outcome in _shown(ok) for note in _notes(outcome)]
-        blocks.append(Terms(_terms(ok[0], one.reference if one else "")))
-    lost = len(outcomes) - len(ok)
-    blocks += [Note(f"{lost} of {len(outcomes)} have no result; the reasons are at the end.")] if lost else []
-    return Section(outcomes[0].metric.replace("_", " ").capitalize(), blocks)
+def save_plots(
+    results: Results, folder: str | Path, metrics: Sequence[str] | None = None, ending: str = "html"
+) -> list[Path]:
+    """Every figure of the report as a file in `folder`, `METRIC-NUMBER.ending`; returns their paths.
+
+    ending: html, svg, png or pdf; images need what `export` says. Raises ValueError as `write_report` and `export` do.
+    """
+    if f".{ending}" not in ENDINGS:
+        raise ValueError(f"figures are files of the kinds {', '.join(ENDINGS)}, got {ending!r}.")
+    results, paths = with_short_names(results), []
+    for name in _chosen(results, metrics):
+        ok = [outcome for outcome in of_metric(results, name) if outcome.result is not None]
+        for chart in panel(ok) if ok else ():
+            path = Path(folder) / f"{file_stem(chart.name)}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            paths.append(export(chart.figure, path))
+    return paths
 
 
-def _sentences(template: str, outcomes: Sequence[Outcome]) -> list[str]:
-    """The metric's sentence about the first and the last subject."""
-    if not template:
-        return []
-    shown = [outcomes[0]] if len(outcomes) == 1 else [outcomes[0], outcomes[-1]]
-    said = []
-    for outcome in shown:
-        assert outcome.result is not None
-        told = {
-            entry.name: f"{_said(outcome.result, entry)} {outcome.in_unit(entry.quantity.unit)}".strip()
-            for entry in outcome.result.entries()
-            if not entry.quantity.per
-        }
-        settings = {
-            name: setting(float(value)) for name, value in outcome.settings.items() if isinstance(value, (int, float))
-        }
-        try:
-            text = template.format_map({**settings, **told})
-        except KeyError:  # a quantity that this subject does not have
-            continue
-        said.append(text if len(shown) == 1 else f"{_whose(outcome)}: {text}")
-    return said
+def of_metric(results: Results, name: str) -> list[Outcome]:
+    return [outcome for outcome in results.outcomes if outcome.metric == name]
 
 
-def _tables(outcomes: Sequence[Outcome]) -> list[Block]:
-    """A row per single number, a column per subject."""
-    shown = _shown(outcomes)
-    columns = []
-    for outcome in shown:
-        assert outcome.result is not None
-        single = (entry for entry in outcome.result.entries() if entry.quantity.shown and not entry.quantity.per)
-        columns.append({entry.name: (entry, _short(_said(outcome.result, entry))) for entry in single})
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = []
-    for name in names:
-        entry = next(column[name][0] for column in columns if name in column)
-        unit = shown[0].in_unit(entry.quantity.unit)
-        label = name if entry.quantity.name == "*" else entry.quantity.label
-        rows.append([label, *(column[name][1] if name in column else "" for column in columns), unit])
-    if not rows:
-        return []
-    headers = ["", *(_whose(outcome) if len(shown) > 1 else "value" for outcome in shown), "unit"]
-    return [Table(headers, rows, "listed")]
+def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Section]:
+    """The main number of every metric, where there is more than one to be looked at together."""
+    names = [name for name in metrics if len(table(results, [name]).headers) > 1]
+    whole = [table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS)]
+    if len(names) > 1 and len(whole[0].rows) > 1:
+        yield Section("Overview", whole)
 
 
-def _shown(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-    return outcomes if len(outcomes) <= MOST_COLUMNS else [outcomes[0], outcomes[-1]]
+def provenance(results: Results) -> Iterator[Section]:
+    """What has no result and why, what is not resolved and why, and how all of it is made again."""
+    failed = [(o, o.status, f"{o.error_type.rpartition('.')[2]}: {o.error}".strip(": ")) for o in results.failed]
+    open_ones = [each for outcome in results.outcomes for each in _unresolved(outcome)]
+    for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", open_ones, "number")):
+        if rows:
+            yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
+    packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
+    call = ["The same numbers come from this call, `sources` being the models:", Code(_call(results))]
+    yield Section("How this was made", [*call, Terms([("Versions", [", ".join(packages)])] if packages else [])])
 
 
-def _said(result: Result, entry: Entry) -> str:
-    """A single value with its error; why there is none."""
-    if entry.name in result.texts:
-        return typeset(result.texts[entry.name])
-    if entry.name in result.unresolved:
-        return "not resolved"
-    if isinstance(entry.value, (bool, str)) or entry.value is None:
-        return str(entry.value)
-    values = numbers(entry)
-    if values is None:
-        return str(entry.value)
-    errors = np.ravel(values.get("stderr_total", values.get("stderr", np.full(values["value"].shape, math.nan))))
-    known = is_estimate(entry.value) or entry.stderr is not None
-    return " to ".join(
-        with_error(value, error) if known and math.isfinite(error) else number(value, 4)
-        for value, error in zip(np.ravel(values["value"]).tolist(), errors.tolist(), strict=True)
-    )
+def with_short_names(results: Results) -> Results:
+    """The same results; models are called by what tells them apart: steps of one run, paths without what they share."""
+    models = {o.subject: o for o in results.outcomes if on(o) == "model"}
+    one_run = len({o.group for o in models.values()}) == 1 and all(o.step is not None for o in models.values())
+    if one_run and len(models) > 1:
+        names = {name: f"step {outcome.step}" for name, outcome in models.items()}
+    else:
+        paths = [name.rstrip("/") for name in models if "/" in name.rstrip("/")]
+        is_one_kind = len({path.startswith("/") for path in paths}) == 1
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if is_one_kind else ""
+        names = {f"{shared}/": ""} if shared.strip("/") else {}
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    each = {name for o in results.outcomes for name in (o.subject, o.group)}
+    cut = {name: pattern.sub(lambda hit: names[hit[0]], name) if names else name for name in each}
+    if len(set(cut.values())) < len(cut):  # two would have one name
+        return results
+    return Results(tuple(replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes))
 
 
-def _short(text: str) -> str:
-    """What a cell has room for; the whole text is in the notes."""
-    return text if len(text) <= MOST_LETTERS else re.split("[:;]", text)[0]
+def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:
+    there = list(dict.fromkeys(outcome.metric for outcome in results.outcomes))
+    for name in [name for name in metrics or () if name not in there]:
+        raise ValueError(f"this study has no metric {name!r}: it has {', '.join(there)}.")
+    if not there:
+        raise ValueError("this study has no outcomes: there is nothing to report.")
+    return list(metrics or there)
 
 
-def _notes(outcome: Outcome) -> list[str]:
-    assert outcome.result is not None
-    long = [f"{name}: {text}" for name, text in outcome.result.texts.items() if len(text) > MOST_LETTERS]
-    return [typeset(note) for note in (*long, *outcome.result.notes)]
+def _unresolved(outcome: Outcome) -> Iterator[tuple[Outcome, str, str]]:
+    for name, entry in entries(outcome).items():
+        if outcome.result is not None and name in outcome.result.unresolved:
+            yield outcome, label(entry), typeset(outcome.result.texts.get(name, "") or " ".join(outcome.result.notes))
 
 
-def _terms(outcome: Outcome, reference: str) -> list[tuple[str, list[str]]]:
-    cost = outcome.cost
-    rows = {
-        "Settings": _listed(outcome.settings),
-        "Plan": _listed({name: value for name, value in outcome.plan.items() if value is not None}),
-        "Cost": f"{cost.get('forwards', 0):,} forward passes, {cost.get('products', 0):,} products, "
-        f"{duration(cost.get('seconds', 0))}",
-        "Data": outcome.task,
-        "Reference": reference,
-        "Versions": ", ".join(f"{name} {version}" for name, version in outcome.content.get("packages", {}).items()),
-    }
-    return [(name, [text]) for name, text in rows.items() if text]
+def _merged(rows: Sequence[tuple[Outcome, str, str]]) -> list[list[str]]:
+    """A row for all models of which the same is said but for the numbers in it: those of the last one stand."""
+    alike: dict[tuple[str, ...], tuple[list[str], str]] = {}
+    for outcome, what, why in rows:
+        names, _ = alike.get(key := (outcome.metric, what, re.sub(r"[\d⁰¹²³⁴-⁹⁻.,]+", "#", why)), ([], ""))
+        alike[key] = [*names, outcome.subject], why
+    return [[metric, what, ", ".join(names), why] for (metric, what, _), (names, why) in alike.items()]
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in settings.items())
+def _call(results: Results) -> str:
+    """`run` with the settings that were asked for."""
+    metrics = dict.fromkeys(_configured(outcome) for outcome in results.outcomes)
+    tasks = tuple(dict.fromkeys(outcome.task for outcome in results.outcomes))
+    seeds = {seed for o in results.outcomes if (seed := o.content.get("seed")) is not None}
+    options = "".join(f", options=Options(seed={seed})" for seed in seeds if len(seeds) == 1)
+    listed = "\n".join(f"        {each}," for each in metrics)
+    return f"run(\n    [\n{listed}\n    ],\n    sources, tasks={tasks!r}{options}\n)"
 
 
-def _plain(value: Any) -> str:
-    return setting(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-def _whose(outcome: Outcome) -> str:
-    return short(outcome.subject, 30) if outcome.step is None else f"step {outcome.step:,}"
-
-
-def _failures(failed: Sequence[Outcome]) -> Section:
-    reasons = (f"{o.error_type.rpartition('.')[2]}: {o.error}".strip(": ") for o in failed)
-    rows = [[short(o.subject, 30), o.metric, o.status, reason] for o, reason in zip(failed, reasons, strict=True)]
-    return Section("What has no result", [Table(["model", "metric", "status", "reason"], rows, "listed noted")])
+def _configured(outcome: Outcome) -> str:
+    one = CATALOGUE.get(outcome.metric)
+    usual = to_json(one.settings) if one is not None else {}
+    changes = {name: value for name, value in outcome.settings.items() if usual.get(name) != value}
+    settings = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+    return f"metric({outcome.metric!r})" + (f".configured({settings})" if settings else "")
 
 
 def _strip(results: Results) -> list[Fact]:
-    seconds = sum(outcome.cost.get("seconds", 0) for outcome in results.outcomes)
-    metrics = {outcome.metric for outcome in results.outcomes}
-    steps = [model.step for model in results.models.values() if model.step is not None]
-    names = ", ".join(short(name, 20) for name in list(results.models)[:2])
-    span = f"steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else names
-    ok = len(results.outcomes) - len(results.failed)
+    models = {outcome.subject: outcome for outcome in results.outcomes if on(outcome) == "model"}
+    steps = [outcome.step for outcome in models.values() if outcome.step is not None]
+    few = ", ".join([*dict.fromkeys(outcome.group or outcome.subject for outcome in models.values())][:2])
+    span = f", steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else ""
+    num, lost = len(results.outcomes), len(results.failed)
+    seconds, passes = (sum(o.cost.get(each, 0) for o in results.outcomes) for each in ("seconds", "forwards"))
+    metrics, tasks = ({getattr(o, each) for o in results.outcomes} for each in ("metric", "task"))
     return [
-        Fact("Models", str(len(results.models)), span),
-        Fact("Metrics", str(len(metrics)), "each on every model"),
-        Fact(
-            "Results",
-            f"{ok} of {len(results.outcomes)}",
-            "the others say why not" if results.failed else "nothing failed",
-        ),
-        Fact("Computing", duration(seconds), "in all, stored results included"),
+        Fact("Models", f"{len(models):,}", few + span),
+        Fact("Metrics", f"{len(metrics)}", f"on {', '.join(sorted(tasks))} data"),
+        Fact("Results", f"{num - lost} of {num}", "the others say why not" if lost else "nothing failed"),
+        Fact("Computing", duration(seconds), f"{int(passes):,} forward passes"),
     ]

@@ -1,249 +1,194 @@
-"""What happened in a stored demonstration, as numbers and sentences that are computed from the stored arrays."""
+"""What happened in a training run, in sentences over what was measured of it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..core.store import Stored
-from .numbers import number, with_error
+from ..core.tables import Entry, numbers
+from ..families.phases import MEMORISED, phases
+from ..study.cache import Outcome
+from ..study.results import ModelResults, Results
+from .numbers import number
+from .page import Table
+from .section import table, told
 
-GENERAL = 0.99
-"""Test accuracy above which the network counts as generalising."""
-SAM_STEP = 0.01
-"""Length of the step of SAM's sharpness, as `study.analyzers.curvature` takes it."""
+Z95 = 1.96
+MAIN = ("directional_losses", "landscape_flatness", "hessian_eigenvalues", "sam_sharpness", "critical_sharpness")
+"""Metrics that have a column in the table of all checkpoints."""
+MOVES = {
+    "mean_loss": ("loss", "the training loss", ""),
+    "directional_losses": (
+        "curvature_mean",
+        "the mean curvature of the training loss along random directions",
+        "A cross-entropy loses its curvature when the predictions become certain: a fall of the curvature alone does not show "
+        "a flatter solution.",
+    ),
+    "landscape_flatness": (
+        "mean_delta_loss",
+        "the mean loss change in a random step",
+        "The step has one length while the norm of the weights changes.",
+    ),
+    "hessian_eigenvalues": (
+        "max_eigenvalue",
+        "the largest eigenvalue of the Hessian",
+        "The network has ReLU units: this is the Hessian of its linear pieces, and the kinks between them, which a finite step "
+        "crosses, are not in it.",
+    ),
+    "sam_sharpness": ("relative", "the rise of the loss in a step up its gradient, divided by the loss,", ""),
+    "critical_sharpness": ("value", "the critical sharpness", ""),
+    "loss_landscape_2d": (
+        "loss_max",
+        "the largest loss on a plane of two random directions",
+        "The draws are the same at every step and scaled to its own weights.",
+    ),
+}
+"""By metric, the number whose way through training is told, what it is called, and what must be said beside it."""
+RESIDUALS = {"max_eigenvalue": "max_residual"}
 
 
 @dataclass(frozen=True, eq=False)
 class Story:
-    """The stored result of `study.demo.run`, and the phases of its training."""
+    """The first training run of a study. Raises ValueError where there is none."""
 
-    stored: Stored
+    results: Results
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.stored.meta["settings"]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.settings["config"]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per checkpoint; undefined values are None."""
-        return self.stored.meta["table"]
+    @cached_property
+    def run(self) -> list[ModelResults]:
+        """Its checkpoints in the order of their steps."""
+        runs = [each for each in self.results.groups.values() if each[0].step is not None]
+        if not runs:
+            raise ValueError("there is no training run in this study: a story is about checkpoints with steps.")
+        return runs[0]
 
     @property
-    def num_pairs(self) -> tuple[int, int]:
-        """Pairs to train on, and all pairs."""
-        total = self.config["p"] ** 2
-        return round(self.config["train_fraction"] * total), total
+    def steps(self) -> list[int]:
+        return [model.step or 0 for model in self.run]
 
-    def array(self, name: str) -> np.ndarray:
-        return self.stored.arrays[name]
+    @cached_property
+    def curves(self) -> dict[str, Float[np.ndarray, " n"]]:
+        """Losses and accuracies over training; empty where they were not measured."""
+        of_group = (o for o in self.results.outcomes if o.metric == "training_curves" and o.group == self.run[0].group)
+        result = next((outcome.result for outcome in of_group if outcome.result is not None), None)
+        if result is None:
+            return {}
+        known = {entry.name: numbers(entry) for entry in result.entries()}
+        values = {name: each["value"] for name, each in known.items() if each is not None}
+        return {"step": np.asarray(result.coords["step"], dtype=np.float64), **values}
 
-    def column(self, name: str) -> Float[np.ndarray, " k"]:
-        """A number per checkpoint, nan where it is undefined."""
-        return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
-
-    def deltas(self, name: str) -> Float[np.ndarray, "k n"]:
-        """Change of the loss (nats) at one end of the span, per checkpoint and direction."""
-        return self.array(name) - self.column("baseline_loss")[:, None]
+    @cached_property
+    def phases(self) -> tuple[int, int, int]:
+        """Steps of the start, of a checkpoint that has memorised, and of the end."""
+        return phases(self.steps, self.curves or None)
 
     @cached_property
     def memorised(self) -> int | None:
-        """The first step on the curves at which every training pair is right."""
-        return self._first(self.array("curve_train_accuracy") >= 1)
+        """The first step of the curves at which the training accuracy is that of memorising."""
+        return self._first(self.curves["train_accuracy"] > MEMORISED) if self.curves else None
 
     @cached_property
     def generalised(self) -> int | None:
-        """The first step on the curves at which the test accuracy is above 0.99."""
-        return self._first(self.array("curve_test_accuracy") > GENERAL)
+        """The first at which the test accuracy is."""
+        return self._first(self.curves["test_accuracy"] > MEMORISED) if self.curves else None
 
-    @cached_property
-    def reference(self) -> int | None:
-        """The first checkpoint, by index, that has memorised; None where there is none before the last."""
-        if self.memorised is None:
-            return None
-        later = [i for i, row in enumerate(self.rows[:-1]) if row["step"] >= self.memorised]
-        return later[0] if later else None
-
-    @property
-    def marks(self) -> tuple[tuple[int, str], ...]:
-        """The phases, for the axis of steps."""
-        found = ((self.memorised, "memorised"), (self.generalised, "generalised"))
-        return tuple((step, name) for step, name in found if step is not None)
+    def outcome(self, metric: str, step: int) -> Outcome | None:
+        """With a result."""
+        known = self.run[self.steps.index(step)].metrics.outcomes.get(metric)
+        return known if known is not None and known.ok else None
 
     def _first(self, hit: Bool[np.ndarray, " n"]) -> int | None:
-        return int(self.array("curve_step")[hit][0]) if hit.any() else None
+        return int(self.curves["step"][hit][0]) if hit.any() else None
 
 
 def title(story: Story) -> str:
     """What the network did, in a line."""
-    if story.memorised is None:
-        return "Neither memorised nor generalised" if story.generalised is None else "Generalised without memorising"
-    if story.generalised is None:
+    first, then = story.memorised, story.generalised
+    if not story.curves:
+        return f"{len(story.steps)} checkpoints of a training run"
+    if first is None:
+        return "Neither memorised nor generalised" if then is None else "Generalised without memorising"
+    if then is None:
         return "Memorised, but did not generalise"
-    return (
-        "Memorised first, generalised later"
-        if story.generalised > story.memorised
-        else "Learned and generalised together"
-    )
+    return "Memorised first, generalised later" if then > first else "Learned and generalised together"
 
 
-def lede(story: Story) -> list[str]:
-    """The run in a few sentences, then what became of the curvature."""
-    train, total = story.num_pairs
-    return [
-        f"A one-layer transformer learns (a + b) mod {story.config['p']} from {train:,} of the {total:,} pairs. "
-        f"{_memorising(story)} {_generalising(story)}",
-        curvature_change(story),
-    ]
-
-
-def no_generalisation(story: Story) -> str:
-    return f"did not generalise within {story.config['steps']:,} steps"
-
-
-def _memorising(story: Story) -> str:
-    if story.memorised is None:
-        best = float(np.nanmax(story.array("curve_train_accuracy")))
-        return f"It never had all of them right: its best train accuracy is {best:.3f}."
-    return f"At step {story.memorised:,} it has every one of them right."
-
-
-def _generalising(story: Story) -> str:
-    accuracy = story.array("curve_test_accuracy")
-    if story.generalised is None:
-        return (
-            f"It {no_generalisation(story)}: on the other pairs its best accuracy is {float(np.nanmax(accuracy)):.3f}."
-        )
+def training(story: Story) -> str:
+    """When it knew the training data, and when the others."""
+    if not story.curves:
+        return "The curves of its training are not known."
+    best = {name: number(float(np.nanmax(story.curves[f"{name}_accuracy"]))) for name in ("train", "test")}
+    end = {name: number(float(values[-1])) for name, values in story.curves.items()}
+    first, then = story.memorised, story.generalised
     text = (
-        f"On the other pairs, which it never sees, its accuracy first passes {GENERAL:g} at step {story.generalised:,}"
+        f"Its accuracy on the training data first passes {MEMORISED:g} at step {first:,}."
+        if first is not None
+        else f"Its accuracy on the training data never passes {MEMORISED:g}: it is {best['train']} at best."
     )
-    if story.memorised is not None and story.generalised > story.memorised:
-        text += f", {story.generalised - story.memorised:,} steps later"
-    return f"{text}; at the end it is {accuracy[-1]:.3f}."
+    if then is None:
+        return f"{text} On the test data, which it never sees, it is {best['test']} at best."
+    later = f", {then - first:,} steps later" if first is not None and then > first else ""
+    return f"{text} On the test data, which it never sees, it does so at step {then:,}{later}; at the end it is {end['test_accuracy']}."
 
 
-def curvature_ratio(story: Story) -> tuple[float, float]:
-    """Mean curvature at the first memorised checkpoint over that at the end, with its standard error.
-
-    The directions are the same draws at both, so that the error is that of pairs: sd(x - r y) / (sqrt(n) mean(y)).
-    nan where no checkpoint before the last has memorised, or a mean is not positive.
-    """
-    if story.reference is None:
-        return math.nan, math.nan
-    before, after = story.array("curvatures")[story.reference], story.array("curvatures")[-1]
-    both = np.isfinite(before) & np.isfinite(after)
-    x, y = before[both], after[both]
-    if len(x) < 2 or x.mean() <= 0 or y.mean() <= 0:
-        return math.nan, math.nan
-    times = x.mean() / y.mean()
-    return float(times), float((x - times * y).std(ddof=1) / math.sqrt(len(x)) / y.mean())
-
-
-def curvature_change(story: Story) -> str:
-    """The curvature at the first memorised checkpoint and at the end, alone and divided by the loss."""
-    times, _ = curvature_ratio(story)
-    if story.reference is None or math.isnan(times):
-        return (
-            f"At the end the mean curvature of the training loss is {curvature_at(story, -1)} nats per relative step²."
-        )
-    before, after = (f"step {story.rows[i]['step']:,}" for i in (story.reference, -1))
-    value, stderr = per_nat(story)
-    start, end = (with_error(value[i], stderr[i]) for i in (story.reference, -1))
-    return (
-        f"From {before}, the first checkpoint that has memorised, to {after} the mean curvature of the training loss "
-        f"{'falls' if times > 1 else 'rises'} from {curvature_at(story, story.reference)} to {curvature_at(story, -1)} "
-        f"nats per relative step². Divided by the loss it goes from {start} to {end}{_way(story)}."
-    )
-
-
-def sharpness_change(story: Story) -> str:
-    """Hessian and sharpness at the first memorised checkpoint (or the first of all) and at the end, alone and per loss."""
-    first = story.reference or 0
-    top, trace, loss = (story.column(name) for name in ("hessian_max_eigenvalue", "hessian_trace", "baseline_loss"))
-    traces = [with_error(trace[i], story.column("hessian_trace_stderr")[i]) for i in (first, -1)]
-    rises = [_rise(story.rows[i]) for i in (first, -1)]
-    per = ratio(top, loss)
-    return (
-        f"From step {story.rows[first]['step']:,} to step {story.rows[-1]['step']:,} the largest eigenvalue of the Hessian "
-        f"{_moves(top[first], top[-1])} from {number(top[first])} to {number(top[-1])} nats per unit of distance², and its "
-        f"trace {_moves(trace[first], trace[-1])} from {traces[0]} to {traces[1]}. Divided by the loss the eigenvalue "
-        f"{_moves(per[first], per[-1])} from {number(per[first])} to {number(per[-1])}; a step of {SAM_STEP:g} up the "
-        f"gradient raises the loss by {rises[0]} of itself at first and by {rises[1]} at the end."
-    )
-
-
-def curvature_at(story: Story, index: int) -> str:
-    row = story.rows[index]
-    return with_error(row["curvature_mean"], row["curvature_mean_stderr"])
-
-
-def curvature_peak(story: Story) -> str:
-    """The checkpoint with the largest mean curvature."""
-    if (peak := largest(story.column("curvature_mean"))) is None:
-        return "The mean curvature is undefined at every checkpoint."
-    return (
-        f"The mean curvature is largest at step {story.rows[peak]['step']:,}, {curvature_at(story, peak)} nats per "
-        f"relative step². At the end it is {curvature_at(story, -1)}."
-    )
-
-
-def curvature_and_loss(story: Story) -> str:
-    """Why the curvature is also shown next to the loss that it goes to zero with."""
-    text = (
-        "A cross-entropy loses its curvature when the predictions become certain, so a fall of the curvature alone "
-        "does not show a flatter solution. The second figure divides it by the training loss"
-    )
-    if story.reference is None:
-        return f"{text}."
-    before, after = story.rows[story.reference], story.rows[-1]
-    return (
-        f"{text}, which goes from {number(before['train_loss'])} nats at step {before['step']:,} to "
-        f"{number(after['train_loss'])} nats at step {after['step']:,}."
-    )
-
-
-def per_nat(story: Story) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Mean curvature over training loss per checkpoint, and its standard error."""
-    loss = story.column("baseline_loss")
-    return ratio(story.column("curvature_mean"), loss), ratio(story.column("curvature_mean_stderr"), loss)
-
-
-def ratio(above: Float[np.ndarray, " k"], below: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
-    """above / below, undefined (nan) where below is 0."""
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
-
-
-def largest(values: Float[np.ndarray, " n"]) -> int | None:
-    """The index of the largest value that is not nan; None where there is none."""
-    return None if np.isnan(values).all() else int(np.nanargmax(values))
-
-
-def _rise(row: dict[str, Any]) -> str:
-    """A relative sharpness; without one where there is no gradient to climb."""
-    if row["sam_relative"] is None:
-        return "an undefined share"
-    stderr = row["sam_relative_stderr"]
-    return f"{with_error(100 * row['sam_relative'], None if stderr is None else 100 * stderr)} %"
-
-
-def _moves(before: float, after: float) -> str:
-    return "falls" if after < before else "rises" if after > before else "goes"
-
-
-def _way(story: Story) -> str:
-    """Where the curvature per nat is largest, if it is larger there than at both ends by more than chance."""
-    value, stderr = (column[story.reference :] for column in per_nat(story))
-    peak = largest(value)
-    if peak is None or any(value[peak] - value[i] <= 1.96 * math.hypot(stderr[peak], stderr[i]) for i in (0, -1)):
+def sentence(story: Story, metric: str) -> str:
+    """What became of a metric's number from memorising to the end; empty where nothing is told of it."""
+    if metric == "training_curves":
+        return training(story)
+    if metric not in MOVES:
         return ""
-    step = story.rows[(story.reference or 0) + peak]["step"]
-    return f", by way of {with_error(value[peak], stderr[peak])} at step {step:,}"
+    name, noun, remark = MOVES[metric]
+    _, before, last = story.phases
+    ends = [story.outcome(metric, step) for step in (before, last)]
+    if any(end is None for end in ends):
+        lost = " and ".join(f"step {step:,}" for end, step in zip(ends, (before, last), strict=True) if end is None)
+        return f"There is no result at {lost}, so that nothing is said of {noun.rstrip(',')}. {remark}".strip()
+    return f"From step {before:,} to step {last:,}, the end, {noun} {moved(*ends, name)}. {remark}".strip()  # type: ignore[arg-type]
+
+
+def moved(first: Outcome, second: Outcome, name: str) -> str:
+    """How a number went from one model to another, with both errors; which way only where they resolve it."""
+    texts = [told(one, name) + _residual(one, name) for one in (first, second)]
+    (a, a_error), (b, b_error) = (_value(one, name) for one in (first, second))
+    if math.isnan(a) or math.isnan(b) or abs(b - a) <= Z95 * math.hypot(a_error, b_error):
+        return f"is {texts[0]} and {texts[1]}: the change is not resolved"
+    return f"{'falls' if b < a else 'rises'} from {texts[0]} to {texts[1]}"
+
+
+def checkpoints(story: Story) -> Table:
+    """A row for every checkpoint: losses and accuracies of the curves, and the main numbers with their errors."""
+    run = {model.name for model in story.run}
+    own = Results(tuple(o for o in story.results.outcomes if o.subject in run))
+    measured = table(own, [name for name in MAIN if any(o.metric == name for o in own.outcomes)])
+    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    names = [name for name in story.curves if name != "step"]
+    heads, *rest = measured.headers
+    rows = [
+        [
+            str(row[0]),
+            *(number(float(story.curves[name][places[step]])) if step in places else "" for name in names),
+            *row[1:],
+        ]
+        for step, row in zip(story.steps, measured.rows, strict=True)
+    ]
+    return Table([heads, *(name.replace("_", " ") for name in names), *rest], rows)
+
+
+def _value(outcome: Outcome, name: str) -> tuple[float, float]:
+    """A number and its error, or its residual; nan for one that is not resolved, 0 where no error is known."""
+    assert outcome.result is not None
+    entries: dict[str, Entry] = {entry.name: entry for entry in outcome.result.entries()}
+    if name not in entries or name in outcome.result.unresolved:
+        return math.nan, math.nan
+    values = numbers(entries[name]) or {"value": math.nan}
+    error = float(values.get("stderr_total", values.get("stderr", math.nan)))
+    if name in RESIDUALS:
+        error = _value(outcome, RESIDUALS[name])[0]
+    return float(values["value"]), 0.0 if math.isnan(error) else error
+
+
+def _residual(outcome: Outcome, name: str) -> str:
+    return f" (residual {told(outcome, RESIDUALS[name])})" if name in RESIDUALS else ""

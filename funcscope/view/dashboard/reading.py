@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...families.phases import GENERAL, MEMORISED
 from ...study.analyzer import Subjects
 from ...study.analyzers import ANALYZERS
-from ...study.phases import GENERAL, MEMORISED
 from ...study.runs import CROSS, Variant, summarised
 
 KEPT = 64

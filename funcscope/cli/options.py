@@ -1,0 +1,119 @@
+"""Options of the commands, made from what they set: fields of the configuration and settings of metrics."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from ..study.catalogue import CATALOGUE
+from ..study.config import UnifiedConfig, parsed
+from ..study.metric import nearest
+
+TEXTS = {
+    "field": "field or column that holds the text",
+    "label_field": "field or column that holds the class",
+    "unit": "what one text of a .txt file is: line, paragraph, document",
+    "task": "what the model is trained for, if config.json does not say: causal, masked, classification",
+    "num_samples": "texts that are scored",
+    "max_seq_length": "tokens kept of each, or as many as the model has positions",
+    "batch_size": "texts per forward pass; changes no number",
+    "packing": "cut the joined texts into full blocks, without padding",
+}
+COMPUTING = {
+    "seed": "of every draw",
+    "dtype": "of the weights; auto: as stored",
+    "compute_dtype": "weights are cast to it where they are used",
+    "attention": "the kernel: eager, math, or keep for the model's own",
+    "device": "cpu, cuda, cuda:1, mps; auto: a GPU where there is one",
+    "timeout_seconds": "for one metric on one model",
+    "max_memory_gb": "a metric that needs more ends as out of memory",
+    "allow_pickle": "also read pytorch_model.bin, as tensors only",
+}
+
+
+_WORDS = ("label_field", "task")
+
+
+class Flag(NamedTuple):
+    """An option that is a setting of one metric, or of several that have it in common."""
+
+    settings: Sequence[str]
+    """As `metric.setting`; the first says the default and the kind."""
+    help: str
+
+    @property
+    def default(self) -> Any:
+        metric, _, name = self.settings[0].partition(".")
+        return {**CATALOGUE[metric].settings, **CATALOGUE[metric].plan}[name]
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        metric, _, name = self.settings[0].partition(".")
+        hint = get_type_hints(inspect.unwrap(CATALOGUE[metric].call)).get(name)
+        return get_args(hint) if get_origin(hint) is Literal else None
+
+
+def add_fields(parser: Any, names: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
+    """Options for fields of `UnifiedConfig`, with their own defaults unless others are given; not said is not set."""
+    known = {each.name: each for each in fields(UnifiedConfig)}
+    for name, text in names.items():
+        value = defaults.get(name, known[name].default)
+        _add(parser, name, f"{text}{_shown(value)}", value)
+
+
+def add_flags(parser: Any, flags: Mapping[str, Flag], defaults: Mapping[str, Mapping[str, Any]]) -> None:
+    """Options for settings of metrics."""
+    for name, flag in flags.items():
+        metric, _, setting = flag.settings[0].partition(".")
+        value = defaults.get(metric, {}).get(setting, flag.default)
+        _add(parser, name, f"{flag.help}{_shown(value)}", value, flag.choices)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """`--set`, for whatever has no option of its own."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="a field of the configuration, or metric.setting=value as in `funcscope metrics`",
+    )  # fmt: skip
+
+
+def changed(args: argparse.Namespace, flags: Mapping[str, Flag]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What was said on the command line: fields, and settings by metric."""
+    known = {each.name for each in fields(UnifiedConfig)}
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, flag in flags.items():
+        if (value := getattr(args, name, None)) is not None:
+            for target in flag.settings:
+                metric, _, setting = target.partition(".")
+                settings.setdefault(metric, {})[setting] = value
+    for text in args.changes:
+        name, equals, value = text.partition("=")
+        metric, dot, setting = name.partition(".")
+        if not equals:
+            raise ValueError(f"`--set` takes name=value or metric.setting=value, got {text!r}.")
+        if not dot:
+            given[name] = parsed(value)
+        elif metric in CATALOGUE:
+            settings.setdefault(metric, {})[setting] = parsed(value)
+        else:
+            raise ValueError(f"no metric {metric!r}{nearest(metric, CATALOGUE)}")
+    return given, settings
+
+
+def _add(parser: Any, name: str, text: str, value: Any, choices: Sequence[Any] | None = None) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        return
+    kind = (
+        type(value) if isinstance(value, (int, float)) else str if isinstance(value, str) or name in _WORDS else parsed
+    )
+    parser.add_argument(flag, type=kind, default=None, choices=choices, metavar=None if choices else "X", help=text)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f" (default: {'yes' if value is True else 'no' if value is False else value})"

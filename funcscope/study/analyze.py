@@ -1,0 +1,103 @@
+"""`analyze_models(model_paths, config)`: the documented entry point, over the catalogue and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .cache import Cache
+from .config import UnifiedConfig
+from .engine import run
+from .metric import Metric
+from .opening import DataSpec
+from .results import Results
+from .runs import HEAD, Runs
+from .subject import STEP, Checkpoint, Pretrained, Source
+
+
+def analyze_models(
+    model_paths: Sequence[str | Path | Source] | None = None, config: UnifiedConfig | None = None, **run_options: Any
+) -> Results:
+    """Every metric that `config` asks for, on every model: the documented single entry point.
+
+    model_paths: local Hugging Face folders, run folders of `funcscope train` (all their checkpoints), or sources of your own
+    (`InMemory`); without any, `config.model_name`. The texts are those of the file `config.dataset_name`. Results are keyed
+    by the paths as given; what failed has `error` in place of numbers. Metrics of pairs and of series are measured on those
+    that the models make. With `save_results` they are kept under `config.output_dir`, from where `Results.open` brings them
+    back, and what is there is not computed again. run_options: `executor`, `watch` of `engine.run`.
+
+    Raises ValueError for no model, no metric, or a configuration that does not fit.
+    """
+    config = config or UnifiedConfig()
+    if model_paths is None and config.model_name is not None:
+        model_paths = [config.model_name]
+    if isinstance(model_paths, (str, Path)) or not model_paths:
+        raise ValueError("`model_paths` must be a list of at least one model, for example ['runs/checkpoint-1000'].")
+    metrics = config.selected()
+    sources = [source for path in model_paths for source in sources_of(path, config)]
+    if all(isinstance(source, Checkpoint) for source in sources):
+        tasks, metrics = [config.split], [_on_split(one) for one in metrics]
+    else:
+        tasks = list(config.tasks())
+    out = Path(config.output_dir)
+    outcomes = run(
+        metrics,
+        sources,
+        tasks=tasks,
+        cache=Cache(out / "cache" if config.use_cache or config.save_results else None),
+        options=config.options(),
+        quiet=not config.verbose,
+        base=None if config.base_model is None else sources_of(config.base_model, config)[0],
+        **run_options,
+    )
+    results = Results(tuple(outcomes))
+    if config.save_results:
+        results.save(out, {"config": asdict(config)})
+    if config.save_plots:  # figures are a floor above this one, and an extra
+        import_module("funcscope.view.report").save_plots(results, out / "figures")
+    return results
+
+
+def sources_of(path: str | Path | Source, config: UnifiedConfig) -> list[Source]:
+    """The model in a folder, or the checkpoints of every variant of a run folder."""
+    if not isinstance(path, (str, Path)):
+        return [path]
+    if (Path(path) / HEAD).is_file() or any(Path(path).glob(f"*/{HEAD}")):
+        return checkpoints_of(path)
+    return [pretrained(path, config.tasks(), config.max_seq_length)]
+
+
+def checkpoints_of(
+    folder: str | Path, *, variant: str | None = None, steps: Sequence[int] | None = None
+) -> list[Source]:
+    """The checkpoints of a run folder, of one variant where it is named, at some steps where they are given.
+
+    Raises ValueError for a variant or a step that it does not have, and where there is no checkpoint.
+    """
+    runs, sources = Runs(Path(folder)), list[Source]()
+    for one in [runs.variant(variant)] if variant else [runs.variant(name) for name in runs.variants()]:
+        there = one.checkpoints()
+        if missing := sorted({*(steps or ())} - {*there}):
+            raise ValueError(f"{one.path} has no checkpoint at step {missing[0]}: it has {', '.join(map(str, there))}.")
+        if not there:
+            raise ValueError(f"{one.path} has no checkpoints: train it first (`funcscope train`).")
+        sources += [Checkpoint(str(one.path), step) for step in there if steps is None or step in steps]
+    return sources
+
+
+def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 512) -> Pretrained:
+    """The source of a folder; its step is the number that the name ends with.
+
+    >>> pretrained("runs/checkpoint-1000", {}).step
+    1000
+    """
+    step = STEP.search(str(path))
+    return Pretrained(str(path), tasks, name=str(path), at=int(step[1]) if step else None, length=length)
+
+
+def _on_split(one: Metric) -> Metric:
+    """On the data of a family, which has none for the Fisher information or the landscape alone."""
+    return replace(one, task=None) if one.task in ("fisher", "landscape") else one

@@ -1,0 +1,42 @@
+"""Lists of metrics with their settings: what the commands measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Preset = Mapping[str, Mapping[str, Any]]
+"""By metric, the settings in which it differs from its catalogue's."""
+
+DIRECTIONAL: Preset = {"mean_loss": {}, "directional_losses": {}}
+COMPARISON: Preset = {**DIRECTIONAL, "directional_comparison": {}}
+CURVATURE: Preset = {
+    "mean_loss": {},
+    "hessian_eigenvalues": {},
+    "hessian_eigenvalue_errors": {},
+    "hessian_block_traces": {},
+    "hessian_block_eigenvalues": {},
+    "sam_sharpness": {},
+    "asam_sharpness": {},
+    "average_sharpness": {},
+    "critical_sharpness": {},
+}
+LANDSCAPE: Preset = {"mean_loss": {}, "loss_landscape_2d": {}, "loss_lines": {"span": 0.1}, "landscape_flatness": {}}
+PATH: Preset = {"mean_loss": {}, "linear_path": {}}
+RUN: Preset = {
+    "training_curves": {},
+    "mean_loss": {},
+    "directional_losses": {},
+    "hessian_largest_eigenvalues": {},
+    "hessian_trace": {"num": 16},
+    "sam_sharpness": {"norm_threshold": 0.0},
+    "landscape_flatness": {},
+    "effective_dimensionality": {},
+    "flatness_profile": {},
+    "loss_landscape_2d": {"at": "phases", "span": 0.5, "normalization": "filter"},
+    "loss_lines": {},
+    "trajectory_plane": {},
+    "linear_path": {"num": 41},
+    "directional_comparison": {},
+}
+"""Of a training run: the curves, what is measured at every checkpoint, then at its phases, then of all together."""

@@ -1,0 +1,132 @@
+"""Several subjects as one: two models, or the checkpoints of a training run; and which metric looks at which subject."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..families.phases import phases
+from . import digest
+from .digest import Sums
+from .metric import Metric
+from .subject import Source, Subject
+
+
+@dataclass(frozen=True, eq=False)
+class Members(Sequence[Subject]):
+    """Subjects that are opened one at a time, each time that they are asked for: memory holds as many as are in use."""
+
+    sources: tuple[Source, ...]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, place: Any) -> Any:
+        return Members(self.sources[place]) if isinstance(place, slice) else self.sources[place].open()
+
+
+@dataclass(frozen=True)
+class Together:
+    """Two subjects or more that are looked at together. Their data are those of the last, whose loss it is."""
+
+    sources: tuple[Source, ...]
+    name: str
+    group: str = ""
+    on: str = "series"
+    """What metrics say that they are about: `pair` or `series`."""
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+    @property
+    def step(self) -> int | None:
+        return None
+
+    def digest(self, sums: Sums) -> str | None:
+        each = [source.digest(sums) for source in self.sources]
+        curves = self.curves()
+        known = None if curves is None else {name: np.asarray(value).tolist() for name, value in curves.items()}
+        return None if None in each else digest.of_json([each, [source.step for source in self.sources], known])
+
+    def data_digest(self, task: str, sums: Sums) -> str:
+        return digest.of_json([source.data_digest(task, sums) for source in self.sources])
+
+    def curves(self) -> Mapping[str, np.ndarray] | None:
+        return curves_of(self.sources[-1])
+
+    def open(self) -> Subject:
+        last, curves = self.sources[-1].open(), self.curves()
+        steps = [source.step for source in self.sources]
+        own = {"members": Members(self.sources), "steps": steps, "names": [source.id for source in self.sources]}
+        return replace(last, own=own if curves is None else {**own, "curves": curves})
+
+
+def curves_of(source: Source) -> Mapping[str, np.ndarray] | None:
+    """Losses and accuracies over the training that a checkpoint comes from, where they are known."""
+    known = getattr(source, "curves", None)
+    return None if known is None else known()
+
+
+def groups_of(sources: Sequence[Source]) -> dict[str, list[Source]]:
+    """The training runs that the sources are checkpoints of, in the order of their steps; a model without a step alone."""
+    groups: dict[str, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(source.group if source.step is not None else source.id, []).append(source)
+    return {name: sorted(each, key=lambda one: one.step or 0) for name, each in groups.items()}
+
+
+def phases_of(sources: Sequence[Source]) -> list[Source]:
+    """The start, the checkpoint that has memorised, and the end of a run; all where they are few."""
+    if len(sources) <= 3:
+        return list(sources)
+    steps = [source.step or 0 for source in sources]
+    chosen = phases(steps, curves_of(sources[-1]))
+    return [sources[steps.index(step)] for step in dict.fromkeys(chosen)]
+
+
+def arranged(
+    metrics: Sequence[Metric], sources: Sequence[Source], base: Source | None = None
+) -> Iterator[tuple[Source, list[Metric]]]:
+    """Which metrics are measured on which subjects: models first, then pairs and series of them.
+
+    A metric at the `phases` looks at three checkpoints of a run. A pair is the checkpoint that has memorised and the last
+    one of a run; of models without a step, the first and each other one. A series is a run, or all models without a step.
+    """
+    groups = groups_of(sources)
+    at_phases = {id(one) for group in groups.values() for one in phases_of(group)}
+    alone = [metric for metric in metrics if metric.on == "model"]
+    for source in sources:
+        chosen = [metric for metric in alone if metric.at == "every" or id(source) in at_phases]
+        if chosen:
+            yield source, chosen
+    pairs = _pairs(groups) if base is None else (_pair(base, one, base.id) for one in sources if one.id != base.id)
+    for on, sets in (("pair", pairs), ("series", _series(groups))):
+        if about := [metric for metric in metrics if metric.on == on]:
+            yield from ((one, about) for one in sets)
+
+
+def _pairs(groups: Mapping[str, list[Source]]) -> Iterator[Together]:
+    for name, sources in groups.items():
+        if len(sources) > 1:
+            memorised, last = phases_of(sources)[-2:]
+            yield _pair(memorised, last, name)
+    models = _models(groups)
+    yield from (_pair(models[0], other, models[0].id) for other in models[1:])
+
+
+def _pair(first: Source, second: Source, group: str) -> Together:
+    return Together((first, second), f"{first.id} to {second.id}", group, "pair")
+
+
+def _series(groups: Mapping[str, list[Source]]) -> Iterator[Together]:
+    yield from (Together(tuple(each), name, name) for name, each in groups.items() if len(each) > 1)
+    if len(models := _models(groups)) > 1:
+        yield Together(tuple(models), "all models", "all models")
+
+
+def _models(groups: Mapping[str, list[Source]]) -> list[Source]:
+    return [each[0] for each in groups.values() if len(each) == 1]

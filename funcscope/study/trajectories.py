@@ -1,0 +1,119 @@
+"""What the catalogue measures of several models together: the curves, plane and barriers of a run, two models compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.objective import Loss
+from ..core.result import Result, derived, internal, quantity
+from ..landscape.axes import principal_directions
+from ..landscape.barriers import BarrierMatrix
+from ..landscape.compare import compare_directional
+from ..landscape.compare_result import Comparison
+from ..landscape.directional_result import DirectionalLosses
+from ..landscape.path import barrier_matrix as barriers
+from ..landscape.planes import LossPlane, loss_plane
+from .measures import MeanLoss
+
+MARGIN = 0.25
+"""Of the plane through a trajectory: how far it goes beyond it, as a share of its extent."""
+
+
+class TrainingCurves(Result):
+    """Losses and accuracies over training, as they were written down while it went on."""
+
+    train_loss: Tensor = quantity("train loss", unit="nats", per="step")
+    test_loss: Tensor = quantity("test loss", unit="nats", per="step")
+    train_accuracy: Tensor = quantity("train accuracy", unit="share", per="step")
+    test_accuracy: Tensor = quantity("test accuracy", unit="share", per="step")
+    steps: list[int] = internal()
+
+    @property
+    def coords(self) -> Mapping[str, list[int]]:
+        return {"step": self.steps}
+
+    @property
+    def head(self) -> str:
+        return f"training, {len(self.steps)} points"
+
+
+def training_curves(curves: Mapping[str, np.ndarray]) -> TrainingCurves:
+    """Loss and accuracy on the training and the test data, over the steps of training."""
+    columns: dict[str, Any] = {name: torch.as_tensor(np.asarray(x, dtype=np.float64)) for name, x in curves.items()}
+    return TrainingCurves(steps=columns.pop("step").long().tolist(), **columns)
+
+
+class TrajectoryPlane(Result):
+    """The loss on the plane of the two principal directions of training, with the checkpoints on it."""
+
+    surface: LossPlane = internal()
+    coordinates: Tensor = quantity("coordinate of the checkpoint", per=("step", "axis"))
+    explained: Tensor = quantity("share of the squared distances", per="axis")
+    residuals: Tensor = quantity("distance from the plane", per="step")
+    steps: list[int] = internal()
+
+    @derived("loss", unit="loss", per=("x", "y"), stderr="grid_stderr", shown=False)
+    def grid_losses(self) -> Tensor:
+        return self.surface.grid_losses
+
+    @property
+    def grid_stderr(self) -> Tensor:
+        return self.surface.grid_stderr
+
+    @property
+    def coords(self) -> Mapping[str, Any]:
+        return {**self.surface.coords, "step": self.steps}
+
+    @property
+    def head(self) -> str:
+        return f"{len(self.steps)} checkpoints on the plane of their principal axes"
+
+    @property
+    def notes(self) -> list[str]:
+        return self.surface.notes
+
+
+def trajectory_plane(
+    loss: Loss, thetas: Sequence[Tensor], steps: Sequence[int], *, num: int = 25, chunk: int | None = None
+) -> TrajectoryPlane:
+    """The loss on the plane of the two principal directions of training, with the checkpoints projected on it.
+
+    The plane goes through the last checkpoint; `principal_directions` says what the shares mean. Running statistics, where
+    the network tracks any, are re-estimated from the data at every point: checkpoints far from the last have others.
+    """
+    path = principal_directions(thetas, num=2, center="last")
+    low, high = path.coordinates.amin(0), path.coordinates.amax(0)
+    pad = MARGIN * torch.maximum(high - low, 1e-3 * (high - low).max())
+    span = tuple((float(a), float(b)) for a, b in zip(low - pad, high + pad, strict=True))
+    surface = loss_plane(
+        loss, path.origin, path.axes, num=num, span=span, chunk=chunk, buffers="reestimate"  # type: ignore[arg-type]
+    )  # fmt: skip
+    plane = replace(surface, axes=surface.axes.within_span())
+    return TrajectoryPlane(plane, path.coordinates, path.explained, path.residuals, list(steps))
+
+
+def directional_comparison(
+    names: Sequence[str], losses: Sequence[MeanLoss], sampled: Sequence[DirectionalLosses]
+) -> Comparison:
+    """How the loss around one model differs from that around another, direction by direction; see `compare_directional`.
+
+    Raises ValueError where the two read different tokens or labels: their losses are about different things.
+    """
+    first, second = losses
+    if first.data != second.data:
+        raise ValueError(
+            f"{names[0]} and {names[1]} make different tokens or labels of the texts, so that their losses are about "
+            "different things: give both the same tokenizer, mask token and `label2id`."
+        )
+    return compare_directional(*sampled, names=(names[0], names[1]))
+
+
+def barrier_matrix(loss: Loss, members: Sequence[Any], names: Sequence[str], *, num: int = 11) -> BarrierMatrix:
+    """Barriers on the straight lines between every two of the models: which of them share a basin? See `barrier_matrix`."""
+    return barriers(loss, [member.net for member in members], num=num, names=list(names))

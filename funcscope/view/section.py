@@ -1,0 +1,240 @@
+"""What a page says of one metric over all its subjects: a sentence, tables, figures, and how it was measured."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..core.tables import LONGEST, Entry, is_estimate, numbers
+from ..study.cache import Outcome
+from ..study.metric import CATALOGUE
+from ..study.pace import duration
+from ..study.results import Results
+from .numbers import number, setting, typeset, with_error
+from .page import Block, Chart, Quote, Section, Table, Terms
+from .quantities import figures
+
+MOST_LETTERS = 40
+"""Of a cell in a table; a longer text stands below."""
+MOST_COLUMNS = 6
+"""Subjects that have a column each; of more steps the first and the last have one, and a figure shows all."""
+BOUNDS = ("bound",)
+"""The axes of an interval: a pair of numbers that is read as one."""
+
+
+def section(outcomes: Sequence[Outcome], text: str = "") -> Section:
+    """Of one metric over all subjects: its sentence, its numbers in tables, its figures, its notes, its settings.
+
+    text: what is said in place of the metric's own sentence. Where a part cannot be made, the error stands in its place.
+    """
+    name, ok = outcomes[0].metric, [outcome for outcome in outcomes if outcome.result is not None]
+    one, lost = CATALOGUE.get(name), len(outcomes) - len(ok)
+    blocks: list[Block | str] = [one.summary] if one is not None and one.summary else []
+    parts: tuple[Callable[[], Iterable[Block | str]], ...] = (
+        lambda: [text] if text else _sentences(ok),
+        lambda: tables(ok),
+        lambda: panel(ok),
+        lambda: _notes(ok),
+        lambda: [methods(ok)],
+    )
+    for part in parts if ok else [lambda: [text] if text else []]:
+        blocks += _tried(part, name)
+    blocks += [f"{lost} of {len(outcomes)} have no result; the reasons are at the end."] if lost else []
+    return Section(heading(name), blocks)
+
+
+def panel(outcomes: Sequence[Outcome]) -> list[Chart]:
+    """The figures of one metric over all subjects, each with how to read it."""
+    name = outcomes[0].metric
+    drawn = figures(outcomes, CATALOGUE[name].drawn if name in CATALOGUE else ())
+    return [Chart(figure, caption, f"{name}-{i}") for i, (figure, caption) in enumerate(drawn, start=1)]
+
+
+def table(results: Results, metrics: Sequence[str] | None = None) -> Table:
+    """The main number of every metric, of every model: a row per model or step, a column per metric.
+
+    metrics: those that it has, in this order; None: all that models have. Those without a main number have no column.
+    """
+    outcomes = [o for o in results.outcomes if on(o) == "model" and (metrics is None or o.metric in metrics)]
+    subjects = {outcome.subject: outcome for outcome in outcomes}
+    texts, labels = dict[tuple[str, str], str](), dict[str, str]()
+    for outcome in outcomes:
+        texts[outcome.subject, outcome.metric] = "" if outcome.ok else outcome.status
+        if (entry := _main(outcome)) is not None:
+            texts[outcome.subject, outcome.metric] = _brief(said(outcome, entry))
+            labels.setdefault(outcome.metric, _with_unit(outcome, entry))
+    chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
+    is_run = len({outcome.group for outcome in subjects.values()}) == 1 and len(subjects) > 1
+    rows = [
+        [f"{one.step:,}" if is_run else name, *(texts.get((name, metric), "") for metric in chosen)]
+        for name, one in subjects.items()
+    ]
+    return Table(["step" if is_run else "model", *(labels[name] for name in chosen)], rows)
+
+
+def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
+    """Single numbers with a row each and a column per subject; what is per a few named things, of the last subject."""
+    few = _shown(outcomes)
+    for i in range(0, len(few), MOST_COLUMNS):
+        if (singles := _singles(few[i : i + MOST_COLUMNS])).rows:
+            yield singles
+    last, coords = outcomes[-1], getattr(outcomes[-1].result, "coords", {})
+    per_one = [e for e in entries(last).values() if e.quantity.shown and len(e.quantity.per) == 1]
+    for axis in dict.fromkeys(e.quantity.per[0] for e in per_one if e.quantity.per != BOUNDS):
+        if 0 < len(places := list(map(str, coords.get(axis, ())))) <= LONGEST:
+            same = [each for each in per_one if each.quantity.per == (axis,)]
+            rows = list(zip(places, *(cells(each) for each in same), strict=True))
+            caption = "" if len(outcomes) == 1 else f"Of {whose([last])[0]}."
+            yield Table([axis, *(_with_unit(last, each) for each in same)], rows, caption)
+
+
+def methods(outcomes: Sequence[Outcome]) -> Terms:
+    """Settings, plan, seed, cost, data and reference of what was measured; each once where it is one for all."""
+    one, many = CATALOGUE.get(outcomes[0].metric), f" for {len(outcomes)} subjects" if len(outcomes) > 1 else ""
+    costs = {each: sum(o.cost.get(each, 0) for o in outcomes) for each in ("forwards", "products", "seconds")}
+    seeds = (outcome.content.get("seed") for outcome in outcomes)
+    cost = f"{costs['forwards']:,} forward passes, {costs['products']:,} products, {duration(costs['seconds'])}{many}"
+    rows = {
+        "Settings": [_values(outcome.settings) for outcome in outcomes],
+        "Plan": [_values(outcome.plan) for outcome in outcomes],
+        "Seed": [str(seed) for seed in seeds if seed is not None],
+        "Cost": [cost],
+        "Data": [outcome.task for outcome in outcomes],
+        "Reference": [one.reference if one else ""],
+    }
+    return Terms([(name, list(dict.fromkeys(filter(None, texts)))) for name, texts in rows.items() if any(texts)])
+
+
+def entries(outcome: Outcome) -> dict[str, Entry]:
+    """The quantities of a result by name; none where there is no result."""
+    return {} if outcome.result is None else {entry.name: entry for entry in outcome.result.entries()}
+
+
+def said(outcome: Outcome, entry: Entry) -> str:
+    """A single value with its error, or why there is none."""
+    if entry.name in (texts := getattr(outcome.result, "texts", {})):
+        return typeset(texts[entry.name])
+    return "not resolved" if entry.name in getattr(outcome.result, "unresolved", ()) else " to ".join(cells(entry))
+
+
+def told(outcome: Outcome, name: str) -> str:
+    """`said` with its unit; "undefined" for a quantity that the result does not have."""
+    entry = entries(outcome).get(name)
+    return "undefined" if entry is None else f"{said(outcome, entry)} {outcome.in_unit(entry.quantity.unit)}".strip()
+
+
+def cells(entry: Entry) -> list[str]:
+    """A text per number, each with its standard error where there is one."""
+    values, value = numbers(entry), entry.value
+    if values is None or isinstance(value, bool):
+        return [str(each) for each in value] if isinstance(value, (list, tuple)) else [str(value)]
+    known = is_estimate(value) or "stderr" in values
+    errors = np.ravel(values.get("stderr_total", values.get("stderr", np.full(values["value"].shape, math.nan))))
+    pairs = zip(np.ravel(values["value"]).tolist(), errors.tolist(), strict=True)
+    return [with_error(x, error) if known and math.isfinite(error) else number(x, 4) for x, error in pairs]
+
+
+def heading(metric: str) -> str:
+    """
+    >>> heading("loss_landscape_2d"), heading("sam_sharpness")
+    ('Loss landscape 2D', 'SAM sharpness')
+    """
+    words = metric.replace("_", " ")
+    return re.sub(r"\b(a?sam|2d)\b", lambda word: word[0].upper(), words[:1].upper() + words[1:], flags=re.IGNORECASE)
+
+
+def label(entry: Entry) -> str:
+    return entry.name if entry.quantity.name == "*" else entry.quantity.label
+
+
+def on(outcome: Outcome) -> str:
+    """What its metric looks at: a model, a pair or a series."""
+    return CATALOGUE[outcome.metric].on if outcome.metric in CATALOGUE else "model"
+
+
+def whose(outcomes: Sequence[Outcome]) -> list[str]:
+    """Names of columns: the steps of one run, else those of the models."""
+    steps = [f"step {one.step:,}" if one.step is not None else one.subject for one in outcomes]
+    return steps if len(set(steps)) == len(steps) else [outcome.subject for outcome in outcomes]
+
+
+def _with_unit(outcome: Outcome, entry: Entry) -> str:
+    unit = outcome.in_unit(entry.quantity.unit)
+    return label(entry) + (f" ({unit})" if unit else "")
+
+
+def _brief(text: str) -> str:
+    """What a cell has room for; the whole text is among the notes."""
+    return text if len(text) <= MOST_LETTERS else re.split("[:;]", text)[0]
+
+
+def _shown(outcomes: Sequence[Outcome], most: int = MOST_COLUMNS) -> list[Outcome]:
+    """All; of a training run with more steps than have room, the first and the last."""
+    runs: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        runs.setdefault(one.subject if one.step is None or len(outcomes) <= most else one.group, []).append(one)
+    return [one for run in runs.values() for one in (run if len(run) == 1 else (run[0], run[-1]))]
+
+
+def _main(outcome: Outcome) -> Entry | None:
+    """The single number that stands for a result: the first that its page draws, or the first there is."""
+    one, single = CATALOGUE.get(outcome.metric), _scalars(outcome)
+    return next((single[name] for name in (one.drawn if one and one.drawn else single) if name in single), None)
+
+
+def _scalars(outcome: Outcome) -> dict[str, Entry]:
+    """What has a row of its own: single values and intervals."""
+    return {name: e for name, e in entries(outcome).items() if e.quantity.shown and e.quantity.per in ((), BOUNDS)}
+
+
+def _singles(outcomes: Sequence[Outcome]) -> Table:
+    columns = [_scalars(outcome) for outcome in outcomes]
+    texts = [{name: _brief(said(o, e)) for name, e in each.items()} for o, each in zip(outcomes, columns, strict=True)]
+    rows = [
+        [label(entry), *(each.get(name, "") for each in texts), outcomes[0].in_unit(entry.quantity.unit)]
+        for name, entry in {name: e for each in columns for name, e in each.items()}.items()
+    ]
+    heads = ["", *(["value"] if len(outcomes) == 1 else whose(outcomes)), "unit"]
+    return Table(heads, rows) if any(row[-1] for row in rows) else Table(heads[:-1], [row[:-1] for row in rows])
+
+
+def _sentences(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The metric's sentence about every subject, of a run about the first and the last."""
+    sentence = CATALOGUE[outcomes[0].metric].sentence if outcomes[0].metric in CATALOGUE else ""
+    few = _shown(outcomes, 2) if sentence else []
+    for outcome, name in zip(few[:MOST_COLUMNS], whose(few), strict=False):
+        words = {each: _plain(value) for each, value in outcome.settings.items()}
+        words |= {each: told(outcome, each) for each in _scalars(outcome)}
+        if set(re.findall(r"{(\w+)}", sentence)) <= words.keys():  # what was not asked for has no sentence
+            text = sentence.format_map(words)
+            yield text if len(few) == 1 else f"{name}: {text}"
+
+
+def _notes(outcomes: Sequence[Outcome]) -> Iterator[Quote]:
+    """What the results say of themselves, once for all that say it, and texts that are too long for a cell."""
+    few, sources = _shown(outcomes), dict[str, list[str]]()
+    for outcome, name in zip(few, whose(few), strict=True):
+        long = {label(e): said(outcome, e) for e in _scalars(outcome).values()}
+        texts = [f"{each}: {text}" for each, text in long.items() if len(text) > MOST_LETTERS]
+        for note in (*texts, *getattr(outcome.result, "notes", ())):
+            sources.setdefault(typeset(note), []).append(name)
+    yield from (Quote(note, ", ".join(names)) for note, names in sources.items())
+
+
+def _tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | str]:
+    try:
+        return list(make())
+    except Exception as err:  # noqa: BLE001 - of a class or a figure of the reader's own: the rest of the page is there
+        return [Quote(f"{type(err).__name__}: {err}", f"This part of {name} could not be shown.")]
+
+
+def _values(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in settings.items() if v is not None)
+
+
+def _plain(value: Any) -> str:
+    return setting(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,140 @@
+"""Metrics of pairs and of series: which subjects they see, and that they give what the functions give."""
+
+import numpy as np
+import pytest
+import results as made
+import torch
+
+import funcscope as fs
+from funcscope.study.cache import Cache
+from funcscope.study.catalogue import metric
+from funcscope.study.engine import run
+from funcscope.study.metric import Metric
+from funcscope.study.results import Results
+from funcscope.study.subject import InMemory
+from funcscope.study.together import arranged, groups_of, phases_of
+
+SCALES = {0: 0.2, 10: 1.0, 20: 1.5, 30: 0.7, 40: 2.0}
+
+
+class Seen(fs.Result):
+    total: float = fs.quantity("sum")
+
+
+def source(step, **more):
+    options = {"name": f"run@{step}", "theta": SCALES[step] * made.theta() + step / 100, "run": "run", "content": "1"}
+    return InMemory({"data": made.loss()}, at=step, **{**options, **more})
+
+
+@pytest.fixture
+def sources():
+    return [source(step) for step in (20, 0, 10, 40, 30)]
+
+
+def test_a_run_is_in_the_order_of_its_steps_and_its_phases_are_three(sources):
+    ((name, members),) = groups_of(sources).items()
+    assert (name, [one.step for one in members]) == ("run", [0, 10, 20, 30, 40])
+    assert [one.step for one in phases_of(members)] == [0, 20, 40]
+    assert [one.step for one in phases_of(members[:3])] == [0, 10, 20]
+
+
+def test_which_metric_looks_at_which_subject(sources):
+    alone = [InMemory({"data": made.loss()}, name) for name in "abc"]
+    every, some = (Metric(name, abs, ("theta",), at=at) for name, at in (("every", "every"), ("some", "phases")))
+    pair, series = (Metric(on, abs, ("thetas",), on=on) for on in ("pair", "series"))
+    seen = {
+        one.id: [each.name for each in about]
+        for one, about in arranged([pair, every, series, some], [*sources, *alone])
+    }
+    assert seen == {
+        **{f"run@{step}": ["every", "some"] if step % 20 == 0 else ["every"] for step in (20, 0, 10, 40, 30)},
+        "a": ["every", "some"], "b": ["every", "some"], "c": ["every", "some"],
+        "run@20 to run@40": ["pair"], "a to b": ["pair"], "a to c": ["pair"], "run": ["series"], "all models": ["series"],
+    }  # fmt: skip
+
+
+def test_pairs_and_series_give_what_their_functions_give(sources, tmp_path):
+    few = {"directional_losses": {"n_samples": 4}, "linear_path": {"num": 5}, "barrier_matrix": {"num": 3},
+           "trajectory_plane": {"num": 3}, "bezier_connection": {"steps": 2, "num": 3}}  # fmt: skip
+    names = (
+        "directional_comparison",
+        "directional_losses",
+        "linear_path",
+        "barrier_matrix",
+        "trajectory_plane",
+        "bezier_connection",
+    )
+    study = [metric(name).configured(**few.get(name, {})) for name in names]
+    cache = Cache(tmp_path)
+    outcomes = run(study, sources, cache=cache)
+    assert [o.error for o in outcomes if not o.ok] == []
+    got = {(o.subject, o.metric): o.result for o in outcomes}
+    thetas = {one.step: one.theta for one in sources}
+    loss, pair = made.loss(), "run@20 to run@40"
+    sampled = [got[f"run@{step}", "directional_losses"] for step in (20, 40)]
+    assert got[pair, "directional_comparison"] == fs.compare_directional(*sampled, names=("run@20", "run@40"))
+    assert got[pair, "linear_path"] == fs.linear_path(loss, thetas[20], thetas[40], num=5)
+    assert got[pair, "bezier_connection"] == fs.connect(loss, thetas[20], thetas[40], key=fs.key(42), steps=2, num=3)
+    ordered = [thetas[step] for step in sorted(thetas)]
+    assert got["run", "barrier_matrix"] == fs.barrier_matrix(
+        loss, ordered, num=3, names=[f"run@{s}" for s in sorted(thetas)]
+    )
+    plane, path = got["run", "trajectory_plane"], fs.principal_directions(ordered)
+    torch.testing.assert_close(plane.coordinates, path.coordinates)
+    centre = loss(
+        path.origin
+        + path.axes.vectors.T.to(path.origin) @ torch.stack([x[1] for x in plane.surface.places]).to(path.origin)
+    )
+    torch.testing.assert_close(plane.grid_losses[1, 1], centre.double(), rtol=1e-6, atol=0)
+    again = run(study, sources, cache=cache)
+    assert all(o.reused for o in again)
+    assert [o.result for o in again] == [o.result for o in outcomes]
+    assert list(Results(tuple(again)).groups) == ["run"]
+    moved = [source(20, theta=2 * made.theta()), *sources[1:]]
+    anew = {(o.subject, o.metric) for o in run(study, moved, cache=cache) if not o.reused}
+    assert anew == {("run@20", m) for m in ("mean_loss", "directional_losses")} | {
+        (s, m) for s, m in got if s in (pair, "run")
+    }
+
+
+def test_two_models_that_read_other_data_are_not_compared():
+    half = fs.objective(made.loss().net, [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))], made.loss().criterion)
+    first = InMemory({"data": made.loss()}, "a")
+    second = InMemory({"data": half}, "b")
+    *_, outcome = run([metric("directional_comparison")], [first, second])
+    assert outcome.status in ("failed", "skipped")
+    assert outcome.result is None
+
+
+def test_members_are_opened_one_at_a_time(sources):
+    opened = []
+
+    class Counted(InMemory):
+        def open(self):
+            opened.append(self.at)
+            return super().open()
+
+    counted = [Counted(each.losses, each.name, each.theta, each.at, each.content, each.run) for each in sources]
+
+    def total(members):
+        return Seen(sum(float(member.theta.sum()) for member in members))
+
+    *_, outcome = run([Metric("total", total, ("members",), on="series")], counted)
+    assert outcome.result.total == pytest.approx(sum(float(one.theta.sum()) for one in sources))
+    assert opened[-5:] == [0, 10, 20, 30, 40]
+
+
+def test_curves_are_those_of_the_run(sources):
+    class Trained(InMemory):
+        def curves(self):
+            columns = {
+                f"{split}_{what}": np.array([0.5, 1.0]) for split in ("train", "test") for what in ("loss", "accuracy")
+            }
+            return {"step": np.array([0, 40]), **columns}
+
+    trained = [Trained(each.losses, each.name, each.theta, each.at, each.content, each.run) for each in sources]
+    (outcome,) = run([metric("training_curves")], trained)
+    assert (outcome.subject, outcome.group, outcome.step) == ("run", "run", None)
+    assert outcome.result.coords["step"] == [0, 40]
+    (missing,) = run([metric("training_curves")], sources)
+    assert "does not provide 'curves'" in missing.error
