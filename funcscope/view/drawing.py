@@ -1,4 +1,4 @@
-"""What figures share: scales that suit the values, curves with their intervals, the axis of steps, titles, readers of results.
+"""What figures share: scales that suit the values, curves with intervals, the axis of steps, titles, readers of results.
 
 Texts that are passed here are plotly's: names from outside go through `names.plain` before. Values that are not finite are
 holes, and counted where they are not visible as such.
@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
 from .numbers import with_error
-from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, Timeline, place, put_on_timeline, set_linear
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, Timeline, place, put_on_timeline, set_linear, wrapped
 from .theme import set_log as _set_log
 
 Z95 = 1.96
@@ -103,7 +103,7 @@ def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends:
     The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value.
     """
     if spreads(value):
-        axis.title.text = f"{name} ({unit})" if unit else name
+        axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
         return _set_log(axis, value, *(np.maximum(end, least) for end in ends))
     every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])

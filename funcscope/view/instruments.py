@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from ..study.cache import Outcome
 from . import samples
@@ -23,7 +24,8 @@ def _density(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         inside, ends = getattr(result, "density", result), getattr(result, "ends", None)
         if callable(inside):  # that of a density is a method
             inside = result
-        fig = render_spectrum_density(inside, ends, title=f"Spectrum of {whose}", unit="")
+        fig = render_spectrum_density(inside, ends, unit="")
+        _rename(fig, _of(whose, outcomes))
         yield Drawn(
             fig, "Share of eigenvalues per decade with the 95 % interval over probes; below, single eigenvalues."
         )
@@ -35,14 +37,13 @@ def _path(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         paths = [result.path, result.line] if hasattr(result, "line") else [result]
         fig, notes = barrier(paths, None, outcome.in_unit("loss"))
         caption = "The loss on the way with 95 % intervals, the chord, and the barrier where it is largest."
-        yield Drawn(
-            titled(fig, f"Loss from {whose}" if " to " in whose else f"Loss on the path, {whose}", *notes), caption
-        )
+        yield Drawn(titled(fig, f"Loss on the path{_of(whose, outcomes)}", *notes), caption)
 
 
 def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
     """Loss changes of both sides."""
-    rows, unit = {}, outcomes[0].in_unit("loss")
+    rows: dict[str, np.ndarray] = {}
+    unit = outcomes[0].in_unit("loss")
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         rows |= {f"{whose}<br>{side}": change for side, (_, change) in _sides(outcome.result).items()}
     fig, notes = samples.distribution(rows, name="loss change", unit=unit, axis="direction")
@@ -51,6 +52,14 @@ def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         ["Loss changes per direction, a dot each, with the middle half and the mean", *filter(None, [gone, *notes])]
     )
     yield Drawn(titled(fig, "Loss changes along random directions"), f"{said}.")
+    if len(outcomes) == 2 and len({getattr(each.result, "key", each) for each in outcomes}) == 1:
+        pair = [_sides(each.result) for each in outcomes]
+        sides = {side: (pair[0][side][1], pair[1][side][1]) for side in pair[0] if side in pair[1]}
+        first, second = (f"{whose}<br>loss change" for whose in titles_of(outcomes))
+        fig = samples.scatter(
+            sides, (1.0, "equal"), names=(first, second), units=(unit, unit), axis="direction", square=True
+        )
+        yield Drawn(titled(fig, "Loss changes of both"), "Loss changes along the same directions, a dot each.")
 
 
 def _slopes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
@@ -63,7 +72,19 @@ def _slopes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         both = "on both sides of it, " if len(sides) > 1 else ""
         gone = lost(np.concatenate([change for _, change in sides.values()]), "dots")
         caption = f"Loss changes against slopes, {both}a dot per direction; the line is change = slope × step"
-        yield Drawn(titled(fig, f"Slope and loss change, {whose}"), f"{caption}{f'; {gone}' if gone else ''}.")
+        yield Drawn(
+            titled(fig, f"Slope and loss change{_of(whose, outcomes)}"), f"{caption}{f'; {gone}' if gone else ''}."
+        )
+
+
+def _of(whose: str, outcomes: Sequence[Outcome]) -> str:
+    return f", {whose}" if len(outcomes) > 1 else ""
+
+
+def _rename(fig: go.Figure, of: str) -> None:
+    """Say whose it is at the end of the first line of its title."""
+    first, mark, rest = fig.layout.title.text.partition("<br>")
+    fig.layout.title.text = first + of + mark + rest
 
 
 def _sides(result: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -84,7 +105,8 @@ def _training(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         result: Any = outcome.result
         curves = result.asdict() | {"step": np.asarray(result.coords["step"])}
-        fig = render_training_curves(curves, look.current, title=f"Training of {whose}")
+        fig = render_training_curves(curves, look.current)
+        _rename(fig, _of(whose, outcomes))
         yield Drawn(fig, "Loss above accuracy, on the training and the test data, over the steps of training.")
 
 

@@ -32,13 +32,13 @@ def with_error(value: float | None, stderr: float | None) -> str:
     >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(17401.2, 2901.0)
     ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '17,400 ± 2,900')
     """
-    unknown = stderr is None or not math.isfinite(stderr)
-    if value is None or not math.isfinite(value) or unknown or stderr <= 1e-9 * abs(value):  # type: ignore[operator]
+    stderr = math.nan if stderr is None else stderr
+    if value is None or not math.isfinite(value + stderr) or stderr <= 1e-9 * abs(value):
         return number(value)
-    power = math.floor(math.log10(max(abs(value), stderr)))  # type: ignore[type-var]
+    power = math.floor(math.log10(max(abs(value), stderr)))
     power = 0 if -4 < power < 6 else power
-    decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])  # type: ignore[operator]
-    both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))  # type: ignore[operator]
+    decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])
+    both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))
     return typeset(both if power == 0 else f"({both})e{power:+03d}")
 
 

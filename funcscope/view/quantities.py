@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.result import Result
-from ..core.tables import Entry
+from ..core.tables import Entry, numbers
 from ..study.cache import Outcome
 from . import curves, samples
 from .curves import Line
@@ -58,7 +58,7 @@ def limits_of(outcomes: Sequence[Outcome], name: str) -> Limits | None:
 
 
 def drawable(result: Result | None) -> Iterator[str]:
-    """Names of the quantities that a result has figures of, where none are chosen: not of errors, nor of places along axes."""
+    """Names of the quantities that a result has figures of where none is chosen: no errors, no places along axes."""
     assert result is not None
     entries = list(result.entries())
     errors = {what.stderr for what in result.quantities().values()} | {f"{each.name}_stderr" for each in entries}
@@ -98,19 +98,19 @@ def _trajectory(seen: Sequence[Seen], look: Look) -> Drawn:
     runs: dict[str, list[Seen]] = {}
     for one in sorted(seen, key=lambda one: one.step or 0):
         runs.setdefault(one.group, []).append(one)
-    each = [
-        Line(name, *(np.array(column) for column in zip(*((one.step, float(one.value), float(one.half)) for one in run), strict=True)))
-        for name, run in zip(named(list(runs)), runs.values(), strict=True)
-    ]  # fmt: skip
+    each = []
+    for name, run in zip(named(list(runs)), runs.values(), strict=True):
+        numbers_at = ((one.step, float(one.value), float(one.half)) for one in run)
+        each.append(Line(name, *map(np.array, zip(*numbers_at, strict=True))))
     fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, current=look.current)
     gone = lost(np.array([float(one.value) for one in seen]), "values")
-    return captioned(fig, seen[0], "at every step, with 95 % intervals where there are errors", gone, *notes)
+    return captioned(fig, seen[0], f"at every step{_errors(seen)}", gone, *notes)
 
 
 def _points(seen: Sequence[Seen]) -> Drawn:
     values, half = (np.array([float(x) for x in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True))
     fig = curves.points([one.title for one in seen], values, half, name=seen[0].label, unit=seen[0].unit)
-    how = "of every model, with 95 % intervals where there are errors"
+    how = f"of every model{_errors(seen)}"
     return captioned(fig, seen[0], how, lost(values, "values"))
 
 
@@ -126,7 +126,8 @@ def _distribution(seen: Sequence[Seen]) -> Drawn:
 
 def _pairs(first: Seen, second: Seen) -> Drawn:
     names = (f"{first.title}<br>{first.label}", f"{second.title}<br>{first.label}")
-    sides, axis = {"a draw": (first.value, second.value)}, first.entry.quantity.per[0]
+    axis = first.entry.quantity.per[0]
+    sides = {f"a {axis}": (first.value, second.value)}
     fig = samples.scatter(
         sides, (1.0, "equal"), names=names, units=(first.unit, second.unit), axis=axis, square=True
     )  # fmt: skip
@@ -139,13 +140,14 @@ def _along(seen: Sequence[Seen], look: Look) -> Drawn:
     each = [Line(one.title, one.along(0), one.value, one.half) for one in seen]
     fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, at=axis, current=look.current)
     gone = lost(np.concatenate([one.value for one in seen]), "values")
-    return captioned(fig, seen[0], f"along {axis}, with 95 % intervals where there are errors", gone, *notes)
+    return captioned(fig, seen[0], f"along {axis}{_errors(seen)}", gone, *notes)
 
 
 def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
     """Bars by name; over many steps a line per name, or a cell per name and step."""
     one, axis = seen[0], seen[0].entry.quantity.per[0]
-    names = [str(place) for place in one.places[0] or range(1, one.value.size + 1)]
+    places = one.places[0] or range(1, one.value.size + 1)
+    names = [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
     if len(seen) > MOST_SUBJECTS and _has_steps(seen) and len({s.group for s in seen}) == 1 and _alike(seen):
         steps, value, half = (np.array(x) for x in zip(*((s.step, s.value, s.half) for s in seen), strict=True))
         gone, how = lost(value, "values"), f"per {axis}, at every step"
@@ -183,17 +185,16 @@ def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
             names = named([str(place) for place in one.places[1 - i] or range(1, len(value) + 1)])
             each = [Line(name, one.along(i), value[j], half[j]) for j, name in enumerate(names)]
             fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=per[i], current=look.current, height=400)
-            return captioned(
-                fig, one, f"along {per[i]}, a line per {per[1 - i]}{whose}", lost(one.value, "values"), *notes
-            )
+            how, gone = f"along {per[i]}, a line per {per[1 - i]}{whose}", lost(one.value, "values")
+            return captioned(fig, one, how, gone, *notes, whose=_title(one, seen))
     places = [
         known if known is not None else list(range(size))
         for known, size in zip(one.places, one.value.shape, strict=True)
     ]
     fig = heat(
-        one.value, places[1], places[0], per[::-1], label=one.label, unit=one.unit, limits=look.limits or _ends(seen)
+        one.value, places[1], places[0], (per[1], per[0]), label=one.label, unit=one.unit, limits=look.limits or _ends(seen)
     )  # fmt: skip
-    return captioned(fig, one, f"per {' and '.join(per)}{whose}", lost(one.value, "cells"))
+    return captioned(fig, one, f"per {' and '.join(per)}{whose}", lost(one.value, "cells"), whose=_title(one, seen))
 
 
 def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
@@ -209,7 +210,13 @@ def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
     scale = shades(np.array(look.limits or _ends(seen)), one.unit)
     fig = contour(plane, scale, walk, look.current)
     told = ", with the checkpoints in their order" if walk is not None else ""
-    return captioned(fig, one, f"on the plane{_whose([one])}, a star at its centre{told}", lost(one.value, "points"))
+    return captioned(
+        fig,
+        one,
+        f"on the plane{_whose([one])}, a star at its centre{told}",
+        lost(one.value, "points"),
+        whose=_title(one, seen),
+    )
 
 
 def _few(seen: Sequence[Any]) -> Sequence[Any]:
@@ -219,6 +226,14 @@ def _few(seen: Sequence[Any]) -> Sequence[Any]:
 def _ends(seen: Sequence[Seen]) -> Limits:
     every = np.concatenate([one.value[np.isfinite(one.value)] for one in _few(seen)])
     return float(every.min()), float(every.max())
+
+
+def _title(one: Seen, seen: Sequence[Seen]) -> str:
+    return one.title if len(seen) > 1 else ""
+
+
+def _errors(seen: Sequence[Seen]) -> str:
+    return ", with 95 % intervals" if any(np.isfinite(one.half).any() for one in seen) else ""
 
 
 def _whose(seen: Sequence[Seen]) -> str:
@@ -238,13 +253,6 @@ def _has_steps(seen: Sequence[Seen]) -> bool:
 def _is_place(entry: Entry, result: Result) -> bool:
     """Whether these are the numbers along an axis, which every figure over it shows."""
     per = entry.quantity.per
-    known = result.coords.get(per[-1]) if per else None
-    if known is None or isinstance(entry.value, (list, tuple)):
-        return False
-    value = np.asarray(entry.value, dtype=np.float64)
-    places = np.asarray(known).tolist()
-    return (
-        are_numbers(places)
-        and value.shape[-1:] == (len(places),)
-        and bool((value == np.array(places, dtype=float)).all())
-    )
+    known = np.asarray(result.coords.get(per[-1], ()) if per else ()).tolist()
+    values = numbers(entry) if known and are_numbers(known) else None
+    return values is not None and values["value"].shape[-1:] == (len(known),) and bool((values["value"] == known).all())

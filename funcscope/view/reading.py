@@ -122,10 +122,10 @@ def are_numbers(places: Sequence[Any]) -> bool:
     return all(isinstance(place, (int, float)) and not isinstance(place, bool) for place in places)
 
 
-def captioned(fig: go.Figure, one: Seen, how: str, *notes: str) -> Drawn:
+def captioned(fig: go.Figure, one: Seen, how: str, *notes: str, whose: str = "") -> Drawn:
     """With the quantity as its title, and a caption that says how it is drawn and what is not."""
     said = "; ".join(filter(None, notes))
-    label = one.label[:1].upper() + one.label[1:]
+    label = one.label[:1].upper() + one.label[1:] + (f", {whose}" if whose else "")
     return Drawn(titled(fig, label), f"The {one.entry.quantity.label} {how}{f'; {said}' if said else ''}.")
 
 
