@@ -421,7 +421,6 @@ def test_only_local_folders_are_read(name, tmp_path, monkeypatch):
 # fmt: off
 CLASSES = hf.BertForSequenceClassification
 REFUSED = {
-    "encoder-decoder": (t5, None, ["T5ForConditionalGeneration", "encoder-decoders", "fs.seq2seq_lm", "'causal', 'masked'"]),
     "no head": (partial(bert, hf.BertModel), None, ["BertModel", "no task", "'causal', 'masked', 'classification'"]),
     "no head, with a task": (partial(bert, hf.BertModel), "masked", ["lacks", "cls.predictions"]),
     "another task": (gpt2, "classification", ["`task` is 'classification'", "GPT2LMHeadModel", "'causal'"]),
@@ -945,3 +944,46 @@ def test_texts_between_commas_and_tabs(tmp_path, ending, between):
         file.write_text(bad)
         with pytest.raises(ValueError, match=message):
             list(read_texts(file))
+
+
+def test_an_encoder_decoder_reads_pairs_of_source_and_target(tmp_path):
+    model = folder(tmp_path / "t5", "t5")
+    rows = [("w5 w6 w7", "w8 w9"), ("w10", "w11 w12 w13 w14"), ("w20 w21 w22 w23 w24", "w25")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": a, "to": b}) for a, b in rows))
+    loaded = load_model(model)
+    assert task_of(loaded) == "seq2seq"
+    made = load_tokenizer(model, loaded)
+    texts = list(read_texts(tmp_path / "a.jsonl", second_field="to"))
+    data = make_batches(texts, made, loaded, task="seq2seq", batch_size=2, max_seq_length=16)
+    source = fs.Pretrained(
+        str(model),
+        fs.UnifiedConfig(dataset_name=str(tmp_path / "a.jsonl"), second_field="to", batch_size=2).tasks(),
+        length=16,
+    )
+    subject = source.open()
+    ours = float(subject.loss("data")(subject.theta))
+    total = count = 0.0
+    for a, b in rows:  # the model's own loss, a text at a time
+        ids, labels = (torch.tensor([made(x)["input_ids"]]) for x in (a, b))
+        with torch.no_grad():
+            total += float(loaded(input_ids=ids, labels=labels).loss) * labels.numel()
+        count += labels.numel()
+    assert ours == pytest.approx(total / count, rel=1e-5)
+    assert data.num_scored == count
+    with pytest.raises(ValueError, match=r"no target; .*`second_field`"):
+        make_batches(list(read_texts(tmp_path / "a.jsonl")), made, loaded, task="seq2seq")
+
+
+def test_a_classifier_reads_pairs_of_texts(tmp_path):
+    model = tmp_path / "bert"
+    MODELS["bert classifier"][0]().save_pretrained(model)
+    words().save_pretrained(model)
+    (tmp_path / "a.csv").write_text("text,other,kind\nw5 w6,w7 w8 w9,1\nw10,w11,0\n")
+    loaded = load_model(model)
+    made = load_tokenizer(model, loaded)
+    texts = list(read_texts(tmp_path / "a.csv", label_field="kind", second_field="other"))
+    (batch,) = make_batches(texts, made, loaded, task="classification").batches
+    for row, (a, b) in enumerate([("w5 w6", "w7 w8 w9"), ("w10", "w11")]):
+        ids = made(a, b)["input_ids"]
+        assert batch["input_ids"][row, : len(ids)].tolist() == ids
+    assert batch["labels"].tolist() == [1, 0]

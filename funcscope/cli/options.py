@@ -15,8 +15,9 @@ from ..study.metric import nearest
 TEXTS = {
     "field": "field or column that holds the text",
     "label_field": "field or column that holds the class",
+    "second_field": "that of a second text: of a pair, or what an encoder-decoder is to say",
     "unit": "what one text of a .txt file is: line, paragraph, document",
-    "task": "what the model is trained for, if config.json does not say: causal, masked, classification",
+    "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq",
     "num_samples": "texts that are scored",
     "max_seq_length": "tokens kept of each, or as many as the model has positions",
     "batch_size": "texts per forward pass; changes no number",
@@ -34,7 +35,7 @@ COMPUTING = {
 }
 
 
-_WORDS = ("label_field", "task")
+_WORDS = ("label_field", "second_field", "task")
 
 
 class Flag(NamedTuple):

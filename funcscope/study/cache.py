@@ -113,7 +113,9 @@ class Cache:
             return None
         try:
             result = None if (tree := meta["result"]) is None else unpack(Packed(dict(stored.arrays), tree))
-        except ValueError:  # of a class that is not imported, or has other fields: made again, and until then left alone
+        except (
+            ValueError
+        ):  # of a class that is not imported, or has other fields: made again, and until then left alone
             return None
         path.touch()  # used: the last to go
         return Outcome(**known_outcome, result=result)

@@ -102,11 +102,13 @@ class UnifiedConfig:
     settings: Mapping[str, Mapping[str, Any]] | None = None
     """By metric, settings that have no field here: `{"sam_sharpness": {"epsilon": 0.05}}`."""
     task: str | None = None
-    """`causal`, `masked` or `classification`; None reads it from each model."""
+    """`causal`, `masked`, `classification` or `seq2seq`; None reads it from each model."""
     field: str = "text"
     """The field or column of a text."""
     label_field: str | None = None
     """That of its class."""
+    second_field: str | None = None
+    """That of a second text: the other one of a pair for classifiers, what an encoder-decoder is to say."""
     unit: str = "paragraph"
     """What one text of a .txt file is: a line, a paragraph, the document."""
     packing: bool = False
@@ -219,6 +221,7 @@ class UnifiedConfig:
             data=str(self.dataset_name),
             field=self.field,
             label_field=self.label_field,
+            second_field=self.second_field,
             unit=self.unit,  # type: ignore[arg-type]
             task=self.task,  # type: ignore[arg-type]
             num_samples=self.num_samples,

@@ -11,14 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.architectures import family_of
 from ..core.checks import check_count
-from ..core.criterion import Criterion, causal_lm, classification, masked_lm
+from ..core.criterion import Criterion, causal_lm, classification, masked_lm, seq2seq_lm
 from ..core.keys import fold_in, key
 from ..core.model import Functional, functional
 from ..core.objective import Loss, objective
 from .inputs import Data, DType, Task, Unit, load_model, load_tokenizer, make_batches, read_texts, task_of
 from .inputs.tokens import max_positions
 
-_CRITERIA: dict[Task, Criterion] = {"causal": causal_lm, "masked": masked_lm, "classification": classification}
+_CRITERIA: dict[Task, Criterion] = {
+    "causal": causal_lm,
+    "masked": masked_lm,
+    "classification": classification,
+    "seq2seq": seq2seq_lm,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class DataSpec:
     data: str
     field: str = "text"
     label_field: str | None = None
+    second_field: str | None = None
     unit: Unit = "paragraph"
     task: Task | None = None
     num_samples: int = 64
@@ -86,7 +92,13 @@ class OpenedModel:
         """The loss on the texts, cut off at `length` tokens unless the data's settings say where."""
         task = task_of(self.model)
         data = make_batches(
-            read_texts(spec.data, field=spec.field, label_field=spec.label_field, unit=spec.unit),
+            read_texts(
+                spec.data,
+                field=spec.field,
+                label_field=spec.label_field,
+                second_field=spec.second_field,
+                unit=spec.unit,
+            ),
             self.tokenizer or load_tokenizer(self.folder, self.model),
             self.model,
             task=task,

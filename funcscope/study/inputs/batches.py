@@ -71,7 +71,9 @@ def make_batches(
     masked: of the n tokens of a text that are not special, round(mask_fraction * n), at least one, become the mask token;
     labels are -100 elsewhere. They are those with the smallest of n uniform draws from `fold_in(key, i)` for text i, so
     that they depend neither on the batches nor on other texts.
-    classification: `labels` has shape (batch,); a label is a class index, or a name in the model's `label2id`.
+    classification: `labels` has shape (batch,); a label is a class index, or a name in the model's `label2id`. A second text
+    is the other one of a pair.
+    seq2seq: the first text is for the encoder, the second is scored, all of its tokens, -100 at padding.
 
     Raises ValueError for a length that the model does not have, a missing key, label, mask token or padding id, for
     token ids outside the embedding, and where no text is usable; TypeError for a key that is a bare seed.
@@ -85,13 +87,15 @@ def make_batches(
     if packing and task != "causal":
         raise ValueError(f"`packing` is for the task 'causal', got {task!r}: pass `packing=False`.")
     row_of = row_maker(task, tokenizer, model, key, mask_fraction)
-    texts = tokenise(examples, tokenizer, embedding_rows(model), None if packing else max_seq_length)
+    length = None if packing else max_seq_length
+    texts = tokenise(examples, tokenizer, embedding_rows(model), length, targets=task == "seq2seq")
     if packing:
         chosen = _blocks(texts, _separator(tokenizer, model), num_samples, max_seq_length)
     else:
         chosen = _separate(texts, row_of, num_samples)
     if not chosen.rows:
-        needs = {"causal": "two tokens", "masked": "a token that is not special", "classification": "a token"}[task]
+        few = {"causal": "two tokens", "masked": "a token that is not special", "seq2seq": "a token on both sides"}
+        needs = few.get(task, "a token")
         raise ValueError(
             f"no text is left for the task {task!r}: {chosen.num_too_short} were too short to be scored, which takes {needs}."
         )
@@ -186,7 +190,8 @@ def _padded(rows: list[Row], pad: int, types: bool) -> dict[str, Tensor]:
         batch["token_type_ids"] = _rectangle([row.types for row in rows], width, 0)
     labels = [row.labels for row in rows]
     per_token = [entry for entry in labels if isinstance(entry, list)]
-    batch["labels"] = _rectangle(per_token, width, IGNORE) if per_token else torch.tensor(labels)
+    longest = max(map(len, per_token), default=0)
+    batch["labels"] = _rectangle(per_token, longest, IGNORE) if per_token else torch.tensor(labels)
     return batch
 
 

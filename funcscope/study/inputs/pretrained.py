@@ -13,10 +13,12 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -30,7 +32,7 @@ from .folder import json_object, local_folder, settings, stored_dtype, weight_fi
 from .quiet import one_line, quiet
 from .tokens import embedding_rows
 
-Task = Literal["causal", "masked", "classification"]
+Task = Literal["causal", "masked", "classification", "seq2seq"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _BY_CLASS: tuple[tuple[str, Task], ...] = (
@@ -38,11 +40,13 @@ _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("LMHeadModel", "causal"),
     ("ForMaskedLM", "masked"),
     ("ForSequenceClassification", "classification"),
+    ("ForConditionalGeneration", "seq2seq"),
 )
 _AUTO: dict[Task, tuple[Any, Any]] = {
     "causal": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
 }
 _VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -163,11 +167,6 @@ def _config(path: Path) -> PreTrainedConfig:
 def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
     """The task, after all that can be said about it before weights are read."""
     architecture = next(iter(config.architectures or ()), None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{path} holds a {architecture or config.model_type}: encoder-decoders are available from Python "
-            f"(`fs.seq2seq_lm`), not from files, where the tasks are {_choices()}."
-        )
     possible = [name for name, (_, mapping) in _AUTO.items() if type(config) in mapping]
     if not possible:
         raise ValueError(

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     ids: list[int]
     types: list[int]
     labels: list[int] | int
-    """One for each token, or one for the sequence."""
+    """One for each token, or for each that is to be said, or one for the sequence."""
     num_scored: int
 
 
@@ -37,6 +37,8 @@ def row_maker(
         return _causal_row
     if task == "classification":
         return partial(_class_row, config=model.config)
+    if task == "seq2seq":
+        return _translated_row
     if key is None:
         raise ValueError("`key` is needed for the task 'masked', which draws the masked tokens: pass `key=fs.key(0)`.")
     if not 0 < mask_fraction <= 1:
@@ -55,6 +57,13 @@ def block_row(ids: list[int]) -> Row:
 
 def _causal_row(tokens: Tokens, _index: int) -> Row | None:
     return block_row(tokens.ids)._replace(types=tokens.types) if len(tokens.ids) > 1 else None
+
+
+def _translated_row(tokens: Tokens, _index: int) -> Row | None:
+    if tokens.target is None:
+        raise ValueError(f"{tokens.where}: no target; the task 'seq2seq' needs a second text (`second_field`).")
+    whole = tokens.ids and tokens.target
+    return Row(tokens.ids, tokens.types, tokens.target, len(tokens.target)) if whole else None
 
 
 def _masked_row(

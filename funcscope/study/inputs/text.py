@@ -22,20 +22,28 @@ _ROWS = 64
 
 
 class Example(NamedTuple):
-    """A text, its label where there is one (a class index or name), and where it was found, for messages."""
+    """A text, its label where there is one (a class index or name), where it was found, for messages, and a second text:
+    the other one of a pair, or what an encoder-decoder is to say."""
 
     text: str
     label: int | str | None = None
     where: str = ""
+    second: str | None = None
 
 
 def read_texts(
-    path: str | Path, *, field: str = "text", label_field: str | None = None, unit: Unit = "paragraph"
+    path: str | Path,
+    *,
+    field: str = "text",
+    label_field: str | None = None,
+    second_field: str | None = None,
+    unit: Unit = "paragraph",
 ) -> Iterator[Example]:
     """The texts of a file, in its order, read as they are asked for.
 
     `.txt`: UTF-8, cut by `unit`: its lines, its paragraphs (between blank lines) or the whole document; no text is blank.
-    `.jsonl`, `.ndjson`: one JSON object per line, the text in `field`, the label in `label_field`; blank lines are skipped.
+    `.jsonl`, `.ndjson`: one JSON object per line, the text in `field`, the label in `label_field`, a second text in
+    `second_field`; blank lines are skipped.
     `.csv`, `.tsv`: a row per text below a row of names, cells between commas or tabs, quoted where they hold one or a line's
     end; labels of digits are class indices.
     `.parquet`: one text per row, with the columns `field` and `label_field`; needs pyarrow.
@@ -49,7 +57,7 @@ def read_texts(
     ...     path = Path(folder) / "a.jsonl"
     ...     _ = path.write_text('{"text": "one", "y": 1}')
     ...     list(read_texts(path, label_field="y"))
-    [Example(text='one', label=1, where='line 1')]
+    [Example(text='one', label=1, where='line 1', second=None)]
     """
     check_choice("unit", unit, get_args(Unit))
     file = Path(path)
@@ -63,16 +71,15 @@ def read_texts(
     if ending not in _ENDINGS:
         raise ValueError(f"`path` must end in {', '.join(_ENDINGS)}, got {file.name!r}: no other format is read.")
     if ending == ".txt":
-        if label_field is not None:
-            raise ValueError(
-                f"`label_field` is {label_field!r}, and {file} is plain text without labels: use `.jsonl`."
-            )
+        for name, given in (("label_field", label_field), ("second_field", second_field)):
+            if given is not None:
+                raise ValueError(f"`{name}` is {given!r}, and {file} is plain text without fields: use `.jsonl`.")
         return _some(file, _units(file, unit))
     if ending == ".parquet":
-        rows = _parquet(file, field, label_field)
+        rows = _parquet(file, field, label_field, second_field)
     else:
         rows = _separated(file, ending, label_field) if ending in (".csv", ".tsv") else _objects(file)
-    return _some(file, (_example(file, row, where, field, label_field) for where, row in rows))
+    return _some(file, (_example(file, row, where, field, label_field, second_field) for where, row in rows))
 
 
 def _some(file: Path, examples: Iterable[Example]) -> Iterator[Example]:
@@ -170,22 +177,29 @@ def _rows(file: Path, content: Any, columns: list[str]) -> Iterator[tuple[str, M
             raise ValueError(f"{file} is damaged after row {number} ({first_line(err)}).") from err
 
 
-def _example(file: Path, row: Mapping[str, Any], where: str, field: str, label_field: str | None) -> Example:
-    for name in (field, label_field):
+def _example(
+    file: Path, row: Mapping[str, Any], where: str, field: str, label_field: str | None, second_field: str | None
+) -> Example:
+    for name in (field, label_field, second_field):
         if name is not None and name not in row:
             raise ValueError(_lacking(file, where, name, row))
-    text, label = row[field], row[label_field] if label_field is not None else None
-    if not isinstance(text, str):
-        raise ValueError(f"{file}, {where}: `{field}` must be a string, got {type(text).__name__}.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as err:
-        raise ValueError(f"{file}, {where}: `{field}` holds half of a surrogate pair, which is no character.") from err
+    label = row[label_field] if label_field is not None else None
+    text, second = (None if name is None else _text(file, where, name, row[name]) for name in (field, second_field))
     if label_field is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
         raise ValueError(
             f"{file}, {where}: the label `{label_field}` must be a class index or name, got {type(label).__name__}."
         )
-    return Example(text, label, where)
+    return Example(text or "", label, where, second)
+
+
+def _text(file: Path, where: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{file}, {where}: `{field}` must be a string, got {type(value).__name__}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise ValueError(f"{file}, {where}: `{field}` holds half of a surrogate pair, which is no character.") from err
+    return value
 
 
 def _lacking(file: Path, where: str, name: str, present: Iterable[str]) -> str:

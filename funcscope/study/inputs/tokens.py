@@ -23,28 +23,43 @@ class Tokens(NamedTuple):
     truncated: bool
     label: int | str | None
     where: str
+    target: list[int] | None = None
+    """What an encoder-decoder is to say."""
 
 
 def tokenise(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, rows: int, max_length: int | None
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    max_length: int | None,
+    *,
+    targets: bool = False,
 ) -> Iterator[Tokens]:
     """The texts as token ids with the special tokens of the tokenizer, a text at a time; the tokenizer stays as it was.
 
-    A longer text loses the end of its content and keeps its special tokens, so that it has `max_length` ids (None: whole).
+    A second text follows the first in one sequence, as the tokenizer joins pairs, or is a sequence of its own (`targets`). A
+    longer text loses the end of its content and keeps its special tokens, so that it has `max_length` ids (None: whole).
     Raises ValueError for an id that the embedding of `rows` rows does not have.
     """
     for index, example in enumerate(examples):
         where = example.where or f"text {index}"
         with _unchanged(tokenizer):
-            made = tokenizer(
-                example.text, return_special_tokens_mask=True, return_token_type_ids=True, return_attention_mask=False,
-                verbose=False,
-            )  # fmt: skip
-        keep = _kept(made["special_tokens_mask"], max_length)
-        ids = [made["input_ids"][i] for i in keep]
-        check_ids(ids, tokenizer, rows, where)
-        types = [made["token_type_ids"][i] for i in keep]
-        yield Tokens(ids, types, len(keep) < len(made["input_ids"]), example.label, where)
+            texts = [(example.text, None if targets else example.second)]
+            texts += [(example.second, None)] if targets and example.second is not None else []
+            made = [
+                tokenizer(
+                    *each, return_special_tokens_mask=True, return_token_type_ids=True, return_attention_mask=False,
+                    verbose=False,
+                )
+                for each in texts
+            ]  # fmt: skip
+        keep = [_kept(each["special_tokens_mask"], max_length) for each in made]
+        ids, *target = [[each["input_ids"][i] for i in places] for each, places in zip(made, keep, strict=True)]
+        for part in (ids, *target):
+            check_ids(part, tokenizer, rows, where)
+        cut = any(len(places) < len(each["input_ids"]) for each, places in zip(made, keep, strict=True))
+        types = [made[0]["token_type_ids"][i] for i in keep[0]]
+        yield Tokens(ids, types, cut, example.label, where, target[0] if target else None)
 
 
 def check_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
