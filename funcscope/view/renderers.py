@@ -281,7 +281,7 @@ def _marked(data: Mapping[str, Any], values: Column) -> list[tuple[float, str, s
     return marks
 
 
-def _edges(finite: Column, ends: Sequence[float]) -> Column:
+def _edges(finite: Column, ends: Sequence[float]) -> np.ndarray:
     """Of the bins: 2 sqrt(n) of them, 30 at most; a single narrow one where all values are equal."""
     low, high = float(finite.min()), float(finite.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -290,7 +290,7 @@ def _edges(finite: Column, ends: Sequence[float]) -> Column:
     return np.linspace(low, high, min(MOST_BINS, math.ceil(2 * math.sqrt(finite.size))) + 1)
 
 
-def _add_counts(fig: go.Figure, sides: Mapping[str, Column], edges: Column) -> int:
+def _add_counts(fig: go.Figure, sides: Mapping[str, np.ndarray], edges: np.ndarray) -> int:
     """A bar per bin for the first side, an outline for the second; returns the largest count."""
     counts = [np.histogram(values[np.isfinite(values)], edges)[0] for values in sides.values()]
     bars = go.Bar(
@@ -305,7 +305,7 @@ def _add_counts(fig: go.Figure, sides: Mapping[str, Column], edges: Column) -> i
     return int(max(side.max() for side in counts))
 
 
-def _told(data: Mapping[str, Any], sides: Mapping[str, Column]) -> str:
+def _told(data: Mapping[str, Any], sides: Mapping[str, np.ndarray]) -> str:
     values, baseline, ratio = sides["+d"], scalar(data, "baseline_loss"), scalar(data, "flatness_ratio")
     if "flatness_ratio" not in data and values.size:
         ratio = float(np.mean(np.isfinite(values) & (values < 0.1 * (baseline if baseline > 0 else 1.0))))

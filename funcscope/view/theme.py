@@ -113,7 +113,7 @@ def put_on_timeline(fig: go.Figure, timeline: Timeline, rows: Sequence[int] = (1
         )  # fmt: skip
 
 
-def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "*shape"]) -> float:
+def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
     """Make an axis logarithmic over the positive finite values, and return its lower end.
 
     Without such a value the axis stays linear, and -inf is returned.
