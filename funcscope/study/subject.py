@@ -106,6 +106,8 @@ class Pretrained:
     at: int | None = None
     length: int = 128
     """Tokens of a text that are kept unless its settings say so, or as many as the model has positions."""
+    on: str = ""
+    """The name of the data, where the same model is measured on several."""
 
     @property
     def id(self) -> str:
@@ -117,7 +119,10 @@ class Pretrained:
 
     @property
     def group(self) -> str:
-        return (STEP.sub("", self.id) or "run") if self.at is not None else self.id
+        if self.at is None:
+            return self.id
+        ending = f" on {self.on}" if self.on else ""
+        return (STEP.sub("", self.id.removesuffix(ending)) or "run") + ending
 
     def digest(self, sums: Sums) -> str | None:
         path = local_folder(self.folder)

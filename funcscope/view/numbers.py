@@ -77,15 +77,3 @@ def power_of_ten(power: int) -> str:
     ('10⁻⁴', '1')
     """
     return f"10{str(power).translate(_RAISED)}" if power else "1"
-
-
-def short(name: str, most: int = 22) -> str:
-    """A name for a figure: its beginning and its end.
-
-    >>> short("llama"), short("llama-finetuned-on-everything-step-1000")
-    ('llama', 'llama-fin…ng-step-1000')
-    """
-    if len(name) <= most:
-        return name
-    head = most // 2 - 2
-    return f"{name[:head]}…{name[head + 1 - most :]}"
