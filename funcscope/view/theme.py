@@ -38,7 +38,7 @@ TEMPLATE = go.layout.Template(
         },
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 62, "r": 14, "t": 70, "b": 52},
+        "margin": {"l": 62, "r": 24, "t": 70, "b": 52},
         "xaxis": {**_AXIS, "showgrid": False},
         "yaxis": {**_AXIS, "gridcolor": GRID, "showline": False, "ticks": ""},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
