@@ -128,7 +128,7 @@ def directional(
     curvature: Literal["difference", "exact", "none"] = "difference",
     chunk: int | None = None,
 ) -> Sampling:
-    """Losses, slopes and curvatures along random directions, on both sides: `directional_losses`, a row at a time."""
+    """Losses, slopes and curvatures along random directions, on both sides; see `directional_losses`."""
     return prepare(
         loss,
         params,

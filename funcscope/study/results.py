@@ -198,7 +198,8 @@ class Results:
             outcome = cache.get(Cell(row["metric"], row["subject"], row["content"]))
             if outcome is None:
                 raise ValueError(
-                    f"{row['metric']} of {row['subject']} is no longer in {cache.root}: run the same study again."
+                    f"{row['metric']} of {row['subject']} cannot be read from {cache.root}: run the same study again, or "
+                    "import the module that defines its class, where that is one of your own."
                 )
             outcomes.append(outcome)
         return cls(tuple(outcomes))

@@ -217,7 +217,7 @@ class InMemory:
     content: str | None = None
     """What stands for the functions, which have no sum, in the identity of stored results: a version of yours."""
     run: str = ""
-    """The training run that it is a checkpoint of."""
+    """The training run that it is a checkpoint of; of one with a step, its name without that at its end."""
 
     @property
     def id(self) -> str:
@@ -229,7 +229,7 @@ class InMemory:
 
     @property
     def group(self) -> str:
-        return self.run or self.name
+        return self.run or re.sub(rf"\W*{self.at}$", "", self.name) or self.name
 
     def digest(self, sums: Sums) -> str | None:  # noqa: ARG002
         if self.content is None:
