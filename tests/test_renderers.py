@@ -20,15 +20,9 @@ from funcscope.view.export import export
 from funcscope.view.renderers import (
     FLATNESS_METRICS,
     render_barrier,
-    render_barrier_matrix,
     render_contour,
-    render_curvature_trajectory,
-    render_dimensionality_trajectory,
-    render_directional_violin,
     render_flatness_trajectory,
     render_perturbation_distribution,
-    render_planes_side_by_side,
-    render_slices,
     render_spectrum_density,
     render_surface,
     render_training_curves,
@@ -70,14 +64,6 @@ def walk():
     return {"coordinates": np.array([[-0.2, -1.0], [-0.1, 0.5], [0.0, 0.0]]), "step": np.array([0, 10, 20])}
 
 
-def slices():
-    losses = np.array([[3.0, 1.0, 2.0], [1.5, 1.0, NAN]])
-    return {
-        "losses": losses, "axis_values": np.array([-0.1, 0.0, 0.1]), "baseline_loss": 1.0, "axis_names": ("a", "b"),
-        "delta_stderr": np.array([[0.2, 0.0, 0.1], [0.3, 0.0, NAN]]),
-    }  # fmt: skip
-
-
 def path():
     losses = np.array([1.0, 4.0, NAN, 2.0])
     t = np.linspace(0, 1, 4)
@@ -88,41 +74,12 @@ def path():
     }  # fmt: skip
 
 
-def barriers():
-    values = np.array([[0.0, 1.0, NAN], [1.0, 0.0, 3.0], [NAN, 3.0, 0.0]])
-    return {
-        "barrier_max": values,
-        "barrier_max_stderr": 0.1 * values,
-        "barrier_linear": 2 * values,
-        "names": list("abc"),
-    }
-
-
-def curvature():
-    up = np.array([1.0, NAN, 10.0, 100.0])
-    names = ("hessian_max_eigenvalue", "hessian_trace", "sam_relative")
-    errors = ("hessian_max_eigenvalue_residual", "hessian_trace_stderr", "sam_relative_stderr")
-    return {"step": STEPS} | dict.fromkeys(names, up) | dict.fromkeys(errors, 0.1 * up)
-
-
 def curves():
     down = np.array([4.0, 1.0, NAN, 0.001])
     share = np.array([0.1, 0.5, 1.0, 1.0])
     return {
         "step": STEPS, "train_loss": down, "test_loss": 2 * down, "train_accuracy": share, "test_accuracy": share
     }  # fmt: skip
-
-
-def dimensions():
-    return {"step": STEPS, "participation_ratio": np.array([[5.0, 9.0], [NAN, NAN], [4.0, 8.0], [1.0, 2.0]])}
-
-
-def directions():
-    return {
-        "losses": np.array([1.1, 1.3, INF, 1.2]),
-        "losses_negative": np.array([1.0, 1.4, 1.2, 1.3]),
-        "baseline_loss": 1.0,
-    }
 
 
 def density(num=4):
@@ -135,21 +92,13 @@ ALL = {
     "distribution": (sample, lambda data: render_perturbation_distribution(data, 400)),
     "contour": (plane, lambda data: render_contour(data, walk(), current=10)),
     "surface": (plane, lambda data: render_surface(data, trajectory=walk(), current=10)),
-    "side by side": (plane, lambda data: render_planes_side_by_side([data, data], ["one", "two"])),
-    "slices": (slices, render_slices),
     "barrier": (path, render_barrier),
-    "matrix": (barriers, render_barrier_matrix),
-    "violin": (directions, render_directional_violin),
     "curves": (curves, lambda data: render_training_curves(data, 400)),
-    "curvature": (curvature, lambda data: render_curvature_trajectory(data, 400)),
-    "dimensionality": (dimensions, lambda data: render_dimensionality_trajectory(data, 400, ["W_Q", "W_K"])),
 }
 NEEDED = {
     "flatness": ("step", "baseline_loss", "mean_delta_loss"), "distribution": ("baseline_loss", "delta_losses"),
     "contour": ("grid_losses", "axis_values", "axis_values_2"), "surface": ("grid_losses", "axis_values", "axis_values_2"),
-    "side by side": ("grid_losses", "axis_values", "axis_values_2"), "slices": ("losses", "axis_values", "baseline_loss"),
-    "barrier": ("coefficients", "losses"), "matrix": ("barrier_max",), "violin": ("losses", "baseline_loss"),
-    "curves": ("step",), "curvature": tuple(curvature()), "dimensionality": ("step", "participation_ratio"),
+    "barrier": ("coefficients", "losses"), "curves": ("step",),
 }  # fmt: skip
 
 
@@ -385,7 +334,7 @@ def test_holes_are_marked_counted_and_not_closed():
 def test_colours_have_ticks_in_nats_on_a_log_scale_and_on_a_linear_one():
     bar = trace(render_contour(plane()), "loss").colorbar
     assert dict(zip(bar.tickvals, bar.ticktext, strict=True))[3.0] == "10³"
-    assert bar.title.text == "loss (nats)"
+    assert bar.title.text == "nats"
     flat = trace(render_contour(plane() | {"grid_losses": np.arange(12.0).reshape(4, 3)}), "loss")
     np.testing.assert_array_equal(flat.z, np.arange(12.0).reshape(4, 3).T)
     assert "10" in flat.colorbar.ticktext[-1]
@@ -452,49 +401,7 @@ def test_a_plane_of_one_point_is_a_figure():
     assert trace(render_surface(one), "loss").z.tolist() == [[1.0]]
 
 
-def test_planes_side_by_side_share_one_scale_of_colours():
-    high = plane() | {"grid_losses": 1000 * plane()["grid_losses"]}
-    fig = render_planes_side_by_side([plane(), high], ["memorising", HOSTILE])
-    first, second = (found for found in fig.data if found.type == "contour")
-    assert first.coloraxis == second.coloraxis == "coloraxis"
-    assert first.contours == second.contours
-    np.testing.assert_allclose(second.z, np.asarray(first.z) + 3)
-    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0.0, pytest.approx(math.log10(4e6)))
-    assert "memorising" in [note.text for note in fig.layout.annotations]
-    assert "<b>" not in "".join(note.text for note in fig.layout.annotations)
-    with pytest.raises(ValueError, match="as many `titles`, got 1 and 2"):
-        render_planes_side_by_side([plane()], ["a", "b"])
-    with pytest.raises(ValueError, match="got 0 and 0"):
-        render_planes_side_by_side([], [])
-
-
-@pytest.mark.parametrize("num", [1, 3, 5])
-def test_any_number_of_planes_is_laid_out(num):
-    fig = render_planes_side_by_side([plane()] * num, [str(i) for i in range(num)])
-    assert sum(found.type == "contour" for found in fig.data) == num
-    assert sum(bool(found.showlegend) for found in fig.data if found.name == "centre") == 1
-
-
 # lines and paths
-
-
-def test_slices_carry_the_losses_and_bands_of_196_errors():
-    fig = render_slices(slices())
-    lines = [found for found in fig.data if "lines+markers" in found.mode]
-    np.testing.assert_array_equal([found.y for found in lines], slices()["losses"])
-    np.testing.assert_array_equal(lines[0].x, slices()["axis_values"])
-    assert [found.name for found in lines] == ["a", "b"]
-    bands = [found for found in fig.data if found.fill == "toself"]
-    np.testing.assert_allclose(bands[0].y[:6], [3.392, 1.0, 2.196, 1.804, 1.0, 2.608])
-    assert np.nanmax(bands[1].x) == 0.0  # no band where the loss is not known
-    assert fig.layout.yaxis.title.text == "loss (nats)"
-    assert "1 of 6 points not finite" in heading(fig)
-
-
-def test_one_slice_may_be_flat_and_without_errors():
-    fig = render_slices({"losses": [1.0, 2.0], "axis_values": [0.0, 1.0], "baseline_loss": 1.0})
-    assert [found.name for found in fig.data] == ["direction 1"]
-    assert render_slices({"losses": np.empty((0, 0)), "axis_values": np.empty(0), "baseline_loss": 1.0}).data == ()
 
 
 def test_a_barrier_is_marked_where_the_excess_is_largest():
@@ -527,21 +434,6 @@ def test_paths_with_the_same_ends_share_a_chord():
         render_barrier(path(), bezier, names=["a"])
 
 
-def test_a_matrix_shows_values_with_errors_and_leaves_holes():
-    heat = render_barrier_matrix(barriers()).data[0]
-    np.testing.assert_array_equal(heat.z, barriers()["barrier_max"])
-    assert heat.text[1][2] == "3.00<br>± 0.30"
-    assert heat.text[0][2] == ""
-    np.testing.assert_array_equal(
-        render_barrier_matrix(barriers(), "barrier_linear").data[0].z, 2 * barriers()["barrier_max"]
-    )
-    assert render_barrier_matrix({"barrier_max": np.eye(13)}).data[0].texttemplate is None
-    with pytest.raises(ValueError, match="`definition` must be"):
-        render_barrier_matrix(barriers(), "highest")
-    with pytest.raises(ValueError, match="must have the shape"):
-        render_barrier_matrix({"barrier_max": np.ones((2, 3))})
-
-
 def test_a_band_keeps_its_holes_and_stays_above_the_floor():
     x, low = np.arange(5.0), np.array([1.0, 0.01, NAN, 1.0, 1.0])
     shape = band(x, low, 2 * low + 1, "band", theme.BLUE, floor=0.1)
@@ -551,30 +443,6 @@ def test_a_band_keeps_its_holes_and_stays_above_the_floor():
 
 
 # distributions and spectra
-
-
-def test_violins_show_every_finite_change_and_the_mean_with_its_error():
-    fig = render_directional_violin([directions(), directions()], ["a", HOSTILE])
-    assert sum(found.type == "violin" for found in fig.data) == 4
-    shape, dots, mean = trace(fig, "+d"), trace(fig, "directions +d"), trace(fig, "mean +d")
-    expected = np.array([0.1, 0.3, 0.2])
-    np.testing.assert_allclose(shape.x, expected)
-    np.testing.assert_allclose(dots.x, expected)
-    assert dots.customdata.tolist() == [0, 1, 3]
-    assert mean.x[0] == pytest.approx(0.2)
-    assert mean.error_x.array[0] == pytest.approx(1.96 * 0.1 / math.sqrt(3))
-    assert "1 of +d not finite" in fig.layout.yaxis.ticktext[0]
-    assert "<b>" not in fig.layout.yaxis.ticktext[1]
-    assert fig.layout.xaxis.title.text == "loss change (nats)"
-
-
-def test_a_violin_of_one_direction_and_of_none():
-    fig = render_directional_violin({"losses": [2.0], "baseline_loss": 1.0})
-    assert trace(fig, "directions +d").x.tolist() == [1.0]
-    assert trace(fig, "+d").side == "both"
-    assert len(render_directional_violin({"losses": [], "baseline_loss": 1.0}).data) == 1
-    with pytest.raises(ValueError, match="there must be a result"):
-        render_directional_violin([])
 
 
 def test_a_density_is_that_of_the_quadrature_and_names_its_unit():
@@ -593,7 +461,7 @@ def test_a_density_is_that_of_the_quadrature_and_names_its_unit():
 def test_a_density_takes_eigenvalues_and_one_probe():
     diagonal = torch.logspace(-3, 1, 40).double()
     pairs = fs.eigenpairs(lambda v: diagonal * v, diagonal, key=fs.key(0), num=3)
-    marks = trace(render_spectrum_density(density(), pairs), "eigenvalue found, with its residual")
+    marks = trace(render_spectrum_density(density(), pairs), "eigenvalue, with its residual")
     np.testing.assert_allclose(marks.customdata[:, 0], pairs.values)
     assert render_spectrum_density(density(1)).to_json()
 
@@ -606,33 +474,12 @@ def test_curves_are_those_given_and_carry_the_step_through_both_panels():
     losses = [found.y for found in fig.data if found.yaxis in (None, "y") and found.mode == "lines"]
     np.testing.assert_array_equal(losses, [curves()["train_loss"], curves()["test_loss"]])
     assert [shape.x0 for shape in fig.layout.shapes if shape.name == "current step"] == [20.0, 20.0]
-    assert trace(fig, "checkpoint").customdata[:, 0].tolist() == [0, 900]
+    assert trace(fig, "checkpoint").customdata.tolist() == [0, 900]
     bare = render_training_curves({"step": STEPS, "train_loss": curves()["train_loss"]})
     assert "checkpoint" not in [found.name for found in bare.data]
     assert not bare.layout.shapes
     with pytest.raises(ValueError, match="'train_loss' or 'test_loss'"):
         render_training_curves({"step": STEPS})
-
-
-def test_curvature_has_three_measures_with_their_errors():
-    fig = render_curvature_trajectory(curvature(), 400)
-    for name in ("largest eigenvalue", "trace", "relative sharpness"):
-        np.testing.assert_array_equal(trace(fig, name).y, [1.0, NAN, 10.0, 100.0])
-    residual = np.asarray(trace(fig, "largest eigenvalue, bar").y).reshape(-1, 3)[1, :2]
-    np.testing.assert_allclose(residual, [9.0, 11.0])
-    np.testing.assert_allclose(np.asarray(trace(fig, "trace, bar").y).reshape(-1, 3)[1, :2], [8.04, 11.96])
-
-
-def test_dimensions_have_a_line_per_matrix():
-    names = [f"blocks.{i}.W" for i in range(6)]
-    values = np.arange(24.0).reshape(4, 6) + 1
-    fig = render_dimensionality_trajectory({"step": STEPS, "participation_ratio": values}, 100, names)
-    np.testing.assert_array_equal([found.y for found in fig.data], values.T)
-    assert len({(found.line.color, found.line.dash) for found in fig.data}) == 6
-    with pytest.raises(ValueError, match="a column for each of the 2 names"):
-        render_dimensionality_trajectory({"step": STEPS, "participation_ratio": values}, 100, names[:2])
-    with pytest.raises(ValueError, match="`metric` must be one of participation_ratio"):
-        render_dimensionality_trajectory(dimensions(), 100, ["a", "b"], metric="rank")
 
 
 def test_text_is_shown_as_it_is():

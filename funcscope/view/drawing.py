@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
 from .numbers import with_error
-from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, Timeline, place, put_on_timeline, set_linear, wrapped
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, place, put_on_timeline, set_linear, wrapped
 from .theme import set_log as _set_log
 
 Z95 = 1.96
@@ -180,7 +180,7 @@ def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: S
     known = [*steps.ravel().tolist(), *([] if current is None else [current])]
     if min(known, default=0) < 0:
         raise ValueError(f"steps must be 0 or more, got {min(known)}.")
-    put_on_timeline(fig, Timeline(int(max(known, default=1)) or 1), rows)
+    put_on_timeline(fig, int(max(known, default=1)) or 1, rows)
     if current is not None:
         x, right = math.sqrt(current), fig.layout.xaxis.range[1]
         fig.add_vline(x=x, line={"color": VERMILION, "width": 1.5}, opacity=0.8, layer="below", name="current step")

@@ -112,7 +112,7 @@ def _training(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
 
 CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("SpectrumSummary", "eigenvalues"): _density,
-    ("SpectrumSummary", "residuals"): None,
+    **{("SpectrumSummary", name): None for name in ("residuals", "top_eigenvalues", "bottom_eigenvalues")},
     ("SpectralDensity", "nodes"): _density,
     ("SpectralDensity", "weights"): None,
     ("LossPath", "losses"): _path,

@@ -55,7 +55,7 @@ class Shades(NamedTuple):
         }  # fmt: skip
 
 
-def shades(values: Float[np.ndarray, "_"], unit: str, log: bool | None = None) -> Shades:
+def shades(values: Float[np.ndarray, "..."], unit: str, log: bool | None = None) -> Shades:
     """A scale from the smallest to the largest value: about a dozen contours at round steps, ticks in the unit.
 
     log: None for a logarithmic one where all are positive and spread over two decades. Values of several planes, or the

@@ -140,6 +140,9 @@ def _row(values: Column) -> Row:
     far = (finite < fences[0]) | (finite > fences[1])
     if upper > lower and 10 * far.sum() <= finite.size and high - low > 4 * FAR * (upper - lower):
         low, high = float(finite[~far].min()), float(finite[~far].max())
+    elif finite.size > 1:  # room for the mean's interval
+        half = Z95 * float(finite.std(ddof=1)) / math.sqrt(finite.size)
+        low, high = min(low, float(finite.mean()) - half), max(high, float(finite.mean()) + half)
     return Row(values, low, high, int(((finite < low) | (finite > high)).sum()), int(finite.size))
 
 
@@ -155,7 +158,7 @@ def _notes(rows: Mapping[str, Row], axis: str) -> list[str]:
     )
     notes = [f"{far} beyond the axis stand at its edge"] if far else []
     notes += [f"{MOST_DOTS:,} of {many[0].num_samples:,} drawn, evenly by rank"] if many else []
-    flat = any(row.num_samples > 1 and row.low == row.high for row in rows.values())
+    flat = any(row.num_samples > 1 and row.high - row.low <= 1e-9 * abs(row.high) for row in rows.values())
     return [*notes, *([f"all equal for every {axis} where there is one column of dots"] if flat else [])]
 
 

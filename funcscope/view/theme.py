@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,16 +17,9 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, MUTED, RULE, GRID = "#1b1b1b", "#666666", "#9a9a9a", "#ebebeb"
 
 _AXIS = {
-    "linecolor": RULE,
-    "linewidth": 1,
-    "showline": True,
-    "ticks": "outside",
-    "ticklen": 4,
-    "tickcolor": RULE,
-    "zeroline": False,
-    "fixedrange": True,
-    "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
-}
+    "linecolor": RULE, "linewidth": 1, "showline": True, "ticks": "outside", "ticklen": 4, "tickcolor": RULE,
+    "zeroline": False, "fixedrange": True, "title": {"standoff": 10, "font": {"size": 13, "color": MUTED}},
+}  # fmt: skip
 
 TEMPLATE = go.layout.Template(
     layout={
@@ -38,7 +30,7 @@ TEMPLATE = go.layout.Template(
         },
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 62, "r": 14, "t": 70, "b": 52},
+        "margin": {"l": 62, "r": 24, "t": 70, "b": 52},
         "xaxis": {**_AXIS, "showgrid": False},
         "yaxis": {**_AXIS, "gridcolor": GRID, "showline": False, "ticks": ""},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
@@ -49,16 +41,8 @@ TEMPLATE = go.layout.Template(
 )
 
 
-class Timeline(NamedTuple):
-    """The axis of training steps: 0 to `last` on a square-root scale, which has a zero and gives early steps room."""
-
-    last: int
-    marks: tuple[tuple[int, str], ...] = ()
-    """Steps with a name, drawn as vertical lines."""
-
-
 def place(steps: Real[np.ndarray, " n"]) -> Real[np.ndarray, " n"]:
-    """Positions of training steps on a timeline.
+    """Positions of training steps on their axis.
 
     >>> place(np.array([0, 25, 100])).tolist()
     [0.0, 5.0, 10.0]
@@ -85,35 +69,21 @@ def blank(height: int, y_title: str) -> go.Figure:
     return go.Figure(layout={"template": TEMPLATE, "height": height, "yaxis": {"title": {"text": y_title}}})
 
 
-def put_on_timeline(fig: go.Figure, timeline: Timeline, rows: Sequence[int] = (1,)) -> None:
-    """Give every row of panels the axis of steps, its title below the last one, and the timeline's marks."""
-    ticks = step_ticks(timeline.last)
-    right = math.sqrt(timeline.last)
+def put_on_timeline(fig: go.Figure, last: int, rows: Sequence[int] = (1,)) -> None:
+    """Give every row of panels the axis of steps from 0 to `last`, its title below the last one.
+
+    A square-root scale has a zero and gives early steps room.
+    """
+    ticks, right = step_ticks(last), math.sqrt(last)
     for row in rows:
         axis = fig.layout["xaxis" if row == 1 else f"xaxis{row}"]
         axis.update(range=[-0.02 * right, 1.02 * right])
         axis.update(tickvals=[math.sqrt(step) for step in ticks], ticktext=[f"{step:,}" for step in ticks])
         axis.showticklabels = row == rows[-1]
     axis.title.text = "training step (square-root scale)"
-    for step, name in timeline.marks:
-        x = math.sqrt(step)
-        fig.add_shape(
-            type="line",
-            x0=x,
-            x1=x,
-            y0=0,
-            y1=1,
-            yref="paper",
-            layer="below",
-            line={"color": RULE, "width": 1, "dash": "dot"},
-        )
-        fig.add_annotation(
-            x=x, y=1, yref="paper", text=name, showarrow=False, xanchor="left", yanchor="bottom", xshift=-4,
-            font={"size": 12, "color": MUTED},
-        )  # fmt: skip
 
 
-def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "*shape"]) -> float:
+def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
     """Make an axis logarithmic over the positive finite values, and return its lower end.
 
     Without such a value the axis stays linear, and -inf is returned.
