@@ -33,7 +33,7 @@ MOVES = {
 REMARKS = {
     "directional_losses": " A cross-entropy loses its curvature when the predictions become certain: a fall alone shows no "
     "flatter solution.",
-    "hessian_eigenvalues": " The network has ReLU units: the kinks between its linear pieces, which a step crosses, are not in it.",
+    "hessian_eigenvalues": " The network has ReLU units: kinks, which a step crosses, are not in the Hessian.",
 }
 RESIDUALS = {"max_eigenvalue": "max_residual"}
 
@@ -159,7 +159,7 @@ def checkpoints(story: Story) -> Table:
         ]
         for step in story.steps
     ]
-    return Table([measured.headers[0], *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
+    return Table(["checkpoint", *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
 
 
 def _value(outcome: Outcome, name: str) -> tuple[float, float]:
