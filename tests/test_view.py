@@ -88,7 +88,7 @@ def test_every_number_that_tables_show_is_in_a_table_of_its_section(name):
         per = entry.quantity.per
         if entry.quantity.shown and per in ((), ("bound",)):
             assert section.label(entry) in there
-            whole = section.said(one, entry)
+            whole = section.said(one)[entry.name]
             assert whole in there or whole.partition(":")[0].partition(";")[0] in there
         elif entry.quantity.shown and len(per) == 1 and 0 < len(result.coords.get(per[0], ())) <= 40:
             assert set(section.cells(entry)) <= set(there)
@@ -281,7 +281,7 @@ def test_the_table_of_a_study_has_the_main_number_of_every_metric():
     few = [outcome(made.example("MeanLoss"), subject=name) for name in "ab"] + [outcome(None, subject="c")]
     got = section.table(Results(tuple(few)))
     loss = made.example("MeanLoss").loss
-    text = section.told(few[0], "loss")
+    text = section.told(few[0])["loss"]
     assert got.rows[0][2:] == [text.removesuffix(" nats"), text.removesuffix(" nats"), "failed"]
     assert f"{float(loss.value):.3f}" in text
     assert section.table(Results(tuple(few)), rows=True).rows[2] == ["c", "failed"]
