@@ -34,7 +34,7 @@ def test_a_study_prints_its_outcomes_and_writes_a_page(study, made, capsys):
     assert shown.count("reused") == 8
     assert all(model in shown for model in models)
     page = (out / "report.html").read_text()
-    for title in ("Mean loss", "Directional losses", "Loss landscape 2d", "Effective dimensionality"):
+    for title in ("Mean loss", "Directional losses", "Loss landscape 2D", "Effective dimensionality"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<figure>") >= 8
     assert "http" not in page.split("</script>")[-1].replace("https://doi", "")

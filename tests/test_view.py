@@ -114,9 +114,6 @@ def test_every_result_has_a_page_and_its_notes_are_on_it(name, tmp_path):
         "Audit",
         "Crossed",
     )
-    path = tmp_path / "a.npz"
-    result.save(path)
-    assert show(path).path.is_file()
 
 
 class Open(Result):
@@ -177,7 +174,7 @@ def test_names_texts_and_errors_are_escaped(ending, tmp_path):
 
 
 def test_a_page_loads_nothing_and_forbids_it(tmp_path):
-    every = [outcome(made.example(name), name.lower()) for name in FILES if not name.startswith("Spectr")]
+    every = [outcome(made.example(name), name.lower()) for name in FILES[::4]]
     text = written(every, tmp_path / "a.html")
     assert [link for link in Reader(text).loads if not link.startswith("#section-")] == []
     assert "default-src 'none'" in text
@@ -312,8 +309,15 @@ def test_what_a_notebook_shows_needs_no_file():
 
 
 def test_a_study_and_a_file_are_shown_and_what_is_not_there_is_refused(tmp_path):
+    made.example("MeanLoss").save(tmp_path / "a.npz")
+    assert section.told(outcome(made.example("MeanLoss")))["loss"].removesuffix(" nats") in show(
+        tmp_path / "a.npz"
+    ).path.read_text().replace("\u00a0", " ")
+    Results((outcome(None, subject="<i>"),)).save(tmp_path, {})
+    for path in (tmp_path, tmp_path / "study.json"):
+        assert "&lt;i&gt;" in show(path).path.read_text()
     with pytest.raises(FileNotFoundError, match="study"):
-        show(tmp_path)
+        show(tmp_path.parent)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         show("nowhere.npz")
 
