@@ -41,5 +41,5 @@ def _strip(story: Story) -> list[Fact]:
     last = story.outcome("directional_losses", story.steps[-1])
     if last is not None and (entry := entries(last).get("curvature_mean")) is not None:
         unit = last.in_unit(entry.quantity.unit)
-        facts.append(Fact("Mean curvature", said(last, entry), f"{unit}, at the end"))
+        facts.append(Fact("Mean curvature", said(last)[entry.name], f"{unit}, at the end"))
     return [*facts, Fact("Checkpoints", f"{len(story.steps):,}", f"steps {story.steps[0]:,} to {story.steps[-1]:,}")]

@@ -21,7 +21,10 @@ MANY_SECTIONS = 4
 """A page of more sections than this has a table of contents."""
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
 _SIGNS = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
-_NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]|undefined|not resolved|failed|timeout|out of memory|skipped|$")
+_NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]")
+_NEITHER = ("", "undefined", "not resolved", "failed", "timeout", "out of memory", "skipped")
+MOST_DIGITS = 40
+"""Letters of a cell that is a number."""
 
 
 class Block:
@@ -67,8 +70,8 @@ class Table(Block):
     @property
     def words(self) -> list[bool]:
         """Whether a column holds words, which start at the left, and not numbers."""
-        columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
-        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in columns]
+        columns = [[row[i] for row in self.rows if row[i] not in _NEITHER] for i in range(len(self.headers))]
+        return [2 * sum(bool(_NUMBER.match(x)) and len(x) < MOST_DIGITS for x in each) <= len(each) for each in columns]
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,12 @@ def _marked(text: str) -> str:
 
 
 def _inline(text: str) -> Markup:
-    """Escaped, with ±, × and % kept on the line of their neighbours, and code between backticks."""
+    """Escaped, with signs and units on the line of their numbers, long names in pieces, and code between backticks."""
     joined = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
-    joined = re.sub(r"(?<=\d) %", "\u00a0%", joined)
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(Markup.escape(joined))))
+    joined = re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), joined)
+    pieces = re.sub(r"([_/])(?=\w)|(\w{24})(?=\w)", "\\g<0>\u200b", joined)
+    escaped = str(Markup.escape(pieces)).replace("\u200b", "<wbr>")
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))
 
 
 @cache

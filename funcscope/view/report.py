@@ -73,8 +73,9 @@ def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Table]:
     """The main number of every metric, where there are several models to be looked at together."""
     whole = table(results, metrics)
     if whole.headers[0] == "model":  # a column per metric
-        names = [name for name in metrics if len(table(results, [name], rows=True).headers) > 1]
-        yield from (table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS))
+        for i in range(1, len(whole.headers), MOST_COLUMNS):
+            head, *rows = ([row[0], *row[i : i + MOST_COLUMNS]] for row in (whole.headers, *whole.rows))
+            yield Table(head, rows)
     elif len(whole.headers) > 3 and len(whole.rows) > 1:
         yield whole
 

@@ -62,9 +62,7 @@ def table(results: Results, metrics: Sequence[str] | None = None, *, rows: bool 
     """
     outcomes = [o for o in results.outcomes if on(o) == "model" and (metrics is None or o.metric in metrics)]
     mains = {(outcome.subject, outcome.metric): (outcome, _main(outcome)) for outcome in outcomes}
-    texts = {
-        key: o.status if e is None and not o.ok else _brief(said(o, e)) if e else "" for key, (o, e) in mains.items()
-    }
+    texts = {key: _brief(said(o)[e.name]) if e else "" if o.ok else o.status for key, (o, e) in mains.items()}
     labels = {metric: _with_unit(o, e) for (_, metric), (o, e) in mains.items() if e is not None}
     chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
     subjects = {outcome.subject: outcome for outcome in outcomes}
@@ -116,17 +114,24 @@ def entries(outcome: Outcome) -> dict[str, Entry]:
     return {} if outcome.result is None else {entry.name: entry for entry in outcome.result.entries()}
 
 
-def said(outcome: Outcome, entry: Entry) -> str:
-    """A single value with its error, or why there is none."""
-    if entry.name in (texts := getattr(outcome.result, "texts", {})):
-        return typeset(texts[entry.name])
-    return "not resolved" if entry.name in getattr(outcome.result, "unresolved", ()) else " to ".join(cells(entry))
+def said(outcome: Outcome) -> dict[str, str]:
+    """By name, every single value or interval with its error, or why there is none."""
+    if outcome.result is None:
+        return {}
+    texts, lost = outcome.result.texts, outcome.result.unresolved  # once: a result computes them
+    return {
+        name: typeset(texts[name]) if name in texts else "not resolved" if name in lost else " to ".join(cells(entry))
+        for name, entry in entries(outcome).items()
+        if entry.quantity.per in ((), BOUNDS)
+    }
 
 
-def told(outcome: Outcome, name: str) -> str:
-    """`said` with its unit; "undefined" for a quantity that the result does not have."""
-    entry = entries(outcome).get(name)
-    return "undefined" if entry is None else f"{said(outcome, entry)} {outcome.in_unit(entry.quantity.unit)}".strip()
+def told(outcome: Outcome) -> dict[str, str]:
+    """`said`, with units."""
+    known = entries(outcome)
+    return {
+        name: f"{text} {outcome.in_unit(known[name].quantity.unit)}".strip() for name, text in said(outcome).items()
+    }
 
 
 def cells(entry: Entry) -> list[str]:
@@ -195,7 +200,7 @@ def _scalars(outcome: Outcome) -> dict[str, Entry]:
 
 def _singles(outcomes: Sequence[Outcome]) -> Table:
     columns = [_scalars(outcome) for outcome in outcomes]
-    texts = [{name: _brief(said(o, e)) for name, e in each.items()} for o, each in zip(outcomes, columns, strict=True)]
+    texts = [{name: _brief(text) for name, text in said(outcome).items()} for outcome in outcomes]
     rows = [
         [label(entry), *(each.get(name, "") for each in texts), outcomes[0].in_unit(entry.quantity.unit)]
         for name, entry in {name: e for each in columns for name, e in each.items()}.items()
@@ -210,7 +215,7 @@ def _sentences(outcomes: Sequence[Outcome]) -> Iterator[str]:
     few = _shown(outcomes, 2) if sentence else []
     for outcome, name in zip(few[:MOST_COLUMNS], whose(few), strict=False):
         words = {each: _plain(value) for each, value in outcome.settings.items()}
-        words |= {each: told(outcome, each) for each in _scalars(outcome)}
+        words |= told(outcome)
         if set(re.findall(r"{(\w+)}", sentence)) <= words.keys():  # what was not asked for has no sentence
             text = sentence.format_map(words)
             yield text if len(few) == 1 else f"{name}: {text}"
@@ -220,8 +225,9 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[Quote]:
     """What the results say of themselves, once for all that say it, and texts that are too long for a cell."""
     few, sources = _shown(outcomes), dict[str, list[str]]()
     for outcome, name in zip(few, whose(few), strict=True):
-        long = {label(e): said(outcome, e) for e in _scalars(outcome).values()}
-        texts = [f"{each}: {text}" for each, text in long.items() if len(text) > MOST_LETTERS]
+        labels = {each: label(entry) for each, entry in _scalars(outcome).items()}
+        long = {each: text for each, text in said(outcome).items() if len(text) > MOST_LETTERS and each in labels}
+        texts = [f"{labels[each]}: {text}" for each, text in long.items()]
         for note in (*texts, *getattr(outcome.result, "notes", ())):
             sources.setdefault(typeset(note), []).append(name)
     yield from (Quote(note, ", ".join(names)) for note, names in sources.items())

@@ -33,7 +33,7 @@ MOVES = {
 REMARKS = {
     "directional_losses": " A cross-entropy loses its curvature when the predictions become certain: a fall alone shows no "
     "flatter solution.",
-    "hessian_eigenvalues": " The network has ReLU units: the kinks between its linear pieces, which a step crosses, are not in it.",
+    "hessian_eigenvalues": " The network has ReLU units: kinks, which a step crosses, are not in the Hessian.",
 }
 RESIDUALS = {"max_eigenvalue": "max_residual"}
 
@@ -131,11 +131,10 @@ def sentence(story: Story, metric: str) -> str:
 
 def moved(first: Outcome, second: Outcome, name: str) -> str:
     """How a number went from one model to another, with both errors; which way only where they resolve it."""
-    texts = [told(one, name) for one in (first, second)]
+    known = [told(one) for one in (first, second)]
+    texts = [each.get(name, "undefined") for each in known]
     if name in RESIDUALS:
-        texts = [
-            f"{text} (residual {told(one, RESIDUALS[name])})" for text, one in zip(texts, (first, second), strict=True)
-        ]
+        texts = [f"{text} (residual {each[RESIDUALS[name]]})" for text, each in zip(texts, known, strict=True)]
     (a, a_error), (b, b_error) = (_value(one, name) for one in (first, second))
     if math.isnan(a) or math.isnan(b) or abs(b - a) <= Z95 * math.hypot(a_error, b_error):
         return f"is {texts[0]} and {texts[1]}: the change is not resolved"
@@ -159,7 +158,7 @@ def checkpoints(story: Story) -> Table:
         ]
         for step in story.steps
     ]
-    return Table([measured.headers[0], *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
+    return Table(["checkpoint", *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
 
 
 def _value(outcome: Outcome, name: str) -> tuple[float, float]:
