@@ -982,7 +982,7 @@ def test_a_classifier_reads_pairs_of_texts(tmp_path):
     loaded = load_model(model)
     made = load_tokenizer(model, loaded)
     texts = list(read_texts(tmp_path / "a.csv", label_field="kind", second_field="other"))
-    (batch,) = make_batches(texts, made, loaded, task="classification").batches
+    (batch,) = make_batches(texts, made, loaded, task="classification", max_seq_length=16).batches
     for row, (a, b) in enumerate([("w5 w6", "w7 w8 w9"), ("w10", "w11")]):
         ids = made(a, b)["input_ids"]
         assert batch["input_ids"][row, : len(ids)].tolist() == ids

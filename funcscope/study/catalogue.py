@@ -35,7 +35,7 @@ for _one in (
     Metric("mean_loss", measures.mean_loss, ("loss", "params", "texts"), category="loss", sentence="The loss is {loss}."),
     of_function(
         "directional_losses", measures.directional, ("loss", "params", KEY),
-        drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "curvatures"),
+        drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "slopes", "curvatures"),
         category="landscape",
         cost=lambda s: 5 + 2 * s["n_samples"] + 4 * num_refined(s["n_samples"]),
         sentence="Along random directions the loss changes by {delta_mean} on average.",
@@ -57,7 +57,7 @@ for _one in (
     ),
     of_function(
         "hessian_eigenvalues", hessian_summary, ("loss", "theta", KEY),
-        drawn=("max_eigenvalue", "min_eigenvalue", "trace", "negative_fraction", "effective_rank"),
+        drawn=("max_eigenvalue", "min_eigenvalue", "trace", "negative_fraction", "effective_rank", "eigenvalues"),
         category="curvature", plan=("keep", "head_chunk"),
         cost=of_summary, more={"num": 5, **SUMMARY}, reference="Ghorbani et al. (2019), arXiv:1901.10159",
         sentence="The largest eigenvalue of the Hessian is {max_eigenvalue} (residual {max_residual}), its trace {trace}.",
