@@ -85,7 +85,7 @@ def run(
         def announced(outcome: Outcome) -> None:
             bar.set_postfix_str(f"{outcome.metric} of {outcome.subject}", refresh=False)
             if outcome.reused:  # it says nothing about how long the others take
-                bar.total -= costs[outcome.metric]
+                bar.total = (bar.total or 0) - costs[outcome.metric]
             bar.update(0 if outcome.reused else costs[outcome.metric])
             watch(outcome)
 
@@ -247,14 +247,15 @@ class Bench:
         try:
             if self._broken is not None:
                 raise self._broken
-            loss = self.subject.loss(self.job.task(one)) if "loss" in one.needs else None
+            subject, task = self.subject, self.job.task(one)
+            loss = subject.loss(task) if "loss" in one.needs else None
         except Exception as err:  # noqa: BLE001
             self._broken = err if "subject" not in vars(self) else self._broken
             return self._unbegun(one, err)
-        call = Call(one, self.subject, loss, self.job.task(one), needed, self.options, self.cache.path(cell))
+        call = Call(one, subject, loss, task, needed, self.options, self.cache.path(cell))
         outcome = call.outcome(empty)
         if call.edited:
-            self._reopen(one, self.subject)
+            self._reopen(one, subject)
         return outcome
 
     def _reopen(self, one: Metric, before: Subject) -> None:
