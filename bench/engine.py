@@ -1,6 +1,6 @@
 """What the engine costs: against the pure calls, side by side in one run; a cached study; many checkpoints, cached.
 
-    OMP_NUM_THREADS=1 python bench/engine.py [overhead|cached|many]
+OMP_NUM_THREADS=1 python bench/engine.py [overhead|cached|many]
 """
 
 from __future__ import annotations

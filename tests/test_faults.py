@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,13 +137,14 @@ def check_goes_on(cache, full, freed):
 
 
 def test_a_full_disk_leaves_no_half_entry(cache, monkeypatch):
-    def no_room(handle):
-        os.ftruncate(handle, 50)
+    def no_room(handle, *_):
+        os.write(handle, b"half an entry")
+        os.close(handle)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    fsync = os.fsync
+    fdopen = os.fdopen
     check_goes_on(
-        cache, lambda: monkeypatch.setattr(os, "fsync", no_room), lambda: monkeypatch.setattr(os, "fsync", fsync)
+        cache, lambda: monkeypatch.setattr(os, "fdopen", no_room), lambda: monkeypatch.setattr(os, "fdopen", fdopen)
     )
 
 
@@ -189,8 +190,8 @@ def stubborn(theta):
     while True:
         try:
             theta.norm()
-        except Exception:
-            pass
+        except Exception:  # noqa: BLE001
+            continue
 
 
 def asleep(theta):
@@ -198,6 +199,7 @@ def asleep(theta):
 
 
 def dead(theta):
+    assert parent_process() is not None  # in a process of its own
     os._exit(3)
 
 
@@ -228,7 +230,9 @@ def test_threads_say_that_their_limit_is_cooperative():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "status"), [(size, "ok"), (asleep, "timeout"), (stubborn, "timeout"), (dead, "failed")])
+@pytest.mark.parametrize(
+    ("call", "status"), [(size, "ok"), (asleep, "timeout"), (stubborn, "timeout"), (dead, "failed")]
+)
 def test_a_process_of_its_own_ends_whatever_a_metric_does(call, status, cache, tmp_path):
     from test_engine import files
 
@@ -453,7 +457,8 @@ from funcscope.study.subject import InMemory
 class Made(InMemory):
     def open(self):
         model = torch.nn.Linear(2000, 2000)
-        loss = fs.objective(fs.functional(model), [(torch.ones(4, 2000), torch.zeros(4, dtype=torch.long))], fs.classification)
+        batch = (torch.ones(4, 2000), torch.zeros(4, dtype=torch.long))
+        loss = fs.objective(fs.functional(model), [batch], fs.classification)
         return InMemory({"data": loss}).open()
 tiny = fs.objective(fs.functional(torch.nn.Linear(2, 2)), [(torch.ones(1, 2), torch.tensor([0]))], fs.classification)
 run([metric("mean_loss"), metric("sam_sharpness")], [Made({"data": tiny}, str(i)) for i in range(int(sys.argv[1]))])

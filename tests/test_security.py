@@ -42,7 +42,7 @@ def test_an_entry_that_asks_for_an_object_gets_none(asked, cache, tmp_path):
     trap = str(tmp_path / "trap")
     tree = {"is": asked, "fields": {"command": f"mkdir {trap}", "size": 0.0}, "value": "system"}
     store.save(path, {}, {**stored.meta, "result": tree}, copy=False)  # with a checksum that fits
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=r"cannot be read, and is made again|could not be read"):
         again = one(SIZE, cache)
     assert not again.reused
     assert again.result == first.result
@@ -78,7 +78,9 @@ def test_a_pickle_in_the_place_of_an_entry_is_not_opened(cache, tmp_path):
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "..", "", "a\x00b", "<script>alert(1)</script>", "x" * 400])
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/passwd", "..", "", "a\x00b", "<script>alert(1)</script>", "x" * 400]
+)
 def test_a_name_is_text_and_stays_in_the_cache(name, cache, tmp_path):
     before = {path for path in tmp_path.rglob("*") if cache.root not in path.parents and path != cache.root}
     first, second = one(SIZE, cache, source(name)), one(SIZE, cache, source(name))
@@ -117,7 +119,9 @@ def test_folders_of_one_name_and_a_folder_that_changed_are_never_mixed(pretraine
     (first,), (second,) = loss_of(cache, subject(path, data)), loss_of(cache, subject(twin, data))
     assert first.subject == second.subject
     assert not second.reused
-    assert (first.result, second.result) == tuple(loss_of(None, s)[0].result for s in (subject(path, data), subject(twin, data)))
+    assert (first.result, second.result) == tuple(
+        loss_of(None, s)[0].result for s in (subject(path, data), subject(twin, data))
+    )
     assert first.result != second.result
     assert [loss_of(cache, subject(each, data))[0].reused for each in (path, twin)] == [True, True]
     stat = weights.stat()
@@ -144,9 +148,11 @@ def test_the_code_of_a_folder_is_not_run(pretrained, cache, tmp_path):
     twin, trap = shutil.copytree(path, tmp_path / "remote"), tmp_path / "trap"
     (twin / "modeling_trap.py").write_text(f"import os\nos.mkdir({str(trap)!r})\nclass Trap: pass\n")
     config = json.loads((twin / "config.json").read_text())
-    config |= {"auto_map": {name: "modeling_trap.Trap" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel")}}
+    config |= {"auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "modeling_trap.Trap")}
     (twin / "config.json").write_text(json.dumps(config))
     tokens = json.loads((twin / "tokenizer_config.json").read_text())
-    (twin / "tokenizer_config.json").write_text(json.dumps(tokens | {"auto_map": {"AutoTokenizer": ["modeling_trap.Trap", None]}}))
+    (twin / "tokenizer_config.json").write_text(
+        json.dumps(tokens | {"auto_map": {"AutoTokenizer": ["modeling_trap.Trap", None]}})
+    )
     loss_of(cache, subject(twin, data))
     assert not trap.exists()

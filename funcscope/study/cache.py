@@ -127,7 +127,7 @@ class Cache:
         if path is None:
             return
         meta = {"content": cell.content, "outcome": plain(outcome), "result": None if result is None else result.meta()}
-        save(path, {} if result is None else result.arrays(), meta, copy=False)
+        save(path, {} if result is None else result.arrays(), meta, copy=False, sync=False)
         if outcome.status in ("ok", "failed"):
             path.with_suffix(ROWS).unlink(missing_ok=True)
         self._shrink(keep=path)

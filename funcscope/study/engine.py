@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from . import digest
 from .apart import apart
+from .asked import check_metrics, check_names, cost
 from .cache import Cache, Cell, Outcome
 from .calling import Call, Needed, lost, spoken
 from .meter import Options
@@ -22,6 +23,7 @@ from .record import versions
 from .subject import Source, Subject
 from .together import Together, arranged
 
+PACKAGES = cache(versions)
 BAR = "{percentage:3.0f}% |{bar}| {elapsed}, {remaining} to go{postfix}"
 
 
@@ -71,14 +73,14 @@ def run(
     Raises ValueError where two sources or two metrics have one name, where metrics need each other, and, without
     `skip_on_error`, whatever a metric raises.
     """
-    _check_metrics(metrics)
-    _check_names(sources)
+    check_metrics(metrics)
+    check_names(sources)
     every = list(with_members(metrics))
     if base is not None and base.id not in {one.id for one in sources} and any(one.on == "pair" for one in every):
         sources = [base, *sources]
     plan = list(arranged(every, sources, base))
     outcomes: dict[str, dict[str, Outcome]] = {}
-    costs = {one.name: _cost(one) for one in with_needs(every)}
+    costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
     with tqdm(total=total, bar_format=BAR, disable=quiet, dynamic_ncols=True) as bar:
 
@@ -89,10 +91,10 @@ def run(
             bar.update(0 if outcome.reused else costs[outcome.metric])
             watch(outcome)
 
-        cache, options = cache or Cache(None), options or Options()
+        store, options = cache or Cache(None), options or Options()
         for together in (False, True):  # what is made of several comes after them
             jobs = [
-                Job(source, tuple(with_needs(each)), tuple(tasks), cache, options, _parts(source, outcomes))
+                Job(source, tuple(with_needs(each)), tuple(tasks), store, options, _parts(source, outcomes))
                 for source, each in plan
                 if isinstance(source, Together) is together
             ]
@@ -162,7 +164,7 @@ class Bench:
         self.job, self.cache, self.options = job, job.cache, job.options
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
-        self.packages = versions()
+        self.packages = PACKAGES()
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
@@ -266,35 +268,3 @@ class Bench:
                 raise ValueError(f"{one.name} has changed the model or the data in memory.")
         except Exception as err:  # noqa: BLE001
             self._broken = err
-
-
-def _cost(one: Metric) -> float:
-    """Forward passes, and one for what every metric costs beside them."""
-    try:
-        return 1.0 + float(one.cost(one.settings))
-    except Exception as err:  # noqa: BLE001
-        warnings.warn(f"the cost of {one.name} is not known ({type(err).__name__}: {err}).", stacklevel=3)
-        return 1.0
-
-
-def _check_metrics(metrics: Sequence[Metric]) -> None:
-    names = [one.name for one in {id(one): one for one in metrics}.values()]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"two metrics are called {name!r}: give one of them another name, `replace(metric, name=)`."
-            )
-    behind = set[str]()
-    for one in reversed(list(with_needs(metrics))):
-        if one.on == "model" and (ring := behind & {*one.needs} or {one.name} & {*one.needs}):
-            raise ValueError(
-                f"{one.name} needs {sorted(ring)[0]}, which needs {one.name}: one of them must come first."
-            )
-        behind.add(one.name)
-
-
-def _check_names(sources: Sequence[Source]) -> None:
-    names = [source.id for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two subjects are called {name!r}: give one of them another name, `name=`.")
