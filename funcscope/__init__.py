@@ -96,7 +96,8 @@ from .study.metric import Metric, register
 from .study.progress import progress
 from .study.results import Results
 from .study.subject import InMemory, Pretrained
-from .study.unified import ResultCache, UnifiedModelAnalyzer
+from .study.sweep import sweep
+from .study.unified import MetricRegistry, ResultCache, UnifiedModelAnalysis, UnifiedModelAnalyzer
 
 __version__ = "0.1.0"
 
@@ -122,12 +123,14 @@ __all__ = [
     "LossPath",
     "LossPlane",
     "Metric",
+    "MetricRegistry",
     "Pretrained",
     "Result",
     "ResultCache",
     "Results",
     "Trajectory",
     "UnifiedConfig",
+    "UnifiedModelAnalysis",
     "UnifiedModelAnalyzer",
     "analyze_models",
     "asam_sharpness",
@@ -205,6 +208,7 @@ __all__ = [
     "spectral_density",
     "spectrum_summary",
     "stack",
+    "sweep",
     "trace_errors",
     "xtrace",
 ]

@@ -14,7 +14,7 @@ from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, flatness_profile, mean_loss
-from funcscope.study.trajectories import training_curves, trajectory_plane
+from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -120,6 +120,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "TrainingCurves": lambda: training_curves(
         {"step": np.array([0, 10])}
         | dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), np.array([0.5, np.nan]))
+    ),
+    "LossComparison": lambda: loss_comparison(
+        ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),

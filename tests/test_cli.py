@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import argparse
 import json
 import re
 import signal
@@ -9,19 +10,21 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from folders import folder, texts
 
+import funcscope as fs
 from funcscope import cli
+from funcscope.cli.commands import COMMANDS
+from funcscope.cli.options import changed
 from funcscope.core.store import load, save
-from funcscope.curvature import hessian
 from funcscope.families import modular
-from funcscope.families.family import Setup
-from funcscope.linalg import dense
+from funcscope.families.family import Setup, family
 from funcscope.study import demo
-from funcscope.study.analyzers import curvature, directional
-from funcscope.study.runs import Runs
+from funcscope.study.catalogue import CATALOGUE
+from funcscope.study.results import Results
+from funcscope.study.training import trained
 
 TINY = demo.Settings(
     modular.Config(p=7, d_model=8, num_heads=2, d_mlp=16, steps=100, train_fraction=0.6),
@@ -34,90 +37,183 @@ def tiny(monkeypatch):
     monkeypatch.setattr(demo, "QUICK", TINY)
 
 
-def test_the_demo_prints_a_table_and_writes_page_and_numbers(tiny, tmp_path, capsys):
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "new" / "folder")]) == 0
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained variant of three checkpoints."""
+    out = tmp_path_factory.mktemp("run")
+    trained(modular.FAMILY, Setup(TINY.config, (0, 50, 100)), out, name="p7", quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of one shape, and texts."""
+    root = tmp_path_factory.mktemp("models")
+    return [str(folder(root / name, scale=scale)) for name, scale in (("a", 1.0), ("b", 1.1))], texts(root / "t.jsonl")
+
+
+FEW = "--num-samples 4 --max-seq-length 8 --quiet"
+SMALL = {
+    "directional": "--samples 3", "compare": "--samples 3", "path": "--points 3",
+    "landscape": "--points 3 --lines 2 --directions 2",
+    "curvature": "--num 1 --probes 2 --steps 4 --trace-products 4 --block-products 2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda one: one.name)
+def test_every_command_measures_its_list_and_writes_a_page(command, models, tmp_path, capsys):
+    paths, data = models
+    given = paths if command.models != "MODEL" else paths[:1]
+    call = [command.name, *given, "--data", data, "--out", str(tmp_path), *SMALL[command.name].split(), *FEW.split()]
+    status = cli.main(call)
+    shown = capsys.readouterr().out
+    results = Results.open(tmp_path)
+    assert {o.metric for o in results.outcomes} == set(command.preset)
+    assert [o.error for o in results.outcomes if not o.ok and o.error_type != "builtins.ValueError"] in ([], [""])
+    assert status == (1 if results.failed else 0)
+    assert all(f"{o.metric} of {o.subject}" in shown for o in results.outcomes if o.ok)
+    assert "<html" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda one: one.name)
+def test_every_option_is_a_setting_and_has_its_default(command):
+    parser = argparse.ArgumentParser()
+    cli.studies.add_command(parser.add_subparsers(), command)
+    given = {"MODEL": ["m"], "A B": ["a", "b"], "MODEL...": ["m"]}[command.models]
+    assert changed(parser.parse_args([command.name, *given]), command.flags) == ({}, {})
+    for name, flag in command.flags.items():
+        value = flag.default
+        dashed = name.replace("_", "-")
+        words = (
+            [f"--no-{dashed}" if value else f"--{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
+        )
+        _, settings = changed(parser.parse_args([command.name, *given, *words]), command.flags)
+        expected = (not value) if isinstance(value, bool) else value
+        for target in flag.settings:
+            metric, _, setting = target.partition(".")
+            assert metric in command.preset or command.name == "compare"
+            assert setting in {**CATALOGUE[metric].settings, **CATALOGUE[metric].plan}
+            assert settings[metric][setting] == expected
+
+
+def test_the_numbers_are_those_of_the_pure_function(models, tmp_path, capsys):
+    (path, _), data = models
+    call = [
+        "directional",
+        path,
+        "--data",
+        data,
+        "--out",
+        str(tmp_path),
+        "--samples",
+        "3",
+        "--span",
+        "0.05",
+        *FEW.split(),
+    ]
+    assert cli.main([*call, "--seed", "7", "--normalize", "layer"]) == 0
+    got = Results.open(tmp_path).models[path].metrics["directional_losses"].result
+    subject = fs.Pretrained(
+        path, fs.UnifiedConfig(dataset_name=data, num_samples=4, batch_size=8).tasks(), length=8
+    ).open()
+    loss = subject.loss("data")
+    direct = fs.directional_losses(
+        loss, loss.net.params, key=fs.key(7), n_samples=3, span=0.05, normalize="layer",
+        two_sided=True, compute_gradient=True, compute_curvature=True,
+    )  # fmt: skip
+    assert got == direct
+
+
+def test_the_demo_prints_a_table_and_writes_its_story(tiny, tmp_path, capsys):
+    call = ["demo", "--quick", "--out", str(tmp_path / "new" / "folder")]
+    assert cli.main(call) == 0
     out, err = capsys.readouterr()
-    folder = tmp_path / "new" / "folder"
-    stored = load(folder / "modular-addition-p7.npz")
-    assert stored.arrays["losses"].shape == (len(stored.arrays["step"]), 4)
-    assert "<html" in (folder / "modular-addition-p7.html").read_text()
-    beside = json.loads((folder / "modular-addition-p7.json").read_text())
-    assert [row["step"] for row in beside["meta"]["table"]] == stored.arrays["step"].tolist()
-    for row in beside["meta"]["table"]:
-        assert re.search(rf"^\s*{row['step']} .*{row['train_loss']:.3g}", out, re.MULTILINE)
-    assert "modular-addition-p7.html" in out
+    results = Results.open(tmp_path / "new" / "folder")
+    assert not results.failed
+    (run,) = results.groups.values()
+    for model in run:
+        losses = model.metrics["directional_losses"]
+        assert re.search(rf"^\s*{model.step} ", out, re.MULTILINE)
+        assert len(losses["losses"]) == 4
+    assert "<html" in (tmp_path / "new" / "folder" / "modular-addition-p7.html").read_text()
     assert "training" in err  # the progress bar
-    assert "directional losses" in err
+    assert cli.main(call) == 0
+    assert all(o.reused for o in demo.run(TINY, tmp_path / "new" / "folder", quiet=True).outcomes)
+    other = demo.run(demo.adjusted(TINY, n_samples=5), tmp_path / "new" / "folder", quiet=True)
+    anew = {o.metric for o in other.outcomes if not o.reused}
+    assert anew == {"directional_losses", "landscape_flatness", "flatness_profile", "directional_comparison"}
 
 
-def test_a_second_run_reuses_what_is_there_and_another_setting_is_computed_anew(tiny, tmp_path, capsys):
-    for _ in range(2):
-        assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    first = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*/*.safetensors")}
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path), "--samples", "6"]) == 0
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*/*.safetensors")} == first
-    assert load(tmp_path / "modular-addition-p7.npz").arrays["losses"].shape[1] == 6
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path), "--seed", "5"]) == 0
-    assert len(list(tmp_path.glob("modular-addition-p7-seed*"))) == 2
+def test_a_checkpoint_that_changed_is_measured_anew_and_only_that(run, tmp_path, capsys):
+    call = ["analyze", str(run), "--out", str(tmp_path), "--metrics", "mean_loss", "linear_path", "--quiet"]
+    assert cli.main(call) == 0
+    first = {o.subject: o.result for o in Results.open(tmp_path).outcomes if o.metric == "mean_loss"}
+    (step,) = run.rglob("step_00050.safetensors")
+    arrays, meta, _ = load(step)
+    save(step, {name: value * 1.01 for name, value in arrays.items()}, meta)
+    try:
+        assert cli.main(call) == 0
+    finally:
+        save(step, arrays, meta)
+    again = {o.subject: o.result for o in Results.open(tmp_path).outcomes if o.metric == "mean_loss"}
+    assert [name for name in first if first[name] != again[name]] == [name for name in first if name.endswith("@50")]
 
 
-@pytest.mark.slow
-def test_interrupted_and_resumed_gives_the_numbers_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch, capsys):
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
-    real, calls = directional.directional_losses, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(directional, "directional_losses", interrupted)
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
-    assert "interrupted; " in capsys.readouterr().out
-    assert not (tmp_path / "cut" / "modular-addition-p7.html").exists()
-    monkeypatch.setattr(directional, "directional_losses", real)
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
-    for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+def test_a_run_is_analysed_in_parts_and_its_list_grows(run, tmp_path, capsys):
+    call = ["analyze", str(run), "--out", str(tmp_path), "--quiet"]
+    assert cli.main([*call, "--metrics", "mean_loss", "--at-steps", "0", "100", "--split", "test"]) == 0
+    assert cli.main([*call, "--metrics", "effective_dimensionality", "--variant", "p7"]) == 0
+    results = Results.open(tmp_path)
+    steps = {m: [o.step for o in results.outcomes if o.metric == m] for m in ("mean_loss", "effective_dimensionality")}
+    assert steps == {"mean_loss": [0, 100], "effective_dimensionality": [0, 50, 100]}
+    (tests,) = {o.task for o in results.outcomes if o.metric == "mean_loss"}
+    assert tests == "test"
+    config = TINY.config
+    kind = family("modular_addition")
+    net = kind.network(config)
+    (path,) = run.glob("*/checkpoints")
+    params = kind.checkpoint(config, path.parent, 100).params
+    expected = float(kind.loss(net, config, "test")(params))
+    assert results.outcomes[1].result.loss.value.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.slow
-def test_interrupted_in_the_curvature_and_resumed_gives_the_same_numbers(tiny, tmp_path, monkeypatch, capsys):
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "whole")]) == 0
-    real, calls = curvature.sam_sharpness, []
+def test_a_metric_of_a_module_of_the_current_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import funcscope as fs\n\nclass Size(fs.Result):\n    size: float = fs.quantity('size')\n\n"
+        "def size(theta, *, power=2.0):\n    return Size(float(theta.norm(p=power)))\n\n"
+        "fs.register(fs.Metric('size_of_mine', size, ('theta',), {'power': 2.0}))\n"
+    )
+    call = [
+        "analyze",
+        str(run),
+        "--import",
+        "mine",
+        "--metrics",
+        "size_of_mine",
+        "--set",
+        "size_of_mine.power=1",
+        "--quiet",
+    ]
+    try:
+        assert cli.main([*call, "--out", "out"]) == 0
+        outcomes = Results.open("out").outcomes
+        assert [o.settings for o in outcomes] == [{"power": 1}] * 3
+        assert all(o.result.size > 1 for o in outcomes)
+        assert torch.is_tensor(torch.as_tensor(outcomes[0].result.size))
+    finally:
+        CATALOGUE.pop("size_of_mine", None)
 
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(curvature, "sam_sharpness", interrupted)
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 130
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut")]) == 0
-    steps = len(load(tmp_path / "whole" / "modular-addition-p7.npz").arrays["step"])
-    assert len(calls) == steps + 1  # the two that were done are not done again
-    for name in ("modular-addition-p7.npz", "modular-addition-p7.html"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "cut"), "--samples", "6"]) == 0
-    assert len(calls) == steps + 1  # curvature does not depend on the directions
-
-
-@pytest.mark.slow
-def test_the_curvature_of_a_checkpoint_is_that_of_the_pure_functions(tiny, tmp_path, capsys):
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    rows = load(tmp_path / "modular-addition-p7.npz").meta["table"]
-    loss = modular.FAMILY.loss(modular.network(TINY.config), TINY.config, "train")
-    for row in rows[:: len(rows) - 1]:
-        theta = loss.layout.ravel(modular.checkpoint(TINY.config, tmp_path / TINY.config.name, row["step"]).params)
-        values = torch.linalg.eigvalsh(dense(hessian(loss, theta), theta))
-        found, residual = row["hessian_max_eigenvalue"], row["hessian_max_eigenvalue_residual"]
-        assert abs(found - float(values[-1])) <= residual + 1e-4 * found
-        assert abs(row["hessian_trace"] - float(values.sum())) < 5 * row["hessian_trace_stderr"]
-        wanted = curvature.sam_sharpness(loss, theta, epsilon=0.01)
-        assert row["sam_relative"] == pytest.approx(wanted.relative)
-        assert row["sam_relative_stderr"] == pytest.approx(wanted.relative_stderr)
+def test_a_damaged_checkpoint_is_an_outcome_and_the_others_are_measured(tmp_path, capsys):
+    trained(modular.FAMILY, Setup(TINY.config, (0, 50)), tmp_path, name="p7", quiet=True)
+    victim = next(tmp_path.rglob("step_00050.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    assert cli.main(["analyze", str(tmp_path), "--metrics", "mean_loss", "--quiet"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"step_00050.safetensors is damaged", " ".join(shown.split()))
+    results = Results.open(tmp_path)
+    assert [(o.step, o.ok) for o in results.outcomes] == [(0, True), (50, False)]
 
 
 def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):
@@ -146,27 +242,12 @@ def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(t
     out, _ = process.communicate(timeout=300)
     kept = sorted(tmp_path.rglob("step_*.safetensors"))
     assert process.returncode == 130
-    assert re.search(rf"interrupted; {len(kept)} checkpoints are kept", out)
+    assert re.search(r"interrupted; what was made is kept", out)
     assert len(kept) >= 3
     assert not list(tmp_path.rglob("*.tmp"))
     last = load(kept[-1]).meta["step"]
     run = modular.train(modular.QUICK, kept[0].parent.parent, modular.schedule(modular.QUICK))
     assert [point.step for _, point in zip(range(last // 10 + 1), run, strict=False)][-1] == last
-
-
-@pytest.mark.slow
-def test_landscapes_of_other_weights_are_not_reused(tiny, tmp_path, capsys):
-    """A checkpoint that was made again, elsewhere or otherwise, makes its landscape again."""
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    first = load(tmp_path / "modular-addition-p7.npz").arrays["losses"]
-    run = tmp_path / TINY.config.name
-    step = modular.path(run, 100)
-    arrays, meta, _ = load(step)
-    save(step, {name: value * 1.01 for name, value in arrays.items()}, meta)
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    again = load(tmp_path / "modular-addition-p7.npz").arrays["losses"]
-    assert np.array_equal(first[:-1], again[:-1])
-    assert not np.array_equal(first[-1], again[-1])
 
 
 def fails(args, capsys, message):
@@ -180,7 +261,7 @@ def fails(args, capsys, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--samples", "0"], "`samples` must be an integer of at least 1, got 0"),
+        (["--samples", "0"], "`--samples` must be an integer of at least 1, got 0"),
         (["--span", "0"], "`--span` must be a finite number above 0, got 0.0"),
         (["--span", "-1"], "`--span` must be a finite number above 0, got -1.0"),
         (["--span", "nan"], "`--span` must be a finite number above 0, got nan"),
@@ -224,128 +305,43 @@ def test_usage(capsys):
     assert stop.value.code == 0
 
 
-def test_the_table_says_undefined_where_a_number_is():
-    row = dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), 0.5) | {"step": 0}
-    for name in ("landscape_roughness", "curvature_mean", "dir_grad_delta_corr"):
-        row |= {name: None, f"{name}_stderr": None}
-    assert demo.table({"table": [row]})[1][0][-3:] == ["undefined"] * 3
-    one_sample = row | {"curvature_mean": 0.5}
-    assert demo.table({"table": [one_sample]})[1][0][-2] == "0.500 ± undefined"  # never a bare number
-
-
-def test_the_sampled_numbers_are_those_of_the_pure_function(tiny, tmp_path, capsys):
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    arrays, meta, _ = load(tmp_path / "modular-addition-p7.npz")
-    loss = modular.FAMILY.loss(modular.network(TINY.config), TINY.config, "train")
-    params = modular.checkpoint(TINY.config, tmp_path / TINY.config.name, 100).params
-    result = directional.directional_losses(
-        loss,
-        params,
-        key=directional.key(42),
-        n_samples=4,
-        span=0.1,
-        two_sided=True,
-        compute_gradient=True,
-        compute_curvature=True,
-    )
-    np.testing.assert_allclose(arrays["curvatures"][-1], result.curvatures)
-    assert meta["table"][-1]["curvature_mean"] == pytest.approx(float(result.estimates["curvature_mean"].value))
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """A tiny trained variant under `run`, and the current folder."""
-    monkeypatch.chdir(tmp_path)
-    tiny = modular.Config(p=5, d_model=8, num_heads=2, d_mlp=12, steps=20, train_fraction=0.6)
-    monkeypatch.setitem(modular.FAMILY.variants, "tiny", Setup(tiny, (0, 10, 20)))
-    assert cli.main(["train", "modular_addition", "tiny", "--out", "run", "--quiet"]) == 0
-    capsys.readouterr()
-    return Runs(Path("run")).variant("tiny")
-
-
-FEW = ["analyze", "run", "--analyzer", "landscape_flatness", "--quiet", "--set", "n_directions=3"]
-
-
-def test_settings_are_read_as_what_they_are(run, capsys):
-    assert cli.main([*FEW, "--set", "relative=yes", "--set", "epsilon=0.2"]) == 0
-    settings = run.settings("landscape_flatness")["settings"]
-    assert settings["relative"] is True
-    assert settings["epsilon"] == 0.2
-    assert settings["n_directions"] == 3
-    few = [
-        "analyze",
-        "run",
-        "--analyzer",
-        "flatness_profile",
-        "--set",
-        "epsilons=0.1,0.2",
-        "--set",
-        "n_directions=2",
-        "--quiet",
-    ]
-    assert cli.main([*few, "--set", "products=3"]) == 0
-    assert run.load("flatness_profile", 20)["epsilon"].tolist() == [0.1, 0.2]
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--set", "relative=perhaps"], "`relative` must be true or false, got 'perhaps'"),
-        (["--set", "n_directions=many"], "`n_directions` must be of the kind of 50, got 'many'"),
-        (["--set", "epsilon"], "`--set` takes name=value, got 'epsilon'"),
-        (["--set", "size=1"], "landscape_flatness has no setting 'size': it has n_directions"),
-        (["--variant", "p113"], "no variant 'p113' in this run: it has modular-addition-p5"),
-        (["--steps", "7"], "no checkpoint at step 7: there are 0, 10, 20"),
-        (["--import", "no_such_module"], "No module named 'no_such_module'"),
-        (["--analyzer", "loss_plane"], "`--set` is for one analyzer"),
+        (["analyze", "RUN", "--metrics", "mean_los"], "no metric 'mean_los': did you mean 'mean_loss'"),
+        (["analyze", "RUN", "--at-steps", "7"], "has no checkpoint at step 7: it has 0, 50, 100"),
+        (["analyze", "RUN", "--variant", "p8"], "no variant 'p8'"),
+        (["analyze", "RUN", "--set", "mean_loss"], "takes name=value or metric.setting=value"),
+        (["analyze", "RUN", "--set", "sede=1"], "has a field 'sede'.*did you mean 'seed'"),
+        (
+            ["analyze", "RUN", "--metrics", "sam_sharpness", "--set", "sam_sharpness.epsilom=1"],
+            "did you mean 'epsilon'",
+        ),
+        (["analyze", "RUN", "MODEL"], "have different data: analyse them in two calls"),
+        (["analyze", "MODEL"], "need texts: `--data FILE`"),
+        (["compare", "MODEL", "MODEL", "--data", "x"], "given twice"),
+        (["directional", "/nowhere", "--data", "x"], "local Hugging Face folder"),
+        (["report", "/nowhere"], "holds no study"),
+        (["cache", "/nowhere"], "no stored results"),
+        (["dashboard", "/nowhere"], "holds no study"),
     ],
 )
-def test_bad_arguments_of_analyze_get_one_clear_line(run, capsys, args, message):
-    fails([*FEW, *args], capsys, message)
-
-
-def test_one_bad_checkpoint_is_told_at_the_end_and_exits_with_2(run, capsys):
-    path = modular.path(run.path, 10)
-    path.write_bytes(path.read_bytes()[:300])
-    assert cli.main(FEW) == 2
+def test_bad_arguments_get_one_clear_line(run, models, capsys, args, message):
+    places = {"RUN": str(run), "MODEL": models[0][0]}
+    assert cli.main([places.get(word, word) for word in args]) == 2
     out, err = capsys.readouterr()
-    assert "2 of 3" in out
-    assert re.search(r"funcscope: tiny: landscape_flatness: 1 of 3 checkpoints could not be analysed \(step 10", err)
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(message, err)
 
 
-def test_a_setting_that_is_used_at_one_step_counts_one(run, capsys):
-    assert cli.main(FEW) == 0
-    assert cli.main([*FEW, "--set", "epsilon=2", "--steps", "20"]) == 0
-    assert "1 of 3" in capsys.readouterr().out.split("next")[1]
-
-
-def test_the_table_times_only_what_cost_as_much(run, capsys):
-    times = run.folder("landscape_flatness") / "times.jsonl"
-    times.parent.mkdir(parents=True)
-    old = {"step": 10, "seconds": 5000.0, "forwards": 102, "forward_seconds": 0.1}
-    times.write_text(json.dumps(old) + "\n")
-    assert cli.main(FEW) == 0
-    assert "5000" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_modules_of_the_current_folder_are_found(run, capsys):
-    Path("mine.py").write_text(
-        "from funcscope.study.analyzer import Analyzer\nfrom funcscope.study.analyzers import register\n"
-        "register(Analyzer('mine', lambda subject: {'x': 1.0}, needs_loss=False))\n"
+def test_the_configuration_comes_from_file_then_options(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "study.json").write_text(
+        json.dumps({"metrics": ["mean_loss"], "seed": 3, "output_dir": str(tmp_path / "o")})
     )
-    code = "import sys; from funcscope.cli import main; sys.path.remove(''); sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "analyze", str(run.path), "--import", "mine", "--analyzer", "mine", "--quiet"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert run.steps("mine") == (0, 10, 20)
-
-
-@pytest.mark.slow
-def test_demo_and_train_share_a_folder(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(modular.FAMILY.variants, "p7", Setup(TINY.config, (0, 100)))
-    assert cli.main(["train", "modular_addition", "p7", "--out", str(tmp_path), "--quiet"]) == 0
-    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    assert Runs(tmp_path).variant("p7").head["variant"] == "p7"
+    monkeypatch.setenv("FUNCSCOPE_SPLIT", "test")
+    monkeypatch.setenv("FUNCSCOPE_SEED", "1")
+    call = ["analyze", str(run), "--config", str(tmp_path / "study.json"), "--out", str(tmp_path / "o"), "--quiet"]
+    assert cli.main([*call, "--set", "timeout_seconds=60"]) == 0
+    config = json.loads((tmp_path / "o" / "study.json").read_text())["config"]
+    assert (config["split"], config["seed"], config["timeout_seconds"]) == ("test", 3, 60)

@@ -119,6 +119,61 @@ def test_compute_all_is_everything_that_is_there():
     assert {each.name for each in fields(UnifiedConfig)} >= {"metrics", "settings"}
 
 
+REFUSED = {
+    "compute_gradients", "compute_information_theory", "compute_representations", "compute_mechanistic",
+    "compute_modularity", "compute_lottery", "compute_bombshell",
+}  # fmt: skip
+"""Flags of which no metric is here yet."""
+BLOCKS = [
+    {"compute_fisher": True, "compute_qkov": True, "fisher_batch_size": 128, "fisher_n_samples": 1000,
+     "compute_fisher_eigenvalues": True, "enable_qkov_interference": True, "enable_cross_task_conflicts": True},
+    {"batch_size": 16, "fisher_batch_size": 64, "max_batch_size": 64, "aggressive_cleanup": True,
+     "compute_loss_landscape": True, "loss_landscape_n_points": 19},
+    {"compute_loss_landscape": True, "loss_landscape_span": 0.1, "loss_landscape_normalization": "layer",
+     "loss_landscape_batches": 10},
+    {"compute_gradients": True, "gradient_trajectory_steps": 100, "compute_gradient_flow": True,
+     "compute_gradient_pathology": True},
+    *({flag: True, "batch_size": 32} for flag in sorted(REFUSED - {"compute_gradients"})),
+    {"batch_size": 32, "min_batch_size": 4, "adaptive_batch_sizing": True},
+    {"enable_memory_tracking": True, "verbose": True}, {"max_memory_gb": 70.0, "skip_on_error": True},
+    {"compute_all": True, "skip_on_error": True, "timeout_seconds": 300, "verbose": True},
+    {"num_samples": 500, "fisher_n_samples": 500}, {"use_cache": True, "force_recompute": False},
+    {"save_results": True, "save_plots": True, "output_dir": "./icml_submission"},
+    {"device": "cuda", "dtype": "bfloat16", "compute_fisher": True, "fisher_top_k": 20, "seed": 42, "deterministic": True},
+]  # fmt: skip
+"""The documented configurations."""
+
+
+@pytest.mark.parametrize("fields", BLOCKS, ids=lambda fields: next(iter(fields)))
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_every_documented_configuration_is_accepted_and_selects_what_is_there(fields):
+    chosen = UnifiedConfig(**fields)
+    assert UnifiedConfig.of(json.loads(json.dumps(asdict(chosen)))) == chosen
+    flags = {name for name in (*FLAGS, "compute_all") if fields.get(name)}
+    if refused := flags & REFUSED:
+        with pytest.raises(ValueError, match=f"`{refused.pop()}` asks for .* not here yet"):
+            chosen.selected()
+    elif flags:
+        assert {each for flag in flags - {"compute_all"} for each in chosen.asked_by(flag)} <= {
+            one.name for one in chosen.selected()
+        }
+    if "compute_qkov" in fields:
+        assert not UnifiedConfig(compute_qkov=False).enable_qkov_interference
+
+
+def test_the_model_of_the_configuration_and_its_base(made):
+    paths, data, out = made
+    alone = analyze_models(config=config(data, out, model_name=paths[0]))
+    assert list(alone.models) == [paths[0]]
+    based = analyze_models(paths[1:], config(data, out, base_model=paths[0], metrics=("linear_path",)))
+    assert [o.subject for o in based.outcomes if o.metric == "linear_path"] == [
+        f"{paths[0]} to {path}" for path in paths[1:]
+    ]
+    side = analyze_models(paths[:1], config({"a": data, "b": data}, out))
+    first, second = (side.models[f"{paths[0]} on {name}"].metrics["mean_loss"].result for name in "ab")
+    assert first == second == alone.models[paths[0]].metrics["mean_loss"].result
+
+
 def test_the_documented_classes_work_by_hand(made):
     paths, data, out = made
     chosen = config(data, out, compute_loss_landscape=True, loss_landscape_n_points=3)

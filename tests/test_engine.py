@@ -348,7 +348,7 @@ def test_frames_trajectories_and_a_study_that_opens_without_its_models(cache, tm
     assert [o.result for o in opened.outcomes] == [o.result for o in results.outcomes]
     assert opened.to_frame().equals(frame)
     cache.clear_model_cache("m10")
-    with pytest.raises(ValueError, match=r"size of m10 is no longer .* run the same study again"):
+    with pytest.raises(ValueError, match=r"size of m10 cannot be read .* run the same study again"):
         Results.open(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no study"):
         Results.open(tmp_path / "cache")

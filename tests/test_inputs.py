@@ -581,7 +581,7 @@ def test_texts_are_read_as_they_are_asked_for(tmp_path):
 
 
 TEXT_DAMAGES = {
-    "unknown ending": ("a.csv", "x", {}, ValueError, [".jsonl", ".parquet", "'a.csv'"]),
+    "unknown ending": ("a.xml", "x", {}, ValueError, [".jsonl", ".parquet", "'a.xml'"]),
     "empty": ("a.txt", "", {}, ValueError, ["a.txt is empty"]),
     "blank": ("a.txt", " \n\n", {"unit": "document"}, ValueError, ["a.txt is empty"]),
     "no lines": ("a.jsonl", "\n", {}, ValueError, ["a.jsonl is empty"]),
@@ -929,3 +929,19 @@ def test_from_files_to_an_objective(tmp_path):
     loss = fs.objective(fs.functional(model), data.batches, fs.criterion_of(model))
     wanted = mean_one_by_one(model, tokenizer, [Example(text) for text in corpus()[:12]], 30)
     assert_close(loss(loss.net.theta), wanted, **IN_FLOAT32)
+
+
+@pytest.mark.parametrize(("ending", "between"), [("csv", ","), ("tsv", "\t")])
+def test_texts_between_commas_and_tabs(tmp_path, ending, between):
+    file = tmp_path / f"a.{ending}"
+    rows = [("text", "kind", "note"), ('"one, two\tthree\nfour"', "1", ""), ("ünï", "007", "x")]
+    file.write_text("\n".join(between.join(row) for row in rows), encoding="utf-8-sig")
+    assert [(one.text, one.label) for one in read_texts(file, label_field="kind")] == [
+        ("one, two\tthree\nfour", 1),
+        ("ünï", 7),
+    ]
+    assert [one.label for one in read_texts(file)] == [None, None]
+    for bad, message in (('text\n"half', "no [CT]SV"), (f"text{between}a\nx", "as many cells"), ("text\n", "is empty")):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            list(read_texts(file))

@@ -11,9 +11,8 @@ import funcscope as fs
 from funcscope import cli
 from funcscope.families import modular
 from funcscope.families.family import Setup
-from funcscope.study.analyzers import ANALYZERS
 from funcscope.study.catalogue import CATALOGUE
-from funcscope.study.runs import Runs
+from funcscope.study.results import Results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,15 +25,17 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     for name in ("my-model", "base", "finetuned"):
         folder(tmp_path / name, scale=1.2 if name == "finetuned" else 1.0)
     texts(tmp_path / "texts.jsonl")
-    commands = re.findall(r"^funcscope (directional .*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    few = {
+        "directional": "--samples 3", "compare": "--samples 3", "path": "--points 3",
+        "landscape": "--points 3 --lines 2 --directions 2",
+        "curvature": "--num 1 --probes 2 --steps 4 --trace-products 4 --block-products 2",
+    }  # fmt: skip
+    commands = re.findall(r"^funcscope ((?:directional|curvature|landscape|path|compare) .*)$", README, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == set(few)
     for command in commands:
-        assert cli.main([*command.split(), "--samples", "3", "--max-seq-length", "8", "--quiet"]) == 0
+        small = f"{few[command.split()[0]]} --num-samples 6 --max-seq-length 8 --quiet"
+        assert cli.main([*command.split(), *small.split()]) == 0, command
     assert "paired over 3" in capsys.readouterr().out
-    (command,) = re.findall(r"^funcscope (curvature .*)$", README, re.MULTILINE)
-    few = "--num 2 --steps 4 --trace-products 4 --no-blocks --max-seq-length 8 --quiet"
-    assert cli.main([*command.split(), *few.split()]) == 0
-    assert "trace" in capsys.readouterr().out
     (shown,) = [block for block in BLOCKS if "show(" in block]
     scope: dict = {}
     exec(shown.replace("\nshow(", "\npage = show("), scope)
@@ -68,7 +69,7 @@ def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
-    """With a smaller variant of that name; the analyzer of the README among them, from a module of its own."""
+    """With a smaller variant of that name."""
     monkeypatch.chdir(tmp_path)
     tiny = modular.Config(p=5, d_model=8, num_heads=2, d_mlp=12, steps=20, train_fraction=0.6)
     monkeypatch.setitem(modular.FAMILY.variants, "p37", Setup(tiny, (0, 10, 20)))
@@ -77,22 +78,16 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     commands = re.findall(r"^funcscope ((?:train|analyze|dashboard) .*)$", README, re.MULTILINE)
     commands = [command for command in commands if "--data" not in command]
     assert [command.split()[0] for command in commands] == ["dashboard", "train", "analyze", "dashboard"]
+    few = "--metrics landscape_flatness linear_path --set landscape_flatness.n_directions=3 --quiet"
     for command in commands[1:]:
-        quiet = [] if command.startswith("dashboard") else ["--quiet"]
-        assert cli.main([*command.split(), *quiet]) == 0
+        more = {"train": ["--quiet"], "analyze": few.split(), "dashboard": []}[command.split()[0]]
+        assert cli.main([*command.split(), *more]) == 0
     assert served[0][0] == Path("runs")
     assert served[0][1]["host"] == "127.0.0.1"
-    (block,) = [block for block in BLOCKS if "gradient_norm" in block]
-    (tmp_path / "my_analyzer.py").write_text(block)
-    monkeypatch.syspath_prepend(tmp_path)
-    command = "analyze runs --import my_analyzer --analyzer gradient_norm --set split=test --quiet"
-    assert cli.main(command.split()) == 0
-    ANALYZERS.pop("gradient_norm")
-    (variant,) = [Runs(Path("runs")).variant(name) for name in Runs(Path("runs")).variants()]
-    assert variant.settings("gradient_norm")["settings"] == {"split": "test"}
-    assert (variant.summary("gradient_norm")["gradient_norm"] > 0).all()
-    assert float(variant.load("landscape_flatness", 10)["epsilon"]) == 0.05
-    assert "3 of 3" in capsys.readouterr().out
+    results = Results.open("runs")
+    flat = [outcome for outcome in results.outcomes if outcome.metric == "landscape_flatness"]
+    assert [outcome.step for outcome in flat] == [0, 10, 20]
+    assert all(outcome.settings["epsilon"] == 0.05 for outcome in flat)
 
 
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
@@ -109,7 +104,6 @@ def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
         for large, few in small.items():
             block = block.replace(large, few)
         exec(block, scope)
-    ANALYZERS.pop("gradient_norm")  # the README's own: of no other test
     assert scope["surface"].grid_losses.shape == (3, 3)
     assert scope["path"].barrier_linear.value >= 0
     assert "gradient" in capsys.readouterr().out or "loss_mean" in str(scope["result"])

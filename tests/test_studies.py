@@ -34,8 +34,8 @@ def test_a_study_prints_its_outcomes_and_writes_a_page(study, made, capsys):
     assert shown.count("reused") == 8
     assert all(model in shown for model in models)
     page = (out / "report.html").read_text()
-    for title in ("Mean loss", "Directional losses", "Loss landscape 2d", "Effective dimensionality"):
-        assert f"<h2>{title}</h2>" in page
+    for title in ("Mean loss", "Directional losses", "Loss landscape 2D", "Effective dimensionality"):
+        assert f"{title}</h2>" in page
     assert page.count("<figure>") >= 8
     assert "http" not in page.split("</script>")[-1].replace("https://doi", "")
 
@@ -84,7 +84,7 @@ def test_the_cache_is_counted_and_cleared(study, tmp_path, capsys):
         (["--set", "mean_los.x=1"], "did you mean 'mean_loss'"),
         (["--set", "directional_losses.spam=1"], "did you mean 'span'"),
         (["--metrics", "mean_los"], "did you mean 'mean_loss'"),
-        (["--data", "nowhere.txt"], "'nowhere.txt' is no file"),
+        (["--data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
     ],
 )
 def test_what_does_not_fit_is_a_line_on_stderr(study, tmp_path, change, said, capsys):

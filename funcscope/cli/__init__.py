@@ -12,8 +12,9 @@ from dataclasses import fields
 from .. import __version__
 from ..study.config import UnifiedConfig
 from .check import add_check
+from .commands import COMMANDS
 from .runs import add_dashboard, add_demo, add_train
-from .studies import COMMANDS, add_analyze, add_cache, add_command, add_metrics, add_report
+from .studies import add_analyze, add_cache, add_command, add_metrics, add_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,9 @@ def _one_line(err: object) -> str:
 
 def _with_flags(text: str) -> str:
     """Arguments of Python by the names that they have here."""
-    names = {each.name: each.name for each in fields(UnifiedConfig)} | {"n_samples": "samples", "dataset_name": "data"}
+    flags = {name: name for one in COMMANDS for name in one.flags}
+    names = flags | {each.name: each.name for each in fields(UnifiedConfig)}
+    names |= {"n_samples": "samples", "dataset_name": "data"}
     for name, flag in names.items():
         text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
     return text

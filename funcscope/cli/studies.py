@@ -1,4 +1,4 @@
-"""Commands that measure: each is a list of metrics, the options that they have, and a page."""
+"""How the commands that measure run: options, a study, what is printed, a page; and what is said of studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ..study import presets
 from ..study.analyze import analyze_models, checkpoints_of
@@ -21,99 +21,13 @@ from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
 from ..study.results import Results
 from ..study.runs import is_run
+from .commands import Command
 from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed
 from .shared import check_plotly, check_writable, import_modules
 
 OUT = Path("analysis_results")
 FEW = {"num_samples": 64, "max_seq_length": 128, "batch_size": 8}
 """Fields that the commands have otherwise than `UnifiedConfig`: what ends within minutes on a laptop."""
-_DRAWS = {
-    "samples": Flag(["directional_losses.n_samples"], "random directions"),
-    "span": Flag(["directional_losses.span"], "step along each direction"),
-    "normalize": Flag(["directional_losses.normalize"], "scale of the directions"),
-    "distribution": Flag(["directional_losses.distribution"], "draws"),
-    "curvature": Flag(["directional_losses.curvature"], "difference, or exact: no step is taken"),
-    "slopes": Flag(["directional_losses.slopes"], "slopes along the directions"),
-}
-_SPECTRA = ("hessian_eigenvalues", "hessian_eigenvalue_errors", "hessian_block_eigenvalues")
-
-
-class Command(NamedTuple):
-    """A command that measures models."""
-
-    name: str
-    help: str
-    description: str
-    models: Literal["MODEL", "A B", "MODEL..."]
-    preset: Preset
-    flags: Mapping[str, Flag] = {}
-    fields: Mapping[str, Any] = {}
-    """Fields of the configuration that have another default here."""
-
-
-COMMANDS = (
-    Command(
-        "directional",
-        "losses, slopes and curvatures of your own model along random directions",
-        "Samples the loss along random directions on both sides.",
-        "MODEL",
-        presets.DIRECTIONAL,
-        _DRAWS,
-    ),
-    Command(
-        "curvature",
-        "spectrum of the Hessian, trace, curvature of every block and sharpness of your own model",
-        "Finds both ends of the spectrum of the Hessian (or the Gauss-Newton matrix) with their errors over texts, its "
-        "density, its trace and those of its blocks, and measures sharpness. Every product with the matrix costs 4 to 6 "
-        "forward passes over all texts, and there are some 700: fewer texts, --probes or --steps make it shorter.",
-        "MODEL",
-        presets.CURVATURE,
-        {
-            "matrix": Flag([f"{each}.matrix" for each in _SPECTRA], "hessian, or ggn: the Gauss-Newton matrix"),
-            "num": Flag(["hessian_eigenvalues.num"], "eigenvalues from each end"),
-            "tol": Flag([f"{each}.tol" for each in _SPECTRA], "residual, relative to the largest |eigenvalue|"),
-            "probes": Flag(["hessian_eigenvalues.num_probes"], "random starts of the density"),
-            "steps": Flag(["hessian_eigenvalues.steps"], "products per start"),
-            "trace_products": Flag(["hessian_eigenvalues.trace_matvecs"], "products for the trace"),
-            "by": Flag(["hessian_block_traces.by", "hessian_block_eigenvalues.by"], "a block: layer, module, tensor"),
-            "block_products": Flag(["hessian_block_traces.num"], "products for the traces of blocks"),
-            "epsilon": Flag(["sam_sharpness.epsilon"], "radius of SAM's ball, a distance"),
-            "keep": Flag([f"{each}.keep" for each in _SPECTRA], "keep the graph: faster, more memory"),
-        },
-        {"num_samples": 16, "max_seq_length": 64},
-    ),
-    Command(
-        "landscape",
-        "the loss of your own model on a plane and on lines, and how flat it is",
-        "Evaluates the loss on a plane of two random directions and along lines, and measures flatness.",
-        "MODEL",
-        presets.LANDSCAPE,
-        {
-            "points": Flag(["loss_landscape_2d.n_points"], "of the plane, along each side"),
-            "span": Flag(["loss_landscape_2d.span", "loss_lines.span"], "how far to each side"),
-            "normalization": Flag(["loss_landscape_2d.normalization"], "scale of the directions"),
-            "lines": Flag(["loss_lines.num_directions"], "random lines"),
-            "epsilon": Flag(["landscape_flatness.epsilon"], "the step of flatness, a distance"),
-            "directions": Flag(["landscape_flatness.n_directions"], "directions of flatness"),
-        },
-    ),
-    Command(
-        "path",
-        "the loss on the line between two models: how high is the barrier?",
-        "Evaluates the loss on the straight line between two models of one shape.",
-        "A B",
-        presets.PATH,
-        {"points": Flag(["linear_path.num"], "on the line, both ends among them")},
-    ),
-    Command(
-        "compare",
-        "models against a first one, along the same random directions, with paired errors",
-        "Samples every model along the same random directions, and tests the paired differences to the first.",
-        "MODEL...",
-        presets.COMPARISON,
-        _DRAWS,
-    ),
-)
 
 
 def add_command(commands: Any, one: Command) -> None:
@@ -156,7 +70,8 @@ _KEPT = (
 
 
 def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) -> None:
-    show.add_argument("--data", dest="dataset_name", metavar="FILE", help="texts: .txt, .jsonl, .csv, .tsv or .parquet")
+    texts = "texts: .txt, .jsonl, .csv, .tsv or .parquet; several as NAME=FILE"
+    show.add_argument("--data", dest="dataset_name", nargs="+", metavar="FILE", help=texts)
     show.add_argument(
         "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
     )
@@ -208,6 +123,8 @@ def _study(
 ) -> int:
     """Measure, print, and write the page."""
     check_plotly()
+    if args.dataset_name is not None:
+        args.dataset_name = _named(args.dataset_name)
     _check(models, args.dataset_name or values.get("dataset_name"))
     given, settings = changed(args, flags)
     for name in (*preset, *(values.get("settings") or {})):
@@ -239,15 +156,28 @@ def _study(
     return show(results, out, shown=shown, seconds=time.perf_counter() - started)
 
 
-def _check(models: list[Any], data: str | None) -> None:
+def _named(files: list[str]) -> str | dict[str, str]:
+    """One file of texts, or several by name."""
+    if len(files) == 1 and ("=" not in files[0] or Path(files[0]).exists()):
+        return files[0]
+    named = dict(file.partition("=")[::2] for file in files)
+    if not all(name and file for name, file in named.items()) or len(named) < len(files):
+        raise ValueError(f"several files of texts have a name each, `--data code=a.jsonl prose=b.jsonl`, got {files}.")
+    return named
+
+
+def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     """What can be said before any work."""
     folders = [path for path in models if isinstance(path, (str, Path)) and not is_run(path)]
     for path in folders:
         local_folder(path)
-    if folders and data is None:
-        raise ValueError("models in folders need texts: `--data FILE`.")
     if len({str(Path(path).resolve()) for path in folders}) < len(folders):
         raise ValueError("one of the models is given twice: a model does not differ from itself.")
+    if folders and data is None:
+        raise ValueError("models in folders need texts: `--data FILE`.")
+    for file in [data] if isinstance(data, str) else (data or {}).values():
+        if folders and not Path(file).is_file():
+            raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 
 def show(results: Results, out: Path, *, shown: bool, seconds: float) -> int:
@@ -304,8 +234,8 @@ def _metrics(_: argparse.Namespace) -> int:
     rows = []
     for one in sorted(CATALOGUE.values(), key=lambda one: (one.category, one.name)):
         settings = ", ".join(f"{name}={value}" for name, value in one.settings.items() if value is not None)
-        rows.append((one.name, one.category, f"{one.cost(one.settings):,.0f}", one.summary, settings))
-    headers = ("metric", "category", "forward passes", "what", "settings")
+        rows.append((one.name, one.category, one.on, f"{one.cost(one.settings):,.0f}", one.summary, settings))
+    headers = ("metric", "category", "of a", "forward passes", "what", "settings")
     print(Listing(headers, tuple(rows)).text(terminal_width()))
     return 0
 

@@ -67,7 +67,10 @@ def sources_of(path: str | Path | Source, config: UnifiedConfig) -> list[Source]
         return [path]
     if (Path(path) / HEAD).is_file() or any(Path(path).glob(f"*/{HEAD}")):
         return checkpoints_of(path)
-    return [pretrained(path, config.tasks(), config.max_seq_length)]
+    if isinstance(config.dataset_name, str):
+        return [pretrained(path, config.tasks(), config.max_seq_length)]
+    each = ((name, replace(config, dataset_name=file).tasks()) for name, file in config.dataset_name.items())
+    return [pretrained(path, tasks, config.max_seq_length, on=name) for name, tasks in each]
 
 
 def checkpoints_of(
@@ -88,14 +91,15 @@ def checkpoints_of(
     return sources
 
 
-def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 512) -> Pretrained:
-    """The source of a folder; its step is the number that the name ends with.
+def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 512, on: str = "") -> Pretrained:
+    """The source of a folder; its step is the number that the name ends with. on: the name of the data, of several.
 
     >>> pretrained("runs/checkpoint-1000", {}).step
     1000
     """
     step = STEP.search(str(path))
-    return Pretrained(str(path), tasks, name=str(path), at=int(step[1]) if step else None, length=length)
+    name = f"{path} on {on}" if on else str(path)
+    return Pretrained(str(path), tasks, name=name, at=int(step[1]) if step else None, length=length, on=on)
 
 
 def _on_split(one: Metric) -> Metric:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..core.pack import Packed, unpack
 from ..core.result import Result
-from ..core.store import Damaged, Outdated, Stored, load, save, to_json
+from ..core.store import Damaged, Outdated, load, save, to_json
 from . import digest
 from .digest import Sums
 from .files import claimed, set_aside
@@ -101,7 +101,7 @@ class Cache:
         return None if self.root is None else self.root / _folder(cell.subject) / f"{cell.name}.npz"
 
     def get(self, cell: Cell) -> Outcome | None:
-        """What is stored of this cell. Raises ValueError for a result of a class that is not here, or has other fields."""
+        """What is stored of this cell."""
         path = self.path(cell)
         if path is None or not path.is_file():
             return None
@@ -117,9 +117,15 @@ class Cache:
         except (Damaged, Outdated, KeyError, TypeError) as err:
             set_aside(path, err)
             return None
+        try:
+            result = None if (tree := meta["result"]) is None else unpack(Packed(dict(stored.arrays), tree))
+        except (
+            ValueError
+        ):  # of a class that is not imported, or has other fields: made again, and until then left alone
+            return None
         with suppress(OSError):
             os.utime(path)  # used: the last to go
-        return replace(outcome, result=_result(path, stored))
+        return replace(outcome, result=result)
 
     def put(self, cell: Cell, outcome: Outcome) -> None:
         """Store an outcome, whole or not at all; the rows of one that is finished go. Raises OSError where it cannot."""
@@ -184,13 +190,3 @@ class Cache:
 def _folder(subject: str) -> str:
     """The last part of the name, to be found by, and what tells it from others that end alike."""
     return f"{file_stem(Path(subject).name)}-{digest.of_json(subject)[:8]}"
-
-
-def _result(path: Path, stored: Stored) -> Result | None:
-    tree = stored.meta["result"]
-    try:
-        return None if tree is None else unpack(Packed(dict(stored.arrays), tree))
-    except ValueError as err:
-        raise ValueError(
-            f"{path}: {err} A class of your own is known once the module that defines it is imported."
-        ) from err

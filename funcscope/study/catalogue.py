@@ -142,6 +142,10 @@ for _one in (
         reference="Garipov et al. (2018), arXiv:1802.10026",
     ),
     Metric(
+        "loss_comparison", trajectories.loss_comparison, ("names", "mean_loss"), on="pair", category="loss",
+        cost=lambda _: 0, sentence="The losses differ by {difference}, paired over sequences (p = {p_value}).",
+    ),
+    Metric(
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
     ),

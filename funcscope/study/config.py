@@ -41,7 +41,8 @@ class UnifiedConfig:
     """What `analyze_models` does: the documented fields with their documented values, and ours at the end.
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
-    and change no number. `model_name` is the model where no path is passed, `base_model` the one that pairs compare the
+    and change no number. `dataset_name` is a file of texts, or several by name: every model is then measured on each, as
+    "MODEL on NAME". `model_name` is the model where no path is passed, `base_model` the one that pairs compare the
     others with; `compute_qkov` is another name of `enable_qkov_interference`. Without effect so far, beside the fields of
     metrics that are not here: `dataset_split` (texts are files). Raises TypeError for an unknown field, ValueError for one of
     the wrong kind.
@@ -51,7 +52,7 @@ class UnifiedConfig:
     base_model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    dataset_name: str = "openwebtext"
+    dataset_name: str | Mapping[str, str] = "openwebtext"
     dataset_split: str = "train"
     num_samples: int = 1000
     max_seq_length: int = 512
@@ -77,7 +78,7 @@ class UnifiedConfig:
     enable_qkov_interference: bool = True
     enable_cross_task_conflicts: bool = True
     loss_landscape_n_points: int = 25
-    loss_landscape_span: float = 0.1
+    loss_landscape_span: float | int = 0.1
     loss_landscape_normalization: str = "layer"
     loss_landscape_batches: int = 10
     gradient_trajectory_steps: int = 100
@@ -85,7 +86,7 @@ class UnifiedConfig:
     compute_gradient_pathology: bool = True
     aggressive_cleanup: bool = True
     enable_memory_tracking: bool = False
-    max_memory_gb: float = 70.0
+    max_memory_gb: float | int = 70.0
     seed: int = 42
     deterministic: bool = True
     output_dir: str = "./analysis_results"
@@ -95,7 +96,7 @@ class UnifiedConfig:
     use_cache: bool = True
     force_recompute: bool = False
     skip_on_error: bool = True
-    timeout_seconds: float | None = None
+    timeout_seconds: float | int | None = None
     metrics: tuple[str, ...] = ()
     """Metrics of the catalogue by name, beside those of the flags."""
     settings: Mapping[str, Mapping[str, Any]] | None = None
@@ -122,7 +123,8 @@ class UnifiedConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            check_kind(each.name, getattr(self, each.name), each.default)
+            if not (each.name == "dataset_name" and isinstance(self.dataset_name, Mapping)):
+                check_kind(each.name, getattr(self, each.name), each.default)
         for name in (
             "num_samples",
             "max_seq_length",
@@ -197,7 +199,7 @@ class UnifiedConfig:
 
     def configured(self, name: str) -> Metric:
         """A metric with the settings that this configuration has for it."""
-        own = {
+        own: dict[str, tuple[str | None, dict[str, Any]]] = {
             "fisher_information": ("fisher", {"method": self.fisher_method, "num": self.fisher_top_k}),
             "loss_landscape_2d": (
                 "landscape",
@@ -214,7 +216,7 @@ class UnifiedConfig:
     def tasks(self) -> dict[str, DataSpec]:
         """The data: all, as many as the Fisher information takes, and the batches of the landscape."""
         data = DataSpec(
-            data=self.dataset_name,
+            data=str(self.dataset_name),
             field=self.field,
             label_field=self.label_field,
             unit=self.unit,  # type: ignore[arg-type]
@@ -243,9 +245,9 @@ class UnifiedConfig:
             seed=self.seed,
             force=self.force_recompute or not self.use_cache,
             skip_on_error=self.skip_on_error,
-            timeout_seconds=self.timeout_seconds,
+            timeout_seconds=None if self.timeout_seconds is None else float(self.timeout_seconds),
             min_batch_size=self.min_batch_size if self.adaptive_batch_sizing else 2**62,
-            max_memory_gb=self.max_memory_gb,
+            max_memory_gb=float(self.max_memory_gb),
             cleanup=self.aggressive_cleanup,
             deterministic=self.deterministic,
             log_memory=self.enable_memory_tracking and self.verbose,

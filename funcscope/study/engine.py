@@ -207,11 +207,7 @@ class Bench:
     def _stored(self, cell: Cell) -> Outcome | None:
         if self.options.force:
             return None
-        try:
-            stored = self.cache.get(cell)
-        except ValueError as err:  # its class has other fields by this time
-            warnings.warn(f"what is stored cannot be read, and is made again: {err}", stacklevel=2)
-            return None
+        stored = self.cache.get(cell)
         again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
         return None if again else stored and replace(stored, step=self.job.source.step, group=self.job.source.group)
 

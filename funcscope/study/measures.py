@@ -44,6 +44,9 @@ class MeanLoss(Result):
 
     loss: Estimate = quantity("loss", unit="loss")
     num_sequences: int
+    sums: Tensor = internal()
+    """Of the losses of each sequence."""
+    weights: Tensor = internal()
     data: str = internal()
     """The sum of what is scored: equal for two models that read the same tokens and labels."""
     about: str = internal()
@@ -67,7 +70,7 @@ def mean_loss(loss: Loss, params: Params, texts: str = "") -> MeanLoss:
         sums, weights = loss.terms(params)
     scored = int((weights != 0).sum())
     mean = Estimate(sums.sum() / weights.sum(), ratio_stderr(sums, weights), scored)
-    return MeanLoss(mean, scored, digest.of_tensors(_scored(loss)), texts)
+    return MeanLoss(mean, scored, sums.cpu(), weights.cpu(), digest.of_tensors(_scored(loss)), texts)
 
 
 def _scored(loss: Loss) -> list[Tensor]:
@@ -125,7 +128,7 @@ def directional(
     curvature: Literal["difference", "exact", "none"] = "difference",
     chunk: int | None = None,
 ) -> Sampling:
-    """Losses, slopes and curvatures along random directions, on both sides: `directional_losses`, a row at a time."""
+    """Losses, slopes and curvatures along random directions, on both sides; see `directional_losses`."""
     return prepare(
         loss,
         params,
@@ -301,7 +304,7 @@ def flatness_profile(
     trace = hutchinson_trace(hessian(loss, theta), theta, key=fold_in(key, "trace"), num=products)
     expected = [one.expected_from_trace(trace) for one in each]
     return FlatnessProfile(
-        mean_delta_loss=_column([one.estimates["mean_delta_loss"].value for one in each]),
+        mean_delta_loss=_column([one.mean_delta_loss.value for one in each]),
         pair_mean=_column([one.pair_mean.value for one in each]),
         pair_mean_stderr=_column([one.pair_mean.stderr for one in each]),
         expected_delta_loss=_column([one.value for one in expected]),

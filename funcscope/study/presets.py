@@ -9,7 +9,7 @@ Preset = Mapping[str, Mapping[str, Any]]
 """By metric, the settings in which it differs from its catalogue's."""
 
 DIRECTIONAL: Preset = {"mean_loss": {}, "directional_losses": {}}
-COMPARISON: Preset = {**DIRECTIONAL, "directional_comparison": {}}
+COMPARISON: Preset = {**DIRECTIONAL, "loss_comparison": {}, "directional_comparison": {}}
 CURVATURE: Preset = {
     "mean_loss": {},
     "hessian_eigenvalues": {},
@@ -22,7 +22,7 @@ CURVATURE: Preset = {
     "critical_sharpness": {},
 }
 LANDSCAPE: Preset = {"mean_loss": {}, "loss_landscape_2d": {}, "loss_lines": {"span": 0.1}, "landscape_flatness": {}}
-PATH: Preset = {"mean_loss": {}, "linear_path": {}}
+PATH: Preset = {"mean_loss": {}, "loss_comparison": {}, "linear_path": {}}
 RUN: Preset = {
     "training_curves": {},
     "mean_loss": {},

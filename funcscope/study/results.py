@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from ..core.result import Result
+from ..core.statistics import q_values
 from ..core.store import to_json, write
 from .cache import Cache, Cell, Outcome, plain
 from .files import claimed
@@ -151,6 +152,18 @@ class Results:
         rows = rows.assign(resolved=known).reindex(columns=["step", "model", "value", "stderr", "resolved"])
         return rows.sort_values("step", kind="stable").reset_index(drop=True)
 
+    def tests(self) -> DataFrame:
+        """Every p value of the comparisons of two models, with its q value: the false discovery rate over all of them.
+
+        A row per quantity: `models`, `metric`, `quantity` (and its axes), `p`, `q`. Benjamini and Hochberg (1995): valid for
+        tests that are independent or positively dependent.
+        """
+        frame = self.to_frame()
+        rows = frame[frame["quantity"] == "p_value"] if len(frame) else frame.assign(value=[], quantity=[])
+        axes = [name for name in ("statistic",) if name in rows]
+        rows = rows.rename(columns={"model": "models", "value": "p"})[["models", "metric", *axes, "p"]]
+        return rows.assign(q=q_values(rows["p"].tolist())).reset_index(drop=True)
+
     def save(self, folder: Path, about: Mapping[str, Any]) -> Path:
         """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs.
 
@@ -185,7 +198,8 @@ class Results:
             outcome = cache.get(Cell(row["metric"], row["subject"], row["content"]))
             if outcome is None:
                 raise ValueError(
-                    f"{row['metric']} of {row['subject']} is no longer in {cache.root}: run the same study again."
+                    f"{row['metric']} of {row['subject']} cannot be read from {cache.root}: run the same study again, or "
+                    "import the module that defines its class, where that is one of your own."
                 )
             outcomes.append(outcome)
         return cls(tuple(outcomes))

@@ -106,6 +106,8 @@ class Pretrained:
     at: int | None = None
     length: int = 128
     """Tokens of a text that are kept unless its settings say so, or as many as the model has positions."""
+    on: str = ""
+    """The name of the data, where the same model is measured on several."""
 
     @property
     def id(self) -> str:
@@ -117,7 +119,10 @@ class Pretrained:
 
     @property
     def group(self) -> str:
-        return (STEP.sub("", self.id) or "run") if self.at is not None else self.id
+        if self.at is None:
+            return self.id
+        ending = f" on {self.on}" if self.on else ""
+        return (STEP.sub("", self.id.removesuffix(ending)) or "run") + ending
 
     def digest(self, sums: Sums) -> str | None:
         path = local_folder(self.folder)
@@ -212,7 +217,7 @@ class InMemory:
     content: str | None = None
     """What stands for the functions, which have no sum, in the identity of stored results: a version of yours."""
     run: str = ""
-    """The training run that it is a checkpoint of."""
+    """The training run that it is a checkpoint of; of one with a step, its name without that at its end."""
 
     @property
     def id(self) -> str:
@@ -224,7 +229,7 @@ class InMemory:
 
     @property
     def group(self) -> str:
-        return self.run or self.name
+        return self.run or re.sub(rf"\W*{self.at}$", "", self.name) or self.name
 
     def digest(self, sums: Sums) -> str | None:  # noqa: ARG002
         if self.content is None:

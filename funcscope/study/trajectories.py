@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.estimate import Estimate, p_value
 from ..core.objective import Loss
 from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import ratio_stderr
 from ..landscape.axes import principal_directions
 from ..landscape.barriers import BarrierMatrix
 from ..landscape.compare import compare_directional
@@ -98,20 +100,54 @@ def trajectory_plane(
     return TrajectoryPlane(plane, path.coordinates, path.explained, path.residuals, list(steps))
 
 
+class LossComparison(Result):
+    """The losses of two models on the same sequences; made by `loss_comparison`."""
+
+    first: Estimate = quantity("loss of the first", unit="loss")
+    second: Estimate = quantity("loss of the second", unit="loss")
+    difference: Estimate = quantity("second - first, paired", unit="loss")
+    names: tuple[str, str] = internal()
+
+    @derived("p of Student's t test that they are equal")
+    def p_value(self) -> float:
+        return p_value(self.difference)
+
+    @property
+    def head(self) -> str:
+        return f"{self.names[1]} - {self.names[0]}, paired over {self.difference.num} sequences"
+
+
+def loss_comparison(names: Sequence[str], losses: Sequence[MeanLoss]) -> LossComparison:
+    """How much one model's loss differs from another's on the same data: what sequences have in common cancels.
+
+    The standard error is that of the token-weighted mean of the differences, linearised, over sequences. Raises ValueError
+    where the two read different tokens or labels: their losses are about different things.
+    """
+    first, second = losses
+    _check_data(names, losses)
+    gaps = second.sums - first.sums
+    difference = Estimate(gaps.sum() / first.weights.sum(), ratio_stderr(gaps, first.weights), first.num_sequences)
+    return LossComparison(first.loss, second.loss, difference, (names[0], names[1]))
+
+
 def directional_comparison(
     names: Sequence[str], losses: Sequence[MeanLoss], sampled: Sequence[DirectionalLosses]
 ) -> Comparison:
     """How the loss around one model differs from that around another, direction by direction; see `compare_directional`.
 
-    Raises ValueError where the two read different tokens or labels: their losses are about different things.
+    Raises ValueError where the two read different tokens or labels.
     """
+    _check_data(names, losses)
+    return compare_directional(*sampled, names=(names[0], names[1]))
+
+
+def _check_data(names: Sequence[str], losses: Sequence[MeanLoss]) -> None:
     first, second = losses
     if first.data != second.data:
         raise ValueError(
             f"{names[0]} and {names[1]} make different tokens or labels of the texts, so that their losses are about "
             "different things: give both the same tokenizer, mask token and `label2id`."
         )
-    return compare_directional(*sampled, names=(names[0], names[1]))
 
 
 def barrier_matrix(loss: Loss, members: Sequence[Any], names: Sequence[str], *, num: int = 11) -> BarrierMatrix:

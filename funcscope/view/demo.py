@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..core.store import write
 from ..study.results import Results
-from .numbers import typeset
 from .page import Fact, Page, Section, render
 from .report import of_metric, provenance, with_short_names
-from .section import section, told
-from .story import Story, checkpoints, sentence, title, training
+from .section import entries, said, section
+from .story import MEMORISED, Story, checkpoints, sentence, title, training
 
 FIRST = (
     "training_curves", "mean_loss", "directional_losses", "hessian_eigenvalues", "sam_sharpness", "landscape_flatness",
@@ -25,25 +24,22 @@ def write_page(results: Results, path: str | Path) -> Page:
     Raises ValueError where the study has no checkpoints with steps.
     """
     results = with_short_names(results)
-    story = Story(results)
-    there = dict.fromkeys(outcome.metric for outcome in results.outcomes)
-    names = [name for name in FIRST if name in there] + [name for name in there if name not in FIRST]
-    sections = [section(of_metric(results, name), sentence(story, name)) for name in names]
-    sections += [Section("All checkpoints", [checkpoints(story)]), *provenance(results)]
-    lede = [training(story), *([sentence(story, "directional_losses")] if "directional_losses" in there else [])]
-    write(Path(path), render(title(story), story.run[0].group, lede, _strip(story), sections).encode())
+    story, there = Story(results), dict.fromkeys(outcome.metric for outcome in results.outcomes)
+    names = sorted(there, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    body = [section(of_metric(results, name), sentence(story, name)) for name in names]
+    body += [Section("All checkpoints", [checkpoints(story)]), *provenance(results)]
+    lede = [training(story), *(sentence(story, name) for name in there if name == "directional_losses")]
+    write(Path(path), render(title(story), story.run[0].group, lede, _strip(story), body).encode())
     return Page(Path(path))
 
 
 def _strip(story: Story) -> list[Fact]:
-    _, before, last = story.phases
-    when = {"Memorised": (story.memorised, "training"), "Generalised": (story.generalised, "test")}
-    facts = [
-        Fact(name, "not within the run" if step is None else f"step {step:,}", f"{data} accuracy above 0.99")
-        for name, (step, data) in when.items()
-    ]
-    ends = [story.outcome("directional_losses", step) for step in (before, last)]
-    if known := [(step, end) for step, end in zip((before, last), ends, strict=True) if end is not None]:
-        values = [f"{told(end, 'curvature_mean')} at step {step:,}" for step, end in known]
-        facts.append(Fact("Mean curvature", typeset(values[-1]), typeset("; ".join(values[:-1]))))
-    return [*facts, Fact("Checkpoints", f"{len(story.steps):,}", f"steps {story.steps[0]:,} to {last:,}")]
+    facts = []
+    for name, split in (("Memorised", "train"), ("Generalised", "test")) if story.curves else ():
+        step = story.passed(split)
+        facts.append(Fact(name, "never" if step is None else f"step {step:,}", f"{split} accuracy above {MEMORISED:g}"))
+    last = story.outcome("directional_losses", story.steps[-1])
+    if last is not None and (entry := entries(last).get("curvature_mean")) is not None:
+        unit = last.in_unit(entry.quantity.unit)
+        facts.append(Fact("Mean curvature", said(last, entry), f"{unit}, at the end"))
+    return [*facts, Fact("Checkpoints", f"{len(story.steps):,}", f"steps {story.steps[0]:,} to {story.steps[-1]:,}")]

@@ -1,7 +1,7 @@
-"""What the renderers share: a result read by its documented names, scales, bands, marks on training steps, titles.
+"""What figures share: scales that suit the values, curves with intervals, the axis of steps, titles, readers of results.
 
-A renderer takes a mapping of arrays by their documented names, or a result that has them in `asdict()`, and changes
-neither. Values that are not finite are holes, and counted where they are not visible as such.
+Texts that are passed here are plotly's: names from outside go through `names.plain` before. Values that are not finite are
+holes, and counted where they are not visible as such.
 """
 
 from __future__ import annotations
@@ -15,35 +15,29 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
-from .figures import Z95
 from .numbers import with_error
-from .result import short
-from .samples import plain
-from .theme import (
-    INK,
-    MUTED,
-    VERMILION,
-    Timeline,
-    place,
-    put_on_timeline,
-    set_linear,
-)
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, Timeline, place, put_on_timeline, set_linear, wrapped
 from .theme import set_log as _set_log
 
+Z95 = 1.96
+"""Standard errors on each side of a 95 % interval."""
 DECADES = 2
 """Values that spread over so many powers of ten are shown on a logarithmic scale."""
+CROWD = 12
+"""Points of a curve from which on its intervals are a band, and no bars."""
+PALETTE, DASHES = (BLUE, VERMILION, GREEN, PURPLE), ("solid", "dash", "dot", "dashdot")
 
 Column = Float[np.ndarray, " n"]
 
 
 @runtime_checkable
-class Result(Protocol):
+class Documented(Protocol):
     """Anything with the documented dictionary."""
 
     def asdict(self) -> dict[str, Any]: ...
 
 
-Data = Mapping[str, Any] | Result
+Data = Mapping[str, Any] | Documented
 
 
 def arrays(result: Data, *names: str) -> dict[str, Any]:
@@ -53,12 +47,12 @@ def arrays(result: Data, *names: str) -> dict[str, Any]:
     Traceback (most recent call last):
     ValueError: the data must have the key 'losses'; they have 'x'.
     """
-    found = dict(result if isinstance(result, Mapping) else result.asdict())
+    values = dict(result if isinstance(result, Mapping) else result.asdict())
     for name in names:
-        if name not in found:
-            there = ", ".join(repr(key) for key in found) or "none"
+        if name not in values:
+            there = ", ".join(repr(key) for key in values) or "none"
             raise ValueError(f"the data must have the key {name!r}; they have {there}.")
-    return {name: np.asarray(value) if name == "step" else value for name, value in found.items()}
+    return {name: np.asarray(value) if name == "step" else value for name, value in values.items()}
 
 
 def numbers_of(data: Mapping[str, Any], name: str) -> Float[np.ndarray, "*shape"]:
@@ -84,6 +78,16 @@ def check_lengths(data: Mapping[str, Any], *names: str) -> None:
         raise ValueError(f"arrays over one axis must be equally long, got {said}.")
 
 
+def check_shape(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise ValueError(f"`{name}` must have the shape {shape} of its axes, got {values.shape}.")
+
+
+def style(i: int) -> tuple[str, str]:
+    """Colour and dash of the i-th of several curves."""
+    return PALETTE[i % 4], DASHES[i // 4 % 4]
+
+
 def spreads(values: Float[np.ndarray, "*shape"]) -> bool:
     """Whether a logarithmic scale shows the values better: two decades, and what is not positive is rare and no larger."""
     finite = values[np.isfinite(values)]
@@ -99,9 +103,9 @@ def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends:
     The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value.
     """
     if spreads(value):
-        axis.title.text = f"{name} ({unit})" if unit else name
+        axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
-        return _set_log(axis, value, *(np.where(end > 0, np.maximum(end, least), np.nan) for end in ends))
+        return _set_log(axis, value, *(np.maximum(end, least) for end in ends))
     every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])
     low, high = float(every.min()), float(every.max())
     set_linear(axis, name, unit, low, high if high > low else 1.0)
@@ -109,13 +113,13 @@ def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends:
 
 
 def band(x: Column, low: Column, high: Column, name: str, colour: str, floor: float = -math.inf) -> go.Scatter:
-    """The area between low and high, a piece for every run without holes; what is below the floor is cut off."""
-    seen = np.isfinite(low) & np.isfinite(high) & (high > floor)
+    """The area between low and high, a piece for every run without holes; what is below the floor lies on it."""
+    seen = np.isfinite(low) & np.isfinite(high)
     across, up = [np.empty(0)], [np.empty(0)]
     for run in np.split(np.arange(len(x)), np.flatnonzero(np.diff(seen.astype(int))) + 1):
         if seen[run].all():
             across.append(np.concatenate([x[run], x[run][::-1], [np.nan]]))
-            up.append(np.concatenate([high[run], np.maximum(low[run], floor)[::-1], [np.nan]]))
+            up.append(np.maximum(np.concatenate([high[run], low[run][::-1], [np.nan]]), floor))
     fill = faint(colour)
     return go.Scatter(
         x=np.concatenate(across), y=np.concatenate(up), fill="toself", fillcolor=fill, mode="lines", name=name,
@@ -131,31 +135,44 @@ def faint(colour: str, opacity: float = 0.2) -> str:
     return f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},{opacity:g})"
 
 
-def over_training(
-    steps: np.ndarray, value: Column, ends: Column, name: str, colour: str, unit: str, floor: float
-) -> list[go.Scatter]:
-    """A line over steps with bars of half-width `ends`, open where a value is not finite or not above the floor.
+def curve(
+    x: np.ndarray, value: Column, half: Column, name: str, colour: str, unit: str, floor: float = -math.inf, *,
+    at: str = "step", dash: str = "solid", what: str = "",
+) -> list[go.Scatter]:  # fmt: skip
+    """A line with its intervals of half-width `half`, open where a value is not finite or not above the floor.
 
-    Values that a logarithmic axis cannot hold are triangles at its lower edge. The line itself is the last one.
+    Intervals are bars, or a band where points are many. Values that a logarithmic axis cannot hold are triangles at its
+    lower edge. The line itself is the last one; the `customdata` of its points are `x`. what: the quantity, if not `name`.
     """
-    x, shown = place(steps), np.where(value > floor, value, np.nan)
-    told = np.column_stack([steps, value, ends])
-    hover = f"step %{{customdata:,}}<br>{name} %{{text}} {unit}<extra></extra>"
-    text = [with_error(at, end / Z95) for _, at, end in told]
+    across = place(x) if at == "step" else np.asarray(x, dtype=np.float64)
+    hover = f"{at} %{{customdata:{',' if at == 'step' else '.4g'}}}<br>{what or name} %{{text}} {unit}<extra></extra>"
+    text = [with_error(one, end / Z95) for one, end in zip(value.tolist(), half.tolist(), strict=True)]
     line = go.Scatter(
-        x=x, y=shown, customdata=steps, text=text, hovertemplate=hover, mode="lines+markers", name=name,
-        line={"color": colour, "width": 1.8}, marker={"color": colour, "size": 6}, connectgaps=False,
+        x=across, y=np.where(value > floor, value, np.nan), customdata=x, text=text, hovertemplate=hover, name=name,
+        mode="lines+markers", line={"color": colour, "width": 1.8, "dash": dash}, connectgaps=False,
+        marker={"color": colour, "size": 6 if len(x) < 60 else 3},
     )  # fmt: skip
-    drawn = [] if not np.isfinite(ends).any() else [_bars(x, value - ends, value + ends, colour, floor)]
+    drawn = []
+    if np.isfinite(half).any():
+        many = len(x) > CROWD
+        ends = (across, value - half, value + half)
+        drawn.append(band(*ends, "95 % interval", colour, floor) if many else _bars(*ends, colour, floor))
+        drawn[0].update(showlegend=False)
     low: Bool[np.ndarray, " n"] = value <= (0 if floor > 0 else -math.inf)
     if low.any():
         mark = {"symbol": "triangle-down-open", "size": 9, "color": colour}
         below = go.Scatter(
-            x=x[low], y=np.full(int(low.sum()), floor), customdata=steps[low], text=[text[i] for i in low.nonzero()[0]],
+            x=across[low], y=np.full(int(low.sum()), floor), customdata=np.asarray(x)[low],
+            text=[text[i] for i in low.nonzero()[0]],
             hovertemplate=hover, mode="markers", marker=mark, name="zero or below", cliponaxis=False,
         )  # fmt: skip
         drawn.append(below)
     return [*drawn, line]
+
+
+def reaches(low: Float[np.ndarray, "_"], floor: float) -> str:
+    """A note where intervals go below what a logarithmic axis shows."""
+    return "intervals that reach the lower edge go below it" if bool((low[np.isfinite(low)] < floor).any()) else ""
 
 
 def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: Sequence[int] = (1,)) -> None:
@@ -165,9 +182,8 @@ def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: S
         raise ValueError(f"steps must be 0 or more, got {min(known)}.")
     put_on_timeline(fig, Timeline(int(max(known, default=1)) or 1), rows)
     if current is not None:
-        style = {"color": VERMILION, "width": 1.5}
         x, right = math.sqrt(current), fig.layout.xaxis.range[1]
-        fig.add_vline(x=x, line=style, opacity=0.8, layer="below", name="current step")
+        fig.add_vline(x=x, line={"color": VERMILION, "width": 1.5}, opacity=0.8, layer="below", name="current step")
         fig.add_annotation(
             x=x, y=1, yref="paper", text=f"step {current:,}", showarrow=False, yanchor="bottom", yshift=-2,
             xanchor="right" if x > 0.85 * right else "left", xshift=4 if x > 0.85 * right else -4,
@@ -176,12 +192,12 @@ def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: S
 
 
 def titled(fig: go.Figure, title: str, *notes: str) -> go.Figure:
-    """Put a title, smaller notes, and the legend above the panels, in rows that fit a width of 500 pixels.
+    """Put a title, smaller notes, and the legend above the panels, in rows that fit a width of 340 pixels.
 
     title, notes: with plotly's markup; empty notes are left out.
     """
-    head = [line for part in title.split("<br>") for line in textwrap.wrap(part, 60)]
-    under = [line for note in notes for line in textwrap.wrap(note, 76)]
+    head = [line for part in title.split("<br>") for line in textwrap.wrap(part, 46)]
+    under = [line for note in notes for line in textwrap.wrap(note, 58)]
     small = [f'<span style="font-size:12px;color:{MUTED}">{line}</span>' for line in under]
     lines = [*head, *small]
     top, pad = 12 + 19.5 * len(lines), 10 if len(lines) == 1 else 20  # plotly lifts several lines by half of one
@@ -197,10 +213,8 @@ def titled(fig: go.Figure, title: str, *notes: str) -> go.Figure:
     return fig
 
 
-def _legend_rows(fig: go.Figure, width: int = 500) -> int:
-    """Rows of a legend that is as wide as the panels, its entries in columns as wide as the longest."""
-    margins = [fig.layout.margin[side] or fig.layout.template.layout.margin[side] for side in "lr"]
-    width -= sum(margins) + (75 if any(t.type in ("contour", "surface") and not t.coloraxis for t in fig.data) else 0)
+def _legend_rows(fig: go.Figure, width: int = 360) -> int:
+    """Rows of a legend in columns as wide as the longest of its entries, on the narrowest page."""
     names = {t.legendgroup or t.name: t.name for t in fig.data if t.name and t.showlegend is not False}
     if (len(names) < 2 and not any(t.showlegend for t in fig.data)) or fig.layout.showlegend is False:
         return 0
@@ -213,23 +227,9 @@ def _bars(x: Column, low: Column, high: Column, colour: str, floor: float) -> go
     seen = np.isfinite(low) & np.isfinite(high) & (high > floor)
     y = np.stack([np.maximum(low[seen], floor), high[seen], np.full(int(seen.sum()), np.nan)], axis=1).ravel()
     line = {"color": colour, "width": 1.5}
-    return go.Scatter(x=np.repeat(x[seen], 3), y=y, mode="lines", line=line, name="95 % interval", showlegend=False,
-                      hoverinfo="skip")  # fmt: skip
-
-
-def names_of(data: Mapping[str, Any], num: int) -> list[str]:
-    given = data.get("axis_names")
-    names = [f"direction {i + 1}" for i in range(num)] if given is None else [str(name) for name in np.ravel(given)]
-    if len(names) != num:
-        raise ValueError(f"`axis_names` must have a name per direction, got {len(names)} for {num}.")
-    return [plain(short(name, 28)) for name in names]
-
-
-def check_shape(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
-    if values.shape != shape:
-        raise ValueError(f"`{name}` must have the shape {shape} of its axes, got {values.shape}.")
+    return go.Scatter(x=np.repeat(x[seen], 3), y=y, mode="lines", line=line, name="95 % interval", hoverinfo="skip")
 
 
 def lost(values: np.ndarray, what: str) -> str:
-    lost = int((~np.isfinite(values)).sum())
-    return f"{lost:,} of {values.size:,} {what} not finite" if lost else ""
+    gone = int((~np.isfinite(values)).sum())
+    return f"{gone:,} of {values.size:,} {what} not finite" if gone else ""

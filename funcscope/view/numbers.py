@@ -1,10 +1,9 @@
-"""The numbers of `study.numbers` in the characters of print."""
+"""Numbers in the characters of print: three digits, an error with two, powers of ten where they help."""
 
 from __future__ import annotations
 
+import math
 import re
-
-from ..study import numbers as plain
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -15,16 +14,32 @@ def number(value: float | None, digits: int = 3) -> str:
     >>> number(11.4838), number(17405.2), number(6.173e-8), number(None)
     ('11.5', '17,400', '6.17 × 10⁻⁸', 'undefined')
     """
-    return typeset(plain.number(value, digits))
+    if value is None or math.isnan(value):
+        return "undefined"
+    if value == 0 or math.isinf(value):
+        return typeset(f"{value:g}")
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")
+    if not -4 < int(power) < 6:
+        return typeset(f"{mantissa}e{power}")
+    return typeset(f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - int(power))}f}")
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
     """A value and its standard error, to two digits of the error; the value alone where the error is undefined.
 
+    So it is where the error is below 1e-9 of the value, which is rounding in the computation of either.
+
     >>> with_error(11.4838, 0.1971), with_error(6.17889e-05, 3.0534e-06), with_error(17401.2, 2901.0)
     ('11.48 ± 0.20', '(6.18 ± 0.31) × 10⁻⁵', '17,400 ± 2,900')
     """
-    return typeset(plain.with_error(value, stderr))
+    stderr = math.nan if stderr is None else stderr
+    if value is None or not math.isfinite(value + stderr) or stderr <= 1e-9 * abs(value):
+        return number(value)
+    power = math.floor(math.log10(max(abs(value), stderr)))
+    power = 0 if -4 < power < 6 else power
+    decimals = 1 - int(f"{stderr / 10.0**power:.1e}".split("e")[1])
+    both = " ± ".join(f"{round(x / 10.0**power, decimals):,.{max(0, decimals)}f}" for x in (value, stderr))
+    return typeset(both if power == 0 else f"({both})e{power:+03d}")
 
 
 def typeset(text: str) -> str:
@@ -62,15 +77,3 @@ def power_of_ten(power: int) -> str:
     ('10⁻⁴', '1')
     """
     return f"10{str(power).translate(_RAISED)}" if power else "1"
-
-
-def short(name: str, most: int = 22) -> str:
-    """A name for a figure: its beginning and its end.
-
-    >>> short("llama"), short("llama-finetuned-on-everything-step-1000")
-    ('llama', 'llama-fin…ng-step-1000')
-    """
-    if len(name) <= most:
-        return name
-    head = most // 2 - 2
-    return f"{name[:head]}…{name[head + 1 - most :]}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -26,17 +27,11 @@ _NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]|undefined|not resolved|failed|ti
 class Block:
     """A part of a page. As the last value of a notebook's cell it shows itself, in the style of the notebook."""
 
-    @property
-    def kind(self) -> str:
-        """The macro of the template that shows it."""
-        return type(self).__name__.lower()
-
     def _repr_html_(self) -> str:
         return _template().render(bare=self)
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A cell of the strip below the title: what, its value, and a line that says more."""
 
     label: str
@@ -70,14 +65,10 @@ class Table(Block):
     caption: str = ""
 
     @property
-    def size(self) -> str:
-        """How much room it takes: what is wide becomes a list of its rows on a narrow screen."""
-        return "narrow" if len(self.headers) < 4 else "medium" if len(self.headers) < 7 else "wide"
-
-    @property
     def words(self) -> list[bool]:
         """Whether a column holds words, which start at the left, and not numbers."""
-        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in zip(*self.rows)]  # noqa: B905
+        columns = [[row[i] for row in self.rows] for i in range(len(self.headers))]
+        return [2 * sum(not _NUMBER.match(cell) for cell in column) > len(column) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], 
         contents=len(sections) > MANY_SECTIONS,
         style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
         script=Markup(get_plotlyjs()) if charts else "",
-    )  # fmt: skip
+    ).lstrip()  # fmt: skip
 
 
 def markdown(title: str, strip: Sequence[Fact], sections: Sequence[Section]) -> str:
@@ -175,7 +166,7 @@ def framed(page: str, name: str) -> str:
 def _in_markdown(block: Block | str) -> str:
     match block:
         case Chart():
-            return f"*Figure{f' `{block.name}`' if block.name else ''}: {_marked(block.caption)}*"
+            return f"*Figure {_marked(block.name)}: {_marked(block.caption)}*"
         case Table():
             rule = f"|{'|'.join(':--' if words else '--:' for words in block.words)}|"
             head, *rows = (_row(cells) for cells in (block.headers, *block.rows))

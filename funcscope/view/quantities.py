@@ -1,277 +1,258 @@
-"""A figure of any quantity: what it is per decides how it is drawn.
+"""A figure of any quantity: what it is per decides how it is drawn, and `CUSTOM` where axes do not say it.
 
-A number over several steps is a trajectory, over several models a row of points; a sample a distribution; what has names
-along its axis bars, what has numbers there a line; two axes a heat map, x and y a plane.
+A number over several steps is a trajectory, over several models a row of points; a sample a distribution, and of two models
+along the same directions a scatter; what has names along its axis bars, or a line each over training, what has numbers there
+a line; two axes a heat map, x and y a plane.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from jaxtyping import Float
 
-from ..core.estimate import interval
-from ..core.tables import Entry, is_estimate, numbers
+from ..core.result import Result
+from ..core.tables import Entry, numbers
 from ..study.cache import Outcome
-from .curvature_figures import bars, labels
-from .drawing import lost, over_training, put_on_steps, set_scale, titled
-from .figures import Z95
-from .numbers import with_error
-from .result import short
-from .samples import Mark, plain, strips
-from .theme import BLUE, GREEN, MUTED, PURPLE, RULE, VERMILION, blank, set_linear
+from . import curves, samples
+from .curves import Line
+from .drawing import lost
+from .instruments import CUSTOM
+from .plane_figures import Limits, Plane, contour, heat, shades
+from .reading import DRAWS, Drawn, Look, Seen, are_numbers, captioned, named, seen_in
 
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE)
-MOST_LINES = 4
-"""Subjects that are told apart by colour; of more, the first and the last are drawn where a figure holds one each."""
-MOST_BARS = 60
-DRAWS = ("direction", "probe", "sequence", "pair", "micro-batch", "parameter", "vector")
-"""Axes along which a quantity is a sample: their order says nothing."""
-COLOURS, HOLE = "Viridis", "#e3e3e3"
+MOST_SUBJECTS = 4
+"""Subjects that are told apart by colour, or have a figure each; of more, the first and the last are drawn."""
+MOST_BARS, MOST_LINES = 60, 12
+RUNNING = ("step", "t", "epsilon")
+"""Axes along which a quantity that has another one is drawn as lines."""
 
 
-class Drawn(NamedTuple):
-    figure: go.Figure
-    caption: str
+def figures(
+    outcomes: Sequence[Outcome], chosen: Sequence[str] = (), *, current: int | None = None,
+    limits: Mapping[str, Limits] | None = None,
+) -> Iterator[Drawn]:  # fmt: skip
+    """Of the chosen quantities, or of all; of single numbers where there are several subjects.
 
-
-class Seen(NamedTuple):
-    """One quantity of one subject."""
-
-    subject: str
-    step: int | None
-    entry: Entry
-    value: Float[np.ndarray, "*shape"]
-    stderr: Float[np.ndarray, "*shape"]
-    places: tuple[list[Any] | None, ...]
-    """Names or numbers along each axis, where it has any."""
-    unit: str
-
-    @property
-    def half(self) -> Float[np.ndarray, "*shape"]:
-        """Half of the 95 % interval: Student's t for an estimate."""
-        if is_estimate(self.entry.value):
-            low, high = interval(self.entry.value)
-            return np.array((high - low) / 2)
-        return np.asarray(Z95 * self.stderr)
-
-
-CUSTOM: dict[tuple[str, str], Callable[[Sequence[Outcome]], Drawn]] = {}
-"""By class of result and name of a quantity: figures that the axes do not say how to draw."""
-
-
-def figures(outcomes: Sequence[Outcome], chosen: Sequence[str] = ()) -> Iterator[Drawn]:
-    """Of the chosen quantities, or of all; of single numbers where there are several subjects."""
+    current: a step that is marked. limits: by quantity, the ends of its colours, as `limits_of` all steps gives them.
+    """
     ok = [outcome for outcome in outcomes if outcome.result is not None]
-    for name in chosen or dict.fromkeys(each.name for outcome in ok for each in _drawable(outcome)):
-        seen = [one for outcome in ok if (one := _seen(outcome, name)) is not None]
-        if seen and (drawn := draw(seen)):
-            yield drawn
+    for name in chosen or dict.fromkeys(name for outcome in ok for name in drawable(outcome.result)):
+        look = Look(current, (limits or {}).get(name))
+        own = {(type(outcome.result).__name__, name): outcome for outcome in ok}
+        custom = [
+            (CUSTOM[kind], [o for o in ok if type(o.result).__name__ == kind[0]]) for kind in own if kind in CUSTOM
+        ]
+        for drawing, those in custom:
+            yield from () if drawing is None else drawing(_few(those), look)
+        if not custom and (seen := seen_in(ok, name)):
+            yield from draw(seen, look)
 
 
-def draw(seen: Sequence[Seen]) -> Drawn | None:
-    """One quantity of some subjects; None where a table says all of it."""
-    per = seen[0].entry.quantity.per
-    if not any(np.isfinite(one.value).any() for one in seen):
-        return None
-    if not per:
-        return None if len(seen) < 2 else _trajectory(seen) if _has_steps(seen) else _estimates(seen)
-    if len(per) == 2:
-        return _heat(seen[-1])
-    if len(per) > 2:
-        return None
-    places = seen[0].places[0]
-    if places is None and per[0] in DRAWS:
-        return _distribution(seen)
-    if places is not None and not _are_numbers(places):
-        return _bars(seen[-1]) if 1 < len(places) <= MOST_BARS else None
-    return _lines(seen) if seen[0].value.size > 1 else None
+def limits_of(outcomes: Sequence[Outcome], name: str) -> Limits | None:
+    """The smallest and the largest value of a quantity in all of them: a colour scale that stays. None without any."""
+    ends = [one.value[np.isfinite(one.value)] for one in seen_in([o for o in outcomes if o.result is not None], name)]
+    every = np.concatenate([np.ravel(end) for end in ends] or [np.empty(0)])
+    return (float(every.min()), float(every.max())) if every.size else None
 
 
-def _drawable(outcome: Outcome) -> Iterator[Entry]:
-    assert outcome.result is not None
-    return (each for each in outcome.result.entries() if each.quantity.shown or each.quantity.per)
-
-
-def _seen(outcome: Outcome, name: str) -> Seen | None:
-    result = outcome.result
+def drawable(result: Result | None) -> Iterator[str]:
+    """Names of the quantities that a result has figures of where none is chosen: no errors, no places along axes."""
     assert result is not None
-    for entry in result.entries():
-        if entry.name == name and (values := numbers(entry)) is not None:
-            value = values["value"]
-            if value.ndim != len(entry.quantity.per):  # a range
-                return None
-            known = (result.coords.get(axis) for axis in entry.quantity.per)
-            places = tuple(None if each is None else np.asarray(each).tolist() for each in known)
-            stderr = values.get("stderr_total", values.get("stderr", np.full(value.shape, math.nan)))
-            unit = outcome.in_unit(entry.quantity.unit)
-            if name in result.unresolved:  # a hole, that is counted: a mark would be believed
-                value = np.full(value.shape, math.nan)
-            return Seen(outcome.subject, outcome.step, entry, value, stderr, places, unit)
-    return None
-
-
-def _trajectory(seen: Sequence[Seen]) -> Drawn:
-    """A number at every step, with its 95 % interval."""
-    ordered = sorted(seen, key=lambda one: one.step or 0)
-    steps, value = np.array([one.step for one in ordered]), np.array([float(one.value) for one in ordered])
-    half = np.array([float(one.half) for one in ordered])
-    label, unit = _label(ordered[0]), ordered[0].unit
-    fig = blank(330, "").update_layout(showlegend=False)
-    floor = set_scale(fig.layout.yaxis, label, unit, value, value - half, value + half)
-    fig.add_traces(over_training(steps, value, half, label, BLUE, unit, floor))
-    put_on_steps(fig, steps, None)
-    return _captioned(
-        fig, ordered[0], "at every step, with 95 % intervals where there are errors", lost(value, "values")
+    entries = list(result.entries())
+    errors = {what.stderr for what in result.quantities().values()} | {f"{each.name}_stderr" for each in entries}
+    yield from (
+        name for kind, name in CUSTOM if kind == type(result).__name__ and name not in {e.name for e in entries}
     )
+    for each in entries:
+        is_error = each.name in errors or each.quantity.label.startswith(("standard error", "its standard error"))
+        if (each.quantity.shown or each.quantity.per) and not is_error and not _is_place(each, result):
+            yield each.name
 
 
-def _estimates(seen: Sequence[Seen]) -> Drawn:
-    """A number of every model, with its 95 % interval."""
-    values, half = (
-        np.array([float(one) for one in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True)
-    )
-    name, unit = _label(seen[0]), seen[0].unit
-    ends = np.concatenate([values - np.nan_to_num(half), values + np.nan_to_num(half)])
-    fig = blank(120 + 30 * len(seen), "").update_layout(showlegend=False)
-    finite = ends[np.isfinite(ends)]
-    set_linear(fig.layout.xaxis, name, unit, float(finite.min()), float(finite.max()))
-    rows = list(range(len(seen)))
-    told = [with_error(v, h / Z95) for v, h in zip(values, half, strict=True)]
-    fig.add_trace(
-        go.Scatter(
-            x=values, y=rows, mode="markers", marker={"color": BLUE, "size": 9}, customdata=told,
-            error_x={"type": "data", "array": half, "color": BLUE, "thickness": 1.5, "width": 0},
-            hovertemplate=f"{name} %{{customdata}} {unit}<extra></extra>",
-        )
-    )  # fmt: skip
-    names = [plain(short(one.subject, 30)) for one in seen]
-    fig.layout.yaxis.update(tickvals=rows, ticktext=names, range=[len(rows) - 0.4, -0.6], automargin=True)
-    return _captioned(fig, seen[0], "of every model, with 95 % intervals where there are errors")
+def draw(seen: Sequence[Seen], look: Look = Look()) -> Iterator[Drawn]:  # noqa: B008
+    """One quantity of some subjects; nothing where a table says all of it, or where no value is finite."""
+    per, places = seen[0].entry.quantity.per, seen[0].places
+    if not any(np.isfinite(one.value).any() for one in seen):
+        return
+    if not per:
+        if len(seen) > 1:
+            yield _trajectory(seen, look) if _has_steps(seen) else _points(seen)
+    elif per == ("x", "y"):
+        yield from (_plane(one, look, seen) for one in _few(seen))
+    elif len(per) == 2:
+        yield from (drawn for one in _few(seen) if (drawn := _two_axes(one, look, seen)) is not None)
+    elif len(per) == 1 and places[0] is None and per[0] in DRAWS:
+        yield _distribution(seen)
+        if len(seen) == 2 and len({(one.key, one.value.shape) for one in seen}) == 1 and seen[0].key is not None:
+            yield _pairs(*seen)
+    elif len(per) == 1 and per[0] in RUNNING and seen[0].value.size > 1:
+        yield _along(_few(seen), look)
+    elif len(per) == 1 and per != ("bound",):
+        yield from _over_names(seen, look)
+
+
+def _trajectory(seen: Sequence[Seen], look: Look) -> Drawn:
+    """A number at every step, a line per training run."""
+    runs: dict[str, list[Seen]] = {}
+    for one in sorted(seen, key=lambda one: one.step or 0):
+        runs.setdefault(one.group, []).append(one)
+    each = []
+    for name, run in zip(named(list(runs)), runs.values(), strict=True):
+        numbers_at = ((one.step, float(one.value), float(one.half)) for one in run)
+        each.append(Line(name, *map(np.array, zip(*numbers_at, strict=True))))
+    fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, current=look.current)
+    gone = lost(np.array([float(one.value) for one in seen]), "values")
+    return captioned(fig, seen[0], f"at every step{_errors(seen)}", gone, *notes)
+
+
+def _points(seen: Sequence[Seen]) -> Drawn:
+    values, half = (np.array([float(x) for x in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True))
+    fig = curves.points([one.title for one in seen], values, half, name=seen[0].label, unit=seen[0].unit)
+    how = f"of every model{_errors(seen)}"
+    return captioned(fig, seen[0], how, lost(values, "values"))
 
 
 def _distribution(seen: Sequence[Seen]) -> Drawn:
     """Every sample of the first and the last subject, or of the few there are."""
-    shown = seen if len(seen) <= MOST_LINES else (seen[0], seen[-1])
-    samples = {_name(one): one.value for one in shown}
-    name, unit = _label(seen[0]), seen[0].unit
-    fig = strips(samples, {key: _mean(value) for key, value in samples.items()}, name=name, unit=unit)
-    axis = seen[0].entry.quantity.per[0]
-    return _captioned(
-        fig, seen[0], f"per {axis}, a dot each, with the middle half and the mean", lost(shown[-1].value, "dots")
-    )
+    shown, first = _few(seen), seen[0]
+    axis = first.entry.quantity.per[0]
+    by_name = {one.title: one.value for one in shown}
+    fig, notes = samples.distribution(by_name, name=first.label, unit=first.unit, axis=axis)
+    gone = lost(np.concatenate([one.value for one in shown]), "dots")
+    return captioned(fig, first, f"per {axis}, a dot each, with the middle half and the mean", gone, *notes)
 
 
-def _bars(one: Seen) -> Drawn:
-    """A bar for every name along the axis."""
-    quantity = one.entry.quantity
-    fig = bars(
-        [str(place) for place in one.places[0] or ()],
-        one.value,
-        one.half,
-        name=_label(one),
-        unit=one.unit,
-        error=" (95 %)",
-    )
-    return _captioned(fig, one, f"per {quantity.per[0]} of {_name(one)}", lost(one.value, "bars"))
-
-
-def _lines(seen: Sequence[Seen]) -> Drawn:
-    """A line along a numbered axis for every subject, or for the first and the last."""
-    shown = seen if len(seen) <= MOST_LINES else (seen[0], seen[-1])
-    quantity, label = seen[0].entry.quantity, _label(seen[0])
-    fig = blank(330, "").update_layout(showlegend=len(shown) > 1)
-    every = np.concatenate([one.value for one in shown])
-    ends = [
-        edge for one in shown if np.isfinite(one.half).any() for edge in (one.value - one.half, one.value + one.half)
-    ]
-    floor = set_scale(fig.layout.yaxis, label, seen[0].unit, every, *ends)
-    across = []
-    for one, colour in zip(shown, PALETTE, strict=False):
-        places = one.places[0] if one.places[0] is not None else range(1, len(one.value) + 1)
-        x = np.asarray(list(places), dtype=np.float64)
-        across.append(x)
-        y = np.where(one.value > floor, one.value, np.nan)
-        error = {"type": "data", "array": one.half, "color": colour, "thickness": 1, "width": 0}
-        fig.add_trace(
-            go.Scatter(
-                x=x, y=y, error_y=error, mode="lines+markers", name=plain(_name(one)), line={"color": colour, "width": 1.6},
-                marker={"color": colour, "size": 5 if len(x) < 60 else 3}, connectgaps=False,
-                hovertemplate=f"{quantity.per[0]} %{{x:.4g}}<br>{label} %{{y:.4g}} {one.unit}<extra></extra>",
-            )
-        )  # fmt: skip
-    x = np.concatenate(across)
-    set_linear(fig.layout.xaxis, quantity.per[0], "", float(x.min()), float(x.max()))
-    return _captioned(fig, seen[0], f"along {quantity.per[0]}", lost(every, "values"))
-
-
-def _heat(one: Seen) -> Drawn | None:
-    """A cell for every pair of places; on x and y a plane of equal units."""
-    quantity, (rows, columns) = one.entry.quantity, one.value.shape
-    if min(rows, columns) < 2:
-        return None
-    is_plane = quantity.per == ("x", "y")
-    z = one.value.T if is_plane else one.value
-    x, y = one.places if is_plane else one.places[::-1]
-    heading = {"text": one.unit or "value", "font": {"size": 13, "color": MUTED}}
-    fig = blank(160 + max(240, min(26 * len(z), 460)), "").update_layout(plot_bgcolor=HOLE)
-    fig.add_trace(
-        go.Heatmap(
-            x=_along(x, z.shape[1]), y=_along(y, z.shape[0]), z=np.where(np.isfinite(z), z, np.nan), colorscale=COLOURS,
-            hovertemplate=f"%{{x}}, %{{y}}<br>{_label(one)} %{{z:.4g}} {one.unit}<extra></extra>",
-            colorbar={"title": heading, "thickness": 13, "outlinewidth": 0},
-        )
+def _pairs(first: Seen, second: Seen) -> Drawn:
+    names = (f"{first.title}<br>{first.label}", f"{second.title}<br>{first.label}")
+    axis = first.entry.quantity.per[0]
+    sides = {f"a {axis}": (first.value, second.value)}
+    fig = samples.scatter(
+        sides, (1.0, "equal"), names=names, units=(first.unit, second.unit), axis=axis, square=True
     )  # fmt: skip
-    names = quantity.per if is_plane else quantity.per[::-1]
-    for axis, name in zip((fig.layout.xaxis, fig.layout.yaxis), names, strict=True):
-        axis.update(title={"text": name}, showgrid=False, automargin=True, ticks="", linecolor=RULE)
-    if is_plane:
-        fig.layout.yaxis.update(scaleanchor="x", constrain="domain")
-        fig.layout.xaxis.constrain = "domain"
+    return captioned(fig, first, f"of one model against that of the other, a dot per {axis} that both have in common")
+
+
+def _along(seen: Sequence[Seen], look: Look) -> Drawn:
+    """A line along a numbered axis for every subject."""
+    axis = seen[0].entry.quantity.per[0]
+    each = [Line(one.title, one.along(0), one.value, one.half) for one in seen]
+    fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, at=axis, current=look.current)
+    gone = lost(np.concatenate([one.value for one in seen]), "values")
+    return captioned(fig, seen[0], f"along {axis}{_errors(seen)}", gone, *notes)
+
+
+def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
+    """Bars by name; over many steps a line per name, or a cell per name and step."""
+    one, axis = seen[0], seen[0].entry.quantity.per[0]
+    places = one.places[0] or range(1, one.value.size + 1)
+    names = [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
+    if len(seen) > MOST_SUBJECTS and _has_steps(seen) and len({s.group for s in seen}) == 1 and _alike(seen):
+        steps, value, half = (np.array(x) for x in zip(*((s.step, s.value, s.half) for s in seen), strict=True))
+        gone, how = lost(value, "values"), f"per {axis}, at every step"
+        if len(names) <= MOST_LINES:
+            each = [Line(name, steps, value[:, i], half[:, i]) for i, name in enumerate(named(names))]
+            fig, notes = curves.lines(each, name=one.label, unit=one.unit, current=look.current, height=420)
+            yield captioned(fig, one, how, gone, *notes)
+        elif len(names) <= MOST_BARS:
+            fig = heat(
+                value.T, steps.tolist(), names, ("step", axis), label=one.label, unit=one.unit, limits=look.limits
+            )
+            yield captioned(fig, one, how, gone)
+        return
+    shown = [s for s in _few(seen) if s.places == one.places and s.value.shape == one.value.shape]
+    if len(names) == 1 and len(seen) == 1:
+        return  # a table says it
+    if len(names) <= MOST_BARS:
+        each = [Line(s.title, np.arange(len(names)), s.value, s.half) for s in shown]
+        fig = curves.bars(names, each, name=one.label, unit=one.unit)
+        yield captioned(fig, one, f"per {axis}{_whose(shown)}", lost(np.concatenate([s.value for s in shown]), "bars"))
     else:
-        fig.layout.yaxis.autorange = "reversed"
-    return _captioned(fig, one, f"per {' and '.join(quantity.per)} of {_name(one)}", lost(z, "cells"))
+        each = [Line(s.title, np.arange(1, s.value.size + 1), s.value, s.half) for s in shown]
+        fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=axis)
+        yield captioned(fig, one, f"per {axis}{_whose(shown)}", *notes)
 
 
-def _along(places: Sequence[Any] | None, size: int) -> list[Any]:
-    if places is None:
-        return list(range(size))
-    return (
-        list(map(float, places)) if _are_numbers(places) else [plain(name) for name in labels(list(map(str, places)))]
+def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
+    """Lines along an axis that runs, a cell for every pair of places else."""
+    per, whose = one.entry.quantity.per, _whose([one])
+    if min(one.value.shape) < 2 and per[1] not in RUNNING:
+        return None
+    for i in (1, 0):
+        if per[i] in RUNNING and one.value.shape[1 - i] <= MOST_LINES:
+            value, half = (x if i else x.T for x in (one.value, one.half))
+            names = named([str(place) for place in one.places[1 - i] or range(1, len(value) + 1)])
+            each = [Line(name, one.along(i), value[j], half[j]) for j, name in enumerate(names)]
+            fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=per[i], current=look.current, height=400)
+            how, gone = f"along {per[i]}, a line per {per[1 - i]}{whose}", lost(one.value, "values")
+            return captioned(fig, one, how, gone, *notes, whose=_title(one, seen))
+    places = [
+        known if known is not None else list(range(size))
+        for known, size in zip(one.places, one.value.shape, strict=True)
+    ]
+    fig = heat(
+        one.value, places[1], places[0], (per[1], per[0]), label=one.label, unit=one.unit, limits=look.limits or _ends(seen)
+    )  # fmt: skip
+    return captioned(fig, one, f"per {' and '.join(per)}{whose}", lost(one.value, "cells"), whose=_title(one, seen))
+
+
+def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
+    """Contours of equal units, with the checkpoints on it where the result has their coordinates."""
+    data = one.outcome.result.asdict() if one.outcome.result is not None else {}
+    names = named([str(name) for name in (one.coords.get("axis") or ("direction 1", "direction 2"))])
+    plane = Plane(
+        one.value, one.along(0), one.along(1), (f"{names[0]}, coefficient", f"{names[1]}, coefficient"),
+        float(data.get("baseline_loss", np.nan)),
+    )  # fmt: skip
+    steps, at = one.coords.get("step"), data.get("coordinates")
+    walk = None if steps is None or at is None else (np.asarray(at, dtype=np.float64), np.asarray(steps))
+    scale = shades(np.array(look.limits or _ends(seen)), one.unit)
+    fig = contour(plane, scale, walk, look.current)
+    told = ", with the checkpoints in their order" if walk is not None else ""
+    return captioned(
+        fig,
+        one,
+        f"on the plane{_whose([one])}, a star at its centre{told}",
+        lost(one.value, "points"),
+        whose=_title(one, seen),
     )
 
 
-def _captioned(fig: go.Figure, one: Seen, how: str, gone: str = "") -> Drawn:
-    label = _label(one)
-    return Drawn(titled(fig, plain(label[:1].upper() + label[1:])), f"The {label} {how}{f'; {gone}' if gone else ''}.")
+def _few(seen: Sequence[Any]) -> Sequence[Any]:
+    return seen if len(seen) <= MOST_SUBJECTS else (seen[0], seen[-1])
 
 
-def _label(one: Seen) -> str:
-    return one.entry.quantity.label if one.entry.quantity.name != "*" else one.entry.name
+def _ends(seen: Sequence[Seen]) -> Limits:
+    every = np.concatenate([one.value[np.isfinite(one.value)] for one in _few(seen)])
+    return float(every.min()), float(every.max())
 
 
-def _name(one: Seen) -> str:
-    if one.step is None or str(one.step) in one.subject:
-        return short(one.subject, 30)
-    return f"{short(one.subject, 20)}, step {one.step:,}"
+def _title(one: Seen, seen: Sequence[Seen]) -> str:
+    return one.title if len(seen) > 1 else ""
 
 
-def _mean(sample: Float[np.ndarray, " n"]) -> Mark:
-    finite = sample[np.isfinite(sample)]
-    if not finite.size:
-        return Mark(math.nan, math.nan, math.nan)
-    half = Z95 * finite.std(ddof=1) / math.sqrt(finite.size) if finite.size > 1 else math.nan
-    return Mark(float(finite.mean()), float(finite.mean() - half), float(finite.mean() + half))
+def _errors(seen: Sequence[Seen]) -> str:
+    return ", with 95 % intervals" if any(np.isfinite(one.half).any() for one in seen) else ""
+
+
+def _whose(seen: Sequence[Seen]) -> str:
+    return f" of {seen[0].title}" if len(seen) == 1 else ""
+
+
+def _alike(seen: Sequence[Seen]) -> bool:
+    return all(one.places == seen[0].places and one.value.shape == seen[0].value.shape for one in seen)
 
 
 def _has_steps(seen: Sequence[Seen]) -> bool:
-    steps = [one.step for one in seen]
-    return None not in steps and len(set(steps)) == len(steps)
+    """Whether all have a step, no two of a run the same."""
+    steps = [(one.group, one.step) for one in seen]
+    return all(step is not None for _, step in steps) and len(set(steps)) == len(steps)
 
 
-def _are_numbers(places: Sequence[Any]) -> bool:
-    return all(isinstance(place, (int, float, np.number)) for place in np.asarray(places).ravel().tolist())
+def _is_place(entry: Entry, result: Result) -> bool:
+    """Whether these are the numbers along an axis, which every figure over it shows."""
+    per = entry.quantity.per
+    known = np.asarray(result.coords.get(per[-1], ()) if per else ()).tolist()
+    values = numbers(entry) if known and are_numbers(known) else None
+    return values is not None and values["value"].shape[-1:] == (len(known),) and bool((values["value"] == known).all())

@@ -16,8 +16,8 @@ from ..study.record import file_stem
 from ..study.results import Results
 from .export import ENDINGS, export
 from .numbers import typeset
-from .page import Code, Fact, Page, Section, Table, Terms, markdown, render
-from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, table
+from .page import Block, Code, Fact, Page, Section, Table, Terms, markdown, render
+from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, table, tried
 
 __all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
@@ -35,7 +35,9 @@ def write_report(results: Results, path: str | Path, *, title: str = "", metrics
         raise ValueError(f"a report is a page (`.html`) or Markdown (`.md`), got {path.name!r}.")
     chosen = _chosen(results, metrics)
     results = Results(tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
-    body = [*_overview(results, chosen), *(section(of_metric(results, name)) for name in chosen), *provenance(results)]
+    first = tried(lambda: _overview(results, chosen), "the overview")
+    body = [Section("Overview", first)] if first else []
+    body += [*(section(of_metric(results, name)) for name in chosen), *provenance(results)]
     names = list(dict.fromkeys(o.subject for o in sorted(results.outcomes, key=lambda o: on(o) != "model")))
     num = len({outcome.subject for outcome in results.outcomes if on(outcome) == "model"})
     title = title or (f"What {num} models are like" if num > 1 else f"What {names[0]} is like")
@@ -67,12 +69,14 @@ def of_metric(results: Results, name: str) -> list[Outcome]:
     return [outcome for outcome in results.outcomes if outcome.metric == name]
 
 
-def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Section]:
-    """The main number of every metric, where there is more than one to be looked at together."""
-    names = [name for name in metrics if len(table(results, [name]).headers) > 1]
-    whole = [table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS)]
-    if len(names) > 1 and len(whole[0].rows) > 1:
-        yield Section("Overview", whole)
+def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Table]:
+    """The main number of every metric, where there are several models to be looked at together."""
+    whole = table(results, metrics)
+    if whole.headers[0] == "model":  # a column per metric
+        names = [name for name in metrics if len(table(results, [name], rows=True).headers) > 1]
+        yield from (table(results, names[i : i + MOST_COLUMNS]) for i in range(0, len(names), MOST_COLUMNS))
+    elif len(whole.headers) > 3 and len(whole.rows) > 1:
+        yield whole
 
 
 def provenance(results: Results) -> Iterator[Section]:
@@ -83,8 +87,12 @@ def provenance(results: Results) -> Iterator[Section]:
         if rows:
             yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
-    call = ["The same numbers come from this call, `sources` being the models:", Code(_call(results))]
-    yield Section("How this was made", [*call, Terms([("Versions", [", ".join(packages)])] if packages else [])])
+    made: list[Block | str] = [
+        "The same numbers come from this call, `sources` being the models:",
+        Code(_call(results)),
+    ]
+    made += [Terms([("Versions", [", ".join(packages)])])] if packages else []
+    yield Section("How this was made", made)
 
 
 def with_short_names(results: Results) -> Results:
@@ -116,9 +124,11 @@ def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:
 
 
 def _unresolved(outcome: Outcome) -> Iterator[tuple[Outcome, str, str]]:
-    for name, entry in entries(outcome).items():
-        if outcome.result is not None and name in outcome.result.unresolved:
-            yield outcome, label(entry), typeset(outcome.result.texts.get(name, "") or " ".join(outcome.result.notes))
+    if outcome.result is not None and outcome.result.unresolved:
+        texts, why = outcome.result.texts, " ".join(outcome.result.notes)
+        labels = {name: label(entry) for name, entry in entries(outcome).items()}
+        for name in outcome.result.unresolved:
+            yield outcome, labels.get(name, name), typeset(texts.get(name, why))
 
 
 def _merged(rows: Sequence[tuple[Outcome, str, str]]) -> list[list[str]]:
@@ -154,11 +164,11 @@ def _strip(results: Results) -> list[Fact]:
     few = ", ".join([*dict.fromkeys(outcome.group or outcome.subject for outcome in models.values())][:2])
     span = f", steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else ""
     num, lost = len(results.outcomes), len(results.failed)
-    seconds, passes = (sum(o.cost.get(each, 0) for o in results.outcomes) for each in ("seconds", "forwards"))
+    seconds, passes = (float(sum(o.cost.get(each, 0) for o in results.outcomes)) for each in ("seconds", "forwards"))
     metrics, tasks = ({getattr(o, each) for o in results.outcomes} for each in ("metric", "task"))
     return [
         Fact("Models", f"{len(models):,}", few + span),
         Fact("Metrics", f"{len(metrics)}", f"on {', '.join(sorted(tasks))} data"),
         Fact("Results", f"{num - lost} of {num}", "the others say why not" if lost else "nothing failed"),
-        Fact("Computing", duration(seconds), f"{int(passes):,} forward passes"),
+        Fact("Computing", duration(seconds), f"{passes:,.0f} forward passes"),
     ]

@@ -1,131 +1,100 @@
-"""Figures of samples over random directions: plain arrays in, a plotly `Figure` out.
+"""Figures of samples: a distribution as dots, and two quantities of the same draws against each other.
 
-Every direction is a mark; values that are not finite are not drawn: whoever shows the figure counts them.
+Every sample is a mark; values that are not finite are not drawn: whoever shows the figure counts them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
+from plotly.subplots import make_subplots
 
-from .theme import BLUE, GREEN, INK, MUTED, PURPLE, RULE, VERMILION, blank, set_linear
-
-Column = Float[np.ndarray, " n"]
+from .drawing import Z95, Column
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, RULE, TEMPLATE, VERMILION, blank, set_linear
 
 NEAR = 2.0
 """Zero is put on the axis of a distribution where it is at most so many times its extent away."""
+FAR = 12.0
+"""Samples that lie so many interquartile ranges off stand at the edge, where the others would else be one point."""
+EMPTIES = 12.0
+"""A distribution so many times narrower than the common axis has an axis of its own."""
+MOST_DOTS = 1500
 _COLUMNS, _HEIGHT = 56, 0.6
-_DOT = {"size": 6, "line": {"width": 0.5, "color": "white"}}
 
 
-class Mark(NamedTuple):
-    """A mean, and the ends of its interval; nan where undefined."""
+class Row(NamedTuple):
+    """A distribution on its axis: what is drawn, where it ends, and which samples lie beyond."""
 
-    value: float
+    values: Column
     low: float
     high: float
+    num_far: int
+    num_samples: int
 
 
-def strips(
-    samples: Mapping[str, Column], means: Mapping[str, Mark], *, name: str, unit: str, interval: str = "95 % interval",
-    band: float | None = None,
+def distribution(samples: Mapping[str, Column], *, name: str, unit: str, axis: str) -> tuple[go.Figure, list[str]]:
+    """A row of dots per name with the middle half, the median, and the mean with its 95 % interval; and notes on it.
+
+    The rows have one axis, or one each where a row would be empty or a point on that of the others. Zero is a line, where
+    it is on the axis. axis: what a dot is.
+    """
+    rows = {label: _row(values) for label, values in samples.items()}
+    ends = np.array([(row.low, row.high) for row in rows.values() if np.isfinite(row.values).any()] or [(-1.0, 1.0)])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    wide = ends[:, 1] - ends[:, 0]
+    own = bool(len(ends) > 1 and ((wide > 0) & (EMPTIES * wide < high - low)).any())
+    fig = make_subplots(len(rows), 1, vertical_spacing=(0.34 if own else 0.06) / len(rows))
+    fig.update_layout(template=TEMPLATE, height=122 + (136 if own else 104) * len(rows), legend={"xref": "container"})
+    colours = (BLUE, GREEN, VERMILION, PURPLE)
+    for i, (label, row) in enumerate(rows.items()):
+        at = {"row": i + 1, "col": 1}
+        x, y = next(fig.select_xaxes(**at)), next(fig.select_yaxes(**at))
+        set_linear(x, name, unit, *_with_zero(*((row.low, row.high) if own else (low, high))))
+        last = i == len(rows) - 1
+        x.update(showgrid=False, showticklabels=own or last, title={"text": x.title.text if last or own else ""})
+        y.update(tickvals=[0], ticktext=[label], showgrid=False, automargin=True, range=[-0.8, 0.44])
+        if x.range[0] <= 0 <= x.range[1]:
+            fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below", **at)
+        for trace in _traces(row, x.range, colours[i % 4], f"{axis} %{{customdata}}<br>{name}", unit):
+            fig.add_trace(trace.update(showlegend=i == 0 and trace.name in _EXPLAINED), **at)
+    return fig, [*(["every row has a scale of its own"] if own else []), *_notes(rows, axis)]
+
+
+def scatter(
+    sides: Mapping[str, tuple[Column, Column]], line: tuple[float, str], *, names: tuple[str, str], units: tuple[str, str],
+    axis: str, square: bool = False,
 ) -> go.Figure:  # fmt: skip
-    """Distributions over directions on one linear axis, a row per name: every sample, the middle half, the mean.
+    """One quantity against another, a dot per draw, a colour per side, with the line through zero that both may lie on.
 
-    samples, means: in `unit`, by the same names. band: the values within this distance of 0 are shaded. Zero is a
-    line, where it is on the axis: see `shows_zero`.
+    line: its slope, and what it says. square: both axes have the same range and unit of length.
     """
-    low, high = extent(samples, means)
-    fig = blank(122 + 124 * len(samples), "").update_layout(legend={"xref": "container"})
-    set_linear(fig.layout.xaxis, name, unit, low, high)
-    fig.layout.xaxis.showgrid = False
-    edges = fig.layout.xaxis.range
-    _add_zero(fig, edges, band)
-    explained = next((row for row, values in enumerate(samples.values()) if np.isfinite(values).any()), 0)
-    for row, (colour, (label, values)) in enumerate(
-        zip((BLUE, GREEN, VERMILION, PURPLE), samples.items(), strict=False)
-    ):
-        for trace in (
-            _swarm(values, -row, edges, name, unit, colour),
-            *_middle_half(values, -row, colour),
-            _mean(means[label], -row, interval),
-        ):
-            fig.add_trace(trace.update(showlegend=row == explained and trace.name is not None))
-    places = [-float(row) for row in range(len(samples))]
-    fig.layout.yaxis.update(
-        tickvals=places, ticktext=[plain(label) for label in samples], showgrid=False, automargin=True
+    seen = {label: np.isfinite(x) & np.isfinite(y) for label, (x, y) in sides.items()}
+    every = [np.concatenate([pair[i][seen[label]] for label, pair in sides.items()]) for i in (0, 1)]
+    if square:
+        every = [np.concatenate(every)] * 2
+    edges = _ends(every[0])
+    ends = np.array(_ends(np.append(edges, 0.0)) if not square else edges)
+    fig = blank(430, "")
+    set_linear(fig.layout.xaxis, names[0], units[0], *edges)
+    set_linear(fig.layout.yaxis, names[1], units[1], *_ends(np.append(every[1], [] if square else line[0] * ends)))
+    for each in (fig.layout.xaxis, fig.layout.yaxis):
+        each.update(zeroline=True, zerolinecolor=RULE, zerolinewidth=1, tickcolor=MUTED)
+    if square:
+        fig.layout.xaxis.constrain = "domain"
+        fig.layout.yaxis.update(scaleanchor="x", constrain="domain")
+        ends = np.array(fig.layout.xaxis.range)
+    along = {"color": INK, "width": 1.3}
+    fig.add_trace(go.Scatter(x=ends, y=line[0] * ends, mode="lines", line=along, name=line[1], hoverinfo="skip"))
+    hover = (
+        f"{axis} %{{customdata}}<br>{names[0]} %{{x:.4g}} {units[0]}<br>{names[1]} %{{y:.4g}} {units[1]}<extra></extra>"
     )
-    fig.layout.yaxis.range = [places[-1] - 0.76, 0.42]
-    return fig
-
-
-def extent(samples: Mapping[str, Column], means: Mapping[str, Mark]) -> tuple[float, float]:
-    """Ends of the axis that `strips` draws: the finite samples and intervals, and zero where it is near."""
-    everything = np.concatenate([*samples.values(), *(np.array(mark) for mark in means.values())])
-    finite = everything[np.isfinite(everything)]
-    if not finite.size:
-        return -1.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    if max(low, -high) <= NEAR * (high - low) or low == high:
-        return min(low, 0.0), max(high, 0.0)
-    return low, high
-
-
-def shows_zero(samples: Mapping[str, Column], means: Mapping[str, Mark]) -> bool:
-    low, high = extent(samples, means)
-    return low <= 0 <= high
-
-
-def predictions(
-    slope: Column, change: Column, step: float, *, quadratic: Column | None = None, slope_unit: str
-) -> go.Figure:
-    """Loss change (nats) against slope, a dot per direction, with the line change = step x slope.
-
-    quadratic: what slope and curvature together predict, a ring per direction.
-    """
-    both = np.isfinite(slope) & np.isfinite(change)
-    edges = _ends(slope[both])
-    line = step * np.array(edges)
-    near = [change[both], line] + ([] if quadratic is None else [quadratic[both]])
-    fig = blank(400, "").update_layout(legend={"xref": "container"})
-    set_linear(fig.layout.xaxis, "slope", slope_unit, *edges)
-    set_linear(fig.layout.yaxis, "loss change", "nats", *_ends(np.concatenate(near)))
-    _add_axes(fig)
-    style = {"color": INK, "width": 1.3}
-    fig.add_trace(go.Scatter(x=edges, y=line, mode="lines", line=style, name="slope alone", hoverinfo="skip"))
-    hover = "direction %{customdata}<br>slope %{x:.4g}<br>loss change %{y:.4g} nats<extra></extra>"
-    fig.add_trace(_dots(slope, change, both, "measured", hover))
-    if quadratic is not None:
-        ring = {"symbol": "circle-open", "size": 10, "color": VERMILION, "line": {"width": 1.2}}
-        hover = "direction %{customdata}<br>predicted %{y:.4g} nats<extra></extra>"
-        known = both & np.isfinite(quadratic)
-        fig.add_trace(_dots(slope, quadratic, known, "slope and curvature", hover).update(marker=ring))
-    return fig
-
-
-def pairs(first: Column, second: Column, names: tuple[str, str], *, name: str, unit: str) -> go.Figure:
-    """A quantity of one model against that of another, a dot per direction, with the diagonal on which they are equal.
-
-    Both axes have the same range.
-    """
-    both = np.isfinite(first) & np.isfinite(second)
-    edges = _ends(np.concatenate([first[both], second[both]]))
-    fig = blank(420, "").update_layout(showlegend=False, margin={"t": 20})
-    for axis, whose in zip((fig.layout.xaxis, fig.layout.yaxis), names, strict=True):
-        set_linear(axis, f"{plain(whose)}<br>{name}", unit, *edges)
-    fig.layout.xaxis.constrain = "domain"
-    fig.layout.yaxis.update(scaleanchor="x", constrain="domain")
-    _add_axes(fig)
-    line = {"color": INK, "width": 1.3}
-    ends = list(fig.layout.xaxis.range)
-    fig.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line, name="equal", hoverinfo="skip"))
-    hover = f"direction %{{customdata}}<br>%{{x:.4g}} and %{{y:.4g}} {unit}<extra></extra>"
-    fig.add_trace(_dots(first, second, both, "a direction", hover))
+    for colour, (label, (x, y)) in zip((BLUE, VERMILION, GREEN, PURPLE), sides.items(), strict=False):
+        fig.add_trace(_dots(x, y, seen[label], label, hover, colour))
     return fig
 
 
@@ -145,73 +114,108 @@ def swarm(values: Column, low: float, high: float) -> Column:
     return height
 
 
-def plain(text: str) -> str:
-    """Text that plotly shows as it is: it takes tags for markup otherwise, and what is between dollars for TeX."""
-    return escape(text, quote=False).replace("$", "&#36;")
+def thinned(values: Column, most: int = MOST_DOTS) -> Column:
+    """Of many samples some, evenly by rank with both ends; the others are holes.
+
+    >>> thinned(np.arange(5.0), 3).tolist()
+    [0.0, nan, 2.0, nan, 4.0]
+    """
+    finite = np.flatnonzero(np.isfinite(values))
+    if len(finite) <= most:
+        return values
+    chosen = finite[np.argsort(values[finite], kind="stable")][np.linspace(0, len(finite) - 1, most).astype(int)]
+    return np.where(np.isin(np.arange(len(values)), chosen), values, np.nan)
 
 
-def _swarm(values: Column, row: int, edges: tuple[float, float], name: str, unit: str, colour: str) -> go.Scatter:
+_EXPLAINED = ("middle half, median", "mean and 95 % interval", "beyond the axis")
+
+
+def _row(values: Column) -> Row:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return Row(values, -1.0, 1.0, 0, 0)
+    low, high = float(finite.min()), float(finite.max())
+    lower, upper = np.quantile(finite, (0.25, 0.75))
+    fences = lower - FAR * (upper - lower), upper + FAR * (upper - lower)
+    far = (finite < fences[0]) | (finite > fences[1])
+    if upper > lower and 10 * far.sum() <= finite.size and high - low > 4 * FAR * (upper - lower):
+        low, high = float(finite[~far].min()), float(finite[~far].max())
+    return Row(values, low, high, int(((finite < low) | (finite > high)).sum()), int(finite.size))
+
+
+def _with_zero(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis, and zero where it is near."""
+    return (min(low, 0.0), max(high, 0.0)) if max(low, -high) <= NEAR * (high - low) or low == high else (low, high)
+
+
+def _notes(rows: Mapping[str, Row], axis: str) -> list[str]:
+    far, many = (
+        sum(row.num_far for row in rows.values()),
+        [row for row in rows.values() if row.num_samples > MOST_DOTS],
+    )
+    notes = [f"{far} beyond the axis stand at its edge"] if far else []
+    notes += [f"{MOST_DOTS:,} of {many[0].num_samples:,} drawn, evenly by rank"] if many else []
+    flat = any(row.num_samples > 1 and row.low == row.high for row in rows.values())
+    return [*notes, *([f"all equal for every {axis} where there is one column of dots"] if flat else [])]
+
+
+def _traces(row: Row, edges: tuple[float, float], colour: str, what: str, unit: str) -> list[go.Scatter]:
+    values = thinned(row.values)
     seen = np.isfinite(values)
-    hover = f"direction %{{customdata}}<br>{name} %{{x:.4g}} {unit}<extra></extra>"
-    dots = _dots(values, values, seen, "a direction", hover)
-    opacity = 0.75 if seen.sum() <= 200 else 0.4
-    return dots.update(y=row + swarm(values[seen], *edges), marker={"color": colour, "opacity": opacity})
+    inside = seen & (values >= row.low) & (values <= row.high)
+    dots = _dots(values, values, inside, "dots", f"{what} %{{x:.4g}} {unit}<extra></extra>", colour)
+    dots.update(y=swarm(values[inside], *edges), marker={"opacity": 0.75 if seen.sum() <= 200 else 0.4})
+    drawn = [dots, *_middle_half(row.values, colour), *_mean(row, edges, unit)]
+    if (far := seen & ~inside).any():
+        out = values[far]
+        hover = f"{what} %{{text}} {unit}<extra></extra>"
+        marks = _dots(np.clip(out, *edges), 0 * out, np.ones(len(out), bool), "beyond the axis", hover, colour)
+        symbol = np.where(out > row.high, "triangle-right-open", "triangle-left-open")
+        drawn.append(
+            marks.update(text=[f"{x:.4g}" for x in out], marker={"symbol": symbol, "size": 9}, cliponaxis=False)
+        )
+    return drawn
 
 
-def _middle_half(values: Column, row: int, colour: str) -> list[go.Scatter]:
+def _middle_half(values: Column, colour: str) -> list[go.Scatter]:
     """A bar between the quartiles, and a tick at the median; nothing below 2 finite values."""
     finite = values[np.isfinite(values)]
     if finite.size < 2:
         return []
     lower, middle, upper = np.quantile(finite, (0.25, 0.5, 0.75))
-    y = row - 0.44
-    style = {"color": colour, "width": 7}
-    bar = go.Scatter(x=[lower, upper], y=[y, y], mode="lines", line=style, opacity=0.35, name="middle half, median")
+    line = {"color": colour, "width": 7}
+    bar = go.Scatter(x=[lower, upper], y=[-0.46, -0.46], mode="lines", line=line, opacity=0.35, hoverinfo="skip")
     tick = {"symbol": "line-ns", "size": 11, "line": {"width": 2, "color": colour}}
-    hover = "median %{x:.4g}<extra></extra>"
+    mark = go.Scatter(
+        x=[middle], y=[-0.46], mode="markers", marker=tick, hovertemplate="median %{x:.4g}<extra></extra>"
+    )
+    return [bar.update(name="middle half, median"), mark]
+
+
+def _mean(row: Row, edges: tuple[float, float], unit: str) -> list[go.Scatter]:
+    """The mean with its interval; not where it lies beyond the axis."""
+    finite = row.values[np.isfinite(row.values)]
+    if not finite.size or not edges[0] <= finite.mean() <= edges[1]:
+        return []
+    half = Z95 * float(finite.std(ddof=1)) / math.sqrt(finite.size) if finite.size > 1 else math.nan
+    error = {"type": "data", "array": [half], "color": INK, "thickness": 1.5, "width": 4}
+    mark = {"symbol": "diamond", "size": 7, "color": INK}
     return [
-        bar.update(hoverinfo="skip", legendgroup="quartiles"),
-        go.Scatter(x=[middle], y=[y], mode="markers", marker=tick, hovertemplate=hover),
-    ]
+        go.Scatter(
+            x=[float(finite.mean())], y=[-0.63], error_x=error, mode="markers", name="mean and 95 % interval", marker=mark,
+            hovertemplate=f"mean %{{x:.4g}} ± {half / Z95:.2g} {unit}<extra></extra>",
+        )
+    ]  # fmt: skip
 
 
-def _mean(mark: Mark, row: int, interval: str) -> go.Scatter:
-    error = {
-        "type": "data", "symmetric": False, "array": [mark.high - mark.value], "arrayminus": [mark.value - mark.low],
-        "color": INK, "thickness": 1.5, "width": 4,
-    }  # fmt: skip
-    return go.Scatter(
-        x=[mark.value], y=[row - 0.58], error_x=error, mode="markers", name=f"mean and {interval}",
-        marker={"symbol": "diamond", "size": 7, "color": INK},
-        customdata=[[mark.low, mark.high]],
-        hovertemplate="mean %{x:.4g}<br>%{customdata[0]:.4g} to %{customdata[1]:.4g}<extra></extra>",
-    )  # fmt: skip
-
-
-def _dots(x: Column, y: Column, seen: Bool[np.ndarray, " n"], name: str, hover: str) -> go.Scatter:
-    """A dot for every direction that is seen; pointed at, it shows its number, from 0."""
+def _dots(x: Column, y: Column, seen: Bool[np.ndarray, " n"], name: str, hover: str, colour: str) -> go.Scatter:
+    """A dot for every draw that is seen; pointed at, it shows its number, from 0."""
     return go.Scatter(
         x=x[seen], y=y[seen], customdata=np.flatnonzero(seen), mode="markers", name=name, hovertemplate=hover,
-        marker={**_DOT, "color": BLUE, "opacity": 0.75},
+        marker={"size": 6, "line": {"width": 0.5, "color": "white"}, "color": colour, "opacity": 0.75},
     )  # fmt: skip
 
 
-def _add_zero(fig: go.Figure, edges: tuple[float, float], band: float | None) -> None:
-    low, high = edges
-    if band is not None:
-        ends = {"x0": max(low, -band), "x1": min(high, band)}
-        if ends["x0"] < ends["x1"]:
-            fig.add_vrect(**ends, fillcolor="rgba(120,120,120,0.16)", line_width=0, layer="below")
-    if low <= 0 <= high:
-        fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below")
-
-
-def _add_axes(fig: go.Figure) -> None:
-    """Thin lines at zero, where it is in sight."""
-    fig.layout.xaxis.update(zeroline=True, zerolinecolor=RULE, zerolinewidth=1)
-    fig.layout.yaxis.update(zeroline=True, zerolinecolor=RULE, zerolinewidth=1, tickcolor=MUTED)
-
-
-def _ends(values: Column) -> tuple[float, float]:
+def _ends(values: Float[np.ndarray, "_"]) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (-1.0, 1.0)

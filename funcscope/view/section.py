@@ -42,7 +42,7 @@ def section(outcomes: Sequence[Outcome], text: str = "") -> Section:
         lambda: [methods(ok)],
     )
     for part in parts if ok else [lambda: [text] if text else []]:
-        blocks += _tried(part, name)
+        blocks += tried(part, name)
     blocks += [f"{lost} of {len(outcomes)} have no result; the reasons are at the end."] if lost else []
     return Section(heading(name), blocks)
 
@@ -54,26 +54,28 @@ def panel(outcomes: Sequence[Outcome]) -> list[Chart]:
     return [Chart(figure, caption, f"{name}-{i}") for i, (figure, caption) in enumerate(drawn, start=1)]
 
 
-def table(results: Results, metrics: Sequence[str] | None = None) -> Table:
-    """The main number of every metric, of every model: a row per model or step, a column per metric.
+def table(results: Results, metrics: Sequence[str] | None = None, *, rows: bool | None = None) -> Table:
+    """The main number of every metric, of every model: a column per model, or a row where there are many, as steps are.
 
-    metrics: those that it has, in this order; None: all that models have. Those without a main number have no column.
+    metrics: those that it has, in this order; None: all that models have. Those without a main number are left out. rows:
+    whether models are rows; None: where they are more than have room beside each other.
     """
     outcomes = [o for o in results.outcomes if on(o) == "model" and (metrics is None or o.metric in metrics)]
-    subjects = {outcome.subject: outcome for outcome in outcomes}
-    texts, labels = dict[tuple[str, str], str](), dict[str, str]()
-    for outcome in outcomes:
-        texts[outcome.subject, outcome.metric] = "" if outcome.ok else outcome.status
-        if (entry := _main(outcome)) is not None:
-            texts[outcome.subject, outcome.metric] = _brief(said(outcome, entry))
-            labels.setdefault(outcome.metric, _with_unit(outcome, entry))
+    mains = {(outcome.subject, outcome.metric): (outcome, _main(outcome)) for outcome in outcomes}
+    texts = {
+        key: o.status if e is None and not o.ok else _brief(said(o, e)) if e else "" for key, (o, e) in mains.items()
+    }
+    labels = {metric: _with_unit(o, e) for (_, metric), (o, e) in mains.items() if e is not None}
     chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
-    is_run = len({outcome.group for outcome in subjects.values()}) == 1 and len(subjects) > 1
-    rows = [
-        [f"{one.step:,}" if is_run else name, *(texts.get((name, metric), "") for metric in chosen)]
-        for name, one in subjects.items()
-    ]
-    return Table(["step" if is_run else "model", *(labels[name] for name in chosen)], rows)
+    subjects = {outcome.subject: outcome for outcome in outcomes}
+    names = whose(list(subjects.values()))
+    if rows or (rows is None and len(subjects) > MOST_COLUMNS):
+        lines = [
+            [name, *(texts.get((s, each), "") for each in chosen)] for name, s in zip(names, subjects, strict=True)
+        ]
+        return Table(["model", *(f"{heading(each)}: {labels[each]}" for each in chosen)], lines)
+    lines = [[heading(each), labels[each], *(texts.get((name, each), "") for name in subjects)] for each in chosen]
+    return Table(["metric", "number", *names], lines)
 
 
 def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
@@ -95,9 +97,9 @@ def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
 def methods(outcomes: Sequence[Outcome]) -> Terms:
     """Settings, plan, seed, cost, data and reference of what was measured; each once where it is one for all."""
     one, many = CATALOGUE.get(outcomes[0].metric), f" for {len(outcomes)} subjects" if len(outcomes) > 1 else ""
-    costs = {each: sum(o.cost.get(each, 0) for o in outcomes) for each in ("forwards", "products", "seconds")}
+    costs = [float(sum(o.cost.get(each, 0) for o in outcomes)) for each in ("forwards", "products", "seconds")]
     seeds = (outcome.content.get("seed") for outcome in outcomes)
-    cost = f"{costs['forwards']:,} forward passes, {costs['products']:,} products, {duration(costs['seconds'])}{many}"
+    cost = f"{costs[0]:,.0f} forward passes, {costs[1]:,.0f} products, {duration(costs[2])}{many}"
     rows = {
         "Settings": [_values(outcome.settings) for outcome in outcomes],
         "Plan": [_values(outcome.plan) for outcome in outcomes],
@@ -225,10 +227,11 @@ def _notes(outcomes: Sequence[Outcome]) -> Iterator[Quote]:
     yield from (Quote(note, ", ".join(names)) for note, names in sources.items())
 
 
-def _tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | str]:
+def tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | str]:
+    """Blocks, or the error in their place: a class or a figure of the reader's own does not take the page with it."""
     try:
         return list(make())
-    except Exception as err:  # noqa: BLE001 - of a class or a figure of the reader's own: the rest of the page is there
+    except Exception as err:  # noqa: BLE001
         return [Quote(f"{type(err).__name__}: {err}", f"This part of {name} could not be shown.")]
 
 

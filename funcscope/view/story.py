@@ -9,45 +9,32 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..core.tables import Entry, numbers
+from ..core.tables import numbers
 from ..families.phases import MEMORISED, phases
 from ..study.cache import Outcome
 from ..study.results import ModelResults, Results
 from .numbers import number
 from .page import Table
-from .section import table, told
+from .section import entries, table, told
 
 Z95 = 1.96
 MAIN = ("directional_losses", "landscape_flatness", "hessian_eigenvalues", "sam_sharpness", "critical_sharpness")
 """Metrics that have a column in the table of all checkpoints."""
 MOVES = {
-    "mean_loss": ("loss", "the training loss", ""),
-    "directional_losses": (
-        "curvature_mean",
-        "the mean curvature of the training loss along random directions",
-        "A cross-entropy loses its curvature when the predictions become certain: a fall of the curvature alone does not show "
-        "a flatter solution.",
-    ),
-    "landscape_flatness": (
-        "mean_delta_loss",
-        "the mean loss change in a random step",
-        "The step has one length while the norm of the weights changes.",
-    ),
-    "hessian_eigenvalues": (
-        "max_eigenvalue",
-        "the largest eigenvalue of the Hessian",
-        "The network has ReLU units: this is the Hessian of its linear pieces, and the kinks between them, which a finite step "
-        "crosses, are not in it.",
-    ),
-    "sam_sharpness": ("relative", "the rise of the loss in a step up its gradient, divided by the loss,", ""),
-    "critical_sharpness": ("value", "the critical sharpness", ""),
-    "loss_landscape_2d": (
-        "loss_max",
-        "the largest loss on a plane of two random directions",
-        "The draws are the same at every step and scaled to its own weights.",
-    ),
+    "mean_loss": ("loss", "the training loss"),
+    "directional_losses": ("curvature_mean", "the mean curvature of the training loss along random directions"),
+    "landscape_flatness": ("mean_delta_loss", "the mean loss change in a random step of one length"),
+    "hessian_eigenvalues": ("max_eigenvalue", "the largest eigenvalue of the Hessian"),
+    "sam_sharpness": ("relative", "the rise of the loss in a step up its gradient, divided by the loss,"),
+    "critical_sharpness": ("value", "the critical sharpness"),
+    "loss_landscape_2d": ("loss_max", "the largest loss on a plane of two random directions"),
 }
-"""By metric, the number whose way through training is told, what it is called, and what must be said beside it."""
+"""By metric, the number whose way through training is told, and what it is called."""
+REMARKS = {
+    "directional_losses": " A cross-entropy loses its curvature when the predictions become certain: a fall alone shows no "
+    "flatter solution.",
+    "hessian_eigenvalues": " The network has ReLU units: the kinks between its linear pieces, which a step crosses, are not in it.",
+}
 RESIDUALS = {"max_eigenvalue": "max_residual"}
 
 
@@ -72,43 +59,37 @@ class Story:
     @cached_property
     def curves(self) -> dict[str, Float[np.ndarray, " n"]]:
         """Losses and accuracies over training; empty where they were not measured."""
-        of_group = (o for o in self.results.outcomes if o.metric == "training_curves" and o.group == self.run[0].group)
-        result = next((outcome.result for outcome in of_group if outcome.result is not None), None)
-        if result is None:
-            return {}
-        known = {entry.name: numbers(entry) for entry in result.entries()}
-        values = {name: each["value"] for name, each in known.items() if each is not None}
-        return {"step": np.asarray(result.coords["step"], dtype=np.float64), **values}
+        for outcome in self.results.outcomes:
+            if (
+                outcome.metric == "training_curves"
+                and outcome.group == self.run[0].group
+                and outcome.result is not None
+            ):
+                steps = np.asarray(outcome.result.coords["step"], dtype=np.float64)
+                return {"step": steps, **{name: numbers(e)["value"] for name, e in entries(outcome).items()}}  # type: ignore[index]
+        return {}
 
     @cached_property
     def phases(self) -> tuple[int, int, int]:
         """Steps of the start, of a checkpoint that has memorised, and of the end."""
         return phases(self.steps, self.curves or None)
 
-    @cached_property
-    def memorised(self) -> int | None:
-        """The first step of the curves at which the training accuracy is that of memorising."""
-        return self._first(self.curves["train_accuracy"] > MEMORISED) if self.curves else None
-
-    @cached_property
-    def generalised(self) -> int | None:
-        """The first at which the test accuracy is."""
-        return self._first(self.curves["test_accuracy"] > MEMORISED) if self.curves else None
+    def passed(self, split: str) -> int | None:
+        """The first step of the curves at which the accuracy on a split is that of knowing it by heart."""
+        hit: Bool[np.ndarray, " n"] = self.curves[f"{split}_accuracy"] > MEMORISED
+        return int(self.curves["step"][hit][0]) if hit.any() else None
 
     def outcome(self, metric: str, step: int) -> Outcome | None:
         """With a result."""
         known = self.run[self.steps.index(step)].metrics.outcomes.get(metric)
         return known if known is not None and known.ok else None
 
-    def _first(self, hit: Bool[np.ndarray, " n"]) -> int | None:
-        return int(self.curves["step"][hit][0]) if hit.any() else None
-
 
 def title(story: Story) -> str:
     """What the network did, in a line."""
-    first, then = story.memorised, story.generalised
     if not story.curves:
         return f"{len(story.steps)} checkpoints of a training run"
+    first, then = story.passed("train"), story.passed("test")
     if first is None:
         return "Neither memorised nor generalised" if then is None else "Generalised without memorising"
     if then is None:
@@ -120,38 +101,41 @@ def training(story: Story) -> str:
     """When it knew the training data, and when the others."""
     if not story.curves:
         return "The curves of its training are not known."
-    best = {name: number(float(np.nanmax(story.curves[f"{name}_accuracy"]))) for name in ("train", "test")}
-    end = {name: number(float(values[-1])) for name, values in story.curves.items()}
-    first, then = story.memorised, story.generalised
-    text = (
-        f"Its accuracy on the training data first passes {MEMORISED:g} at step {first:,}."
-        if first is not None
-        else f"Its accuracy on the training data never passes {MEMORISED:g}: it is {best['train']} at best."
-    )
-    if then is None:
-        return f"{text} On the test data, which it never sees, it is {best['test']} at best."
-    later = f", {then - first:,} steps later" if first is not None and then > first else ""
-    return f"{text} On the test data, which it never sees, it does so at step {then:,}{later}; at the end it is {end['test_accuracy']}."
+    parts = []
+    for split, name in (("train", "the training data"), ("test", "the test data, which it never sees,")):
+        accuracy, step = story.curves[f"{split}_accuracy"], story.passed(split)
+        if step is None:
+            text = f"never passes {MEMORISED:g}: it is {number(float(np.nanmax(accuracy)))} at best"
+        else:
+            text = f"first passes {MEMORISED:g} at step {step:,}, and is {number(float(accuracy[-1]))} at the end"
+        parts.append(f"Its accuracy on {name} {text}.")
+    return " ".join(parts)
 
 
 def sentence(story: Story, metric: str) -> str:
     """What became of a metric's number from memorising to the end; empty where nothing is told of it."""
-    if metric == "training_curves":
-        return training(story)
+    if metric == "training_curves" and story.curves:
+        ends = [
+            f"{split} loss is {number(float(story.curves[f'{split}_loss'][-1]))} nats" for split in ("train", "test")
+        ]
+        return f"At the end the {' and the '.join(ends)}."
     if metric not in MOVES:
         return ""
-    name, noun, remark = MOVES[metric]
-    _, before, last = story.phases
-    ends = [story.outcome(metric, step) for step in (before, last)]
-    if any(end is None for end in ends):
-        lost = " and ".join(f"step {step:,}" for end, step in zip(ends, (before, last), strict=True) if end is None)
-        return f"There is no result at {lost}, so that nothing is said of {noun.rstrip(',')}. {remark}".strip()
-    return f"From step {before:,} to step {last:,}, the end, {noun} {moved(*ends, name)}. {remark}".strip()  # type: ignore[arg-type]
+    (name, noun), (_, before, last) = MOVES[metric], story.phases
+    first, second = (story.outcome(metric, step) for step in (before, last))
+    if first is None or second is None:
+        return f"Steps {before:,} and {last:,}, the end, do not both have a result: no change is told."
+    text = f"From step {before:,} to step {last:,}, the end, {noun} {moved(first, second, name)}."
+    return text + REMARKS.get(metric, "")
 
 
 def moved(first: Outcome, second: Outcome, name: str) -> str:
     """How a number went from one model to another, with both errors; which way only where they resolve it."""
-    texts = [told(one, name) + _residual(one, name) for one in (first, second)]
+    texts = [told(one, name) for one in (first, second)]
+    if name in RESIDUALS:
+        texts = [
+            f"{text} (residual {told(one, RESIDUALS[name])})" for text, one in zip(texts, (first, second), strict=True)
+        ]
     (a, a_error), (b, b_error) = (_value(one, name) for one in (first, second))
     if math.isnan(a) or math.isnan(b) or abs(b - a) <= Z95 * math.hypot(a_error, b_error):
         return f"is {texts[0]} and {texts[1]}: the change is not resolved"
@@ -161,34 +145,30 @@ def moved(first: Outcome, second: Outcome, name: str) -> str:
 def checkpoints(story: Story) -> Table:
     """A row for every checkpoint: losses and accuracies of the curves, and the main numbers with their errors."""
     run = {model.name for model in story.run}
-    own = Results(tuple(o for o in story.results.outcomes if o.subject in run))
-    measured = table(own, [name for name in MAIN if any(o.metric == name for o in own.outcomes)])
-    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    measured = table(
+        Results(tuple(o for o in story.results.outcomes if o.subject in run and o.metric in MAIN)), rows=True
+    )
     names = [name for name in story.curves if name != "step"]
-    heads, *rest = measured.headers
+    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    known = {row[0]: row[1:] for row in measured.rows}
     rows = [
         [
-            str(row[0]),
-            *(number(float(story.curves[name][places[step]])) if step in places else "" for name in names),
-            *row[1:],
+            name := f"step {step:,}",
+            *(number(float(story.curves[each][places[step]])) if step in places else "" for each in names),
+            *known.get(name, [""] * len(measured.headers[1:])),
         ]
-        for step, row in zip(story.steps, measured.rows, strict=True)
+        for step in story.steps
     ]
-    return Table([heads, *(name.replace("_", " ") for name in names), *rest], rows)
+    return Table([measured.headers[0], *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
 
 
 def _value(outcome: Outcome, name: str) -> tuple[float, float]:
-    """A number and its error, or its residual; nan for one that is not resolved, 0 where no error is known."""
-    assert outcome.result is not None
-    entries: dict[str, Entry] = {entry.name: entry for entry in outcome.result.entries()}
-    if name not in entries or name in outcome.result.unresolved:
+    """A number and its error, or its residual, or 0 where none is known; nan for one that is not resolved."""
+    entry = entries(outcome).get(name)
+    if entry is None or outcome.result is None or name in outcome.result.unresolved:
         return math.nan, math.nan
-    values = numbers(entries[name]) or {"value": math.nan}
+    values = numbers(entry)
+    assert values is not None
     error = float(values.get("stderr_total", values.get("stderr", math.nan)))
-    if name in RESIDUALS:
-        error = _value(outcome, RESIDUALS[name])[0]
+    error = _value(outcome, RESIDUALS[name])[0] if name in RESIDUALS else error
     return float(values["value"]), 0.0 if math.isnan(error) else error
-
-
-def _residual(outcome: Outcome, name: str) -> str:
-    return f" (residual {told(outcome, RESIDUALS[name])})" if name in RESIDUALS else ""

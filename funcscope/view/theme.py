@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -155,7 +156,18 @@ def set_linear(axis: go.layout.XAxis | go.layout.YAxis, name: str, unit: str, lo
     labels = [f"{tick / 10.0**power:.{decimals}f}".replace("-", "−") for tick in ticks]
     unit = unit if power == 0 else f"{power_of_ten(power)} {unit}".rstrip()
     title = f"{name} ({unit})" if unit else name
-    axis.update(range=[low - pad, high + pad], tickvals=ticks, ticktext=labels, title={"text": title}, automargin=True)
+    axis.update(
+        range=[low - pad, high + pad], tickvals=ticks, ticktext=labels, title={"text": wrapped(title)}, automargin=True
+    )
+
+
+def wrapped(title: str) -> str:
+    """A title in lines that a narrow figure has room for.
+
+    >>> wrapped("share of directions in which the loss rises (share)")
+    'share of directions in which the<br>loss rises (share)'
+    """
+    return "<br>".join(line for part in title.split("<br>") for line in textwrap.wrap(part, 34))
 
 
 def round_ticks(low: float, high: float, most: int = 6) -> list[float]:

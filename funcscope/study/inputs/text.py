@@ -1,7 +1,8 @@
-"""Texts from files, one at a time: plain text, JSON lines and parquet, each with the place that it came from."""
+"""Texts from files, one at a time: plain text, JSON lines, CSV and parquet, each with the place that it came from."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -13,7 +14,7 @@ from .quiet import first_line
 
 Unit = Literal["line", "paragraph", "document"]
 
-_ENDINGS = (".txt", ".jsonl", ".ndjson", ".parquet")
+_ENDINGS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ERRORS = (OSError, ValueError, RuntimeError)  # pyarrow's own are kinds of these
 _ROWS = 64
@@ -35,6 +36,8 @@ def read_texts(
 
     `.txt`: UTF-8, cut by `unit`: its lines, its paragraphs (between blank lines) or the whole document; no text is blank.
     `.jsonl`, `.ndjson`: one JSON object per line, the text in `field`, the label in `label_field`; blank lines are skipped.
+    `.csv`, `.tsv`: a row per text below a row of names, cells between commas or tabs, quoted where they hold one or a line's
+    end; labels of digits are class indices.
     `.parquet`: one text per row, with the columns `field` and `label_field`; needs pyarrow.
 
     Raises, in one line: FileNotFoundError, IsADirectoryError, ValueError for another ending and for `label_field` with a
@@ -65,7 +68,10 @@ def read_texts(
                 f"`label_field` is {label_field!r}, and {file} is plain text without labels: use `.jsonl`."
             )
         return _some(file, _units(file, unit))
-    rows = _parquet(file, field, label_field) if ending == ".parquet" else _objects(file)
+    if ending == ".parquet":
+        rows = _parquet(file, field, label_field)
+    else:
+        rows = _separated(file, ending, label_field) if ending in (".csv", ".tsv") else _objects(file)
     return _some(file, (_example(file, row, where, field, label_field) for where, row in rows))
 
 
@@ -115,6 +121,24 @@ def _objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not isinstance(value, dict):
             raise ValueError(f"{file}, line {number}: must be a JSON object, got {type(value).__name__}.")
         yield f"line {number}", value
+
+
+def _separated(file: Path, ending: str, label_field: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as content:
+        rows = csv.DictReader(content, delimiter="\t" if ending == ".tsv" else ",", strict=True)
+        try:
+            for row in rows:
+                where = f"line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{file}, {where}: as many cells as the first row has names, {len(row)}, are needed."
+                    )
+                label = row.get(label_field or "", "")
+                yield where, {**row, label_field: int(label)} if label_field and label.isdecimal() else row
+        except (csv.Error, UnicodeDecodeError) as err:
+            raise ValueError(
+                f"{file}, after line {rows.line_num}: no {ending[1:].upper()} ({first_line(err)})."
+            ) from err
 
 
 def _parquet(file: Path, *fields: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,0 +1,134 @@
+"""Figures that axes do not say how to draw, by class of result and quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from ..study.cache import Outcome
+from . import samples
+from .drawing import lost, titled
+from .path_figures import barrier
+from .reading import Drawn, Look, titles_of
+from .renderers import render_spectrum_density, render_training_curves
+
+Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
+
+
+def _density(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        inside, ends = getattr(result, "density", result), getattr(result, "ends", None)
+        if callable(inside):  # that of a density is a method
+            inside = result
+        fig = render_spectrum_density(inside, ends, unit="")
+        _rename(fig, _of(whose, outcomes))
+        yield Drawn(
+            fig, "Share of eigenvalues per decade with the 95 % interval over probes; below, single eigenvalues."
+        )
+
+
+def _path(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        paths = [result.path, result.line] if hasattr(result, "line") else [result]
+        fig, notes = barrier(paths, None, outcome.in_unit("loss"))
+        caption = "The loss on the way with 95 % intervals, the chord, and the barrier where it is largest."
+        yield Drawn(titled(fig, f"Loss on the path{_of(whose, outcomes)}", *notes), caption)
+
+
+def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    """Loss changes of both sides."""
+    rows: dict[str, np.ndarray] = {}
+    unit = outcomes[0].in_unit("loss")
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        rows |= {f"{whose}<br>{side}": change for side, (_, change) in _sides(outcome.result).items()}
+    fig, notes = samples.distribution(rows, name="loss change", unit=unit, axis="direction")
+    gone = lost(np.concatenate(list(rows.values())), "dots")
+    said = "; ".join(
+        ["Loss changes per direction, a dot each, with the middle half and the mean", *filter(None, [gone, *notes])]
+    )
+    yield Drawn(titled(fig, "Loss changes along random directions"), f"{said}.")
+    if len(outcomes) == 2 and len({getattr(each.result, "key", each) for each in outcomes}) == 1:
+        pair = [_sides(each.result) for each in outcomes]
+        sides = {side: (pair[0][side][1], pair[1][side][1]) for side in pair[0] if side in pair[1]}
+        first, second = (f"{whose}<br>loss change" for whose in titles_of(outcomes))
+        fig = samples.scatter(
+            sides, (1.0, "equal"), names=(first, second), units=(unit, unit), axis="direction", square=True
+        )
+        yield Drawn(titled(fig, "Loss changes of both"), "Loss changes along the same directions, a dot each.")
+
+
+def _slopes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    """Loss changes against what slopes say of them, on both sides."""
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        sides, h = _sides(outcome.result), float(outcome.result.actual_span)  # type: ignore[union-attr]
+        units = outcome.in_unit("loss per h"), outcome.in_unit("loss")
+        names = ("slope along the step", "loss change")
+        fig = samples.scatter(sides, (h, "slope alone"), names=names, units=units, axis="direction")
+        both = "on both sides of it, " if len(sides) > 1 else ""
+        gone = lost(np.concatenate([change for _, change in sides.values()]), "dots")
+        caption = f"Loss changes against slopes, {both}a dot per direction; the line is change = slope × step"
+        yield Drawn(
+            titled(fig, f"Slope and loss change{_of(whose, outcomes)}"), f"{caption}{f'; {gone}' if gone else ''}."
+        )
+
+
+def _of(whose: str, outcomes: Sequence[Outcome]) -> str:
+    return f", {whose}" if len(outcomes) > 1 else ""
+
+
+def _rename(fig: go.Figure, of: str) -> None:
+    """Say whose it is at the end of the first line of its title."""
+    first, mark, rest = fig.layout.title.text.partition("<br>")
+    fig.layout.title.text = first + of + mark + rest
+
+
+def _sides(result: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Slope along the step and loss change, by side."""
+    data = result.asdict()
+    base = data["baseline_loss"]
+    if "delta_losses" in data:
+        changes = {"+d": data["delta_losses"], "−d": data.get("delta_losses_negative")}
+    else:
+        negative = data.get("losses_negative")
+        changes = {"+d": data["losses"] - base, "−d": None if negative is None else negative - base}
+    there = {side: np.asarray(change, dtype=np.float64) for side, change in changes.items() if change is not None}
+    slope = np.asarray(data.get("slopes", np.full(len(there["+d"]), np.nan)), dtype=np.float64)
+    return {side: (slope if side == "+d" else -slope, change) for side, change in there.items()}
+
+
+def _training(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        curves = result.asdict() | {"step": np.asarray(result.coords["step"])}
+        fig = render_training_curves(curves, look.current)
+        _rename(fig, _of(whose, outcomes))
+        yield Drawn(fig, "Loss above accuracy, on the training and the test data, over the steps of training.")
+
+
+CUSTOM: dict[tuple[str, str], Custom | None] = {
+    ("SpectrumSummary", "eigenvalues"): _density,
+    ("SpectrumSummary", "residuals"): None,
+    ("SpectralDensity", "nodes"): _density,
+    ("SpectralDensity", "weights"): None,
+    ("LossPath", "losses"): _path,
+    ("Connection", "losses"): _path,
+    ("Connection", "line_losses"): None,
+    ("DirectionalLosses", "delta_losses"): _changes,
+    ("DirectionalLosses", "slopes"): _slopes,
+    ("Flatness", "delta_losses"): _changes,
+    ("Flatness", "delta_losses_negative"): None,
+    ("TrainingCurves", "train_loss"): _training,
+    ("TrainingCurves", "test_loss"): None,
+    ("TrainingCurves", "train_accuracy"): None,
+    ("TrainingCurves", "test_accuracy"): None,
+    **{("Comparison", name): None for name in ("first", "second", "difference", "over_directions", "low", "high")},
+    **{
+        ("Comparison", name): None for name in ("p_value", "rank_biserial")
+    },  # statistics of many units: a table has them
+}
+"""None for what another figure of the result has, or a table alone."""
