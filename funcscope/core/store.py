@@ -54,10 +54,13 @@ _UNREADABLE = (
 """What the parsers raise for bytes that are not theirs."""
 
 
-def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy: bool = True) -> None:
+def save(
+    path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy: bool = True, sync: bool = True
+) -> None:
     """Write arrays and settings to `path` (`.safetensors` or `.npz`), and the settings to a `.json` beside it.
 
-    meta: anything JSON can say; non-finite numbers become null there (arrays keep them). copy: write the `.json`, too.
+    meta: anything JSON can say; non-finite numbers become null there (arrays keep them). copy: write the `.json`, too. sync:
+    wait until it is on the disk; without, a power cut may leave a damaged file, which is then made again.
     Raises OSError where the folder cannot be written, and leaves what was there before; ValueError for a dtype that the
     format does not have, and where the `.json` would replace a file that is not one of ours.
 
@@ -85,7 +88,7 @@ def save(path: Path, arrays: Mapping[str, Any], meta: Mapping[str, Any], *, copy
         data = buffer.getvalue()
     else:
         raise ValueError(f"a stored file ends in .safetensors or .npz, got {path.name!r}.")
-    write(path, data)
+    write(path, data, sync=sync)
     if not copy:
         return
     shapes = {
@@ -121,7 +124,7 @@ def check_version(path: Path, head: Mapping[str, Any]) -> None:
         raise Outdated(f"{path} was written by another version of funcscope, which is not read: choose a new folder.")
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Replace the file in one step: a reader, or a run after a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -129,7 +132,8 @@ def write(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     finally:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from .digest import Sums
 from .files import claimed, set_aside
 from .record import file_stem
 
+ROWS = ".rows.npz"
+"""How the file of unfinished rows ends, beside that of its cell."""
 Status = Literal["ok", "failed", "timeout", "out of memory", "skipped"]
 
 
@@ -108,6 +111,9 @@ class Cache:
             if meta["content"] != known:
                 raise Damaged(f"{path} belongs to other contents.")
             known_outcome = {**meta["outcome"], "content": cell.content, "reused": True}
+            outcome = Outcome(**known_outcome)
+        except FileNotFoundError:  # another process made room
+            return None
         except (Damaged, Outdated, KeyError, TypeError) as err:
             set_aside(path, err)
             return None
@@ -117,16 +123,19 @@ class Cache:
             ValueError
         ):  # of a class that is not imported, or has other fields: made again, and until then left alone
             return None
-        path.touch()  # used: the last to go
-        return Outcome(**known_outcome, result=result)
+        with suppress(OSError):
+            os.utime(path)  # used: the last to go
+        return replace(outcome, result=result)
 
     def put(self, cell: Cell, outcome: Outcome) -> None:
-        """Store an outcome, whole or not at all."""
+        """Store an outcome, whole or not at all; the rows of one that is finished go. Raises OSError where it cannot."""
         path, result = self.path(cell), outcome.result
         if path is None:
             return
         meta = {"content": cell.content, "outcome": plain(outcome), "result": None if result is None else result.meta()}
-        save(path, {} if result is None else result.arrays(), meta, copy=False)
+        save(path, {} if result is None else result.arrays(), meta, copy=False, sync=False)
+        if outcome.status in ("ok", "failed"):
+            path.with_suffix(ROWS).unlink(missing_ok=True)
         self._shrink(keep=path)
 
     @contextmanager
@@ -145,8 +154,17 @@ class Cache:
 
     def get_stats(self) -> dict[str, int | float]:
         """`num_entries` and `total_size_mb`, as documented."""
-        sizes = [path.stat().st_size for path in self.entries()]
+        sizes = [size for _, size, _ in self._files()]
         return {"num_entries": len(sizes), "total_size_mb": sum(sizes) / 2**20}
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Time of use, size and path of every file, the oldest first; other processes may remove some meanwhile."""
+        files = []
+        for path in self.entries():
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime_ns, stat.st_size, path))
+        return sorted(files)
 
     def clear_model_cache(self, subject: str) -> None:
         """Remove what is stored of one subject; nothing where nothing is."""
@@ -161,9 +179,12 @@ class Cache:
     def _shrink(self, keep: Path) -> None:
         if self.max_mb is None:
             return
-        files = sorted((path for path in self.entries() if path != keep), key=lambda path: path.stat().st_mtime_ns)
-        while files and self.get_stats()["total_size_mb"] > self.max_mb:
-            files.pop(0).unlink(missing_ok=True)
+        files = self._files()
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total > self.max_mb * 2**20 and path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _folder(subject: str) -> str:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import time
-import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 from uuid import uuid4
 
-import torch
 from tqdm.auto import tqdm
 
-from ..core.keys import key
-from ..core.progress import watched
-from ..core.result import Result
-from ..core.store import to_json
 from . import digest
-from .cache import Cache, Cell, Outcome, Status
-from .meter import Expired, Full, MemoryLog, Meter, Options, cleanup_memory, is_full
-from .metric import KEY, Metric, check_result, with_members, with_needs
+from .apart import apart
+from .asked import check_metrics, check_names, cost
+from .cache import Cache, Cell, Outcome
+from .calling import Call, Needed, lost, spoken
+from .meter import Options
+from .metric import KEY, Metric, with_members, with_needs
 from .record import versions
-from .rows import resumed
 from .subject import Source, Subject
 from .together import Together, arranged
 
-Needed = Mapping[str, tuple[Outcome, ...]]
-"""The outcomes of the metrics that a metric needs; of a pair or a series, those of each subject."""
-FIRST_CHUNK = 8
-"""What is halved where memory runs out and the metric chose its chunk itself."""
+PACKAGES = cache(versions)
+BAR = "{percentage:3.0f}% |{bar}| {elapsed}, {remaining} to go{postfix}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +38,15 @@ class Job:
     options: Options
     parts: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
     """Of several subjects together: the outcomes of each, by metric."""
+
+    def task(self, one: Metric) -> str:
+        """The data that a metric looks at here."""
+        return one.task or self.tasks[0]
+
+    def empty(self, one: Metric, **what: Any) -> Outcome:
+        """An outcome before anything came of it."""
+        about = {"status": "ok", "settings": spoken(one.settings), "group": self.source.group}
+        return Outcome(one.name, self.source.id, self.source.step, self.task(one), **about | what)
 
 
 def run(
@@ -66,26 +70,31 @@ def run(
     there. base: what pairs compare the others with, measured as they are. Whatever stops the call, what was made until then
     is kept, and the same call goes on from there.
 
-    Raises ValueError where two sources have one name, and, without `skip_on_error`, whatever a metric raises.
+    Raises ValueError where two sources or two metrics have one name, where metrics need each other, and, without
+    `skip_on_error`, whatever a metric raises.
     """
-    _check_names(sources)
+    check_metrics(metrics)
+    check_names(sources)
     every = list(with_members(metrics))
     if base is not None and base.id not in {one.id for one in sources} and any(one.on == "pair" for one in every):
         sources = [base, *sources]
     plan = list(arranged(every, sources, base))
     outcomes: dict[str, dict[str, Outcome]] = {}
-    total = sum(len(list(with_needs(each))) for _, each in plan)
-    with tqdm(total=total, unit="metric", disable=quiet, dynamic_ncols=True) as bar:
+    costs = {one.name: cost(one) for one in with_needs(every)}
+    total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
+    with tqdm(total=total, bar_format=BAR, disable=quiet, dynamic_ncols=True) as bar:
 
         def announced(outcome: Outcome) -> None:
             bar.set_postfix_str(f"{outcome.metric} of {outcome.subject}", refresh=False)
-            bar.update()
+            if outcome.reused:  # it says nothing about how long the others take
+                bar.total = (bar.total or 0) - costs[outcome.metric]
+            bar.update(0 if outcome.reused else costs[outcome.metric])
             watch(outcome)
 
-        cache, options = cache or Cache(None), options or Options()
+        store, options = cache or Cache(None), options or Options()
         for together in (False, True):  # what is made of several comes after them
             jobs = [
-                Job(source, tuple(with_needs(each)), tuple(tasks), cache, options, _parts(source, outcomes))
+                Job(source, tuple(with_needs(each)), tuple(tasks), store, options, _parts(source, outcomes))
                 for source, each in plan
                 if isinstance(source, Together) is together
             ]
@@ -112,7 +121,10 @@ def _done(
     futures = {executor.submit(_each, job): job for job in jobs}
     try:
         for future in as_completed(futures):
-            made = future.result()
+            try:
+                made = future.result()
+            except Exception as err:  # of the worker, or of the way there: a metric's own is an outcome  # noqa: BLE001
+                made = _lost(futures[future], err)
             for outcome in made:
                 watch(outcome)
             yield futures[future], made
@@ -125,19 +137,12 @@ def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list
     """The outcomes of one subject. What another process is making is waited for, after everything else."""
     made = dict[str, Outcome]()
     try:
-        bench = _Bench(job)
-    except Exception as err:
-        if not job.options.skip_on_error:
-            raise
-        lost = [
-            Outcome(
-                one.name, job.source.id, job.source.step, one.task or job.tasks[0], group=job.source.group, **_told(err)
-            )
-            for one in job.metrics
-        ]
-        for each in lost:
+        bench = Bench(job)
+    except Exception as err:  # noqa: BLE001
+        without = _lost(job, err)
+        for each in without:
             watch(each)
-        return lost
+        return without
     for wait in (False, True):
         for one in job.metrics:
             if one.name not in made and (outcome := bench.outcome(one, made, wait=wait)):
@@ -146,20 +151,26 @@ def _each(job: Job, watch: Callable[[Outcome], object] = lambda _: None) -> list
     return [made[one.name] for one in job.metrics]
 
 
-class _Bench:
+def _lost(job: Job, err: Exception) -> list[Outcome]:
+    if not job.options.skip_on_error:
+        raise err
+    return [job.empty(one, **lost(err)) for one in job.metrics]
+
+
+class Bench:
     """One subject, opened when the first metric is missing."""
 
     def __init__(self, job: Job):
         self.job, self.cache, self.options = job, job.cache, job.options
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
-        self._subject: Subject | None = None
+        self.packages = PACKAGES()
+        self._data: dict[str, str] = {}
+        self._broken: Exception | None = None
 
-    @property
+    @cached_property
     def subject(self) -> Subject:
-        if self._subject is None:
-            self._subject = self.job.source.open()
-        return self._subject
+        return self.job.source.open()
 
     def outcome(self, one: Metric, made: Mapping[str, Outcome], *, wait: bool) -> Outcome | None:
         """Stored, or made; None where another process is at it, or at something that it needs."""
@@ -170,30 +181,28 @@ class _Bench:
             for name in one.needs
             if name in (made if one.on == "model" else self.job.parts)
         }
-        cell = self._cell(one, needed)
+        try:
+            cell = self._cell(one, needed)
+        except Exception as err:  # noqa: BLE001
+            return self._unbegun(one, err)
         if stored := self._stored(cell):
             return stored
         with self.cache.claim(cell, wait=wait) as mine:
             if not mine:
                 return None
-            if stored := self._stored(cell):
-                return stored
-            outcome = self._made(one, needed, cell)
-            self.cache.put(cell, outcome)
-        return outcome
+            return self._stored(cell) or self._put(cell, self._made(one, needed, cell))
 
     def _cell(self, one: Metric, needed: Needed) -> Cell:
-        task = self._task(one)
+        task = self.job.task(one)
+        if task not in self._data:
+            self._data[task] = self.job.source.data_digest(task, self.sums)
         content = {
-            "version": one.version, "settings": to_json(one.settings), "weights": self.weights, "task": task,
-            "data": self.job.source.data_digest(task, self.sums), "packages": versions(),
+            "version": one.version, "settings": digest.identity(one.settings), "weights": self.weights, "task": task,
+            "data": self._data[task], "packages": self.packages,
             "seed": self.options.seed if KEY in one.needs else None,
             "of": {name: digest.of_json([each.content for each in parts]) for name, parts in needed.items()},
         }  # fmt: skip
         return Cell(one.name, self.job.source.id, content)
-
-    def _task(self, one: Metric) -> str:
-        return one.task or self.job.tasks[0]
 
     def _stored(self, cell: Cell) -> Outcome | None:
         if self.options.force:
@@ -202,87 +211,56 @@ class _Bench:
         again = stored is not None and not stored.ok and (stored.status != "failed" or self.options.retry_failed)
         return None if again else stored and replace(stored, step=self.job.source.step, group=self.job.source.group)
 
-    def _made(self, one: Metric, needed: Needed, cell: Cell) -> Outcome:
-        source = self.job.source
-        empty = Outcome(
-            one.name,
-            source.id,
-            source.step,
-            self._task(one),
-            "ok",
-            settings=to_json(one.settings),
-            content=cell.content,
-            group=source.group,
-        )
-        if bad := [each for parts in needed.values() for each in parts if not each.ok]:
-            return replace(empty, status="skipped", error=f"it needs {bad[0].metric}, which has no result.")
-        started, meter = time.perf_counter(), Meter(self.options)
-        plan = dict(one.plan)
+    def _put(self, cell: Cell, outcome: Outcome) -> Outcome:
+        """The outcome, which goes on without a place on the disk where there is none."""
+        if not outcome.content:
+            return outcome
         try:
-            with watched(meter), MemoryLog(one.name, self.options):
-                result, plan = self._called(one, needed, cell)
-            unit = self.subject.loss(self._task(one)).criterion.unit if "loss" in one.needs else empty.unit
-            outcome = replace(empty, result=result, plan=to_json(plan), unit=unit)
-        except Exception as err:
+            self.cache.put(cell, outcome)
+        except OSError as err:
+            warnings.warn(
+                f"{cell.metric} of {cell.subject} could not be stored ({err}): it is in the results of this call, and the "
+                "next one makes it again.",
+                stacklevel=2,
+            )
+        except (ValueError, TypeError, RuntimeError) as err:  # an array that the format does not have
             if not self.options.skip_on_error:
                 raise
-            outcome = replace(empty, **_told(err))
-        cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
-        return replace(outcome, cost=cost)
+            return self._put(cell, replace(outcome, result=None, **lost(err)))
+        return outcome
 
-    def _called(self, one: Metric, needed: Needed, cell: Cell) -> tuple[Result, dict[str, Any]]:
-        """The result, and the plan that it was made by: chunk, then batches halved as often as memory ran out."""
-        drawn = {KEY: key(self.options.seed)} if KEY in one.needs else {}
-        plan, size = dict(one.plan), None
-        while True:
-            needs: list[Any] | None = None
-            value: Any = None
-            try:
-                needs = [self._need(name, one, needed, size) for name in one.needs if name != KEY]
-                with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
-                    value = one.call(*needs, **drawn, **one.settings, **plan)
-                if not isinstance(value, Result) and hasattr(value, "rows"):
-                    value = value.result(list(resumed(value, self.cache.path(cell))))
-                return check_result(one, value), plan | ({} if size is None else {"batch_size": size})
-            except (RuntimeError, MemoryError) as err:
-                smaller = self._smaller(one, plan, size) if is_full(err) and not isinstance(err, Full) else None
-                if smaller is None:
-                    raise
-            plan, size = smaller
-            cleanup_memory()
+    def _unbegun(self, one: Metric, err: Exception) -> Outcome:
+        """The outcome of what the metric is not to blame for; nothing of it is stored, and the next study tries again."""
+        if not self.options.skip_on_error:
+            raise err
+        said = lost(err)
+        return self.job.empty(one, **said | {"error": f"{one.name} did not begin: {said['error']}"})
 
-    def _need(self, name: str, one: Metric, needed: Needed, size: int | None) -> Any:
-        if name in needed:
-            results = tuple(each.result for each in needed[name])
-            return results[0] if one.on == "model" else results
-        value = self.subject.need(name, self._task(one))
-        return value.split(size) if name == "loss" and size is not None else value
+    def _made(self, one: Metric, needed: Needed, cell: Cell) -> Outcome:
+        empty = self.job.empty(one, content=cell.content)
+        if bad := [each for parts in needed.values() for each in parts if not each.ok]:
+            return replace(empty, status="skipped", error=f"it needs {bad[0].metric}, which has no result.")
+        if self.options.hard_timeout and (outcome := apart(self, one, needed, cell)):
+            return outcome
+        try:
+            if self._broken is not None:
+                raise self._broken
+            subject, task = self.subject, self.job.task(one)
+            loss = subject.loss(task) if "loss" in one.needs else None
+        except Exception as err:  # noqa: BLE001
+            self._broken = err if "subject" not in vars(self) else self._broken
+            return self._unbegun(one, err)
+        call = Call(one, subject, loss, task, needed, self.options, self.cache.path(cell))
+        outcome = call.outcome(empty)
+        if call.edited:
+            self._reopen(one, subject)
+        return outcome
 
-    def _smaller(self, one: Metric, plan: dict[str, Any], size: int | None) -> tuple[dict[str, Any], int | None] | None:
-        """Chunk and batches that are tried next where memory ran out; None where nothing is left."""
-        chunk = plan.get("chunk", 1) or FIRST_CHUNK
-        if chunk > 1:
-            return {**plan, "chunk": chunk // 2}, size
-        if "loss" not in one.needs:
-            return None
-        loss = self.subject.loss(self._task(one))
-        now = loss.batch_size if size is None else size
-        smaller = max(self.options.min_batch_size, now // 2)
-        return (
-            (plan, smaller) if smaller < now and loss.split(smaller).batch_size < loss.split(now).batch_size else None
-        )
-
-
-def _told(err: Exception) -> dict[str, Any]:
-    status: Status = "timeout" if isinstance(err, Expired) else "out of memory" if is_full(err) else "failed"
-    kind = type(err)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    lines = "".join(traceback.format_exception(err))
-    return {"status": status, "error": str(err) or name, "error_type": name, "traceback": lines}
-
-
-def _check_names(sources: Sequence[Source]) -> None:
-    names = [source.id for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two subjects are called {name!r}: give one of them another name, `name=`.")
+    def _reopen(self, one: Metric, before: Subject) -> None:
+        """What a metric has written into is not used again."""
+        del self.subject
+        try:
+            if self.subject.theta.data_ptr() == before.theta.data_ptr():
+                raise ValueError(f"{one.name} has changed the model or the data in memory.")
+        except Exception as err:  # noqa: BLE001
+            self._broken = err

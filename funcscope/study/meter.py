@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import resource
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +34,11 @@ class Options:
     skip_on_error: bool = True
     """A metric that fails is an outcome, and the others go on. Otherwise its error ends the study."""
     timeout_seconds: float | None = None
-    """For one metric on one subject, looked at before every forward pass and product."""
+    """For one metric on one subject, after the model is opened. On the main thread of a process it ends any Python code; on
+    others it is looked at before every forward pass and product."""
+    hard_timeout: bool = False
+    """Each metric in a process of its own, which is killed: calls into C that never return, too. The model is opened there;
+    what cannot be pickled stays here. `plan["timeout"]` of an outcome says which of the three it was."""
     min_batch_size: int = 4
     """The smallest batch of sequences that is tried where memory runs out."""
     max_memory_gb: float | None = None
@@ -40,8 +48,8 @@ class Options:
     log_memory: bool = False
 
 
-class Expired(Exception):
-    """The time for a metric is over."""
+class Expired(BaseException):
+    """The time for a metric is over; no `except Exception` in a metric holds it."""
 
 
 class Full(MemoryError):
@@ -54,17 +62,53 @@ class Meter:
     def __init__(self, options: Options):
         self.forwards = self.products = 0
         self.options, self.started = options, time.monotonic()
+        self.looked = -LOOK_EVERY
 
     def __call__(self, kind: Kind) -> None:
         if kind == "forward":
             self.forwards += 1
         else:
             self.products += 1
-        limit, most = self.options.timeout_seconds, self.options.max_memory_gb
-        if limit is not None and time.monotonic() - self.started > limit:
-            raise Expired(f"not done after {limit:g} s: pass a larger `timeout_seconds`, or ask for less.")
-        if most is not None and (used := memory_gb()) > most:
-            raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
+        limit, most, since = self.options.timeout_seconds, self.options.max_memory_gb, time.monotonic() - self.started
+        if limit is not None and since > limit:
+            raise Expired(over(limit))
+        if most is not None and since - self.looked >= LOOK_EVERY:
+            self.looked = since
+            if (used := memory_gb()) > most:
+                raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
+
+
+LOOK_EVERY = 0.01
+"""Seconds between two looks at the memory in use, which cost more than a pass of a small model."""
+
+
+def over(limit: float | None) -> str:
+    """What is said where the time of a metric is over."""
+    return f"not done after {limit:g} s: pass a larger `timeout_seconds`, or ask for less."
+
+
+@contextmanager
+def alarm(limit: float | None) -> Iterator[str]:
+    """Ends what runs inside after so many seconds, wherever Python is, and says `signal`; `cooperative` where it cannot.
+
+    An alarm that was set before goes on afterwards, with the time that it had.
+    """
+    if limit is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield "" if limit is None else "cooperative"
+        return
+
+    def ring(*_: object) -> None:
+        raise Expired(over(limit))
+
+    before, earlier = signal.signal(signal.SIGALRM, ring), signal.setitimer(signal.ITIMER_REAL, max(limit, 1e-6))
+    try:
+        try:
+            yield "signal"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, *earlier)
 
 
 def memory_gb() -> float:
@@ -79,9 +123,14 @@ def memory_gb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def is_full(err: Exception) -> bool:
+_FULL = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""What torch's allocators and libraries say in errors of a general kind."""
+
+
+def is_full(err: BaseException) -> bool:
     """Whether memory ran out."""
-    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(err).lower()
+    said = str(err).lower()
+    return isinstance(err, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in _FULL)
 
 
 def cleanup_memory(verbose: bool = False, reason: str = "") -> None:

@@ -20,6 +20,10 @@ KEY = "key"
 """The need that is passed by keyword, as everywhere in the package."""
 
 
+def _one_pass(settings: Mapping[str, Any]) -> float:  # noqa: ARG001
+    return 1.0  # of a name, so that a metric can be pickled
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """One thing that is measured on a subject: caching, tables, figures and pages come from this and its result.
@@ -41,7 +45,7 @@ class Metric:
     """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` is halved
     where memory runs out."""
     category: str = "your own"
-    cost: Callable[[Mapping[str, Any]], float] = lambda _: 1.0
+    cost: Callable[[Mapping[str, Any]], float] = _one_pass
     """Forward passes over the data that it will take, from its settings."""
     version: int = 1
     """To be raised when the function changes: stored results of another version are not used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import torch
 from torch import Tensor
 
 from ..core.store import Damaged, Outdated, load, save, to_json
+from .cache import ROWS
 
 KEEP_EVERY = 10.0
 """Seconds between two copies of unfinished rows on disk."""
 
 
 def resumed(sampling: Any, path: Path | None) -> Iterator[dict[str, Tensor]]:
-    """The rows that an earlier call has left, then new ones; all are on disk when this is interrupted, none when it ends."""
-    part = None if path is None else path.with_suffix(".rows.npz")
+    """The rows that an earlier call has left, then new ones; all are on disk when this is interrupted.
+
+    A disk that is full costs no more than the rows: they are made again by whoever goes on.
+    """
+    part = None if path is None else path.with_suffix(ROWS)
     plan = to_json(getattr(sampling, "plan", None))
     rows = _left(part, plan)
     yield from rows
@@ -34,8 +39,6 @@ def resumed(sampling: Any, path: Path | None) -> Iterator[dict[str, Tensor]]:
         if part is not None and rows:
             _keep(part, rows, plan)
         raise
-    if part is not None:
-        part.unlink(missing_ok=True)
 
 
 def _left(part: Path | None, plan: Any) -> list[dict[str, Tensor]]:
@@ -49,4 +52,8 @@ def _left(part: Path | None, plan: Any) -> list[dict[str, Tensor]]:
 
 
 def _keep(part: Path, rows: list[dict[str, Tensor]], plan: Any) -> None:
-    save(part, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, {"plan": plan}, copy=False)
+    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    try:
+        save(part, columns, {"plan": plan}, copy=False)
+    except OSError as err:
+        warnings.warn(f"the rows that are done could not be stored: {err}", stacklevel=2)

@@ -1,0 +1,136 @@
+"""One call of a metric: its memory, its time, and what is said where it ends without a result."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.keys import key
+from ..core.objective import Loss
+from ..core.progress import watched
+from ..core.result import Result
+from ..core.store import to_json
+from .cache import Outcome, Status
+from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full
+from .metric import KEY, Metric, check_result
+from .rows import resumed
+from .subject import Subject
+
+Needed = Mapping[str, tuple[Outcome, ...]]
+"""The outcomes of the metrics that a metric needs; of a pair or a series, those of each subject."""
+FIRST_CHUNK = 8
+"""What is halved where memory runs out and the metric chose its chunk itself."""
+
+
+@dataclass
+class Call:
+    """A metric with everything that it is given."""
+
+    one: Metric
+    subject: Subject
+    loss: Loss | None
+    task: str
+    needed: Needed
+    options: Options
+    path: Path | None
+    """Of its cell; unfinished rows are beside it."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    """Of the batches, where memory ran out."""
+    edited: bool = False
+    """Whether it wrote into what it was given."""
+
+    def outcome(self, empty: Outcome) -> Outcome:
+        """The result, or the reason why there is none. Raises what the metric raises, without `skip_on_error`."""
+        started, meter, held = time.perf_counter(), Meter(self.options), ""
+        self.plan = dict(self.one.plan)
+        before = self._edits()
+        try:
+            with watched(meter), MemoryLog(self.one.name, self.options), alarm(self.options.timeout_seconds) as held:
+                result = self._result()
+            outcome = replace(empty, result=result, unit=self.loss.criterion.unit if self.loss else empty.unit)
+            self.edited = self._edits() != before
+            if self.edited:
+                raise ValueError(f"{self.one.name} has changed what it was given: work on a copy, `theta.clone()`.")
+        except (Exception, Expired) as err:
+            if not self.options.skip_on_error:
+                raise
+            self.edited = self._edits() != before
+            outcome = replace(empty, **lost(err))
+        plan = {"batch_size": self.size, "timeout": held or None}
+        told = self.plan | {name: value for name, value in plan.items() if value is not None}
+        cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
+        return replace(outcome, plan=spoken(told), cost=cost)
+
+    def _result(self) -> Result:
+        """The result; chunk, then batches are halved as often as memory runs out."""
+        one, drawn = self.one, {KEY: key(self.options.seed)} if KEY in self.one.needs else {}
+        while True:
+            needs: list[Any] | None = None
+            value: Any = None
+            try:
+                needs = [self._need(name) for name in one.needs if name != KEY]
+                with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
+                    value = one.call(*needs, **drawn, **one.settings, **self.plan)
+                if not isinstance(value, Result) and hasattr(value, "rows"):
+                    value = value.result(list(resumed(value, self.path)))
+                return check_result(one, value)
+            except (RuntimeError, MemoryError) as err:
+                if not is_full(err) or isinstance(err, Full) or not self._shrunk():
+                    raise
+            cleanup_memory()
+
+    def _need(self, name: str) -> Any:
+        if name in self.needed:
+            results = tuple(each.result for each in self.needed[name])
+            return results[0] if self.one.on == "model" else results
+        value = self.subject.need(name, self.task)
+        return value.split(self.size) if name == "loss" and self.size is not None else value
+
+    def _shrunk(self) -> bool:
+        """Whether there is a smaller chunk, or there are smaller batches, that are tried next."""
+        chunk = self.plan.get("chunk", 1) or FIRST_CHUNK
+        if chunk > 1:
+            self.plan["chunk"] = chunk // 2
+            return True
+        if self.loss is None:
+            return False
+        now = self.loss.batch_size if self.size is None else self.size
+        smaller = max(self.options.min_batch_size, now // 2)
+        if smaller >= now or self.loss.split(smaller).batch_size >= self.loss.split(now).batch_size:
+            return False
+        self.size = smaller
+        return True
+
+    def _edits(self) -> list[int]:
+        """How often each tensor that a metric is given was written into."""
+        given: list[Tensor] = [self.subject.theta, *self.subject.net.params.values()]
+        given += self.loss.tensors() if self.loss else []
+        return [each._version for each in given if not each.is_inference()]
+
+
+def lost(err: BaseException) -> dict[str, Any]:
+    """What an outcome says of an error."""
+    status: Status = "timeout" if isinstance(err, Expired) else "out of memory" if is_full(err) else "failed"
+    kind = type(err)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    lines = "".join(traceback.format_exception(err))
+    return {"status": status, "error": str(err) or name, "error_type": name, "traceback": lines}
+
+
+def spoken(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for people, those without a JSON form by their name."""
+    said = {}
+    for name, value in settings.items():
+        try:
+            said[name] = to_json(value)
+        except TypeError:
+            said[name] = getattr(value, "__qualname__", None) or str(value)
+    return said
