@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.store import to_json, write
 from ..study.cache import Outcome
-from ..study.metric import CATALOGUE
+from ..study.catalogue import CATALOGUE
 from ..study.pace import duration
 from ..study.record import file_stem
 from ..study.results import Results

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core.tables import LONGEST, Entry, is_estimate, numbers
 from ..study.cache import Outcome
-from ..study.metric import CATALOGUE
+from ..study.catalogue import CATALOGUE
 from ..study.pace import duration
 from ..study.results import Results
 from .numbers import number, setting, typeset, with_error
