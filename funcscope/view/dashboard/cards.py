@@ -75,7 +75,7 @@ def card(metric: str, outcomes: Sequence[Outcome]) -> html.Section:
     return html.Section(
         [
             html.Div([html.H2(heading(metric)), picked], className="top"),
-            html.P(one.summary if one else "", className="note"),
+            html.P(one.summary.replace("`", "") if one else "", className="note"),
             html.Div(id={"type": "body", "metric": metric}),
         ],
         className="panel",
@@ -136,13 +136,15 @@ def _charts(shown: Sequence[Outcome], every: Sequence[Outcome], step: int | None
 
 def _common(figure: go.Figure, low: float, high: float) -> str:
     """Put dots on the scale of all steps, unless that would empty the figure; says which."""
-    axis = figure.layout.xaxis
-    own = axis.range[1] - axis.range[0]
+    axes = list(figure.select_xaxes())
+    own = max(axis.range[1] - axis.range[0] for axis in axes)
     if any(trace.name == "beyond the axis" for trace in figure.data) or EMPTIES * own < high - low:
         return " The scale is that of this step alone: that of all steps would empty the figure."
-    title = axis.title.text
-    set_linear(axis, "", "", min(low, axis.range[0]), max(high, axis.range[1]))
-    axis.title.text = title
+    for axis in axes:
+        title, titled = axis.title.text, bool(axis.title.text)
+        name, _, unit = (title or "").removesuffix(")").partition(" (")
+        set_linear(axis, name, re.sub(r"^\S*10\S* ?", "", unit), low, high)
+        axis.title.text = axis.title.text if titled else ""
     return " The scale is that of all steps."
 
 
