@@ -40,7 +40,7 @@ def choice(
     groups: Mapping[str, reading.Group], name: str | None, metric: str | None, step: Any, stamp: str
 ) -> tuple[dict[str, Any], list[Any]]:
     """What the slider counts, and the cards. step: the one to stand at, where the group has it or a near one."""
-    if name not in groups:
+    if name is None or name not in groups:
         return {}, []
     group = groups[name]
     shown = {m: outcomes for m, outcomes in group.outcomes.items() if metric in (None, m)}

@@ -43,11 +43,16 @@ def shell(title: str) -> html.Main:
             html.Header([html.Div([html.P("funcscope", className="kicker"), html.H1(title)]), *choices]),
             html.Div(id="message", role="alert"),
             html.Section(
-                [html.Div(id="now", role="status"), html.Div(slider)], id="bar", hidden=True, **{"aria-label": "Step"}
+                [html.Div(id="now", role="status"), html.Div(slider)], id="bar", hidden=True, **_named("Step")
             ),
             html.Div(id="cards"),
         ]
     )
+
+
+def _named(label: str) -> dict[str, Any]:
+    """What a screen reader calls an element."""
+    return {"aria-label": label}
 
 
 def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
