@@ -1,7 +1,7 @@
-"""The dashboard of a run folder: every panel follows one variant and one step (extra `funcscope[view]`).
+"""The dashboard of a study: a card for every metric it has, at one step of one run (extra `funcscope[view]`).
 
 It only reads. Everything that the page needs comes from this server; nothing is fetched from elsewhere, and a content
-security policy keeps it so. A panel opens the one or two files that it shows, whatever the number of checkpoints.
+security policy keeps it so. The study is read again when it has changed: one that still runs fills the page.
 """
 
 from __future__ import annotations
@@ -20,57 +20,76 @@ import dash
 from flask import Flask, Response, abort, request
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from ...study.runs import Runs
+from . import reading
 from .callbacks import register
-from .layout import INDEX, shell
+from .cards import shell
 
+INDEX = """<!DOCTYPE html>
+<html lang="en">
+<head>
+{%metas%}
+<title>{%title%}</title>
+<link rel="icon" href="data:,">
+{%css%}
+</head>
+<body>
+{%app_entry%}
+<footer>
+{%config%}
+{%scripts%}
+{%renderer%}
+</footer>
+</body>
+</html>
+"""
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine that only this machine can reach."""
 
 
-def app(run_dir: str | PathLike[str], *, hosts: Collection[str] | None = LOCAL) -> dash.Dash:
-    """The dashboard as a Dash application, for any WSGI server (`app(run_dir).server`).
+def app(folder: str | PathLike[str], *, hosts: Collection[str] | None = LOCAL) -> dash.Dash:
+    """The dashboard as a Dash application, for any WSGI server (`app(folder).server`).
 
     hosts: names that a request may call this server by; another name is answered with 403, so that a page on the web
-    whose name was made to point here (DNS rebinding) cannot read the run. None: any name.
-    Raises FileNotFoundError where there is no such folder, and ValueError where it holds no variant.
+    whose name was made to point here (DNS rebinding) cannot read the study. None: any name.
+    Raises FileNotFoundError where the folder holds no study, and ValueError where its cache lacks an outcome.
     """
-    runs = Runs(Path(run_dir))
+    path = Path(folder)
+    reading.study(path)
     flask: Any = Flask(__name__, static_folder=None)
     made = dash.Dash(
         __name__,
         server=flask,
         assets_folder=str(files(__package__) / "assets"),
-        title=f"{runs.path.resolve().name} · funcscope",
-        update_title="",  # the title stays still while panels load
+        title=f"{path.resolve().name} · funcscope",
+        update_title="",  # the title stays still while cards load
         index_string=INDEX,
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
         serve_locally=True,
-        suppress_callback_exceptions=True,  # panels come and go with their artifacts
+        suppress_callback_exceptions=True,  # cards come and go with the study
         enable_mcp=False,
         add_log_handler=False,
     )
-    made.layout = shell(runs)
-    register(made, runs.path)
+    made.layout = shell(path.resolve().name)
+    register(made, path)
     _guard(made, hosts)
     return made
 
 
 def serve(
-    run_dir: str | PathLike[str],
+    folder: str | PathLike[str],
     *,
     host: str = "127.0.0.1",
     port: int = 8050,
     open_browser: bool = False,
     started: Callable[[str], Any] = lambda _: None,
 ) -> None:
-    """Serve the dashboard of a run folder until interrupted (Ctrl-C).
+    """Serve the dashboard of a study until interrupted (Ctrl-C).
 
     host: the address to listen at; the default is reached from this machine only. port: 0 takes a free one.
     started: called with the address when the server listens.
     Raises what `app` raises, and OSError where the address is taken or not ours.
     """
-    made = app(run_dir, hosts=LOCAL if host in LOCAL else None)
+    made = app(folder, hosts=LOCAL if host in LOCAL else None)
     with listen(made, host, port) as server:
         started(address(host, server.port))
         if open_browser:

@@ -1,7 +1,7 @@
 """What happens when: plain functions of what the page holds, and their registration.
 
-The address is read once, when the page opens. From then on the slider says where the reader stands; the script in
-`assets/` writes variant and step back to the address, and every figure follows the store `here`.
+The address is read once, when the page opens. From then on the slider says where the reader stands; the script in `assets/`
+writes group, step and metric back to the address, and every card follows the store `here`.
 """
 
 from __future__ import annotations
@@ -12,156 +12,154 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import dash
-import numpy as np
 import plotly.graph_objects as go
 from dash import ALL, MATCH, ClientsideFunction, Input, Output, State, ctx, dcc, no_update
 
-from ...study.runs import Runs, Variant
 from ..export import export
-from . import layout, reading
-from .catalogue import PANELS
-from .opening import admitted, opened, requested
-from .panels import Drawn, Panel, View, drawn
-
-SELECTING = tuple((panel.name, plot.name) for panel in PANELS for plot in panel.plots if plot.selects)
+from ..section import heading
+from . import cards, reading
 
 
-def figure(runs: Runs, here: Mapping[str, Any], panel: str, plot: str, options: Mapping[str, Any]) -> Drawn:
-    """One figure at the step where the reader stands. Raises ValueError for a variant or panel that is not there."""
-    known = {each.name: each for each in PANELS}
-    if panel not in known:
-        raise ValueError(f"no panel {panel!r}: there are {', '.join(known)}.")
-    variant = runs.variant(here["variant"])
-    return drawn(known[panel], plot, View(variant, int(here["step"]), _valid(known[panel], variant, options)))
+def arrival(folder: Path, search: str | None) -> tuple[Any, ...]:
+    """What the address asks for, the choices and their values, and what is to be said of it."""
+    asked = reading.requested(search)
+    try:
+        groups, stamp = reading.study(folder)
+    except (OSError, ValueError) as err:
+        return asked, [], None, [], None, None, f"{type(err).__name__}: {err}"
+    place = reading.admitted(groups, asked)
+    metrics = dict.fromkeys(metric for group in groups.values() for metric in group.outcomes)
+    options = [{"label": heading(metric), "value": metric} for metric in metrics]
+    if place is None:
+        name = f"There is no “{asked.get('group', '')[:80]}” in this study: choose one above."
+        return asked, list(groups), None, options, None, stamp, name
+    return asked, list(groups), place.group, options, place.metric, stamp, place.message
 
 
-def _valid(panel: Panel, variant: Variant, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the panel offers; anything else is left to its preset."""
-    offered = {option.name: option.choices(variant) for option in panel.options}
-    return {name: value for name, value in options.items() if name in offered and value in offered[name]}
+def choice(
+    groups: Mapping[str, reading.Group], name: str | None, metric: str | None, step: Any, stamp: str
+) -> tuple[dict[str, Any], list[Any]]:
+    """What the slider counts, and the cards. step: the one to stand at, where the group has it or a near one."""
+    if name is None or name not in groups:
+        return {}, []
+    group = groups[name]
+    shown = {m: outcomes for m, outcomes in group.outcomes.items() if metric in (None, m)}
+    made = [cards.card(m, outcomes) for m, outcomes in shown.items()]
+    place = reading.admitted(groups, {"group": name} | ({} if step is None else {"step": str(step)}))
+    assert place is not None
+    follows = [[m, list(reading.singles(outcomes))] for m, outcomes in shown.items()]
+    index = 0 if place.step is None else group.steps.index(place.step)
+    known = {"group": name, "steps": list(group.steps), "metric": metric, "stamp": stamp, "cards": follows}
+    return known | {"index": index}, made
 
 
 def clicked(click: Mapping[str, Any] | None, steps: Sequence[int]) -> int | None:
     """Place on the slider of the step that a clicked point carries; None for a click on something else.
 
-    A point with a height belongs to a contour plot or a surface, and carries a loss.
+    A point with a height belongs to a contour plot or a heat map, and carries its value.
     """
     point: Mapping[str, Any] = next(iter((click or {}).get("points", ())), {})
     data = point.get("customdata")
-    while isinstance(data, list) and data:
-        data = data[0]
     if "z" in point or not isinstance(data, (int, float)) or not steps:
         return None
-    return list(steps).index(reading.nearest(tuple(steps), round(data)))
+    return list(steps).index(reading.nearest(steps, round(data)))
 
 
-def unpacked(made: go.Figure) -> dict[str, Any]:
-    """A figure for the page, with `customdata` as lists: Dash does not find a clicked point's entry in a packed array."""
-    figure = made.to_dict()
-    for plain, trace in zip(figure["data"], made.data, strict=True):
-        if trace.customdata is not None:
-            plain["customdata"] = np.asarray(trace.customdata).tolist()
-    return figure
-
-
-def page(made: go.Figure) -> str:
+def page(figure: Mapping[str, Any]) -> str:
     """A figure as one HTML file with plotly.js inside."""
     with TemporaryDirectory() as folder:
-        return export(made, Path(folder) / "figure.html").read_text(encoding="utf-8")
+        return export(go.Figure(figure), Path(folder) / "figure.html").read_text(encoding="utf-8")
 
 
-def register(app: dash.Dash, root: Path) -> None:
-    """Connect the functions to the page of a run folder, which is listed anew at every question."""
-    _register_choices(app, root)
-    _register_figures(app, root)
+def register(app: dash.Dash, folder: Path) -> None:
+    """Connect the functions to the page of a study, which is read again when it has changed."""
+    _register_choices(app, folder)
+    _register_cards(app, folder)
 
 
-def _register_choices(app: dash.Dash, root: Path) -> None:
+def _register_choices(app: dash.Dash, folder: Path) -> None:
     @app.callback(
-        Output("request", "data"), Output("variant", "options"), Output("variant", "value"), Input("url", "search")
-    )
-    def arrive(search: str | None) -> tuple[dict[str, str], list[str], str | None]:
-        runs, asked = Runs(root), requested(search)
-        return asked, list(runs.variants()), admitted(runs, asked)
+        Output("request", "data"), Output("group", "options"), Output("group", "value"), Output("metric", "options"),
+        Output("metric", "value"), Output("stamp", "data"), Output("message", "children"), Input("url", "search"),
+    )  # fmt: skip
+    def arrive(search: str | None) -> tuple[Any, ...]:
+        return arrival(folder, search)
 
     @app.callback(
-        Output("message", "children"), Output("panels", "children"), Output("facts", "children"),
-        Output("times", "children"), Output("steps", "data"), Output("step", "max"), Output("step", "marks"),
+        Output("stamp", "data", allow_duplicate=True), Output("group", "options", allow_duplicate=True),
+        Output("metric", "options", allow_duplicate=True), Output("message", "children", allow_duplicate=True),
+        Input("look", "n_intervals"), State("stamp", "data"), prevent_initial_call=True,
+    )  # fmt: skip
+    def look(_: int, stamp: str | None) -> tuple[Any, ...]:
+        _, groups, _, metrics, _, now, message = arrival(folder, None)
+        return (no_update,) * 4 if now == stamp and now else (now, groups, metrics, message)
+
+    @app.callback(
+        Output("known", "data"), Output("cards", "children"), Output("step", "max"), Output("step", "marks"),
         Output("step", "value"), Output("bar", "hidden"),
-        Input("request", "data"), Input("variant", "value"), Input("reload", "n_clicks"), State("here", "data"),
+        Input("group", "value"), Input("metric", "value"), Input("stamp", "data"), State("request", "data"),
+        State("here", "data"), State("known", "data"),
     )  # fmt: skip
     def choose(
-        asked: dict[str, str], name: str | None, clicks: int | None, here: dict[str, Any] | None
+        name: str | None, metric: str | None, stamp: str | None, asked: Any, here: Any, before: Any
     ) -> tuple[Any, ...]:
-        at_once = {each["prop_id"] for each in ctx.triggered}
-        made = opened(Runs(root), asked or {}, name, None if "request.data" in at_once else here, clicks or 0)
-        steps = made.steps.get("steps", [])
-        panels = no_update if made.panels is None else made.panels
-        marks = layout.marks(steps) if steps else None
-        return (
-            made.message, panels, made.facts, made.times, made.steps, max(len(steps) - 1, 1), marks, made.place,
-            not steps,
-        )  # fmt: skip
+        step = here["step"] if here and here["step"] is not None else (asked or {}).get("step")
+        groups = reading.study(folder)[0] if stamp else {}
+        known, made = choice(groups, name, metric, step, stamp or "")
+        steps = known.get("steps", [])
+        same = bool(before) and all(before.get(each) == known.get(each) for each in ("group", "cards"))
+        shown = no_update if same else made
+        return known, shown, max(len(steps) - 1, 1), cards.marks(steps), known.get("index", 0), len(steps) < 2
 
-    app.clientside_callback(
-        ClientsideFunction("funcscope", "follow"),
-        Output("here", "data"),
-        Input("step", "value"),
-        Input("steps", "data"),
-    )
-    app.clientside_callback(
-        ClientsideFunction("funcscope", "say"),
-        Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("steps", "data"),
-    )  # fmt: skip
+    for name, output, *given in (
+        ("follow", Output("here", "data"), Input("step", "value"), Input("known", "data")),
+        ("say", Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("known", "data")),
+    ):
+        app.clientside_callback(ClientsideFunction("funcscope", name), output, *given)
 
     @app.callback(
         Output("step", "value", allow_duplicate=True),
-        Input({"type": "figure", "panel": ALL, "plot": ALL}, "clickData"), State("steps", "data"),
+        Input({"type": "figure", "metric": ALL, "index": ALL}, "clickData"),
+        Input({"type": "go", "metric": ALL, "step": ALL}, "n_clicks"), State("known", "data"),
         prevent_initial_call=True,
     )  # fmt: skip
-    def select(_: list[Any], steps: dict[str, Any] | None) -> Any:
-        source = ctx.triggered_id
-        if not source or (source["panel"], source["plot"]) not in SELECTING:
+    def select(_: list[Any], __: list[Any], known: dict[str, Any] | None) -> Any:
+        source, value = ctx.triggered_id, ctx.triggered[0]["value"]
+        if not source or not value:  # a card that has just come
             return no_update
-        index = clicked(ctx.triggered[0]["value"], (steps or {}).get("steps", []))
+        steps = (known or {}).get("steps", [])
+        index = clicked({"points": [{"customdata": source["step"]}]} if source["type"] == "go" else value, steps)
         return no_update if index is None else index
 
 
-def _register_figures(app: dash.Dash, root: Path) -> None:
+def _register_cards(app: dash.Dash, folder: Path) -> None:
     def one(kind: str) -> dict[str, Any]:
-        return {"type": kind, "panel": MATCH, "plot": MATCH}
-
-    options = {"type": "option", "panel": MATCH, "name": ALL}
+        return {"type": kind, "metric": MATCH, "index": MATCH}
 
     @app.callback(
-        Output(one("figure"), "figure"), Output(one("caption"), "children"), Output(one("caption"), "className"),
-        Input("here", "data"), Input(options, "value"), State(options, "id"), State(one("figure"), "id"),
+        Output({"type": "body", "metric": MATCH}, "children"), Input("here", "data"),
+        Input({"type": "quantity", "metric": MATCH}, "value"), State({"type": "body", "metric": MATCH}, "id"),
     )  # fmt: skip
-    def draw(here: dict[str, Any] | None, values: list[Any], names: list[Any], own: dict[str, str]) -> Any:
-        if not here:
-            return no_update, no_update, no_update
-        chosen = {each["name"]: value for each, value in zip(names, values, strict=True)}
-        made = figure(Runs(root), here, own["panel"], own["plot"], chosen)
-        return unpacked(made.figure), made.caption, "unseen" if made.empty else ""  # the placeholder says it already
+    def draw(here: dict[str, Any] | None, followed: str | None, own: dict[str, str]) -> Any:
+        groups, _ = reading.study(folder)
+        group = groups.get((here or {}).get("group", ""))
+        if not here or group is None or own["metric"] not in group.outcomes:
+            return no_update
+        known = reading.singles(group.outcomes[own["metric"]])
+        place = reading.admitted(groups, {"group": group.name, "step": str(here["step"])})
+        return cards.body(group, own["metric"], place and place.step, followed if followed in known else None)
 
     @app.callback(
-        Output(one("download"), "data"), Input(one("html"), "n_clicks"),
-        State("here", "data"), State(options, "value"), State(options, "id"), State(one("figure"), "id"),
+        Output(one("download"), "data"), Input(one("html"), "n_clicks"), State(one("figure"), "figure"),
         prevent_initial_call=True,
     )  # fmt: skip
-    def save(
-        clicks: int | None, here: dict[str, Any] | None, values: list[Any], names: list[Any], own: dict[str, str]
-    ) -> Any:
-        if not clicks or not here:
+    def save(clicks: int | None, figure: dict[str, Any]) -> Any:
+        if not clicks:
             return no_update
-        chosen = {each["name"]: value for each, value in zip(names, values, strict=True)}
-        made = figure(Runs(root), here, own["panel"], own["plot"], chosen)
-        return dcc.send_string(page(made.figure), f"{made.figure.layout.meta['file']}.html", type="text/html")
+        return dcc.send_string(page(figure), f"{figure['layout']['meta']['file']}.html", type="text/html")
 
     for kind in ("png", "svg"):
         app.clientside_callback(
-            ClientsideFunction("funcscope", f"save_{kind}"),
-            Output(one("saved"), "children", allow_duplicate=True),
-            Input(one(kind), "n_clicks"), State(one("figure"), "id"),
-            prevent_initial_call=True,
+            ClientsideFunction("funcscope", f"save_{kind}"), Output(one("saved"), "children", allow_duplicate=True),
+            Input(one(kind), "n_clicks"), State(one("figure"), "id"), prevent_initial_call=True,
         )  # fmt: skip

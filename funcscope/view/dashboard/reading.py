@@ -1,83 +1,100 @@
-"""What the panels read: one file per question, kept as long as the file stays as it is.
-
-A file is known by its path, its time of change and its size: a run that is still being written shows itself on the next
-look, and moving to and fro over steps reads nothing twice.
-"""
+"""What there is to look at in a study: its groups, their steps and metrics, and the place that an address asks for."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from urllib.parse import parse_qs
 
-import numpy as np
+from ...core.tables import numbers
+from ...study import catalogue as catalogue  # without it the classes of stored results are not known
+from ...study.cache import Outcome
+from ...study.metric import CATALOGUE
+from ...study.results import MANIFEST, Results
+from ..report import with_short_names
+from ..section import entries, on
 
-from ...families.phases import GENERAL, MEMORISED
-from ...study.analyzer import Subjects
-from ...study.analyzers import ANALYZERS
-from ...study.runs import CROSS, Variant, summarised
-
-KEPT = 64
-"""Files of each sort that are kept in memory."""
-
-Stamp = tuple[int, int]
-
-
-class Summary(NamedTuple):
-    arrays: dict[str, np.ndarray]
-    settings: dict[str, Any]
+MODELS = "all models"
+"""The group of those that are no checkpoints, side by side."""
 
 
-class Cost(NamedTuple):
-    """Run time of one analyzer on one variant; seconds, nan where nothing is known."""
+@dataclass(frozen=True)
+class Group:
+    """A training run, a model, or the models side by side."""
 
-    analyzer: str
-    stored: int
-    total: int
-    """Checkpoints that the analyzer looks at unless told; 0 where its result is one for the whole run."""
-    expected: float
-    """Seconds per checkpoint, were the forward passes all: their number times the seconds of one."""
-    actual: float
-    """Median seconds per checkpoint."""
-    spent: float
-    left: float
-    """Seconds for the checkpoints without an artifact, at the median."""
+    name: str
+    steps: tuple[int, ...]
+    """Of a training run; none elsewhere."""
+    outcomes: dict[str, list[Outcome]]
+    """By metric: of a run in the order of steps; those of series and pairs first."""
 
 
-def curves(variant: Variant) -> dict[str, np.ndarray] | None:
-    """Losses and accuracies over training, or None."""
-    stamp = _stamp(variant.path / "curves.npz")
-    return _curves(variant, stamp) if stamp else None
+class Place(NamedTuple):
+    """Where the reader stands, and why that is not what was asked for."""
+
+    group: str
+    step: int | None
+    metric: str | None
+    message: str = ""
 
 
-def summary(variant: Variant, analyzer: str) -> Summary | None:
-    """One row per step, and the settings; None where it was not written yet."""
-    stamp = _stamp(variant.folder(analyzer) / "summary.npz")
-    return _summary(variant, analyzer, stamp) if stamp else None
+def study(folder: Path) -> tuple[dict[str, Group], str]:
+    """The groups of a study as it is at this moment, and a stamp that changes with it. Raises what `Results.open` does."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        Results.open(folder)  # says what is not there
+    status = path.stat()
+    stamp = f"{status.st_mtime_ns}-{status.st_size}"
+    return _opened(folder, stamp), stamp
 
 
-def cross(variant: Variant, analyzer: str) -> dict[str, Any] | None:
-    """What concerns all checkpoints together, or None."""
-    stamp = _stamp(variant.folder(analyzer) / CROSS)
-    return _cross(variant, analyzer, stamp) if stamp else None
+@lru_cache(4)
+def _opened(folder: Path, _: str) -> dict[str, Group]:
+    return grouped(with_short_names(Results.open(folder)).outcomes)
 
 
-def artifact(variant: Variant, analyzer: str, step: int) -> dict[str, Any] | None:
-    """The numbers of one step, or None where it has none."""
-    stamp = _stamp(variant.artifact(analyzer, step))
-    return _artifact(variant, analyzer, step, stamp) if stamp else None
+def grouped(outcomes: Sequence[Outcome]) -> dict[str, Group]:
+    """Training runs by name, then the models side by side where there are several, then each of them."""
+    runs = dict.fromkeys(o.group or o.subject for o in outcomes if o.step is not None)
+    others = [o for o in outcomes if (o.group or o.subject) not in runs]
+    models = dict.fromkeys(o.subject for o in others if on(o) == "model")
+    parts = {name: [o for o in outcomes if (o.group or o.subject) == name] for name in runs}
+    if len(models) > 1:
+        parts[MODELS] = others
+    parts |= {name: [o for o in others if o.subject == name] for name in models}
+    return {name: _group(name, each) for name, each in parts.items()}
 
 
-def steps(variant: Variant) -> tuple[int, ...]:
-    """Steps with an artifact of any analyzer; the checkpoints where there is none."""
-    stored = {step for analyzer in variant.analyzers() for step in variant.steps(analyzer)}
-    return tuple(sorted(stored)) or variant.checkpoints()
+def _group(name: str, outcomes: Sequence[Outcome]) -> Group:
+    by_metric: dict[str, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda o: (on(o) == "model", on(o) == "pair", o.step or 0)):
+        by_metric.setdefault(outcome.metric, []).append(outcome)
+    steps = {o.step for o in outcomes if o.step is not None}
+    models = [metric for metric, each in by_metric.items() if on(each[0]) == "model"]
+    order = [m for m in by_metric if m not in models] + [m for m in CATALOGUE if m in models]
+    order += [m for m in models if m not in order]
+    return Group(name, tuple(sorted(steps)), {metric: by_metric[metric] for metric in order})
 
 
-def nearest(among: tuple[int, ...], step: int) -> int:
+def singles(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Labels of the quantities that are one number at every step, where there are several steps; that of the page first."""
+    ok = [o for o in outcomes if o.ok and o.step is not None]
+    if len(ok) < 2:
+        return {}
+    drawn = CATALOGUE[ok[0].metric].drawn if ok[0].metric in CATALOGUE else ()
+    labels = {
+        name: entry.quantity.label if entry.quantity.name != "*" else name
+        for outcome in (ok[0], ok[-1])
+        for name, entry in entries(outcome).items()
+        if entry.quantity.shown and not entry.quantity.per and (seen := numbers(entry)) and seen["value"].ndim == 0
+    }
+    return {name: labels[name] for name in [*(n for n in drawn if n in labels), *labels]}
+
+
+def nearest(among: Sequence[int], step: int) -> int:
     """The step that lies nearest, the earlier one of two.
 
     >>> nearest((0, 100, 200), 160), nearest((0, 100, 200), 150)
@@ -86,118 +103,33 @@ def nearest(among: tuple[int, ...], step: int) -> int:
     return min(among, key=lambda each: (abs(each - step), each))
 
 
-class Phase(NamedTuple):
-    name: str
-    """`memorising`, `generalising`, or empty."""
-    train: float
-    test: float
-    """Accuracies; nan where the curves do not reach."""
+def requested(search: str | None) -> dict[str, str]:
+    """Group, step and metric that the address asks for, as text: nothing is believed yet.
 
-
-def phase(measured: Mapping[str, np.ndarray] | None, step: int) -> Phase:
-    """What the curves say of a step: memorising is train accuracy above .99 with test accuracy below .5,
-    generalising is both above .99.
-
-    >>> flat = {"step": np.array([0, 9]), "train_accuracy": np.ones(2), "test_accuracy": np.array([0.1, 1.0])}
-    >>> phase(flat, 5).name, phase(flat, 9).name, phase(None, 9).name
-    ('memorising', 'generalising', '')
+    >>> requested("?group=p37&step=100&x=1")
+    {'group': 'p37', 'step': '100'}
     """
-    row = -1 if measured is None else int(np.searchsorted(measured["step"], step, side="right")) - 1
-    if measured is None or row < 0:
-        return Phase("", math.nan, math.nan)
-    train, test = float(measured["train_accuracy"][row]), float(measured["test_accuracy"][row])
-    name = (
-        "" if not train > MEMORISED else "memorising" if test < GENERAL else "generalising" if test > MEMORISED else ""
-    )
-    return Phase(name, train, test)
+    asked = parse_qs((search or "").removeprefix("?"))
+    return {name: asked[name][0] for name in ("group", "step", "metric") if name in asked}
 
 
-def phases(measured: Mapping[str, np.ndarray] | None, among: tuple[int, ...]) -> tuple[int, int]:
-    """The last step that memorises, or the first one where none does; and the last one."""
-    memorising = [step for step in among if phase(measured, step).name == "memorising"]
-    return (memorising or among)[-1 if memorising else 0], among[-1]
+def admitted(groups: Mapping[str, Group], asked: Mapping[str, str]) -> Place | None:
+    """Where to stand: what was asked for where the study has it, and else what is next to it, which is said.
 
-
-def cost(variant: Variant, analyzer: str) -> Cost:
-    """What an analyzer took and may still take. A step that was analysed again counts once, with its last entry."""
-    times = {entry.get("step"): entry for entry in variant.times(analyzer)}
-    seconds = [float(entry.get("seconds", math.nan)) for entry in times.values()]
-    forwards = [
-        float(e.get("forwards") or math.nan) * float(e.get("forward_seconds") or math.nan) for e in times.values()
-    ]
-    stored = _current(variant, analyzer)
-    wanted = {*stored, *planned(variant, analyzer)}
-    actual = _median(seconds)
-    missing = len(wanted) - len(stored)
-    spent = math.fsum(each for each in seconds if math.isfinite(each)) if seconds else math.nan
-    return Cost(
-        analyzer, len(stored), len(wanted), _median(forwards), actual, spent, missing * actual if missing else 0.0
-    )
-
-
-def _current(variant: Variant, analyzer: str) -> tuple[int, ...]:
-    """Steps that are stored with the settings of the summary: those that have a row in it."""
-    stored = variant.steps(analyzer)
-    try:
-        found = summary(variant, analyzer)
-    except (ValueError, OSError):
-        return stored
-    if found is None or len(found.arrays) < 2:
-        return stored
-    return tuple(sorted({*stored} & {*summarised(found.arrays)}))
-
-
-def planned(variant: Variant, analyzer: str) -> tuple[int, ...]:
-    """The checkpoints that an analyzer looks at unless told; none for one across checkpoints, or one we do not know."""
-    one, kept = ANALYZERS.get(analyzer), variant.checkpoints()
-    if one is None or one.across or not kept:
-        return ()
-    return tuple(one.steps(Subjects(kept, _unread, measured(variant))))
-
-
-def _unread(step: int) -> Any:
-    raise ValueError(f"the dashboard opens no checkpoint (step {step}).")
-
-
-def measured(variant: Variant) -> dict[str, np.ndarray] | None:
-    """The curves where they can be read and have accuracies: what tells the phases apart."""
-    try:
-        found = curves(variant)
-    except (ValueError, OSError):
+    None where it is a group that the study does not have: another one would be taken for it.
+    """
+    name = asked.get("group", next(iter(groups), ""))
+    if name not in groups:
         return None
-    return found if found and {"step", "train_accuracy", "test_accuracy"} <= found.keys() else None
-
-
-def _median(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return median(finite) if finite else math.nan
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
-@lru_cache(KEPT)
-def _curves(variant: Variant, _: Stamp) -> dict[str, np.ndarray] | None:
-    return variant.curves()
-
-
-@lru_cache(KEPT)
-def _summary(variant: Variant, analyzer: str, _: Stamp) -> Summary | None:
-    arrays = variant.summary(analyzer)
-    return None if arrays is None else Summary(arrays, variant.settings(analyzer))
-
-
-@lru_cache(KEPT)
-def _artifact(variant: Variant, analyzer: str, step: int, _: Stamp) -> dict[str, Any]:
-    values, settings = variant.opened(analyzer, step)
-    return values | {"made_with": settings}
-
-
-@lru_cache(KEPT)
-def _cross(variant: Variant, analyzer: str, _: Stamp) -> dict[str, Any] | None:
-    return variant.cross(analyzer)
+    group, metric, said = groups[name], asked.get("metric"), []
+    if metric is not None and metric not in group.outcomes:
+        said.append(f"{name} has no metric “{metric[:80]}”: these are all that it has.")
+        metric = None
+    step, text = (group.steps[-1] if group.steps else None), asked.get("step")
+    if text is not None and group.steps:
+        if text.isascii() and text.isdigit() and len(text) < 16:
+            step = nearest(group.steps, int(text))
+            said += [] if step == int(text) else [f"Step {int(text):,} is not in the study: this is step {step:,}."]
+        else:
+            said.append("The step of the address is not a whole number: this is the last one.")
+    return Place(name, step, metric, " ".join(said))

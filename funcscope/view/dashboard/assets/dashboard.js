@@ -2,22 +2,24 @@
 (function () {
   "use strict";
 
-  function address(variant, step) {
-    const query = "?variant=" + encodeURIComponent(variant) + "&step=" + step;
+  function address(here) {
+    const asked = ["group", "step", "metric"].filter((name) => here[name] !== null && here[name] !== undefined);
+    const query = "?" + asked.map((name) => name + "=" + encodeURIComponent(here[name])).join("&");
     if (window.location.search !== query) window.history.replaceState(window.history.state, "", query);
   }
 
-  /* Where the reader stands: the slider counts the stored steps. */
+  /* Where the reader stands: the slider counts the steps. */
   function follow(index, known) {
-    if (!known || !known.variant || !known.steps.length) return null;
-    const step = known.steps[Math.min(index, known.steps.length - 1)];
-    address(known.variant, step);
-    return { variant: known.variant, step: step, stamp: known.stamp, panels: known.panels };
+    if (!known || !known.group) return null;
+    const step = known.steps.length ? known.steps[Math.min(index, known.steps.length - 1)] : null;
+    const here = { group: known.group, step: step, metric: known.metric, stamp: known.stamp };
+    address(here);
+    return here;
   }
 
   /* The step as text, also while the handle is dragged. */
   function say(dragged, here, known) {
-    if (!here || !known || !known.steps) return "";
+    if (!here || here.step === null || !known || !known.steps || !known.steps.includes(here.step)) return "";
     const moving = window.dash_clientside.callback_context.triggered.some((t) => t.prop_id === "step.drag_value");
     const index = moving && dragged < known.steps.length ? dragged : known.steps.indexOf(here.step);
     const step = known.steps[index].toLocaleString("en");

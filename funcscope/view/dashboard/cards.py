@@ -1,0 +1,214 @@
+"""The page: a head with the choices, a bar with the step that stays in sight, a card per metric that fills itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from dash import dcc, html
+
+from ...study.cache import Outcome
+from ...study.metric import CATALOGUE
+from ..page import Block, Chart, Quote, Table
+from ..quantities import drawable, figures, limits_of
+from ..reading import DRAWS
+from ..samples import EMPTIES
+from ..section import entries, heading, on, tables, tried
+from ..theme import set_linear
+from .reading import Group, nearest, singles
+
+MOST_BUTTONS = 12
+_CONFIG: Any = {"displayModeBar": False, "scrollZoom": False}
+
+
+def shell(title: str) -> html.Main:
+    """What every group has in common; the cards are put in by a callback."""
+    slider = dcc.Slider(
+        id="step", min=0, max=1, step=1, value=0, marks=None, included=False, allow_direct_input=False, updatemode="mouseup"
+    )  # fmt: skip
+    choices = [
+        html.Div([html.Label(label, htmlFor=name), html.Div(dcc.Dropdown([], id=name, **more))], className="choice")
+        for name, label, more in (
+            ("group", "Run or model", {"clearable": False, "placeholder": "choose one"}),
+            ("metric", "Metric", {"placeholder": "all"}),
+        )
+    ]
+    return html.Main(
+        [
+            dcc.Location(id="url", refresh=False),
+            *(dcc.Store(id=name) for name in ("request", "known", "here", "stamp")),
+            dcc.Interval(id="look", interval=3000),
+            html.Header([html.Div([html.P("funcscope", className="kicker"), html.H1(title)]), *choices]),
+            html.Div(id="message", role="alert"),
+            html.Section(
+                [html.Div(id="now", role="status"), html.Div(slider)], id="bar", hidden=True, **_named("Step")
+            ),
+            html.Div(id="cards"),
+        ]
+    )
+
+
+def _named(label: str) -> dict[str, Any]:
+    """What a screen reader calls an element."""
+    return {"aria-label": label}
+
+
+def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
+    """Labels of the slider, which counts the steps: the first, the last and some between.
+
+    >>> marks([0, 10, 50])
+    {0: '0', 1: '10', 2: '50'}
+    >>> marks(range(0, 1000, 10))
+    {0: '0', 20: '200', 40: '400', 59: '590', 79: '790', 99: '990'}
+    """
+    last = len(steps) - 1
+    places = {round(i * last / (most - 1)) for i in range(most)} if last >= most else range(last + 1)
+    return {place: f"{steps[place]:,}" for place in sorted(places)}
+
+
+def card(metric: str, outcomes: Sequence[Outcome]) -> html.Section:
+    """Of one metric: its title, what it measures, and the choice of what is followed over training; the rest comes later."""
+    followed = singles(outcomes)
+    options = [{"label": label, "value": name} for name, label in followed.items()]
+    choice = dcc.Dropdown(
+        options, next(iter(followed), None), id={"type": "quantity", "metric": metric}, clearable=False, optionHeight=48
+    )
+    one = CATALOGUE.get(metric)
+    picked = html.Div([html.Span("Over training"), html.Div(choice)], className="choice", hidden=len(followed) < 2)
+    return html.Section(
+        [
+            html.Div([html.H2(heading(metric)), picked], className="top"),
+            html.P(one.summary.replace("`", "") if one else "", className="note"),
+            html.Div(id={"type": "body", "metric": metric}),
+        ],
+        className="panel",
+        id=f"card-{metric}",
+    )
+
+
+def body(group: Group, metric: str, step: int | None, followed: str | None) -> list[Any]:
+    """What a card shows at a step: what failed, its trajectory, its figures, and its numbers."""
+    outcomes = group.outcomes[metric]
+    ok = [outcome for outcome in outcomes if outcome.ok]
+    if step is None or on(outcomes[0]) != "model":
+        each = [[one] for one in ok] if on(outcomes[0]) == "pair" else [ok] if ok else []
+        parts: list[Any] = [_failure(one) for one in outcomes if not one.ok]
+        charts = [made for few in each for made in _charts(few, few, step)]
+    else:
+        parts = [_failure(one) for one in outcomes if not one.ok and one.step == step]
+        shown = [one for one in ok if one.step == nearest([o.step for o in ok if o.step is not None], step)]
+        parts += [_elsewhere(metric, step, ok)] if ok and shown[0].step != step else []
+        charts = tried(lambda: _trajectory(ok, followed, step), metric) if followed else []
+        charts += _charts(shown, ok, step) if shown else []
+        each = [shown] if shown else []
+    file = re.sub(r"[^\w.-]+", "-", f"{group.name}-{metric}" + ("" if step is None else f"-step-{step:05d}"))
+    parts.append(html.Div([_block(one, metric, i, file) for i, one in enumerate(charts)], className="plots"))
+    rows = [
+        _block(one, metric, i, file) for few in each for i, one in enumerate(tried(lambda few=few: tables(few), metric))
+    ]
+    if rows:
+        parts.append(html.Details([html.Summary("Numbers"), *rows], open=not charts))
+    return parts
+
+
+def _trajectory(ok: Sequence[Outcome], followed: str, step: int) -> Iterator[Chart]:
+    yield from (Chart(*drawn) for drawn in figures(ok, [followed], current=step))
+
+
+def _charts(shown: Sequence[Outcome], every: Sequence[Outcome], step: int | None) -> list[Block | str]:
+    """The figures of some outcomes, on the scales of all."""
+    metric = shown[0].metric
+    names = tried(lambda: dict.fromkeys(n for one in shown for n in drawable(one.result)), metric)
+    if (one := CATALOGUE.get(metric)) and one.drawn:
+        names = list(one.drawn)
+
+    def drawn(name: str) -> Iterator[Chart]:
+        limits = limits_of(every, name) if len(every) > 1 else None
+        per = next((e.quantity.per for o in shown if (e := entries(o).get(name))), ())
+        many = {} if limits is None or len(per) != 2 else {name: limits}
+        for figure, caption in figures(shown, [name], current=step, limits=many):
+            sample = limits is not None and len(shown) == 1 and len(per) == 1 and per[0] in DRAWS
+            yield Chart(figure, caption + (_common(figure, *limits) if limits and sample else ""))
+
+    return [
+        part if isinstance(name, str) else name
+        for name in names
+        for part in (tried(lambda name=name: drawn(name), metric) if isinstance(name, str) else [name])
+    ]
+
+
+def _common(figure: go.Figure, low: float, high: float) -> str:
+    """Put dots on the scale of all steps, unless that would empty the figure; says which."""
+    axes = list(figure.select_xaxes())
+    own = max(axis.range[1] - axis.range[0] for axis in axes)
+    if any(trace.name == "beyond the axis" for trace in figure.data) or EMPTIES * own < high - low:
+        return " The scale is that of this step alone: that of all steps would empty the figure."
+    for axis in axes:
+        title, titled = axis.title.text, bool(axis.title.text)
+        name, _, unit = (title or "").removesuffix(")").partition(" (")
+        set_linear(axis, name, re.sub(r"^\S*10\S* ?", "", unit), low, high)
+        axis.title.text = axis.title.text if titled else ""
+    return " The scale is that of all steps."
+
+
+def _elsewhere(metric: str, step: int, ok: Sequence[Outcome]) -> html.Div:
+    """Says that what follows is of another step, and offers those that there are."""
+    steps = [one.step for one in ok if one.step is not None]
+    near = sorted(sorted(steps, key=lambda each: abs(each - step))[:MOST_BUTTONS])
+    buttons = [
+        html.Button(f"{each:,}", id={"type": "go", "metric": metric, "step": each}, title=f"Go to step {each:,}")
+        for each in near
+    ]
+    text = f"Step {nearest(steps, step):,}, the nearest to {step:,} that has one."
+    return html.Div([html.P(text), html.Span("Go to step"), *buttons], className="elsewhere", role="status")
+
+
+def _failure(one: Outcome) -> html.Div:
+    where = one.subject if one.step is None else f"step {one.step:,}"
+    text = f"{one.error_type.rpartition('.')[2]}: {one.error}".strip(": ")
+    more = [html.Details([html.Summary("Traceback"), html.Pre(one.traceback)])] if one.traceback else []
+    return html.Div([html.B(f"{where}: {one.status}"), html.P(text), *more], className="failed", role="alert")
+
+
+def _block(one: Block | str, metric: str, index: int, file: str) -> Any:
+    if isinstance(one, Quote):  # a part that could not be made
+        return html.Div([html.B(one.source), html.P(one.text)], className="failed", role="alert")
+    if isinstance(one, Table):
+        head = [html.Th(name, scope="col") for name in one.headers]
+        rows = [html.Tr([html.Th(row[0], scope="row"), *map(html.Td, row[1:])]) for row in one.rows]
+        return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)]), className="scroll", tabIndex="0")
+    return _chart(one, metric, index, file) if isinstance(one, Chart) else html.P(str(one), className="note")
+
+
+def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
+    def name(kind: str) -> dict[str, Any]:
+        return {"type": kind, "metric": metric, "index": index}
+
+    one.figure.update_layout(meta={"file": f"{file}-{index + 1}"}, uirevision=metric)
+    plain = one.figure.to_dict()
+    for trace, made in zip(plain["data"], one.figure.data, strict=True):
+        if made.customdata is not None:  # as lists: Dash does not find a clicked point's entry in a packed array
+            trace["customdata"] = [x.tolist() if hasattr(x, "tolist") else x for x in made.customdata]
+    saves = [
+        html.Button(kind.upper(), id=name(kind), title=f"Save this figure as {kind.upper()}")
+        for kind in ("png", "svg", "html")
+    ]
+    under = [
+        html.Span(one.caption),
+        html.Span(saves, className="saves"),
+        html.Span(id=name("saved"), className="unseen"),
+    ]
+    graph = dcc.Graph(
+        id=name("figure"), figure=plain, config=_CONFIG, style={"height": one.figure.layout.height or 400}
+    )
+    return html.Figure(
+        [graph, html.Figcaption(under), dcc.Download(id=name("download"))],
+        className="selects" if has_steps(one.figure) else "",
+    )
+
+
+def has_steps(figure: go.Figure) -> bool:
+    """Whether points of it are steps, which a click goes to."""
+    return any(str(trace.hovertemplate or "").startswith("step %{customdata") for trace in figure.data)
