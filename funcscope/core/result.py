@@ -129,9 +129,14 @@ class Result:
         of_class = (item for base in reversed(cls.__mro__) for item in vars(base).items())
         return known | {name: each.quantity for name, each in of_class if isinstance(each, Derived)}
 
-    def entries(self) -> Iterator[Entry]:
-        """Every quantity that is there, mappings of named ones taken apart."""
+    def entries(self, only: str | None = None) -> Iterator[Entry]:
+        """Every quantity that is there, mappings of named ones taken apart.
+
+        only: the one of this documented name, without computing the others.
+        """
         for attribute, what in self.quantities().items():
+            if only is not None and what.name != "*" and only != (what.name or attribute):
+                continue
             value = getattr(self, attribute)
             stderr = getattr(self, what.stderr) if what.stderr else None
             if what.name == "*":

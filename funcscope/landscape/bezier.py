@@ -184,8 +184,8 @@ class Connection(Result):
     num_forwards = derived("forward passes", shown=False)(lambda self: self.line.num_forwards + self.path.num_forwards)
     num_gradients = derived("gradients", shown=False)(lambda self: len(self.history) * self.points)
 
-    def entries(self) -> Iterator[Entry]:
-        yield from super().entries()
+    def entries(self, only: str | None = None) -> Iterator[Entry]:
+        yield from super().entries(only)
         for before, path in (("", self.path), ("line_", self.line)):
             yield from (entry._replace(name=before + entry.name) for entry in path.entries())
 

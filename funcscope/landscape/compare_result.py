@@ -85,10 +85,10 @@ class Difference(Result):
             pairs = replace(pairs, p_value=nan, signs=pairs.signs._replace(p_value=nan))
         return replace(self, difference=scaled(self.difference, 1.0, math.nan), interval=(nan, nan), pairs=pairs)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, only: str | None = None) -> Iterator[Entry]:
         """With those of the pairs; the test is about means."""
-        of_pairs = () if self.pairs is None else self.pairs.entries()
-        own = (entry for entry in super().entries() if self.pairs is not None or entry.name != "p_value")
+        of_pairs = () if self.pairs is None else self.pairs.entries(only)
+        own = (entry for entry in super().entries(only) if self.pairs is not None or entry.name != "p_value")
         return chain(own, of_pairs)
 
 

@@ -188,9 +188,9 @@ class Flatness(Sampled, Result):
 
     lost = Sampled.unresolved_step
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, only: str | None = None) -> Iterator[Entry]:
         absent = PAIRED if self.delta_losses_negative is None else ()
-        return (entry for entry in super().entries() if entry.name not in absent)
+        return (entry for entry in super().entries(only) if entry.name not in absent)
 
     def asdict(self) -> dict[str, Any]:
         """As of every result; keys of the other side and of pairs are absent where one side was evaluated only."""

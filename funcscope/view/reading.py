@@ -132,7 +132,7 @@ def captioned(fig: go.Figure, one: Seen, how: str, *notes: str, whose: str = "")
 def _seen(outcome: Outcome, title: str, name: str) -> Seen | None:
     result = outcome.result
     assert result is not None
-    entry = next((each for each in result.entries() if each.name == name), None)
+    entry = next((each for each in result.entries(name) if each.name == name), None)
     values = None if entry is None or entry.value is None else numbers(entry)
     if entry is None or values is None or values["value"].ndim != len(entry.quantity.per):  # a word, or a range
         return None

@@ -62,7 +62,7 @@ def table(results: Results, metrics: Sequence[str] | None = None, *, rows: bool 
     """
     outcomes = [o for o in results.outcomes if on(o) == "model" and (metrics is None or o.metric in metrics)]
     mains = {(outcome.subject, outcome.metric): (outcome, _main(outcome)) for outcome in outcomes}
-    texts = {key: _brief(said(o)[e.name]) if e else "" if o.ok else o.status for key, (o, e) in mains.items()}
+    texts = {key: _brief(_text(o, e)) if e else "" if o.ok else o.status for key, (o, e) in mains.items()}
     labels = {metric: _with_unit(o, e) for (_, metric), (o, e) in mains.items() if e is not None}
     chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
     subjects = {outcome.subject: outcome for outcome in outcomes}
@@ -118,12 +118,14 @@ def said(outcome: Outcome) -> dict[str, str]:
     """By name, every single value or interval with its error, or why there is none."""
     if outcome.result is None:
         return {}
-    texts, lost = outcome.result.texts, outcome.result.unresolved  # once: a result computes them
-    return {
-        name: typeset(texts[name]) if name in texts else "not resolved" if name in lost else " to ".join(cells(entry))
-        for name, entry in entries(outcome).items()
-        if entry.quantity.per in ((), BOUNDS)
-    }
+    return {name: _text(outcome, e) for name, e in entries(outcome).items() if e.quantity.per in ((), BOUNDS)}
+
+
+def _text(outcome: Outcome, entry: Entry) -> str:
+    assert outcome.result is not None
+    if entry.name in outcome.result.texts:
+        return typeset(outcome.result.texts[entry.name])
+    return "not resolved" if entry.name in outcome.result.unresolved else " to ".join(cells(entry))
 
 
 def told(outcome: Outcome) -> dict[str, str]:
@@ -189,7 +191,13 @@ def _shown(outcomes: Sequence[Outcome], most: int = MOST_COLUMNS) -> list[Outcom
 
 def _main(outcome: Outcome) -> Entry | None:
     """The single number that stands for a result: the first that its page draws, or the first there is."""
-    one, single = CATALOGUE.get(outcome.metric), _scalars(outcome)
+    one = CATALOGUE.get(outcome.metric)
+    for name in one.drawn if one and outcome.result is not None else ():
+        assert outcome.result is not None
+        for entry in outcome.result.entries(name):
+            if entry.name == name and entry.quantity.per in ((), BOUNDS):
+                return entry
+    single = _scalars(outcome)
     return next((single[name] for name in (one.drawn if one and one.drawn else single) if name in single), None)
 
 
