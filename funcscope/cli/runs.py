@@ -108,7 +108,8 @@ def _table(results: Results) -> Listing:
     for model in next(iter(results.groups.values())):
         row = [str(model.step), *(f"{float(getattr(curves, name)[places[model.step or 0]]):.3g}" for name in losses)]
         for metric, names in COLUMNS.items():
-            result = model.metrics[metric].outcome.result
+            outcome = model.metrics.outcomes.get(metric)
+            result = None if outcome is None else outcome.result
             row += ["" if result is None else _number(result, name) for name in names]
         rows.append(tuple(row))
     titles = (
