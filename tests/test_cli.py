@@ -225,8 +225,8 @@ def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(t
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with the signal ignored
         write = store.write
-        def held(path, data):
-            write(path, data)
+        def held(path, data, **how):
+            write(path, data, **how)
             if len(list(path.parent.glob("step_*.safetensors"))) == 3:
                 Path({str(tmp_path / "third")!r}).touch()
                 time.sleep(600)  # until the signal
@@ -345,3 +345,16 @@ def test_the_configuration_comes_from_file_then_options(run, tmp_path, capsys, m
     assert cli.main([*call, "--set", "timeout_seconds=60"]) == 0
     config = json.loads((tmp_path / "o" / "study.json").read_text())["config"]
     assert (config["split"], config["seed"], config["timeout_seconds"]) == ("test", 3, 60)
+
+
+@pytest.mark.parametrize("setting", ["fisher_method=x", "fisher_n_samples=-1", "num_samples=-1", "split=x"])
+def test_every_option_in_a_message_is_an_option_of_the_command(setting, models, tmp_path, capsys):
+    paths, data = models
+    for command in (["directional", paths[0]], ["analyze", paths[0], "--metrics", "mean_loss"]):
+        assert cli.main([*command, "--data", data, "--out", str(tmp_path), "--set", setting]) == 2
+        said = capsys.readouterr().err
+        named = set(re.findall(r"--[a-z][a-z-]*", said.splitlines()[-1]))
+        with pytest.raises(SystemExit):
+            cli.main([command[0], "--help"])
+        assert named, said
+        assert named <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
