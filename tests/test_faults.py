@@ -298,7 +298,7 @@ class Any(Result):
         (torch.zeros(2, dtype=torch.bfloat16), "failed"),
         (torch.eye(2).to_sparse(), "failed"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_whatever_a_metric_gives_is_a_result_that_comes_back_or_a_failure(value, status, cache):
     odd = Metric("odd", lambda theta: Any(value), ("theta",))

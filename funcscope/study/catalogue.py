@@ -64,7 +64,7 @@ for _one in (
     ),
     of_function(
         "hessian_trace", measures.hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),
-        cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
+        drawn=("value",), cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
     ),
     of_function(
         "fisher_information", measures.fisher_information, ("loss", "theta", KEY),
@@ -80,18 +80,21 @@ for _one in (
     ),
     of_function(
         "asam_sharpness", asam_sharpness, ("loss", "theta"), category="curvature", cost=lambda _: 7,
-        reference="Kwon et al. (2021), arXiv:2102.11600",
+        drawn=("absolute", "relative"), reference="Kwon et al. (2021), arXiv:2102.11600",
+        sentence="A step up the gradient, in units of the weights, raises the loss by {absolute}.",
     ),
     of_function(
         "average_sharpness", average_sharpness, ("loss", "theta", KEY), category="curvature", without=("trace",),
-        cost=lambda s: 1 + 2 * s["num"],
+        drawn=("sharpness", "values"), cost=lambda s: 1 + 2 * s["num"],
+        sentence="Steps of length {epsilon} in random directions raise the loss by {sharpness} on average.",
     ),
     of_function(
-        "critical_sharpness", critical_sharpness, ("loss", "theta"), category="curvature", cost=lambda _: 15,
+        "critical_sharpness", critical_sharpness, ("loss", "theta"), category="curvature", drawn=("value",),
+        cost=lambda _: 15, sentence="Along the gradient, the critical sharpness is {value}.",
     ),
     Metric(
         "effective_dimensionality", measures.effective_dimensionality, ("params",), category="weights", cost=lambda _: 0,
-        reference="Roy and Vetterli (2007)",
+        reference="Roy and Vetterli (2007)", drawn=("effective_rank", "participation_ratio"),
     ),
     of_function(
         "hessian_largest_eigenvalues", measures.hessian_largest_eigenvalues, ("loss", "theta", KEY), category="curvature",
@@ -111,7 +114,7 @@ for _one in (
     ),
     Metric(
         "m_sharpness", m_sharpness, ("loss", "theta"), {"m": 1, "epsilon": 0.01}, category="curvature", cost=lambda _: 5,
-        by_batch=True,
+        drawn=("sharpness", "values"), by_batch=True,
         reference="Foret et al. (2021), arXiv:2010.01412",
     ),
     of_function(

@@ -122,6 +122,8 @@ class UnifiedConfig:
     split: str = "train"
     """Of the checkpoints of a family, whose data are its own: `train`, `test` or `probe`."""
     compute_qkov: bool | None = None
+    hard_timeout: bool = False
+    """Run every metric in a process of its own, which is killed when `timeout_seconds` are over, whatever it does."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -253,6 +255,7 @@ class UnifiedConfig:
             max_memory_gb=float(self.max_memory_gb),
             cleanup=self.aggressive_cleanup,
             deterministic=self.deterministic,
+            hard_timeout=self.hard_timeout,
             log_memory=self.enable_memory_tracking and self.verbose,
         )
 

@@ -270,7 +270,7 @@ class FlatnessProfile(Result):
     )
     expected_delta_loss_stderr: Tensor = quantity("its standard error", unit="loss", per="epsilon", shown=False)
     rounding_delta_loss: float = quantity("what rounding leaves of a pair mean", unit="loss")
-    trace: Estimate = quantity("trace of the Hessian", name="hessian_trace", unit="loss")
+    trace: Estimate = quantity("trace of the Hessian", name="hessian_trace", unit="loss per distance^2")
     baseline_loss: float = quantity("loss", unit="loss", shown=False)
     param_norm: float
     epsilon: list[float] = internal()

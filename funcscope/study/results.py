@@ -170,7 +170,9 @@ class Results:
         What an earlier study has measured there beside them stays in the list, as long as the model has the same weights.
         """
         rows = [
-            {"metric": o.metric, "subject": o.subject, "content": o.content} if o.content else {"lost": plain(o)}
+            {"metric": o.metric, "subject": o.subject, "step": o.step, "group": o.group, "content": o.content}
+            if o.content
+            else {"lost": plain(o)}
             for o in self.outcomes  # without content: the model could not be opened, and there is no cell
         ]
         path = folder / MANIFEST
@@ -184,8 +186,11 @@ class Results:
     def open(cls, folder: str | Path) -> Results:
         """The results of a study that was saved there, without its models.
 
-        Raises FileNotFoundError where there is none, ValueError where an outcome is no longer in its cache.
+        What is no longer in its cache, or of a class that is not imported or has other fields, is an outcome that says so.
+        Raises FileNotFoundError where there is no study.
         """
+        from . import catalogue as catalogue  # whose metrics are those of pairs and series
+
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no study (a {MANIFEST}): `funcscope analyze --out` makes one.")
@@ -195,13 +200,8 @@ class Results:
             if "lost" in row:
                 outcomes.append(Outcome(**row["lost"]))
                 continue
-            outcome = cache.get(Cell(row["metric"], row["subject"], row["content"]))
-            if outcome is None:
-                raise ValueError(
-                    f"{row['metric']} of {row['subject']} cannot be read from {cache.root}: run the same study again, or "
-                    "import the module that defines its class, where that is one of your own."
-                )
-            outcomes.append(outcome)
+            cell = Cell(row["metric"], row["subject"], row["content"])
+            outcomes.append(cache.get(cell) or _unread(row, cache))
         return cls(tuple(outcomes))
 
     def __str__(self) -> str:
@@ -216,6 +216,15 @@ class Results:
     def _repr_html_(self) -> str:
         rows = [[o.subject, o.metric, o.status, o.error] for o in self.outcomes]
         return tabulate(rows, headers=("model", "metric", "status", ""), tablefmt="html", disable_numparse=True)
+
+
+def _unread(row: Mapping[str, Any], cache: Cache) -> Outcome:
+    return Outcome(
+        row["metric"], row["subject"], row.get("step"), row["content"].get("task", ""), "failed", group=row.get("group", ""),
+        content=row["content"], error_type="Unread",
+        error=f"its stored result cannot be read from {cache.root}: run the same study again, or import the module that "
+        "defines its class, where that is one of your own.",
+    )  # fmt: skip
 
 
 def _earlier(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
