@@ -345,3 +345,16 @@ def test_the_configuration_comes_from_file_then_options(run, tmp_path, capsys, m
     assert cli.main([*call, "--set", "timeout_seconds=60"]) == 0
     config = json.loads((tmp_path / "o" / "study.json").read_text())["config"]
     assert (config["split"], config["seed"], config["timeout_seconds"]) == ("test", 3, 60)
+
+
+@pytest.mark.parametrize("setting", ["fisher_method=x", "fisher_n_samples=-1", "num_samples=-1", "split=x"])
+def test_every_option_in_a_message_is_an_option_of_the_command(setting, models, tmp_path, capsys):
+    paths, data = models
+    for command in (["directional", paths[0]], ["analyze", paths[0], "--metrics", "mean_loss"]):
+        assert cli.main([*command, "--data", data, "--out", str(tmp_path), "--set", setting]) == 2
+        said = capsys.readouterr().err
+        named = set(re.findall(r"--[a-z][a-z-]*", said.splitlines()[-1]))
+        with pytest.raises(SystemExit):
+            cli.main([command[0], "--help"])
+        assert named, said
+        assert named <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

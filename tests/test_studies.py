@@ -5,6 +5,7 @@ import json
 import pytest
 from folders import folder, texts
 
+import funcscope as fs
 from funcscope import cli
 from funcscope.study.catalogue import CATALOGUE
 
@@ -99,3 +100,19 @@ def test_what_does_not_fit_is_a_line_on_stderr(study, tmp_path, change, said, ca
 def test_several_paths_without_texts_are_refused(study, capsys):
     assert cli.main(["analyze", *study[2]]) == 2
     assert "--data FILE" in capsys.readouterr().err
+
+
+def test_what_hangs_on_the_batches_is_measured_anew_for_others(study, tmp_path):
+    command, _, models = study
+    data = command[command.index("--data") + 1]
+
+    def sharpness(batch_size, out):
+        few = {"num_samples": 8, "max_seq_length": 8, "batch_size": batch_size, "verbose": False}
+        config = fs.UnifiedConfig(
+            dataset_name=data, output_dir=str(tmp_path / out), metrics=("m_sharpness",), settings={"m_sharpness": {"m": 3}}, **few
+        )  # fmt: skip
+        return fs.analyze_models(models[:1], config).models[models[0]].metrics["m_sharpness"].result
+
+    whole = sharpness(8, "a")
+    assert (whole.num_left_out, sharpness(4, "a").num_left_out) == (2, 2)
+    assert sharpness(4, "a") == sharpness(4, "b") != whole == sharpness(8, "a")

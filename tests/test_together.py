@@ -138,3 +138,29 @@ def test_curves_are_those_of_the_run(sources):
     assert outcome.result.coords["step"] == [0, 40]
     (missing,) = run([metric("training_curves")], sources)
     assert "does not provide 'curves'" in missing.error
+
+
+def test_models_on_several_data_are_together_with_those_on_the_same():
+    class On(InMemory):
+        on = property(lambda self: self.name[-1])
+
+    models = [On({"data": made.loss()}, name) for name in ("a on p", "a on q", "b on p", "b on q")]
+    pair, series = (Metric(on, abs, ("thetas",), on=on) for on in ("pair", "series"))
+    assert [one.id for one, _ in arranged([pair, series], models)] == [
+        "a on p to b on p", "a on q to b on q", "all models on p", "all models on q",
+    ]  # fmt: skip
+    assert [one.id for one, _ in arranged([pair], models[2:], models[:2])] == ["a on p to b on p", "a on q to b on q"]
+
+
+def test_a_series_of_the_same_weights_under_other_names_has_its_own(tmp_path):
+    for names in ("ab", "cd"):
+        models = [
+            InMemory({"data": made.loss()}, name, s * made.theta(), content="1") for name, s in zip(names, (1, 2))
+        ]
+        (outcome,) = run([metric("barrier_matrix").configured(num=3)], models, cache=Cache(tmp_path))
+        assert outcome.result.names == tuple(names)
+
+
+def test_a_plane_of_two_checkpoints_says_that_it_needs_more(sources):
+    (outcome,) = run([metric("trajectory_plane").configured(num=3)], sources[:2])
+    assert "three checkpoints" in outcome.error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _warnings_in_a_line():
             return args.run(args)
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError, MemoryError, RuntimeError) as err:
-        print(f"funcscope: {_with_flags(_one_line(err))}", file=sys.stderr)
+        print(f"funcscope: {_with_flags(_one_line(err), vars(args))}", file=sys.stderr)
         return 2
 
 
@@ -66,11 +66,16 @@ def _one_line(err: object) -> str:
     return " ".join(" ".join([str(err) or type(err).__name__, *notes]).split())
 
 
-def _with_flags(text: str) -> str:
-    """Arguments of Python by the names that they have here."""
-    flags = {name: name for one in COMMANDS for name in one.flags}
-    names = flags | {each.name: each.name for each in fields(UnifiedConfig)}
-    names |= {"n_samples": "samples", "dataset_name": "data"}
-    for name, flag in names.items():
-        text = text.replace(f"`{name}`", f"`--{flag.replace('_', '-')}`")
+def _with_flags(text: str, options: Collection[str]) -> str:
+    """Arguments of Python by the names that they have in this command: an option, or what `--set` takes."""
+    named = {name: f"--{name.replace('_', '-')}" for name in options if name not in _NO_OPTIONS}
+    named |= {name: f"--{flag}" for name, flag in _OTHERWISE.items() if flag in options or name in options}
+    if "changes" in options:
+        named = {each.name: f"--set {each.name}" for each in fields(UnifiedConfig)} | named
+    for name, flag in named.items():
+        text = text.replace(f"`{name}`", f"`{flag}`").replace(f"`{name}=True`", f"`{flag}`")
     return text
+
+
+_OTHERWISE = {"n_samples": "samples", "dataset_name": "data"}
+_NO_OPTIONS = ("run", "changes", "model", "models", "a", "b", "folder", "family", "variant")

@@ -35,7 +35,7 @@ def add_check(commands: Any) -> None:
     )
     add_fields(show.add_argument_group("texts"), TEXTS, FEW)
     add_fields(show.add_argument_group("computing"), COMPUTING, FEW)
-    show.set_defaults(run=_check, changes=[])
+    show.set_defaults(run=_check)
 
 
 def _check(args: argparse.Namespace) -> int:

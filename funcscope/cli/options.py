@@ -91,7 +91,7 @@ def changed(args: argparse.Namespace, flags: Mapping[str, Flag]) -> tuple[dict[s
             for target in flag.settings:
                 metric, _, setting = target.partition(".")
                 settings.setdefault(metric, {})[setting] = value
-    for text in args.changes:
+    for text in getattr(args, "changes", ()):
         name, equals, value = text.partition("=")
         metric, dot, setting = name.partition(".")
         if not equals:

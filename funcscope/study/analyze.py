@@ -16,6 +16,7 @@ from .opening import DataSpec
 from .results import Results
 from .runs import HEAD, Runs
 from .subject import STEP, Checkpoint, Pretrained, Source
+from .together import data_of
 
 
 def analyze_models(
@@ -50,7 +51,7 @@ def analyze_models(
         cache=Cache(out / "cache" if config.use_cache or config.save_results else None),
         options=config.options(),
         quiet=not config.verbose,
-        base=None if config.base_model is None else sources_of(config.base_model, config)[0],
+        bases=_bases(config),
         **run_options,
     )
     results = Results(tuple(outcomes))
@@ -59,6 +60,14 @@ def analyze_models(
     if config.save_plots:  # figures are a floor above this one, and an extra
         import_module("funcscope.view.report").save_plots(results, out / "figures")
     return results
+
+
+def _bases(config: UnifiedConfig) -> list[Source]:
+    """The model that pairs compare the others with, once for each data; of a run, its first checkpoint."""
+    if config.base_model is None:
+        return []
+    each = sources_of(config.base_model, config)
+    return list({data_of(one): one for one in reversed(each)}.values())[::-1]
 
 
 def sources_of(path: str | Path | Source, config: UnifiedConfig) -> list[Source]:

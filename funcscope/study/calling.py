@@ -100,7 +100,7 @@ class Call:
         if chunk > 1:
             self.plan["chunk"] = chunk // 2
             return True
-        if self.loss is None:
+        if self.loss is None or self.one.by_batch:
             return False
         now = self.loss.batch_size if self.size is None else self.size
         smaller = max(self.options.min_batch_size, now // 2)

@@ -114,7 +114,7 @@ for _one in (
     ),
     Metric(
         "m_sharpness", m_sharpness, ("loss", "theta"), {"m": 1, "epsilon": 0.01}, category="curvature", cost=lambda _: 5,
-        drawn=("sharpness", "values"),
+        drawn=("sharpness", "values"), by_batch=True,
         reference="Foret et al. (2021), arXiv:2010.01412",
     ),
     of_function(

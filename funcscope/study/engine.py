@@ -20,7 +20,7 @@ from .calling import Call, Needed, lost, spoken
 from .meter import Options
 from .metric import KEY, Metric, with_members, with_needs
 from .record import versions
-from .subject import Source, Subject
+from .subject import Source, Subject, batch_size
 from .together import Together, arranged
 
 PACKAGES = cache(versions)
@@ -59,7 +59,7 @@ def run(
     executor: Executor | None = None,
     watch: Callable[[Outcome], object] = lambda _: None,
     quiet: bool = True,
-    base: Source | None = None,
+    bases: Sequence[Source] = (),
 ) -> list[Outcome]:
     """Every metric on every source, from the cache or made and kept there; in the order of the sources, then of the metrics.
 
@@ -67,8 +67,8 @@ def run(
 
     tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes
     by `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is
-    there. base: what pairs compare the others with, measured as they are. Whatever stops the call, what was made until then
-    is kept, and the same call goes on from there.
+    there. bases: what pairs compare the others with, one for each data, measured as they are. Whatever stops the call,
+    what was made until then is kept, and the same call goes on from there.
 
     Raises ValueError where two sources or two metrics have one name, where metrics need each other, and, without
     `skip_on_error`, whatever a metric raises.
@@ -76,9 +76,9 @@ def run(
     check_metrics(metrics)
     check_names(sources)
     every = list(with_members(metrics))
-    if base is not None and base.id not in {one.id for one in sources} and any(one.on == "pair" for one in every):
-        sources = [base, *sources]
-    plan = list(arranged(every, sources, base))
+    if any(one.on == "pair" for one in every):
+        sources = [*(base for base in bases if base.id not in {one.id for one in sources}), *sources]
+    plan = list(arranged(every, sources, bases))
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
@@ -202,6 +202,8 @@ class Bench:
             "seed": self.options.seed if KEY in one.needs else None,
             "of": {name: digest.of_json([each.content for each in parts]) for name, parts in needed.items()},
         }  # fmt: skip
+        if one.by_batch:
+            content["batches"] = batch_size(self.job.source, task)
         return Cell(one.name, self.job.source.id, content)
 
     def _stored(self, cell: Cell) -> Outcome | None:

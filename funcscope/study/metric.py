@@ -54,6 +54,8 @@ class Metric:
     those of all of these, in a tuple."""
     at: Literal["every", "phases"] = "every"
     """Of a training run, every checkpoint, or the start, where it has memorised, and the end."""
+    by_batch: bool = False
+    """Whether its numbers depend on which sequences share a batch, which is then never split and part of what they are of."""
     task: str | None = None
     """The data that it looks at, by name; the study's first where it has no preference."""
     reference: str = ""

@@ -251,6 +251,12 @@ class InMemory:
         return Subject(here, self.theta, lambda task: _task(self.losses, task))
 
 
+def batch_size(source: Source, task: str) -> int | None:
+    """Sequences of a batch; None where the digest of the data says how they are cut."""
+    tasks = getattr(source, "tasks", None)
+    return None if tasks is None else _task(tasks, task).batch_size
+
+
 def _task(tasks: Mapping[str, Any], task: str) -> Any:
     if task not in tasks:
         raise ValueError(f"there are no data {task!r}{nearest(task, tasks)}")

@@ -50,7 +50,8 @@ class Together:
         each = [source.digest(sums) for source in self.sources]
         curves = self.curves()
         known = None if curves is None else {name: np.asarray(value).tolist() for name, value in curves.items()}
-        return None if None in each else digest.of_json([each, [source.step for source in self.sources], known])
+        names = [[source.id, source.step] for source in self.sources]
+        return None if None in each else digest.of_json([each, names, known])
 
     def data_digest(self, task: str, sums: Sums) -> str:
         return digest.of_json([source.data_digest(task, sums) for source in self.sources])
@@ -89,12 +90,13 @@ def phases_of(sources: Sequence[Source]) -> list[Source]:
 
 
 def arranged(
-    metrics: Sequence[Metric], sources: Sequence[Source], base: Source | None = None
+    metrics: Sequence[Metric], sources: Sequence[Source], bases: Sequence[Source] = ()
 ) -> Iterator[tuple[Source, list[Metric]]]:
     """Which metrics are measured on which subjects: models first, then pairs and series of them.
 
     A metric at the `phases` looks at three checkpoints of a run. A pair is the checkpoint that has memorised and the last
     one of a run; of models without a step, the first and each other one. A series is a run, or all models without a step.
+    Models on several data are together with those on the same alone. bases: what each other one is a pair with instead.
     """
     groups = groups_of(sources)
     at_phases = {id(one) for group in groups.values() for one in phases_of(group)}
@@ -103,7 +105,7 @@ def arranged(
         chosen = [metric for metric in alone if metric.at == "every" or id(source) in at_phases]
         if chosen:
             yield source, chosen
-    pairs = _pairs(groups) if base is None else (_pair(base, one, base.id) for one in sources if one.id != base.id)
+    pairs = _with_bases(bases, sources) if bases else _pairs(groups)
     for on, sets in (("pair", pairs), ("series", _series(groups))):
         if about := [metric for metric in metrics if metric.on == on]:
             yield from ((one, about) for one in sets)
@@ -114,8 +116,16 @@ def _pairs(groups: Mapping[str, list[Source]]) -> Iterator[Together]:
         if len(sources) > 1:
             memorised, last = phases_of(sources)[-2:]
             yield _pair(memorised, last, name)
-    models = _models(groups)
-    yield from (_pair(models[0], other, models[0].id) for other in models[1:])
+    for first, *others in _models(groups).values():
+        yield from (_pair(first, other, first.id) for other in others)
+
+
+def _with_bases(bases: Sequence[Source], sources: Sequence[Source]) -> Iterator[Together]:
+    of_data, names = {data_of(base): base for base in bases}, {base.id for base in bases}
+    for one in sources:
+        if one.id not in names:
+            base = of_data.get(data_of(one), bases[0])
+            yield _pair(base, one, base.id)
 
 
 def _pair(first: Source, second: Source, group: str) -> Together:
@@ -124,9 +134,21 @@ def _pair(first: Source, second: Source, group: str) -> Together:
 
 def _series(groups: Mapping[str, list[Source]]) -> Iterator[Together]:
     yield from (Together(tuple(each), name, name) for name, each in groups.items() if len(each) > 1)
-    if len(models := _models(groups)) > 1:
-        yield Together(tuple(models), "all models", "all models")
+    for data, models in _models(groups).items():
+        if len(models) > 1:
+            name = f"all models on {data}" if data else "all models"
+            yield Together(tuple(models), name, name)
 
 
-def _models(groups: Mapping[str, list[Source]]) -> list[Source]:
-    return [each[0] for each in groups.values() if len(each) == 1]
+def _models(groups: Mapping[str, list[Source]]) -> dict[str, list[Source]]:
+    """Those that are of no run, by the name of their data."""
+    by_data: dict[str, list[Source]] = {}
+    for each in groups.values():
+        if len(each) == 1:
+            by_data.setdefault(data_of(each[0]), []).append(each[0])
+    return by_data
+
+
+def data_of(source: Source) -> str:
+    """The name of its data, where there are several."""
+    return getattr(source, "on", "")

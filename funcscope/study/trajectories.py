@@ -89,6 +89,10 @@ def trajectory_plane(
     The plane goes through the last checkpoint; `principal_directions` says what the shares mean. Running statistics, where
     the network tracks any, are re-estimated from the data at every point: checkpoints far from the last have others.
     """
+    if len(thetas) < 3:
+        raise ValueError(
+            f"a plane through training needs three checkpoints or more, got {len(thetas)}: pass more of them."
+        )
     path = principal_directions(thetas, num=2, center="last")
     low, high = path.coordinates.amin(0), path.coordinates.amax(0)
     pad = MARGIN * torch.maximum(high - low, 1e-3 * (high - low).max())
