@@ -987,3 +987,17 @@ def test_a_classifier_reads_pairs_of_texts(tmp_path):
         ids = made(a, b)["input_ids"]
         assert batch["input_ids"][row, : len(ids)].tolist() == ids
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_numbers_as_labels_of_a_model_with_named_classes_are_said(tmp_path):
+    model = tmp_path / "bert"
+    made = MODELS["bert classifier"][0]()
+    made.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    made.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
+    made.save_pretrained(model)
+    words().save_pretrained(model)
+    loaded = load_model(model)
+    texts = [Example("w5 w6", 1), Example("w7", 0)]
+    with pytest.warns(UserWarning, match="labels are numbers, and the model names its classes 'no', 'maybe', 'yes'"):
+        data = make_batches(texts, load_tokenizer(model, loaded), loaded, task="classification", max_seq_length=16)
+    assert data.batches[0]["labels"].tolist() == [1, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -90,5 +92,12 @@ def _class_row(tokens: Tokens, _index: int, *, config: PreTrainedConfig) -> Row 
         raise ValueError(
             f"{tokens.where}: the label {label!r} is no class of the model: a number from 0 to {config.num_labels - 1}, "
             f"or a name in its `label2id` ({known})."
+        )
+    names = [str(name) for name in config.label2id]
+    if not isinstance(label, str) and not any(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        warnings.warn(  # the same text each time, and shown once
+            f"labels are numbers, and the model names its classes {', '.join(map(repr, names[:5]))}: they are taken in the "
+            "order of its `label2id`. Where the file counts otherwise, the losses are those of other classes.",
+            stacklevel=2,
         )
     return Row(tokens.ids, tokens.types, number, 1) if tokens.ids else None
