@@ -93,7 +93,7 @@ def _class_row(tokens: Tokens, _index: int, *, config: PreTrainedConfig) -> Row 
             f"{tokens.where}: the label {label!r} is no class of the model: a number from 0 to {config.num_labels - 1}, "
             f"or a name in its `label2id` ({known})."
         )
-    names = [str(name) for name in config.label2id]
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)]
     if not isinstance(label, str) and not any(re.fullmatch(r"LABEL_\d+", name) for name in names):
         warnings.warn(  # the same text each time, and shown once
             f"labels are numbers, and the model names its classes {', '.join(map(repr, names[:5]))}: they are taken in the "
