@@ -27,8 +27,8 @@ from transformers.utils import logging as hf_logging
 
 import funcscope as fs
 from funcscope.study.inputs import Example, load_model, load_tokenizer, make_batches, read_texts, task_of
-from funcscope.study.inputs.quiet import one_line
 from funcscope.study.inputs.tokens import max_positions
+from funcscope.study.quiet import one_line
 
 exact = partial(assert_close, rtol=1e-10, atol=1e-12)
 TASKS = {"causal": fs.causal_lm, "masked": fs.masked_lm, "classification": fs.classification}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -28,12 +28,10 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from ...core.checks import check_choice
-from .folder import json_object, local_folder, settings, stored_dtype, weight_files
-from .quiet import one_line, quiet
+from ..folder import json_object, local_folder, settings, stored_dtype, weight_files
+from ..quiet import one_line, quiet
+from ..texts import DType, Task
 from .tokens import embedding_rows
-
-Task = Literal["causal", "masked", "classification", "seq2seq"]
-DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal"),

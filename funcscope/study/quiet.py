@@ -10,12 +10,10 @@ from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import logging as hf_logging
 
 _UNREADABLE = (
-    SafetensorError, StrictDataclassError, UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError,
+    SafetensorError, UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError,
     ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """What parsers and constructors raise for files that are not theirs, or that say what cannot be."""
@@ -39,7 +37,8 @@ class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if err is not None and (kind is Exception or isinstance(err, _UNREADABLE)):
+        strict = any(base.__name__ == "StrictDataclassError" for base in type(err).__mro__)  # of huggingface_hub
+        if err is not None and (kind is Exception or strict or isinstance(err, _UNREADABLE)):
             raise ValueError(f"{self.what} ({first_line(err)}).") from err
 
 
@@ -53,6 +52,8 @@ def first_line(err: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No log line, warning or progress bar of transformers inside; afterwards everything is as it was."""
+    from transformers.utils import logging as hf_logging  # takes longer to import than torch
+
     level, hook = hf_logging.get_verbosity(), hf_logging.set_tqdm_hook(_disabled)
     hf_logging.set_verbosity(logging.CRITICAL)
     try:
