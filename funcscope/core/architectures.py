@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from .pretrained import Config
+from .imported import Config
 
 
 class Family(NamedTuple):

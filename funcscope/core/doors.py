@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
+from .imported import is_compiled
 from .skeleton import closed_over, make_skeleton
 
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
@@ -21,8 +21,8 @@ Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
 
 def unwrapped(model: Any) -> nn.Module:
     """The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`; refuses what is no Python module."""
-    while isinstance(model, (DataParallel, DistributedDataParallel, OptimizedModule)):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    while isinstance(model, (DataParallel, DistributedDataParallel)) or is_compiled(model):
+        model = model._orig_mod if is_compiled(model) else model.module
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(
@@ -60,8 +60,9 @@ def running(skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]) -> nn.Modu
     """A copy that may be called and that holds these buffers themselves; what was compiled runs as it was written."""
     memo: dict[int, Any] = {id(own): buffers[name] for name, own in skeleton.named_buffers()}
     module = copy.deepcopy(skeleton, memo)
+    part: Any
     for part in module.modules():
-        if isinstance(part, OptimizedModule):
+        if is_compiled(part):
             part.forward = part._orig_mod.__call__
     return module
 

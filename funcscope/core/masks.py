@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from .architectures import FULL, SLIDING, Family, computes_in_float32, family_of, has_alibi, layer_types, remedy, window
-from .pretrained import Config, Model
+from .imported import Config, Model
 
 
 def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:

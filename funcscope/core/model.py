@@ -19,9 +19,9 @@ from .architectures import computes_in_float32, has_linear_head
 from .checks import check_choice, check_device, check_params
 from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
 from .forward import WRITES, Inputs, arguments, kernel, logits_of, named_errors
+from .imported import Model, is_pretrained
 from .layout import Layout, Params
 from .masks import with_float_mask
-from .pretrained import Model, is_pretrained
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .pretrained import Model, is_new_gelu, is_pretrained
+from .imported import Model, is_new_gelu, is_pretrained
 from .primitives import replaced as replaced
 
 

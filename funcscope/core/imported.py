@@ -1,11 +1,9 @@
-"""Hugging Face's classes without their import, which takes longer than torch's: who has an instance has it imported."""
+"""Classes without their import, which takes as long as torch's or longer: who has an instance has it imported."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
-
-from torch import nn
 
 Config = Any
 """A `PreTrainedConfig`."""
@@ -13,18 +11,23 @@ Model = Any
 """A `PreTrainedModel`."""
 
 
-def is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: object) -> bool:
     """Whether it is a `PreTrainedModel`.
 
-    >>> is_pretrained(nn.Linear(1, 1))
+    >>> is_pretrained(1)
     False
     """
     return _is(module, "transformers.modeling_utils", "PreTrainedModel")
 
 
-def is_new_gelu(module: nn.Module) -> bool:
+def is_new_gelu(module: object) -> bool:
     """Whether it is the GELU of GPT-2, whose cube has no fused kernel."""
     return _is(module, "transformers.activations", "NewGELUActivation")
+
+
+def is_compiled(module: object) -> bool:
+    """Whether `torch.compile` has made it."""
+    return _is(module, "torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def _is(value: object, module: str, name: str) -> bool:
