@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from . import tables
@@ -117,7 +117,7 @@ class Crossed(Estimate):
 def interval(estimate: Estimate, level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of an estimate, from its total error where it has one; nan where no error is defined."""
     stderr, dof = _error(estimate)
-    half = float(stats.t.ppf((1 + level) / 2, dof)) * stderr if dof > 0 else math.nan
+    half = float(scipy.stats.t.ppf((1 + level) / 2, dof)) * stderr if dof > 0 else math.nan
     return float(estimate.value) - half, float(estimate.value) + half
 
 
@@ -129,7 +129,7 @@ def p_value(estimate: Estimate) -> float:
         return math.nan
     if stderr == 0:
         return 1.0 if value == 0 else 0.0
-    return float(2 * stats.t.sf(value / stderr, dof))
+    return float(2 * scipy.stats.t.sf(value / stderr, dof))
 
 
 def _error(estimate: Estimate) -> tuple[float, float]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from .estimate import Crossed, Estimate
@@ -106,7 +106,7 @@ def ratio_interval(
         return math.nan, math.nan
     both = torch.stack([numerators, denominators]).double()
     a, b = both.mean(1).tolist()
-    (aa, ab), (_, bb) = (float(stats.t.ppf((1 + level) / 2, num - 1)) ** 2 / num * both.cov()).tolist()
+    (aa, ab), (_, bb) = (float(scipy.stats.t.ppf((1 + level) / 2, num - 1)) ** 2 / num * both.cov()).tolist()
     square, middle, rest = b * b - bb, a * b - ab, a * a - aa
     if square <= 0:
         return math.nan, math.nan

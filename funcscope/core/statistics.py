@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import special, stats
 from torch import Tensor
 
 from .estimate import Estimate
@@ -115,7 +115,7 @@ def quantile(x: Samples, q: float) -> Estimate:
     if num < 2:
         return _undefined(x)
     ordered, rank = x.sort().values, (num - 1) * q
-    weights = x.new_tensor(np.diff(special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
+    weights = x.new_tensor(np.diff(scipy.special.betainc(rank + 1, num - rank, np.arange(num + 1) / num)))
     spread = ordered - ordered[0].detach()  # 0 where all samples are equal, on every processor
     centre = weights @ spread
     return Estimate(
@@ -152,7 +152,7 @@ def signs(x: Samples) -> Signs:
     above, below = int((x > 0).sum()), int((x < 0).sum())
     if not len(x):
         return Signs(0, 0, float("nan"))
-    return Signs(above, below, float(stats.binomtest(above, above + below).pvalue) if above + below else 1.0)
+    return Signs(above, below, float(scipy.stats.binomtest(above, above + below).pvalue) if above + below else 1.0)
 
 
 def largest_share(x: Samples) -> float:
@@ -166,7 +166,7 @@ def signed_rank_test(d: Samples) -> tuple[float, float]:
         return math.nan, math.nan
     if not d.any():  # the conditional distribution has one point; scipy would divide 0 by 0
         return 0.0, 1.0
-    found = stats.wilcoxon(d.numpy(), zero_method="pratt", correction=True)
+    found = scipy.stats.wilcoxon(d.numpy(), zero_method="pratt", correction=True)
     return float(found.statistic), float(found.pvalue)
 
 
@@ -177,7 +177,9 @@ def q_values(p_values: Sequence[float]) -> list[float]:
     [0.03, nan, 0.06, 0.5]
     """
     known = [not math.isnan(p) for p in p_values]
-    adjusted = iter(stats.false_discovery_control([p for p in p_values if not math.isnan(p)]) if any(known) else ())
+    adjusted = iter(
+        scipy.stats.false_discovery_control([p for p in p_values if not math.isnan(p)]) if any(known) else ()
+    )
     return [float(next(adjusted)) if each else math.nan for each in known]
 
 

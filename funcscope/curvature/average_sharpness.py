@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.stats import chi2
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
@@ -210,7 +210,7 @@ def _pair(
         length = epsilon
     else:  # a normal vector is a uniform direction times a chi variable; half a step keeps the quantile inside (0, 1)
         unit = float(uniform(fold_in(direction.key, "length"), torch.zeros(1))) + 2.0**-25
-        length = epsilon * math.sqrt(chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
+        length = epsilon * math.sqrt(scipy.stats.chi2.ppf(unit, num) / (num if distribution == "normal" else 1))
     phi = _line(loss, theta, params, direction, stretched=distribution == "relative")
     for at in (length, -length):
         phi(at)

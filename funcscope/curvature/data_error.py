@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student
 from torch import Tensor
 
 from ..core.checks import check_instance
@@ -215,7 +215,7 @@ def _bias(table: Tensor, weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _quantile(level: float, num: int) -> float:
-    return float(student.ppf((1 + level) / 2, num - 1)) if num > 1 else math.nan
+    return float(scipy.stats.t.ppf((1 + level) / 2, num - 1)) if num > 1 else math.nan
 
 
 def _intervals(values: Tensor, bias: Tensor, half: Tensor, first_order: Tensor) -> Tensor:

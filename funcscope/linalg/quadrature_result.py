@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from ..core.checks import check_choice, check_positive
@@ -112,7 +112,7 @@ class SpectralDensity(Result):
         if share >= 1 - 1e-12:
             return (float(self.trace_squared.value),) * 2
         freedom, value = self.num_probes * max(1.0, share * (num + 2) / (1 - share)), float(self.trace_squared.value)
-        low, high = (freedom / float(stats.chi2.ppf((1 + sign * level) / 2, freedom)) for sign in (1, -1))
+        low, high = (freedom / float(scipy.stats.chi2.ppf((1 + sign * level) / 2, freedom)) for sign in (1, -1))
         return value * low, value * high
 
     def function(self, f: Callable[[Tensor], Tensor]) -> Estimate:
