@@ -64,6 +64,10 @@ def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
         exec(study.replace("UnifiedConfig(", "UnifiedConfig(metrics=('sparsity',), "), scope)
         assert len(scope["results"].outcomes) == 4
         assert not scope["results"].failed
+        (swept,) = (block for block in BLOCKS if "fs.sweep" in block)
+        few = 'UnifiedConfig(num_samples=2, verbose=False, settings={"directional_losses": {"n_samples": 3}}, '
+        exec(swept.replace("UnifiedConfig(", few), scope)
+        assert set(scope["swept"]["num"]) == {3}
     finally:
         CATALOGUE.pop("sparsity", None)
 
@@ -92,7 +96,11 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
 
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # it saves a result
-    blocks = [block for block in BLOCKS if not any(part in block for part in ("show(", "analyze_models", "Sparsity"))]
+    blocks = [
+        block
+        for block in BLOCKS
+        if not any(part in block for part in ("show(", "analyze_models", "Sparsity", "fs.sweep"))
+    ]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}
