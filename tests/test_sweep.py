@@ -127,3 +127,28 @@ def test_the_pipeline_of_the_sharpness_document_checks_the_relation_that_holds()
     with pytest.raises(ValueError, match="sharpness_methods"):
         fs.UnifiedModelAnalysis().analyze_model(net, batches, {"sharpness_methods": ["keskar"]})
     assert torch.is_grad_enabled()
+
+
+def test_a_figure_of_a_grid_has_every_mean_with_its_interval(tmp_path):
+    from funcscope.view.ablation import sweep_figure
+
+    grid = {
+        "landscape_flatness.epsilon": [0.01, 0.1],
+        "landscape_flatness.normalize": ["filter", "global"],
+        SEED: [1, 2],
+    }
+    swept = fs.sweep([model("<b>", 1.0)], config(tmp_path, "landscape_flatness"), grid)
+    over = swept.over_seeds()
+    over = over[over["quantity"] == "mean_delta_loss"]
+    drawn = sweep_figure(swept, "landscape_flatness", "mean_delta_loss", along="landscape_flatness.epsilon")
+    marked = [trace for trace in drawn.figure.data if trace.name in ("filter", "global") and len(trace.x) == 2]
+    assert {trace.name for trace in marked} == {"filter", "global"}
+    shown = sorted(float(y) for trace in marked for y in trace.y)
+    assert shown == pytest.approx(sorted(over["value"]))
+    rows = sweep_figure(swept, "landscape_flatness", "mean_delta_loss", along="landscape_flatness.normalize").figure
+    assert sorted(rows.data[-1].x) == pytest.approx(sorted(over["value"]))
+    assert max(rows.data[-1].error_x.array) == pytest.approx(float(stats.t.ppf(0.975, 1) * over["stderr"].max()))
+    with pytest.raises(ValueError, match="no setting 'epsilon'"):
+        sweep_figure(swept, "landscape_flatness", "mean_delta_loss", along="epsilon")
+    with pytest.raises(ValueError, match="did you mean 'mean_delta_loss'"):
+        sweep_figure(swept, "landscape_flatness", "mean_delta_los", along="landscape_flatness.epsilon")
