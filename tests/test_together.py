@@ -155,7 +155,8 @@ def test_models_on_several_data_are_together_with_those_on_the_same():
 def test_a_series_of_the_same_weights_under_other_names_has_its_own(tmp_path):
     for names in ("ab", "cd"):
         models = [
-            InMemory({"data": made.loss()}, name, s * made.theta(), content="1") for name, s in zip(names, (1, 2))
+            InMemory({"data": made.loss()}, name, s * made.theta(), content="1")
+            for name, s in zip(names, (1, 2), strict=True)
         ]
         (outcome,) = run([metric("barrier_matrix").configured(num=3)], models, cache=Cache(tmp_path))
         assert outcome.result.names == tuple(names)
