@@ -9,6 +9,7 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -987,3 +988,11 @@ def test_a_classifier_reads_pairs_of_texts(tmp_path):
         ids = made(a, b)["input_ids"]
         assert batch["input_ids"][row, : len(ids)].tolist() == ids
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_threads_load_models_at_the_same_time(tmp_path):
+    path = folder(tmp_path / "a")
+    with ThreadPoolExecutor(8) as workers:
+        models = list(workers.map(load_model, [path] * 24))
+    first = models[0].state_dict()
+    assert all(torch.equal(value, first[name]) for model in models for name, value in model.state_dict().items())

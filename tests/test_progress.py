@@ -1,6 +1,5 @@
 """Progress: counts against the costs that results state, the same numbers watched or not, one bar however many."""
 
-import math
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from torch.func import vmap
 
 import funcscope as fs
 from funcscope.core.progress import tick, watched
-from funcscope.study.pace import Pace, pace_of
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +86,6 @@ def test_there_is_one_bar_which_says_what_was_counted(loss, capsys):
     with fs.progress(quiet=True):
         loss(loss.net.theta)
     assert capsys.readouterr().err == ""
-
-
-def test_threads_that_wait_for_each_other_are_told_and_put_back(loss):
-    before = torch.get_num_threads()
-    pace = pace_of(loss, loss.net.theta)
-    assert torch.get_num_threads() == before
-    assert 0 < pace.seconds < math.inf
-    assert Pace(0.1, 0.09, 2).note == ""
-    assert "OMP_NUM_THREADS=1" in Pace(0.1, 0.001, 2).note
-    assert "20 s" in Pace(0.1, 0.1, 2).estimate(100, "directions", 2)
 
 
 @pytest.mark.slow

@@ -108,6 +108,7 @@ def test_the_registry_is_the_catalogue():
         registry.get("hessian_trase")
 
 
+@pytest.mark.slow
 def test_the_pipeline_of_the_sharpness_document_checks_the_relation_that_holds():
     from problems import problem
 

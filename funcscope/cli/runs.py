@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+from ..core.result import Result
+from ..core.tables import numbers, said
 from ..families import family
 from ..study import demo
 from ..study.listing import Listing, terminal_width
-from ..study.numbers import with_error
 from ..study.results import Results
 from ..study.training import trained
 from .shared import check_plotly, check_writable, import_modules
@@ -106,8 +108,9 @@ def _table(results: Results) -> Listing:
     for model in next(iter(results.groups.values())):
         row = [str(model.step), *(f"{float(getattr(curves, name)[places[model.step or 0]]):.3g}" for name in losses)]
         for metric, names in COLUMNS.items():
-            values = model.metrics[metric]
-            row += [with_error(values.get(name), values.get(f"{name}_stderr")) for name in names]
+            outcome = model.metrics.outcomes.get(metric)
+            result = None if outcome is None else outcome.result
+            row += ["" if result is None else _number(result, name) for name in names]
         rows.append(tuple(row))
     titles = (
         "train loss",
@@ -121,6 +124,16 @@ def _table(results: Results) -> Listing:
         "trace",
     )
     return Listing(("step", *titles), tuple(rows))
+
+
+def _number(result: Result, name: str) -> str:
+    """A single number with its error, or that it is not resolved."""
+    if name in result.unresolved:
+        return "not resolved"
+    entry = next(each for each in result.entries(name) if each.name == name)
+    values = numbers(entry) or {}
+    stderr = values.get("stderr_total", values.get("stderr", math.nan))
+    return said(float(values["value"]), float(stderr))
 
 
 def _train(args: argparse.Namespace) -> int:

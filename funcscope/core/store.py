@@ -84,7 +84,7 @@ def save(
         _check_dtypes(path, tensors, {torch.bfloat16}, ".safetensors")
         buffer = io.BytesIO()
         parts: dict[str, Any] = {META: np.array(text)} | {name: tensor.numpy() for name, tensor in tensors.items()}
-        np.savez_compressed(buffer, **parts)
+        np.savez(buffer, **parts)  # samples are noise: compressing them takes longer than most statistics
         data = buffer.getvalue()
     else:
         raise ValueError(f"a stored file ends in .safetensors or .npz, got {path.name!r}.")

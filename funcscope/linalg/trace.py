@@ -26,6 +26,7 @@ class TraceEstimate(Estimate):
     stderr: sd / sqrt(number of samples); nan where there is one sample only, 0 for `exact`.
     """
 
+    value: Float[Tensor, ""] = quantity("trace", stderr="stderr")
     num_matvecs: int
     method: Method
     samples: Float[Tensor, " n"] = quantity("sample of the trace", per="probe")

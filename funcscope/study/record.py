@@ -1,4 +1,4 @@
-"""What is written down with every result: versions, and names that are safe for files."""
+"""What is written down with every result: versions, names that are safe for files, times."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def file_stem(name: str) -> str:
     """
     cleaned = re.sub(r"[^\w.-]+", "-", name).strip(".-")
     return cleaned.encode()[:60].decode(errors="ignore") or "model"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> duration(0.2), duration(150.0), duration(900.0), duration(9000.0)
+    ('1 s', '150 s', '15 minutes', '2.5 hours')
+    """
+    if seconds < 180:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -11,8 +11,7 @@ from pathlib import Path
 from ..core.store import to_json, write
 from ..study.cache import Outcome
 from ..study.catalogue import CATALOGUE
-from ..study.pace import duration
-from ..study.record import file_stem
+from ..study.record import duration, file_stem
 from ..study.results import Results
 from .export import ENDINGS, export
 from .numbers import typeset

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.tables import LONGEST, Entry, is_estimate, numbers
 from ..study.cache import Outcome
 from ..study.catalogue import CATALOGUE
-from ..study.pace import duration
+from ..study.record import duration
 from ..study.results import Results
 from .numbers import number, setting, typeset, with_error
 from .page import Block, Chart, Quote, Section, Table, Terms

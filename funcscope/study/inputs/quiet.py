@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -50,9 +51,18 @@ def first_line(err: BaseException) -> str:
     return (text if len(text) <= 160 else text[:157] + "...").rstrip(".:")
 
 
+_ALONE = threading.RLock()
+"""transformers loads by changes to the whole process: two threads at it would take each other's weights for missing."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log line, warning or progress bar of transformers inside; afterwards everything is as it was."""
+    """No log line, warning or progress bar of transformers inside, and no other thread; afterwards everything is as it was."""
+    with _ALONE:
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[None]:
     level, hook = hf_logging.get_verbosity(), hf_logging.set_tqdm_hook(_disabled)
     hf_logging.set_verbosity(logging.CRITICAL)
     try:

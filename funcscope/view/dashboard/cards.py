@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -83,9 +84,16 @@ def card(metric: str, outcomes: Sequence[Outcome]) -> html.Section:
             html.P(one.summary.replace("`", "") if one else "", className="note"),
             html.Div(id={"type": "body", "metric": metric}),
         ],
-        className="panel",
+        className="panel wide" if _is_wide(outcomes) else "panel",
         id=f"card-{metric}",
     )
+
+
+def _is_wide(outcomes: Sequence[Outcome]) -> bool:
+    """Whether numbers stand in a table of more columns than half of the page has room for."""
+    quantities = [q for one in outcomes[:1] if one.result is not None for q in one.result.quantities().values()]
+    columns = Counter(q.per for q in quantities if q.shown and len(q.per) == 1 and q.per[0] not in DRAWS)
+    return max(columns.values(), default=0) > 4
 
 
 def body(group: Group, metric: str, step: int | None, followed: str | None) -> list[Any]:
