@@ -109,18 +109,9 @@ def test_what_hangs_on_the_batches_is_measured_anew_for_others(study, tmp_path):
     def sharpness(batch_size, out):
         few = {"num_samples": 8, "max_seq_length": 8, "batch_size": batch_size, "verbose": False}
         config = fs.UnifiedConfig(
-<<<<<<< HEAD
-            dataset_name=data,
-            output_dir=str(tmp_path / out),
-            metrics=("m_sharpness",),
-            settings={"m_sharpness": {"m": 3}},
-            **few,
-        )
-=======
             dataset_name=data, output_dir=str(tmp_path / out), metrics=("m_sharpness",),
             settings={"m_sharpness": {"m": 3}}, **few,
         )  # fmt: skip
->>>>>>> main
         return fs.analyze_models(models[:1], config).models[models[0]].metrics["m_sharpness"].result
 
     whole = sharpness(8, "a")
