@@ -387,7 +387,7 @@ def test_gradients_of_sequences_through_a_model_that_reads_a_value():
 
 
 def test_an_adapter_folder_is_told_from_a_model(tmp_path: Path):
-    from funcscope.study.inputs.folder import settings
+    from funcscope.study.folder import settings
 
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="merge_and_unload"):

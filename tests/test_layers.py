@@ -1,6 +1,8 @@
 """The house keeps its layers: nobody imports upward, and each outside library has its room."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,11 @@ def test_the_check_can_fail():
     assert complaints("landscape/x.py", "from ..families.modular import make")
     assert complaints("landscape/x.py", "import plotly.express")
     assert not complaints("landscape/x.py", "from ..core.keys import key")
+
+
+@pytest.mark.slow
+def test_transformers_is_imported_with_the_first_model_of_it():
+    """Its import takes longer than torch's, and most calls need none of it."""
+    code = "import sys, funcscope.cli, funcscope.view.report; print([m for m in sys.modules if m.startswith('transformers')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -14,9 +14,9 @@ from funcscope.core import store
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
-from funcscope.study.opening import DataSpec
 from funcscope.study.results import Results
 from funcscope.study.subject import Pretrained
+from funcscope.study.texts import DataSpec
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ..core.keys import fold_in, key
 from ..curvature.audit import Audit, audit
 from ..study.config import UnifiedConfig
 from ..study.listing import Listing, terminal_width, wrapped
-from ..study.opening import OpenedModel, check_data
+from ..study.texts import check_data
 from .options import COMPUTING, TEXTS, add_fields, changed
 
 FEW = {"num_samples": 8, "max_seq_length": 32, "batch_size": 8}
@@ -43,6 +43,8 @@ def _check(args: argparse.Namespace) -> int:
     spec = config.tasks()["data"]
     check_data(spec)
     check_count("directions", args.directions, least=2)
+    from ..study.inputs.opened import OpenedModel  # and with it transformers, which takes longer to import than torch
+
     loss, data = OpenedModel.of(spec, args.model).loss(spec, length=config.max_seq_length)
     result = audit(loss, loss.net.params, key=fold_in(key(config.seed), "audit"), num=args.directions)
     width = terminal_width()

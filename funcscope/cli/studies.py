@@ -16,7 +16,7 @@ from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
 from ..study.config import FLAGS, UnifiedConfig
-from ..study.inputs.folder import local_folder
+from ..study.folder import local_folder
 from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
 from ..study.results import Results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from transformers import PreTrainedConfig
+from .pretrained import Config
 
 
 class Family(NamedTuple):
@@ -62,7 +62,7 @@ _CLAIMS = (
 FAMILIES: dict[str, Family] = {name: family for family, names in _CLAIMS for name in names.split()}
 
 
-def family_of(config: PreTrainedConfig) -> Family | None:
+def family_of(config: Config) -> Family | None:
     """What is known of a model with this configuration; None where nothing is.
 
     >>> from transformers import GPT2Config, MambaConfig
@@ -84,25 +84,25 @@ def names() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
-def computes_in_float32(config: PreTrainedConfig) -> bool:
+def computes_in_float32(config: Config) -> bool:
     """Are norms or softmax taken in float32 whatever the dtype of the parameters? True where it is not known."""
     family = family_of(config)
     return family is None or not family.clean
 
 
-def has_linear_head(config: PreTrainedConfig) -> bool:
+def has_linear_head(config: Config) -> bool:
     """Are the logits of the causal model one linear map of the last hidden states? False where it is not known."""
     family = family_of(config)
     return family is not None and family.linear_head and not getattr(config, "final_logit_softcapping", None)
 
 
-def has_alibi(config: PreTrainedConfig) -> bool:
+def has_alibi(config: Config) -> bool:
     """Is the attention biased by distances that the model counts in the 2-D mask?"""
     family = family_of(config)
     return family is not None and family.alibi and getattr(config, "alibi", True)
 
 
-def window(config: PreTrainedConfig) -> tuple[int | None, bool]:
+def window(config: Config) -> tuple[int | None, bool]:
     """The length of the sliding window, None where no layer has one; and whether layers of both types are there."""
     family = family_of(config)
     kind = "none" if family is None else family.window
@@ -112,14 +112,14 @@ def window(config: PreTrainedConfig) -> tuple[int | None, bool]:
     return config.sliding_window, len(types) > 1
 
 
-def remedy(config: PreTrainedConfig) -> str:
+def remedy(config: Config) -> str:
     """What can be had of a model whose masks are not known here."""
     if set(layer_types(config)) == {FULL, SLIDING}:
         return f"pass a mapping of two float masks of shape (batch, 1, tokens, tokens), {FULL!r} and {SLIDING!r}, or {_KEEP}"
     return _KEEP
 
 
-def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
+def layer_types(config: Config) -> tuple[str, ...]:
     """The types of layers that a configuration names, each once."""
     return tuple(sorted(set(getattr(config.get_text_config(), "layer_types", None) or ())))
 
@@ -130,5 +130,5 @@ _KEEP = (
 )
 
 
-def _sees_what_follows(config: PreTrainedConfig) -> bool:
+def _sees_what_follows(config: Config) -> bool:
     return getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))

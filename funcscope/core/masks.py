@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import FULL, SLIDING, Family, computes_in_float32, family_of, has_alibi, layer_types, remedy, window
+from .pretrained import Config, Model
 
 
-def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
 
     Causal where the model's attention is causal, with its sliding window where it has one; a mapping of two masks
@@ -44,7 +44,7 @@ def with_float_mask(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[s
     return {**inputs, **_positions(family, inputs), "attention_mask": masks}
 
 
-def _check_given(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> None:
+def _check_given(config: Config, inputs: Mapping[str, Any]) -> None:
     """A mask that says all can be used as it is."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -69,7 +69,7 @@ def _check_given(config: PreTrainedConfig, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_alibi(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+def _check_alibi(model: Model, inputs: Mapping[str, Any]) -> None:
     """The lowest float64, which such a model puts into its own masks, is -inf in float32: a softmax over nothing."""
     mask = inputs.get("attention_mask")
     if mask is None or is_batchedtensor(mask) or _dtype(model) is not torch.float64 or bool(mask[:, 0].all()):
@@ -89,7 +89,7 @@ def _positions(family: Family, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"position_ids": mask.cumsum(-1) * mask - 1}
 
 
-def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's inputs (the labels moved right by one, the start token first) and its causal mask."""
     rest = {name: x for name, x in inputs.items() if name != "labels"}
     if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
@@ -105,7 +105,7 @@ def _with_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str
 
 
 def _masks(
-    model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"]
+    model: Model, family: Family, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"]
 ) -> Tensor | dict[str, Tensor]:
     dtype = _dtype(model)
     if family.attention == "both" or visible.shape[-2] > 1:
@@ -147,7 +147,7 @@ def _back(visible: Tensor) -> Int[Tensor, "t t"]:
     return position[:, None] - position[None, :]
 
 
-def _dtype(model: PreTrainedModel) -> torch.dtype:
+def _dtype(model: Model) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

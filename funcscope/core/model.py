@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .architectures import computes_in_float32, has_linear_head
 from .checks import check_choice, check_device, check_params
@@ -22,6 +21,7 @@ from .doors import Trainable, check_parameters, running, selector, skeleton_of, 
 from .forward import WRITES, Inputs, arguments, kernel, logits_of, named_errors
 from .layout import Layout, Params
 from .masks import with_float_mask
+from .pretrained import Model, is_pretrained
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 
@@ -87,7 +87,7 @@ class Functional:
         That of float32 at best for a Hugging Face model that takes norms or softmax in float32 whatever its dtype.
         """
         dtypes = {leaf.dtype for leaf in self.layout.leaves}
-        if isinstance(self._skeleton, PreTrainedModel) and computes_in_float32(self._skeleton.config):
+        if is_pretrained(self._skeleton) and computes_in_float32(self._skeleton.config):
             dtypes.add(torch.float32)
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
@@ -109,8 +109,8 @@ class Functional:
         Then `apply(params, inputs)` is `readout(params, hidden(params, inputs))`, and the logits of a large vocabulary
         can be made a few tokens at a time. None for other models: their output exists as a whole only.
         """
-        module = self._skeleton
-        if not isinstance(module, PreTrainedModel) or not has_linear_head(module.config):
+        module: Model = self._skeleton
+        if not is_pretrained(module) or not has_linear_head(module.config):
             return None
         last = module.get_output_embeddings()
         if type(last) is not nn.Linear or self._output is not logits_of or not _is_as_compared(module, last):
@@ -219,7 +219,7 @@ class Functional:
         Idempotent. Boolean masks are added, not applied, by eager attention, and the 2-D ones are inspected by value
         on the way, which `vmap` refuses.
         """
-        if isinstance(self._skeleton, PreTrainedModel) and self.attention != "keep" and isinstance(inputs, Mapping):
+        if is_pretrained(self._skeleton) and self.attention != "keep" and isinstance(inputs, Mapping):
             return with_float_mask(self._skeleton, inputs)
         return inputs
 
@@ -280,7 +280,7 @@ def functional(
 class _Body(nn.Module):
     """A Hugging Face model without its head."""
 
-    def __init__(self, whole: PreTrainedModel):
+    def __init__(self, whole: Model):
         super().__init__()
         self.whole = whole
 
@@ -288,7 +288,7 @@ class _Body(nn.Module):
         return self.whole.base_model(*args, **kwargs).last_hidden_state
 
 
-def _is_as_compared(model: PreTrainedModel, head: nn.Module) -> bool:
+def _is_as_compared(model: Model, head: nn.Module) -> bool:
     """A causal model of transformers itself, with nothing hooked to it that may change its output on the way."""
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     own = type(model).__module__.startswith("transformers.models.")

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
-from transformers.activations import NewGELUActivation
 
+from .pretrained import Model, is_new_gelu, is_pretrained
 from .primitives import replaced as replaced
 
 
@@ -46,11 +45,11 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
                 module._buffers[buffer] = value.to(wider)  # tables of angles keep their float32 in a bfloat16 model
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _use_true_gradient(name, module)
-        elif isinstance(module, NewGELUActivation) and attention != "keep":
+        elif is_new_gelu(module) and attention != "keep":
             module.forward = nn.GELU("tanh").forward  # type: ignore[method-assign]  # eight passes over memory in one
         elif type(module).__name__ == "BloomGelu":  # an autograd function that torch.func does not take
             module.forward = sys.modules[type(module).__module__].bloom_gelu_forward  # type: ignore[method-assign]
-    if isinstance(skeleton, PreTrainedModel):
+    if is_pretrained(skeleton):
         if attention != "keep":
             _use_kernel(skeleton, attention)
         if hasattr(skeleton.config, "use_cache"):
@@ -58,7 +57,7 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
     return skeleton
 
 
-def _use_kernel(skeleton: PreTrainedModel, attention: str) -> None:
+def _use_kernel(skeleton: Model, attention: str) -> None:
     if attention == "math" and not skeleton._supports_sdpa:
         raise ValueError(
             f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'

@@ -12,10 +12,10 @@ from .cache import Cache
 from .config import UnifiedConfig
 from .engine import run
 from .metric import Metric
-from .opening import DataSpec
 from .results import Results
 from .runs import HEAD, Runs
 from .subject import STEP, Checkpoint, Pretrained, Source
+from .texts import DataSpec
 from .together import data_of
 
 

@@ -20,6 +20,7 @@ from ..core.store import to_json
 from .cache import Outcome, Status
 from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full
 from .metric import KEY, Metric, check_result
+from .quiet import TURNS
 from .rows import resumed
 from .subject import Subject
 
@@ -53,7 +54,12 @@ class Call:
         self.plan = dict(self.one.plan)
         before = self._edits()
         try:
-            with watched(meter), MemoryLog(self.one.name, self.options), alarm(self.options.timeout_seconds) as held:
+            with (
+                TURNS.computing(),
+                watched(meter),
+                MemoryLog(self.one.name, self.options),
+                alarm(self.options.timeout_seconds) as held,
+            ):
                 result = self._result()
             outcome = replace(empty, result=result, unit=self.loss.criterion.unit if self.loss else empty.unit)
             self.edited = self._edits() != before

@@ -18,7 +18,7 @@ from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
 from .meter import Options
 from .metric import Metric, nearest
-from .opening import DataSpec
+from .texts import DataSpec
 
 PREFIX = "FUNCSCOPE_"
 """Of environment variables that are fields."""

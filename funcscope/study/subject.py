@@ -16,11 +16,11 @@ from ..core.objective import Loss
 from ..families.family import SPLITS, family
 from . import digest
 from .digest import Sums
-from .inputs.folder import local_folder, weight_files
+from .folder import local_folder, weight_files
 from .metric import nearest
-from .opening import DataSpec, OpenedModel, check_data
 from .record import file_stem
 from .runs import Variant
+from .texts import DataSpec, check_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,8 @@ class Pretrained:
         specs = list(self.tasks.values())
         for each in specs:
             check_data(each)
+        from .inputs.opened import OpenedModel  # and with it transformers, which takes longer to import than torch
+
         opened, texts = OpenedModel.of(specs[0], Path(self.folder)), dict[str, str]()
 
         def loss(task: str) -> Loss:

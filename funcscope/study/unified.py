@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from ..core.checks import check_choice
 from ..core.criterion import criterion_of
 from ..core.model import functional
@@ -18,10 +16,8 @@ from .cache import Cache
 from .catalogue import CATALOGUE, metric
 from .config import UnifiedConfig
 from .engine import run
-from .inputs import load_model, load_tokenizer
 from .meter import Options
 from .metric import Metric, register
-from .opening import OpenedModel
 from .results import Metrics, Values
 from .subject import InMemory
 
@@ -46,8 +42,10 @@ class UnifiedModelAnalyzer:
     def __init__(self, config: UnifiedConfig | None = None):
         self.config = config or UnifiedConfig()
 
-    def load_model(self, model_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load_model(self, model_path: str | Path) -> tuple[Any, Any]:
         """The model of a local folder on the configured device and in its dtype, and its tokenizer."""
+        from .inputs import load_model, load_tokenizer  # and with them transformers
+
         spec = self.config.tasks()["data"]
         model = load_model(model_path, task=spec.task, dtype=spec.dtype)
         return model.to(spec.device), load_tokenizer(model_path, model)
@@ -56,26 +54,22 @@ class UnifiedModelAnalyzer:
         """All metrics that the configuration asks for, by name."""
         return analyze_models([model_path], self.config).models[str(model_path)].metrics
 
-    def compute_fisher_information(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Values]:
+    def compute_fisher_information(self, model: Any, tokenizer: Any) -> dict[str, Values]:
         return self._group("compute_fisher", model, tokenizer)
 
-    def compute_gradient_analysis(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Values]:
+    def compute_gradient_analysis(self, model: Any, tokenizer: Any) -> dict[str, Values]:
         return self._group("compute_gradients", model, tokenizer)
 
-    def compute_loss_landscape(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Values]:
+    def compute_loss_landscape(self, model: Any, tokenizer: Any) -> dict[str, Values]:
         return self._group("compute_loss_landscape", model, tokenizer)
 
-    def _group(self, flag: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Values]:
+    def _group(self, flag: str, model: Any, tokenizer: Any) -> dict[str, Values]:
         return self.compute(self.config.asked_by(flag), model, tokenizer)
 
-    def compute(
-        self, metrics: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Values]:
+    def compute(self, metrics: Sequence[str], model: Any, tokenizer: Any) -> dict[str, Values]:
         """These metrics of a model in memory, on the configured texts."""
+        from .inputs.opened import OpenedModel  # and with it transformers
+
         tasks, length = self.config.tasks(), self.config.max_seq_length
         opened = OpenedModel(Path(), model, functional(model, trainable="all"), tokenizer)
         source = InMemory({name: opened.loss(spec, length=length)[0] for name, spec in tasks.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -28,12 +28,10 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from ...core.checks import check_choice
-from .folder import json_object, local_folder, settings, stored_dtype, weight_files
-from .quiet import one_line, quiet
+from ..folder import json_object, local_folder, settings, stored_dtype, weight_files
+from ..quiet import TURNS, one_line, quiet
+from ..texts import DType, Task
 from .tokens import embedding_rows
-
-Task = Literal["causal", "masked", "classification", "seq2seq"]
-DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal"),
@@ -82,12 +80,17 @@ def load_model(
     config = _config(path)
     task = _task(path, config, task)
     files = weight_files(path, allow_pickle=allow_pickle)
-    stored = stored_dtype(files)
-    with quiet(), torch.random.fork_rng(devices=[]), one_line(f"the model in {path} cannot be loaded"):
+    chosen = stored_dtype(files) if dtype == "auto" else getattr(torch, dtype)
+    with (
+        TURNS.loading(chosen),
+        quiet(),
+        torch.random.fork_rng(devices=[]),
+        one_line(f"the model in {path} cannot be loaded"),
+    ):
         model, report = _AUTO[task][0].from_pretrained(
             path,
             config=config,
-            dtype=stored if dtype == "auto" else getattr(torch, dtype),
+            dtype=chosen,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=files[0].suffix == ".safetensors",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -72,7 +74,7 @@ def _masked_row(
     content = [place for place, token in enumerate(tokens.ids) if token not in special]
     if not content:
         return None
-    draws = uniform(fold_in(key, index), torch.zeros(len(content)))
+    draws = uniform(fold_in(key, index), torch.zeros(len(content), dtype=torch.float32))
     num = max(1, round(fraction * len(content)))
     chosen = {content[i] for i in draws.argsort(stable=True)[:num].tolist()}
     ids = [mask if place in chosen else token for place, token in enumerate(tokens.ids)]
@@ -90,5 +92,12 @@ def _class_row(tokens: Tokens, _index: int, *, config: PreTrainedConfig) -> Row 
         raise ValueError(
             f"{tokens.where}: the label {label!r} is no class of the model: a number from 0 to {config.num_labels - 1}, "
             f"or a name in its `label2id` ({known})."
+        )
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    if not isinstance(label, str) and not any(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        warnings.warn(  # the same text each time, and shown once
+            f"labels are numbers, and the model names its classes {', '.join(map(repr, names[:5]))}: they are taken in the "
+            "order of its `label2id`. Where the file counts otherwise, the losses are those of other classes.",
+            stacklevel=2,
         )
     return Row(tokens.ids, tokens.types, number, 1) if tokens.ids else None

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from ...core.checks import check_choice
-from .quiet import first_line
-
-Unit = Literal["line", "paragraph", "document"]
+from ..quiet import first_line
+from ..texts import Unit
 
 _ENDINGS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _BOM = b"\xef\xbb\xbf"

@@ -11,12 +11,11 @@ from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+import torch
 from safetensors import SafetensorError
-from transformers.utils import logging as hf_logging
 
 _UNREADABLE = (
-    SafetensorError, StrictDataclassError, UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError,
+    SafetensorError, UnpicklingError, ArithmeticError, AssertionError, AttributeError, EOFError,
     ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """What parsers and constructors raise for files that are not theirs, or that say what cannot be."""
@@ -40,7 +39,8 @@ class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if err is not None and (kind is Exception or isinstance(err, _UNREADABLE)):
+        strict = any(base.__name__ == "StrictDataclassError" for base in type(err).__mro__)  # of huggingface_hub
+        if err is not None and (kind is Exception or strict or isinstance(err, _UNREADABLE)):
             raise ValueError(f"{self.what} ({first_line(err)}).") from err
 
 
@@ -55,14 +55,77 @@ _ALONE = threading.RLock()
 """transformers loads by changes to the whole process: two threads at it would take each other's weights for missing."""
 
 
+class Turns:
+    """Threads that compute, any number, or one that loads in another dtype: torch's default is then that of all threads.
+
+    A thread that loads in the middle of its own computation does not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._own = threading.Condition(), threading.local()
+        self._computing = self._waiting = 0
+        self._loads = False
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        depth = getattr(self._own, "depth", 0)
+        if not depth:
+            self._enter()
+        self._own.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._own.depth = depth
+            if not depth:
+                self._leave()
+
+    @contextmanager
+    def loading(self, dtype: torch.dtype) -> Iterator[None]:
+        with self.computing():
+            usual = dtype == torch.get_default_dtype()
+        if usual:
+            yield
+            return
+        inside = getattr(self._own, "depth", 0)
+        if inside:
+            self._leave()
+        with self._turn:
+            self._waiting += 1
+            self._turn.wait_for(lambda: not (self._computing or self._loads))
+            self._waiting, self._loads = self._waiting - 1, True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._loads = False
+                self._turn.notify_all()
+            if inside:
+                self._enter()
+
+    def _enter(self) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: not (self._loads or self._waiting))
+            self._computing += 1
+
+    def _leave(self) -> None:
+        with self._turn:
+            self._computing -= 1
+            self._turn.notify_all()
+
+
+TURNS = Turns()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log line, warning or progress bar of transformers inside, and no other thread; afterwards everything is as it was."""
+    """No log line, warning, progress bar of transformers inside, nor another thread; afterwards everything is as it was."""
     with _ALONE:
         yield from _silenced()
 
 
 def _silenced() -> Iterator[None]:
+    from transformers.utils import logging as hf_logging  # takes longer to import than torch
+
     level, hook = hf_logging.get_verbosity(), hf_logging.set_tqdm_hook(_disabled)
     hf_logging.set_verbosity(logging.CRITICAL)
     try:

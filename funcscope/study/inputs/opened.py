@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.architectures import family_of
-from ..core.checks import check_count
-from ..core.criterion import Criterion, causal_lm, classification, masked_lm, seq2seq_lm
-from ..core.keys import fold_in, key
-from ..core.model import Functional, functional
-from ..core.objective import Loss, objective
-from .inputs import Data, DType, Task, Unit, load_model, load_tokenizer, make_batches, read_texts, task_of
-from .inputs.tokens import max_positions
+from ...core.architectures import family_of
+from ...core.criterion import Criterion, causal_lm, classification, masked_lm, seq2seq_lm
+from ...core.keys import fold_in, key
+from ...core.model import Functional, functional
+from ...core.objective import Loss, objective
+from ..texts import DataSpec, Task
+from .batches import Data, make_batches
+from .pretrained import load_model, load_tokenizer, task_of
+from .text import read_texts
+from .tokens import max_positions
 
 _CRITERIA: dict[Task, Criterion] = {
     "causal": causal_lm,
@@ -24,41 +25,6 @@ _CRITERIA: dict[Task, Criterion] = {
     "classification": classification,
     "seq2seq": seq2seq_lm,
 }
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which texts are scored, and how the model computes: what the settings of every study have."""
-
-    data: str
-    field: str = "text"
-    label_field: str | None = None
-    second_field: str | None = None
-    unit: Unit = "paragraph"
-    task: Task | None = None
-    num_samples: int = 64
-    max_seq_length: int | None = None
-    """None: as many as the study says (128), or as many positions as the model has."""
-    batch_size: int = 8
-    packing: bool = False
-    seed: int = 42
-    dtype: DType = "auto"
-    compute_dtype: DType = "auto"
-    attention: Literal["eager", "math", "keep"] = "eager"
-    device: str = "cpu"
-    allow_pickle: bool = False
-
-
-def check_data(spec: DataSpec) -> None:
-    """What can be said before a model is loaded; the rest is checked where it is used."""
-    for name in ("num_samples", "max_seq_length", "batch_size"):
-        if getattr(spec, name) is not None:
-            check_count(name, getattr(spec, name))
-    try:
-        torch.empty(0, device=spec.device)
-    except (RuntimeError, AssertionError) as err:
-        reason = str(err).splitlines()[0]
-        raise ValueError(f"the device {spec.device!r} cannot be used ({reason}): pass another `device`.") from err
 
 
 @dataclass(frozen=True, eq=False)
