@@ -178,3 +178,12 @@ def test_a_frame_has_every_axis_of_every_result(name, step):
     assert frame[columns].set_axis(own.columns, axis=1).equals(own)
     assert frame["model"].eq("m").all()
     assert len(Results((Outcome("other", "m", 3, "data", "failed"), outcome)).to_frame()) == len(own) + 1
+
+
+def test_a_comparison_has_the_unit_of_the_losses_that_it_compares(sources):
+    about = [
+        metric("directional_losses").configured(n_samples=3),
+        *map(metric, ("loss_comparison", "directional_comparison")),
+    ]
+    outcomes = run([metric("mean_loss"), *about], sources[:2])
+    assert {o.unit for o in outcomes} == {made.loss().criterion.unit} != {"loss"}

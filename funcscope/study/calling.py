@@ -61,7 +61,7 @@ class Call:
                 alarm(self.options.timeout_seconds) as held,
             ):
                 result = self._result()
-            outcome = replace(empty, result=result, unit=self.loss.criterion.unit if self.loss else empty.unit)
+            outcome = replace(empty, result=result, unit=self._unit(empty.unit))
             self.edited = self._edits() != before
             if self.edited:
                 raise ValueError(f"{self.one.name} has changed what it was given: work on a copy, `theta.clone()`.")
@@ -92,6 +92,12 @@ class Call:
                 if not is_full(err) or isinstance(err, Full) or not self._shrunk():
                     raise
             cleanup_memory()
+
+    def _unit(self, other: str) -> str:
+        """Of its loss; without one, of the results that it is made of."""
+        if self.loss is not None:
+            return self.loss.criterion.unit
+        return next((each.unit for parts in self.needed.values() for each in parts), other)
 
     def _need(self, name: str) -> Any:
         if name in self.needed:
