@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from transformers.utils import logging as hf_logging
 import funcscope as fs
 from funcscope.study.inputs import Example, load_model, load_tokenizer, make_batches, read_texts, task_of
 from funcscope.study.inputs.tokens import max_positions
-from funcscope.study.quiet import one_line
+from funcscope.study.quiet import Turns, one_line
 
 exact = partial(assert_close, rtol=1e-10, atol=1e-12)
 TASKS = {"causal": fs.causal_lm, "masked": fs.masked_lm, "classification": fs.classification}
@@ -989,6 +991,14 @@ def test_a_classifier_reads_pairs_of_texts(tmp_path):
     assert batch["labels"].tolist() == [1, 0]
 
 
+def test_threads_load_models_at_the_same_time(tmp_path):
+    path = folder(tmp_path / "a")
+    with ThreadPoolExecutor(8) as workers:
+        models = list(workers.map(load_model, [path] * 24))
+    first = models[0].state_dict()
+    assert all(torch.equal(value, first[name]) for model in models for name, value in model.state_dict().items())
+
+
 def test_numbers_as_labels_of_a_model_with_named_classes_are_said(tmp_path):
     model = tmp_path / "bert"
     made = MODELS["bert classifier"][0]()
@@ -1001,3 +1011,24 @@ def test_numbers_as_labels_of_a_model_with_named_classes_are_said(tmp_path):
     with pytest.warns(UserWarning, match="labels are numbers, and the model names its classes 'no', 'maybe', 'yes'"):
         data = make_batches(texts, load_tokenizer(model, loaded), loaded, task="classification", max_seq_length=16)
     assert data.batches[0]["labels"].tolist() == [1, 0]
+
+
+def test_a_thread_that_loads_in_another_dtype_waits_for_those_that_compute():
+    turns, seen, begun, done = Turns(), [], threading.Event(), threading.Event()
+
+    def load():
+        begun.set()
+        with turns.loading(torch.float64):
+            seen.append("loads")
+        with turns.loading(torch.float32), turns.computing(), turns.loading(torch.float16):  # in the middle of its own
+            seen.append("loads again")
+        done.set()
+
+    with turns.computing():
+        threading.Thread(target=load, daemon=True).start()
+        begun.wait()
+        assert not done.wait(0.1)
+        with turns.computing():
+            seen.append("computes")
+    assert done.wait(10)
+    assert seen == ["computes", "loads", "loads again"]

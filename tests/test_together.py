@@ -6,7 +6,7 @@ import results as made
 import torch
 
 import funcscope as fs
-from funcscope.study.cache import Cache
+from funcscope.study.cache import Cache, Outcome
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
@@ -155,8 +155,8 @@ def test_models_on_several_data_are_together_with_those_on_the_same():
 def test_a_series_of_the_same_weights_under_other_names_has_its_own(tmp_path):
     for names in ("ab", "cd"):
         models = [
-            InMemory({"data": made.loss()}, name, scale * made.theta(), content="1")
-            for name, scale in zip(names, (1, 2), strict=True)
+            InMemory({"data": made.loss()}, name, s * made.theta(), content="1")
+            for name, s in zip(names, (1, 2), strict=True)
         ]
         (outcome,) = run([metric("barrier_matrix").configured(num=3)], models, cache=Cache(tmp_path))
         assert outcome.result.names == tuple(names)
@@ -165,3 +165,25 @@ def test_a_series_of_the_same_weights_under_other_names_has_its_own(tmp_path):
 def test_a_plane_of_two_checkpoints_says_that_it_needs_more(sources):
     (outcome,) = run([metric("trajectory_plane").configured(num=3)], sources[:2])
     assert "three checkpoints" in outcome.error
+
+
+@pytest.mark.parametrize("name", sorted(made.EXAMPLES))
+@pytest.mark.parametrize("step", [None, 7])
+def test_a_frame_has_every_axis_of_every_result(name, step):
+    result = made.example(name)
+    outcome = Outcome("some", "m", step, "data", "ok", result)
+    frame, own = Results((outcome,)).to_frame(), result.frame()
+    assert frame.columns.is_unique
+    columns = [f"{each}_of" if f"{each}_of" in frame else each for each in own.columns]
+    assert frame[columns].set_axis(own.columns, axis=1).equals(own)
+    assert frame["model"].eq("m").all()
+    assert len(Results((Outcome("other", "m", 3, "data", "failed"), outcome)).to_frame()) == len(own) + 1
+
+
+def test_a_comparison_has_the_unit_of_the_losses_that_it_compares(sources):
+    about = [
+        metric("directional_losses").configured(n_samples=3),
+        *map(metric, ("loss_comparison", "directional_comparison")),
+    ]
+    outcomes = run([metric("mean_loss"), *about], sources[:2])
+    assert {o.unit for o in outcomes} == {made.loss().criterion.unit} != {"loss"}

@@ -20,6 +20,7 @@ from ..core.store import to_json
 from .cache import Outcome, Status
 from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full
 from .metric import KEY, Metric, check_result
+from .quiet import TURNS
 from .rows import resumed
 from .subject import Subject
 
@@ -53,9 +54,14 @@ class Call:
         self.plan = dict(self.one.plan)
         before = self._edits()
         try:
-            with watched(meter), MemoryLog(self.one.name, self.options), alarm(self.options.timeout_seconds) as held:
+            with (
+                TURNS.computing(),
+                watched(meter),
+                MemoryLog(self.one.name, self.options),
+                alarm(self.options.timeout_seconds) as held,
+            ):
                 result = self._result()
-            outcome = replace(empty, result=result, unit=self.loss.criterion.unit if self.loss else empty.unit)
+            outcome = replace(empty, result=result, unit=self._unit(empty.unit))
             self.edited = self._edits() != before
             if self.edited:
                 raise ValueError(f"{self.one.name} has changed what it was given: work on a copy, `theta.clone()`.")
@@ -86,6 +92,12 @@ class Call:
                 if not is_full(err) or isinstance(err, Full) or not self._shrunk():
                     raise
             cleanup_memory()
+
+    def _unit(self, other: str) -> str:
+        """Of its loss; without one, of the results that it is made of."""
+        if self.loss is not None:
+            return self.loss.criterion.unit
+        return next((each.unit for parts in self.needed.values() for each in parts), other)
 
     def _need(self, name: str) -> Any:
         if name in self.needed:

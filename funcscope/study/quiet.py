@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,7 @@ from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 _UNREADABLE = (
@@ -49,9 +51,79 @@ def first_line(err: BaseException) -> str:
     return (text if len(text) <= 160 else text[:157] + "...").rstrip(".:")
 
 
+_ALONE = threading.RLock()
+"""transformers loads by changes to the whole process: two threads at it would take each other's weights for missing."""
+
+
+class Turns:
+    """Threads that compute, any number, or one that loads in another dtype: torch's default is then that of all threads.
+
+    A thread that loads in the middle of its own computation does not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._own = threading.Condition(), threading.local()
+        self._computing = self._waiting = 0
+        self._loads = False
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        depth = getattr(self._own, "depth", 0)
+        if not depth:
+            self._enter()
+        self._own.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._own.depth = depth
+            if not depth:
+                self._leave()
+
+    @contextmanager
+    def loading(self, dtype: torch.dtype) -> Iterator[None]:
+        with self.computing():
+            usual = dtype == torch.get_default_dtype()
+        if usual:
+            yield
+            return
+        inside = getattr(self._own, "depth", 0)
+        if inside:
+            self._leave()
+        with self._turn:
+            self._waiting += 1
+            self._turn.wait_for(lambda: not (self._computing or self._loads))
+            self._waiting, self._loads = self._waiting - 1, True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._loads = False
+                self._turn.notify_all()
+            if inside:
+                self._enter()
+
+    def _enter(self) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: not (self._loads or self._waiting))
+            self._computing += 1
+
+    def _leave(self) -> None:
+        with self._turn:
+            self._computing -= 1
+            self._turn.notify_all()
+
+
+TURNS = Turns()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log line, warning or progress bar of transformers inside; afterwards everything is as it was."""
+    """No log line, warning, progress bar of transformers inside, nor another thread; afterwards everything is as it was."""
+    with _ALONE:
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[None]:
     from transformers.utils import logging as hf_logging  # takes longer to import than torch
 
     level, hook = hf_logging.get_verbosity(), hf_logging.set_tqdm_hook(_disabled)

@@ -117,7 +117,8 @@ class Results:
     def to_frame(self, metrics: Sequence[str] | None = None) -> DataFrame:
         """Tidy, over everything: a row per number, with `model`, `step`, `metric`, quantity, unit, axes, value and errors.
 
-        What failed is a row with its `status`, and no number.
+        What failed is a row with its `status`, and no number. An axis of a result that is named as one of these columns is
+        that column where the outcome has none, as the steps of a series have; else it has `_of` at its end.
         """
         import pandas as pd
 
@@ -131,7 +132,9 @@ class Results:
                     "metric": outcome.metric,
                     "status": outcome.status,
                 }
-                tables.append(rows.assign(**where)[[*where, *rows.columns]])
+                rows = rows.rename(columns={name: f"{name}_of" for name, own in where.items() if own is not None})
+                rows = rows.assign(**{name: own for name, own in where.items() if name not in rows})
+                tables.append(rows[[*where, *rows.columns.difference(list(where), sort=False)]])
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["model", "step", "metric"])
 
     def trajectory(self, metric: str, quantity: str) -> DataFrame:
@@ -146,7 +149,7 @@ class Results:
         if rows.empty:
             names = frame["quantity"].dropna().unique().tolist()
             raise ValueError(f"{metric} has no quantity {quantity!r}{nearest(quantity, names)}")
-        if rows["model"].duplicated().any():
+        if rows[["model", "step"]].duplicated().any():
             raise ValueError(f"{quantity!r} of {metric} is several numbers at every step: take them from `to_frame()`.")
         known = rows["resolved"].fillna(True).astype(bool) if "resolved" in rows else True
         rows = rows.assign(resolved=known).reindex(columns=["step", "model", "value", "stderr", "resolved"])

@@ -29,7 +29,7 @@ from transformers import __version__ as transformers_version
 
 from ...core.checks import check_choice
 from ..folder import json_object, local_folder, settings, stored_dtype, weight_files
-from ..quiet import one_line, quiet
+from ..quiet import TURNS, one_line, quiet
 from ..texts import DType, Task
 from .tokens import embedding_rows
 
@@ -80,12 +80,17 @@ def load_model(
     config = _config(path)
     task = _task(path, config, task)
     files = weight_files(path, allow_pickle=allow_pickle)
-    stored = stored_dtype(files)
-    with quiet(), torch.random.fork_rng(devices=[]), one_line(f"the model in {path} cannot be loaded"):
+    chosen = stored_dtype(files) if dtype == "auto" else getattr(torch, dtype)
+    with (
+        TURNS.loading(chosen),
+        quiet(),
+        torch.random.fork_rng(devices=[]),
+        one_line(f"the model in {path} cannot be loaded"),
+    ):
         model, report = _AUTO[task][0].from_pretrained(
             path,
             config=config,
-            dtype=stored if dtype == "auto" else getattr(torch, dtype),
+            dtype=chosen,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=files[0].suffix == ".safetensors",

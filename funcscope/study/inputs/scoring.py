@@ -74,7 +74,7 @@ def _masked_row(
     content = [place for place, token in enumerate(tokens.ids) if token not in special]
     if not content:
         return None
-    draws = uniform(fold_in(key, index), torch.zeros(len(content)))
+    draws = uniform(fold_in(key, index), torch.zeros(len(content), dtype=torch.float32))
     num = max(1, round(fraction * len(content)))
     chosen = {content[i] for i in draws.argsort(stable=True)[:num].tolist()}
     ids = [mask if place in chosen else token for place, token in enumerate(tokens.ids)]
