@@ -13,7 +13,8 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.linalg import block_traces, hutchinson_diagonal
-from funcscope.study.measures import block_eigenvalues, effective_dimensionality, flatness_profile, mean_loss
+from funcscope.study.landscapes import flatness_profile
+from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
 
 NUM = 6

@@ -14,7 +14,7 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
-from . import measures, trajectories
+from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
 from .metric import metric as metric
@@ -34,7 +34,7 @@ SUMMARY = {"tol": 1e-3, "num_probes": 8, "steps": 40, "trace_matvecs": 64}
 for _one in (
     Metric("mean_loss", measures.mean_loss, ("loss", "params", "texts"), category="loss", sentence="The loss is {loss}."),
     of_function(
-        "directional_losses", measures.directional, ("loss", "params", KEY),
+        "directional_losses", landscapes.directional, ("loss", "params", KEY),
         drawn=("delta_mean", "curvature_mean", "dir_grad_delta_corr", "delta_losses", "slopes", "curvatures"),
         category="landscape",
         cost=lambda s: 5 + 2 * s["n_samples"] + 4 * num_refined(s["n_samples"]),
@@ -49,7 +49,7 @@ for _one in (
         sentence="A step of length {epsilon} raises the loss by {mean_delta_loss} on average.",
     ),
     of_function(
-        "loss_landscape_2d", measures.loss_landscape_2d, ("loss", "theta", KEY),
+        "loss_landscape_2d", landscapes.loss_landscape_2d, ("loss", "theta", KEY),
         drawn=("grid_losses", "roughness"),
         category="landscape",
         cost=lambda s: s["n_points"] ** 2 + 2, reference="Li et al. (2018), arXiv:1712.09913",
@@ -118,12 +118,12 @@ for _one in (
         reference="Foret et al. (2021), arXiv:2010.01412",
     ),
     of_function(
-        "flatness_profile", measures.flatness_profile, ("loss", "theta", KEY), category="landscape", at="phases",
+        "flatness_profile", landscapes.flatness_profile, ("loss", "theta", KEY), category="landscape", at="phases",
         drawn=("pair_mean", "expected_delta_loss"),
         cost=lambda s: 2 + 2 * s["n_directions"] * (1 + len(s["epsilons"])) + PRODUCT * s["products"],
     ),
     of_function(
-        "loss_lines", measures.loss_lines, ("loss", "theta", KEY), category="landscape", at="phases",
+        "loss_lines", landscapes.loss_lines, ("loss", "theta", KEY), category="landscape", at="phases",
         drawn=("losses",), cost=lambda s: s["num_directions"] * s["num"],
     ),
     Metric("training_curves", trajectories.training_curves, ("curves",), on="series", category="training", cost=lambda _: 0),
