@@ -358,3 +358,10 @@ def test_every_option_in_a_message_is_an_option_of_the_command(setting, models, 
             cli.main([command[0], "--help"])
         assert named, said
         assert named <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_what_failed_names_options(models, tmp_path, capsys):
+    path = folder(tmp_path / "masked", "bert")
+    few = ["--packing", "--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
+    assert cli.main(["analyze", str(path), "--metrics", "mean_loss", *few]) == 1
+    assert "`--packing` is for" in capsys.readouterr().out
