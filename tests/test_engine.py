@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -455,3 +456,9 @@ def test_a_loss_that_is_nan_or_of_one_sequence_says_so():
     assert single.loss.stderr.isnan()
     assert "one sequence" in single.notes[0]
     assert not mean_loss(loss, loss.layout.unravel(theta)).notes
+
+
+def test_a_metric_travels_with_its_version_and_where_it_looks():
+    sent = dataclasses.replace(metric("loss_lines").configured(at="every", num=5), version=7)
+    there = pickle.loads(pickle.dumps(sent))
+    assert (there.call, there.version, there.at, there.settings) == (sent.call, 7, "every", sent.settings)
