@@ -91,7 +91,8 @@ def test_every_number_that_tables_show_is_in_a_table_of_its_section(name):
             whole = section.said(one)[entry.name]
             assert whole in there or whole.partition(":")[0].partition(";")[0] in there
         elif entry.quantity.shown and len(per) == 1 and 0 < len(result.coords.get(per[0], ())) <= 40:
-            assert set(section.cells(entry)) <= set(there)
+            texts = [end for cell in there for end in (cell, *cell.split(" to "))] if "interval" in there else there
+            assert set(section.cells(entry)) <= set(texts)
             assert set(map(str, result.coords[per[0]])) <= set(there)
     for text in result.texts.values():  # none is lost: what has no room in a cell is a note
         notes = [block.text for block in section.section([one]).blocks if isinstance(block, Quote)]
@@ -278,7 +279,7 @@ def test_the_table_of_a_study_has_the_main_number_of_every_metric():
     few = [outcome(made.example("MeanLoss"), subject=name) for name in "ab"] + [outcome(None, subject="c")]
     got = section.table(Results(tuple(few)))
     loss = made.example("MeanLoss").loss
-    text = section.told(few[0])["loss"]
+    text = section.said(few[0], units=True)["loss"]
     assert got.rows[0][2:] == [text.removesuffix(" nats"), text.removesuffix(" nats"), "failed"]
     assert f"{float(loss.value):.3f}" in text
     assert section.table(Results(tuple(few)), rows=True).rows[2] == ["c", "failed"]
@@ -310,7 +311,7 @@ def test_what_a_notebook_shows_needs_no_file():
 
 def test_a_study_and_a_file_are_shown_and_what_is_not_there_is_refused(tmp_path):
     made.example("MeanLoss").save(tmp_path / "a.npz")
-    assert section.told(outcome(made.example("MeanLoss")))["loss"].removesuffix(" nats") in show(
+    assert section.said(outcome(made.example("MeanLoss"), units=True))["loss"].removesuffix(" nats") in show(
         tmp_path / "a.npz"
     ).path.read_text().replace("\u00a0", " ")
     Results((outcome(None, subject="<i>"),)).save(tmp_path, {})
