@@ -22,18 +22,14 @@ from . import cards, reading
 
 def arrival(folder: Path, search: str | None) -> tuple[Any, ...]:
     """What the address asks for, the choices and their values, and what is to be said of it."""
-    asked = reading.requested(search)
-    try:
-        groups, stamp = reading.study(folder)
-    except (OSError, ValueError) as err:
-        return asked, [], None, [], None, None, f"{type(err).__name__}: {err}"
-    place = reading.admitted(groups, asked)
+    asked, (groups, stamp, message) = reading.requested(search), reading.study(folder)
     metrics = dict.fromkeys(metric for group in groups.values() for metric in group.outcomes)
     options = [{"label": heading(metric), "value": metric} for metric in metrics]
-    if place is None:
-        name = f"There is no “{asked.get('group', '')[:80]}” in this study: choose one above."
-        return asked, list(groups), None, options, None, stamp, name
-    return asked, list(groups), place.group, options, place.metric, stamp, place.message
+    place = reading.admitted(groups, asked)
+    if place is None and groups:
+        message = f"There is no “{asked.get('group', '')[:80]}” in this study: choose one above. {message}".rstrip()
+    name, _, metric, said = place or reading.Place(None, None, None)
+    return asked, list(groups), name, options, metric, stamp, f"{said} {message}".strip()
 
 
 def choice(
@@ -80,19 +76,17 @@ def register(app: dash.Dash, folder: Path) -> None:
 def _register_choices(app: dash.Dash, folder: Path) -> None:
     @app.callback(
         Output("request", "data"), Output("group", "options"), Output("group", "value"), Output("metric", "options"),
-        Output("metric", "value"), Output("stamp", "data"), Output("message", "children"), Input("url", "search"),
+        Output("metric", "value"), Output("stamp", "data"), Output("message", "children"),
+        Input("url", "search"), Input("look", "n_intervals"), State("stamp", "data"), State("group", "value"),
     )  # fmt: skip
-    def arrive(search: str | None) -> tuple[Any, ...]:
-        return arrival(folder, search)
-
-    @app.callback(
-        Output("stamp", "data", allow_duplicate=True), Output("group", "options", allow_duplicate=True),
-        Output("metric", "options", allow_duplicate=True), Output("message", "children", allow_duplicate=True),
-        Input("look", "n_intervals"), State("stamp", "data"), prevent_initial_call=True,
-    )  # fmt: skip
-    def look(_: int, stamp: str | None) -> tuple[Any, ...]:
-        _, groups, _, metrics, _, now, message = arrival(folder, None)
-        return (no_update,) * 4 if now == stamp and now else (now, groups, metrics, message)
+    def arrive(search: str | None, _: int, stamp: str | None, name: str | None) -> Sequence[Any]:
+        arrived = arrival(folder, search)
+        if ctx.triggered_id != "look":
+            return arrived
+        if stamp == arrived[5]:
+            return (no_update,) * len(arrived)
+        values = (0, 2, 4) if name else ()  # where the reader stands stays
+        return [no_update if i in values else each for i, each in enumerate(arrived)]
 
     @app.callback(
         Output("known", "data"), Output("cards", "children"), Output("step", "max"), Output("step", "marks"),
@@ -104,8 +98,7 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         name: str | None, metric: str | None, stamp: str | None, asked: Any, here: Any, before: Any
     ) -> tuple[Any, ...]:
         step = here["step"] if here and here["step"] is not None else (asked or {}).get("step")
-        groups = reading.study(folder)[0] if stamp else {}
-        known, made = choice(groups, name, metric, step, stamp or "")
+        known, made = choice(reading.study(folder).groups, name, metric, step, stamp or "")
         steps = known.get("steps", [])
         same = bool(before) and all(before.get(each) == known.get(each) for each in ("group", "cards"))
         shown = no_update if same else made
@@ -141,7 +134,7 @@ def _register_cards(app: dash.Dash, folder: Path) -> None:
         Input({"type": "quantity", "metric": MATCH}, "value"), State({"type": "body", "metric": MATCH}, "id"),
     )  # fmt: skip
     def draw(here: dict[str, Any] | None, followed: str | None, own: dict[str, str]) -> Any:
-        groups, _ = reading.study(folder)
+        groups = reading.study(folder).groups
         group = groups.get((here or {}).get("group", ""))
         if not here or group is None or own["metric"] not in group.outcomes:
             return no_update
