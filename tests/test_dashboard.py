@@ -217,8 +217,25 @@ def test_a_study_that_grows_is_read_again_and_one_that_rests_is_not(tmp_path):
     after, new, _ = reading.study(tmp_path)
     assert new != stamp
     assert [group.steps for group in (*before.values(), *after.values())] == [(0, 10), (0, 10, 50)]
-    (tmp_path / MANIFEST).unlink()
-    assert "holds no study" in callbacks.arrival(tmp_path, "")[-1]
+
+
+def test_a_study_that_is_being_written_is_shown_as_it_was_last_whole(tmp_path):
+    path = study_folder(tmp_path, steps=(0, 10), models=()) / MANIFEST
+    text, before = path.read_text(), reading.study(tmp_path)
+    for half in (text[: len(text) // 2], "", "{}", "[]", None):
+        path.unlink() if half is None else path.write_text(half)
+        arrived = callbacks.arrival(tmp_path, "")
+        assert arrived[1:3] == ([RUN], RUN)
+        assert "cannot be read" in arrived[-1]
+        assert arrived[5] != before.stamp
+    path.write_text(text)
+    for cell in (tmp_path / "cache").glob("*/mean_loss*.npz"):
+        cell.unlink()
+    path.touch()
+    groups, _, message = reading.study(tmp_path)
+    assert message == ""
+    assert "cannot be read" in texts(shown(groups[RUN], "mean_loss", 10))
+    assert graphs(shown(groups[RUN], "landscape_flatness", 10))
 
 
 @pytest.mark.parametrize(

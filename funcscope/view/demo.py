@@ -45,9 +45,8 @@ def _mark_phases(curves: Section, story: Story) -> None:
             if step is not None:  # the axis is that of square roots
                 x, font = math.sqrt(step), {"size": 12, "color": MUTED}
                 chart.figure.add_vline(x=x, line={"color": MUTED, "width": 1, "dash": "dot"}, layer="below", name=name)
-                chart.figure.add_annotation(
-                    x=x, y=0.36 - 0.05 * i, yref="paper", text=name, showarrow=False, xanchor="left", font=font
-                )
+                at = {"x": x, "y": 0.05 * i, "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
+                chart.figure.add_annotation(text=name, showarrow=False, font=font, **at)
 
 
 PHASES = {"memorised": "train", "generalised": "test"}
