@@ -182,11 +182,15 @@ def _marked(text: str) -> str:
     return re.sub(r"^(?=[-+#=])|^(\d+)(?=[.)](?:\s|$))", r"\1\\", "".join(parts))
 
 
+def joined(text: str) -> str:
+    """With signs and units on the line of their numbers."""
+    text = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
+    return re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), text)
+
+
 def _inline(text: str) -> Markup:
-    """Escaped, with signs and units on the line of their numbers, long names in pieces, and code between backticks."""
-    joined = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
-    joined = re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), joined)
-    pieces = re.sub(r"([_/])(?=\w)|(\w{24})(?=\w)", "\\g<0>\u200b", joined)
+    """Escaped and joined, with long names in pieces, and code between backticks."""
+    pieces = re.sub(r"([_/])(?=\w)|(\w{24})(?=\w)", "\\g<0>\u200b", joined(text))
     escaped = str(Markup.escape(pieces)).replace("\u200b", "<wbr>")
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))
 

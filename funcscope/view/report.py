@@ -90,9 +90,9 @@ def provenance(results: Results) -> Iterator[Section]:
     data = results.about.get("config", {}).get("dataset_name")
     files = data.values() if isinstance(data, Mapping) else [data] if data else []
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
-    rows = [("Data", [", ".join(files)]), ("Versions", [", ".join(packages)])]
+    terms = [("Data", [", ".join(files)]), ("Versions", [", ".join(packages)])]
     made: list[Block | str] = ["The same numbers come from:", Code(results.about.get("command") or _call(results))]
-    yield Section("How this was made", [*made, Terms([row for row in rows if any(row[1])])])
+    yield Section("How this was made", [*made, Terms([term for term in terms if any(term[1])])])
 
 
 def with_short_names(results: Results) -> Results:

@@ -128,9 +128,8 @@ def sentence(story: Story, metric: str) -> str:
 def moved(first: Outcome, second: Outcome, name: str) -> str:
     """How a number went from one model to another, with both errors; which way only where they resolve it."""
     known = [said(one, units=True) for one in (first, second)]
-    texts = [each.get(name, "undefined") for each in known]
-    if name in RESIDUALS:
-        texts = [f"{text} (residual {each[RESIDUALS[name]]})" for text, each in zip(texts, known, strict=True)]
+    more = [f" (residual {each[RESIDUALS[name]]})" if name in RESIDUALS else "" for each in known]
+    texts = [each.get(name, "undefined") + residual for each, residual in zip(known, more, strict=True)]
     (a, a_error), (b, b_error) = (_value(one, name) for one in (first, second))
     if math.isnan(a) or math.isnan(b) or abs(b - a) <= Z95 * math.hypot(a_error, b_error):
         return f"is {texts[0]} and {texts[1]}: the change is not resolved"
@@ -140,22 +139,16 @@ def moved(first: Outcome, second: Outcome, name: str) -> str:
 def checkpoints(story: Story) -> Table:
     """A row for every checkpoint: losses and accuracies of the curves, and the main numbers with their errors."""
     run = {model.name for model in story.run}
-    main = [o for o in story.results.outcomes if o.subject in run and o.metric in MAIN]
+    main = (o for o in story.results.outcomes if o.subject in run and o.metric in MAIN)
     measured = table(Results(tuple(main)), rows=True)
     known = {row[0]: row[1:] for row in measured.rows}
-    at = story.curves.get("step", np.zeros(0)).astype(int).tolist()
-    curves = {
-        name: dict(zip(at, map(number, values.tolist()), strict=True))
-        for name, values in story.curves.items() if name != "step"
-    }  # fmt: skip
-    rows = [
-        [
-            name := f"step {step:,}",
-            *(each.get(step, "") for each in curves.values()),
-            *known.get(name, [""] * (len(measured.headers) - 1)),
-        ]
-        for step in story.steps
-    ]
+    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    curves = {name: values for name, values in story.curves.items() if name != "step"}
+    rows = []
+    for step in story.steps:
+        losses = [number(float(each[places[step]])) if step in places else "" for each in curves.values()]
+        blank = [""] * len(measured.headers[1:])
+        rows.append([f"step {step:,}", *losses, *known.get(f"step {step:,}", blank)])
     return Table(["checkpoint", *(name.replace("_", " ") for name in curves), *measured.headers[1:]], rows)
 
 

@@ -72,6 +72,19 @@ def register(app: dash.Dash, folder: Path) -> None:
     _register_choices(app, folder)
     _register_cards(app, folder)
 
+    def client(name: str, *given: Any, late: bool = False) -> None:
+        app.clientside_callback(ClientsideFunction("funcscope", name), *given, prevent_initial_call=late)
+
+    client("follow", Output("here", "data"), Input("step", "value"), Input("known", "data"))
+    client("say", Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("known", "data"))
+    for kind in ("png", "svg"):
+        saved = Output(_one("saved"), "children", allow_duplicate=True)
+        client(f"save_{kind}", saved, Input(_one(kind), "n_clicks"), State(_one("figure"), "id"), late=True)
+
+
+def _one(kind: str) -> dict[str, Any]:
+    return {"type": kind, "metric": MATCH, "index": MATCH}
+
 
 def _register_choices(app: dash.Dash, folder: Path) -> None:
     @app.callback(
@@ -79,7 +92,7 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         Output("metric", "value"), Output("stamp", "data"), Output("message", "children"),
         Input("url", "search"), Input("look", "n_intervals"), State("stamp", "data"), State("group", "value"),
     )  # fmt: skip
-    def arrive(search: str | None, _: int, stamp: str | None, name: str | None) -> Sequence[Any]:
+    def arrive(search: str | None, _: int | None, stamp: str | None, name: str | None) -> Sequence[Any]:
         arrived = arrival(folder, search)
         if ctx.triggered_id != "look":
             return arrived
@@ -104,12 +117,6 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         shown = no_update if same else made
         return known, shown, max(len(steps) - 1, 1), cards.marks(steps), known.get("index", 0), len(steps) < 2
 
-    for name, output, *given in (
-        ("follow", Output("here", "data"), Input("step", "value"), Input("known", "data")),
-        ("say", Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("known", "data")),
-    ):
-        app.clientside_callback(ClientsideFunction("funcscope", name), output, *given)
-
     @app.callback(
         Output("step", "value", allow_duplicate=True),
         Input({"type": "figure", "metric": ALL, "index": ALL}, "clickData"),
@@ -120,15 +127,12 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         source, value = ctx.triggered_id, ctx.triggered[0]["value"]
         if not source or not value:  # a card that has just come
             return no_update
-        steps = (known or {}).get("steps", [])
-        index = clicked({"points": [{"customdata": source["step"]}]} if source["type"] == "go" else value, steps)
+        click = {"points": [{"customdata": source["step"]}]} if source["type"] == "go" else value
+        index = clicked(click, (known or {}).get("steps", []))
         return no_update if index is None else index
 
 
 def _register_cards(app: dash.Dash, folder: Path) -> None:
-    def one(kind: str) -> dict[str, Any]:
-        return {"type": kind, "metric": MATCH, "index": MATCH}
-
     @app.callback(
         Output({"type": "body", "metric": MATCH}, "children"), Input("here", "data"),
         Input({"type": "quantity", "metric": MATCH}, "value"), State({"type": "body", "metric": MATCH}, "id"),
@@ -143,16 +147,10 @@ def _register_cards(app: dash.Dash, folder: Path) -> None:
         return cards.body(group, own["metric"], place and place.step, followed if followed in known else None)
 
     @app.callback(
-        Output(one("download"), "data"), Input(one("html"), "n_clicks"), State(one("figure"), "figure"),
+        Output(_one("download"), "data"), Input(_one("html"), "n_clicks"), State(_one("figure"), "figure"),
         prevent_initial_call=True,
     )  # fmt: skip
     def save(clicks: int | None, figure: dict[str, Any]) -> Any:
         if not clicks:
             return no_update
         return dcc.send_string(page(figure), f"{figure['layout']['meta']['file']}.html", type="text/html")
-
-    for kind in ("png", "svg"):
-        app.clientside_callback(
-            ClientsideFunction("funcscope", f"save_{kind}"), Output(one("saved"), "children", allow_duplicate=True),
-            Input(one(kind), "n_clicks"), State(one("figure"), "id"), prevent_initial_call=True,
-        )  # fmt: skip

@@ -14,7 +14,7 @@ from dash import dcc, html
 
 from ...study.cache import Outcome
 from ...study.metric import CATALOGUE
-from ..page import Block, Chart, Quote, Table
+from ..page import Block, Chart, Quote, Table, joined
 from ..quantities import drawable, figures, limits_of
 from ..reading import DRAWS
 from ..samples import EMPTIES
@@ -46,10 +46,15 @@ def shell(title: str) -> html.Main:
             dcc.Interval(id="look", interval=3000),
             html.Header([html.Div([html.P("funcscope", className="kicker"), html.H1(title)]), *choices]),
             html.Div(id="message", role="alert"),
-            html.Section([now, html.Div(slider)], id="bar", hidden=True, **{"aria-label": "Step"}),
+            html.Section([now, html.Div(slider)], id="bar", hidden=True, **_named("aria-label", "Step")),
             html.Div(id="cards"),
         ]
     )
+
+
+def _named(attribute: str, text: str) -> dict[str, Any]:
+    """An attribute whose name is no identifier."""
+    return {attribute: text}
 
 
 def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
@@ -122,23 +127,18 @@ def _charts(shown: Sequence[Outcome], every: Sequence[Outcome], step: int | None
     """The figures of some outcomes, on the scales of all; where one cannot be made, its error."""
     metric = shown[0].metric
 
-    def drawn(name: Any) -> Iterator[Any]:
-        if not isinstance(name, str):  # an error
-            yield name
-            return
+    def drawn(name: str) -> Iterator[Chart]:
         limits = limits_of(every, name) if len(every) > 1 else None
         per = next((e.quantity.per for o in shown if (e := entries(o).get(name))), ())
-        is_sample = limits is not None and len(shown) == len(per) == 1 and per[0] in DRAWS
+        is_sample = len(shown) == len(per) == 1 and per[0] in DRAWS
         for chart in _drawn(shown, [name], step, limits={name: limits} if limits and len(per) == 2 else {}):
-            yield (
-                replace(chart, caption=chart.caption + _common(chart.figure, *limits))
-                if is_sample and limits
-                else chart
-            )
+            scale = _common(chart.figure, *limits) if limits and is_sample else ""
+            yield replace(chart, caption=chart.caption + scale)
 
     own = CATALOGUE[metric].drawn if metric in CATALOGUE else ()
     names = own or tried(lambda: dict.fromkeys(name for one in shown for name in drawable(one.result)), metric)
-    return [part for name in names for part in tried(partial(drawn, name), metric)]
+    each = (tried(partial(drawn, name), metric) if isinstance(name, str) else [name] for name in names)
+    return [part for parts in each for part in parts]
 
 
 def _common(figure: go.Figure, low: float, high: float) -> str:
@@ -148,10 +148,9 @@ def _common(figure: go.Figure, low: float, high: float) -> str:
     if any(trace.name == "beyond the axis" for trace in figure.data) or EMPTIES * own < high - low:
         return " The scale is that of this step alone: that of all steps would empty the figure."
     for axis in axes:
-        title, titled = axis.title.text, bool(axis.title.text)
-        name, _, unit = (title or "").removesuffix(")").partition(" (")
+        name, _, unit = (axis.title.text or "").removesuffix(")").partition(" (")
         set_linear(axis, name, re.sub(r"^\S*10\S* ?", "", unit), low, high)
-        axis.title.text = axis.title.text if titled else ""
+        axis.title.text = axis.title.text if name else ""
     return " The scale is that of all steps."
 
 
@@ -177,18 +176,18 @@ def _block(one: Block | str, metric: str, index: int, file: str) -> Any:
     if isinstance(one, Quote):  # a part that could not be made
         return html.Div([html.B(one.source), html.P(one.text)], className="failed", role="alert")
     if isinstance(one, Table):
-        looks = ["words" if words else "" for words in one.words]
-        head = [html.Th(name, scope="col", className=look) for name, look in zip(one.headers, looks, strict=True)]
-        rows = [
-            [
-                html.Td(x, className=look, **{"data-label": name})
-                for x, look, name in zip(row, looks, one.headers, strict=True)
-            ]
-            for row in one.rows
-        ]
-        body = [html.Tr([html.Th(row[0], scope="row"), *each[1:]]) for row, each in zip(one.rows, rows, strict=True)]
-        return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(body)]), className=f"table {one.width}")
+        return _table(one)
     return _chart(one, metric, index, file) if isinstance(one, Chart) else html.P(str(one), className="note")
+
+
+def _table(one: Table) -> html.Div:
+    looks = [_named("className", "words" if words else "") for words in one.words]
+    head = [html.Th(text, scope="col", **look) for text, look in zip(one.headers, looks, strict=True)]
+    rows = [html.Tr([html.Th(joined(row[0]), scope="row")]) for row in one.rows]
+    for made, row in zip(rows, one.rows, strict=True):
+        each = zip(row[1:], one.headers[1:], looks[1:], strict=True)
+        made.children += [html.Td(joined(text), **look, **_named("data-label", name)) for text, name, look in each]
+    return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)]), className=f"table {one.width}")
 
 
 def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
@@ -206,7 +205,7 @@ def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
     ]
     saved = html.Span(id=name("saved"), className="unseen")
     under = html.Figcaption([html.Span(one.caption), html.Span(saves, className="saves"), saved])
-    style = {"height": one.figure.layout.height or 400}
-    graph = dcc.Graph(id=name("figure"), figure=plain, config=_CONFIG, style=style)
+    height = {"height": one.figure.layout.height or 400}
+    graph = dcc.Graph(id=name("figure"), figure=plain, config=_CONFIG, style=height)
     has_steps = any(str(trace.hovertemplate or "").startswith("step %{customdata") for trace in one.figure.data)
     return html.Figure([graph, under, dcc.Download(id=name("download"))], className="selects" if has_steps else "")
