@@ -115,10 +115,8 @@ def with_short_names(results: Results) -> Results:
     cut = {name: pattern.sub(lambda hit: names.get(hit[0], ""), name) for name in each}
     if len(set(cut.values())) < len(cut):  # two would have one name
         return results
-    return replace(
-        results,
-        outcomes=tuple(replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes),
-    )
+    short = (replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes)
+    return replace(results, outcomes=tuple(short))
 
 
 def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:

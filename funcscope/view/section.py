@@ -60,13 +60,12 @@ def table(results: Results, metrics: Sequence[str] | None = None, *, rows: bool 
     chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
     subjects = {outcome.subject: outcome for outcome in outcomes}
     names = whose(list(subjects.values()))
-    if rows is None:
-        rows = len(subjects) > MOST_COLUMNS
-    if not rows:
-        lines = [[heading(each), labels[each], *(texts.get((s, each), "") for s in subjects)] for each in chosen]
-        return Table(["metric", "number", *names], lines)
-    heads = ["model", *(f"{heading(each)}: {labels[each]}" for each in chosen)]
-    return Table(heads, [[n, *(texts.get((s, m), "") for m in chosen)] for n, s in zip(names, subjects, strict=True)])
+    lines = [[texts.get((subject, each), "") for subject in subjects] for each in chosen]
+    if rows or (rows is None and len(subjects) > MOST_COLUMNS):
+        heads = ["model", *(f"{heading(each)}: {labels[each]}" for each in chosen)]
+        return Table(heads, list(zip(names, *lines, strict=True)))
+    rows_of = zip(chosen, lines, strict=True)
+    return Table(["metric", "number", *names], [[heading(each), labels[each], *line] for each, line in rows_of])
 
 
 def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:

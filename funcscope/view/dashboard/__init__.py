@@ -10,6 +10,7 @@ import errno
 import socket
 import webbrowser
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,8 @@ def serve(
         started(address(host, server.port))
         if open_browser:
             webbrowser.open(address(host, server.port))
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            return
 
 
 def address(host: str, port: int) -> str:

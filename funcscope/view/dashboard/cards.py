@@ -38,7 +38,7 @@ def shell(title: str) -> html.Main:
             ("metric", "Metric", {"placeholder": "all"}),
         )
     ]
-    now = html.Div(id="now", role="status")
+    now, name = html.Div(id="now", role="status"), dict[str, Any]({"aria-label": "Step"})
     return html.Main(
         [
             dcc.Location(id="url", refresh=False),
@@ -46,15 +46,10 @@ def shell(title: str) -> html.Main:
             dcc.Interval(id="look", interval=3000),
             html.Header([html.Div([html.P("funcscope", className="kicker"), html.H1(title)]), *choices]),
             html.Div(id="message", role="alert"),
-            html.Section([now, html.Div(slider)], id="bar", hidden=True, **_named("aria-label", "Step")),
+            html.Section([now, html.Div(slider)], id="bar", hidden=True, **name),
             html.Div(id="cards"),
         ]
     )
-
-
-def _named(attribute: str, text: str) -> dict[str, Any]:
-    """An attribute whose name is no identifier."""
-    return {attribute: text}
 
 
 def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
@@ -72,21 +67,16 @@ def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
 
 def card(metric: str, outcomes: Sequence[Outcome]) -> html.Section:
     """Of one metric: its title, what it measures, and the choice of what is followed over training; the rest comes later."""
-    followed = singles(outcomes)
+    followed, one = singles(outcomes), CATALOGUE.get(metric)
     options = [{"label": label, "value": name} for name, label in followed.items()]
-    choice = dcc.Dropdown(
-        options, next(iter(followed), None), id={"type": "quantity", "metric": metric}, clearable=False, optionHeight=48
-    )
-    one = CATALOGUE.get(metric)
-    picked = html.Div([html.Span("Over training"), html.Div(choice)], className="choice", hidden=len(followed) < 2)
+    own, first = {"type": "quantity", "metric": metric}, next(iter(followed), None)
+    choice = html.Div(dcc.Dropdown(options, first, id=own, clearable=False, optionHeight=48))
+    picked = html.Div([html.Span("Over training"), choice], className="choice", hidden=len(followed) < 2)
+    head = html.Div([html.H2(heading(metric)), picked], className="top")
+    note = html.P(one.summary.replace("`", "") if one else "", className="note")
+    look = "panel wide" if _is_wide(outcomes) else "panel"
     return html.Section(
-        [
-            html.Div([html.H2(heading(metric)), picked], className="top"),
-            html.P(one.summary.replace("`", "") if one else "", className="note"),
-            html.Div(id={"type": "body", "metric": metric}),
-        ],
-        className="panel wide" if _is_wide(outcomes) else "panel",
-        id=f"card-{metric}",
+        [head, note, html.Div(id={"type": "body", "metric": metric})], className=look, id=f"card-{metric}"
     )
 
 
@@ -112,11 +102,8 @@ def body(group: Group, metric: str, step: int | None, followed: str | None) -> l
     numbers = [one for few in each for one in tried(lambda few=few: tables(few), metric)]
     file = re.sub(r"[^\w.-]+", "-", f"{group.name}-{metric}" + ("" if step is None else f"-step-{step:05d}"))
     drawn, rows = ([_block(one, metric, i, file) for i, one in enumerate(some)] for some in (charts, numbers))
-    return [
-        *parts,
-        html.Div(drawn, className="plots"),
-        *([html.Details([html.Summary("Numbers"), *rows], open=not charts)] if rows else []),
-    ]
+    under = [html.Details([html.Summary("Numbers"), *rows], open=not charts)] if rows else []
+    return [*parts, html.Div(drawn, className="plots"), *under]
 
 
 def _drawn(outcomes: Sequence[Outcome], names: Sequence[str], step: int | None, **more: Any) -> Iterator[Chart]:
@@ -181,12 +168,13 @@ def _block(one: Block | str, metric: str, index: int, file: str) -> Any:
 
 
 def _table(one: Table) -> html.Div:
-    looks = [_named("className", "words" if words else "") for words in one.words]
-    head = [html.Th(text, scope="col", **look) for text, look in zip(one.headers, looks, strict=True)]
+    looks = ["words" if words else "" for words in one.words]
+    head = [html.Th(text, scope="col", className=look) for text, look in zip(one.headers, looks, strict=True)]
+    labels: list[Any] = [{"data-label": name} for name in one.headers]
     rows = [html.Tr([html.Th(joined(row[0]), scope="row")]) for row in one.rows]
     for made, row in zip(rows, one.rows, strict=True):
-        each = zip(row[1:], one.headers[1:], looks[1:], strict=True)
-        made.children += [html.Td(joined(text), **look, **_named("data-label", name)) for text, name, look in each]
+        each = zip(row[1:], labels[1:], looks[1:], strict=True)
+        made.children += [html.Td(joined(text), className=look, **label) for text, label, look in each]
     return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)]), className=f"table {one.width}")
 
 
@@ -199,10 +187,8 @@ def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
     for trace, made in zip(plain["data"], one.figure.data, strict=True):
         if made.customdata is not None:  # as lists: Dash does not find a clicked point's entry in a packed array
             trace["customdata"] = [x.tolist() if hasattr(x, "tolist") else x for x in made.customdata]
-    saves = [
-        html.Button(kind.upper(), id=name(kind), title=f"Save this figure as {kind.upper()}")
-        for kind in ("png", "svg", "html")
-    ]
+    kinds = ("png", "svg", "html")
+    saves = [html.Button(each.upper(), id=name(each), title=f"Save this figure as {each.upper()}") for each in kinds]
     saved = html.Span(id=name("saved"), className="unseen")
     under = html.Figcaption([html.Span(one.caption), html.Span(saves, className="saves"), saved])
     height = {"height": one.figure.layout.height or 400}

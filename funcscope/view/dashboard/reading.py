@@ -20,6 +20,10 @@ MODELS = "all models"
 """The group of those that are no checkpoints, side by side."""
 
 
+ORDER = {"series": 0, "pair": 1, "model": 2}
+"""Of cards, by what their metric looks at."""
+
+
 @dataclass(frozen=True)
 class Group:
     """A training run, a model, or the models side by side."""
@@ -80,14 +84,10 @@ def grouped(outcomes: Sequence[Outcome]) -> dict[str, Group]:
 
 
 def _group(name: str, outcomes: Sequence[Outcome]) -> Group:
-    by_metric: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda o: (on(o) == "model", on(o) == "pair", o.step or 0)):
-        by_metric.setdefault(outcome.metric, []).append(outcome)
-    steps = {o.step for o in outcomes if o.step is not None}
-    models = [metric for metric, each in by_metric.items() if on(each[0]) == "model"]
-    order = [m for m in by_metric if m not in models] + [m for m in CATALOGUE if m in models]
-    order += [m for m in models if m not in order]
-    return Group(name, tuple(sorted(steps)), {metric: by_metric[metric] for metric in order})
+    places, by_metric = {metric: i for i, metric in enumerate(CATALOGUE)}, dict[str, list[Outcome]]()
+    for one in sorted(outcomes, key=lambda o: (ORDER[on(o)], places.get(o.metric, len(places)), o.step or 0)):
+        by_metric.setdefault(one.metric, []).append(one)
+    return Group(name, tuple(sorted({o.step for o in outcomes if o.step is not None})), by_metric)
 
 
 def singles(outcomes: Sequence[Outcome]) -> dict[str, str]:
