@@ -211,14 +211,31 @@ def test_one_metric_of_the_address_is_shown_alone(folder, groups, steps_of):
 
 def test_a_study_that_grows_is_read_again_and_one_that_rests_is_not(tmp_path):
     study_folder(tmp_path, steps=(0, 10), models=())
-    before, stamp = reading.study(tmp_path)
+    before, stamp, _ = reading.study(tmp_path)
     assert reading.study(tmp_path)[0] is before
     study_folder(tmp_path, steps=(0, 10, 50), models=())
-    after, new = reading.study(tmp_path)
+    after, new, _ = reading.study(tmp_path)
     assert new != stamp
     assert [group.steps for group in (*before.values(), *after.values())] == [(0, 10), (0, 10, 50)]
-    (tmp_path / MANIFEST).unlink()
-    assert "holds no study" in callbacks.arrival(tmp_path, "")[-1]
+
+
+def test_a_study_that_is_being_written_is_shown_as_it_was_last_whole(tmp_path):
+    path = study_folder(tmp_path, steps=(0, 10), models=()) / MANIFEST
+    text, before = path.read_text(), reading.study(tmp_path)
+    for half in (text[: len(text) // 2], "", "{}", "[]", None):
+        path.unlink() if half is None else path.write_text(half)
+        arrived = callbacks.arrival(tmp_path, "")
+        assert arrived[1:3] == ([RUN], RUN)
+        assert "cannot be read" in arrived[-1]
+        assert arrived[5] != before.stamp
+    path.write_text(text)
+    for cell in (tmp_path / "cache").glob("*/mean_loss*.npz"):
+        cell.unlink()
+    path.touch()
+    groups, _, message = reading.study(tmp_path)
+    assert message == ""
+    assert "cannot be read" in texts(shown(groups[RUN], "mean_loss", 10))
+    assert graphs(shown(groups[RUN], "landscape_flatness", 10))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +263,7 @@ def test_other_names_of_this_machine_are_refused(folder, host):
     page = client.get("/", headers={"Host": "localhost:8050"})
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
-    assert client.get("/../study.json", headers={"Host": "localhost"}).status_code != 200 or b"cells" not in page.data
+    assert client.get("/../study.json", headers={"Host": "localhost"}).status_code != 200 or b'"cells"' not in page.data
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):

@@ -5,9 +5,13 @@ import threading
 import time
 
 import pytest
+import results as made
 from test_dashboard import NAMES, RUN, study_folder
 
+from funcscope.study.cache import Outcome
+from funcscope.study.results import Results
 from funcscope.view import dashboard
+from funcscope.view.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.common.actions.action_builder import ActionBuilder  # noqa: E402
@@ -205,12 +209,17 @@ def test_a_group_outside_the_study_is_refused_in_sight(browser, address):
 
 
 @pytest.mark.parametrize("width", [420, 1400])
-def test_no_window_scrolls_sideways(page, width):
+def test_nothing_scrolls_sideways(page, width, tmp_path):
     size = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": width < 500}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    widest = "return Math.max(...[...document.querySelectorAll('html, .table, table')].map((e) => e.scrollWidth))"
     try:
         columns = "return new Set([...document.querySelectorAll('#cards > section')].map((s) => s.offsetLeft)).size"
         until(lambda: page.execute_script(columns) == (1 if width < 500 else 2))
-        until(lambda: page.execute_script("return document.documentElement.scrollWidth") <= width)
+        until(lambda: page.execute_script(widest) <= width)
+        compared = Outcome("directional_comparison", "a to b", None, "data", "ok", made.example("Comparison"))
+        page.get(write_report(Results((compared,)), tmp_path / "a.html").path.as_uri())
+        assert page.find_elements(By.TAG_NAME, "table")
+        assert page.execute_script(widest) <= width
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -2,7 +2,7 @@
 
 import html
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,8 +14,11 @@ import torch
 import funcscope as fs
 from funcscope.core.estimate import Estimate
 from funcscope.core.result import Result, derived, quantity
+from funcscope.core.store import to_json
+from funcscope.study import analyze, listing
 from funcscope.study.cache import Outcome
 from funcscope.study.catalogue import CATALOGUE
+from funcscope.study.config import UnifiedConfig
 from funcscope.study.results import Results
 from funcscope.study.trajectories import TrainingCurves
 from funcscope.view import demo, page, report, section, show, story
@@ -91,7 +94,8 @@ def test_every_number_that_tables_show_is_in_a_table_of_its_section(name):
             whole = section.said(one)[entry.name]
             assert whole in there or whole.partition(":")[0].partition(";")[0] in there
         elif entry.quantity.shown and len(per) == 1 and 0 < len(result.coords.get(per[0], ())) <= 40:
-            assert set(section.cells(entry)) <= set(there)
+            ends = [end for cell in there for end in cell.split(" to ")]  # low and high are one interval
+            assert set(section.cells(entry)) <= {*there, *ends}
             assert set(map(str, result.coords[per[0]])) <= set(there)
     for text in result.texts.values():  # none is lost: what has no room in a cell is a note
         notes = [block.text for block in section.section([one]).blocks if isinstance(block, Quote)]
@@ -105,15 +109,7 @@ def test_every_result_has_a_page_and_its_notes_are_on_it(name, tmp_path):
     for note in result.notes:
         assert " ".join(typeset(note).split()) in shown
     assert not re.search(r"\bnan\b", shown.replace("infinite or nan", ""))
-    assert name not in shown or name in (
-        "Estimate",
-        "Difference",
-        "Pairs",
-        "Comparison",
-        "Truncation",
-        "Audit",
-        "Crossed",
-    )
+    assert name not in shown or name in "Estimate Difference Pairs Comparison Truncation Audit Crossed".split()
 
 
 class Open(Result):
@@ -210,14 +206,38 @@ def test_a_part_that_cannot_be_made_is_shown_as_what_it_is(tmp_path):
 
 def test_what_it_takes_to_make_it_again_is_on_the_page(tmp_path):
     about = {"settings": {"num": 2}, "plan": {"chunk": 7}, "cost": {"forwards": 1234.0, "seconds": 3.0}}
-    content = {"seed": 5, "packages": {"torch": "9.9"}}
+    content = {"seed": 5, "packages": {"torch": "9.9"}, "weights": ""}
     one = outcome(made.example("TraceEstimate"), "hessian_trace", content=content, **about)
-    for ending in ("html", "md"):
-        text = written([one], tmp_path / f"a.{ending}")
-        text = html.unescape(Reader(text).visible if ending == "html" else text)
-        for part in ("num 2", "chunk 7", "1,234 forward passes", "3 s", "torch 9.9", "Options(seed=5)"):
-            assert part in text
-        assert "metric('hessian_trace').configured(num=2)," in text
+    config = asdict(UnifiedConfig(metrics=("hessian_trace",), dataset_name="<my>.jsonl"))
+    typed = {"config": config, "models": ["a/b"], "command": "funcscope analyze a/b --data '<my>.jsonl'"}
+    python = {**typed, "command": ""}
+    for known, parts in (
+        ({}, ["Options(seed=5)", "metric('hessian_trace').configured(num=2),"]),
+        (typed, [typed["command"], "Data"]),
+        (
+            python,
+            ["analyze_models( ['a/b'], UnifiedConfig( dataset_name='<my>.jsonl', metrics=['hessian_trace'], ), )"],
+        ),
+    ):
+        Results((one,), known).save(tmp_path)
+        assert Results.open(tmp_path).about == to_json(known)
+        for ending in ("html", "md"):
+            page_of = report.write_report(replace(Results.open(tmp_path), outcomes=(one,)), tmp_path / f"a.{ending}")
+            text = html.unescape(
+                Reader(page_of.path.read_text()).visible if ending == "html" else page_of.path.read_text()
+            )
+            for part in (*parts, "num 2", "chunk 7", "1,234 forward passes", "3 s", "torch 9.9"):
+                assert part in " ".join(text.replace("\u200b", "").split())
+
+
+def test_a_command_is_known_where_it_is_ours(monkeypatch):
+    for program, line in (
+        ("/bin/funcscope", "funcscope x 'a b'"),
+        ("/x/funcscope/__main__.py", "funcscope x 'a b'"),
+        ("my.py", ""),
+    ):
+        monkeypatch.setattr("sys.argv", [program, "x", "a b"])
+        assert analyze._command() == line
 
 
 def test_metrics_are_chosen_by_name_and_another_ending_is_refused(tmp_path):
@@ -251,10 +271,13 @@ def test_every_figure_of_a_report_is_a_file_where_it_is_asked_for(tmp_path):
         (["/tmp/a/m", "m"], ["/tmp/a/m", "m"]),
         (["/a", "/b", "gpt2"], ["/a", "/b", "gpt2"]),
         (["/x/a", "y/b"], ["/x/a", "y/b"]),
+        (["p-0123abcd@1", "q-0123abcd@1"], ["p@1", "q@1"]),
+        (["p-0123abcd@1", "p-4567abcd@1"], ["p-0123abcd@1", "p-4567abcd@1"]),
     ],
 )
 def test_paths_are_shortened_to_what_differs(names, short):
-    many = [outcome(opened(), subject=name) for name in names]
+    split = [name.partition("@") for name in names]
+    many = [outcome(opened(), "mean_loss", f"{g}{at}{s}", int(s) if s else None, g) for g, at, s in split]
     pair = outcome(made.example("LossPath"), "linear_path", " to ".join(names), group=names[0])
     got = report.with_short_names(Results((*many, pair))).outcomes
     assert [one.subject for one in got] == [*short, " to ".join(short)]
@@ -278,15 +301,16 @@ def test_the_table_of_a_study_has_the_main_number_of_every_metric():
     few = [outcome(made.example("MeanLoss"), subject=name) for name in "ab"] + [outcome(None, subject="c")]
     got = section.table(Results(tuple(few)))
     loss = made.example("MeanLoss").loss
-    text = section.told(few[0])["loss"]
+    text = section.said(few[0], units=True)["loss"]
     assert got.rows[0][2:] == [text.removesuffix(" nats"), text.removesuffix(" nats"), "failed"]
     assert f"{float(loss.value):.3f}" in text
-    assert section.table(Results(tuple(few)), rows=True).rows[2] == ["c", "failed"]
+    assert [*section.table(Results(tuple(few)), rows=True).rows[2]] == ["c", "failed"]
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
 def test_sentences_name_quantities_or_settings(name):
     one = CATALOGUE[name]
+    assert not re.search(r"(?i)\bsee\b", one.summary)  # a page has no such place
     for word in re.findall(r"{(\w+)}", one.sentence):
         assert word in one.settings or re.fullmatch(r"[a-z]\w*", word)
     assert one.summary
@@ -310,7 +334,7 @@ def test_what_a_notebook_shows_needs_no_file():
 
 def test_a_study_and_a_file_are_shown_and_what_is_not_there_is_refused(tmp_path):
     made.example("MeanLoss").save(tmp_path / "a.npz")
-    assert section.told(outcome(made.example("MeanLoss")))["loss"].removesuffix(" nats") in show(
+    assert section.said(outcome(made.example("MeanLoss")), units=True)["loss"].removesuffix(" nats") in show(
         tmp_path / "a.npz"
     ).path.read_text().replace("\u00a0", " ")
     Results((outcome(None, subject="<i>"),)).save(tmp_path, {})
@@ -348,6 +372,12 @@ def run_of(accuracy=(0.1, 1.0, 1.0), test=(0.1, 0.2, 1.0), values=((3.0, 0.1), (
 def test_the_story_is_that_of_the_curves(accuracy, test, words, tmp_path):
     shown = Reader(demo.write_page(run_of(accuracy, test), tmp_path / "a.html").path.read_text()).visible
     assert all(word in shown for word in words)
+    tale = story.Story(run_of(accuracy, test))
+    curves = section.section([o for o in tale.results.outcomes if o.metric == "training_curves"])
+    demo._mark_phases(curves, tale)
+    lines = {shape.name: shape.x0**2 for b in curves.blocks if isinstance(b, Chart) for shape in b.figure.layout.shapes}
+    steps = {name: tale.passed(split) for name, split in demo.PHASES.items()}
+    assert lines == pytest.approx({name: step for name, step in steps.items() if step is not None})
     assert shown.index("Training curves") < shown.index("Mean loss") < shown.index("All checkpoints")
 
 
@@ -386,3 +416,8 @@ def test_every_number_of_the_story_has_its_error():
     assert ("±" in text) or "not resolved" in text
     assert np.isfinite(float(directional.curvature_mean.value))
     assert fs.landscape is not None
+
+
+def test_the_width_of_the_terminal_is_that_of_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "47")
+    assert listing.terminal_width() == 47

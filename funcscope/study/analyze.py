@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -54,12 +56,20 @@ def analyze_models(
         bases=_bases(config),
         **run_options,
     )
-    results = Results(tuple(outcomes))
+    names = [str(path) if isinstance(path, (str, Path)) else path.id for path in model_paths]
+    results = Results(tuple(outcomes), {"config": asdict(config), "models": names, "command": _command()})
     if config.save_results:
-        results.save(out, {"config": asdict(config)})
+        results.save(out)
     if config.save_plots:  # figures are a floor above this one, and an extra
         import_module("funcscope.view.report").save_plots(results, out / "figures")
     return results
+
+
+def _command() -> str:
+    """The line that was typed, where this is the command `funcscope` and not somebody's own program."""
+    program = Path(sys.argv[0])
+    is_ours = program.stem == "funcscope" or program.parts[-2:] == ("funcscope", "__main__.py")
+    return shlex.join(["funcscope", *sys.argv[1:]]) if is_ours else ""
 
 
 def _bases(config: UnifiedConfig) -> list[Source]:

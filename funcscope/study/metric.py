@@ -82,7 +82,7 @@ class Metric:
     @property
     def summary(self) -> str:
         """What it measures: the first line of its function's documentation, without what that refers to."""
-        return re.sub(r"; see `\w+`", "", (inspect.getdoc(self.call) or "").partition("\n")[0])
+        return re.sub(r"; see `[\w.]+`| See `[\w.]+`\.", "", (inspect.getdoc(self.call) or "").partition("\n")[0])
 
     def configured(self, *, task: str | None = None, at: str | None = None, **changes: Any) -> Metric:
         """The same with other settings, on other data, at other checkpoints.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,8 @@ class Results:
     """All outcomes of a study, in the order of its models and metrics; prints itself as a table of statuses."""
 
     outcomes: tuple[Outcome, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the study: `config` (its fields), `models` (as given), `command` (as typed, or empty)."""
 
     @cached_property
     def models(self) -> dict[str, ModelResults]:
@@ -167,9 +169,10 @@ class Results:
         rows = rows.rename(columns={"model": "models", "value": "p"})[["models", "metric", *axes, "p"]]
         return rows.assign(q=q_values(rows["p"].tolist())).reset_index(drop=True)
 
-    def save(self, folder: Path, about: Mapping[str, Any]) -> Path:
+    def save(self, folder: Path, about: Mapping[str, Any] | None = None) -> Path:
         """Write the list of the outcomes to `folder`: with the cache in it, all that `open` needs.
 
+        about: what is to be known of the study; None: what this one knows.
         What an earlier study has measured there beside them stays in the list, as long as the model has the same weights.
         """
         rows = [
@@ -182,7 +185,10 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(path, wait=True):
             rows = [*_earlier(path, rows), *rows]
-            write(path, json.dumps(to_json({**about, "cells": rows}), indent=1).encode())
+            write(
+                path,
+                json.dumps(to_json({**(self.about if about is None else about), "cells": rows}), indent=1).encode(),
+            )
         return path
 
     @classmethod
@@ -204,10 +210,10 @@ class Results:
                 outcomes.append(Outcome(**row["lost"]))
                 continue
             cell = Cell(row["metric"], row["subject"], row["content"])
-            stored = cache.get(cell)  # as another study has it, where two have the cell: step and run are of this one
-            known = {name: row[name] for name in ("step", "group") if name in row}
-            outcomes.append(replace(stored, **known) if stored else _unread(row, cache))
-        return cls(tuple(outcomes))
+            known = cache.get(cell)  # as another study has it, where two have the cell: step and run are of this one
+            own = {name: row[name] for name in ("step", "group") if name in row}
+            outcomes.append(replace(known, **own) if known else _unread(row, cache))
+        return cls(tuple(outcomes), {name: value for name, value in stored.items() if name != "cells"})
 
     def __str__(self) -> str:
         rows = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -19,19 +19,20 @@ FRAME_HEIGHT = 760
 """Of a page in a notebook, in pixels."""
 MANY_SECTIONS = 4
 """A page of more sections than this has a table of contents."""
+FOLDER = Path(__file__).parent
 _CONFIG = {"displayModeBar": False, "responsive": True, "scrollZoom": False}
 _SIGNS = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
 _NUMBER = re.compile(r"[(≈<>]?[-−+]?[\d∞]")
 _NEITHER = ("", "undefined", "not resolved", "failed", "timeout", "out of memory", "skipped")
-MOST_DIGITS = 40
-"""Letters of a cell that is a number."""
+MOST_DIGITS = 60
+"""Letters of a cell that is a number or an interval."""
 
 
 class Block:
     """A part of a page. As the last value of a notebook's cell it shows itself, in the style of the notebook."""
 
     def _repr_html_(self) -> str:
-        return _template().render(bare=self)
+        return _templates().get_template("page.html").render(bare=self)
 
 
 class Fact(NamedTuple):
@@ -57,7 +58,7 @@ class Chart(Block):
         return Markup(self.figure.to_html(div_id=place, default_height=height, **options))
 
     def _repr_html_(self) -> str:
-        return framed(render("", "", [], [], [Section("", [self])]), self.caption)
+        return framed(render("", sections=[Section("", [self])]), self.caption)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Table(Block):
         """Whether a column holds words, which start at the left, and not numbers."""
         columns = [[row[i] for row in self.rows if row[i] not in _NEITHER] for i in range(len(self.headers))]
         return [2 * sum(bool(_NUMBER.match(x)) and len(x) < MOST_DIGITS for x in each) <= len(each) for each in columns]
+
+    @property
+    def width(self) -> str:
+        """How it is laid out: the wider it is, the sooner a row becomes a block of lines."""
+        return "narrow" if len(self.headers) < 4 else "medium" if len(self.headers) < 7 else "wide"
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Section:
     blocks: Sequence[Block | str]
 
     def _repr_html_(self) -> str:
-        return framed(render("", "", [], [], [self]), self.title)
+        return framed(render("", sections=[self]), self.title)
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,7 @@ class Page:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def __str__(self) -> str:
-        return str(self.path)
+    __str__ = __fspath__
 
     def _repr_html_(self) -> str:
         text = self.path.read_text(encoding="utf-8")
@@ -126,17 +131,19 @@ class Page:
         return f'<pre style="white-space: pre-wrap">{escape(text)}</pre>'
 
 
-def render(title: str, kicker: str, lede: Sequence[str], strip: Sequence[Fact], sections: Sequence[Section]) -> str:
+def render(
+    title: str, kicker: str = "", lede: Sequence[str] = (), strip: Sequence[Fact] = (), sections: Sequence[Section] = ()
+) -> str:
     """The page as HTML. All text is plain text: the template escapes it.
 
-    >>> "a &lt; b" in render("a < b", "", [], [], [])
+    >>> "a &lt; b" in render("a < b")
     True
     """
     charts = any(isinstance(block, Chart) for section in sections for block in section.blocks)
-    return _template().render(
+    styles = [(FOLDER / name).read_text(encoding="utf-8") for name in ("table.css", "page.css")]
+    return _templates().get_template("page.html").render(
         bare=None, title=title, kicker=kicker, lede=lede, strip=strip, sections=sections,
-        contents=len(sections) > MANY_SECTIONS,
-        style=Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
+        contents=len(sections) > MANY_SECTIONS, style=Markup("".join(styles)),
         script=Markup(get_plotlyjs()) if charts else "",
     ).lstrip()  # fmt: skip
 
@@ -151,11 +158,8 @@ def markdown(title: str, strip: Sequence[Fact], sections: Sequence[Section]) -> 
     <BLANKLINE>
     1 &lt; 2
     """
-    facts = "\n".join(f"- {_marked(f'{fact.label}: {fact.value} ({fact.detail})')}" for fact in strip)
-    parts = [f"# {_marked(title)}", facts]
-    for section in sections:
-        parts += [f"## {_marked(section.title)}", *map(_in_markdown, section.blocks)]
-    return "\n\n".join(filter(None, parts))
+    text = _templates().get_template("page.md").render(title=title, strip=strip, sections=sections)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip()
 
 
 def framed(page: str, name: str) -> str:
@@ -164,27 +168,6 @@ def framed(page: str, name: str) -> str:
         f'<iframe title="{escape(name)}" sandbox="allow-scripts" loading="lazy" '
         f'style="width: 100%; height: {FRAME_HEIGHT}px; border: 1px solid #dcdcdc" srcdoc="{escape(page)}"></iframe>'
     )
-
-
-def _in_markdown(block: Block | str) -> str:
-    match block:
-        case Chart():
-            return f"*Figure {_marked(block.name)}: {_marked(block.caption)}*"
-        case Table():
-            rule = f"|{'|'.join(':--' if words else '--:' for words in block.words)}|"
-            head, *rows = (_row(cells) for cells in (block.headers, *block.rows))
-            return "\n".join([head, rule, *rows, *([f"\n{_marked(block.caption)}"] if block.caption else [])])
-        case Terms():
-            return "\n".join(f"- **{_marked(term)}**: {_marked(' '.join(lines))}" for term, lines in block.items)
-        case Quote():
-            return f"> {_marked(block.text)} ({_marked(block.source)})"
-        case Code():
-            return "\n".join(f"    {line}" for line in block.text.splitlines())
-    return _marked(str(block))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_marked(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _marked(text: str) -> str:
@@ -199,18 +182,24 @@ def _marked(text: str) -> str:
     return re.sub(r"^(?=[-+#=])|^(\d+)(?=[.)](?:\s|$))", r"\1\\", "".join(parts))
 
 
+def joined(text: str) -> str:
+    """With signs and units on the line of their numbers."""
+    text = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
+    return re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), text)
+
+
 def _inline(text: str) -> Markup:
-    """Escaped, with signs and units on the line of their numbers, long names in pieces, and code between backticks."""
-    joined = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
-    joined = re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), joined)
-    pieces = re.sub(r"([_/])(?=\w)|(\w{24})(?=\w)", "\\g<0>\u200b", joined)
+    """Escaped and joined, with long names in pieces, and code between backticks."""
+    pieces = re.sub(r"([_/])(?=\w)|(\w{24})(?=\w)", "\\g<0>\u200b", joined(text))
     escaped = str(Markup.escape(pieces)).replace("\u200b", "<wbr>")
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))
 
 
 @cache
-def _template() -> Template:
-    where = FileSystemLoader(Path(__file__).parent)
-    env = Environment(loader=where, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters["inline"] = _inline
-    return env.get_template("page.html")
+def _templates() -> Environment:
+    env = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=lambda name: name == "page.html",
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    env.filters |= {"inline": _inline, "marked": _marked}
+    return env

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..core.store import to_json, write
 from ..study.cache import Outcome
 from ..study.catalogue import CATALOGUE
+from ..study.config import UnifiedConfig
 from ..study.record import duration, file_stem
 from ..study.results import Results
 from .export import ENDINGS, export
 from .numbers import typeset
 from .page import Block, Code, Fact, Page, Section, Table, Terms, markdown, render
-from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, table, tried
+from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, shown, table, tried
 
 __all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
@@ -29,18 +30,19 @@ def write_report(results: Results, path: str | Path, *, title: str = "", metrics
 
     Raises ValueError for another ending, for a metric that the study does not have, and for a study of nothing.
     """
-    path, results, is_page = Path(path), with_short_names(results), Path(path).suffix == ".html"
+    path, results = Path(path), with_short_names(results)
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"a report is a page (`.html`) or Markdown (`.md`), got {path.name!r}.")
     chosen = _chosen(results, metrics)
-    results = Results(tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
+    results = replace(results, outcomes=tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
     first = tried(lambda: _overview(results, chosen), "the overview")
     body = [Section("Overview", first)] if first else []
     body += [*(section(of_metric(results, name)) for name in chosen), *provenance(results)]
-    names = list(dict.fromkeys(o.subject for o in sorted(results.outcomes, key=lambda o: on(o) != "model")))
-    num = len({outcome.subject for outcome in results.outcomes if on(outcome) == "model"})
-    title = title or (f"What {num} models are like" if num > 1 else f"What {names[0]} is like")
-    text = render(title, "funcscope", [], _strip(results), body) if is_page else markdown(title, _strip(results), body)
+    models = [*dict.fromkeys(o.subject for o in results.outcomes if on(o) == "model")] or [results.outcomes[0].subject]
+    title = title or (f"What {len(models)} models are like" if len(models) > 1 else f"What {models[0]} is like")
+    strip = _strip(results)
+    is_page = path.suffix == ".html"
+    text = render(title, "funcscope", (), strip, body) if is_page else markdown(title, strip, body)
     write(path, text.encode())
     return Page(path)
 
@@ -70,48 +72,51 @@ def of_metric(results: Results, name: str) -> list[Outcome]:
 
 def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Table]:
     """The main number of every metric, where there are several models to be looked at together."""
-    whole = table(results, metrics)
-    if whole.headers[0] == "model":  # a column per metric
-        for i in range(1, len(whole.headers), MOST_COLUMNS):
-            head, *rows = ([row[0], *row[i : i + MOST_COLUMNS]] for row in (whole.headers, *whole.rows))
-            yield Table(head, rows)
-    elif len(whole.headers) > 3 and len(whole.rows) > 1:
-        yield whole
+    models = {outcome.subject: outcome for outcome in results.outcomes if on(outcome) == "model"}
+    names = [outcome.subject for outcome in shown(list(models.values()))]
+    for few in (names[i : i + MOST_COLUMNS] for i in range(0, len(names), MOST_COLUMNS)):
+        each = table(Results(tuple(o for o in results.outcomes if o.subject in few)), metrics)
+        if len(names) > 1 and len(each.rows) > 1:
+            yield each
 
 
 def provenance(results: Results) -> Iterator[Section]:
     """What has no result and why, what is not resolved and why, and how all of it is made again."""
     failed = [(o, o.status, f"{o.error_type.rpartition('.')[2]}: {o.error}".strip(": ")) for o in results.failed]
-    open_ones = [each for outcome in results.outcomes for each in _unresolved(outcome)]
-    for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", open_ones, "number")):
+    unresolved = [each for outcome in results.outcomes for each in _unresolved(outcome)]
+    for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", unresolved, "number")):
         if rows:
             yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
+    data = results.about.get("config", {}).get("dataset_name")
+    files = data.values() if isinstance(data, Mapping) else [data] if data else []
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
-    made: list[Block | str] = [
-        "The same numbers come from this call, `sources` being the models:",
-        Code(_call(results)),
-    ]
-    made += [Terms([("Versions", [", ".join(packages)])])] if packages else []
-    yield Section("How this was made", made)
+    terms = [("Data", [", ".join(files)]), ("Versions", [", ".join(packages)])]
+    made: list[Block | str] = ["The same numbers come from:", Code(results.about.get("command") or _call(results))]
+    yield Section("How this was made", [*made, Terms([term for term in terms if any(term[1])])])
 
 
 def with_short_names(results: Results) -> Results:
-    """The same results; models are called by what tells them apart: steps of one run, paths without what they share."""
+    """The same results; models are called by what tells them apart.
+
+    Steps of one run by these, paths without what they share, runs without the digest of their settings.
+    """
     models = {o.subject: o for o in results.outcomes if on(o) == "model"}
-    one_run = len({o.group for o in models.values()}) == 1 and all(o.step is not None for o in models.values())
-    if one_run and len(models) > 1:
-        names = {name: f"step {outcome.step}" for name, outcome in models.items()}
+    runs = {o.group for o in results.outcomes if o.step is not None and o.group}
+    names = {name: re.sub(r"-[0-9a-f]{8}$", "", name) for name in runs}
+    if len({o.group for o in models.values()}) == 1 < len(models) and all(o.step is not None for o in models.values()):
+        names |= {name: f"step {outcome.step}" for name, outcome in models.items()}
     else:
         paths = [name.rstrip("/") for name in models if "/" in name.rstrip("/")]
         is_one_kind = len({path.startswith("/") for path in paths}) == 1
         shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if is_one_kind else ""
-        names = {f"{shared}/": ""} if shared.strip("/") else {}
-    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+        names |= {f"{shared}/": ""} if shared.strip("/") else {}
+    pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"\Z")
     each = {name for o in results.outcomes for name in (o.subject, o.group)}
-    cut = {name: pattern.sub(lambda hit: names[hit[0]], name) if names else name for name in each}
+    cut = {name: pattern.sub(lambda hit: names.get(hit[0], ""), name) for name in each}
     if len(set(cut.values())) < len(cut):  # two would have one name
         return results
-    return Results(tuple(replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes))
+    short = (replace(o, subject=cut[o.subject], group=cut[o.group]) for o in results.outcomes)
+    return replace(results, outcomes=tuple(short))
 
 
 def _chosen(results: Results, metrics: Sequence[str] | None) -> list[str]:
@@ -141,21 +146,24 @@ def _merged(rows: Sequence[tuple[Outcome, str, str]]) -> list[list[str]]:
 
 
 def _call(results: Results) -> str:
-    """`run` with the settings that were asked for."""
-    metrics = dict.fromkeys(_configured(outcome) for outcome in results.outcomes)
-    tasks = tuple(dict.fromkeys(outcome.task for outcome in results.outcomes))
+    """`analyze_models` as it was called; of results without a configuration, `run` with the settings that they have."""
+    config, models = results.about.get("config"), results.about.get("models")
+    if config and models:
+        usual = to_json(asdict(UnifiedConfig()))
+        changes = [f"{name}={value!r}" for name, value in config.items() if usual.get(name) != value]
+        listed = "".join(f"\n        {each}," for each in changes)
+        return f"analyze_models(\n    {models!r},\n    UnifiedConfig({listed}\n    ),\n)"
+    listed = "".join(f"\n        {each}," for each in dict.fromkeys(map(_configured, results.outcomes)))
     seeds = {seed for o in results.outcomes if (seed := o.content.get("seed")) is not None}
-    options = "".join(f", options=Options(seed={seed})" for seed in seeds if len(seeds) == 1)
-    listed = "\n".join(f"        {each}," for each in metrics)
-    return f"run(\n    [\n{listed}\n    ],\n    sources, tasks={tasks!r}{options}\n)"
+    options = f", options=Options(seed={seeds.pop()})" if len(seeds) == 1 else ""
+    tasks = tuple(dict.fromkeys(outcome.task for outcome in results.outcomes))
+    return f"run(\n    [{listed}\n    ],\n    sources, tasks={tasks!r}{options}\n)  # `sources` are the models"
 
 
 def _configured(outcome: Outcome) -> str:
-    one = CATALOGUE.get(outcome.metric)
-    usual = to_json(one.settings) if one is not None else {}
-    changes = {name: value for name, value in outcome.settings.items() if usual.get(name) != value}
-    settings = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-    return f"metric({outcome.metric!r})" + (f".configured({settings})" if settings else "")
+    usual = to_json(CATALOGUE[outcome.metric].settings) if outcome.metric in CATALOGUE else {}
+    changes = [f"{name}={value!r}" for name, value in outcome.settings.items() if usual.get(name) != value]
+    return f"metric({outcome.metric!r})" + (f".configured({', '.join(changes)})" if changes else "")
 
 
 def _strip(results: Results) -> list[Fact]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,17 +34,10 @@ def section(outcomes: Sequence[Outcome], text: str = "") -> Section:
     name, ok = outcomes[0].metric, [outcome for outcome in outcomes if outcome.result is not None]
     one, lost = CATALOGUE.get(name), len(outcomes) - len(ok)
     blocks: list[Block | str] = [one.summary] if one is not None and one.summary else []
-    parts: tuple[Callable[[], Iterable[Block | str]], ...] = (
-        lambda: [text] if text else _sentences(ok),
-        lambda: tables(ok),
-        lambda: panel(ok),
-        lambda: _notes(ok),
-        lambda: [methods(ok)],
-    )
-    for part in parts if ok else [lambda: [text] if text else []]:
-        blocks += tried(part, name)
+    for part in (lambda: [text] if text else _sentences(ok), lambda: tables(ok), lambda: panel(ok), lambda: _notes(ok)):
+        blocks += tried(part, name) if ok else []
     blocks += [f"{lost} of {len(outcomes)} have no result; the reasons are at the end."] if lost else []
-    return Section(heading(name), blocks)
+    return Section(heading(name), [*blocks, *(tried(lambda: [methods(ok)], name) if ok else [])])
 
 
 def panel(outcomes: Sequence[Outcome]) -> list[Chart]:
@@ -62,23 +55,22 @@ def table(results: Results, metrics: Sequence[str] | None = None, *, rows: bool 
     """
     outcomes = [o for o in results.outcomes if on(o) == "model" and (metrics is None or o.metric in metrics)]
     mains = {(outcome.subject, outcome.metric): (outcome, _main(outcome)) for outcome in outcomes}
-    texts = {key: _brief(_text(o, e)) if e else "" if o.ok else o.status for key, (o, e) in mains.items()}
+    texts = {key: _brief(_text(e, *_known(o))) if e else "" if o.ok else o.status for key, (o, e) in mains.items()}
     labels = {metric: _with_unit(o, e) for (_, metric), (o, e) in mains.items() if e is not None}
     chosen = [name for name in metrics or dict.fromkeys(outcome.metric for outcome in outcomes) if name in labels]
     subjects = {outcome.subject: outcome for outcome in outcomes}
     names = whose(list(subjects.values()))
+    lines = [[texts.get((subject, each), "") for subject in subjects] for each in chosen]
     if rows or (rows is None and len(subjects) > MOST_COLUMNS):
-        lines = [
-            [name, *(texts.get((s, each), "") for each in chosen)] for name, s in zip(names, subjects, strict=True)
-        ]
-        return Table(["model", *(f"{heading(each)}: {labels[each]}" for each in chosen)], lines)
-    lines = [[heading(each), labels[each], *(texts.get((name, each), "") for name in subjects)] for each in chosen]
-    return Table(["metric", "number", *names], lines)
+        heads = ["model", *(f"{heading(each)}: {labels[each]}" for each in chosen)]
+        return Table(heads, list(zip(names, *lines, strict=True)))
+    rows_of = zip(chosen, lines, strict=True)
+    return Table(["metric", "number", *names], [[heading(each), labels[each], *line] for each, line in rows_of])
 
 
 def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
     """Single numbers with a row each and a column per subject; what is per a few named things, of the last subject."""
-    few = _shown(outcomes)
+    few = shown(outcomes)
     for i in range(0, len(few), MOST_COLUMNS):
         if (singles := _singles(few[i : i + MOST_COLUMNS])).rows:
             yield singles
@@ -86,10 +78,13 @@ def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
     per_one = [e for e in entries(last).values() if e.quantity.shown and len(e.quantity.per) == 1]
     for axis in dict.fromkeys(e.quantity.per[0] for e in per_one if e.quantity.per != BOUNDS):
         if 0 < len(places := list(map(str, coords.get(axis, ())))) <= LONGEST:
-            same = [each for each in per_one if each.quantity.per == (axis,)]
-            rows = list(zip(places, *(cells(each) for each in same), strict=True))
+            columns = {e.name: (_with_unit(last, e), cells(e)) for e in per_one if e.quantity.per == (axis,)}
+            if columns.keys() >= {"low", "high"}:
+                ends = zip(columns["low"][1], columns.pop("high")[1], strict=True)
+                columns["low"] = ("interval", [a if a == b else f"{a} to {b}" for a, b in ends])
+            rows = list(zip(places, *(texts for _, texts in columns.values()), strict=True))
             caption = "" if len(outcomes) == 1 else f"Of {whose([last])[0]}."
-            yield Table([axis, *(_with_unit(last, each) for each in same)], rows, caption)
+            yield Table([axis, *(head for head, _ in columns.values())], rows, caption)
 
 
 def methods(outcomes: Sequence[Outcome]) -> Terms:
@@ -114,26 +109,23 @@ def entries(outcome: Outcome) -> dict[str, Entry]:
     return {} if outcome.result is None else {entry.name: entry for entry in outcome.result.entries()}
 
 
-def said(outcome: Outcome) -> dict[str, str]:
-    """By name, every single value or interval with its error, or why there is none."""
-    if outcome.result is None:
-        return {}
-    return {name: _text(outcome, e) for name, e in entries(outcome).items() if e.quantity.per in ((), BOUNDS)}
+def said(outcome: Outcome, *, units: bool = False) -> dict[str, str]:
+    """By name, every single value or interval with its error, or why there is none; with its unit where that is asked."""
+    every = {name: entry for name, entry in entries(outcome).items() if entry.quantity.per in ((), BOUNDS)}
+    known = _known(outcome)  # once: a result computes them
+    texts = {name: _text(entry, *known) for name, entry in every.items()}
+    return {n: f"{t} {outcome.in_unit(every[n].quantity.unit)}".strip() for n, t in texts.items()} if units else texts
 
 
-def _text(outcome: Outcome, entry: Entry) -> str:
-    assert outcome.result is not None
-    if entry.name in outcome.result.texts:
-        return typeset(outcome.result.texts[entry.name])
-    return "not resolved" if entry.name in outcome.result.unresolved else " to ".join(cells(entry))
+def _known(outcome: Outcome) -> tuple[Mapping[str, str], Collection[str]]:
+    """Texts in place of numbers, and names of what is not resolved."""
+    return ({}, ()) if outcome.result is None else (outcome.result.texts, outcome.result.unresolved)
 
 
-def told(outcome: Outcome) -> dict[str, str]:
-    """`said`, with units."""
-    known = entries(outcome)
-    return {
-        name: f"{text} {outcome.in_unit(known[name].quantity.unit)}".strip() for name, text in said(outcome).items()
-    }
+def _text(entry: Entry, texts: Mapping[str, str], lost: Collection[str]) -> str:
+    if entry.name in texts:
+        return typeset(texts[entry.name])
+    return "not resolved" if entry.name in lost else " to ".join(cells(entry))
 
 
 def cells(entry: Entry) -> list[str]:
@@ -181,7 +173,7 @@ def _brief(text: str) -> str:
     return text if len(text) <= MOST_LETTERS else re.split("[:;]", text)[0]
 
 
-def _shown(outcomes: Sequence[Outcome], most: int = MOST_COLUMNS) -> list[Outcome]:
+def shown(outcomes: Sequence[Outcome], most: int = MOST_COLUMNS) -> list[Outcome]:
     """All; of a training run with more steps than have room, the first and the last."""
     runs: dict[str, list[Outcome]] = {}
     for one in outcomes:
@@ -191,14 +183,11 @@ def _shown(outcomes: Sequence[Outcome], most: int = MOST_COLUMNS) -> list[Outcom
 
 def _main(outcome: Outcome) -> Entry | None:
     """The single number that stands for a result: the first that its page draws, or the first there is."""
-    one = CATALOGUE.get(outcome.metric)
-    for name in one.drawn if one and outcome.result is not None else ():
-        assert outcome.result is not None
-        for entry in outcome.result.entries(name):
-            if entry.name == name and entry.quantity.per in ((), BOUNDS):
-                return entry
-    single = _scalars(outcome)
-    return next((single[name] for name in (one.drawn if one and one.drawn else single) if name in single), None)
+    one, single = CATALOGUE.get(outcome.metric), _scalars(outcome)
+    if one is None or not one.drawn or outcome.result is None:
+        return next(iter(single.values()), None)
+    each = (entry for name in one.drawn for entry in outcome.result.entries(name) if entry.name == name)
+    return next((entry for entry in each if entry.quantity.per in ((), BOUNDS)), None)
 
 
 def _scalars(outcome: Outcome) -> dict[str, Entry]:
@@ -220,10 +209,9 @@ def _singles(outcomes: Sequence[Outcome]) -> Table:
 def _sentences(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """The metric's sentence about every subject, of a run about the first and the last."""
     sentence = CATALOGUE[outcomes[0].metric].sentence if outcomes[0].metric in CATALOGUE else ""
-    few = _shown(outcomes, 2) if sentence else []
+    few = shown(outcomes, 2) if sentence else []
     for outcome, name in zip(few[:MOST_COLUMNS], whose(few), strict=False):
-        words = {each: _plain(value) for each, value in outcome.settings.items()}
-        words |= told(outcome)
+        words = {each: _plain(value) for each, value in outcome.settings.items()} | said(outcome, units=True)
         if set(re.findall(r"{(\w+)}", sentence)) <= words.keys():  # what was not asked for has no sentence
             text = sentence.format_map(words)
             yield text if len(few) == 1 else f"{name}: {text}"
@@ -231,12 +219,13 @@ def _sentences(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 def _notes(outcomes: Sequence[Outcome]) -> Iterator[Quote]:
     """What the results say of themselves, once for all that say it, and texts that are too long for a cell."""
-    few, sources = _shown(outcomes), dict[str, list[str]]()
+    few, sources = shown(outcomes), dict[str, list[str]]()
     for outcome, name in zip(few, whose(few), strict=True):
         labels = {each: label(entry) for each, entry in _scalars(outcome).items()}
         long = {each: text for each, text in said(outcome).items() if len(text) > MOST_LETTERS and each in labels}
         texts = [f"{labels[each]}: {text}" for each, text in long.items()]
         for note in (*texts, *getattr(outcome.result, "notes", ())):
+            note = re.sub(r"[^\s:]+@(?=\d)", "step ", note) if outcome.subject.startswith("step ") else note
             sources.setdefault(typeset(note), []).append(name)
     yield from (Quote(note, ", ".join(names)) for note, names in sources.items())
 

@@ -15,7 +15,7 @@ from ..study.cache import Outcome
 from ..study.results import ModelResults, Results
 from .numbers import number
 from .page import Table
-from .section import entries, table, told
+from .section import entries, said, table
 
 Z95 = 1.96
 MAIN = ("directional_losses", "landscape_flatness", "hessian_eigenvalues", "sam_sharpness", "critical_sharpness")
@@ -59,14 +59,10 @@ class Story:
     @cached_property
     def curves(self) -> dict[str, Float[np.ndarray, " n"]]:
         """Losses and accuracies over training; empty where they were not measured."""
-        for outcome in self.results.outcomes:
-            if (
-                outcome.metric == "training_curves"
-                and outcome.group == self.run[0].group
-                and outcome.result is not None
-            ):
-                steps = np.asarray(outcome.result.coords["step"], dtype=np.float64)
-                return {"step": steps, **{name: numbers(e)["value"] for name, e in entries(outcome).items()}}  # type: ignore[index]
+        own = (o for o in self.results.outcomes if (o.metric, o.group) == ("training_curves", self.run[0].group))
+        for result in (outcome.result for outcome in own if outcome.result is not None):
+            steps = np.asarray(result.coords["step"], dtype=np.float64)
+            return {"step": steps, **{e.name: numbers(e)["value"] for e in result.entries()}}  # type: ignore[index]
         return {}
 
     @cached_property
@@ -131,10 +127,9 @@ def sentence(story: Story, metric: str) -> str:
 
 def moved(first: Outcome, second: Outcome, name: str) -> str:
     """How a number went from one model to another, with both errors; which way only where they resolve it."""
-    known = [told(one) for one in (first, second)]
-    texts = [each.get(name, "undefined") for each in known]
-    if name in RESIDUALS:
-        texts = [f"{text} (residual {each[RESIDUALS[name]]})" for text, each in zip(texts, known, strict=True)]
+    known = [said(one, units=True) for one in (first, second)]
+    more = [f" (residual {each[RESIDUALS[name]]})" if name in RESIDUALS else "" for each in known]
+    texts = [each.get(name, "undefined") + residual for each, residual in zip(known, more, strict=True)]
     (a, a_error), (b, b_error) = (_value(one, name) for one in (first, second))
     if math.isnan(a) or math.isnan(b) or abs(b - a) <= Z95 * math.hypot(a_error, b_error):
         return f"is {texts[0]} and {texts[1]}: the change is not resolved"
@@ -144,21 +139,17 @@ def moved(first: Outcome, second: Outcome, name: str) -> str:
 def checkpoints(story: Story) -> Table:
     """A row for every checkpoint: losses and accuracies of the curves, and the main numbers with their errors."""
     run = {model.name for model in story.run}
-    measured = table(
-        Results(tuple(o for o in story.results.outcomes if o.subject in run and o.metric in MAIN)), rows=True
-    )
-    names = [name for name in story.curves if name != "step"]
-    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    main = (o for o in story.results.outcomes if o.subject in run and o.metric in MAIN)
+    measured = table(Results(tuple(main)), rows=True)
     known = {row[0]: row[1:] for row in measured.rows}
-    rows = [
-        [
-            name := f"step {step:,}",
-            *(number(float(story.curves[each][places[step]])) if step in places else "" for each in names),
-            *known.get(name, [""] * len(measured.headers[1:])),
-        ]
-        for step in story.steps
-    ]
-    return Table(["checkpoint", *(name.replace("_", " ") for name in names), *measured.headers[1:]], rows)
+    places = {int(step): i for i, step in enumerate(story.curves.get("step", ()))}
+    curves = {name: values for name, values in story.curves.items() if name != "step"}
+    rows = []
+    for step in story.steps:
+        losses = [number(float(each[places[step]])) if step in places else "" for each in curves.values()]
+        blank = [""] * len(measured.headers[1:])
+        rows.append([f"step {step:,}", *losses, *known.get(f"step {step:,}", blank)])
+    return Table(["checkpoint", *(name.replace("_", " ") for name in curves), *measured.headers[1:]], rows)
 
 
 def _value(outcome: Outcome, name: str) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import errno
 import socket
 import webbrowser
 from collections.abc import Callable, Collection
-from importlib.resources import files
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,10 @@ import dash
 from flask import Flask, Response, abort, request
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from . import reading
+from ...study.results import MANIFEST, Results
 from .callbacks import register
 from .cards import shell
 
-INDEX = """<!DOCTYPE html>
-<html lang="en">
-<head>
-{%metas%}
-<title>{%title%}</title>
-<link rel="icon" href="data:,">
-{%css%}
-</head>
-<body>
-{%app_entry%}
-<footer>
-{%config%}
-{%scripts%}
-{%renderer%}
-</footer>
-</body>
-</html>
-"""
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 """Names of this machine that only this machine can reach."""
 
@@ -51,18 +33,20 @@ def app(folder: str | PathLike[str], *, hosts: Collection[str] | None = LOCAL) -
 
     hosts: names that a request may call this server by; another name is answered with 403, so that a page on the web
     whose name was made to point here (DNS rebinding) cannot read the study. None: any name.
-    Raises FileNotFoundError where the folder holds no study, and ValueError where its cache lacks an outcome.
+    Raises FileNotFoundError where the folder holds no study.
     """
     path = Path(folder)
-    reading.study(path)
+    if not (path / MANIFEST).is_file():
+        Results.open(path)  # says what is not there
     flask: Any = Flask(__name__, static_folder=None)
+    index, tables = (Path(__file__).parent / name for name in ("index.html", "../table.css"))
     made = dash.Dash(
         __name__,
         server=flask,
-        assets_folder=str(files(__package__) / "assets"),
+        assets_folder=str(Path(__file__).parent / "assets"),
         title=f"{path.resolve().name} · funcscope",
         update_title="",  # the title stays still while cards load
-        index_string=INDEX,
+        index_string=index.read_text().replace("{{tables}}", tables.read_text()),
         meta_tags=[{"name": "viewport", "content": "width=device-width, initial-scale=1"}],
         serve_locally=True,
         suppress_callback_exceptions=True,  # cards come and go with the study
@@ -94,10 +78,8 @@ def serve(
         started(address(host, server.port))
         if open_browser:
             webbrowser.open(address(host, server.port))
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            return
 
 
 def address(host: str, port: int) -> str:
@@ -133,22 +115,18 @@ def _guard(made: dash.Dash, hosts: Collection[str] | None) -> None:
         f"default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
         "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+    more = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     @made.server.before_request
     def known_host() -> None:
-        if hosts is not None and _name(request.host) not in hosts:
+        try:
+            name = urlsplit(f"//{request.host}").hostname
+        except ValueError:
+            name = None
+        if hosts is not None and name not in hosts:
             abort(403, "This server answers to the names of this machine only.")
 
     @made.server.after_request
     def stay_here(response: Response) -> Response:
-        response.headers["Content-Security-Policy"] = policy
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers.update(more)
         return response
-
-
-def _name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None

@@ -22,18 +22,14 @@ from . import cards, reading
 
 def arrival(folder: Path, search: str | None) -> tuple[Any, ...]:
     """What the address asks for, the choices and their values, and what is to be said of it."""
-    asked = reading.requested(search)
-    try:
-        groups, stamp = reading.study(folder)
-    except (OSError, ValueError) as err:
-        return asked, [], None, [], None, None, f"{type(err).__name__}: {err}"
-    place = reading.admitted(groups, asked)
+    asked, (groups, stamp, message) = reading.requested(search), reading.study(folder)
     metrics = dict.fromkeys(metric for group in groups.values() for metric in group.outcomes)
     options = [{"label": heading(metric), "value": metric} for metric in metrics]
-    if place is None:
-        name = f"There is no “{asked.get('group', '')[:80]}” in this study: choose one above."
-        return asked, list(groups), None, options, None, stamp, name
-    return asked, list(groups), place.group, options, place.metric, stamp, place.message
+    place = reading.admitted(groups, asked)
+    if place is None and groups:
+        message = f"There is no “{asked.get('group', '')[:80]}” in this study: choose one above. {message}".rstrip()
+    name, _, metric, said = place or reading.Place(None, None, None)
+    return asked, list(groups), name, options, metric, stamp, f"{said} {message}".strip()
 
 
 def choice(
@@ -76,23 +72,34 @@ def register(app: dash.Dash, folder: Path) -> None:
     _register_choices(app, folder)
     _register_cards(app, folder)
 
+    def client(name: str, *given: Any, late: bool = False) -> None:
+        app.clientside_callback(ClientsideFunction("funcscope", name), *given, prevent_initial_call=late)
+
+    client("follow", Output("here", "data"), Input("step", "value"), Input("known", "data"))
+    client("say", Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("known", "data"))
+    for kind in ("png", "svg"):
+        saved = Output(_one("saved"), "children", allow_duplicate=True)
+        client(f"save_{kind}", saved, Input(_one(kind), "n_clicks"), State(_one("figure"), "id"), late=True)
+
+
+def _one(kind: str) -> dict[str, Any]:
+    return {"type": kind, "metric": MATCH, "index": MATCH}
+
 
 def _register_choices(app: dash.Dash, folder: Path) -> None:
     @app.callback(
         Output("request", "data"), Output("group", "options"), Output("group", "value"), Output("metric", "options"),
-        Output("metric", "value"), Output("stamp", "data"), Output("message", "children"), Input("url", "search"),
+        Output("metric", "value"), Output("stamp", "data"), Output("message", "children"),
+        Input("url", "search"), Input("look", "n_intervals"), State("stamp", "data"), State("group", "value"),
     )  # fmt: skip
-    def arrive(search: str | None) -> tuple[Any, ...]:
-        return arrival(folder, search)
-
-    @app.callback(
-        Output("stamp", "data", allow_duplicate=True), Output("group", "options", allow_duplicate=True),
-        Output("metric", "options", allow_duplicate=True), Output("message", "children", allow_duplicate=True),
-        Input("look", "n_intervals"), State("stamp", "data"), prevent_initial_call=True,
-    )  # fmt: skip
-    def look(_: int, stamp: str | None) -> tuple[Any, ...]:
-        _, groups, _, metrics, _, now, message = arrival(folder, None)
-        return (no_update,) * 4 if now == stamp and now else (now, groups, metrics, message)
+    def arrive(search: str | None, _: int | None, stamp: str | None, name: str | None) -> Sequence[Any]:
+        arrived = arrival(folder, search)
+        if ctx.triggered_id != "look":
+            return arrived
+        if stamp == arrived[5]:
+            return (no_update,) * len(arrived)
+        values = (0, 2, 4) if name else ()  # where the reader stands stays
+        return [no_update if i in values else each for i, each in enumerate(arrived)]
 
     @app.callback(
         Output("known", "data"), Output("cards", "children"), Output("step", "max"), Output("step", "marks"),
@@ -104,18 +111,11 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         name: str | None, metric: str | None, stamp: str | None, asked: Any, here: Any, before: Any
     ) -> tuple[Any, ...]:
         step = here["step"] if here and here["step"] is not None else (asked or {}).get("step")
-        groups = reading.study(folder)[0] if stamp else {}
-        known, made = choice(groups, name, metric, step, stamp or "")
+        known, made = choice(reading.study(folder).groups, name, metric, step, stamp or "")
         steps = known.get("steps", [])
         same = bool(before) and all(before.get(each) == known.get(each) for each in ("group", "cards"))
         shown = no_update if same else made
         return known, shown, max(len(steps) - 1, 1), cards.marks(steps), known.get("index", 0), len(steps) < 2
-
-    for name, output, *given in (
-        ("follow", Output("here", "data"), Input("step", "value"), Input("known", "data")),
-        ("say", Output("now", "children"), Input("step", "drag_value"), Input("here", "data"), State("known", "data")),
-    ):
-        app.clientside_callback(ClientsideFunction("funcscope", name), output, *given)
 
     @app.callback(
         Output("step", "value", allow_duplicate=True),
@@ -127,21 +127,18 @@ def _register_choices(app: dash.Dash, folder: Path) -> None:
         source, value = ctx.triggered_id, ctx.triggered[0]["value"]
         if not source or not value:  # a card that has just come
             return no_update
-        steps = (known or {}).get("steps", [])
-        index = clicked({"points": [{"customdata": source["step"]}]} if source["type"] == "go" else value, steps)
+        click = {"points": [{"customdata": source["step"]}]} if source["type"] == "go" else value
+        index = clicked(click, (known or {}).get("steps", []))
         return no_update if index is None else index
 
 
 def _register_cards(app: dash.Dash, folder: Path) -> None:
-    def one(kind: str) -> dict[str, Any]:
-        return {"type": kind, "metric": MATCH, "index": MATCH}
-
     @app.callback(
         Output({"type": "body", "metric": MATCH}, "children"), Input("here", "data"),
         Input({"type": "quantity", "metric": MATCH}, "value"), State({"type": "body", "metric": MATCH}, "id"),
     )  # fmt: skip
     def draw(here: dict[str, Any] | None, followed: str | None, own: dict[str, str]) -> Any:
-        groups, _ = reading.study(folder)
+        groups = reading.study(folder).groups
         group = groups.get((here or {}).get("group", ""))
         if not here or group is None or own["metric"] not in group.outcomes:
             return no_update
@@ -150,16 +147,10 @@ def _register_cards(app: dash.Dash, folder: Path) -> None:
         return cards.body(group, own["metric"], place and place.step, followed if followed in known else None)
 
     @app.callback(
-        Output(one("download"), "data"), Input(one("html"), "n_clicks"), State(one("figure"), "figure"),
+        Output(_one("download"), "data"), Input(_one("html"), "n_clicks"), State(_one("figure"), "figure"),
         prevent_initial_call=True,
     )  # fmt: skip
     def save(clicks: int | None, figure: dict[str, Any]) -> Any:
         if not clicks:
             return no_update
         return dcc.send_string(page(figure), f"{figure['layout']['meta']['file']}.html", type="text/html")
-
-    for kind in ("png", "svg"):
-        app.clientside_callback(
-            ClientsideFunction("funcscope", f"save_{kind}"), Output(one("saved"), "children", allow_duplicate=True),
-            Input(one(kind), "n_clicks"), State(one("figure"), "id"), prevent_initial_call=True,
-        )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,7 +14,7 @@ from dash import dcc, html
 
 from ...study.cache import Outcome
 from ...study.metric import CATALOGUE
-from ..page import Block, Chart, Quote, Table
+from ..page import Block, Chart, Quote, Table, joined
 from ..quantities import drawable, figures, limits_of
 from ..reading import DRAWS
 from ..samples import EMPTIES
@@ -36,6 +38,7 @@ def shell(title: str) -> html.Main:
             ("metric", "Metric", {"placeholder": "all"}),
         )
     ]
+    now, name = html.Div(id="now", role="status"), dict[str, Any]({"aria-label": "Step"})
     return html.Main(
         [
             dcc.Location(id="url", refresh=False),
@@ -43,17 +46,10 @@ def shell(title: str) -> html.Main:
             dcc.Interval(id="look", interval=3000),
             html.Header([html.Div([html.P("funcscope", className="kicker"), html.H1(title)]), *choices]),
             html.Div(id="message", role="alert"),
-            html.Section(
-                [html.Div(id="now", role="status"), html.Div(slider)], id="bar", hidden=True, **_named("Step")
-            ),
+            html.Section([now, html.Div(slider)], id="bar", hidden=True, **name),
             html.Div(id="cards"),
         ]
     )
-
-
-def _named(label: str) -> dict[str, Any]:
-    """What a screen reader calls an element."""
-    return {"aria-label": label}
 
 
 def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
@@ -71,21 +67,16 @@ def marks(steps: Sequence[int], most: int = 6) -> dict[int, str]:
 
 def card(metric: str, outcomes: Sequence[Outcome]) -> html.Section:
     """Of one metric: its title, what it measures, and the choice of what is followed over training; the rest comes later."""
-    followed = singles(outcomes)
+    followed, one = singles(outcomes), CATALOGUE.get(metric)
     options = [{"label": label, "value": name} for name, label in followed.items()]
-    choice = dcc.Dropdown(
-        options, next(iter(followed), None), id={"type": "quantity", "metric": metric}, clearable=False, optionHeight=48
-    )
-    one = CATALOGUE.get(metric)
-    picked = html.Div([html.Span("Over training"), html.Div(choice)], className="choice", hidden=len(followed) < 2)
+    own, first = {"type": "quantity", "metric": metric}, next(iter(followed), None)
+    choice = html.Div(dcc.Dropdown(options, first, id=own, clearable=False, optionHeight=48))
+    picked = html.Div([html.Span("Over training"), choice], className="choice", hidden=len(followed) < 2)
+    head = html.Div([html.H2(heading(metric)), picked], className="top")
+    note = html.P(one.summary.replace("`", "") if one else "", className="note")
+    look = "panel wide" if _is_wide(outcomes) else "panel"
     return html.Section(
-        [
-            html.Div([html.H2(heading(metric)), picked], className="top"),
-            html.P(one.summary.replace("`", "") if one else "", className="note"),
-            html.Div(id={"type": "body", "metric": metric}),
-        ],
-        className="panel wide" if _is_wide(outcomes) else "panel",
-        id=f"card-{metric}",
+        [head, note, html.Div(id={"type": "body", "metric": metric})], className=look, id=f"card-{metric}"
     )
 
 
@@ -99,52 +90,42 @@ def _is_wide(outcomes: Sequence[Outcome]) -> bool:
 def body(group: Group, metric: str, step: int | None, followed: str | None) -> list[Any]:
     """What a card shows at a step: what failed, its trajectory, its figures, and its numbers."""
     outcomes = group.outcomes[metric]
+    is_still = step is None or on(outcomes[0]) != "model"
     ok = [outcome for outcome in outcomes if outcome.ok]
-    if step is None or on(outcomes[0]) != "model":
-        each = [[one] for one in ok] if on(outcomes[0]) == "pair" else [ok] if ok else []
-        parts: list[Any] = [_failure(one) for one in outcomes if not one.ok]
-        charts = [made for few in each for made in _charts(few, few, step)]
-    else:
-        parts = [_failure(one) for one in outcomes if not one.ok and one.step == step]
-        shown = [one for one in ok if one.step == nearest([o.step for o in ok if o.step is not None], step)]
-        parts += [_elsewhere(metric, step, ok)] if ok and shown[0].step != step else []
-        charts = tried(lambda: _trajectory(ok, followed, step), metric) if followed else []
-        charts += _charts(shown, ok, step) if shown else []
-        each = [shown] if shown else []
+    near = None if is_still else nearest([o.step for o in ok if o.step is not None] or [step or 0], step or 0)
+    shown = [one for one in ok if is_still or one.step == near]
+    parts = [_failure(one) for one in outcomes if not one.ok and (is_still or one.step == step)]
+    parts += [_elsewhere(metric, step or 0, ok)] if shown and near not in (None, step) else []
+    each = [[one] for one in shown] if on(outcomes[0]) == "pair" else [shown] if shown else []
+    charts = tried(lambda: _drawn(ok, [followed], step), metric) if followed and not is_still else []
+    charts += [made for few in each for made in _charts(few, few if is_still else ok, step)]
+    numbers = [one for few in each for one in tried(lambda few=few: tables(few), metric)]
     file = re.sub(r"[^\w.-]+", "-", f"{group.name}-{metric}" + ("" if step is None else f"-step-{step:05d}"))
-    parts.append(html.Div([_block(one, metric, i, file) for i, one in enumerate(charts)], className="plots"))
-    rows = [
-        _block(one, metric, i, file) for few in each for i, one in enumerate(tried(lambda few=few: tables(few), metric))
-    ]
-    if rows:
-        parts.append(html.Details([html.Summary("Numbers"), *rows], open=not charts))
-    return parts
+    drawn, rows = ([_block(one, metric, i, file) for i, one in enumerate(some)] for some in (charts, numbers))
+    under = [html.Details([html.Summary("Numbers"), *rows], open=not charts)] if rows else []
+    return [*parts, html.Div(drawn, className="plots"), *under]
 
 
-def _trajectory(ok: Sequence[Outcome], followed: str, step: int) -> Iterator[Chart]:
-    yield from (Chart(*drawn) for drawn in figures(ok, [followed], current=step))
+def _drawn(outcomes: Sequence[Outcome], names: Sequence[str], step: int | None, **more: Any) -> Iterator[Chart]:
+    yield from (Chart(*drawn) for drawn in figures(outcomes, names, current=step, **more))
 
 
 def _charts(shown: Sequence[Outcome], every: Sequence[Outcome], step: int | None) -> list[Block | str]:
-    """The figures of some outcomes, on the scales of all."""
+    """The figures of some outcomes, on the scales of all; where one cannot be made, its error."""
     metric = shown[0].metric
-    names = tried(lambda: dict.fromkeys(n for one in shown for n in drawable(one.result)), metric)
-    if (one := CATALOGUE.get(metric)) and one.drawn:
-        names = list(one.drawn)
 
     def drawn(name: str) -> Iterator[Chart]:
         limits = limits_of(every, name) if len(every) > 1 else None
         per = next((e.quantity.per for o in shown if (e := entries(o).get(name))), ())
-        many = {} if limits is None or len(per) != 2 else {name: limits}
-        for figure, caption in figures(shown, [name], current=step, limits=many):
-            sample = limits is not None and len(shown) == 1 and len(per) == 1 and per[0] in DRAWS
-            yield Chart(figure, caption + (_common(figure, *limits) if limits and sample else ""))
+        is_sample = len(shown) == len(per) == 1 and per[0] in DRAWS
+        for chart in _drawn(shown, [name], step, limits={name: limits} if limits and len(per) == 2 else {}):
+            scale = _common(chart.figure, *limits) if limits and is_sample else ""
+            yield replace(chart, caption=chart.caption + scale)
 
-    return [
-        part if isinstance(name, str) else name
-        for name in names
-        for part in (tried(lambda name=name: drawn(name), metric) if isinstance(name, str) else [name])
-    ]
+    own = CATALOGUE[metric].drawn if metric in CATALOGUE else ()
+    names = own or tried(lambda: dict.fromkeys(name for one in shown for name in drawable(one.result)), metric)
+    each = (tried(partial(drawn, name), metric) if isinstance(name, str) else [name] for name in names)
+    return [part for parts in each for part in parts]
 
 
 def _common(figure: go.Figure, low: float, high: float) -> str:
@@ -154,22 +135,20 @@ def _common(figure: go.Figure, low: float, high: float) -> str:
     if any(trace.name == "beyond the axis" for trace in figure.data) or EMPTIES * own < high - low:
         return " The scale is that of this step alone: that of all steps would empty the figure."
     for axis in axes:
-        title, titled = axis.title.text, bool(axis.title.text)
-        name, _, unit = (title or "").removesuffix(")").partition(" (")
+        name, _, unit = (axis.title.text or "").removesuffix(")").partition(" (")
         set_linear(axis, name, re.sub(r"^\S*10\S* ?", "", unit), low, high)
-        axis.title.text = axis.title.text if titled else ""
+        axis.title.text = axis.title.text if name else ""
     return " The scale is that of all steps."
 
 
 def _elsewhere(metric: str, step: int, ok: Sequence[Outcome]) -> html.Div:
     """Says that what follows is of another step, and offers those that there are."""
-    steps = [one.step for one in ok if one.step is not None]
-    near = sorted(sorted(steps, key=lambda each: abs(each - step))[:MOST_BUTTONS])
+    near = sorted((one.step for one in ok if one.step is not None), key=lambda each: (abs(each - step), each))
     buttons = [
         html.Button(f"{each:,}", id={"type": "go", "metric": metric, "step": each}, title=f"Go to step {each:,}")
-        for each in near
+        for each in sorted(near[:MOST_BUTTONS])
     ]
-    text = f"Step {nearest(steps, step):,}, the nearest to {step:,} that has one."
+    text = f"Step {near[0]:,}, the nearest to {step:,} that has one."
     return html.Div([html.P(text), html.Span("Go to step"), *buttons], className="elsewhere", role="status")
 
 
@@ -184,10 +163,19 @@ def _block(one: Block | str, metric: str, index: int, file: str) -> Any:
     if isinstance(one, Quote):  # a part that could not be made
         return html.Div([html.B(one.source), html.P(one.text)], className="failed", role="alert")
     if isinstance(one, Table):
-        head = [html.Th(name, scope="col") for name in one.headers]
-        rows = [html.Tr([html.Th(row[0], scope="row"), *map(html.Td, row[1:])]) for row in one.rows]
-        return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)]), className="scroll", tabIndex="0")
+        return _table(one)
     return _chart(one, metric, index, file) if isinstance(one, Chart) else html.P(str(one), className="note")
+
+
+def _table(one: Table) -> html.Div:
+    looks = ["words" if words else "" for words in one.words]
+    head = [html.Th(text, scope="col", className=look) for text, look in zip(one.headers, looks, strict=True)]
+    labels: list[Any] = [{"data-label": name} for name in one.headers]
+    rows = [html.Tr([html.Th(joined(row[0]), scope="row")]) for row in one.rows]
+    for made, row in zip(rows, one.rows, strict=True):
+        each = zip(row[1:], labels[1:], looks[1:], strict=True)
+        made.children += [html.Td(joined(text), className=look, **label) for text, label, look in each]
+    return html.Div(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)]), className=f"table {one.width}")
 
 
 def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
@@ -199,24 +187,11 @@ def _chart(one: Chart, metric: str, index: int, file: str) -> html.Figure:
     for trace, made in zip(plain["data"], one.figure.data, strict=True):
         if made.customdata is not None:  # as lists: Dash does not find a clicked point's entry in a packed array
             trace["customdata"] = [x.tolist() if hasattr(x, "tolist") else x for x in made.customdata]
-    saves = [
-        html.Button(kind.upper(), id=name(kind), title=f"Save this figure as {kind.upper()}")
-        for kind in ("png", "svg", "html")
-    ]
-    under = [
-        html.Span(one.caption),
-        html.Span(saves, className="saves"),
-        html.Span(id=name("saved"), className="unseen"),
-    ]
-    graph = dcc.Graph(
-        id=name("figure"), figure=plain, config=_CONFIG, style={"height": one.figure.layout.height or 400}
-    )
-    return html.Figure(
-        [graph, html.Figcaption(under), dcc.Download(id=name("download"))],
-        className="selects" if has_steps(one.figure) else "",
-    )
-
-
-def has_steps(figure: go.Figure) -> bool:
-    """Whether points of it are steps, which a click goes to."""
-    return any(str(trace.hovertemplate or "").startswith("step %{customdata") for trace in figure.data)
+    kinds = ("png", "svg", "html")
+    saves = [html.Button(each.upper(), id=name(each), title=f"Save this figure as {each.upper()}") for each in kinds]
+    saved = html.Span(id=name("saved"), className="unseen")
+    under = html.Figcaption([html.Span(one.caption), html.Span(saves, className="saves"), saved])
+    height = {"height": one.figure.layout.height or 400}
+    graph = dcc.Graph(id=name("figure"), figure=plain, config=_CONFIG, style=height)
+    has_steps = any(str(trace.hovertemplate or "").startswith("step %{customdata") for trace in one.figure.data)
+    return html.Figure([graph, under, dcc.Download(id=name("download"))], className="selects" if has_steps else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs
@@ -21,6 +20,10 @@ MODELS = "all models"
 """The group of those that are no checkpoints, side by side."""
 
 
+ORDER = {"series": 0, "pair": 1, "model": 2}
+"""Of cards, by what their metric looks at."""
+
+
 @dataclass(frozen=True)
 class Group:
     """A training run, a model, or the models side by side."""
@@ -35,25 +38,37 @@ class Group:
 class Place(NamedTuple):
     """Where the reader stands, and why that is not what was asked for."""
 
-    group: str
+    group: str | None
     step: int | None
     metric: str | None
     message: str = ""
 
 
-def study(folder: Path) -> tuple[dict[str, Group], str]:
-    """The groups of a study as it is at this moment, and a stamp that changes with it. Raises what `Results.open` does."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        Results.open(folder)  # says what is not there
-    status = path.stat()
-    stamp = f"{status.st_mtime_ns}-{status.st_size}"
-    return _opened(folder, stamp), stamp
+class Reading(NamedTuple):
+    """A study as it was when it was last whole."""
+
+    groups: dict[str, Group]
+    stamp: str
+    """Another one when something is to be shown anew."""
+    message: str = ""
+    """Why it is not what the folder has at this moment."""
 
 
-@lru_cache(4)
-def _opened(folder: Path, _: str) -> dict[str, Group]:
-    return grouped(with_short_names(Results.open(folder)).outcomes)
+_LAST: dict[Path, Reading] = {}
+"""By folder."""
+
+
+def study(folder: Path) -> Reading:
+    """The groups of a study; while its list cannot be read, as it is being written, those of before."""
+    try:
+        status = (folder / MANIFEST).stat()
+        stamp = f"{status.st_mtime_ns}-{status.st_size}"
+        if folder not in _LAST or _LAST[folder].stamp != stamp:
+            _LAST[folder] = Reading(grouped(with_short_names(Results.open(folder)).outcomes), stamp)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        last, why = _LAST.get(folder, Reading({}, "")), f"{folder.name} cannot be read ({type(err).__name__}: {err})"
+        return Reading(last.groups, f"{last.stamp} and {why}", f"{why}; this is what was read before.")
+    return _LAST[folder]
 
 
 def grouped(outcomes: Sequence[Outcome]) -> dict[str, Group]:
@@ -69,14 +84,10 @@ def grouped(outcomes: Sequence[Outcome]) -> dict[str, Group]:
 
 
 def _group(name: str, outcomes: Sequence[Outcome]) -> Group:
-    by_metric: dict[str, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda o: (on(o) == "model", on(o) == "pair", o.step or 0)):
-        by_metric.setdefault(outcome.metric, []).append(outcome)
-    steps = {o.step for o in outcomes if o.step is not None}
-    models = [metric for metric, each in by_metric.items() if on(each[0]) == "model"]
-    order = [m for m in by_metric if m not in models] + [m for m in CATALOGUE if m in models]
-    order += [m for m in models if m not in order]
-    return Group(name, tuple(sorted(steps)), {metric: by_metric[metric] for metric in order})
+    places, by_metric = {metric: i for i, metric in enumerate(CATALOGUE)}, dict[str, list[Outcome]]()
+    for one in sorted(outcomes, key=lambda o: (ORDER[on(o)], places.get(o.metric, len(places)), o.step or 0)):
+        by_metric.setdefault(one.metric, []).append(one)
+    return Group(name, tuple(sorted({o.step for o in outcomes if o.step is not None})), by_metric)
 
 
 def singles(outcomes: Sequence[Outcome]) -> dict[str, str]:
