@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,3 +359,33 @@ def test_every_option_in_a_message_is_an_option_of_the_command(setting, models, 
             cli.main([command[0], "--help"])
         assert named, said
         assert named <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+def test_what_failed_names_options(models, tmp_path, capsys):
+    path = folder(tmp_path / "masked", "bert")
+    few = ["--packing", "--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
+    assert cli.main(["analyze", str(path), "--metrics", "mean_loss", *few]) == 1
+    assert "`--packing` is for" in capsys.readouterr().out
+
+
+def test_variants_of_one_name_in_two_runs_are_told_apart(run, tmp_path, capsys):
+    for name, factor in (("one", 1.0), ("two", 1.1)):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("cache", "study.json"))
+        for step in (tmp_path / name).rglob("step_00100.safetensors"):
+            arrays, meta, _ = load(step)
+            save(step, {key: factor * value for key, value in arrays.items()}, meta)
+    call = [
+        "analyze",
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+        "--out",
+        str(tmp_path),
+        "--metrics",
+        "mean_loss",
+        "--quiet",
+    ]
+    assert cli.main(call) == 0
+    first, second = Results.open(tmp_path).groups.values()
+    assert [model.step for model in first] == [model.step for model in second] == [0, 50, 100]
+    assert first[0].metrics["mean_loss"].result == second[0].metrics["mean_loss"].result
+    assert first[2].metrics["mean_loss"].result != second[2].metrics["mean_loss"].result

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -455,3 +456,19 @@ def test_a_loss_that_is_nan_or_of_one_sequence_says_so():
     assert single.loss.stderr.isnan()
     assert "one sequence" in single.notes[0]
     assert not mean_loss(loss, loss.layout.unravel(theta)).notes
+
+
+def test_a_metric_travels_with_its_version_and_where_it_looks():
+    sent = dataclasses.replace(metric("loss_lines").configured(at="every", num=5), version=7)
+    there = pickle.loads(pickle.dumps(sent))
+    assert (there.call, there.version, there.at, there.settings) == (sent.call, 7, "every", sent.settings)
+
+
+def test_a_study_that_opens_has_its_own_steps_and_runs(cache, tmp_path):
+    for step, run_name in ((5, "first"), (7, "second")):  # the same model under the same name, elsewhere in training
+        subject = InMemory({"data": made.loss()}, "model", theta=made.theta(), content="1", at=step, run=run_name)
+        folder = tmp_path / run_name
+        Results(tuple(run([SIZE], [subject], cache=Cache(tmp_path / "cache")))).save(folder, {})
+        (folder / "cache").symlink_to(tmp_path / "cache")
+    opened = [Results.open(tmp_path / name).outcomes[0] for name in ("first", "second")]
+    assert [(o.step, o.group) for o in opened] == [(5, "first"), (7, "second")]

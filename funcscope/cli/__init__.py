@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 
 from .. import __version__
-from ..study.config import UnifiedConfig
 from .check import add_check
 from .commands import COMMANDS
+from .options import with_flags
 from .runs import add_dashboard, add_demo, add_train
 from .studies import add_analyze, add_cache, add_command, add_metrics, add_report
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _warnings_in_a_line():
             return args.run(args)
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError, MemoryError, RuntimeError) as err:
-        print(f"funcscope: {_with_flags(_one_line(err), vars(args))}", file=sys.stderr)
+        print(f"funcscope: {with_flags(_one_line(err), vars(args))}", file=sys.stderr)
         return 2
 
 
@@ -64,18 +63,3 @@ def _one_line(err: object) -> str:
     """The message, with the notes that were added to it on the way; the kind of error where it has none."""
     notes = getattr(err, "__notes__", [])
     return " ".join(" ".join([str(err) or type(err).__name__, *notes]).split())
-
-
-def _with_flags(text: str, options: Collection[str]) -> str:
-    """Arguments of Python by the names that they have in this command: an option, or what `--set` takes."""
-    named = {name: f"--{name.replace('_', '-')}" for name in options if name not in _NO_OPTIONS}
-    named |= {name: f"--{flag}" for name, flag in _OTHERWISE.items() if flag in options or name in options}
-    if "changes" in options:
-        named = {each.name: f"--set {each.name}" for each in fields(UnifiedConfig)} | named
-    for name, flag in named.items():
-        text = text.replace(f"`{name}`", f"`{flag}`").replace(f"`{name}=True`", f"`{flag}`")
-    return text
-
-
-_OTHERWISE = {"n_samples": "samples", "dataset_name": "data"}
-_NO_OPTIONS = ("run", "changes", "model", "models", "a", "b", "folder", "family", "variant")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -118,3 +118,18 @@ def _add(parser: Any, name: str, text: str, value: Any, choices: Sequence[Any] |
 
 def _shown(value: Any) -> str:
     return "" if value is None else f" (default: {'yes' if value is True else 'no' if value is False else value})"
+
+
+def with_flags(text: str, options: Collection[str]) -> str:
+    """Arguments of Python by the names that they have in this command: an option, or what `--set` takes."""
+    named = {name: f"--{name.replace('_', '-')}" for name in options if name not in _NO_OPTIONS}
+    named |= {name: f"--{flag}" for name, flag in _OTHERWISE.items() if flag in options or name in options}
+    if "changes" in options:
+        named = {each.name: f"--set {each.name}" for each in fields(UnifiedConfig)} | named
+    for name, flag in named.items():
+        text = text.replace(f"`{name}`", f"`{flag}`").replace(f"`{name}=True`", f"`{flag}`")
+    return text
+
+
+_OTHERWISE = {"n_samples": "samples", "dataset_name": "data"}
+_NO_OPTIONS = ("run", "changes", "model", "models", "a", "b", "folder", "family", "variant")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -22,7 +22,7 @@ from ..study.presets import Preset
 from ..study.results import Results
 from ..study.runs import is_run
 from .commands import Command
-from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed
+from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
 from .shared import check_plotly, check_writable, import_modules
 
 OUT = Path("analysis_results")
@@ -153,7 +153,7 @@ def _study(
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
         return 130
-    return show(results, out, shown=shown, seconds=time.perf_counter() - started)
+    return show(results, out, shown=shown, seconds=time.perf_counter() - started, options=vars(args))
 
 
 def _named(files: list[str]) -> str | dict[str, str]:
@@ -180,7 +180,7 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
             raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 
-def show(results: Results, out: Path, *, shown: bool, seconds: float) -> int:
+def show(results: Results, out: Path, *, shown: bool, seconds: float, options: Collection[str]) -> int:
     """Print the results themselves, or what came of each; then write the page."""
     from ..view.report import write_report  # plotly takes a second to import, and is an extra
 
@@ -191,7 +191,9 @@ def show(results: Results, out: Path, *, shown: bool, seconds: float) -> int:
                 print(f"\n{outcome.metric} of {outcome.subject}\n{outcome.result}")
     rows = [o for o in results.outcomes if not shown or not o.ok]
     took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
-    table = [(o.subject, o.metric, o.status, time, o.error) for o, time in zip(rows, took, strict=True)]
+    table = [
+        (o.subject, o.metric, o.status, time, with_flags(o.error, options)) for o, time in zip(rows, took, strict=True)
+    ]
     if table:
         print(f"\n{Listing(('model', 'metric', 'status', 'time', 'why'), tuple(table)).trimmed().text(width)}")
     print(f"\n{seconds:.0f} s\npage     {write_report(results, out / 'report.html')}\nstudy    {out}")

@@ -40,7 +40,7 @@ def analyze_models(
     if isinstance(model_paths, (str, Path)) or not model_paths:
         raise ValueError("`model_paths` must be a list of at least one model, for example ['runs/checkpoint-1000'].")
     metrics = config.selected()
-    sources = [source for path in model_paths for source in sources_of(path, config)]
+    sources = _apart([source for path in model_paths for source in sources_of(path, config)])
     if all(isinstance(source, Checkpoint) for source in sources):
         tasks, metrics = [config.split], [_on_split(one) for one in metrics]
     else:
@@ -119,6 +119,20 @@ def pretrained(path: str | Path, tasks: Mapping[str, DataSpec], length: int = 51
     step = STEP.search(str(path))
     name = f"{path} on {on}" if on else str(path)
     return Pretrained(str(path), tasks, name=name, at=int(step[1]) if step else None, length=length, on=on)
+
+
+def _apart(sources: Sequence[Source]) -> list[Source]:
+    """Variants of one name in several run folders by the names of both."""
+    folders: dict[str, set[str]] = {}
+    for one in sources:
+        if isinstance(one, Checkpoint):
+            folders.setdefault(one.group, set()).add(one.variant)
+    return [
+        replace(one, run="/".join(Path(one.variant).resolve().parts[-2:]))
+        if isinstance(one, Checkpoint) and len(folders[one.group]) > 1
+        else one
+        for one in sources
+    ]
 
 
 def _on_split(one: Metric) -> Metric:

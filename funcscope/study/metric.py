@@ -76,7 +76,7 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name where it is registered, so that a worker takes it from its own catalogue."""
         if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
-            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task, self.at)
+            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task, self.at, self.version)
         return super().__reduce__()
 
     @property
@@ -204,10 +204,12 @@ def _module(one: Metric) -> str:
     return str(getattr(one.call, "__module__", None))
 
 
-def _remade(name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None, at: Any) -> Metric:
+def _remade(
+    name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None, at: Any, version: int
+) -> Metric:
     from . import catalogue as catalogue  # a worker may not have filled it yet
 
-    return replace(metric(name), settings=settings, plan=plan, task=task, at=at)
+    return replace(metric(name), settings=settings, plan=plan, task=task, at=at, version=version)
 
 
 def check_result(one: Metric, value: Any) -> Result:

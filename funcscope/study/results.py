@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +210,9 @@ class Results:
                 outcomes.append(Outcome(**row["lost"]))
                 continue
             cell = Cell(row["metric"], row["subject"], row["content"])
-            outcomes.append(cache.get(cell) or _unread(row, cache))
+            outcome = cache.get(cell)  # as another study has it, where two have the cell: step and run are of this one
+            known = {name: row[name] for name in ("step", "group") if name in row}
+            outcomes.append(replace(outcome, **known) if outcome else _unread(row, cache))
         return cls(tuple(outcomes), {name: value for name, value in stored.items() if name != "cells"})
 
     def __str__(self) -> str:

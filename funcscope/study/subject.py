@@ -169,6 +169,8 @@ class Checkpoint:
     variant: str
     """The variant's folder."""
     at: int
+    run: str = ""
+    """Its name in results; that of the folder where none is given."""
 
     @property
     def id(self) -> str:
@@ -180,7 +182,7 @@ class Checkpoint:
 
     @property
     def group(self) -> str:
-        return Path(self.variant).resolve().name
+        return self.run or Path(self.variant).resolve().name
 
     def curves(self) -> Mapping[str, np.ndarray] | None:
         """Losses and accuracies over training; None before it ended."""
