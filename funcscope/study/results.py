@@ -184,11 +184,8 @@ class Results:
         path = folder / MANIFEST
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(path, wait=True):
-            rows = [*_earlier(path, rows), *rows]
-            write(
-                path,
-                json.dumps(to_json({**(self.about if about is None else about), "cells": rows}), indent=1).encode(),
-            )
+            stored = {**(self.about if about is None else about), "cells": [*_earlier(path, rows), *rows]}
+            write(path, json.dumps(to_json(stored), indent=1).encode())
         return path
 
     @classmethod

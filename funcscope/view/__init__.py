@@ -25,10 +25,9 @@ def show(path: str | PathLike[str]) -> Page:
     from .report import write_report  # plotly takes a second to import
 
     path = Path(path)
-    if path.is_dir():
-        return write_report(Results.open(path), path / "report.html")
-    if path.name == MANIFEST and path.is_file():
-        return write_report(Results.open(path.parent), path.with_name("report.html"))
+    folder = path.parent if path.name == MANIFEST else path
+    if folder.is_dir():
+        return write_report(Results.open(folder), folder / "report.html")
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file or folder {path}: pass the folder of a study, or a stored result's `.npz`."

@@ -150,7 +150,7 @@ def _call(results: Results) -> str:
     config, models = results.about.get("config"), results.about.get("models")
     if config and models:
         usual = to_json(asdict(UnifiedConfig()))
-        changes = [f"{name}={value!r}" for name, value in config.items() if usual.get(name) != value]
+        changes = [f"{name}={value!r}" for name, value in to_json(config).items() if usual.get(name) != value]
         listed = "".join(f"\n        {each}," for each in changes)
         return f"analyze_models(\n    {models!r},\n    UnifiedConfig({listed}\n    ),\n)"
     listed = "".join(f"\n        {each}," for each in dict.fromkeys(map(_configured, results.outcomes)))

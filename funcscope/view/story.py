@@ -100,21 +100,19 @@ def training(story: Story) -> str:
     parts = []
     for split, name in (("train", "the training data"), ("test", "the test data, which it never sees,")):
         accuracy, step = story.curves[f"{split}_accuracy"], story.passed(split)
-        if step is None:
-            text = f"never passes {MEMORISED:g}: it is {number(float(np.nanmax(accuracy)))} at best"
-        else:
-            text = f"first passes {MEMORISED:g} at step {step:,}, and is {number(float(accuracy[-1]))} at the end"
-        parts.append(f"Its accuracy on {name} {text}.")
+        best, last = (number(float(value)) for value in (np.nanmax(accuracy), accuracy[-1]))
+        how = f"never passes {MEMORISED:g}: it is {best} at best"
+        if step is not None:
+            how = f"first passes {MEMORISED:g} at step {step:,}, and is {last} at the end"
+        parts.append(f"Its accuracy on {name} {how}.")
     return " ".join(parts)
 
 
 def sentence(story: Story, metric: str) -> str:
     """What became of a metric's number from memorising to the end; empty where nothing is told of it."""
     if metric == "training_curves" and story.curves:
-        ends = [
-            f"{split} loss is {number(float(story.curves[f'{split}_loss'][-1]))} nats" for split in ("train", "test")
-        ]
-        return f"At the end the {' and the '.join(ends)}."
+        train, test = (number(float(story.curves[f"{split}_loss"][-1])) for split in ("train", "test"))
+        return f"At the end the train loss is {train} nats and the test loss is {test} nats."
     if metric not in MOVES:
         return ""
     (name, noun), (_, before, last) = MOVES[metric], story.phases
