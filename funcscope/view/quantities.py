@@ -17,10 +17,9 @@ from ..core.tables import Entry, numbers
 from ..study.cache import Outcome
 from . import curves, samples
 from .curves import Line
-from .drawing import lost
 from .instruments import CUSTOM
 from .plane_figures import Limits, Plane, contour, heat, shades
-from .reading import DRAWS, Drawn, Look, Seen, are_numbers, captioned, named, seen_in
+from .reading import DRAWS, Drawn, Look, Seen, are_numbers, captioned, gone, named, seen_in
 
 MOST_SUBJECTS = 4
 """Subjects that are told apart by colour, or have a figure each; of more, the first and the last are drawn."""
@@ -103,15 +102,14 @@ def _trajectory(seen: Sequence[Seen], look: Look) -> Drawn:
         numbers_at = ((one.step, float(one.value), float(one.half)) for one in run)
         each.append(Line(name, *map(np.array, zip(*numbers_at, strict=True))))
     fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, current=look.current)
-    gone = lost(np.array([float(one.value) for one in seen]), "values")
-    return captioned(fig, seen[0], f"at every step{_errors(seen)}", gone, *notes)
+    return captioned(fig, seen[0], f"at every step{_errors(seen)}", gone(seen, "values"), *notes)
 
 
 def _points(seen: Sequence[Seen]) -> Drawn:
     values, half = (np.array([float(x) for x in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True))
     fig = curves.points([one.title for one in seen], values, half, name=seen[0].label, unit=seen[0].unit)
     how = f"of every model{_errors(seen)}"
-    return captioned(fig, seen[0], how, lost(values, "values"))
+    return captioned(fig, seen[0], how, gone(seen, "values"))
 
 
 def _distribution(seen: Sequence[Seen]) -> Drawn:
@@ -120,8 +118,8 @@ def _distribution(seen: Sequence[Seen]) -> Drawn:
     axis = first.entry.quantity.per[0]
     by_name = {one.title: one.value for one in shown}
     fig, notes = samples.distribution(by_name, name=first.label, unit=first.unit, axis=axis)
-    gone = lost(np.concatenate([one.value for one in shown]), "dots")
-    return captioned(fig, first, f"per {axis}, a dot each, with the middle half and the mean", gone, *notes)
+    how = f"per {axis}, a dot each, with the middle half and the mean"
+    return captioned(fig, first, how, gone(shown, "dots"), *notes)
 
 
 def _pairs(first: Seen, second: Seen) -> Drawn:
@@ -139,8 +137,7 @@ def _along(seen: Sequence[Seen], look: Look) -> Drawn:
     axis = seen[0].entry.quantity.per[0]
     each = [Line(one.title, one.along(0), one.value, one.half) for one in seen]
     fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, at=axis, current=look.current)
-    gone = lost(np.concatenate([one.value for one in seen]), "values")
-    return captioned(fig, seen[0], f"along {axis}{_errors(seen)}", gone, *notes)
+    return captioned(fig, seen[0], f"along {axis}{_errors(seen)}", gone(seen, "values"), *notes)
 
 
 def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
@@ -150,16 +147,16 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
     names = [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
     if len(seen) > MOST_SUBJECTS and _has_steps(seen) and len({s.group for s in seen}) == 1 and _alike(seen):
         steps, value, half = (np.array(x) for x in zip(*((s.step, s.value, s.half) for s in seen), strict=True))
-        gone, how = lost(value, "values"), f"per {axis}, at every step"
+        holes, how = gone(seen, "values"), f"per {axis}, at every step"
         if len(names) <= MOST_LINES:
             each = [Line(name, steps, value[:, i], half[:, i]) for i, name in enumerate(named(names))]
             fig, notes = curves.lines(each, name=one.label, unit=one.unit, current=look.current, height=420)
-            yield captioned(fig, one, how, gone, *notes)
+            yield captioned(fig, one, how, holes, *notes)
         elif len(names) <= MOST_BARS:
             fig = heat(
                 value.T, steps.tolist(), names, ("step", axis), label=one.label, unit=one.unit, limits=look.limits
             )
-            yield captioned(fig, one, how, gone)
+            yield captioned(fig, one, how, holes)
         return
     shown = [s for s in _few(seen) if s.places == one.places and s.value.shape == one.value.shape]
     if len(names) == 1 and len(seen) == 1:
@@ -167,7 +164,7 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
     if len(names) <= MOST_BARS:
         each = [Line(s.title, np.arange(len(names)), s.value, s.half) for s in shown]
         fig = curves.bars(names, each, name=one.label, unit=one.unit)
-        yield captioned(fig, one, f"per {axis}{_whose(shown)}", lost(np.concatenate([s.value for s in shown]), "bars"))
+        yield captioned(fig, one, f"per {axis}{_whose(shown)}", gone(shown, "bars"))
     else:
         each = [Line(s.title, np.arange(1, s.value.size + 1), s.value, s.half) for s in shown]
         fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=axis)
@@ -185,8 +182,8 @@ def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
             names = named([str(place) for place in one.places[1 - i] or range(1, len(value) + 1)])
             each = [Line(name, one.along(i), value[j], half[j]) for j, name in enumerate(names)]
             fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=per[i], current=look.current, height=400)
-            how, gone = f"along {per[i]}, a line per {per[1 - i]}{whose}", lost(one.value, "values")
-            return captioned(fig, one, how, gone, *notes, whose=_title(one, seen))
+            how = f"along {per[i]}, a line per {per[1 - i]}{whose}"
+            return captioned(fig, one, how, gone([one], "values"), *notes, whose=_title(one, seen))
     places = [
         known if known is not None else list(range(size))
         for known, size in zip(one.places, one.value.shape, strict=True)
@@ -194,7 +191,7 @@ def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
     fig = heat(
         one.value, places[1], places[0], (per[1], per[0]), label=one.label, unit=one.unit, limits=look.limits or _ends(seen)
     )  # fmt: skip
-    return captioned(fig, one, f"per {' and '.join(per)}{whose}", lost(one.value, "cells"), whose=_title(one, seen))
+    return captioned(fig, one, f"per {' and '.join(per)}{whose}", gone([one], "cells"), whose=_title(one, seen))
 
 
 def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
@@ -214,7 +211,7 @@ def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
         fig,
         one,
         f"on the plane{_whose([one])}, a star at its centre{told}",
-        lost(one.value, "points"),
+        gone([one], "points"),
         whose=_title(one, seen),
     )
 

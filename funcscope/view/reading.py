@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ..core.estimate import interval
 from ..core.tables import Entry, is_estimate, numbers
 from ..study.cache import Outcome
-from .drawing import Z95, titled
+from .drawing import Z95, lost, titled
 from .names import apart, plain, short
 from .plane_figures import Limits
 
@@ -81,6 +81,11 @@ class Seen(NamedTuple):
             return np.where(np.isfinite(self.value), (high - low) / 2, math.nan)
         return np.asarray(Z95 * self.stderr)
 
+    @property
+    def is_resolved(self) -> bool:
+        assert self.outcome.result is not None
+        return self.entry.name not in self.outcome.result.unresolved
+
     def along(self, axis: int) -> Float[np.ndarray, " n"]:
         """Numbers along an axis: its places, or positions from 1 on."""
         known = self.places[axis]
@@ -120,6 +125,14 @@ def named(names: Sequence[str], most: int = 30) -> list[str]:
 
 def are_numbers(places: Sequence[Any]) -> bool:
     return all(isinstance(place, (int, float)) and not isinstance(place, bool) for place in places)
+
+
+def gone(seen: Sequence[Seen], what: str) -> str:
+    """How many values are holes because they are not resolved, and how many because they are not finite."""
+    hidden = sum(one.value.size for one in seen if not one.is_resolved)
+    rest = [one.value.ravel() for one in seen if one.is_resolved]
+    known = f"{hidden:,} of {sum(one.value.size for one in seen):,} {what} not resolved" if hidden else ""
+    return ", ".join(filter(None, [known, lost(np.concatenate(rest), what) if rest else ""]))
 
 
 def captioned(fig: go.Figure, one: Seen, how: str, *notes: str, whose: str = "") -> Drawn:
