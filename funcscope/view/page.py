@@ -184,7 +184,8 @@ def _marked(text: str) -> str:
 
 def joined(text: str) -> str:
     """With signs and units on the line of their numbers."""
-    text = re.sub(r"(?<=[\d)]) ([±×]) (?=\d)", "\u00a0\\1\u00a0", text)
+    text = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", text)
+    text = re.sub(r"(?<=[\d)]) × (?=\d)", " ×\u00a0", text)  # where there is no room for both, the power stands alone
     return re.sub(r"(?<=\d) %|(?<=\bstep) (?=\d)", lambda gap: gap[0].replace(" ", "\u00a0"), text)
 
 
