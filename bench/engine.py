@@ -48,13 +48,14 @@ CACHED = """
 import sys, time
 start = time.perf_counter()
 from pathlib import Path
-from engine import every, family
+from engine import every
+from funcscope.study.analyze import checkpoints_of
 from funcscope.study.cache import Cache
 from funcscope.study.engine import run
 imports = time.perf_counter() - start
-folder, num = Path(sys.argv[1]), int(sys.argv[2])
+folder = Path(sys.argv[1])
 start = time.perf_counter()
-outcomes = run(every(sys.argv[3]), family(folder, num), tasks=("train",), cache=Cache(folder / "cache"))
+outcomes = run(every(sys.argv[2]), checkpoints_of(folder / "run"), tasks=("train",), cache=Cache(folder / "cache"))
 print(imports, time.perf_counter() - start, sum(o.reused for o in outcomes), len(outcomes))
 """
 
@@ -121,7 +122,7 @@ def cached(num: int, which: str) -> None:
         run(every(which), family(folder, num), tasks=("train",), cache=Cache(folder / "cache"))
         print(f"{num} checkpoints, {which} metrics ({len(every(which))}); imports, call, reused, of:")
         for _ in range(3):
-            command = [sys.executable, "-c", CACHED, name, str(num), which]
+            command = [sys.executable, "-c", CACHED, name, which]
             shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
             print("  " + " ".join(f"{float(each):.3f}" for each in shown.stdout.split()))
 
