@@ -1,18 +1,26 @@
 """Metrics of pairs and of series: which subjects they see, and that they give what the functions give."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import results as made
 import torch
+from problems import seeded
 
 import funcscope as fs
+from funcscope.core.store import load, save
+from funcscope.families import modular
+from funcscope.families.family import Family, Kept, Setup, register
+from funcscope.study.analyze import checkpoints_of
 from funcscope.study.cache import Cache, Outcome
-from funcscope.study.catalogue import metric
+from funcscope.study.catalogue import CATALOGUE, metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
 from funcscope.study.results import Results
 from funcscope.study.subject import InMemory
 from funcscope.study.together import arranged, groups_of, phases_of
+from funcscope.study.training import trained
 
 SCALES = {0: 0.2, 10: 1.0, 20: 1.5, 30: 0.7, 40: 2.0}
 
@@ -187,3 +195,113 @@ def test_a_comparison_has_the_unit_of_the_losses_that_it_compares(sources):
     ]
     outcomes = run([metric("mean_loss"), *about], sources[:2])
     assert {o.unit for o in outcomes} == {made.loss().criterion.unit} != {"loss"}
+
+
+def normalising(keep_buffers):
+    """A family whose network tracks running statistics, and keeps them beside the parameters or not."""
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str = "normalising"
+
+    x = fs.normal(fs.key(0), torch.empty(8, 3))
+
+    def train(config, folder, steps):
+        for step in steps:
+            model = torch.nn.BatchNorm1d(3)
+            with torch.no_grad():
+                model.weight += step
+                model(x * (1 + step))
+            save(folder / "checkpoints" / f"step_{step:05d}.safetensors", dict(model.state_dict()), {})
+            yield modular.Point(step, 1.0, 1.0, 0.0, 0.0)
+
+    def checkpoint(config, folder, step):
+        stored = load(folder / "checkpoints" / f"step_{step:05d}.safetensors")
+        params = {name: stored.arrays[name] for name in ("weight", "bias")}
+        buffers = {name: stored.arrays[name] for name in ("running_mean", "running_var")}
+        return Kept(params, stored.sha256, buffers) if keep_buffers else Kept(params, stored.sha256)
+
+    return Family(
+        f"normalising {keep_buffers}", {"one": Setup(Config(), (0, 3))}, Config,
+        lambda config: fs.functional(torch.nn.BatchNorm1d(3)),
+        lambda config, split: [(x, torch.arange(8) % 3)], fs.classification, train, checkpoint,
+    )  # fmt: skip
+
+
+def test_a_checkpoint_is_looked_at_with_its_own_running_statistics(tmp_path):
+    """Oracle: the plain module of each checkpoint."""
+    own = register(normalising(True))
+    made_run = trained(own, own.setup("one"), tmp_path, quiet=True)
+    outcomes = run([metric("mean_loss"), metric("linear_path")], checkpoints_of(tmp_path), tasks=("train",))
+    assert not [o.error for o in outcomes if not o.ok]
+    x, y = next(iter(own.batches(None, "train")))
+    expected = []
+    for step in (0, 3):
+        model = torch.nn.BatchNorm1d(3).eval()
+        model.load_state_dict(load(made_run.path / "checkpoints" / f"step_{step:05d}.safetensors").arrays)
+        expected.append(float(torch.nn.functional.cross_entropy(model(x), y).detach()))
+    assert [float(o.result.loss.value) for o in outcomes[:2]] == pytest.approx(expected, rel=1e-6)
+    assert outcomes[2].result.losses[[0, -1]].tolist() == pytest.approx(expected, rel=1e-6)
+    assert abs(expected[0] - expected[1]) > 0.1
+
+
+def test_a_checkpoint_without_its_running_statistics_is_refused(tmp_path):
+    own = register(normalising(False))
+    trained(own, own.setup("one"), tmp_path, quiet=True)
+    for outcome in run([metric("mean_loss")], checkpoints_of(tmp_path), tasks=("train",)):
+        assert outcome.result is None
+        assert "running_mean" in outcome.error
+        assert "Kept(params, sha256, buffers)" in outcome.error
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    own = register(normalising(True))
+    made_run = trained(own, own.setup("one"), tmp_path, quiet=True)
+    wrong = dict(torch.nn.BatchNorm1d(4).state_dict())
+    save(made_run.path / "checkpoints" / "step_00003.safetensors", wrong, {})
+    first, second = run([metric("mean_loss")], checkpoints_of(tmp_path), tasks=("train",))
+    assert first.ok
+    assert "checkpoint 3" in second.error
+
+
+def test_a_theta_without_its_running_statistics_is_no_end_of_a_path():
+    net = fs.functional(torch.nn.BatchNorm1d(3))
+    loss = fs.objective(net, [(fs.normal(fs.key(0), torch.empty(8, 3)), torch.arange(8) % 3)], fs.classification)
+    models = [InMemory({"data": loss}, name, scale * net.theta) for name, scale in (("a", 1.0), ("b", 2.0))]
+    for outcome in run([metric("linear_path"), metric("barrier_matrix")], models):
+        assert outcome.result is None
+        assert "running" in outcome.error
+
+
+def test_models_of_other_shapes_have_no_directions_in_common():
+    x, y = fs.normal(fs.key(0), torch.empty(8, 3)), torch.arange(8) % 2
+    models = []
+    for name, width in (("a", 4), ("b", 5)):
+        module = seeded(
+            width, lambda width=width: torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Linear(width, 2))
+        )
+        models.append(InMemory({"data": fs.objective(fs.functional(module), [(x, y)], fs.classification)}, name))
+    *_, outcome = run([metric("directional_comparison")], models)
+    assert outcome.result is None
+    assert "no directions in common" in outcome.error
+
+
+def test_numbers_that_are_not_resolved_have_no_mean_over_seeds(tmp_path):
+    class Perhaps(fs.Result):
+        value: float = fs.quantity("something")
+        other: float = fs.quantity("another")
+
+        @property
+        def unresolved(self):
+            return ["value"] if self.value > 1 else []
+
+    odd = Metric("perhaps_of_mine", lambda *, key: Perhaps(float(key.seed), 1.0), ("key",))
+    fs.register(odd)
+    try:
+        config = fs.UnifiedConfig(metrics=("perhaps_of_mine",), output_dir=str(tmp_path), verbose=False)
+        model = InMemory({t: made.loss() for t in ("data", "fisher", "landscape")}, "m", content="1")
+        over = fs.sweep([model], config, {"seed": [0, 1, 2, 3]}).over_seeds().set_index("quantity")
+        assert (over.loc["value", "value"], over.loc["value", "num"]) == (0.5, 2)
+        assert over.loc["other", "num"] == 4
+    finally:
+        CATALOGUE.pop("perhaps_of_mine", None)

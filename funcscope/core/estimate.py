@@ -47,7 +47,8 @@ class Estimate(Result):
         return cls(wide.mean(), stderr, num)
 
     def __str__(self) -> str:
-        return f"{float(self.value):.4g} ± {float(self.stderr):.2g} (n = {self.num})"
+        stderr = float(self.stderr)
+        return f"{float(self.value):.4g} ± {'undefined' if math.isnan(stderr) else f'{stderr:.2g}'} (n = {self.num})"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"

@@ -138,7 +138,7 @@ def average_sharpness(
     >>> loss = fs.objective(net, [(torch.ones(1, 1), torch.zeros(1, 1))], square)
     >>> s = average_sharpness(loss, torch.tensor([3.0]), key=fs.key(0), num=2, epsilon=0.5, trace=2.0)      # tr H = 2
     >>> print(s.estimate, "and", s.predicted)
-    0.25 ± 0 (n = 2) and 0.25 ± nan (n = 0)
+    0.25 ± 0 (n = 2) and 0.25 ± undefined (n = 0)
     """
     check_key(key)
     check_count("num", num)

@@ -59,6 +59,10 @@ class BlockTraces(Result):
     def coords(self) -> dict[str, list[str]]:
         return {"block": list(self.samples)}
 
+    @property
+    def head(self) -> str:
+        return f"traces of {len(self.samples)} blocks from {len(next(iter(self.samples.values())))} probes"
+
 
 def hutchinson_trace(
     matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int, distribution: Distribution = "rademacher"

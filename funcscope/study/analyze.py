@@ -15,7 +15,7 @@ from .config import UnifiedConfig
 from .engine import run
 from .metric import Metric
 from .results import Results
-from .runs import HEAD, Runs
+from .runs import Runs, is_run
 from .subject import STEP, Checkpoint, Pretrained, Source
 from .texts import DataSpec
 from .together import data_of
@@ -84,7 +84,7 @@ def sources_of(path: str | Path | Source, config: UnifiedConfig) -> list[Source]
     """The model in a folder, or the checkpoints of every variant of a run folder."""
     if not isinstance(path, (str, Path)):
         return [path]
-    if (Path(path) / HEAD).is_file() or any(Path(path).glob(f"*/{HEAD}")):
+    if is_run(path):
         return checkpoints_of(path)
     if isinstance(config.dataset_name, str):
         return [pretrained(path, config.tasks(), config.max_seq_length)]

@@ -94,10 +94,11 @@ class Call:
             cleanup_memory()
 
     def _unit(self, other: str) -> str:
-        """Of its loss; without one, of the results that it is made of."""
+        """Of its loss; without one, of the results that it is made of, or of what its subject says."""
         if self.loss is not None:
             return self.loss.criterion.unit
-        return next((each.unit for parts in self.needed.values() for each in parts), other)
+        known = self.subject.own.get("unit", other)
+        return next((each.unit for parts in self.needed.values() for each in parts), known)
 
     def _need(self, name: str) -> Any:
         if name in self.needed:

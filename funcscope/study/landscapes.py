@@ -76,7 +76,8 @@ def loss_landscape_2d(
 class FlatnessProfile(Result):
     """Mean loss changes at several lengths of the step beside what the Hessian says of them; made by `flatness_profile`."""
 
-    mean_delta_loss: Tensor = quantity("mean loss change", unit="loss", per="epsilon")
+    mean_delta_loss: Tensor = quantity("mean loss change", unit="loss", per="epsilon", stderr="mean_delta_loss_stderr")
+    mean_delta_loss_stderr: Tensor = quantity("its standard error", unit="loss", per="epsilon", shown=False)
     pair_mean: Tensor = quantity("mean change of both sides", unit="loss", per="epsilon", stderr="pair_mean_stderr")
     pair_mean_stderr: Tensor = quantity("its standard error", unit="loss", per="epsilon", shown=False)
     expected_delta_loss: Tensor = quantity(
@@ -96,6 +97,14 @@ class FlatnessProfile(Result):
     @property
     def head(self) -> str:
         return f"loss changes at {len(self.epsilon)} lengths of the step"
+
+    @property
+    def notes(self) -> list[str]:
+        """The errors are over directions alone; and where a pair mean is no larger than what rounding leaves of one."""
+        small = (self.pair_mean.abs() <= self.rounding_delta_loss).tolist()
+        names = [f"{length:g}" for length, is_small in zip(self.epsilon, small, strict=True) if is_small]
+        lost = [f"not resolved from rounding: the mean change of both sides at epsilon {', '.join(names)}."]
+        return ["errors are over directions, on these data.", *(lost if names else [])]
 
 
 def flatness_profile(
@@ -119,6 +128,7 @@ def flatness_profile(
     expected = [one.expected_from_trace(trace) for one in each]
     return FlatnessProfile(
         mean_delta_loss=_column([one.mean_delta_loss.value for one in each]),
+        mean_delta_loss_stderr=_column([one.mean_delta_loss.stderr for one in each]),
         pair_mean=_column([one.pair_mean.value for one in each]),
         pair_mean_stderr=_column([one.pair_mean.stderr for one in each]),
         expected_delta_loss=_column([one.value for one in expected]),

@@ -36,6 +36,8 @@ class MeanLoss(Result):
     weights: Tensor = internal()
     data: str = internal()
     """The sum of what is scored: equal for two models that read the same tokens and labels."""
+    shapes: str = internal()
+    """The sum of the names and shapes of the parameters: equal for two models that have directions in common."""
     about: str = internal()
     """Which texts these are, where they come from a file: how many were used, skipped and cut."""
 
@@ -57,7 +59,8 @@ def mean_loss(loss: Loss, params: Params, texts: str = "") -> MeanLoss:
         sums, weights = loss.terms(params)
     scored = int((weights != 0).sum())
     mean = Estimate(sums.sum() / weights.sum(), ratio_stderr(sums, weights), scored)
-    return MeanLoss(mean, scored, sums.cpu(), weights.cpu(), digest.of_tensors(_scored(loss)), texts)
+    data, shapes = digest.of_tensors(_scored(loss)), digest.of_json(loss.layout.shapes)
+    return MeanLoss(mean, scored, sums.cpu(), weights.cpu(), data, shapes, texts)
 
 
 def _scored(loss: Loss) -> list[Tensor]:

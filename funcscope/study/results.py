@@ -160,7 +160,7 @@ class Results:
     def tests(self) -> DataFrame:
         """Every p value of the comparisons of two models, with its q value: the false discovery rate over all of them.
 
-        A row per quantity: `models`, `metric`, `quantity` (and its axes), `p`, `q`. Benjamini and Hochberg (1995): valid for
+        A row per test: `models`, `metric`, `statistic` where there are several, `p`, `q`. Benjamini and Hochberg (1995), for
         tests that are independent or positively dependent.
         """
         frame = self.to_frame()

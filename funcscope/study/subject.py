@@ -11,8 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from ..core.checks import check_params
 from ..core.model import Functional
 from ..core.objective import Loss
+from ..core.running import held_statistics
 from ..families.family import SPLITS, family
 from . import digest
 from .digest import Sums
@@ -35,6 +37,8 @@ class Subject:
     losses: dict[str, Loss] = field(default_factory=dict)
     texts: Callable[[str], str] = lambda _: ""
     """What is said of the data of a task, after their loss is made."""
+    is_bare: bool = False
+    """Whether theta comes without the running statistics that were trained with it."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """What this subject provides beside the needs that every one has, by name."""
 
@@ -42,6 +46,11 @@ class Subject:
         if task not in self.losses:
             self.losses[task] = self.open_loss(task)
         return self.losses[task]
+
+    @property
+    def end(self) -> Functional | Tensor:
+        """As an end of a path, where a bare theta is refused: its running statistics are those of other weights."""
+        return self.theta if self.is_bare else self.net
 
     def need(self, name: str, task: str) -> Any:
         """What a metric asks for by this name. Raises ValueError for one that nothing provides."""
@@ -54,8 +63,8 @@ class Subject:
 
 NEEDS: dict[str, Callable[[Subject, str], Any]] = {
     "texts": lambda subject, task: subject.texts(task),
-    "start": lambda subject, task: subject.need("members", task)[0].net,
-    "end": lambda subject, task: subject.need("members", task)[-1].net,
+    "start": lambda subject, task: subject.need("members", task)[0].end,
+    "end": lambda subject, task: subject.need("members", task)[-1].end,
     "thetas": lambda subject, task: [member.theta for member in subject.need("members", task)],
     "loss": lambda subject, task: subject.loss(task),
     "theta": lambda subject, _: subject.theta,
@@ -204,10 +213,15 @@ class Checkpoint:
         config = kind.configured(variant.config)
         kept = kind.checkpoint(config, variant.path, self.at)
         net = kind.network(config)
-        if missing := sorted(net.buffers.keys() - (kept.buffers or {}).keys()) if kept.buffers is not None else []:
-            raise ValueError(f"checkpoint {self.at} lacks the running statistics `{missing[0]}`.")
+        check_params(kept.params, net.layout.shapes, f"checkpoint {self.at}")
+        if missing := sorted(held_statistics(net).keys() - (kept.buffers or {}).keys()):
+            raise ValueError(
+                f"checkpoint {self.at} lacks the running statistics `{missing[0]}`, and those of other weights would measure "
+                f"another network: let the family {kind.name!r} keep them, `Kept(params, sha256, buffers)`."
+            )
         net = replace(net.with_buffers(kept.buffers) if kept.buffers else net, params=kept.params)
-        return Subject(net, net.theta, lambda task: kind.loss(net, config, _split(task)))
+        unit = {} if kind.criterion is None else {"unit": kind.criterion.unit}
+        return Subject(net, net.theta, lambda task: kind.loss(net, config, _split(task)), own=unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +266,7 @@ class InMemory:
         if self.theta is None:
             return Subject(net, net.theta, lambda task: _task(self.losses, task))
         here = replace(net, params=net.layout.unravel(self.theta))
-        return Subject(here, self.theta, lambda task: _task(self.losses, task))
+        return Subject(here, self.theta, lambda task: _task(self.losses, task), is_bare=bool(held_statistics(net)))
 
 
 def batch_size(source: Source, task: str) -> int | None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +45,18 @@ class Sweep:
         num with n - 1: nan for one seed. Numbers that are not resolved are left out, and `num` is smaller.
         """
         frame = self.to_frame()
-        single = frame[frame["value"].map(lambda value: isinstance(value, (int, float)) and math.isfinite(value))]
+        known = frame["value"].map(_is_number) & (
+            frame["resolved"].fillna(True).astype(bool) if "resolved" in frame else True
+        )
+        single = frame[known]
         axes = [name for name in frame.columns if name not in _NUMBERS and name not in self.points[0]]
         by = [*(name for name in self.points[0] if name != SEED), *axes]
         grouped = single.assign(value=single["value"].astype(float)).groupby(by, dropna=False, sort=False)["value"]
         return grouped.agg(value="mean", stderr="sem", num="count").reset_index()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _NUMBERS = ("value", "stderr", "stderr_data", "stderr_total", "resolved", "status", "num", "low", "high", "reason")

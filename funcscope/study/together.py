@@ -63,7 +63,7 @@ class Together:
         last, curves = self.sources[-1].open(), self.curves()
         steps = [source.step for source in self.sources]
         own = {"members": Members(self.sources), "steps": steps, "names": [source.id for source in self.sources]}
-        return replace(last, own=own if curves is None else {**own, "curves": curves})
+        return replace(last, own={**last.own, **own, **({} if curves is None else {"curves": curves})})
 
 
 def curves_of(source: Source) -> Mapping[str, np.ndarray] | None:

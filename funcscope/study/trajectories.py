@@ -30,8 +30,8 @@ MARGIN = 0.25
 class TrainingCurves(Result):
     """Losses and accuracies over training, as they were written down while it went on."""
 
-    train_loss: Tensor = quantity("train loss", unit="nats", per="step")
-    test_loss: Tensor = quantity("test loss", unit="nats", per="step")
+    train_loss: Tensor = quantity("train loss", unit="loss", per="step")
+    test_loss: Tensor = quantity("test loss", unit="loss", per="step")
     train_accuracy: Tensor = quantity("train accuracy", unit="share", per="step")
     test_accuracy: Tensor = quantity("test accuracy", unit="share", per="step")
     steps: list[int] = internal()
@@ -120,6 +120,12 @@ class LossComparison(Result):
     def head(self) -> str:
         return f"{self.names[1]} - {self.names[0]}, paired over {self.difference.num} sequences"
 
+    @property
+    def notes(self) -> list[str]:
+        if not bool(self.difference.value.isfinite()):
+            return ["a loss is not finite: there is no difference. Check the weights and the texts."]
+        return ["one sequence: there is no error, and no test."] if self.difference.num < 2 else []
+
 
 def loss_comparison(names: Sequence[str], losses: Sequence[MeanLoss]) -> LossComparison:
     """How much one model's loss differs from another's on the same data: what sequences have in common cancels.
@@ -139,9 +145,14 @@ def directional_comparison(
 ) -> Comparison:
     """How the loss around one model differs from that around another, direction by direction; see `compare_directional`.
 
-    Raises ValueError where the two read different tokens or labels.
+    Raises ValueError where the two read different tokens or labels, and where their parameters differ in names or shapes.
     """
     _check_data(names, losses)
+    if losses[0].shapes != losses[1].shapes:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have parameters of different shapes, and with them no directions in common: "
+            "compare their own numbers, `directional_losses` of each."
+        )
     return compare_directional(*sampled, names=(names[0], names[1]))
 
 
@@ -156,4 +167,4 @@ def _check_data(names: Sequence[str], losses: Sequence[MeanLoss]) -> None:
 
 def barrier_matrix(loss: Loss, members: Sequence[Any], names: Sequence[str], *, num: int = 11) -> BarrierMatrix:
     """Barriers on the straight lines between every two of the models: which of them share a basin? See `barrier_matrix`."""
-    return barriers(loss, [member.net for member in members], num=num, names=list(names))
+    return barriers(loss, [member.end for member in members], num=num, names=list(names))
