@@ -71,7 +71,7 @@ def unmoved(layout: Layout, base: Params, direction: Direction, step: float) -> 
     >>> from funcscope.core import directions, keys, model
     >>> net = model.functional(torch.nn.Linear(64, 64, bias=False))
     >>> d, = directions.directions(net, key=keys.key(0), num=1)
-    >>> unmoved(net.layout, net.params, d, 1e-12), unmoved(net.layout, net.params, d, 0.1)
+    >>> unmoved(net.layout, net.params, d, 1e-30), unmoved(net.layout, net.params, d, 0.1)
     (1.0, 0.0)
     """
     coarsest = max(torch.finfo(leaf.dtype).eps for leaf in layout.leaves)
