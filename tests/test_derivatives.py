@@ -27,6 +27,7 @@ X, IMAGE, SQUARE = draw("x", 4, 5), draw("image", 2, 3, 6, 6), 0.3 * draw("squar
 W, B, Y, RIGHT = draw("w", 5), draw("b", 5), draw("y", 4, 5), draw("right", 4, 2)
 IDS, CLASSES = torch.tensor([[0, 1, 2], [2, 3, 0]]), torch.tensor([0, 1, 2, 1])
 SEQUENCES, THREE = draw("sequences", 2, 3, 5), draw("three", 2, 6, 3)
+MASK = THREE[:, None, :3, :3] > 0
 ONE, ZERO = torch.ones(5).double(), torch.zeros(5).double()
 
 
@@ -46,6 +47,12 @@ REPLACED = {
     "native_batch_norm": (lambda t: torch.native_batch_norm(t, W, B, None, None, True, 0.1, 1e-5)[0], X),
     "aten.batch_norm": (lambda t: aten.batch_norm.default(t, W, B, None, None, True, 0.1, 1e-5, False), X),
     "aten.legit_batch_norm": (lambda t: aten._native_batch_norm_legit.no_stats(t, W, B, True, 0.1, 1e-5)[0], X),
+    "attention": (lambda t: F.scaled_dot_product_attention(t, t * t, t.sin(), is_causal=True), SEQUENCES[:, None]),
+    "attention with a mask": (
+        lambda t: F.scaled_dot_product_attention(t, t, t, MASK),
+        SEQUENCES[:, None],
+    ),
+    "aten.attention": (lambda t: aten.scaled_dot_product_attention.default(t, t, t, scale=0.3), SEQUENCES[:, None]),
     "instance_norm": (F.instance_norm, SEQUENCES),
     "torch.instance_norm": (
         lambda t: torch.instance_norm(t, None, None, None, None, True, 0.1, 1e-5, False),

@@ -22,6 +22,7 @@ from problems import (
 )
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import funcscope as fs
@@ -539,3 +540,30 @@ def test_two_threads_at_different_parameters_do_not_see_each_other():
         for _ in range(200):
             for made, expected in zip(workers.map(lambda p: net.apply(p, inputs), places), alone, strict=True):
                 assert torch.equal(made, expected)
+
+
+class Attending(nn.Module):
+    """Attention, and what the whole process has switched on while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.seen = nn.Linear(6, 6), []
+
+    def forward(self, x):
+        cuda = torch.backends.cuda
+        self.seen.append((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), torch.get_default_dtype()))
+        query = self.project(x)
+        return nn.functional.scaled_dot_product_attention(query, x, query.sin(), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "run", [lambda net, x: net.apply(net.params, x), lambda net, x: fs.remat(net.apply)(net.params, x)]
+)
+def test_attention_is_chosen_for_one_thread_and_not_for_the_process(run):
+    model = seeded(1, Attending)
+    net, x = fs.functional(model), seeded(2, lambda: torch.randn(2, 1, 5, 6))
+    out = run(net, x)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = model(x)
+    assert torch.equal(out, expected)
+    assert all(seen == (True, True, torch.float32) for seen in net._skeleton.seen)

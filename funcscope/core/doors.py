@@ -58,7 +58,8 @@ def skeleton_of(model: nn.Module, attention: str, dtype: torch.dtype | None) -> 
 
 def running(skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy that may be called and that holds these buffers themselves; what was compiled runs as it was written."""
-    memo: dict[int, Any] = {id(own): buffers[name] for name, own in skeleton.named_buffers()}
+    memo: dict[int, Any] = {id(param): param for param in skeleton.parameters()}  # without values, and always replaced
+    memo |= {id(own): buffers[name] for name, own in skeleton.named_buffers()}
     module = copy.deepcopy(skeleton, memo)
     part: Any
     for part in module.modules():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 Inputs = Tensor | tuple | Mapping[str, Any]
@@ -53,10 +52,6 @@ class ForwardError(ValueError, RuntimeError):
 def is_unmapped(err: RuntimeError) -> bool:
     """It is `vmap` that refuses, so that a loop may do."""
     return not isinstance(err, NotImplementedError) and any(words in str(err) for words in _UNMAPPED)
-
-
-def kernel(attention: str) -> AbstractContextManager[Any]:
-    return nullcontext() if attention == "keep" else sdpa_kernel(SDPBackend.MATH)
 
 
 def arguments(inputs: Inputs) -> tuple[tuple, dict[str, Any]]:

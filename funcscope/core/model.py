@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .architectures import computes_in_float32, has_linear_head
 from .checks import check_choice, check_device, check_params
 from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
-from .forward import WRITES, Inputs, arguments, kernel, logits_of, named_errors
+from .forward import WRITES, Inputs, arguments, logits_of, named_errors
 from .imported import Model, is_pretrained
 from .layout import Layout, Params
 from .masks import with_float_mask
@@ -152,7 +152,7 @@ class Functional:
         args, kwargs = arguments(self.prepare(inputs))
         replacing = {f"{prefix}{name}": value for name, value in {**values, **self.buffers}.items()}
         true = nullcontext() if self.attention == "keep" else TrueDerivatives()
-        with self._named(inputs), kernel(self.attention), true:
+        with self._named(inputs), true:
             out = functional_call(module, replacing, args, kwargs)
         for name, buffer in self.buffers.items():
             if replacing[f"{prefix}{name}"] is not buffer:  # functional_call writes back what the module has afterwards
@@ -175,7 +175,7 @@ class Functional:
         args, kwargs = arguments(self.prepare(inputs))
         fused = self.attention == "keep"
         substitute = Substitute(self._running, self.params, self.frozen, self._dtypes, leaf, fused=fused)
-        with self._named(inputs), kernel(self.attention), substitute:
+        with self._named(inputs), substitute:
             return self._output(self._running(*args, **kwargs))
 
     def in_dtype(self, dtype: torch.dtype) -> Functional:

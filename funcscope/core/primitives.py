@@ -10,12 +10,14 @@ What is wrong in torch 2.13, by differences of values in float64 (tests/test_der
 - Determinants, `linalg.solve`, `householder_product`: the saved factors are constants to `jvp` of `jvp`. In
   `triangular_solve` and `cholesky_inverse`, `jvp` itself is wrong.
 
-Missing: second derivatives of `glu`, `hardsigmoid` and `embedding_bag`, and what core/recurrent.py says.
+Missing: second derivatives of `glu`, `hardsigmoid`, `embedding_bag` and the fused kernels of attention, and what
+core/recurrent.py says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -125,6 +127,22 @@ def _embedding_bag(
     return total / counts[:, None].clamp(min=1) if mode == "mean" else total
 
 
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """In matrix products: `sdpa_kernel` chooses these, too, and does so for all threads of the process at once."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+_multi_head_attention = FunctionType(  # torch's own: a mode is not asked about what is called within
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "scaled_dot_product_attention": _attention},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x in units of its deviation, its mean, and 1 / deviation."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16; the fused kernels widen too
@@ -171,6 +189,8 @@ _REPLACED = _with_aten(
         (_glu, (F.glu, aten.glu)),
         (_hardsigmoid, (F.hardsigmoid, aten.hardsigmoid)),
         (_embedding_bag, (F.embedding_bag,)),
+        (_attention, (F.scaled_dot_product_attention, aten.scaled_dot_product_attention)),
+        (_multi_head_attention, (F.multi_head_attention_forward,)),
         *factorisations.TABLE,
         *recurrent.TABLE,
     ]

@@ -205,6 +205,10 @@ _KERNELS = {
 """Of fused attention, on every device."""
 
 
+def _enabled() -> list[SDPBackend]:
+    return [backend for backend, enabled in _KERNELS.items() if enabled()]
+
+
 def _surroundings(modes: Sequence[Any], devices: set[str]) -> Callable[[], Iterator[Any]]:
     """What is switched on at the call, to be switched on again whenever the function is evaluated."""
     modes = list(dict.fromkeys(mode for mode in modes if not isinstance(mode, Watch)))
@@ -213,12 +217,13 @@ def _surroundings(modes: Sequence[Any], devices: set[str]) -> Callable[[], Itera
         for device in sorted(devices | {"cpu"})
         if torch.amp.is_autocast_available(device)
     ]
-    kernels = [backend for backend, enabled in _KERNELS.items() if enabled()]
+    kernels = _enabled()
 
     def contexts() -> Iterator[Any]:
         for device, dtype, enabled in casts:
             yield torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
-        yield sdpa_kernel(kernels)
+        if kernels != _enabled():  # which is a matter of the whole process, and so left alone where it can be
+            yield sdpa_kernel(kernels)
         yield from modes
 
     return contexts
