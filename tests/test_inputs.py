@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -28,6 +29,8 @@ from torch.testing import assert_close
 from transformers.utils import logging as hf_logging
 
 import funcscope as fs
+from funcscope import cli
+from funcscope.study import dataset
 from funcscope.study.inputs import Example, load_model, load_tokenizer, make_batches, read_texts, task_of
 from funcscope.study.inputs.tokens import max_positions
 from funcscope.study.quiet import Turns, one_line
@@ -632,6 +635,116 @@ def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with complaint("needs pyarrow", "funcscope[parquet]", kind=ImportError):
         read_texts(path)
+
+
+# --- data sets by name -----------------------------------------------------------------------------------------------
+
+
+class FakeSet:
+    """As much of a data set as is asked of one, and how many of its rows were read."""
+
+    def __init__(self, rows):
+        self.rows, self.column_names, self.num_read = rows, list(rows[0]), 0
+
+    def select_columns(self, names):
+        for row in self.rows:
+            self.num_read += 1
+            yield {name: row[name] for name in names}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `datasets` in which this is what there is, by name, configuration and split; and what it was asked for."""
+    there, asked = {}, []
+
+    def load_dataset(*args, **options):
+        asked.append((*args, *options.items()))
+        if (args[0], args[1], options["split"]) not in there:
+            raise type("DatasetsError", (Exception,), {})(f"{args[0]} is not on the Hub\nand a second line")
+        return there[args[0], args[1], options["split"]]
+
+    package = types.SimpleNamespace(load_dataset=load_dataset, __version__="4.1.0")
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    dataset._of_the_hub.cache_clear()
+    yield there, asked, package
+    dataset._of_the_hub.cache_clear()
+
+
+def test_a_name_is_a_data_set_of_which_as_much_is_read_as_is_asked_for(hub):
+    there, asked, _ = hub
+    rows = [{"text": f"w{i} w{i}", "other": 0, "y": i % 2} for i in range(200)]
+    there["owner/texts", "small", "test"] = made = FakeSet(rows)
+    found = list(
+        read_texts("owner/texts:small", label_field="y", split="test", num_samples=3),
+    )
+    assert found == [Example(f"w{i} w{i}", i % 2, f"row {i + 1}") for i in range(3 * dataset.ROWS)]
+    assert made.num_read == 3 * dataset.ROWS
+    assert asked == [("owner/texts", "small", ("split", "test"))]  # nothing about code of its own, ever
+    with complaint("'owner/texts:small'", "no column 'body'", "'other', 'text', 'y'"):
+        read_texts("owner/texts:small", field="body", split="test")
+    with complaint("'owner/none'", "not on the Hub", "split 'train'", "no such file"):
+        read_texts("owner/none")
+
+
+def test_a_path_that_is_there_wins_over_a_name(hub, tmp_path, monkeypatch):
+    _, asked, _ = hub
+    monkeypatch.chdir(tmp_path)
+    Path("imdb").write_text("w5 w6")
+    with complaint("must end in", "'imdb'"):
+        read_texts("imdb")
+    Path("folder").mkdir()
+    with complaint("cannot be loaded"):
+        read_texts("folder")
+    assert asked == [(str(tmp_path.resolve() / "folder"), None, ("split", "train"))]  # the folder, not a name
+
+
+def test_without_the_package_or_with_one_that_runs_code_a_name_is_refused(hub, monkeypatch, tmp_path):
+    hub[-1].__version__ = "3.6.0"
+    with complaint("datasets 3.6.0 runs code", "4.0"):
+        read_texts("imdb")
+    monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))  # somebody's folder of that name
+    for _ in range(2):
+        with complaint("'imdb'", "no file", "pip install 'funcscope[datasets]'", kind=FileNotFoundError):
+            read_texts("imdb")
+        with complaint("is a folder", "pip install 'funcscope[datasets]'", kind=IsADirectoryError):
+            read_texts(tmp_path)
+        monkeypatch.setitem(sys.modules, "datasets", None)
+
+
+def test_a_data_set_is_what_its_texts_are(hub, tmp_path, capsys):
+    there, _, _ = hub
+    model, lines = folder(tmp_path / "model"), [f"w{5 + i} w{9 + i} w{4 + i}" for i in range(3)]
+    more = [*lines, *["w9 w9"] * 2 * dataset.ROWS]
+    for name, texts in (("a", more), ("b", more), ("c", [*lines[::-1], *more]), ("d", [*more, "w7 w8"])):
+        there[name, None, "test"] = FakeSet([{"text": text} for text in texts])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+
+    def measured(name, split="test"):
+        few = ["--out", str(tmp_path / "out"), "--num-samples", "2", "--metrics", "mean_loss", "--quiet"]
+        assert cli.main(["analyze", str(model), "--data", name, "--dataset-split", split, *few]) == 0
+        shown = capsys.readouterr().out
+        loss = fs.Results.open(tmp_path / "out").models[str(model)].metrics["mean_loss"]["loss"]
+        return "reused" in shown, loss
+
+    (_, of_file), (again, _) = measured(str(tmp_path / "a.jsonl")), measured(str(tmp_path / "a.jsonl"), "train")
+    assert again  # a file has no split
+    assert measured("a") == (False, of_file)
+    assert measured("b") == (True, of_file)  # the same texts by another name
+    assert measured("d") == (True, of_file)  # a row that is never looked at
+    again, other = measured("c")
+    assert not again
+    assert other != of_file
+
+
+@pytest.mark.outsider
+def test_a_folder_of_files_is_a_data_set_for_the_package_itself(tmp_path, monkeypatch):
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in corpus()[:5]))
+    assert [one.text for one in read_texts(tmp_path / "mine")] == corpus()[:5]
+    (tmp_path / "mine" / "train.jsonl").write_text(json.dumps({"text": "another"}))
+    assert [one.text for one in read_texts(tmp_path / "mine")] == ["another"]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

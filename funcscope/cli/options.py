@@ -16,6 +16,7 @@ TEXTS = {
     "field": "field or column that holds the text",
     "label_field": "field or column that holds the class",
     "second_field": "that of a second text: of a pair, or what an encoder-decoder is to say",
+    "dataset_split": "of a Hugging Face data set",
     "unit": "what one text of a .txt file is: line, paragraph, document",
     "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq",
     "num_samples": "texts that are scored",

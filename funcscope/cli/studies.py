@@ -16,6 +16,7 @@ from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
 from ..study.config import FLAGS, UnifiedConfig
+from ..study.dataset import check_dataset, is_dataset
 from ..study.folder import local_folder
 from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
@@ -70,7 +71,7 @@ _KEPT = (
 
 
 def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) -> None:
-    texts = "texts: .txt, .jsonl, .csv, .tsv or .parquet; several as NAME=FILE"
+    texts = "texts: .txt, .jsonl, .csv, .tsv, .parquet, or a Hugging Face data set; several as NAME=FILE"
     show.add_argument("--data", dest="dataset_name", nargs="+", metavar="FILE", help=texts)
     show.add_argument(
         "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
@@ -176,7 +177,9 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     if folders and data is None:
         raise ValueError("models in folders need texts: `--data FILE`.")
     for file in [data] if isinstance(data, str) else (data or {}).values():
-        if folders and not Path(file).is_file():
+        if folders and is_dataset(file):
+            check_dataset(file)
+        elif folders and not Path(file).is_file():
             raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 

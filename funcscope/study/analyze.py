@@ -27,7 +27,7 @@ def analyze_models(
     """Every metric that `config` asks for, on every model: the documented single entry point.
 
     model_paths: local Hugging Face folders, run folders of `funcscope train` (all their checkpoints), or sources of your own
-    (`InMemory`); without any, `config.model_name`. The texts are those of the file `config.dataset_name`. Results are keyed
+    (`InMemory`); without any, `config.model_name`. The texts are those of `config.dataset_name`. Results are keyed
     by the paths as given; what failed has `error` in place of numbers. Metrics of pairs and of series are measured on those
     that the models make. With `save_results` they are kept under `config.output_dir`, from where `Results.open` brings them
     back, and what is there is not computed again. run_options: `executor`, `watch` of `engine.run`.

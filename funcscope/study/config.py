@@ -41,11 +41,11 @@ class UnifiedConfig:
     """What `analyze_models` does: the documented fields with their documented values, and ours at the end.
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
-    and change no number. `dataset_name` is a file of texts, or several by name: every model is then measured on each, as
-    "MODEL on NAME". `model_name` is the model where no path is passed, `base_model` the one that pairs compare the
-    others with; `compute_qkov` is another name of `enable_qkov_interference`. Without effect so far, beside the fields of
-    metrics that are not here: `dataset_split` (texts are files). Raises TypeError for an unknown field, ValueError for one of
-    the wrong kind.
+    and change no number. `dataset_name` is a file of texts, a Hugging Face data set of which `dataset_split` is read, or
+    several by name: every model is then measured on each, as "MODEL on NAME". `model_name` is the model where no path is
+    passed, `base_model` the one that pairs compare the others with; `compute_qkov` is another name of
+    `enable_qkov_interference`. The fields of metrics that are not here have no effect so far. Raises TypeError for an unknown
+    field, ValueError for one of the wrong kind.
     """
 
     model_name: str | None = None
@@ -230,6 +230,7 @@ class UnifiedConfig:
             max_seq_length=None,
             batch_size=min(self.batch_size, self.max_batch_size),
             packing=self.packing,
+            split=self.dataset_split,
             seed=self.seed,
             dtype=self.dtype,  # type: ignore[arg-type]
             compute_dtype=self.compute_dtype,  # type: ignore[arg-type]

@@ -19,6 +19,8 @@ _UNREADABLE = (
     ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """What parsers and constructors raise for files that are not theirs, or that say what cannot be."""
+_THEIRS = ("StrictDataclassError", "DatasetsError")
+"""Classes of huggingface_hub and datasets, which are kinds of none of these."""
 
 
 class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
@@ -39,8 +41,8 @@ class one_line(AbstractContextManager[None]):  # noqa: N801, used as a function
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
-        strict = any(base.__name__ == "StrictDataclassError" for base in type(err).__mro__)  # of huggingface_hub
-        if err is not None and (kind is Exception or strict or isinstance(err, _UNREADABLE)):
+        theirs = any(base.__name__ in _THEIRS for base in type(err).__mro__)
+        if err is not None and (kind is Exception or theirs or isinstance(err, _UNREADABLE)):
             raise ValueError(f"{self.what} ({first_line(err)}).") from err
 
 

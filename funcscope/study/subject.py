@@ -17,12 +17,13 @@ from ..core.objective import Loss
 from ..core.running import held_statistics
 from ..families.family import SPLITS, family
 from . import digest
+from .dataset import ENDINGS, digest_of, is_dataset
 from .digest import Sums
 from .folder import local_folder, weight_files
 from .metric import nearest
 from .record import file_stem
 from .runs import Variant
-from .texts import DataSpec, check_data
+from .texts import FIELDS, DataSpec, check_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +145,14 @@ class Pretrained:
         spec = asdict(_task(self.tasks, task))
         for how in ("batch_size", "device"):  # no number depends on them beyond rounding
             del spec[how]
-        if not (file := Path(spec["data"])).is_file():
-            raise FileNotFoundError(f"{spec['data']!r} is no file: the texts are a .txt, .jsonl or .parquet file.")
-        return digest.of_json({**spec, "data": sums.of(file), "length": self.length})
+        data, split = spec.pop("data"), spec.pop("split")
+        if is_dataset(data):
+            content = digest_of(data, split, [spec[name] for name in FIELDS], spec["num_samples"])
+        elif (file := Path(data)).is_file():
+            content = sums.of(file)
+        else:
+            raise FileNotFoundError(f"{data!r} is no file: the texts are in a file that ends in {', '.join(ENDINGS)}.")
+        return digest.of_json({**spec, "data": content, "length": self.length})
 
     def open(self) -> Subject:
         specs = list(self.tasks.values())

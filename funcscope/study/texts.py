@@ -12,6 +12,8 @@ from ..core.checks import check_count
 Task = Literal["causal", "masked", "classification", "seq2seq"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Unit = Literal["line", "paragraph", "document"]
+FIELDS = ("field", "label_field", "second_field")
+"""What is read of a row."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class DataSpec:
     batch_size: int = 8
     packing: bool = False
     seed: int = 42
+    split: str = "train"
+    """Of a Hugging Face data set."""
     dtype: DType = "auto"
     compute_dtype: DType = "auto"
     attention: Literal["eager", "math", "keep"] = "eager"

@@ -64,6 +64,8 @@ class OpenedModel:
                 label_field=spec.label_field,
                 second_field=spec.second_field,
                 unit=spec.unit,
+                split=spec.split,
+                num_samples=spec.num_samples,
             ),
             self.tokenizer or load_tokenizer(self.folder, self.model),
             self.model,

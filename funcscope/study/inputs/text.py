@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from ...core.checks import check_choice
+from ..dataset import ENDINGS, is_dataset
+from ..dataset import rows as dataset_rows
 from ..quiet import first_line
 from ..texts import Unit
 
-_ENDINGS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ERRORS = (OSError, ValueError, RuntimeError)  # pyarrow's own are kinds of these
 _ROWS = 64
@@ -37,8 +38,10 @@ def read_texts(
     label_field: str | None = None,
     second_field: str | None = None,
     unit: Unit = "paragraph",
+    split: str = "train",
+    num_samples: int = 64,
 ) -> Iterator[Example]:
-    """The texts of a file, in its order, read as they are asked for.
+    """The texts of a file or of a Hugging Face data set, in their order, read as they are asked for.
 
     `.txt`: UTF-8, cut by `unit`: its lines, its paragraphs (between blank lines) or the whole document; no text is blank.
     `.jsonl`, `.ndjson`: one JSON object per line, the text in `field`, the label in `label_field`, a second text in
@@ -46,6 +49,8 @@ def read_texts(
     `.csv`, `.tsv`: a row per text below a row of names, cells between commas or tabs, quoted where they hold one or a line's
     end; labels of digits are class indices.
     `.parquet`: one text per row, with the columns `field` and `label_field`; needs pyarrow.
+    Where there is no such file, `name`, `owner/name` or `name:configuration` is a data set of the Hugging Face hub, and a
+    folder is one on the disk: of its `split`, 32 rows are looked at for each of the `num_samples`; needs datasets.
 
     Raises, in one line: FileNotFoundError, IsADirectoryError, ValueError for another ending and for `label_field` with a
     `.txt`, ImportError for a missing pyarrow, at once; ValueError, with file and line or row, for whatever in the file is
@@ -60,15 +65,15 @@ def read_texts(
     """
     check_choice("unit", unit, get_args(Unit))
     file = Path(path)
-    if file.is_dir():
-        raise IsADirectoryError(
-            f"`path` must be a file of texts, and {str(path)!r} is a folder: pass one of its files."
-        )
+    if is_dataset(str(path)):
+        each = dataset_rows(str(path), split, (field, label_field, second_field), num_samples)
+        named = ((f"row {i}", row) for i, row in enumerate(each, start=1))
+        return _some(file, (_example(file, row, where, field, label_field, second_field) for where, row in named))
     if not file.exists():
         raise FileNotFoundError(f"`path` must be a file of texts, and there is no {str(path)!r}.")
     ending = file.suffix.lower()
-    if ending not in _ENDINGS:
-        raise ValueError(f"`path` must end in {', '.join(_ENDINGS)}, got {file.name!r}: no other format is read.")
+    if ending not in ENDINGS:
+        raise ValueError(f"`path` must end in {', '.join(ENDINGS)}, got {file.name!r}: no other format is read.")
     if ending == ".txt":
         for name, given in (("label_field", label_field), ("second_field", second_field)):
             if given is not None:
