@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -389,3 +391,22 @@ def test_variants_of_one_name_in_two_runs_are_told_apart(run, tmp_path, capsys):
     assert [model.step for model in first] == [model.step for model in second] == [0, 50, 100]
     assert first[0].metrics["mean_loss"].result == second[0].metrics["mean_loss"].result
     assert first[2].metrics["mean_loss"].result != second[2].metrics["mean_loss"].result
+
+
+def test_a_length_that_somebody_chose_is_refused_and_the_usual_one_gives_way_and_says_so(models, tmp_path, capsys):
+    paths, data = models
+    call = ["analyze", paths[0], "--data", data, "--out", str(tmp_path / "out"), "--metrics", "mean_loss", "--quiet"]
+    assert cli.main([*call, "--max-seq-length", "17"]) == 1
+    assert "`--max-seq-length` is 17, and the GPT2LMHeadModel has 16 positions" in capsys.readouterr().out
+    assert cli.main(["check", paths[0], "--data", data, "--max-seq-length", "17"]) == 2
+    assert "has 16 positions: pass at most 16" in capsys.readouterr().err
+    for length in ([], ["--max-seq-length", "16"]):  # with 16 asked for, nothing has given way
+        assert cli.main([*call, *length]) == 0
+        notes = Results.open(tmp_path / "out").models[paths[0]].metrics["mean_loss"].result.notes
+        assert ("the model has 16 positions: texts end there, and not at 128 tokens" in str(notes)) is (not length)
+    values = asdict(fs.UnifiedConfig(dataset_name=data, max_seq_length=17))
+    assert fs.UnifiedConfig.of(values).tasks()["data"].max_seq_length == 17
+    assert (
+        pickle.loads(pickle.dumps(fs.UnifiedConfig.of(asdict(fs.UnifiedConfig())))).tasks()["data"].max_seq_length
+        is None
+    )

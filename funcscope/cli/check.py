@@ -12,10 +12,10 @@ from ..core.keys import fold_in, key
 from ..curvature.audit import Audit, audit
 from ..study.config import UnifiedConfig
 from ..study.listing import Listing, terminal_width, wrapped
-from ..study.texts import check_data
+from ..study.texts import Usual, check_data
 from .options import COMPUTING, TEXTS, add_fields, changed
 
-FEW = {"num_samples": 8, "max_seq_length": 32, "batch_size": 8}
+FEW = {"num_samples": 8, "max_seq_length": Usual(32), "batch_size": 8}
 ALONE = "a sequence alone"
 """The way that compares sequences alone with the same in a batch."""
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..study import presets
 from ..study.presets import Preset
+from ..study.texts import Usual
 from .options import Flag
 
 _DRAWS = {
@@ -62,7 +63,7 @@ COMMANDS = (
             "epsilon": Flag(["sam_sharpness.epsilon"], "radius of SAM's ball, a distance"),
             "keep": Flag([f"{each}.keep" for each in _SPECTRA], "keep the graph: faster, more memory"),
         },
-        {"num_samples": 16, "max_seq_length": 64},
+        {"num_samples": 16, "max_seq_length": Usual(64)},
     ),
     Command(
         "landscape",

@@ -20,7 +20,7 @@ TEXTS = {
     "unit": "what one text of a .txt file is: line, paragraph, document",
     "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq",
     "num_samples": "texts that are scored",
-    "max_seq_length": "tokens kept of each, or as many as the model has positions",
+    "max_seq_length": "tokens kept of each; at most as many as the model has positions",
     "batch_size": "texts per forward pass; changes no number",
     "packing": "cut the joined texts into full blocks, without padding",
 }
@@ -111,9 +111,9 @@ def _add(parser: Any, name: str, text: str, value: Any, choices: Sequence[Any] |
     if isinstance(value, bool):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
-    kind = (
-        type(value) if isinstance(value, (int, float)) else str if isinstance(value, str) or name in _WORDS else parsed
-    )
+    kind: Any = str if isinstance(value, str) or name in _WORDS else parsed
+    if isinstance(value, (int, float)):
+        kind = int if isinstance(value, int) else float
     parser.add_argument(flag, type=kind, default=None, choices=choices, metavar=None if choices else "X", help=text)
 
 

@@ -22,12 +22,13 @@ from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
 from ..study.results import Results
 from ..study.runs import is_run
+from ..study.texts import Usual
 from .commands import Command
 from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
 from .shared import check_plotly, check_writable, import_modules
 
 OUT = Path("analysis_results")
-FEW = {"num_samples": 64, "max_seq_length": 128, "batch_size": 8}
+FEW = {"num_samples": 64, "max_seq_length": Usual(128), "batch_size": 8}
 """Fields that the commands have otherwise than `UnifiedConfig`: what ends within minutes on a laptop."""
 
 

@@ -18,7 +18,7 @@ from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
 from .meter import Options
 from .metric import Metric, nearest
-from .texts import DataSpec
+from .texts import DataSpec, Usual
 
 PREFIX = "FUNCSCOPE_"
 """Of environment variables that are fields."""
@@ -55,7 +55,7 @@ class UnifiedConfig:
     dataset_name: str | Mapping[str, str] = "openwebtext"
     dataset_split: str = "train"
     num_samples: int = 1000
-    max_seq_length: int = 512
+    max_seq_length: int = Usual(512)  # or as many as the model has positions
     batch_size: int = 32
     max_batch_size: int = 256
     min_batch_size: int = 4
@@ -227,7 +227,7 @@ class UnifiedConfig:
             unit=self.unit,  # type: ignore[arg-type]
             task=self.task,  # type: ignore[arg-type]
             num_samples=self.num_samples,
-            max_seq_length=None,
+            max_seq_length=None if isinstance(self.max_seq_length, Usual) else self.max_seq_length,
             batch_size=min(self.batch_size, self.max_batch_size),
             packing=self.packing,
             split=self.dataset_split,
@@ -266,8 +266,9 @@ def check_kind(name: str, value: Any, default: Any) -> None:
     if isinstance(default, bool) and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, got {value!r}.")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (isinstance(default, float) and not number) or (type(default) is int and not (number and value == int(value))):
-        raise ValueError(f"`{name}` must be a {'whole ' if type(default) is int else ''}number, got {value!r}.")
+    whole = isinstance(default, int) and not isinstance(default, bool)
+    if (isinstance(default, float) and not number) or (whole and not (number and value == int(value))):
+        raise ValueError(f"`{name}` must be a {'whole ' if whole else ''}number, got {value!r}.")
     if isinstance(default, str) and not isinstance(value, str):
         raise ValueError(f"`{name}` must be text, got {value!r}.")
 

@@ -16,6 +16,14 @@ FIELDS = ("field", "label_field", "second_field")
 """What is read of a row."""
 
 
+class Usual(int):
+    """A whole number that nobody has chosen: it gives way where a model cannot have it.
+
+    >>> Usual(512) == 512, isinstance(Usual(512) + 0, Usual)
+    (True, False)
+    """
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Which texts are scored, and how the model computes: what the settings of every study have."""

@@ -36,12 +36,14 @@ class Data:
     """Texts in which nothing can be scored, skipped; with packing, also the last, short block."""
     num_truncated: int
     """Texts of which the end was cut off."""
+    limit: str = ""
+    """What is to be known about where they end."""
 
     def __str__(self) -> str:
         return (
             f"{_counted(self.num_samples, 'sequence', 'sequences')} in {_counted(len(self.batches), 'batch', 'batches')}: "
             f"{self.num_tokens} tokens, {self.num_scored} scored; {self.num_too_short} too short, {self.num_truncated} "
-            "truncated"
+            f"truncated{self.limit and '; '}{self.limit}"
         )
 
 

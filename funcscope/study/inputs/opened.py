@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ class OpenedModel:
 
     def loss(self, spec: DataSpec, *, length: int = 128) -> tuple[Loss, Data]:
         """The loss on the texts, cut off at `length` tokens unless the data's settings say where."""
-        task = task_of(self.model)
+        task, most = task_of(self.model), self.length(spec, length)
         data = make_batches(
             read_texts(
                 spec.data,
@@ -71,10 +71,12 @@ class OpenedModel:
             self.model,
             task=task,
             num_samples=spec.num_samples,
-            max_seq_length=self.length(spec, length),
+            max_seq_length=most,
             batch_size=spec.batch_size,
             packing=spec.packing,
             key=fold_in(key(spec.seed), "masked tokens"),
         )
+        if most < (spec.max_seq_length or length):
+            data = replace(data, limit=f"the model has {most} positions: texts end there, and not at {length} tokens")
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
         return objective(self.net, batches, _CRITERIA[task]), data
