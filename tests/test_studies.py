@@ -1,6 +1,7 @@
 """The commands of studies, as a new user types them."""
 
 import json
+import re
 
 import pytest
 from folders import folder, texts
@@ -70,9 +71,9 @@ def test_the_cache_is_counted_and_cleared(study, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert cli.main(["analyze", models[0], *command[3:5], "--out", out, "--quiet", "--metrics", "mean_loss"]) == 0
     assert cli.main(["cache", out]) == 0
-    assert "1 results" in capsys.readouterr().out
+    assert "1 result, " in capsys.readouterr().out
     assert cli.main(["cache", out, "--clear"]) == 0
-    assert "1 results removed" in capsys.readouterr().out
+    assert "1 result removed" in capsys.readouterr().out
     assert cli.main(["cache", out]) == 2
     assert "no stored results" in capsys.readouterr().err
 
@@ -117,3 +118,20 @@ def test_what_hangs_on_the_batches_is_measured_anew_for_others(study, tmp_path):
     whole = sharpness(8, "a")
     assert (whole.num_left_out, sharpness(4, "a").num_left_out) == (2, 2)
     assert sharpness(4, "a") == sharpness(4, "b") != whole == sharpness(8, "a")
+
+
+def test_one_of_a_thing_is_called_by_its_singular(study, tmp_path, capsys):
+    command, _, models = study
+    metrics = ["mean_loss", "hessian_largest_eigenvalues", "hessian_eigenvalues", "directional_losses", "loss_lines"]
+    one = ["num_samples=1", "directional_losses.n_samples=2", "loss_lines.num_directions=1", "loss_lines.num=3"]
+    one += ["hessian_eigenvalues.num_probes=2", "hessian_eigenvalues.steps=2", "hessian_eigenvalues.trace_matvecs=4"]
+    changes = [word for change in one for word in ("--set", change)]
+    asked = ["analyze", models[0], *command[3:5], "--out", str(tmp_path), "--quiet", "--metrics", *metrics, *changes]
+    assert cli.main(asked) == 0
+    results = [o.result for o in fs.Results.open(tmp_path).outcomes]
+    said = " ".join(text for each in results for text in (each.head, *each.notes))
+    assert re.findall(r"(?<![\d.,])1 [a-z]+(?:s|ces)\b", said) == [], said
+    assert {"1 sequence ", "1 batch:", "1 eigenvalue ", "1 line "} <= set(re.findall(r"\b1 \w+[ :]", said))
+    page = (tmp_path / "report.html").read_text()
+    assert "on the same data" in page
+    assert "data data" not in page

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.result import Result
-from ..core.tables import numbers, said
+from ..core.tables import counted, numbers, said
 from ..families import family
 from ..study import demo
 from ..study.listing import Listing, terminal_width
@@ -146,7 +146,7 @@ def _train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; checkpoints are kept in {args.out}, the same command goes on from there.")
         return 130
-    print(f"{len(variant.checkpoints())} checkpoints  {variant.path}\nnext  funcscope analyze {args.out}")
+    print(f"{counted(len(variant.checkpoints()), 'checkpoint')}  {variant.path}\nnext  funcscope analyze {args.out}")
     return 0
 
 

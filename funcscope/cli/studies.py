@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ..core.tables import counted
 from ..study import presets
 from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
@@ -260,12 +261,12 @@ def _cache(args: argparse.Namespace) -> int:
     if not cache.entries():
         raise ValueError(f"{args.folder} has no stored results: `funcscope analyze MODELS --data FILE` makes them.")
     if args.clear is not None:
-        before = cache.get_stats()["num_entries"]
+        before = len(cache.entries())
         cache.clear_model_cache(args.clear) if args.clear else cache.clear_all()
-        print(f"{before - cache.get_stats()['num_entries']} results removed")
+        print(f"{counted(before - len(cache.entries()), 'result')} removed")
     else:
         stats = cache.get_stats()
-        print(f"{stats['num_entries']} results, {stats['total_size_mb']:.2f} MB")
+        print(f"{counted(int(stats['num_entries']), 'result')}, {stats['total_size_mb']:.2f} MB")
     return 0
 
 

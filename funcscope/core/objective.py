@@ -21,6 +21,7 @@ from .model import Functional, Inputs, LeafFn
 from .progress import tick
 from .purity import check_function, why_not_mapped
 from .substitute import NOT_LEAF_BY_LEAF
+from .tables import counted
 
 Theta = Tensor | Params
 
@@ -40,7 +41,7 @@ class Loss:
     """What was checked and is right ("function"), names of parameters that the model does not use, and what was said."""
 
     def __repr__(self) -> str:  # short: torch's vmap takes the repr of its function at every call
-        return f"Loss({self.criterion.name}, {len(self.batches)} batches, {self.net!r})"
+        return f"Loss({self.criterion.name}, {counted(len(self.batches), 'batch', 'batches')}, {self.net!r})"
 
     @property
     def layout(self) -> Layout:

@@ -63,6 +63,15 @@ def said(value: float, stderr: float = math.nan) -> str:
     return f"{ufloat(value, stderr):.2uP}".replace("±", " ± ")
 
 
+def counted(num: int, what: str, several: str = "") -> str:
+    """A count and its noun, which takes an s where there is not one, unless another plural is given.
+
+    >>> counted(1, "gradient"), counted(1024, "gradient"), counted(2, "batch", "batches")
+    ('1 gradient', '1,024 gradients', '2 batches')
+    """
+    return f"{num:,} {what if num == 1 else several or what + 's'}"
+
+
 def frame(entries: Iterable[Entry], coordinates: Coordinates, unresolved: Collection[str]) -> DataFrame:
     """A row per number: quantity, unit, axes, value, errors."""
     try:

@@ -14,6 +14,7 @@ from ..core.layout import Leaf
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_interval, ratio_stderr
+from ..core.tables import counted
 from ..core.vectors import Leaves, inner, moved, norm
 from .leafwise import (
     Terms,
@@ -115,7 +116,8 @@ class SamSharpness(Result):
 
     @property
     def head(self) -> str:
-        return f"sharpness within {self.epsilon:.4g} of theta, {len(self.sums)} sequences, rounding {self.rounding:.1g}"
+        over = counted(len(self.sums), "sequence")
+        return f"sharpness within {self.epsilon:.4g} of theta, {over}, rounding {self.rounding:.1g}"
 
     @property
     def unresolved(self) -> list[str]:

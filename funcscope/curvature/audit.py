@@ -18,6 +18,7 @@ from ..core.keys import Key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.pack import storable
 from ..core.result import Derived, Result, derived
+from ..core.tables import counted
 from ..core.vectors import dot, norm
 from .culprits import Culprit, culprits_of
 from .derivatives import METHODS, Derivative, Method, along, differenced, has_kinks, moved_leaves, value_at, values_of
@@ -103,7 +104,8 @@ class Audit(Result):
     def head(self) -> str:
         pieces = ", piecewise smooth" if self.has_kinks else ""
         dtype = str(self.values_dtype).removeprefix("torch.")
-        return f"derivatives along {self.num_directions} directions, judged by differences of values in {dtype}{pieces}"
+        along = counted(self.num_directions, "direction")
+        return f"derivatives along {along}, judged by differences of values in {dtype}{pieces}"
 
 
 def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:

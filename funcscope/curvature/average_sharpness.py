@@ -21,6 +21,7 @@ from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from .leafwise import terms_at
 from .sequence_forms import SequenceForms
 
@@ -99,7 +100,8 @@ class AverageSharpness(Result):
 
     @property
     def head(self) -> str:
-        return f"average sharpness, {len(self.positive)} pairs of {self.distribution} steps, epsilon {self.epsilon:.4g}"
+        steps = counted(len(self.positive), f"pair of {self.distribution} steps", f"pairs of {self.distribution} steps")
+        return f"average sharpness, {steps}, epsilon {self.epsilon:.4g}"
 
 
 def average_sharpness(

@@ -13,6 +13,7 @@ from ..core.checks import check_count, check_positive
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.standard_errors import ratio_stderr
+from ..core.tables import counted
 from ..core.vectors import Leaves, inner, moved, norm
 from .leafwise import Terms, gradient_at, slope_along, terms_at
 
@@ -45,7 +46,7 @@ class CriticalSharpness(Result):
 
     @property
     def head(self) -> str:
-        return f"critical sharpness: {self.status}, {self.num_forwards} forward passes"
+        return f"critical sharpness: {self.status}, {counted(self.num_forwards, 'forward pass', 'forward passes')}"
 
     @property
     def coords(self) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from ..core.checks import check_instance
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from ..linalg.eigen import Eigenpairs
 from .hessian import Matrix
 from .sequence_forms import SequenceForms, check_sum, crossed_forms
@@ -63,7 +64,7 @@ class EigenvalueErrors(Result):
 
     @property
     def head(self) -> str:
-        return f"{len(self.values)} eigenvalues, errors over {len(self.forms.weights)} sequences"
+        return f"{counted(len(self.values), 'eigenvalue')}, errors over {counted(len(self.forms.weights), 'sequence')}"
 
     @property
     def notes(self) -> list[str]:

@@ -16,6 +16,7 @@ from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from ..linalg.matvec import Matvec
 from .hessian import ggn
 from .leafwise import terms_at
@@ -106,7 +107,7 @@ class FisherDiagonal(Result):
 
     @property
     def head(self) -> str:
-        return f"Fisher diagonal of {len(self.value)} entries from {self.num} draws of all labels"
+        return f"Fisher diagonal of {len(self.value)} entries from {counted(self.num, 'draw')} of all labels"
 
 
 def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> FisherDiagonal:

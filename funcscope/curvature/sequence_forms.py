@@ -16,6 +16,7 @@ from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
+from ..core.tables import counted
 from ..linalg.matvec import Matvec
 from .hessian import MATRICES, Matrix
 from .leafwise import terms_at
@@ -60,7 +61,8 @@ class SequenceForms(Result):
 
     @property
     def head(self) -> str:
-        return f"forms of {len(self.terms)} vectors over {len(self.weights)} sequences{' (groups)' * (self.group > 1)}"
+        over = counted(len(self.weights), "sequence")
+        return f"forms of {counted(len(self.terms), 'vector')} over {over}{' (groups)' * (self.group > 1)}"
 
     @property
     def coords(self) -> dict[str, range]:
@@ -98,7 +100,9 @@ class TraceErrors(Result):
 
     @property
     def head(self) -> str:
-        return f"trace from {len(self.forms.terms)} probes and {len(self.forms.weights)} sequences"
+        return (
+            f"trace from {counted(len(self.forms.terms), 'probe')} and {counted(len(self.forms.weights), 'sequence')}"
+        )
 
     @property
     def notes(self) -> list[str]:

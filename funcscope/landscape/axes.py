@@ -17,6 +17,7 @@ from ..core.keys import Distribution, Key
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from ..linalg.eigen import Eigenpairs
 from .orthogonal import blocks, gram, orthogonalise, orthonormalise
 
@@ -93,7 +94,7 @@ class Trajectory(Result):
 
     @property
     def head(self) -> str:
-        return f"{len(self.coordinates)} points on {len(self.axes)} principal axes"
+        return f"{counted(len(self.coordinates), 'point')} on {counted(len(self.axes), 'principal axis', 'principal axes')}"
 
     @property
     def coords(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.estimate import Estimate
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Means, means
+from ..core.tables import counted
 from .states import USED
 from .terms import Measured, by_ending, estimate
 
@@ -177,7 +178,7 @@ class LossPath(Measured, Result):
     @property
     def head(self) -> str:
         verdict = {True: "no barrier seen", False: "a barrier", None: "undecided"}[self.is_connected]
-        lost = f", {self.n_nonfinite} losses not finite" if self.n_nonfinite else ""
+        lost = f", {counted(self.n_nonfinite, 'loss', 'losses')} not finite" if self.n_nonfinite else ""
         return f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}; {verdict}"
 
     @property
@@ -235,7 +236,7 @@ class BarrierMatrix(Measured, Result):
 
     @property
     def head(self) -> str:
-        return f"barriers between {len(self.names)} models, {self.num} points a path"
+        return f"barriers between {counted(len(self.names), 'model')}, {counted(self.num, 'point')} a path"
 
     @property
     def notes(self) -> list[str]:

@@ -17,7 +17,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
-from ..core.tables import Entry
+from ..core.tables import Entry, counted
 from .barriers import LossPath
 from .evaluator import over_points, points_at_once
 from .path import Point, measured, on_line
@@ -197,7 +197,7 @@ class Connection(Result):
     @property
     def head(self) -> str:
         return (
-            f"trained for {self.steps} steps of {self.points} points at {self.learning_rate:.3g}, {self.key!r}\n"
+            f"trained for {counted(self.steps, 'step')} of {self.points} points at {self.learning_rate:.3g}, {self.key!r}\n"
             f"{self.path.head}\n{self.line.head}"
         )
 

@@ -16,6 +16,7 @@ from ..core.keys import Key
 from ..core.pack import storable
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Statistic
+from ..core.tables import counted
 from . import caveats
 from .directional_columns import Columns, finite
 from .precision import Realised
@@ -216,7 +217,7 @@ class DirectionalLosses(Columns, Result):
     @property
     def head(self) -> str:
         return (
-            f"{len(self.losses)} {self.normalize}-normalised {self.distribution} directions at span "
+            f"{counted(len(self.losses), f'{self.normalize}-normalised {self.distribution} direction')} at span "
             f"{self.actual_span:g} (relative step {self.relative_step:.3g}), {self.key!r}"
         )
 

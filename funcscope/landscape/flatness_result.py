@@ -15,7 +15,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import Statistic
-from ..core.tables import Entry
+from ..core.tables import Entry, counted
 from ..linalg.trace import TraceEstimate
 from . import caveats
 from .directional_columns import Sampled, finite, scaled
@@ -201,7 +201,7 @@ class Flatness(Sampled, Result):
     def head(self) -> str:
         sides = "one-sided" if self.delta_losses_negative is None else "two-sided"
         return (
-            f"{len(self.delta_losses)} {self.normalize} directions, {sides}, a step of {self.displacement:.4g} "
+            f"{counted(len(self.delta_losses), f'{self.normalize} direction')}, {sides}, a step of {self.displacement:.4g} "
             f"({self.epsilon_relative:.3g} of ||theta||), {self.key!r}"
         )
 

@@ -17,6 +17,7 @@ from ..core.directions import Direction, dot
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from . import roughness
 from .axes import Axes, Trajectory
 from .grid import Range, Row, Statistics, coefficients, evaluate, given, point_nums, spaced, span_range, span_ranges
@@ -156,7 +157,7 @@ class LossLines(_Grid):
 
     @property
     def head(self) -> str:
-        return f"{len(self.axes)} lines of {self.losses.shape[1]} points"
+        return f"{counted(len(self.axes), 'line')} of {counted(self.losses.shape[1], 'point')}"
 
     @property
     def coords(self) -> dict[str, Any]:

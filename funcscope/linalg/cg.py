@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_flat, check_positive
 from ..core.result import Result, internal, quantity
+from ..core.tables import counted
 from ..core.vectors import dot, norm
 from .matvec import Matvec, Products, check_like
 
@@ -34,7 +35,7 @@ class Solution(Result):
 
     @property
     def head(self) -> str:
-        return f"{self.status.replace('_', ' ')}: {len(self.x)} unknowns, {self.num_matvecs} products"
+        return f"{self.status.replace('_', ' ')}: {len(self.x)} unknowns, {counted(self.num_matvecs, 'product')}"
 
 
 def conjugate_gradient(

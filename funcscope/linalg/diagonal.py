@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.keys import BLOCK, Distribution, Key, check_key, draw, fold_in, rademacher
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from ..core.vectors import dot, norm
 from .matvec import Matvec, Products, check_like
 
@@ -34,7 +35,7 @@ class DiagonalEstimate(Result):
 
     @property
     def head(self) -> str:
-        return f"diagonal of {len(self.value)} entries from {self.num_matvecs} products"
+        return f"diagonal of {len(self.value)} entries from {counted(self.num_matvecs, 'product')}"
 
 
 def hutchinson_diagonal(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> DiagonalEstimate:

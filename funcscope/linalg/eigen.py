@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Key, check_key, fold_in
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from .krylov import Krylov
 from .matvec import Matvec, Products, check_like, check_symmetric
 from .search import Search, Which
@@ -62,7 +63,8 @@ class Eigenpairs(Result):
 
     @property
     def head(self) -> str:
-        return f"{len(self.values)} eigenvalues {NAMES[self.which]} (tol {self.tol:g}, {self.num_matvecs} products)"
+        cost = counted(self.num_matvecs, "product")
+        return f"{counted(len(self.values), 'eigenvalue')} {NAMES[self.which]} (tol {self.tol:g}, {cost})"
 
     @property
     def coords(self) -> dict[str, range]:

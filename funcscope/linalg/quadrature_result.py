@@ -17,6 +17,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, derived, quantity
 from ..core.standard_errors import jackknife_stderr
+from ..core.tables import counted
 from .gauss import Resolution, christoffel, corner, rule
 
 Scale = Literal["linear", "symlog"]
@@ -50,8 +51,9 @@ class SpectralDensity(Result):
     @property
     def head(self) -> str:
         low, high = self.range
-        nodes = f"{self.num_probes} probes of {self.steps} steps, nodes from {low:.4g} to {high:.4g}"
-        return f"density of {self.num_parameters:,} eigenvalues: {nodes} ({self.num_matvecs} products)"
+        probes = f"{counted(self.num_probes, 'probe')} of {counted(self.steps, 'step')}"
+        nodes = f"{probes}, nodes from {low:.4g} to {high:.4g}"
+        return f"density of {self.num_parameters:,} eigenvalues: {nodes} ({counted(self.num_matvecs, 'product')})"
 
     @property
     def unresolved(self) -> list[str]:

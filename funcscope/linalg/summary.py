@@ -11,6 +11,7 @@ from ..core.checks import check_positive
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from .eigen import REMEDY, Eigenpairs, eigenpairs
 from .matvec import Matvec
 from .quadrature import spectral_density
@@ -127,7 +128,9 @@ class SpectrumSummary(Result):
     @property
     def head(self) -> str:
         state = "all converged" if self.converged else "NOT all converged"
-        return f"spectrum of {self.num_parameters:,} eigenvalues, {self.num_matvecs} products; the ends {state}"
+        return (
+            f"spectrum of {self.num_parameters:,} eigenvalues, {counted(self.num_matvecs, 'product')}; the ends {state}"
+        )
 
     @derived("eigenvalue", per="place")
     def eigenvalues(self) -> Float[Tensor, " k"]:

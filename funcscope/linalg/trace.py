@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.estimate import Estimate
 from ..core.keys import Distribution, Key, fold_in, normal, rademacher, random
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from ..core.vectors import dot
 from .algebra import Slices, check_slices
 from .diagonal import check_sampled, narrow, sketch, unit_products
@@ -61,7 +62,8 @@ class BlockTraces(Result):
 
     @property
     def head(self) -> str:
-        return f"traces of {len(self.samples)} blocks from {len(next(iter(self.samples.values())))} probes"
+        probes = len(next(iter(self.samples.values())))
+        return f"traces of {counted(len(self.samples), 'block')} from {counted(probes, 'probe')}"
 
 
 def hutchinson_trace(

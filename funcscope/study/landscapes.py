@@ -15,6 +15,7 @@ from ..core.keys import Distribution, Key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, internal, quantity
+from ..core.tables import counted
 from ..curvature.derivatives import in_float64
 from ..curvature.hessian import hessian
 from ..landscape.axes import plane_directions
@@ -96,7 +97,7 @@ class FlatnessProfile(Result):
 
     @property
     def head(self) -> str:
-        return f"loss changes at {len(self.epsilon)} lengths of the step"
+        return f"loss changes at {counted(len(self.epsilon), 'length')} of the step"
 
     @property
     def notes(self) -> list[str]:

@@ -15,6 +15,7 @@ from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, internal, quantity
 from ..core.standard_errors import ratio_stderr
+from ..core.tables import counted
 from ..curvature.data_error import EigenvalueErrors, eigenvalue_errors
 from ..curvature.fisher import empirical_fisher, exact_fisher
 from ..curvature.hessian import hessian
@@ -43,7 +44,7 @@ class MeanLoss(Result):
 
     @property
     def head(self) -> str:
-        return f"loss over {self.num_sequences} sequences"
+        return f"loss over {counted(self.num_sequences, 'sequence')}"
 
     @property
     def notes(self) -> list[str]:
@@ -92,7 +93,7 @@ class MatrixRanks(Result):
 
     @property
     def head(self) -> str:
-        return f"dimensions that {len(self.matrices)} weight matrices use"
+        return f"dimensions that {counted(len(self.matrices), 'weight matrix', 'weight matrices')} use"
 
 
 def effective_dimensionality(params: Params) -> MatrixRanks:
@@ -176,7 +177,7 @@ class BlockEigenvalues(Result):
 
     @property
     def head(self) -> str:
-        return f"largest eigenvalues of {len(self.blocks)} blocks"
+        return f"largest eigenvalues of {counted(len(self.blocks), 'block')}"
 
     @property
     def notes(self) -> list[str]:

@@ -14,6 +14,7 @@ from ..core.estimate import Estimate, p_value
 from ..core.objective import Loss
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
+from ..core.tables import counted
 from ..landscape.axes import principal_directions
 from ..landscape.barriers import BarrierMatrix
 from ..landscape.compare import compare_directional
@@ -42,7 +43,7 @@ class TrainingCurves(Result):
 
     @property
     def head(self) -> str:
-        return f"training, {len(self.steps)} points"
+        return f"training, {counted(len(self.steps), 'point')}"
 
 
 def training_curves(curves: Mapping[str, np.ndarray]) -> TrainingCurves:
@@ -74,7 +75,7 @@ class TrajectoryPlane(Result):
 
     @property
     def head(self) -> str:
-        return f"{len(self.steps)} checkpoints on the plane of their principal axes"
+        return f"{counted(len(self.steps), 'checkpoint')} on the plane of their principal axes"
 
     @property
     def notes(self) -> list[str]:
@@ -118,7 +119,7 @@ class LossComparison(Result):
 
     @property
     def head(self) -> str:
-        return f"{self.names[1]} - {self.names[0]}, paired over {self.difference.num} sequences"
+        return f"{self.names[1]} - {self.names[0]}, paired over {counted(self.difference.num, 'sequence')}"
 
     @property
     def notes(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from ..core.tables import counted
 from .drawing import (
     Z95,
     Column,
@@ -25,7 +26,7 @@ from .drawing import (
     titled,
 )  # fmt: skip
 from .names import plain
-from .numbers import counted, number, setting, with_error
+from .numbers import number, setting, with_error
 from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, blank, place, round_ticks, set_linear
 
 FLATNESS_METRICS = {

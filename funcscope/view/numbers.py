@@ -61,15 +61,6 @@ def setting(value: float) -> str:
     return re.sub(r"(\.\d*?)0+(?!\d)", r"\1", number(value, 6)).replace(". ", " ").removesuffix(".")
 
 
-def counted(num: int, what: str) -> str:
-    """A count and its noun, which takes an s where there is not one.
-
-    >>> counted(1, "gradient"), counted(1024, "gradient")
-    ('1 gradient', '1,024 gradients')
-    """
-    return f"{num:,} {what}" + ("" if num == 1 else "s")
-
-
 def power_of_ten(power: int) -> str:
     """A power of ten in plain characters.
 

@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..core.tables import counted
 from ..linalg.quadrature import SpectralDensity
 from .drawing import (
     Data,
@@ -26,7 +27,7 @@ from .drawing import (
 )  # fmt: skip
 from .flatness_figures import FLATNESS_METRICS, render_flatness_trajectory, render_perturbation_distribution
 from .names import plain
-from .numbers import counted, number
+from .numbers import number
 from .path_figures import barrier
 from .plane_figures import Plane, Shades, contour, plane_of, shades, surface, walk_of
 from .spectrum_figures import spectrum
@@ -107,7 +108,8 @@ def render_spectrum_density(
     values, residuals = np.array(density.range), None
     if eigenvalues is not None:
         values, residuals = (np.asarray(each, dtype=np.float64) for each in (eigenvalues.values, eigenvalues.residuals))
-    told = f"{density.num_parameters:,} eigenvalues, {counted(density.num_probes, 'start')} of {density.steps} products"
+    starts = f"{counted(density.num_probes, 'start')} of {counted(density.steps, 'product')}"
+    told = f"{density.num_parameters:,} eigenvalues, {starts}"
     return titled(
         spectrum(density, values, residuals, plain(unit)), plain(title) if title else "Spectral density", told
     )

@@ -166,6 +166,12 @@ def _configured(outcome: Outcome) -> str:
     return f"metric({outcome.metric!r})" + (f".configured({', '.join(changes)})" if changes else "")
 
 
+def _data(tasks: set[str]) -> str:
+    """Splits by name; parts of the same texts have none."""
+    named = sorted(tasks - {"data", "fisher", "landscape"})
+    return f"on {', '.join(named)} data" if named else "on the same data"
+
+
 def _strip(results: Results) -> list[Fact]:
     models = {outcome.subject: outcome for outcome in results.outcomes if on(outcome) == "model"}
     steps = [outcome.step for outcome in models.values() if outcome.step is not None]
@@ -176,7 +182,7 @@ def _strip(results: Results) -> list[Fact]:
     metrics, tasks = ({getattr(o, each) for o in results.outcomes} for each in ("metric", "task"))
     return [
         Fact("Models", f"{len(models):,}", few + span),
-        Fact("Metrics", f"{len(metrics)}", f"on {', '.join(sorted(tasks))} data"),
+        Fact("Metrics", f"{len(metrics)}", _data(tasks)),
         Fact("Results", f"{num - lost} of {num}", "the others say why not" if lost else "nothing failed"),
         Fact("Computing", duration(seconds), f"{passes:,.0f} forward passes"),
     ]

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..core.tables import numbers
+from ..core.tables import counted, numbers
 from ..families.phases import MEMORISED, phases
 from ..study.cache import Outcome
 from ..study.results import ModelResults, Results
@@ -84,7 +84,7 @@ class Story:
 def title(story: Story) -> str:
     """What the network did, in a line."""
     if not story.curves:
-        return f"{len(story.steps)} checkpoints of a training run"
+        return f"{counted(len(story.steps), 'checkpoint')} of a training run"
     first, then = story.passed("train"), story.passed("test")
     if first is None:
         return "Neither memorised nor generalised" if then is None else "Generalised without memorising"

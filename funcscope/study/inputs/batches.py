@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...core.checks import check_choice, check_count
 from ...core.criterion import IGNORE
 from ...core.keys import Key, check_key
+from ...core.tables import counted
 from .pretrained import Task
 from .scoring import Row, RowOf, block_row, row_maker
 from .text import Example
@@ -41,9 +42,9 @@ class Data:
 
     def __str__(self) -> str:
         return (
-            f"{_counted(self.num_samples, 'sequence', 'sequences')} in {_counted(len(self.batches), 'batch', 'batches')}: "
-            f"{self.num_tokens} tokens, {self.num_scored} scored; {self.num_too_short} too short, {self.num_truncated} "
-            f"truncated{self.limit and '; '}{self.limit}"
+            f"{counted(self.num_samples, 'sequence')} in {counted(len(self.batches), 'batch', 'batches')}: "
+            f"{counted(self.num_tokens, 'token')}, {self.num_scored} scored; {self.num_too_short} too short, "
+            f"{self.num_truncated} truncated{self.limit and '; '}{self.limit}"
         )
 
 
@@ -104,10 +105,6 @@ def make_batches(
     types = "token_type_ids" in tokenizer.model_input_names and bool(getattr(model.config, "type_vocab_size", 0))
     pad = _padding(task, tokenizer, model, several=min(batch_size, len(chosen.rows)) > 1)
     return _collated(chosen, batch_size, pad, types)
-
-
-def _counted(num: int, one: str, several: str) -> str:
-    return f"{num} {one if num == 1 else several}"
 
 
 class _Chosen(NamedTuple):
