@@ -27,6 +27,9 @@ def test_every_number_is_that_of_the_dense_spectrum():
     assert found.top_eigenvalues.tolist() == pytest.approx([20, 15])
     assert found.bottom_eigenvalues.tolist() == pytest.approx([-2.5, -3])
     assert (found.max_eigenvalue, found.min_eigenvalue, found.spectral_norm) == pytest.approx((20, -3, 20))
+    frame = found.frame().set_index("quantity")
+    assert frame.loc["top_eigenvalues", "rank"].tolist() == [1, 2]
+    assert frame.loc["bottom_eigenvalues", "rank from below"].tolist() == [2, 1]  # the last is the smallest of all
     assert found.spectral_gap == pytest.approx(5)
     assert found.converged
     assert found.residuals.max() <= 2e-5

@@ -118,7 +118,7 @@ class Result:
 
     @property
     def coords(self) -> Mapping[str, Sequence[Any]]:
-        """Names or numbers along the axes; positions where an axis is not here."""
+        """Names or numbers along the axes; positions, from 0 as in arrays, where an axis is not here. Ranks count from 1."""
         return {}
 
     @classmethod

@@ -66,7 +66,7 @@ class SequenceForms(Result):
 
     @property
     def coords(self) -> dict[str, range]:
-        return {"vector": range(1, len(self.terms) + 1)}
+        return {"vector": range(len(self.terms))}
 
     @property
     def notes(self) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +37,7 @@ class SpectrumSummary(Result):
         """The largest ones, in descending order."""
         return self.ends.values[: len(self.ends.values) // 2]
 
-    @derived("small eigenvalue", per="rank", shown=False)
+    @derived("small eigenvalue", per="rank from below", shown=False)
     def bottom_eigenvalues(self) -> Float[Tensor, " k"]:
         """The smallest ones, in descending order: the last is the smallest of all."""
         return self.ends.values[len(self.ends.values) // 2 :]
@@ -141,9 +143,10 @@ class SpectrumSummary(Result):
         return self.ends.states
 
     @property
-    def coords(self) -> dict[str, list[str]]:
+    def coords(self) -> dict[str, Sequence[Any]]:
         num, last = len(self.top_eigenvalues), self.num_parameters
-        return {"place": [f"{i + 1:,}" if i < num else f"{last - 2 * num + i + 1:,}" for i in range(2 * num)]}
+        place = [f"{i + 1:,}" if i < num else f"{last - 2 * num + i + 1:,}" for i in range(2 * num)]
+        return {"place": place, "rank": range(1, num + 1), "rank from below": range(num, 0, -1)}
 
     @derived("residual of the largest eigenvalue")
     def max_residual(self) -> float:
