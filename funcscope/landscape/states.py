@@ -169,7 +169,7 @@ def _check_alike(ours: Functional, end: Functional, name: str, buffers: str) -> 
     if end.layout.shapes != ours.layout.shapes:
         raise ValueError(
             f"`{name}` is a net of other parameters than `loss.net` ({end.layout.num:,} and {ours.layout.num:,} in theta): "
-            "paths lead between models of one architecture, with one choice of `trainable`."
+            "paths lead between models of one architecture, with one choice of `trainable`: of others, compare losses."
         )
     check_device(f"`{name}`", end.device, "the model", ours.device)
     cases = [("frozen parameter", end.frozen, ours.frozen, 'make both nets with `trainable="all"`')]

@@ -69,7 +69,8 @@ class Call:
             if not self.options.skip_on_error:
                 raise
             self.edited = self._edits() != before
-            outcome = replace(empty, **lost(err))
+            said = lost(err)
+            outcome = replace(empty, **said | {"error": self._named(said["error"])})
         plan = {"batch_size": self.size, "timeout": held or None}
         told = self.plan | {name: value for name, value in plan.items() if value is not None}
         cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
@@ -106,6 +107,15 @@ class Call:
             return results[0] if self.one.on == "model" else results
         value = self.subject.need(name, self.task)
         return value.split(self.size) if name == "loss" and self.size is not None else value
+
+    def _named(self, error: str) -> str:
+        """What is said of several subjects, which the function knows as its arguments, by their own names."""
+        if names := self.subject.own.get("names"):
+            arguments = {f"thetas[{i}]": name for i, name in enumerate(names)}
+            arguments |= {"start": names[0], "end": names[-1], "loss.net": names[-1]}
+            for argument, name in arguments.items():
+                error = error.replace(f"`{argument}`", name)
+        return error
 
     def _shrunk(self) -> bool:
         """Whether there is a smaller chunk, or there are smaller batches, that are tried next."""
