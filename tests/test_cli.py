@@ -1,9 +1,11 @@
 """The command line as a user meets it."""
 
 import argparse
+import html
 import json
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -410,3 +412,34 @@ def test_a_length_that_somebody_chose_is_refused_and_the_usual_one_gives_way_and
         pickle.loads(pickle.dumps(fs.UnifiedConfig.of(asdict(fs.UnifiedConfig())))).tasks()["data"].max_seq_length
         is None
     )
+
+
+def test_a_study_that_grew_says_every_command_that_made_it(models, tmp_path, capsys, monkeypatch):
+    (path, _), data = models
+    call = ["funcscope", "analyze", path, "--data", data, "--out", str(tmp_path), *FEW.split(), "--metrics"]
+    first, second, third = (
+        [*call, "mean_loss"],
+        [*call, "effective_dimensionality"],
+        [*call, "mean_loss", "--seed", "5"],
+    )
+    for typed, known in (
+        (first, [first]),
+        (second, [first, second]),
+        (second, [first, second]),
+        (third, [second, third]),  # nothing is left of the first
+    ):
+        monkeypatch.setattr("sys.argv", typed)
+        assert cli.main(typed[1:]) == 0
+        assert cli.main(["report", str(tmp_path)]) == 0
+        page = html.unescape((tmp_path / "report.html").read_text())
+        assert [each["command"] for each in Results.open(tmp_path).studies] == [shlex.join(each) for each in known]
+        assert [each for each in (first, second, third) if f"{shlex.join(each)}<" in page] == known
+
+
+def test_two_architectures_have_no_path_and_are_called_by_their_names(models, tmp_path, capsys):
+    (first, _), data = models
+    other = str(folder(tmp_path / "llama", "llama"))
+    assert cli.main(["path", first, other, "--data", data, "--out", str(tmp_path / "out"), *FEW.split()]) == 1
+    said = Results.open(tmp_path / "out").models[f"{first} to {other}"].metrics["linear_path"]["error"]
+    assert said.startswith(f"{first} is a net of other parameters than {other} (")
+    assert said.endswith("of others, compare losses.")

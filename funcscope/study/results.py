@@ -15,6 +15,7 @@ from ..core.result import Result
 from ..core.statistics import q_values
 from ..core.store import to_json, write
 from .cache import Cache, Cell, Outcome, plain
+from .digest import of_json
 from .files import claimed
 from .metric import CATALOGUE, nearest
 
@@ -81,7 +82,13 @@ class Results:
 
     outcomes: tuple[Outcome, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What is known of the study: `config` (its fields), `models` (as given), `command` (as typed, or empty)."""
+    """What is known of the study: `config` (its fields), `models` (as given), `command` (as typed, or empty); and in `before`
+    the same of earlier ones in its folder, of which there are outcomes among these."""
+
+    @property
+    def studies(self) -> list[Mapping[str, Any]]:
+        """What is known of every study that these outcomes are of, the last at the end."""
+        return [*self.about.get("before", {}).values(), self.about]
 
     @cached_property
     def models(self) -> dict[str, ModelResults]:
@@ -184,7 +191,9 @@ class Results:
         path = folder / MANIFEST
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(path, wait=True):
-            stored = {**(self.about if about is None else about), "cells": [*_earlier(path, rows), *rows]}
+            kept, before = _earlier(path, rows)
+            now = {name: value for name, value in (self.about if about is None else about).items() if name != "before"}
+            stored = {**now, **({"before": before} if before else {}), "cells": [*kept, *rows]}
             write(path, json.dumps(to_json(stored), indent=1).encode())
         return path
 
@@ -235,21 +244,26 @@ def _unread(row: Mapping[str, Any], cache: Cache) -> Outcome:
     )  # fmt: skip
 
 
-def _earlier(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What the list has of before, and `rows` do not make anew or contradict."""
+def _earlier(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the list has of before, and `rows` do not make anew or contradict; and by what studies it was made."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        cells = stored["cells"]
     except (FileNotFoundError, ValueError, KeyError):
-        return []
+        return [], {}
     named = [row for row in rows if "lost" not in row]
     anew = {(row["metric"], row["subject"]) for row in named} | {
         (row["lost"]["metric"], row["lost"]["subject"]) for row in rows if "lost" in row
     }
     weights = {row["subject"]: row["content"]["weights"] for row in named}
-    return [
-        row
-        for row in before
+    about = {name: value for name, value in stored.items() if name not in ("cells", "before")}
+    studies = {**stored.get("before", {}), (last := of_json(about)): about}
+    kept = [
+        {"by": last, **row}
+        for row in cells
         if "lost" not in row
         and (row["metric"], row["subject"]) not in anew
         and weights.get(row["subject"], row["content"]["weights"]) == row["content"]["weights"]
     ]
+    made_by = {row["by"] for row in kept}
+    return kept, {name: each for name, each in studies.items() if name in made_by}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ..core.store import to_json, write
 from ..study.cache import Outcome
@@ -87,11 +88,12 @@ def provenance(results: Results) -> Iterator[Section]:
     for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", unresolved, "number")):
         if rows:
             yield Section(title, [Table(["metric", what, "of", "reason"], _merged(rows))])
-    data = results.about.get("config", {}).get("dataset_name")
-    files = data.values() if isinstance(data, Mapping) else [data] if data else []
+    named = [data for each in results.studies if (data := each.get("config", {}).get("dataset_name"))]
+    files = dict.fromkeys(file for data in named for file in (data.values() if isinstance(data, Mapping) else [data]))
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
     terms = [("Data", [", ".join(files)]), ("Versions", [", ".join(packages)])]
-    made: list[Block | str] = ["The same numbers come from:", Code(results.about.get("command") or _call(results))]
+    calls = dict.fromkeys(each.get("command") or _call(results, each) for each in results.studies)
+    made: list[Block | str] = ["The same numbers come from:", *map(Code, calls)]
     yield Section("How this was made", [*made, Terms([term for term in terms if any(term[1])])])
 
 
@@ -145,9 +147,9 @@ def _merged(rows: Sequence[tuple[Outcome, str, str]]) -> list[list[str]]:
     return [[metric, what, ", ".join(names), why] for (metric, what, _), (names, why) in alike.items()]
 
 
-def _call(results: Results) -> str:
+def _call(results: Results, about: Mapping[str, Any]) -> str:
     """`analyze_models` as it was called; of results without a configuration, `run` with the settings that they have."""
-    config, models = results.about.get("config"), results.about.get("models")
+    config, models = about.get("config"), about.get("models")
     if config and models:
         usual = to_json(asdict(UnifiedConfig()))
         changes = [f"{name}={value!r}" for name, value in to_json(config).items() if usual.get(name) != value]
