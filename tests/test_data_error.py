@@ -14,7 +14,10 @@ from funcscope.core.standard_errors import ratio_interval, ratio_stderr
 from funcscope.curvature import hessian_summary
 from funcscope.curvature.rows import micro_batches
 from funcscope.curvature.sequence_forms import SequenceForms
+from funcscope.study.analyze import analyze_models
+from funcscope.study.config import UnifiedConfig
 from funcscope.study.measures import fisher_information
+from funcscope.study.subject import InMemory
 
 OPERATORS = {"hessian": fs.hessian, "ggn": fs.ggn}
 
@@ -291,3 +294,10 @@ def test_noise_of_float32_in_a_float64_model_makes_no_negative_eigenvalues():
     same = fisher_information(loss, theta, key=fs.key(0), num=1, num_probes=2, steps=60, trace_matvecs=8)
     assert same.density.rounding == 2**-11.5
     assert float(same.negative_fraction.value) == 0
+
+
+def test_a_loss_in_memory_on_one_task_has_a_landscape_and_a_fisher_information(tmp_path):
+    source = InMemory({"data": loss_of("mlp")}, name="one")
+    sizes = {"loss_landscape_n_points": 3, "fisher_top_k": 2, "output_dir": str(tmp_path), "verbose": False}
+    study = analyze_models([source], UnifiedConfig(metrics=("loss_landscape_2d", "fisher_information"), **sizes))
+    assert not study.failed, study
