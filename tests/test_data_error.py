@@ -1,5 +1,6 @@
 """Errors over data: per-sequence forms against dense Hessians and value differences, leave-one-out eigenvalues, coverage."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,8 +11,13 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.standard_errors import ratio_interval, ratio_stderr
+from funcscope.curvature import hessian_summary
 from funcscope.curvature.rows import micro_batches
 from funcscope.curvature.sequence_forms import SequenceForms
+from funcscope.study.analyze import analyze_models
+from funcscope.study.config import UnifiedConfig
+from funcscope.study.measures import fisher_information
+from funcscope.study.subject import InMemory
 
 OPERATORS = {"hessian": fs.hessian, "ggn": fs.ggn}
 
@@ -266,3 +272,32 @@ def test_the_joint_interval_covers_the_trace_of_the_population():
         alone += abs(mean.value - truth) < 2.2 * mean.stderr
     assert 180 <= hits <= 198
     assert alone < 170  # negative control: the error over probes alone does not cover
+
+
+def test_a_float64_model_that_takes_norms_in_float32_is_held_to_float32():
+    loss = loss_of("llama")
+    theta = loss.net.theta + 0.3 * seeded(1, lambda: torch.randn(loss.layout.num, dtype=torch.float64))
+    pairs = fs.eigenpairs(fs.hessian(loss, theta), theta, key=fs.key(0), num=1, which="both", tol=1e-9, vectors=True)
+    exact = dataclasses.replace(pairs, residuals=0 * pairs.residuals)  # as of an iteration that went on to the end
+    errors = fs.eigenvalue_errors(loss, theta, exact)
+    assert_close(errors.forms.values, pairs.values, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="add up to"):  # what is off by more is refused as before
+        fs.eigenvalue_errors(loss, theta, dataclasses.replace(exact, values=pairs.values * 1.01))
+
+
+def test_noise_of_float32_in_a_float64_model_makes_no_negative_eigenvalues():
+    loss = loss_of("llama")
+    theta = loss.net.theta + 0.3 * seeded(1, lambda: torch.randn(loss.layout.num, dtype=torch.float64))
+    fisher = hessian_summary(loss, theta, key=fs.key(0), num=1, matrix="ggn", num_probes=2, steps=60, trace_matvecs=8)
+    assert fisher.density.rounding == 2**-11.5
+    assert float(fisher.negative_fraction.value) == 0
+    same = fisher_information(loss, theta, key=fs.key(0), num=1, num_probes=2, steps=60, trace_matvecs=8)
+    assert same.density.rounding == 2**-11.5
+    assert float(same.negative_fraction.value) == 0
+
+
+def test_a_loss_in_memory_on_one_task_has_a_landscape_and_a_fisher_information(tmp_path):
+    source = InMemory({"data": loss_of("mlp")}, name="one")
+    sizes = {"loss_landscape_n_points": 3, "fisher_top_k": 2, "output_dir": str(tmp_path), "verbose": False}
+    study = analyze_models([source], UnifiedConfig(metrics=("loss_landscape_2d", "fisher_information"), **sizes))
+    assert not study.failed, study

@@ -16,7 +16,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from ..linalg.eigen import Eigenpairs
 from .hessian import Matrix
-from .sequence_forms import SequenceForms, check_sum, crossed_forms
+from .sequence_forms import SequenceForms, check_sum, crossed_forms, spacing
 
 
 class EigenvalueErrors(Result):
@@ -176,7 +176,7 @@ def eigenvalue_errors(
     table, weights, size = crossed_forms(loss, theta, pairs.vectors, matrix=matrix, group=group, chunk_size=chunk_size)
     own = torch.stack([table[j, :, j] for j in range(len(values))])
     forms = SequenceForms(own, weights, size)
-    check_sum(forms.values, values, residuals, torch.finfo(pairs.vectors.dtype).eps)
+    check_sum(forms.values, values, residuals, spacing(loss, pairs.vectors))
     return EigenvalueErrors(values, residuals, forms, _bias(table, weights, values))
 
 

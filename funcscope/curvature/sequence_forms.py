@@ -194,7 +194,7 @@ def trace_errors(
         with torch.no_grad():
             whole = (z @ MATRICES[matrix](loss, theta)(z)).cpu().double()[None]
         scale = forms.terms[0].abs().sum() / forms.weights.sum()
-        check_sum(forms.values[:1], whole, scale.new_zeros(1), torch.finfo(theta.dtype).eps, float(scale))
+        check_sum(forms.values[:1], whole, scale.new_zeros(1), spacing(loss, theta), float(scale))
     return TraceErrors(forms, key)
 
 
@@ -209,6 +209,11 @@ def crossed_forms(
     rows = vectors.to(Loss.vector(loss, theta))
     table, weights, size = _tables(loss, theta, vectors, parts, **options)
     return table.transpose(0, 1), weights, size
+
+
+def spacing(loss: Loss, theta: Tensor) -> float:
+    """Of numbers in the coarsest dtype between theta and the loss: a float64 model may take its norms in float32."""
+    return max(2 * loss.net.unit_roundoff, torch.finfo(theta.dtype).eps)
 
 
 def check_sum(parts: Tensor, whole: Tensor, residuals: Tensor, eps: float, scale: float | None = None) -> None:

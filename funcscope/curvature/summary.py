@@ -15,6 +15,7 @@ from ..linalg.matvec import Matvec
 from ..linalg.summary import SpectrumSummary, spectrum_summary
 from ..linalg.trace import BlockTraces, block_traces
 from .hessian import MATRICES, Matrix, hessian
+from .sequence_forms import spacing
 
 
 def hessian_summary(
@@ -31,7 +32,7 @@ def hessian_summary(
 
     matrix: `ggn` for the Gauss-Newton matrix instead, the Fisher information where the loss is a cross-entropy.
     keep, head_chunk: see `hessian`. options: those of `linalg.spectrum_summary`: num, tol, num_probes, steps,
-    trace_matvecs, damping, max_matvecs, check.
+    trace_matvecs, damping, max_matvecs, check, rounding (default: that of the dtypes that the model computes in).
 
     Raises as `hessian` and `spectrum_summary` do.
 
@@ -49,6 +50,7 @@ def hessian_summary(
     check_choice("matrix", matrix, MATRICES)
     check_options("hessian_summary", spectrum_summary, options)
     theta = Loss.vector(loss, theta)
+    options.setdefault("rounding", spacing(loss, theta) ** 0.5)
     return spectrum_summary(MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, **options)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_positive
 from ..core.keys import Distribution, Key, check_key, fold_in, random
 from ..core.vectors import dot, norm
 from .gauss import rule
@@ -28,6 +28,7 @@ def spectral_density(
     distribution: Distribution = "normal",
     reorthogonalize: bool = False,
     check: bool = False,
+    rounding: float | None = None,
 ) -> SpectralDensity:
     r"""The distribution of the eigenvalues of a symmetric A, from `num_probes` times `steps` products.
 
@@ -42,6 +43,9 @@ def spectral_density(
     of converged nodes appear by rounding, which share their weight, so that sums over the spectrum stay accurate (Greenbaum
     1989), but nodes must not be counted as eigenvalues. reorthogonalize: keep `steps` vectors and make each new one
     orthogonal to all of them: nodes are Ritz values then, at up to as much time again as the products.
+
+    rounding: what is smaller, relative to the largest node, may be noise; default: the square root of the epsilon of
+    `like`'s dtype. Larger where the products are made in a coarser one.
 
     Raises ValueError for no probes or steps and, with `check=True` (two more products), for a matvec that is not
     symmetric; NonFinite for a product that is not finite.
@@ -68,7 +72,9 @@ def spectral_density(
     starts = (random(fold_in(key, i), like, distribution) for i in range(num_probes))
     run = _orthogonal(products, like, key) if reorthogonalize else _three_term(products)
     nodes, weights = (torch.stack(rows) for rows in zip(*(rule(run(v, steps), steps) for v in starts), strict=True))
-    rounding = torch.finfo(like.dtype).eps ** 0.5
+    if rounding is None:
+        rounding = torch.finfo(like.dtype).eps ** 0.5
+    check_positive("rounding", rounding)
     return SpectralDensity(nodes, weights, len(like), products.num, steps, rounding, key)
 
 

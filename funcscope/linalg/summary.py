@@ -184,13 +184,14 @@ def spectrum_summary(
     damping: float | None = None,
     max_matvecs: int | None = None,
     check: bool = False,
+    rounding: float | None = None,
 ) -> SpectrumSummary:
     r"""Both ends of the spectrum of a symmetric A, its trace, and its density.
 
     num: eigenvalues from each end, to a residual of `tol` times the largest |eigenvalue| at that end (`eigenpairs`), in at
     most `max_matvecs` products. num_probes, steps: of the quadrature (`spectral_density`), for the negative fraction and the
     ranks. trace_matvecs: products of `xtrace`. damping: of the condition number, an absolute number; default: `tol` times
-    the largest |eigenvalue|, below which no eigenvalue is resolved here.
+    the largest |eigenvalue|, below which no eigenvalue is resolved here. rounding: see `spectral_density`.
 
     Raises as these three do; ValueError for 2 `num` above P.
 
@@ -212,7 +213,9 @@ def spectrum_summary(
     return SpectrumSummary(
         ends,
         xtrace(matvec, like, key=fold_in(key, "trace"), num=trace_matvecs),
-        spectral_density(matvec, like, key=fold_in(key, "density"), num_probes=num_probes, steps=steps),
+        spectral_density(
+            matvec, like, key=fold_in(key, "density"), num_probes=num_probes, steps=steps, rounding=rounding
+        ),
         damping,
         len(like),
         key,

@@ -16,7 +16,7 @@ from .engine import run
 from .metric import Metric
 from .results import Results
 from .runs import Runs, is_run
-from .subject import STEP, Checkpoint, Pretrained, Source
+from .subject import STEP, Checkpoint, InMemory, Pretrained, Source
 from .texts import DataSpec
 from .together import data_of
 
@@ -45,6 +45,8 @@ def analyze_models(
         tasks, metrics = [config.split], [_on_split(one) for one in metrics]
     else:
         tasks = list(config.tasks())
+        if all(isinstance(source, InMemory) and not source.losses.keys() & _OWN for source in sources):
+            metrics = [_on_split(one) for one in metrics]
     out = Path(config.output_dir)
     outcomes = run(
         metrics,
@@ -136,5 +138,9 @@ def _apart(sources: Sequence[Source]) -> list[Source]:
 
 
 def _on_split(one: Metric) -> Metric:
-    """On the data of a family, which has none for the Fisher information or the landscape alone."""
-    return replace(one, task=None) if one.task in ("fisher", "landscape") else one
+    """On data that are not divided: none are for the Fisher information or the landscape alone."""
+    return replace(one, task=None) if one.task in _OWN else one
+
+
+_OWN = {"fisher", "landscape"}
+"""Tasks that the fields of a configuration make for single metrics."""

@@ -57,6 +57,7 @@ for _one in (
     ),
     of_function(
         "hessian_eigenvalues", hessian_summary, ("loss", "theta", KEY),
+        version=2,
         drawn=("max_eigenvalue", "min_eigenvalue", "trace", "negative_fraction", "effective_rank", "eigenvalues"),
         category="curvature", plan=("keep", "head_chunk"),
         cost=of_summary, more={"num": 5, **SUMMARY}, reference="Ghorbani et al. (2019), arXiv:1901.10159",
@@ -68,6 +69,7 @@ for _one in (
     ),
     of_function(
         "fisher_information", measures.fisher_information, ("loss", "theta", KEY),
+        version=2,
         drawn=("trace", "max_eigenvalue", "effective_rank"),
         category="fisher", plan=("keep",),
         cost=of_summary, more=SUMMARY, sentence="The trace is {trace}, the effective rank {effective_rank}.",
@@ -102,6 +104,7 @@ for _one in (
     ),
     of_function(
         "hessian_eigenvalue_errors", measures.hessian_eigenvalue_errors, ("loss", "theta", KEY), category="curvature",
+        version=2,
         plan=("keep",), cost=lambda s: float(PRODUCT * (46 + 6 * s["num"])), reference="Kato (1995), II.2",
     ),
     of_function(

@@ -19,6 +19,7 @@ from ..core.tables import counted
 from ..curvature.data_error import EigenvalueErrors, eigenvalue_errors
 from ..curvature.fisher import empirical_fisher, exact_fisher
 from ..curvature.hessian import hessian
+from ..curvature.sequence_forms import spacing
 from ..curvature.summary import MATRICES, Matrix, hessian_block_eigenvalues
 from ..linalg.eigen import Eigenpairs, eigenpairs
 from ..linalg.ranks import matrix_ranks
@@ -127,6 +128,7 @@ def fisher_information(
     """
     check_choice("method", method, ("empirical", "exact"))
     matvec = (empirical_fisher if method == "empirical" else exact_fisher)(loss, theta, keep=keep)
+    options.setdefault("rounding", spacing(loss, theta) ** 0.5)
     return spectrum_summary(matvec, theta, key=key, num=num, **options)
 
 
