@@ -131,9 +131,13 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     """In matrix products: `sdpa_kernel` chooses these, too, and does so for all threads of the process at once."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    return aten._scaled_dot_product_attention_math(
+    # a query that may see nothing has 0, and torch's second derivatives of it are not finite
+    blind = None if attn_mask is None else attn_mask.isneginf().all(-1, keepdim=True)
+    attn_mask = attn_mask if blind is None else attn_mask.masked_fill(blind, 0)
+    out = aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
+    return out if blind is None else out.masked_fill(blind, 0)
 
 
 _multi_head_attention = FunctionType(  # torch's own: a mode is not asked about what is called within
