@@ -177,7 +177,7 @@ def test_a_unit_is_equally_long_on_both_axes_of_a_plane_and_colours_stay_over_st
 def test_two_models_along_the_same_directions_are_drawn_against_each_other():
     result = example("DirectionalLosses")
     pair = [outcome(result, "a"), outcome(result, "b")]
-    assert [len(list(figures(pair, [name]))) for name in ("curvatures", "delta_losses")] == [2, 1]
+    assert [len(list(figures(pair, [name]))) for name in ("curvatures", "delta_losses")] == [2, 2]
     other = fs.DirectionalLosses(**{f: getattr(result, f) for f in result.__dataclass_fields__} | {"key": fs.key(9)})
     assert len(list(figures([pair[0], outcome(other, "b")], ["curvatures"]))) == 1
 

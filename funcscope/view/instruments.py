@@ -53,6 +53,13 @@ def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         ["Loss changes per direction, a dot each, with the middle half and the mean", *filter(None, [gone, *notes])]
     )
     yield Drawn(titled(fig, "Loss changes along random directions"), f"{said}.")
+    if len(outcomes) == 2 and len({getattr(each.result, "key", each) for each in outcomes}) == 1:
+        first, second = (_sides(each.result) for each in outcomes)
+        sides = {side: (first[side][1], second[side][1]) for side in first if side in second}
+        one, other = (f"{whose}<br>loss change" for whose in titles_of(outcomes))
+        line, units = (1.0, "equal"), (unit, unit)
+        fig = samples.scatter(sides, line, names=(one, other), units=units, axis="direction", square=True)
+        yield Drawn(titled(fig, "Loss changes of both"), "Loss changes along the same directions, a dot each.")
 
 
 def _slopes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:

@@ -82,6 +82,7 @@ def set_log(axis: go.layout.XAxis | go.layout.YAxis, *values: Real[np.ndarray, "
     pad = 0.05 * max(high - low, 1)
     stride = "D2" if high - low < 1.5 else math.ceil((high - low) / 6)  # 1, 2, 5, or powers of ten
     axis.update(type="log", range=[low - pad, high + pad], dtick=stride, tick0=0, exponentformat="power")
+    axis.tickfont.size = 10.5  # plotly writes powers a quarter larger
     return float(10 ** (low - pad))
 
 
