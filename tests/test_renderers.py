@@ -15,18 +15,18 @@ import funcscope as fs
 from funcscope.linalg.quadrature import spectral_density
 from funcscope.view import export as export_module
 from funcscope.view import theme
+from funcscope.view.curves import training
 from funcscope.view.drawing import band, spreads
 from funcscope.view.export import export
+from funcscope.view.plane_figures import Plane, contour, shades
 from funcscope.view.renderers import (
     FLATNESS_METRICS,
     render_barrier,
-    render_contour,
     render_flatness_trajectory,
     render_perturbation_distribution,
-    render_spectrum_density,
     render_surface,
-    render_training_curves,
 )
+from funcscope.view.spectrum_figures import spectrum
 
 NAN, INF = math.nan, math.inf
 STEPS = np.array([0, 100, 400, 900])
@@ -60,10 +60,6 @@ def plane():
     }  # fmt: skip
 
 
-def walk():
-    return {"coordinates": np.array([[-0.2, -1.0], [-0.1, 0.5], [0.0, 0.0]]), "step": np.array([0, 10, 20])}
-
-
 def path():
     losses = np.array([1.0, 4.0, NAN, 2.0])
     t = np.linspace(0, 1, 4)
@@ -74,12 +70,19 @@ def path():
     }  # fmt: skip
 
 
+WALK = np.array([[-0.2, -1.0], [-0.1, 0.5], [0.0, 0.0]]), np.array([0, 10, 20])
+
+
+def contoured(walk=None, current=None, **more):
+    data = plane() | more
+    losses, x, y = (np.asarray(data[name]) for name in ("grid_losses", "axis_values", "axis_values_2"))
+    return contour(Plane(losses, x, y, ("steep", "gentle"), 200.0), shades(losses, "nats"), walk, current)
+
+
 def curves():
-    down = np.array([4.0, 1.0, NAN, 0.001])
-    share = np.array([0.1, 0.5, 1.0, 1.0])
-    return {
-        "step": STEPS, "train_loss": down, "test_loss": 2 * down, "train_accuracy": share, "test_accuracy": share
-    }  # fmt: skip
+    down, share = np.array([4.0, 1.0, NAN, 0.001]), np.array([0.1, 0.5, 1.0, 1.0])
+    sides = {"train_accuracy": share, "test_accuracy": share}
+    return {"step": STEPS, "train_loss": down, "test_loss": 2 * down, **sides}
 
 
 def density(num=4):
@@ -90,15 +93,13 @@ def density(num=4):
 ALL = {
     "flatness": (summary, lambda data: render_flatness_trajectory(data, 400)),
     "distribution": (sample, lambda data: render_perturbation_distribution(data, 400)),
-    "contour": (plane, lambda data: render_contour(data, walk(), current=10)),
-    "surface": (plane, lambda data: render_surface(data, trajectory=walk(), current=10)),
+    "surface": (plane, render_surface),
     "barrier": (path, render_barrier),
-    "curves": (curves, lambda data: render_training_curves(data, 400)),
 }
 NEEDED = {
     "flatness": ("step", "baseline_loss", "mean_delta_loss"), "distribution": ("baseline_loss", "delta_losses"),
-    "contour": ("grid_losses", "axis_values", "axis_values_2"), "surface": ("grid_losses", "axis_values", "axis_values_2"),
-    "barrier": ("coefficients", "losses"), "curves": ("step",),
+    "surface": ("grid_losses", "axis_values", "axis_values_2"),
+    "barrier": ("coefficients", "losses"),
 }  # fmt: skip
 
 
@@ -211,8 +212,7 @@ def test_the_flatness_is_the_one_given_with_gaps_and_steps_to_click():
 
 def test_bars_are_196_standard_errors_and_the_band_holds_the_middle_80_percent():
     fig = render_flatness_trajectory(summary(), 400)
-    bars = np.asarray(trace(fig, "95 % interval").y).reshape(-1, 3)
-    np.testing.assert_allclose(bars[1, :2], [1 - 0.196, 1 + 0.196])
+    np.testing.assert_allclose(trace(fig, "mean loss change").error_y.array, 0.196 * summary()["mean_delta_loss"])
     shape = trace(fig, "10th to 90th percentile")
     assert finite_points(shape.y) == pytest.approx(sorted([0.005, 0.02, 0.5, 2.0, 1.5, 6.0]))
     assert np.isnan(shape.y).sum() == 2  # the step without a number parts it into two pieces
@@ -279,12 +279,12 @@ def test_what_a_log_axis_cannot_hold_is_a_triangle_at_its_edge():
 
 def test_a_histogram_counts_every_finite_direction_once():
     fig = render_perturbation_distribution(sample(), 400)
-    bars, outline = trace(fig, "+d"), trace(fig, "−d")
-    assert sum(bars.y) == 3
-    edges = np.append(bars.customdata[:, 0], bars.customdata[-1, 1])
-    np.testing.assert_array_equal(bars.y, np.histogram([0.1, 0.2, 0.4], edges)[0])
-    np.testing.assert_array_equal(outline.y[1:-1:2], np.histogram([0.1, -0.2, 0.3, 0.2], edges)[0])
-    assert edges[0] == -0.2
+    plus, minus = trace(fig, "+d"), trace(fig, "−d")
+    np.testing.assert_array_equal(plus.x, [0.1, 0.2, 0.4])
+    np.testing.assert_array_equal(minus.x, [0.1, -0.2, 0.3, 0.2])
+    assert plus.xbins == minus.xbins
+    assert plus.xbins.start <= -0.2
+    assert plus.xbins.end >= 0.4
     assert fig.layout.xaxis.title.text == "loss change (nats)"
 
 
@@ -301,15 +301,16 @@ def test_lines_stand_at_mean_median_and_expectation():
 @pytest.mark.parametrize("values", [[0.3], [0.3] * 7, [0.0], [0.0, 0.0], [1e-9, 5.0], list(range(1000))])
 def test_any_number_of_directions_has_at_most_30_bins(values):
     bars = trace(render_perturbation_distribution({"baseline_loss": 1.0, "delta_losses": values}, 0), "+d")
-    assert sum(bars.y) == len(values)
-    assert len(bars.y) <= 30
-    assert (np.asarray(bars.width) > 0).all()
+    assert len(bars.x) == len(values)
+    assert bars.xbins.size > 0
+    assert round((bars.xbins.end - bars.xbins.start) / bars.xbins.size, 9) <= 30
+    assert bars.xbins.start <= min(values) <= max(values) <= bars.xbins.end
 
 
 # planes
 
 
-@pytest.mark.parametrize("render", [render_contour, render_surface])
+@pytest.mark.parametrize("render", [lambda data: contoured(**data), render_surface])
 def test_a_loss_stands_at_its_coefficients(render):
     data = plane()
     found = trace(render(data), "loss")
@@ -324,80 +325,55 @@ def test_a_loss_stands_at_its_coefficients(render):
 
 
 def test_holes_are_marked_counted_and_not_closed():
-    fig = render_contour(plane())
+    fig = contoured()
     holes = trace(fig, "not finite")
     assert sorted(zip(holes.x, holes.y, strict=True)) == [(-0.2, 1.0), (0.1, -1.0)]
-    assert "2 of 12 points not finite" in heading(fig)
+    assert "2 of 12 points not finite" in heading(render_surface(plane()))
     assert not trace(fig, "loss").connectgaps
 
 
 def test_colours_have_ticks_in_nats_on_a_log_scale_and_on_a_linear_one():
-    bar = trace(render_contour(plane()), "loss").colorbar
-    assert dict(zip(bar.tickvals, bar.ticktext, strict=True))[3.0] == "10³"
-    assert bar.title.text == "nats"
-    flat = trace(render_contour(plane() | {"grid_losses": np.arange(12.0).reshape(4, 3)}), "loss")
+    bar = trace(contoured(), "loss").colorbar
+    assert (bar.tickprefix, bar.dtick, bar.title.text) == ("10<sup>", 1, "nats")
+    flat = trace(contoured(grid_losses=np.arange(12.0).reshape(4, 3)), "loss")
     np.testing.assert_array_equal(flat.z, np.arange(12.0).reshape(4, 3).T)
-    assert "10" in flat.colorbar.ticktext[-1]
-    assert 5 <= (flat.contours.end - flat.contours.start) / flat.contours.size <= 20
-
-
-def test_log_may_be_chosen_where_it_exists():
-    assert trace(render_surface(plane(), log=False), "loss").z[0][1] == 10.0
-    with pytest.raises(ValueError, match="`log=True` needs losses above 0, got one of -1"):
-        render_surface(plane() | {"grid_losses": np.full((4, 3), -1.0)}, log=True)
+    assert (flat.colorbar.tickprefix, flat.zmin, flat.zmax) == (None, 0.0, 11.0)
 
 
 def test_the_trajectory_is_drawn_where_it_went_and_the_current_epoch_is_large():
-    fig = render_contour(plane(), walk(), current=10)
+    fig = contoured(WALK, 10)
     line = trace(fig, "training")
-    np.testing.assert_array_equal(np.stack([line.x, line.y], 1), walk()["coordinates"])
-    np.testing.assert_array_equal(line.customdata, walk()["step"])
+    np.testing.assert_array_equal(np.stack([line.x, line.y], 1), WALK[0])
+    np.testing.assert_array_equal(line.customdata, WALK[1])
     here = trace(fig, "step 10")
     assert (here.x.tolist(), here.y.tolist(), here.marker.color) == ([-0.1], [0.5], theme.VERMILION)
-    assert "step 11" not in [found.name for found in render_contour(plane(), walk(), current=11).data]
+    assert "step 11" not in [found.name for found in contoured(WALK, 11).data]
     assert (trace(fig, "centre").x, trace(fig, "centre").y) == ((0,), (0,))
 
 
 def test_a_trajectory_that_leaves_the_plane_is_still_seen():
-    far = {"coordinates": np.array([[0.5, -3.0]]), "step": np.array([0])}
-    fig = render_contour(plane(), far)
+    fig = contoured((np.array([[0.5, -3.0]]), np.array([0])))
     assert fig.layout.xaxis.range[1] > 0.5
     assert fig.layout.yaxis.range[0] < -3.0
-    assert render_contour(plane()).layout.xaxis.range == (-0.2, 0.1)
-
-
-def test_a_trajectory_in_space_lies_on_the_surface_or_at_its_losses():
-    data = plane() | {"grid_losses": np.add.outer(np.arange(4.0), 10 * np.arange(3.0))}
-    z = trace(render_surface(data, trajectory=walk()), "training").z
-    lift = 0.01 * 23
-    np.testing.assert_allclose(np.asarray(z) - lift, [0.0, 16.0, 12.0])
-    outside = {"coordinates": np.array([[9.0, 9.0]]), "step": np.array([0])}
-    assert np.isnan(trace(render_surface(data, trajectory=outside), "training").z).all()
-    told = trace(render_surface(data, trajectory=walk() | {"losses": np.array([5.0, 6.0, 7.0])}), "training")
-    np.testing.assert_allclose(np.asarray(told.z) - lift, [5.0, 6.0, 7.0])
+    assert contoured().layout.xaxis.range == (-0.2, 0.1)
 
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"`grid_losses` must have the shape \(4, 3\) of its axes, got \(3, 4\)"):
-        render_contour(plane() | {"grid_losses": plane()["grid_losses"].T})
-    with pytest.raises(ValueError, match="`coordinates` must have the shape"):
-        render_contour(plane(), {"coordinates": np.zeros((2, 3)), "step": np.arange(2)})
-    with pytest.raises(ValueError, match="`axis_names` must have a name per direction"):
-        render_contour(plane() | {"axis_names": ("one",)})
+        render_surface(plane() | {"grid_losses": plane()["grid_losses"].T})
 
 
 @pytest.mark.parametrize(
     "losses", [np.full((4, 3), 2.0), np.zeros((4, 3)), np.full((4, 3), 1e-300), np.full((4, 3), 1e300)]
 )
 def test_a_flat_plane_has_a_scale(losses):
-    shown = trace(render_contour(plane() | {"grid_losses": losses}), "loss")
+    shown = trace(contoured(grid_losses=losses), "loss")
     assert shown.zmin < shown.zmax
-    assert shown.contours.size > 0
 
 
 def test_a_plane_of_one_point_is_a_figure():
     one = {"grid_losses": [[1.0]], "axis_values": [0.0], "axis_values_2": [0.0]}
-    assert render_contour(one).layout.xaxis.range == (-0.5, 0.5)
+    assert contoured(**one).layout.xaxis.range == (-0.5, 0.5)
     assert trace(render_surface(one), "loss").z.tolist() == [[1.0]]
 
 
@@ -447,45 +423,39 @@ def test_a_band_keeps_its_holes_and_stays_above_the_floor():
 
 def test_a_density_is_that_of_the_quadrature_and_names_its_unit():
     found = density()
-    fig = render_spectrum_density(found)
+    fig = spectrum(found)
     line = trace(fig, "density")
     share = np.trapezoid(np.nan_to_num(line.y), line.x)
     assert share == pytest.approx(1, abs=0.02)  # what lies below half an eigenvalue is not drawn
     ends = trace(fig, "outermost node").customdata[:, 0]
     np.testing.assert_allclose(ends, found.range)
-    assert fig.layout.xaxis2.title.text == "eigenvalue (nats per unit of distance²)"
-    assert "50 eigenvalues, 4 starts of 12 products" in heading(fig)
+    assert fig.layout.xaxis2.title.text == "eigenvalue"
     assert trace(fig, "95 % interval").fill == "toself"
 
 
 def test_a_density_takes_eigenvalues_and_one_probe():
     diagonal = torch.logspace(-3, 1, 40).double()
     pairs = fs.eigenpairs(lambda v: diagonal * v, diagonal, key=fs.key(0), num=3)
-    marks = trace(render_spectrum_density(density(), pairs), "eigenvalue, with its residual")
+    marks = trace(spectrum(density(), pairs.values.numpy(), pairs.residuals.numpy()), "eigenvalue, with its residual")
     np.testing.assert_allclose(marks.customdata[:, 0], pairs.values)
-    assert render_spectrum_density(density(1)).to_json()
+    assert spectrum(density(1)).to_json()
 
 
 # over training
 
 
 def test_curves_are_those_given_and_carry_the_step_through_both_panels():
-    fig = render_training_curves(curves(), 400, checkpoints=[0, 900])
+    fig = training(curves(), 400)
     losses = [found.y for found in fig.data if found.yaxis in (None, "y") and found.mode == "lines"]
     np.testing.assert_array_equal(losses, [curves()["train_loss"], curves()["test_loss"]])
     assert [shape.x0 for shape in fig.layout.shapes if shape.name == "current step"] == [20.0, 20.0]
-    assert trace(fig, "checkpoint").customdata.tolist() == [0, 900]
-    bare = render_training_curves({"step": STEPS, "train_loss": curves()["train_loss"]})
-    assert "checkpoint" not in [found.name for found in bare.data]
-    assert not bare.layout.shapes
-    with pytest.raises(ValueError, match="'train_loss' or 'test_loss'"):
-        render_training_curves({"step": STEPS})
+    assert not training(curves(), None).layout.shapes
 
 
 def test_text_is_shown_as_it_is():
     fig = render_flatness_trajectory(summary(), 0, title=HOSTILE)
     assert "&lt;b&gt;x&lt;/b&gt; &amp; &#36;y&#36;" in fig.layout.title.text
-    assert "<b>" not in render_contour(plane() | {"axis_names": (HOSTILE, "b")}).layout.xaxis.title.text
+    assert "<b>" not in render_surface(plane() | {"axis_names": (HOSTILE, "b")}).layout.scene.xaxis.title.text
 
 
 # files
@@ -500,7 +470,7 @@ BROWSER = pytest.mark.skipif(not _browser(), reason="kaleido or a Chromium is no
 
 
 def test_html_is_whole_loads_nothing_and_is_the_same_twice(tmp_path):
-    fig = render_contour(plane())
+    fig = contoured()
     before = fig.to_json()
     text = export(fig, tmp_path / "new" / "a.html").read_text(encoding="utf-8")
     assert "Plotly.newPlot" in text

@@ -7,7 +7,7 @@ import scipy
 
 from ..study.metric import nearest
 from ..study.sweep import SEED, Sweep
-from .curves import Line, lines, points
+from .curves import Line, bars, lines
 from .drawing import titled
 from .names import plain
 from .reading import Drawn
@@ -41,7 +41,8 @@ def sweep_figure(swept: Sweep, metric: str, quantity: str, *, along: str) -> Dra
     else:
         rows = [plain(", ".join(filter(None, [str(x), name]))) for name, part in named for x in part[along]]
         values, halves = (np.concatenate([part[x].to_numpy(float) for _, part in named]) for x in ("value", "half"))
-        fig, notes = points(rows, values, halves, name=label, unit=unit), []
+        each = [Line("", np.arange(len(rows)), values, halves)]
+        fig, notes = bars(rows, each, name=label, unit=unit, dots=True), []
     seeds = int(frame["num"].max())
     caption = (
         f"The {label} of {metric} along {along}: means over {seeds} seeds, with 95 % intervals where there are several."

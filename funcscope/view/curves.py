@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from .drawing import Z95, Column, curve, put_on_steps, reaches, set_scale, style
 from .names import labels, plain
 from .numbers import with_error
-from .theme import BLUE, INK, RULE, blank, log_ticks, set_linear
+from .theme import BLUE, INK, RULE, TEMPLATE, VERMILION, blank, set_linear, set_log
 
 
 class Line(NamedTuple):
@@ -37,52 +39,52 @@ def lines(
     if at == "step":
         put_on_steps(fig, x, current)
     elif x.size and x.min() > 0 and x.max() >= 1000 * x.min():
-        low, high = np.log10(x.min()), np.log10(x.max())
-        ticks = log_ticks(low, high)
-        fig.layout.xaxis.update(type="log", tickvals=list(ticks), ticktext=list(ticks.values()), title={"text": at})
-        fig.layout.xaxis.range = [low - 0.04 * (high - low), high + 0.04 * (high - low)]
+        set_log(fig.layout.xaxis, x)
+        fig.layout.xaxis.title.text = at
     else:
         set_linear(fig.layout.xaxis, at, "", float(x.min(initial=np.inf)), float(x.max(initial=-np.inf)))
     note = reaches(np.concatenate(ends), floor)
     return fig, [note] if note else []
 
 
-def points(names: Sequence[str], values: Column, half: Column, *, name: str, unit: str) -> go.Figure:
-    """A number of every model with its 95 % interval, the first on top. names: as plotly takes them."""
-    ends = np.concatenate([values - np.nan_to_num(half), values + np.nan_to_num(half)])
-    finite = ends[np.isfinite(ends)]
-    fig = blank(120 + 30 * len(names), "").update_layout(showlegend=False)
-    set_linear(fig.layout.xaxis, name, unit, float(finite.min()), float(finite.max()))
-    rows, told = list(range(len(names))), [with_error(v, h / Z95) for v, h in zip(values, half, strict=True)]
-    error = {"type": "data", "array": half, "color": BLUE, "thickness": 1.5, "width": 0}
-    marks = go.Scatter(
-        x=values, y=rows, mode="markers", marker={"color": BLUE, "size": 9}, customdata=told, error_x=error
-    )
-    fig.add_trace(marks.update(hovertemplate=f"{name} %{{customdata}} {unit}<extra></extra>"))
-    fig.layout.yaxis.update(tickvals=rows, ticktext=list(names), range=[len(rows) - 0.4, -0.6], automargin=True)
+def training(curves: Mapping[str, np.ndarray], current: int | None) -> go.Figure:
+    """Loss (nats) above accuracy over training, for train and test: columns `step`, `train_loss`, ...; nan is a gap."""
+    fig = make_subplots(rows=2, cols=1, row_heights=[0.62, 0.38], vertical_spacing=0.07)
+    fig.update_layout(template=TEMPLATE, height=470)
+    step, sides = curves["step"], {"train": BLUE, "test": VERMILION}
+    floors = set_log(fig.layout.yaxis, *(curves[f"{side}_loss"] for side in sides)), -math.inf
+    for row, (what, unit, floor) in enumerate(zip(("loss", "accuracy"), ("nats", ""), floors, strict=True), start=1):
+        for side, colour in sides.items():
+            value = curves[f"{side}_{what}"]
+            for trace in curve(step, value, np.full(value.shape, np.nan), side, colour, unit, floor, what=what):
+                trace.update(showlegend=row == 1, legendgroup=trace.name, mode=trace.mode.removesuffix("+markers"))
+                fig.add_trace(trace, row=row, col=1)
+    fig.layout.yaxis.title.text = "loss (nats)"
+    fig.layout.yaxis2.update(title={"text": "accuracy"}, range=[-0.04, 1.04], tickvals=[0, 0.5, 1])
+    put_on_steps(fig, step, current)
     return fig
 
 
-def bars(places: Sequence[str], each: Sequence[Line], *, name: str, unit: str) -> go.Figure:
-    """A bar per name along the axis for every subject, the first on top, each with its 95 % interval."""
-    edges = [
-        edge for one in each for edge in (one.value - np.nan_to_num(one.half), one.value + np.nan_to_num(one.half))
-    ]
-    ends = np.concatenate([*edges, [0.0]])
+def bars(places: Sequence[str], each: Sequence[Line], *, name: str, unit: str, dots: bool = False) -> go.Figure:
+    """A bar per place along the axis for every subject, the first on top, each with its 95 % interval.
+
+    dots: a dot in place of a bar, on an axis that need not have zero; names of places as plotly takes them.
+    """
+    edges = [one.value + sign * np.nan_to_num(one.half) for one in each for sign in (-1, 1)]
+    ends = np.concatenate([*edges, [] if dots else [0.0]])
     ends = ends[np.isfinite(ends)]
-    fig = blank(122 + (10 + 14 * len(each)) * len(places), "").update_layout(showlegend=len(each) > 1, bargap=0.3)
+    fig = blank(122 + (10 + (20 if dots else 14 * len(each))) * len(places), "")
+    fig.update_layout(showlegend=len(each) > 1, bargap=0.3)
     set_linear(fig.layout.xaxis, name, unit, float(ends.min()), float(ends.max()))
-    rows = np.arange(len(places))
+    rows, shown = np.arange(len(places)), list(places) if dots else [plain(label) for label in labels(places)]
     for i, one in enumerate(each):
-        told = [[plain(full), with_error(v, h / Z95)] for full, v, h in zip(places, one.value, one.half, strict=True)]
-        error = {"type": "data", "array": one.half, "color": INK, "thickness": 1.3, "width": 3}
-        hover = f"%{{customdata[0]}}<br>{name} %{{customdata[1]}} {unit}<extra></extra>"
-        bar = go.Bar(
-            x=one.value, y=rows, orientation="h", error_x=error, name=one.name, customdata=told, hovertemplate=hover
-        )
-        fig.add_trace(bar.update(marker={"color": style(i)[0], "opacity": 0.75}))
-    ticks = [plain(label) for label in labels(places)]
-    fig.layout.yaxis.update(
-        tickvals=rows, ticktext=ticks, range=[len(places) - 0.4, -0.6], showgrid=False, automargin=True
-    )
-    return fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below")
+        told = [with_error(v, h / Z95) for v, h in zip(one.value, one.half, strict=True)]
+        hover = f"%{{y}}<br>{name} %{{customdata}} {unit}<extra></extra>"
+        error = {"array": one.half, "color": style(i)[0] if dots else INK, "thickness": 1.4, "width": 0 if dots else 3}
+        data = {"x": one.value, "y": rows, "error_x": error, "name": one.name, "customdata": told}
+        mark = {"color": style(i)[0], "size": 9} if dots else {"color": style(i)[0], "opacity": 0.75}
+        trace = go.Scatter(data, mode="markers") if dots else go.Bar(data, orientation="h")
+        fig.add_trace(trace.update(marker=mark, hovertemplate=hover))
+    axis = {"tickvals": rows, "ticktext": shown, "range": [len(places) - 0.4, -0.6], "automargin": True}
+    fig.layout.yaxis.update(axis, showgrid=dots)
+    return fig if dots else fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below")

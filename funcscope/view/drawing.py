@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,8 +16,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
 from .numbers import with_error
-from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, place, put_on_timeline, set_linear, wrapped
-from .theme import set_log as _set_log
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, place, set_linear, set_log, step_ticks, wrapped
 
 Z95 = 1.96
 """Standard errors on each side of a 95 % interval."""
@@ -41,8 +40,12 @@ Data = Mapping[str, Any] | Documented
 
 
 def arrays(result: Data, *names: str) -> dict[str, Any]:
-    """The result's dictionary, as a copy; ValueError for a name that it lacks.
+    """The result's dictionary, its numbers as arrays in float64 and never views; ValueError for a name that it lacks.
 
+    None, which is nan after a round trip through JSON, is nan again.
+
+    >>> arrays({"x": None, "kind": "line"})
+    {'x': array(nan), 'kind': 'line'}
     >>> arrays({"x": 1}, "x", "losses")
     Traceback (most recent call last):
     ValueError: the data must have the key 'losses'; they have 'x'.
@@ -52,22 +55,8 @@ def arrays(result: Data, *names: str) -> dict[str, Any]:
         if name not in values:
             there = ", ".join(repr(key) for key in values) or "none"
             raise ValueError(f"the data must have the key {name!r}; they have {there}.")
-    return {name: np.asarray(value) if name == "step" else value for name, value in values.items()}
-
-
-def numbers_of(data: Mapping[str, Any], name: str) -> Float[np.ndarray, "*shape"]:
-    """An array of the data in float64, and never a view of it."""
-    return np.array(data[name], dtype=np.float64)
-
-
-def scalar(data: Mapping[str, Any], name: str) -> float:
-    """A number of the data; nan where it is absent or None, which is nan after a round trip through JSON.
-
-    >>> scalar({"x": np.array(2)}, "x"), scalar({"x": None}, "x")
-    (2.0, nan)
-    """
-    value = data.get(name)
-    return math.nan if value is None else float(value)
+    texts = {name for name, value in values.items() if np.asarray(value).dtype.kind not in "biufO"}
+    return {name: value if name in texts else np.array(value, np.float64) for name, value in values.items()}
 
 
 def check_lengths(data: Mapping[str, Any], *names: str) -> None:
@@ -76,11 +65,6 @@ def check_lengths(data: Mapping[str, Any], *names: str) -> None:
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {shape[0] if shape else 'a scalar'}" for name, shape in lengths.items())
         raise ValueError(f"arrays over one axis must be equally long, got {said}.")
-
-
-def check_shape(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
-    if values.shape != shape:
-        raise ValueError(f"`{name}` must have the shape {shape} of its axes, got {values.shape}.")
 
 
 def style(i: int) -> tuple[str, str]:
@@ -105,7 +89,7 @@ def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends:
     if spreads(value):
         axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
-        return _set_log(axis, value, *(np.maximum(end, least) for end in ends))
+        return set_log(axis, value, *(np.maximum(end, least) for end in ends))
     every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])
     low, high = float(every.min()), float(every.max())
     set_linear(axis, name, unit, low, high if high > low else 1.0)
@@ -153,20 +137,16 @@ def curve(
         marker={"color": colour, "size": 6 if len(x) < 60 else 3},
     )  # fmt: skip
     drawn = []
-    if np.isfinite(half).any():
-        many = len(x) > CROWD
-        ends = (across, value - half, value + half)
-        drawn.append(band(*ends, "95 % interval", colour, floor) if many else _bars(*ends, colour, floor))
-        drawn[0].update(showlegend=False)
+    if np.isfinite(half).any() and len(x) > CROWD:
+        drawn = [band(across, value - half, value + half, "95 % interval", colour, floor).update(showlegend=False)]
+    elif np.isfinite(half).any():
+        line.error_y = {"array": half, "color": colour, "thickness": 1.5, "width": 0}
     low: Bool[np.ndarray, " n"] = value <= (0 if floor > 0 else -math.inf)
     if low.any():
         mark = {"symbol": "triangle-down-open", "size": 9, "color": colour}
-        below = go.Scatter(
-            x=across[low], y=np.full(int(low.sum()), floor), customdata=np.asarray(x)[low],
-            text=[text[i] for i in low.nonzero()[0]],
-            hovertemplate=hover, mode="markers", marker=mark, name="zero or below", cliponaxis=False,
-        )  # fmt: skip
-        drawn.append(below)
+        at_edge = {"x": across[low], "y": np.full(int(low.sum()), floor), "customdata": np.asarray(x)[low]}
+        below = go.Scatter(at_edge, text=np.array(text)[low], hovertemplate=hover, mode="markers", marker=mark)
+        drawn.append(below.update(name="zero or below", cliponaxis=False))
     return [*drawn, line]
 
 
@@ -175,20 +155,26 @@ def reaches(low: Float[np.ndarray, "_"], floor: float) -> str:
     return "intervals that reach the lower edge go below it" if bool((low[np.isfinite(low)] < floor).any()) else ""
 
 
-def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None, rows: Sequence[int] = (1,)) -> None:
-    """Give the panels the axis of training steps, and mark the current one in all of them."""
+def put_on_steps(fig: go.Figure, steps: np.ndarray, current: int | None) -> None:
+    """Give the panels one axis of training steps from 0 on, its title below the last, and mark the current step in all.
+
+    A square-root scale has a zero and gives early steps room.
+    """
     known = [*steps.ravel().tolist(), *([] if current is None else [current])]
     if min(known, default=0) < 0:
-        raise ValueError(f"steps must be 0 or more, got {min(known)}.")
-    put_on_timeline(fig, int(max(known, default=1)) or 1, rows)
+        raise ValueError(f"steps must be 0 or more, got {min(known):g}.")
+    last = int(max(known, default=1)) or 1
+    ticks, right = step_ticks(last), math.sqrt(last)
+    for axis in fig.select_xaxes():
+        axis.update(range=[-0.02 * right, 1.02 * right], showticklabels=False)
+        axis.update(tickvals=[math.sqrt(step) for step in ticks], ticktext=[f"{step:,}" for step in ticks])
+    axis.update(title={"text": "training step (square-root scale)"}, showticklabels=True)
     if current is not None:
-        x, right = math.sqrt(current), fig.layout.xaxis.range[1]
+        x, is_last = math.sqrt(current), current > 0.75 * last
         fig.add_vline(x=x, line={"color": VERMILION, "width": 1.5}, opacity=0.8, layer="below", name="current step")
-        fig.add_annotation(
-            x=x, y=1, yref="paper", text=f"step {current:,}", showarrow=False, yanchor="bottom", yshift=-2,
-            xanchor="right" if x > 0.85 * right else "left", xshift=4 if x > 0.85 * right else -4,
-            font={"size": 12, "color": VERMILION},
-        )  # fmt: skip
+        side = {"xanchor": "right" if is_last else "left", "xshift": 4 if is_last else -4}
+        at = {"x": x, "y": 1, "yref": "paper", "showarrow": False, "yanchor": "bottom", "yshift": -2, **side}
+        fig.add_annotation(at, text=f"step {current:,}", font={"size": 12, "color": VERMILION})
 
 
 def titled(fig: go.Figure, title: str, *notes: str) -> go.Figure:
@@ -222,14 +208,7 @@ def _legend_rows(fig: go.Figure, width: int = 360) -> int:
     return 1 if sum(lengths) <= width else math.ceil(len(lengths) / max(1, width // max(lengths)))
 
 
-def _bars(x: Column, low: Column, high: Column, colour: str, floor: float) -> go.Scatter:
-    """A vertical segment from low to high at every x; what lies below the floor is not drawn."""
-    seen = np.isfinite(low) & np.isfinite(high) & (high > floor)
-    y = np.stack([np.maximum(low[seen], floor), high[seen], np.full(int(seen.sum()), np.nan)], axis=1).ravel()
-    line = {"color": colour, "width": 1.5}
-    return go.Scatter(x=np.repeat(x[seen], 3), y=y, mode="lines", line=line, name="95 % interval", hoverinfo="skip")
-
-
 def lost(values: np.ndarray, what: str) -> str:
+    """How many values are holes; empty for none."""
     gone = int((~np.isfinite(values)).sum())
     return f"{gone:,} of {values.size:,} {what} not finite" if gone else ""

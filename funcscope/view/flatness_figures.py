@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,15 @@ from .drawing import (
     band,
     check_lengths,
     curve,
-    numbers_of,
+    lost,
     put_on_steps,
     reaches,
-    scalar,
     set_scale,
     titled,
-)  # fmt: skip
+)
 from .names import plain
 from .numbers import number, setting, with_error
-from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, blank, place, round_ticks, set_linear
+from .theme import BLUE, GREEN, INK, MUTED, PURPLE, VERMILION, blank, place, set_linear
 
 FLATNESS_METRICS = {
     "mean_delta_loss": "mean loss change",
@@ -61,28 +60,29 @@ def render_flatness_trajectory(
     >>> data = {"step": [0, 10], "baseline_loss": [4.7, 0.1], "mean_delta_loss": [0.2, float("nan")]}
     >>> fig = render_flatness_trajectory(data, 10)
     >>> fig.data[-1].customdata.tolist(), fig.data[-1].y.tolist()
-    ([0, 10], [0.2, nan])
+    ([0.0, 10.0], [0.2, nan])
     """
     if metric not in FLATNESS_METRICS:
         raise ValueError(f"`metric` must be one of {', '.join(FLATNESS_METRICS)}, got {metric!r}.")
     data = arrays(summary_data, "step", "baseline_loss", metric)
     check_lengths(data, "step", "baseline_loss", metric)
-    steps, value, is_share = data["step"], numbers_of(data, metric), metric in SHARES
-    label, unit = FLATNESS_METRICS[metric], "" if is_share else "nats"
-    half = Z95 * numbers_of(data, f"{metric}_stderr") if f"{metric}_stderr" in data else np.full(value.shape, np.nan)
-    banded = metric in BANDED and {"p10_delta_loss", "p90_delta_loss"} <= data.keys()
-    around = [numbers_of(data, name) for name in ("p10_delta_loss", "p90_delta_loss") if banded]
+    steps, value, is_share = data["step"], data[metric], metric in SHARES
+    label, unit, none = FLATNESS_METRICS[metric], "" if is_share else "nats", np.full(len(steps), np.nan)
+    ends = ("p10_delta_loss", "p90_delta_loss")
+    around = [data[name] for name in ends if metric in BANDED and set(ends) <= data.keys()]
+    half = Z95 * data.get(f"{metric}_stderr", none)
     fig, floor = blank(height, label), -math.inf
     if is_share:
         fig.layout.yaxis.update(range=[-0.04, 1.04], tickvals=[0, 0.25, 0.5, 0.75, 1])
     else:
         floor = set_scale(fig.layout.yaxis, label, unit, value, value - half, value + half, *around)
-    fig.layout.yaxis.title.text += f"<br>{'higher' if is_share else 'lower'} is flatter"
-    fig.layout.yaxis.title.standoff = 6
+    fig.layout.yaxis.title.update(
+        text=f"{fig.layout.yaxis.title.text}<br>{'higher' if is_share else 'lower'} is flatter", standoff=6
+    )
     fig.update_layout(yaxis2={"overlaying": "y", "side": "right", "showgrid": False, "tickfont": {"color": MUTED}})
-    loss = numbers_of(data, "baseline_loss")
+    loss = data["baseline_loss"]
     edge = set_scale(fig.layout.yaxis2, "loss", "nats", loss)
-    beside = curve(steps, loss, np.full(loss.shape, np.nan), "loss without a step", MUTED, "nats", edge, dash="dash")
+    beside = curve(steps, loss, none, "loss without a step", MUTED, "nats", edge, dash="dash")
     fig.add_traces([trace.update(yaxis="y2") for trace in beside])
     if around:
         fig.add_trace(band(place(steps), around[0], around[1], "10th to 90th percentile", BLUE, floor))
@@ -105,74 +105,53 @@ def render_perturbation_distribution(
 
     Raises ValueError for a missing key.
 
-    >>> fig = render_perturbation_distribution({"baseline_loss": 1.0, "delta_losses": [0.1, 0.2, 0.2]}, 40)
-    >>> int(sum(fig.data[0].y))
-    3
+    >>> data = {"baseline_loss": 1.0, "delta_losses": [0.1, 0.2, 0.2]}
+    >>> render_perturbation_distribution(data, 40).data[0].x.tolist()
+    [0.1, 0.2, 0.2]
     """
     data = arrays(epoch_data, "delta_losses", "baseline_loss")
-    sides = {"+d": numbers_of(data, "delta_losses")}
-    if "delta_losses_negative" in data:
-        sides["−d"] = numbers_of(data, "delta_losses_negative")
-    marks = _marked(data, sides["+d"])
-    finite = np.concatenate([values[np.isfinite(values)] for values in sides.values()])
-    seen = np.append(finite, [value for value, *_ in marks if math.isfinite(value)] or [-1.0, 1.0])
-    fig = blank(height, "directions").update_layout(bargap=0.04, margin={"l": 58})
+    sides = {"+d": data["delta_losses"], "−d": data.get("delta_losses_negative", np.empty(0))}
+    finite = {side: values[np.isfinite(values)] for side, values in sides.items()}
+    marks, every = _marked(data, finite["+d"]), np.concatenate(list(finite.values()))
+    seen = np.append(every, [value for value, *_ in marks if math.isfinite(value)] or [-1.0, 1.0])
+    fig = blank(height, "directions").update_layout(bargap=0.04, barmode="overlay", margin={"l": 58})
     set_linear(fig.layout.xaxis, "loss change", "nats", float(seen.min()), float(seen.max()))
-    top = 1.06 * max(1, 0 if not finite.size else _add_counts(fig, sides, _edges(finite, fig.layout.xaxis.range)))
+    low, high = (float(every.min()), float(every.max())) if every.size else (0.0, 0.0)
+    width = (high - low) / min(MOST_BINS - 1, math.ceil(2 * math.sqrt(every.size)) or 1)
+    width = width if high - low > 1e-9 * max(abs(low), abs(high)) else 0.04 * float(np.ptp(fig.layout.xaxis.range))
+    bins = {"start": low - width / 2, "end": high + width / 2, "size": width}
+    looks = {"color": BLUE, "opacity": 0.6}, {"color": "rgba(0,0,0,0)", "line": {"color": INK, "width": 1.3}}
+    for (side, values), look in zip(finite.items(), looks, strict=True):
+        hover = f"{side}: %{{x}} nats<br>%{{y}} directions<extra></extra>"
+        fig.add_histogram(x=values, xbins=bins, name=side, marker=look, hovertemplate=hover, visible=values.size > 0)
     for value, text, colour, dash in marks:
         line, x = {"color": colour, "width": 2, "dash": dash}, [value, value] if math.isfinite(value) else [None, None]
-        upright = go.Scatter(x=x, y=[0, top], mode="lines", line=line, name=text)
+        upright = go.Scatter(x=x, y=[0, 1], yaxis="y2", mode="lines", line=line, name=text)
         fig.add_trace(upright.update(hovertemplate=f"{text} nats<extra></extra>"))
-    fig.layout.yaxis.update(range=[0, top], tickvals=[tick for tick in round_ticks(0.0, top) if tick.is_integer()])
+    fig.update_layout(yaxis={"nticks": 4}, yaxis2={"overlaying": "y", "visible": False, "range": [0, 1]})
     shown = plain(title) if title else f"Loss change along random directions, step {epoch:,}"
     return titled(fig, shown, _told(data, sides))
 
 
-def _marked(data: Mapping[str, Any], values: Column) -> list[tuple[float, str, str, str]]:
+def _marked(data: Mapping[str, Any], finite: Column) -> list[tuple[float, str, str, str]]:
     """Mean, median and expectation: value, text, colour and dash."""
-    finite = values[np.isfinite(values)]
     own = {"mean_delta_loss": finite.mean(), "median_delta_loss": np.median(finite)} if finite.size else {}
-    mean, median = (scalar({**own, **data}, name) for name in ("mean_delta_loss", "median_delta_loss"))
+    mean, median, expected = (
+        (float({**own, **data}.get(name, np.nan)), float(data.get(f"{name}_stderr", np.nan)))
+        for name in ("mean_delta_loss", "median_delta_loss", "expected_delta_loss")
+    )
     marks = [
-        (mean, f"mean {with_error(mean, scalar(data, 'mean_delta_loss_stderr'))}", VERMILION, "solid"),
-        (median, f"median {number(median)}", GREEN, "dash"),
+        (mean[0], f"mean {with_error(*mean)}", VERMILION, "solid"),
+        (median[0], f"median {number(median[0])}", GREEN, "dash"),
+        (expected[0], f"ε² tr(H) / 2P = {with_error(*expected)}", PURPLE, "dot"),
     ]
-    if "expected_delta_loss" in data:
-        expected = scalar(data, "expected_delta_loss")
-        said = with_error(expected, scalar(data, "expected_delta_loss_stderr"))
-        marks.append((expected, f"ε² tr(H) / 2P = {said}", PURPLE, "dot"))
-    return marks
+    return marks if "expected_delta_loss" in data else marks[:2]
 
 
-def _edges(finite: Column, ends: Sequence[float]) -> np.ndarray:
-    """Of the bins: 2 sqrt(n) of them, 30 at most; a single narrow one where all values are equal."""
-    low, high = float(finite.min()), float(finite.max())
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        half = 0.02 * (ends[1] - ends[0])
-        return np.array([low - half, high + half])
-    return np.linspace(low, high, min(MOST_BINS, math.ceil(2 * math.sqrt(finite.size))) + 1)
-
-
-def _add_counts(fig: go.Figure, sides: Mapping[str, np.ndarray], edges: np.ndarray) -> int:
-    """A bar per bin for the first side, an outline for the second; returns the largest count."""
-    counts = [np.histogram(values[np.isfinite(values)], edges)[0] for values in sides.values()]
-    bars = go.Bar(
-        x=(edges[1:] + edges[:-1]) / 2, y=counts[0], width=np.diff(edges), name="+d", marker={"color": BLUE},
-        opacity=0.6, customdata=np.column_stack([edges[:-1], edges[1:]]),
-        hovertemplate="%{customdata[0]:.4g} to %{customdata[1]:.4g} nats<br>%{y} directions<extra></extra>",
-    )  # fmt: skip
-    fig.add_trace(bars)
-    if len(counts) > 1:
-        y, line = np.concatenate([[0], np.repeat(counts[1], 2), [0]]), {"color": INK, "width": 1.3}
-        fig.add_trace(go.Scatter(x=np.repeat(edges, 2), y=y, mode="lines", line=line, name="−d", hoverinfo="skip"))
-    return int(max(side.max() for side in counts))
-
-
-def _told(data: Mapping[str, Any], sides: Mapping[str, np.ndarray]) -> str:
-    values, baseline, ratio = sides["+d"], scalar(data, "baseline_loss"), scalar(data, "flatness_ratio")
-    if "flatness_ratio" not in data and values.size:
-        ratio = float(np.mean(np.isfinite(values) & (values < 0.1 * (baseline if baseline > 0 else 1.0))))
+def _told(data: Mapping[str, Any], sides: Mapping[str, Column]) -> str:
+    values, baseline = sides["+d"], float(data["baseline_loss"])
+    flat = np.isfinite(values) & (values < 0.1 * (baseline if baseline > 0 else 1.0))
+    ratio = float(data.get("flatness_ratio", flat.mean() if values.size else np.nan))
     parts = [counted(len(values), "direction"), f"flatness ratio {number(ratio)}", f"loss {number(baseline)} nats"]
-    parts += [f"ε = {setting(scalar(data, 'epsilon'))}"] if "epsilon" in data else []
-    gone = {side: int((~np.isfinite(x)).sum()) for side, x in sides.items()}
-    return ", ".join([*parts, *(f"{count} of {side} not finite" for side, count in gone.items() if count)])
+    parts += [f"ε = {setting(float(data['epsilon']))}"] if "epsilon" in data else []
+    return ", ".join([*parts, *filter(None, (lost(x, f"of {side}") for side, x in sides.items()))])

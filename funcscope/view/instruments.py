@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
+from ..core.tables import counted
 from ..study.cache import Outcome
 from . import samples
+from .curves import training
 from .drawing import lost, titled
 from .path_figures import barrier
 from .reading import Drawn, Look, titles_of
-from .renderers import render_spectrum_density, render_training_curves
+from .spectrum_figures import spectrum
 
 Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
 
@@ -21,11 +22,11 @@ Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
 def _density(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         result: Any = outcome.result
-        inside, ends = getattr(result, "density", result), getattr(result, "ends", None)
-        if callable(inside):  # that of a density is a method
-            inside = result
-        fig = render_spectrum_density(inside, ends, unit="")
-        _rename(fig, _of(whose, outcomes))
+        pairs = getattr(result, "ends", None)
+        density = result if pairs is None else result.density  # that of a density is a method
+        fig = spectrum(density, *((None, None) if pairs is None else (pairs.values.numpy(), pairs.residuals.numpy())))
+        starts = f"{counted(density.num_probes, 'start')} of {density.steps} products"
+        titled(fig, f"Spectral density{_of(whose, outcomes)}", f"{density.num_parameters:,} eigenvalues, {starts}")
         yield Drawn(
             fig, "Share of eigenvalues per decade with the 95 % interval over probes; below, single eigenvalues."
         )
@@ -53,12 +54,11 @@ def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
     )
     yield Drawn(titled(fig, "Loss changes along random directions"), f"{said}.")
     if len(outcomes) == 2 and len({getattr(each.result, "key", each) for each in outcomes}) == 1:
-        pair = [_sides(each.result) for each in outcomes]
-        sides = {side: (pair[0][side][1], pair[1][side][1]) for side in pair[0] if side in pair[1]}
-        first, second = (f"{whose}<br>loss change" for whose in titles_of(outcomes))
-        fig = samples.scatter(
-            sides, (1.0, "equal"), names=(first, second), units=(unit, unit), axis="direction", square=True
-        )
+        first, second = (_sides(each.result) for each in outcomes)
+        sides = {side: (first[side][1], second[side][1]) for side in first if side in second}
+        one, other = (f"{whose}<br>loss change" for whose in titles_of(outcomes))
+        line, units = (1.0, "equal"), (unit, unit)
+        fig = samples.scatter(sides, line, names=(one, other), units=units, axis="direction", square=True)
         yield Drawn(titled(fig, "Loss changes of both"), "Loss changes along the same directions, a dot each.")
 
 
@@ -81,12 +81,6 @@ def _of(whose: str, outcomes: Sequence[Outcome]) -> str:
     return f", {whose}" if len(outcomes) > 1 else ""
 
 
-def _rename(fig: go.Figure, of: str) -> None:
-    """Say whose it is at the end of the first line of its title."""
-    first, mark, rest = fig.layout.title.text.partition("<br>")
-    fig.layout.title.text = first + of + mark + rest
-
-
 def _sides(result: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Slope along the step and loss change, by side."""
     data = result.asdict()
@@ -104,10 +98,9 @@ def _sides(result: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def _training(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         result: Any = outcome.result
-        curves = result.asdict() | {"step": np.asarray(result.coords["step"])}
-        fig = render_training_curves(curves, look.current)
-        _rename(fig, _of(whose, outcomes))
-        yield Drawn(fig, "Loss above accuracy, on the training and the test data, over the steps of training.")
+        fig = training(result.asdict() | {"step": np.asarray(result.coords["step"])}, look.current)
+        caption = "Loss above accuracy, on the training and the test data, over the steps of training."
+        yield Drawn(titled(fig, f"Training{_of(whose, outcomes)}"), caption)
 
 
 CUSTOM: dict[tuple[str, str], Custom | None] = {
@@ -126,9 +119,9 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("TrainingCurves", "test_loss"): None,
     ("TrainingCurves", "train_accuracy"): None,
     ("TrainingCurves", "test_accuracy"): None,
-    **{("Comparison", name): None for name in ("first", "second", "difference", "over_directions", "low", "high")},
     **{
-        ("Comparison", name): None for name in ("p_value", "rank_biserial")
-    },  # statistics of many units: a table has them
+        ("Comparison", name): None  # statistics of many units: a table has them
+        for name in ("first", "second", "difference", "over_directions", "low", "high", "p_value", "rank_biserial")
+    },
 }
 """None for what another figure of the result has, or a table alone."""

@@ -1,4 +1,4 @@
-"""Figures over two axes: a heat map, and the loss on a plane as contours or as a surface, with a trajectory on it.
+"""Figures over two axes: a heat map, and the loss on a plane as contours with a trajectory on them, or as a surface.
 
 The first direction of a plane is the horizontal axis, the second the vertical one. `grid_losses` has the first direction on
 its axis 0, and plotly wants rows of equal height, so that what is drawn is its transpose.
@@ -7,23 +7,24 @@ its axis 0, and plotly wants rows of equal height, so that what is drawn is its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
-from scipy.interpolate import RegularGridInterpolator
 
-from .drawing import Data, arrays, check_shape, numbers_of, scalar, spreads
+from .drawing import Data, arrays, lost, spreads, titled
 from .names import labels, plain, short
-from .numbers import number, setting
-from .theme import INK, MUTED, RULE, VERMILION, blank, log_ticks, round_ticks
+from .numbers import number
+from .theme import INK, MUTED, RULE, VERMILION, blank
 
 COLOURS = "Viridis"
 """Even in lightness, so that it reads with a colour vision deficiency and in grey; dark is low."""
 HOLE = "#e3e3e3"
-LEVELS = 14
+LEVELS = 15
+"""At most so many contours, at round values."""
+HOVER = "(%{x:.4g}, %{y:.4g})<br>"
 
 Grid = Float[np.ndarray, "n m"]
 Limits = tuple[float, float]
@@ -35,9 +36,6 @@ class Shades(NamedTuple):
     is_log: bool
     low: float
     high: float
-    step: float
-    """Between two contours."""
-    ticks: dict[float, str]
     unit: str
 
     def of(self, losses: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -46,39 +44,31 @@ class Shades(NamedTuple):
         return np.log10(np.where(finite > 0, finite, np.nan)) if self.is_log else finite
 
     @property
-    def bar(self) -> dict[str, Any]:
-        """Of colours, with ticks in the unit."""
+    def ticks(self) -> dict[str, Any]:
+        """In the unit: whole powers of ten of logarithms."""
+        powers = {"tickprefix": "10<sup>", "ticksuffix": "</sup>", "tick0": 0}
+        return powers | {"dtick": math.ceil((self.high - self.low) / 6)} if self.is_log else {"nticks": 6}
+
+    def colours(self, values: Float[np.ndarray, "n m"]) -> dict[str, Any]:
+        """Of a trace: `customdata` are the values themselves."""
         title = {"text": plain(self.unit) or "value", "font": {"size": 13, "color": MUTED}}
-        return {
-            "tickvals": list(self.ticks), "ticktext": list(self.ticks.values()), "title": title, "thickness": 13,
-            "outlinewidth": 0,
-        }  # fmt: skip
+        bar = {**self.ticks, "title": title, "thickness": 13, "outlinewidth": 0, "exponentformat": "power"}
+        return {"z": self.of(values), "customdata": values, "colorscale": COLOURS, "colorbar": bar}
 
 
-def shades(values: Float[np.ndarray, "..."], unit: str, log: bool | None = None) -> Shades:
-    """A scale from the smallest to the largest value: about a dozen contours at round steps, ticks in the unit.
+def shades(values: Float[np.ndarray, "..."], unit: str) -> Shades:
+    """A scale from the smallest to the largest value, logarithmic where all are positive and spread over two decades.
 
-    log: None for a logarithmic one where all are positive and spread over two decades. Values of several planes, or the
-    ends of a scale, give one that is the same for all of them.
+    Values of several planes, or the ends of a scale, give one that is the same for all of them.
     """
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    if log and low <= 0:
-        raise ValueError(f"`log=True` needs losses above 0, got one of {low:.4g}: leave it None or False.")
-    is_log = bool(low > 0 and spreads(finite)) if log is None else log
+    is_log = bool(low > 0 and spreads(finite))
     if is_log:
         low, high = math.log10(low), math.log10(high)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (0.05 * abs(low) or 0.5), high + (0.05 * abs(high) or 0.5)
-    rough = (high - low) / LEVELS
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(digit * power for digit in (1, 2, 2.5, 5, 10, 20) if digit * power >= rough * (1 - 1e-9))
-    ticks = (
-        {math.log10(x): text for x, text in log_ticks(low, high).items()}
-        if is_log
-        else {x: number(x) for x in round_ticks(low, high)}
-    )
-    return Shades(is_log, low, high, step, ticks, unit)
+    return Shades(is_log, low, high, unit)
 
 
 class Plane(NamedTuple):
@@ -91,80 +81,69 @@ class Plane(NamedTuple):
     """The loss there; nan where it is not known."""
 
 
-def plane_of(data: Data) -> Plane:
-    """The plane of documented arrays. Raises ValueError for a missing key and shapes that do not fit."""
-    data = arrays(data, "grid_losses", "axis_values", "axis_values_2")
-    losses, x, y = (numbers_of(data, name) for name in ("grid_losses", "axis_values", "axis_values_2"))
-    check_shape("grid_losses", losses, (len(x), len(y)))
-    names = [str(name) for name in np.ravel(data.get("axis_names", ("direction 1", "direction 2")))]
-    if len(names) != 2:
-        raise ValueError(f"`axis_names` must have a name per direction, got {len(names)} for 2.")
-    far = np.ravel(numbers_of(data, "relative_displacement")) if "relative_displacement" in data else np.full(2, np.nan)
-    ends = [f"<br>(edge: ‖Δθ‖ = {setting(float(f'{at:.2g}'))} ‖θ‖)" if math.isfinite(at) else "" for at in far]
-    first, second = (f"{plain(short(name, 28))}, coefficient{end}" for name, end in zip(names, ends, strict=True))
-    return Plane(losses, x, y, (first, second), scalar(data, "baseline_loss"))
-
-
 def contour(
-    plane: Plane, scale: Shades, walk: tuple[Float[np.ndarray, "k 2"], np.ndarray] | None = None,
-    current: int | None = None, height: int = 480, *, equal: bool = True,
+    plane: Plane, scale: Shades, walk: tuple[Float[np.ndarray, "k 2"], np.ndarray] | None = None, current: int | None = None
 ) -> go.Figure:  # fmt: skip
     """Filled contours, a star at the centre, crosses where it is not finite, and checkpoints joined in their order.
 
-    walk: coordinates (k, 2) and steps (k,). equal: a unit is equally long on both axes, where neither is more than five
-    times as long as the other: circles stay circles.
+    walk: coordinates (k, 2) and steps (k,). A unit is equally long on both axes, where neither is more than five times as
+    long as the other: circles stay circles.
     """
-    fig = blank(height, "").update_layout(plot_bgcolor=HOLE, margin={"l": 84, "r": 20, "b": 74})
-    levels = {"start": math.ceil(scale.low / scale.step) * scale.step, "end": scale.high, "size": scale.step}
+    fig = blank(480, "").update_layout(plot_bgcolor=HOLE, margin={"l": 84, "r": 20, "b": 74})
     contours = go.Contour(
-        x=plane.x, y=plane.y, z=scale.of(plane.losses).T, customdata=plane.losses.T, colorscale=COLOURS, name="loss",
-        zmin=scale.low, zmax=scale.high, contours=levels, line={"width": 0.6, "color": "rgba(255,255,255,0.55)"},
-        connectgaps=False, showlegend=False, colorbar=scale.bar,
-        hovertemplate=f"(%{{x:.4g}}, %{{y:.4g}})<br>loss %{{customdata:.4g}} {plain(scale.unit)}<extra></extra>",
+        x=plane.x, y=plane.y, **scale.colours(plane.losses.T), zmin=scale.low, zmax=scale.high, ncontours=LEVELS,
+        name="loss", line={"width": 0.6, "color": "rgba(255,255,255,0.55)"}, connectgaps=False, showlegend=False,
+        hovertemplate=HOVER + f"loss %{{customdata:.4g}} {plain(scale.unit)}<extra></extra>",
     )  # fmt: skip
     fig.add_traces([contours, *_marks(plane), *([] if walk is None else _walk(*walk, current))])
     spans = []
-    for axis, values, title, i in zip(
-        (fig.layout.xaxis, fig.layout.yaxis), (plane.x, plane.y), plane.titles, (0, 1), strict=True
-    ):
+    for i, (axis, values) in enumerate(((fig.layout.xaxis, plane.x), (fig.layout.yaxis, plane.y))):
         walked = np.zeros(1) if walk is None else np.append(walk[0][:, i], 0.0)
         known = np.concatenate([values, walked[np.isfinite(walked)]])
         low, high = float(known.min()), float(known.max())
-        pad = 0.03 * (high - low) if (low < values.min() or high > values.max()) else 0.0
+        pad = 0.03 * (high - low) if (low < values.min() or high > values.max()) else 0.0 if high > low else 0.5
+        axis.update(range=[low - pad, high + pad], title={"text": plane.titles[i], "standoff": 12}, showgrid=False)
+        axis.update(nticks=5, tickangle=0)
         spans.append(high - low)
-        ends = [low - (pad if high > low else 0.5), high + (pad if high > low else 0.5)]
-        axis.update(range=ends, title={"text": title, "standoff": 12}, showgrid=False, nticks=5, tickangle=0)
-    if equal and min(spans) > 0 and max(spans) <= 5 * min(spans):
+    if min(spans) > 0 and max(spans) <= 5 * min(spans):
         fig.layout.yaxis.update(scaleanchor="x", constrain="domain")
         fig.layout.xaxis.constrain = "domain"
     return fig
 
 
-def surface(
-    plane: Plane, scale: Shades, walk: tuple[Float[np.ndarray, "k 2"], np.ndarray] | None = None,
-    heights: Float[np.ndarray, " k"] | None = None, current: int | None = None, height: int = 560,
-) -> go.Figure:  # fmt: skip
-    """In three dimensions, open where the loss is not finite. heights: losses of the checkpoints, if not those there."""
+def render_surface(plane: Data, title: str | None = None, height: int = 560) -> go.Figure:
+    """The loss (nats) over a plane as a surface in three dimensions, open where the loss is not finite.
+
+    plane: `grid_losses` (n, m), `axis_values` (n,) of the first direction, `axis_values_2` (m,) of the second, and, where
+    they are there, `axis_names`. Height and colour are logarithmic where all finite losses are positive and spread over
+    two decades.
+
+    Raises ValueError for a missing key and shapes that do not fit.
+
+    >>> plane = {"grid_losses": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "axis_values": [0, 1], "axis_values_2": [0, 1, 2]}
+    >>> render_surface(plane).data[0].z.tolist()                  # rows are values of the second direction
+    [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
+    """
+    data = arrays(plane, "grid_losses", "axis_values", "axis_values_2")
+    losses, x, y = (data[name] for name in ("grid_losses", "axis_values", "axis_values_2"))
+    if losses.shape != (len(x), len(y)):
+        raise ValueError(f"`grid_losses` must have the shape {(len(x), len(y))} of its axes, got {losses.shape}.")
+    scale = shades(losses, "nats")
     fig = blank(height, "").update_layout(margin={"l": 26, "r": 10, "b": 8}, dragmode="orbit")
-    fig.add_trace(
-        go.Surface(
-            x=plane.x, y=plane.y, z=scale.of(plane.losses).T, customdata=plane.losses.T, colorscale=COLOURS, name="loss",
-            cmin=scale.low, cmax=scale.high, colorbar={**scale.bar, "len": 0.7}, showlegend=False,
-            hovertemplate=f"(%{{x:.4g}}, %{{y:.4g}})<br>loss %{{customdata:.4g}} {plain(scale.unit)}<extra></extra>",
-        )
-    )  # fmt: skip
-    if walk is not None:
-        fig.add_traces(_walk_in_space(plane, scale, walk, heights, current))
+    hover = HOVER + "loss %{customdata:.4g} nats<extra></extra>"
+    fig.add_surface(
+        x=x, y=y, **scale.colours(losses.T), cmin=scale.low, cmax=scale.high, name="loss", hovertemplate=hover
+    )
+    names = [plain(short(str(name), 28)) for name in data.get("axis_names", ("direction 1", "direction 2"))]
     look = {"backgroundcolor": "white", "gridcolor": HOLE, "zeroline": False, "showspikes": False, "nticks": 5}
-    names = [title.partition(",")[0] for title in plane.titles]
-    axes: dict[str, Any] = {
+    scene: dict[str, Any] = {
         f"{letter}axis": {**look, "title": {"text": text, "font": {"size": 12}}, "tickfont": {"size": 11}}
-        for letter, text in zip("xyz", (*names, f"loss ({plain(scale.unit)})"), strict=True)
+        for letter, text in zip("xyz", (*names, "loss (nats)"), strict=True)
     }
-    axes["zaxis"] |= {"tickvals": list(scale.ticks), "ticktext": list(scale.ticks.values())}
+    scene["zaxis"] |= scale.ticks
     camera = {"eye": {"x": 1.65, "y": -1.7, "z": 1.0}, "center": {"z": -0.22}}
-    ratio = {"x": 1, "y": 1, "z": 0.75}
-    return fig.update_layout(scene={**axes, "camera": camera, "aspectmode": "manual", "aspectratio": ratio})
+    fig.update_layout(scene={**scene, "camera": camera, "aspectratio": {"x": 1, "y": 1, "z": 0.75}})
+    return titled(fig, plain(title) if title else "Loss over a plane", lost(losses, "points"))
 
 
 def heat(
@@ -174,25 +153,17 @@ def heat(
     """A cell for every pair of places, its rows from the top; what is not finite is open. limits: of the colours."""
     fig = blank(170 + max(200, min(26 * len(z), 560)), "").update_layout(plot_bgcolor=HOLE)
     scale = shades(z if limits is None else np.array(limits), unit)
-    across, down = (_along(each) for each in (x, y))
-    fig.add_trace(
-        go.Heatmap(
-            x=across, y=down, z=scale.of(z), customdata=z, colorscale=COLOURS, zmin=scale.low, zmax=scale.high,
-            hovertemplate=f"%{{y}}, %{{x}}<br>{label} %{{customdata:.4g}} {plain(unit)}<extra></extra>", colorbar=scale.bar,
-        )
-    )  # fmt: skip
+    hover = f"%{{y}}, %{{x}}<br>{label} %{{customdata:.4g}} {plain(unit)}<extra></extra>"
+    fig.add_heatmap(x=_along(x), y=_along(y), **scale.colours(z), zmin=scale.low, zmax=scale.high, hovertemplate=hover)
     for axis, name in zip((fig.layout.xaxis, fig.layout.yaxis), names, strict=True):
-        axis.update(title={"text": name}, showgrid=False, automargin=True, ticks="", linecolor=RULE)
+        axis.update(title={"text": name}, showgrid=False, automargin=True, ticks="", linecolor=RULE, type="category")
     fig.layout.yaxis.autorange = "reversed"
     return fig
 
 
-def _along(places: Sequence[Any]) -> list[Any]:
-    """Numbers as they are where they are even, else as names: cells are equally wide."""
-    if all(isinstance(place, (int, float)) for place in places):
-        gaps = np.diff(np.asarray(places, dtype=np.float64))
-        return list(places) if np.allclose(gaps, gaps[:1]) else [f"{place:,.6g}" for place in places]
-    return [plain(name) for name in labels([str(place) for place in places])]
+def _along(places: Sequence[Any]) -> list[str]:
+    shown = zip(places, labels([str(place) for place in places]), strict=True)
+    return [f"{place:,.6g}" if isinstance(place, (int, float)) else plain(name) for place, name in shown]
 
 
 def _marks(plane: Plane) -> list[go.Scatter]:
@@ -204,21 +175,9 @@ def _marks(plane: Plane) -> list[go.Scatter]:
     if not i.size:
         return [centre]
     cross = {"symbol": "x-thin", "size": 6, "line": {"width": 1.2, "color": MUTED}}
-    hover = "(%{x:.4g}, %{y:.4g})<br>loss not finite<extra></extra>"
-    return [
-        go.Scatter(x=plane.x[i], y=plane.y[j], mode="markers", marker=cross, name="not finite", hovertemplate=hover),
-        centre,
-    ]
-
-
-def walk_of(trajectory: Mapping[str, Any] | None) -> tuple[Float[np.ndarray, "k 2"], np.ndarray] | None:
-    """Coordinates and steps of documented arrays."""
-    if trajectory is None:
-        return None
-    data = arrays(trajectory, "coordinates", "step")
-    at, steps = numbers_of(data, "coordinates"), np.array(data["step"])
-    check_shape("coordinates", at, (len(steps), 2))
-    return at, steps
+    hover = HOVER + "loss not finite<extra></extra>"
+    holes = go.Scatter(x=plane.x[i], y=plane.y[j], mode="markers", marker=cross, name="not finite", hovertemplate=hover)
+    return [holes, centre]
 
 
 def _walk(at: Float[np.ndarray, "k 2"], steps: np.ndarray, current: int | None) -> list[go.Scatter]:
@@ -235,27 +194,3 @@ def _walk(at: Float[np.ndarray, "k 2"], steps: np.ndarray, current: int | None) 
     big = {"color": VERMILION, "size": 13, "line": {"width": 1.5, "color": "white"}}
     here = go.Scatter(x=x[now], y=y[now], customdata=steps[now], mode="markers", marker=big, hovertemplate=hover)
     return [rim, line, *([here.update(name=f"step {current:,}")] if now.any() else [])]
-
-
-def _walk_in_space(
-    plane: Plane, scale: Shades, walk: tuple[Float[np.ndarray, "k 2"], np.ndarray], heights: Any, current: int | None
-) -> list[go.Scatter3d]:
-    at, steps = walk
-    grid = RegularGridInterpolator((plane.x, plane.y), scale.of(plane.losses), bounds_error=False, fill_value=np.nan)
-    z = grid(at) if heights is None else scale.of(heights)
-    z = z + 0.01 * (scale.high - scale.low)  # above the surface, which would hide half of it
-    now = steps == current
-    drawn = []
-    for shown, colour, size, name in (
-        (steps == steps, "white", 3.5, "training"),
-        (now, VERMILION, 7, f"step {current}"),
-    ):
-        marker = {"color": colour, "size": size, "line": {"width": 1, "color": INK}}
-        drawn.append(
-            go.Scatter3d(
-                x=at[shown, 0], y=at[shown, 1], z=z[shown], customdata=steps[shown], mode="lines+markers", name=name,
-                line={"color": colour, "width": 6}, marker=marker, connectgaps=False,
-                hovertemplate="step %{customdata:,}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
-            )
-        )  # fmt: skip
-    return drawn if now.any() else drawn[:1]

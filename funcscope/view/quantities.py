@@ -107,7 +107,8 @@ def _trajectory(seen: Sequence[Seen], look: Look) -> Drawn:
 
 def _points(seen: Sequence[Seen]) -> Drawn:
     values, half = (np.array([float(x) for x in each]) for each in zip(*((s.value, s.half) for s in seen), strict=True))
-    fig = curves.points([one.title for one in seen], values, half, name=seen[0].label, unit=seen[0].unit)
+    each = [Line("", np.arange(len(seen)), values, half)]
+    fig = curves.bars([one.title for one in seen], each, name=seen[0].label, unit=seen[0].unit, dots=True)
     how = f"of every model{_errors(seen)}"
     return captioned(fig, seen[0], how, gone(seen, "values"))
 

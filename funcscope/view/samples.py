@@ -59,7 +59,7 @@ def distribution(samples: Mapping[str, Column], *, name: str, unit: str, axis: s
         x.update(showgrid=False, showticklabels=own or last, title={"text": x.title.text if last or own else ""})
         y.update(tickvals=[0], ticktext=[label], showgrid=False, automargin=True, range=[-0.8, 0.44])
         if x.range[0] <= 0 <= x.range[1]:
-            fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below", **at)
+            fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below", exclude_empty_subplots=False, **at)
         for trace in _traces(row, x.range, colours[i % 4], f"{axis} %{{customdata}}<br>{name}", unit):
             fig.add_trace(trace.update(showlegend=i == 0 and trace.name in _EXPLAINED), **at)
     return fig, [*(["every row has a scale of its own"] if own else []), *_notes(rows, axis)]

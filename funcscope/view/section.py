@@ -24,6 +24,10 @@ MOST_COLUMNS = 6
 """Subjects that have a column each; of more steps the first and the last have one, and a figure shows all."""
 BOUNDS = ("bound",)
 """The axes of an interval: a pair of numbers that is read as one."""
+RAISED = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What properties and figures of results raise, and stored files that are damaged."""
 
 
 def section(outcomes: Sequence[Outcome], text: str = "") -> Section:
@@ -234,7 +238,7 @@ def tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | 
     """Blocks, or the error in their place: a class or a figure of the reader's own does not take the page with it."""
     try:
         return list(make())
-    except Exception as err:  # noqa: BLE001
+    except RAISED as err:
         return [Quote(f"{type(err).__name__}: {err}", f"This part of {name} could not be shown.")]
 
 

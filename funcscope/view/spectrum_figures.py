@@ -29,12 +29,14 @@ def place(values: Float[np.ndarray, "*shape"], threshold: float) -> Float[np.nda
     return np.asarray(np.arcsinh(values / (2 * threshold)) / math.log(10))
 
 
-def spectrum(density: SpectralDensity, values: Column, residuals: Column | None, unit: str) -> go.Figure:
+def spectrum(density: SpectralDensity, values: Column | None = None, residuals: Column | None = None) -> go.Figure:
     """Share of eigenvalues per decade (log axis) with its 95 % interval, and single eigenvalues below.
 
     The scale is linear within what rounding may make of a zero, logarithmic beyond on both sides. Below half an eigenvalue
-    nothing is drawn. residuals: None for values that are nodes of the quadrature. Raises ValueError for nodes not finite.
+    nothing is drawn. values, residuals: of the eigenvalues; None for the outermost nodes of the quadrature, which lie
+    inside the spectrum. Raises ValueError for nodes not finite.
     """
+    values = np.array(density.range) if values is None else values
     nodes = density.nodes.double().cpu().numpy()
     if not np.isfinite(nodes).all():
         raise ValueError(f"`density` must have finite nodes, got {int((~np.isfinite(nodes)).sum())} others.")
@@ -46,13 +48,13 @@ def spectrum(density: SpectralDensity, values: Column, residuals: Column | None,
     fig.update_layout(template=TEMPLATE, height=440, margin={"l": 76})
     half = Z95 * np.nan_to_num(stderr)
     floor = set_log(fig.layout.yaxis, np.maximum(mean, least), np.maximum(mean + half, least))
-    hover = f"eigenvalue %{{customdata[0]:.3g}} {unit}<br>%{{y:.3g}} ± %{{customdata[1]:.2g}}<extra></extra>"
+    hover = "eigenvalue %{customdata[0]:.3g}<br>%{y:.3g} ± %{customdata[1]:.2g}<extra></extra>"
     line = go.Scatter(
         x=points, y=np.where(mean > floor, mean, np.nan), mode="lines", line={"color": BLUE, "width": 1.8}, name="density",
         customdata=np.column_stack([2 * tie * np.sinh(points * math.log(10)), stderr]), hovertemplate=hover,
     )  # fmt: skip
     fig.add_traces([band(points, mean - half, mean + half, "95 % interval", BLUE, floor), line], rows=1, cols=1)
-    fig.add_trace(_ritz(values, residuals, tie, unit), row=2, col=1)
+    fig.add_trace(_ritz(values, residuals, tie), row=2, col=1)
     apart = np.zeros(len(values)) if residuals is None else residuals
     edges = place(np.concatenate([values - apart, values + apart]), tie)
     low, high = min(points[0], edges.min(initial=0)), max(points[-1], edges.max(initial=0))
@@ -61,30 +63,23 @@ def spectrum(density: SpectralDensity, values: Column, residuals: Column | None,
         axis.update(range=[low - pad, high + pad], tickvals=list(ticks), ticktext=list(ticks.values()), tickangle=0)
         axis.matches = None
     fig.layout.xaxis.update(showticklabels=False)
-    fig.layout.xaxis2.title.text = f"eigenvalue ({unit})" if unit else "eigenvalue"
+    fig.layout.xaxis2.title.text = "eigenvalue"
     fig.layout.yaxis.title.text = "share of eigenvalues<br>per decade"
     told = "nodes" if residuals is None else "Ritz"
     fig.layout.yaxis2.update(range=[-1, 1], showticklabels=False, showgrid=False, title={"text": told})
     return fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below")
 
 
-def _ritz(values: Column, residuals: Column | None, threshold: float, unit: str) -> go.Scatter:
+def _ritz(values: Column, residuals: Column | None, threshold: float) -> go.Scatter:
     """A tick per value; its bar is the interval that must hold an eigenvalue."""
     at, told = place(values, threshold), "eigenvalue, with its residual"
-    hover = f"%{{customdata[0]:.5g}} {unit}<br>residual %{{customdata[1]:.1g}}<extra></extra>"
+    hover = "%{customdata[0]:.5g}<br>residual %{customdata[1]:.1g}<extra></extra>"
     error = None
     if residuals is None:
-        told, hover, residuals = "outermost node", f"node %{{customdata[0]:.5g}} {unit}<extra></extra>", 0 * values
+        told, hover, residuals = "outermost node", "node %{customdata[0]:.5g}<extra></extra>", 0 * values
     else:
         ends = place(values + residuals, threshold) - at, at - place(values - residuals, threshold)
-        error = {
-            "type": "data",
-            "symmetric": False,
-            "array": ends[0],
-            "arrayminus": ends[1],
-            "thickness": 1.5,
-            "width": 5,
-        }
+        error = {"symmetric": False, "array": ends[0], "arrayminus": ends[1], "thickness": 1.5, "width": 5}
     return go.Scatter(
         x=at, y=np.zeros(len(values)), error_x=error, mode="markers", name=told, hovertemplate=hover,
         marker={"symbol": "line-ns", "size": 22, "color": VERMILION, "line": {"width": 1.5, "color": VERMILION}},

@@ -69,21 +69,7 @@ def blank(height: int, y_title: str) -> go.Figure:
     return go.Figure(layout={"template": TEMPLATE, "height": height, "yaxis": {"title": {"text": y_title}}})
 
 
-def put_on_timeline(fig: go.Figure, last: int, rows: Sequence[int] = (1,)) -> None:
-    """Give every row of panels the axis of steps from 0 to `last`, its title below the last one.
-
-    A square-root scale has a zero and gives early steps room.
-    """
-    ticks, right = step_ticks(last), math.sqrt(last)
-    for row in rows:
-        axis = fig.layout["xaxis" if row == 1 else f"xaxis{row}"]
-        axis.update(range=[-0.02 * right, 1.02 * right])
-        axis.update(tickvals=[math.sqrt(step) for step in ticks], ticktext=[f"{step:,}" for step in ticks])
-        axis.showticklabels = row == rows[-1]
-    axis.title.text = "training step (square-root scale)"
-
-
-def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
+def set_log(axis: go.layout.XAxis | go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
     """Make an axis logarithmic over the positive finite values, and return its lower end.
 
     Without such a value the axis stays linear, and -inf is returned.
@@ -94,23 +80,10 @@ def set_log(axis: go.layout.YAxis, *values: Real[np.ndarray, "..."]) -> float:
         return -math.inf
     low, high = float(positive.min()), float(positive.max())
     pad = 0.05 * max(high - low, 1)
-    ticks = log_ticks(low - pad, high + pad)
-    axis.update(type="log", range=[low - pad, high + pad], tickvals=list(ticks), ticktext=list(ticks.values()))
+    stride = "D2" if high - low < 1.5 else math.ceil((high - low) / 6)  # 1, 2, 5, or powers of ten
+    axis.update(type="log", range=[low - pad, high + pad], dtick=stride, tick0=0, exponentformat="power")
+    axis.tickfont.size = 10.5  # plotly writes powers a quarter larger
     return float(10 ** (low - pad))
-
-
-def log_ticks(low: float, high: float, most: int = 6) -> dict[float, str]:
-    """Values and labels between two powers of ten: whole powers, or 1, 2, 5 times them where there are fewer than two.
-
-    >>> log_ticks(-4.3, 0.2), log_ticks(0.2, 0.9)
-    ({0.0001: '10⁻⁴', 0.001: '10⁻³', 0.01: '10⁻²', 0.1: '10⁻¹', 1.0: '1'}, {2.0: '2', 5.0: '5'})
-    """
-    powers = range(math.ceil(low), math.floor(high) + 1)
-    if len(powers) < 2:
-        fine = (digit * 10.0**power for power in range(math.floor(low), math.ceil(high)) for digit in (1, 2, 5))
-        return {value: f"{value:g}" for value in fine if low <= math.log10(value) <= high}
-    stride = math.ceil(len(powers) / most)
-    return {10.0**power: power_of_ten(power) for power in powers if power % stride == 0}
 
 
 def set_linear(axis: go.layout.XAxis | go.layout.YAxis, name: str, unit: str, low: float, high: float) -> None:
