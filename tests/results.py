@@ -11,6 +11,7 @@ import torch
 import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
+from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
@@ -112,6 +113,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "DifferenceStep": lambda: fs.landscape.difference_step(
         loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=1)[0]
     ),
+    "Grams": lambda: gram(loss(), theta(), by="tensor"),
+    "Norms": lambda: gradient_norms(loss(), theta(), by="tensor"),
+    "BatchDependence": lambda: batch_dependence(loss(), theta(), num=3),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
     "MeanLoss": lambda: mean_loss(loss(), loss().layout.unravel(theta())),
     "BlockEigenvalues": lambda: block_eigenvalues(loss(), theta(), key=fs.key(0), by="tensor"),

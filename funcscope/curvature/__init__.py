@@ -3,11 +3,13 @@
 from .ascent_sharpness import SamSharpness, asam_sharpness, sam_sharpness
 from .audit import Audit, Way, audit
 from .average_sharpness import AverageSharpness, average_sharpness
+from .batch_dependence import BatchDependence, batch_dependence
 from .critical import CriticalSharpness, critical_sharpness, relative_critical_sharpness
 from .culprits import Culprit
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
+from .gram import Grams, Norms, gradient_norms, gram, gram_matvec
 from .hessian import ggn, hessian, hessian_difference
 from .m_sharpness import MSharpness, m_sharpness
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
@@ -18,6 +20,7 @@ from .summary import block_slices, hessian_block_eigenvalues, hessian_block_trac
 __all__ = [
     "Audit",
     "AverageSharpness",
+    "BatchDependence",
     "CriticalSharpness",
     "Culprit",
     "DifferenceStep",
@@ -26,7 +29,9 @@ __all__ = [
     "EigenvalueDifferences",
     "EigenvalueErrors",
     "FisherDiagonal",
+    "Grams",
     "MSharpness",
+    "Norms",
     "SamSharpness",
     "SequenceForms",
     "SharpnessComparison",
@@ -35,6 +40,7 @@ __all__ = [
     "asam_sharpness",
     "audit",
     "average_sharpness",
+    "batch_dependence",
     "block_slices",
     "compare_eigenvalues",
     "compare_sharpness",
@@ -48,6 +54,9 @@ __all__ = [
     "fisher_mc",
     "ggn",
     "gradient_chunks",
+    "gradient_norms",
+    "gram",
+    "gram_matvec",
     "hessian",
     "hessian_block_eigenvalues",
     "hessian_block_traces",

@@ -86,6 +86,7 @@ class _Uses(TorchFunctionMode):
         self.pending: dict[str, int] = {}
         self.parts: dict[str, list[Part]] = {}
         self.strange: set[str] = set()
+        self.second = False  # inside torch's attention, sequences are the second dimension
 
     def unknown(self) -> frozenset[str]:
         """Those of an operation that is not known, and those whose uses did not all reach the loss."""
@@ -99,8 +100,11 @@ class _Uses(TorchFunctionMode):
         if not taken or name in Substitute.METADATA:
             return func(*args, **kwargs)
         if func in _OPENED:
+            self.second = args[0].ndim == 3
             with self:
-                return _OPENED[func](*args, **kwargs)
+                out = _OPENED[func](*args, **kwargs)
+            self.second = False
+            return out
         out = func(*args, **kwargs)
         if id(out) in self.names or (name == "__get__" and not isinstance(out, Tensor)):
             return out  # a parameter itself, cast to the dtype that it has, say
@@ -109,19 +113,23 @@ class _Uses(TorchFunctionMode):
             self.names[id(out)] = self.names[id(args[0])]
             return out
         writes = name.startswith("__i") or (name.endswith("_") and not name.startswith("__")) or "out" in kwargs
-        made = None if writes else _known(func, args, kwargs, self) or _by_rows(func, args, kwargs, self, out)
+        made = None if writes else _known(func, args, kwargs, self)
+        if made is None and not writes and not self.second:
+            made = _by_rows(func, args, kwargs, self, out)
         if made is None:
             self.strange |= taken
             return out
         return self.tapped(out, made)
 
     def tapped(self, out: Tensor, made: _Made) -> Tensor:
-        if len(out) == 1 < self.rows:
+        if len(out) == 1 < self.rows and not self.second:
             out = out.expand(self.rows, *out.shape[1:])  # a table that every row looks up alike
+        second = self.second
         for name in made.parts:
             self.pending[name] = self.pending.get(name, 0) + 1
 
         def show(g: Tensor) -> None:
+            self.second = second
             if made.affine is not None and self.affine is not None:
                 self.affine(made.affine, self.by_row(g))
             for name, make in made.parts.items():
@@ -134,6 +142,8 @@ class _Uses(TorchFunctionMode):
 
     def by_row(self, x: Tensor) -> Tensor:
         """(rows, everything between, last)."""
+        if self.second:
+            return x.reshape(-1, self.rows, x.shape[-1]).transpose(0, 1)
         return x.reshape(self.rows, -1, x.shape[-1])
 
     def is_parameter(self, x: Any) -> bool:
@@ -167,10 +177,11 @@ def _known(func: Any, args: tuple, kwargs: dict[str, Any], uses: _Uses) -> _Made
 
 
 def _linear(uses: _Uses, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> _Made | None:
-    if not uses.is_parameter(weight) or uses.is_parameter(x) or x.ndim < 2 or len(x) % uses.rows:
+    if not uses.is_parameter(weight) or uses.is_parameter(x) or x.ndim < 2 or x[..., 0].numel() % uses.rows:
         return None
     transposed ^= id(weight) in uses.flipped
-    inputs, parts = uses.by_row(x.detach()), {}
+    inputs = uses.by_row(x.detach())
+    parts: dict[str, Callable[[Tensor], Part]] = {}
 
     def outer(g: Tensor) -> Part:
         return Outer(inputs, uses.by_row(g)) if transposed else Outer(uses.by_row(g), inputs)
@@ -227,7 +238,7 @@ def _named(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> list[
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
-_FLIPS = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)
+_FLIPS = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 

@@ -1,0 +1,137 @@
+"""The samples of one data set, as they go through the model: tiles of rows, and the gradients of each by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ..core.batches import divided
+from ..core.checks import check_choice, check_count
+from ..core.criterion import Labels
+from ..core.estimate import wide
+from ..core.objective import Loss
+from .leaf_gradients import LeafGradients, Part, Rows
+from .outputs import total_of
+from .rows import cut, is_cut, per_sample_gradients, tolerance
+from .uses import run
+
+Unit = Literal["sequence", "token"]
+Tile = tuple[slice, tuple[Any, Any]]
+
+
+class Data:
+    """One data set: its batches as they go through the model, and what is known of the uses of parameters there."""
+
+    def __init__(self, loss: Loss, theta: Tensor, tiles: list[Tile]):
+        self.loss, self.theta, self.tiles = loss, theta, tiles
+        self.params = {name: x.to(loss.net._dtypes[name]) for name, x in loss.params(theta).items()}
+        self.num = tiles[-1][0].stop
+        self.passes = 0
+        self.by_rows: set[str] = set()
+        self.compared: set[Any] = set()
+
+    def each(self, batch: tuple[Any, Any], take: Callable[[str, LeafGradients], None]) -> None:
+        """`take(name, gradients)` for every parameter that makes a difference."""
+        num, alone, size = num_rows(batch), self._alone(batch), 0.0
+        if alone:
+            size = math.sqrt(sum(float(x.square().sum(dtype=wide(x.device))) for x in alone.values()))
+
+        def known(name: str, parts: list[Part]) -> None:
+            leaf = LeafGradients.of(parts, self.loss.layout.shapes[name])
+            if name in alone and self._is_off(leaf.row(num - 1) - alone.pop(name).flatten(), size):
+                self.by_rows.add(name)
+            if name not in self.by_rows:
+                take(name, leaf)
+
+        self.passes += num
+        self.by_rows |= run(self.loss, self.params, batch, num, known)
+        self.by_rows |= {name for name, x in alone.items() if self._is_off(x, size)}
+        if self.by_rows:
+            self._rows(batch, take)
+
+    def _alone(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
+        """The gradient of the last row in a batch of one: once for every shape of batch."""
+        if (shape := _shapes(batch)) in self.compared:
+            return {}
+        self.compared.add(shape)
+        self.passes += 1
+        num = num_rows(batch)
+        return grad(lambda p: self._total(p, cut(batch, slice(num - 1, num), num)))(self.params)
+
+    def _is_off(self, difference: Tensor, size: float) -> bool:
+        return not float(torch.linalg.vector_norm(difference.float())) <= tolerance(self.loss) * size
+
+    def _total(self, params: Any, batch: tuple[Any, Any]) -> Tensor:
+        return total_of(self.loss.criterion, self.loss.net.apply(params, batch[0]), batch[1])
+
+    def _rows(self, batch: tuple[Any, Any], take: Callable[[str, LeafGradients], None]) -> None:
+        names = [name for name in self.loss.layout.names if name in self.by_rows]
+        net = self.loss.net.only(names, self.loss.params(self.theta))
+        part = replace(self.loss, net=net, batches=(batch,))
+        rows = per_sample_gradients(part, net.theta.to(self.theta))
+        for leaf in net.layout.leaves:
+            take(leaf.name, LeafGradients.of([Rows(rows[:, leaf.slice])], leaf.shape))
+
+
+def tiles_of(loss: Loss, unit: Unit, chunk_size: int) -> list[Tile]:
+    """The batches and the places of their rows: cut to `chunk_size`, and put together up to it where shapes are equal."""
+    check_choice("unit", unit, ("sequence", "token"))
+    check_count("chunk_size", chunk_size)
+    tiles: list[Tile] = []
+    for batch in divided(loss.batches if unit == "sequence" else _tokens(loss), chunk_size):
+        at, num = tiles[-1][0] if tiles else slice(0, 0), num_rows(batch)
+        if tiles and at.stop - at.start + num <= chunk_size and _is_like(tiles[-1][1], batch):
+            joined = tree_map(lambda x, y: torch.cat([x, y]) if isinstance(x, Tensor) else x, tiles[-1][1], batch)
+            tiles[-1] = slice(at.start, at.stop + num), joined
+        else:
+            tiles.append((slice(at.stop, at.stop + num), batch))
+    return tiles
+
+
+def num_rows(batch: tuple[Any, Any]) -> int:
+    """The number of sequences in a batch: the first dimension of its targets."""
+    return next(len(x) for x in tree_leaves(batch[1]) if isinstance(x, Tensor) and x.ndim)
+
+
+def _is_like(one: Any, two: Any) -> bool:
+    """Both have the same names, every tensor a row for each sequence, and beside that one shape."""
+    (xs, spec), (ys, other) = tree_flatten(one), tree_flatten(two)
+    rows = num_rows(one), num_rows(two)
+    return spec == other and all(
+        is_cut(x, rows[0]) and is_cut(y, rows[1]) and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
+        if isinstance(x, Tensor)
+        else type(x) is type(y) and x == y
+        for x, y in zip(xs, ys, strict=True)
+    )
+
+
+def _tokens(loss: Loss) -> tuple[Any, ...]:
+    if not loss.criterion.positionwise:
+        raise ValueError(
+            f"`unit='token'` needs a criterion over labels, one loss at each position; got {loss.criterion!r}."
+        )
+    return tuple(map(_by_token, loss.batches))
+
+
+def _by_token(batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A row for every scored position, with a weight there alone."""
+    inputs, labels = batch
+    places = labels.weight.nonzero()
+    row, num = places[:, 0], len(labels.weight)
+    inputs = tree_map(lambda x: x[row] if is_cut(x, num) else x, inputs)
+    weight = labels.weight[row]
+    alone = torch.zeros_like(weight)
+    at = (torch.arange(len(row), device=row.device), *places[:, 1:].T)
+    alone[at] = weight[at]
+    return inputs, Labels(labels.index[row], alone)
+
+
+def _shapes(batch: Any) -> Any:
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in tree_leaves(batch))
