@@ -2,10 +2,10 @@
 
     python bench/fisher.py [rows|growth|thousand]
 
-rows: Gram of 64 sequences of 32 tokens; each way in a process of its own, its time in units of the bare forward pass that takes
-turns with it there, its memory as the growth of the resident set. growth: exponents of our time in N, T and P. thousand: 1,000
-sequences on the 14M model. The peers are `pip install --no-deps torchjd backpack-for-pytorch nngeometry unfoldnd`; one that does
-not take a model says why. torch.set_num_threads(1).
+rows: Gram of 64 sequences of 32 tokens; each way in a process of its own, its time in units of the bare forward pass
+that takes turns with it there, its memory as the growth of the resident set. growth: exponents of our time in N, T and P.
+thousand: 1,000 sequences on the 14M model. The peers are `pip install --no-deps torchjd backpack-for-pytorch nngeometry
+unfoldnd`; one that does not take a model says why. One thread.
 """
 
 from __future__ import annotations
@@ -123,10 +123,7 @@ def measured(name: str, way: str, num: int, length: int, rounds: int) -> dict[st
     task = Task(name, num, length)
     call, value = task.way(way), {}
     task.bare()
-    try:
-        peak = grown(lambda: value.setdefault("gram", call()))
-    except Exception as err:  # a peer that does not take the model
-        return {"refusal": f"{type(err).__name__}: {str(err).splitlines()[0][:90]}"}
+    peak = grown(lambda: value.setdefault("gram", call()))
     seconds: dict[str, list[float]] = {"call": [], "bare": []}
     for _ in range(rounds):
         for each, function in (("bare", task.bare), ("call", call)):
