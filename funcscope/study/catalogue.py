@@ -8,6 +8,7 @@ from typing import Any
 from ..curvature.ascent_sharpness import asam_sharpness, sam_sharpness
 from ..curvature.average_sharpness import average_sharpness
 from ..curvature.critical import critical_sharpness
+from ..curvature.gram import gradient_norms
 from ..curvature.m_sharpness import m_sharpness
 from ..curvature.summary import hessian_block_traces, hessian_summary
 from ..landscape.bezier import connect
@@ -114,6 +115,10 @@ for _one in (
     of_function(
         "hessian_block_eigenvalues", measures.block_eigenvalues, ("loss", "theta", KEY), category="curvature", plan=("keep",),
         cost=lambda _: PRODUCT * 60,
+    ),
+    of_function(
+        "gradient_norms", gradient_norms, ("loss", "theta"), category="gradients", plan=("chunk_size",), cost=lambda _: 3,
+        reference="Goodfellow (2015), arXiv:1510.01799",
     ),
     Metric(
         "m_sharpness", m_sharpness, ("loss", "theta"), {"m": 1, "epsilon": 0.01}, category="curvature", cost=lambda _: 5,
