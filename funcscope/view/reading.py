@@ -17,7 +17,7 @@ from .drawing import Z95, lost, titled
 from .names import apart, plain, short
 from .plane_figures import Limits
 
-DRAWS = ("direction", "probe", "sequence", "pair", "micro-batch", "parameter", "vector", "point")
+DRAWS = ("direction", "probe", "sample", "sequence", "pair", "micro-batch", "parameter", "vector", "point")
 """Axes along which a quantity is a sample: their order says nothing."""
 
 
