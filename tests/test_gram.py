@@ -155,6 +155,9 @@ MODULES = {
         nn.Conv1d(3, 4, 2, groups=1), nn.GroupNorm(2, 4), nn.PReLU(), nn.ConvTranspose1d(4, 2, 2),
         nn.Flatten(), nn.Linear(8, 3)
     ),
+    "in place": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.ReLU(inplace=True), nn.BatchNorm1d(3), nn.SiLU(inplace=True), nn.Flatten(), nn.Linear(12, 3)
+    ),
     "encoder": lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(12, 3)),
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.RMSNorm(4), nn.Flatten(), nn.Linear(12, 3)

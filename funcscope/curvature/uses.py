@@ -68,7 +68,10 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, seed: Tensor, show: Callable[[Tensor], None]) -> Tensor:
         ctx.show, ctx.like = show, seed
-        return y.view_as(y)
+        if 0 in y.stride():
+            return y.view_as(y)
+        ctx.mark_dirty(y)  # so that what follows may write to it, as `nn.ReLU(inplace=True)` does: torch refuses that of views
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
