@@ -241,7 +241,7 @@ def test_a_refused_matrix_is_moved_only_then_and_the_result_says_so(monkeypatch)
     found = spectrum(rows)
     assert set(found.jittered) <= {"all"}
     calls.clear()
-    monkeypatch.setattr(gram_statistics, "eigenvalues", lambda m: (real(m).flip(-1), [0]))
+    monkeypatch.setattr(gram_statistics, "eigenvalues", lambda m, _: (real(m).flip(-1), [0]))
     assert "solved with a multiple of I, taken off again: all." in spectrum(rows).notes
 
 

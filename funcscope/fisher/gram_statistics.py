@@ -35,6 +35,7 @@ class Data(NamedTuple):
     """Parameters of every block and, last, of all of them."""
     centered: bool
     rounding: float
+    jitter: float = 1e-10
 
     def floor(self) -> Float[Tensor, " c"]:
         """Below it an eigenvalue of the mean is rounding."""
@@ -52,7 +53,7 @@ class Data(NamedTuple):
             by = total
         root = weights.sqrt()
         scaled = values * (root[:, None] * root)  # G' diag(w) G and this have the same non-zero eigenvalues
-        spectra, jittered = eigenvalues(with_total(scaled).to(device or values.device) / by)
+        spectra, jittered = eigenvalues(with_total(scaled).to(device or values.device) / by, self.jitter)
         spectra = spectra.to(values)
         numbers = _numbers(spectra, self.limits, self.floor())
         same = groups[:, None] == groups
@@ -70,17 +71,17 @@ def resamples(groups: Int[Tensor, " n"], key: Key, num: int) -> list[Float[Tenso
     return [torch.bincount(each, minlength=most).double().to(groups.device)[groups] for each in places]
 
 
-def eigenvalues(matrices: Float[Tensor, "c n n"]) -> tuple[Float[Tensor, "c n"], list[int]]:
+def eigenvalues(matrices: Float[Tensor, "c n n"], jitter: float = 1e-10) -> tuple[Float[Tensor, "c n"], list[int]]:
     """In descending order; a matrix that the solver refuses is moved by a multiple of I, which is taken off again."""
     try:
         return torch.linalg.eigvalsh(matrices).flip(-1), []
     except torch.linalg.LinAlgError:
         if len(matrices) > 1:
-            parts = [eigenvalues(each[None]) for each in matrices]
+            parts = [eigenvalues(each[None], jitter) for each in matrices]
             return torch.cat([part for part, _ in parts]), [i for i, (_, moved) in enumerate(parts) if moved]
-        jitter = 1e-10 * matrices.diagonal(dim1=1, dim2=2).mean(-1)
-        moved = matrices + jitter[:, None, None] * torch.eye(matrices.shape[-1]).to(matrices)
-        return torch.linalg.eigvalsh(moved).flip(-1) - jitter[:, None], [0]
+        step = jitter * matrices.diagonal(dim1=1, dim2=2).mean(-1)
+        moved = matrices + step[:, None, None] * torch.eye(matrices.shape[-1]).to(matrices)
+        return torch.linalg.eigvalsh(moved).flip(-1) - step[:, None], [0]
 
 
 def with_total(values: Grid) -> Float[Tensor, "c n n"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_flag
+from ..core.checks import check_choice, check_count, check_flag, check_positive
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta
@@ -34,6 +34,7 @@ def fisher_spectrum(
     top_k: int = 10,
     bootstrap: int = 200,
     chunk_size: int = 64,
+    jitter: float = 1e-10,
     eigensolve_device: Device = "auto",
 ) -> GramSpectrum:
     r"""Eigenvalues, ranks and coupling of the empirical Fisher matrix of every block, exact for these samples.
@@ -64,9 +65,9 @@ def fisher_spectrum(
     grams = gram(loss, theta, by=by, unit=unit, chunk_size=chunk_size)
     grams, num_unscored = scored(grams, loss, theta)
     result = gram_spectrum(
-        grams, key=key, centered=centered, top_k=top_k, bootstrap=bootstrap, eigensolve_device=eigensolve_device,
+        grams, key=key, centered=centered, top_k=top_k, bootstrap=bootstrap, jitter=jitter,
         groups=sequences(loss) if unit == "token" else None, num_parameters=sizes(loss.layout, by),
-        rounding=8 * loss.net.unit_roundoff,
+        rounding=8 * loss.net.unit_roundoff, eigensolve_device=eigensolve_device,
     )  # fmt: skip
     return replace(result, num_unscored=num_unscored)
 
@@ -81,12 +82,13 @@ def gram_spectrum(
     groups: Int[Tensor, " g"] | None = None,
     num_parameters: Sequence[int] | None = None,
     rounding: float = 0.0,
+    jitter: float = 1e-10,
     eigensolve_device: Device = "auto",
 ) -> GramSpectrum:
     r"""The spectrum of $\frac1n G^\top G$ from $K = G G^\top$, which have the same non-zero eigenvalues: $\lambda(K) / n$.
 
-    Nothing is added to K. Where the solver refuses a matrix, a multiple of I of 1e-10 of its mean eigenvalue is added and
-    taken off the eigenvalues again, which the result says. centered: K is centred on both sides and divided by n - 1.
+    Nothing is added to K. Where the solver refuses a matrix, I times `jitter` mean eigenvalues is added and taken off the
+    eigenvalues again, which the result says. centered: K is centred on both sides and divided by n - 1.
     The whole spectrum comes from the sum of the blocks' Grams. Proofs of these and of the two forms of the coupling:
     proofs/gram_spectrum.py.
 
@@ -113,6 +115,7 @@ def gram_spectrum(
     check_flag("centered", centered)
     check_count("top_k", top_k)
     check_count("bootstrap", bootstrap, 0)
+    check_positive("jitter", jitter)
     grams = grams if isinstance(grams, Grams) else _alone(grams)
     values = grams.values
     _check_gram(values, centered)
@@ -123,7 +126,7 @@ def gram_spectrum(
     if len(groups) != num:
         raise ValueError(f"`groups` must have a number for each of the {num} samples, got {len(groups)}.")
     exact = max(num * torch.finfo(values.dtype).eps, rounding)
-    data = Data(values, groups, limits, centered, exact)
+    data = Data(values, groups, limits, centered, exact, jitter)
     device = _device(eigensolve_device, values)
     whole = data.statistics(torch.ones_like(values[0, 0]), device=device)
     _check_semidefinite(whole, data, blocks)

@@ -77,7 +77,7 @@ for _one in (
     ),
     of_function(
         "fisher_spectrum", fisher_spectrum, ("loss", "theta", KEY), category="fisher",
-        plan=("chunk_size", "eigensolve_device"),
+        plan=("chunk_size", "eigensolve_device"), without=("jitter",),
         drawn=("largest_eigenvalue", "spectral_rank", "global_eigenvalues", "coupling_debiased"), cost=lambda _: 4,
         reference="Papyan (2019), arXiv:1901.08244",
         sentence="Of the gradients' second moment the trace is {global_trace}, the largest eigenvalue "
