@@ -41,14 +41,14 @@ def fisher_spectrum(
 
     $$\hat F_b = \frac1n \sum_i g_{i,b}\, g_{i,b}^\top, \qquad g_i = \textstyle\sum_{t \in i} w_t \nabla \ell_t,$$
 
-    at the labels of the data: `empirical_fisher`, and no Fisher information (proofs/gauss_newton_fisher.py). In units of
-    squared nats per squared unit of theta; per sequence about T times as large as per token, and more where the tokens of
-    a sequence agree. centered: the covariance of the gradients, $\frac{1}{n-1} \sum_i (g_i - \bar g)(g_i - \bar g)^\top$.
+    at the labels of the data: the matrix of `empirical_fisher`, and no Fisher information. In squared nats per squared unit
+    of theta; per sequence about T times as large as per token, and more where the tokens of a sequence agree. centered: the
+    covariance of the gradients, $\frac{1}{n-1} \sum_i (g_i - \bar g)(g_i - \bar g)^\top$.
 
     by: blocks, as for `gram`; views by name may leave parameters out, which are then in no number.
     n_samples: the first so many sequences; all of them where None is given or there are fewer.
-    chunk_size: rows that go through the model at once. Other arguments: see `gram_spectrum`. Models are evaluated as they
-    are in `functional`, batch norm with its stored statistics unless the model says otherwise.
+    chunk_size: rows that go through the model at once. Other arguments: see `gram_spectrum`. Models are evaluated in
+    eval mode (`functional`), batch norm with its stored statistics.
 
     Raises ValueError as `gram` and `gram_spectrum` do: for a gradient that is not finite, with its sample and parameter, and
     for a covariance of one sample.
