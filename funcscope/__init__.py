@@ -10,7 +10,7 @@ import os
 # operation then takes a hundred times as long as on one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from . import curvature, landscape, linalg
+from . import curvature, fisher, landscape, linalg
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
@@ -52,6 +52,7 @@ from .curvature import (
     sequence_forms,
     trace_errors,
 )
+from .fisher import GramSpectrum, fisher_spectrum, gradient_gram, gram_spectrum
 from .landscape import (
     Axes,
     BarrierMatrix,
@@ -119,6 +120,7 @@ __all__ = [
     "Estimate",
     "Flatness",
     "Functional",
+    "GramSpectrum",
     "InMemory",
     "Key",
     "Layout",
@@ -169,15 +171,19 @@ __all__ = [
     "eigenvector_axes",
     "empirical_fisher",
     "exact_fisher",
+    "fisher",
     "fisher_mc",
+    "fisher_spectrum",
     "flatness",
     "flatness_profile",
     "fold_in",
     "functional",
     "ggn",
+    "gradient_gram",
     "gradient_norms",
     "gram",
     "gram_matvec",
+    "gram_spectrum",
     "grid",
     "hessian",
     "hessian_block_eigenvalues",

@@ -13,6 +13,7 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
+from funcscope.fisher import fisher_spectrum
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -79,6 +80,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "SpectralDensity": lambda: fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6),
     "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
     "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
+    "GramSpectrum": lambda: fisher_spectrum(loss(), theta(), key=fs.key(0), by="tensor", bootstrap=5),
     "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),
     "MSharpness": lambda: fs.m_sharpness(loss(), theta(), m=2),
     "SamSharpness": lambda: fs.sam_sharpness(loss(), theta()),

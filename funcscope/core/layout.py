@@ -165,7 +165,7 @@ _KINDS = {
     "norm": r"norm|\bln_|layer_?norm|\bbn\d*\b|batchnorm",
     "embedding": r"embed|\bwte\b|\bwpe\b|\bwpos\b",
     "attention": r"attn|attention|\b[qkvo]_proj\b",
-    "mlp": r"mlp|ffn|feed_?forward|intermediate|output\.dense|\bfc\d*\b",
+    "mlp": r"mlp|ffn|feed_?forward|densereludense|intermediate|output\.dense|\bfc\d*\b|\b(?:gate|up|down)_proj\b",
 }
 
 

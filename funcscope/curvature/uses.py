@@ -70,7 +70,9 @@ class _Tap(torch.autograd.Function):
         ctx.show, ctx.like = show, seed
         if 0 in y.stride():
             return y.view_as(y)
-        ctx.mark_dirty(y)  # so that what follows may write to it, as `nn.ReLU(inplace=True)` does: torch refuses that of views
+        ctx.mark_dirty(
+            y
+        )  # so that what follows may write to it, as `nn.ReLU(inplace=True)` does: torch refuses that of views
         return y
 
     @staticmethod

@@ -4,13 +4,15 @@
 """
 
 from .directional import sample_directional_losses
+from .fisher_spectral import FisherSpectral, SpectralConfig
 from .flatness import compute_landscape_flatness
 from .sharpness import compare_model_sharpness, compute_sam_sharpness
 from .spectrum import compute_hessian_eigenvalues_lanczos
 
 __all__ = [
-    "ICLRMetrics", "ModularityMetrics", "compare_model_sharpness", "compute_hessian_eigenvalues_lanczos",
-    "compute_landscape_flatness", "compute_sam_sharpness", "sample_directional_losses",
+    "FisherSpectral", "ICLRMetrics", "ModularityMetrics", "SpectralConfig", "compare_model_sharpness",
+    "compute_hessian_eigenvalues_lanczos", "compute_landscape_flatness", "compute_sam_sharpness",
+    "sample_directional_losses",
 ]  # fmt: skip
 
 

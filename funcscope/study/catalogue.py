@@ -11,6 +11,7 @@ from ..curvature.critical import critical_sharpness
 from ..curvature.gram import gradient_norms
 from ..curvature.m_sharpness import m_sharpness
 from ..curvature.summary import hessian_block_traces, hessian_summary
+from ..fisher.spectrum import fisher_spectrum
 from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
@@ -74,6 +75,14 @@ for _one in (
         drawn=("trace", "max_eigenvalue", "effective_rank"),
         category="fisher", plan=("keep",),
         cost=of_summary, more=SUMMARY, sentence="The trace is {trace}, the effective rank {effective_rank}.",
+    ),
+    of_function(
+        "fisher_spectrum", fisher_spectrum, ("loss", "theta", KEY), category="fisher",
+        plan=("chunk_size", "eigensolve_device"), without=("jitter",),
+        drawn=("largest_eigenvalue", "spectral_rank", "global_eigenvalues", "coupling_debiased"), cost=lambda _: 4,
+        reference="Papyan (2019), arXiv:1901.08244",
+        sentence="Of the gradients' second moment the trace is {global_trace}, the largest eigenvalue "
+        "{global_largest_eigenvalue}; {off_block_mass_debiased} of its squares lie off the blocks.",
     ),
     of_function(
         "sam_sharpness", sam_sharpness, ("loss", "theta"),

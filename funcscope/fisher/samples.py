@@ -1,0 +1,80 @@
+"""Which samples a spectrum is of, and how many parameters its blocks have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..core.batches import rows as rows_of
+from ..core.checks import check_count
+from ..core.layout import Layout, View
+from ..core.objective import Loss, Theta
+from ..curvature.gram import Blocks, Grams, block_views
+from ..curvature.leafwise import terms_at
+from ..curvature.rows import cut
+
+
+def first(loss: Loss, num: int) -> Loss:
+    """The loss on its first `num` sequences, or on all of them where there are fewer."""
+    check_count("n_samples", num)
+    batches = []
+    for batch in loss.batches:
+        size = rows_of(batch)
+        if num > 0 and size is not None:
+            batches.append(batch if size <= num else cut(batch, slice(0, num), size))
+            num -= size
+    weights = [targets.weight for _, targets in batches if hasattr(targets, "weight")]
+    if weights and not any(bool(weight.any()) for weight in weights):
+        raise ValueError("no position of the first `n_samples` sequences is scored: take more, or check the labels.")
+    return replace(loss, batches=tuple(batches))
+
+
+def sizes(layout: Layout, by: Blocks) -> list[int]:
+    """How many parameters every block has. Raises ValueError for views that overlap: their Grams would not add up."""
+    views = block_views(layout, by)
+    if isinstance(by, Mapping):
+        _check_apart(layout, views)
+    return [sum(_numel(layout, view) for view in members) for members in views.values()]
+
+
+def _numel(layout: Layout, view: View) -> int:
+    leaf = layout.by_name[view.leaf]
+    if view.slice == slice(None):
+        return leaf.numel
+    return len(range(*view.slice.indices(leaf.shape[view.dim]))) * leaf.numel // leaf.shape[view.dim]
+
+
+def _check_apart(layout: Layout, views: Mapping[str, Sequence[View]]) -> None:
+    seen: dict[str, Tensor] = {}
+    for block, members in views.items():
+        for view in members:
+            shape = layout.by_name[view.leaf].shape
+            there = seen.setdefault(view.leaf, torch.zeros(shape, dtype=torch.bool))
+            part = there.movedim(view.dim, 0)[view.slice] if shape else there
+            if bool(part.any()):
+                raise ValueError(
+                    f"block {block!r} has entries of `{view.leaf}` that an earlier view has: blocks add up to the whole only "
+                    "where every entry is in one of them."
+                )
+            part.fill_(True)
+
+
+def scored(grams: Grams, loss: Loss, theta: Theta) -> tuple[Grams, int]:
+    """Without sequences of which nothing is scored; a gradient of 0 is a sample."""
+    if grams.unit == "token" or bool(grams.values.sum(0).diagonal().all()):
+        return grams, 0
+    there = (terms_at(loss, theta).weights != 0).to(grams.values.device)
+    return replace(grams, values=grams.values[:, there][:, :, there]), int((~there).sum())
+
+
+def sequences(loss: Loss) -> Int[Tensor, " n"]:
+    """The number of the sequence that every scored position is of."""
+    parts, at = [], 0
+    for _, labels in loss.batches:
+        parts.append(labels.weight.nonzero()[:, 0] + at)
+        at += len(labels.weight)
+    return torch.cat(parts)

@@ -1,0 +1,237 @@
+"""The spectrum of the second moment of per-sample gradients, from their Gram matrix: n x n numbers for P x P."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count, check_flag, check_positive
+from ..core.estimate import Estimate
+from ..core.keys import Key, check_key
+from ..core.objective import Loss, Theta
+from ..curvature.gram import Blocks, Grams, Unit, gram
+from .gram_statistics import Data, Statistics, resamples
+from .samples import first, scored, sequences, sizes
+from .spectrum_result import GramSpectrum
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def fisher_spectrum(
+    loss: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    by: Blocks = "layer",
+    unit: Unit = "sequence",
+    centered: bool = False,
+    n_samples: int | None = None,
+    top_k: int = 10,
+    bootstrap: int = 200,
+    chunk_size: int = 64,
+    jitter: float = 1e-10,
+    eigensolve_device: Device = "auto",
+) -> GramSpectrum:
+    r"""Eigenvalues, ranks and coupling of the empirical Fisher matrix of every block, exact for these samples.
+
+    $$\hat F_b = \frac1n \sum_i g_{i,b}\, g_{i,b}^\top, \qquad g_i = \textstyle\sum_{t \in i} w_t \nabla \ell_t,$$
+
+    at the labels of the data: the matrix of `empirical_fisher`, and no Fisher information. In squared nats per squared unit
+    of theta; per sequence about T times as large as per token, and more where the tokens of a sequence agree. centered: the
+    covariance of the gradients, $\frac{1}{n-1} \sum_i (g_i - \bar g)(g_i - \bar g)^\top$.
+
+    by: blocks, as for `gram`; views by name may leave parameters out, which are then in no number.
+    n_samples: the first so many sequences; all of them where None is given or there are fewer.
+    chunk_size: rows that go through the model at once. Other arguments: see `gram_spectrum`. Models are evaluated in
+    eval mode (`functional`), batch norm with its stored statistics.
+
+    Raises ValueError as `gram` and `gram_spectrum` do: for a gradient that is not finite, with its sample and parameter, and
+    for a covariance of one sample.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
+    >>> fisher_spectrum(loss, torch.tensor([3.0, 4.0]), key=fs.key(0), bootstrap=20).global_eigenvalues   # (3, 0), (0, 4)
+    tensor([8.0000, 4.5000], dtype=torch.float64)
+    """
+    check_key(key)
+    loss = loss if n_samples is None else first(loss, n_samples)
+    grams = gram(loss, theta, by=by, unit=unit, chunk_size=chunk_size)
+    grams, num_unscored = scored(grams, loss, theta)
+    result = gram_spectrum(
+        grams, key=key, centered=centered, top_k=top_k, bootstrap=bootstrap, jitter=jitter,
+        groups=sequences(loss) if unit == "token" else None, num_parameters=sizes(loss.layout, by),
+        rounding=8 * loss.net.unit_roundoff, eigensolve_device=eigensolve_device,
+    )  # fmt: skip
+    return replace(result, num_unscored=num_unscored)
+
+
+def gram_spectrum(
+    grams: Grams | Float[Tensor, "n m"],
+    *,
+    key: Key,
+    centered: bool = False,
+    top_k: int = 10,
+    bootstrap: int = 200,
+    groups: Int[Tensor, " g"] | None = None,
+    num_parameters: Sequence[int] | None = None,
+    rounding: float = 0.0,
+    jitter: float = 1e-10,
+    eigensolve_device: Device = "auto",
+) -> GramSpectrum:
+    r"""The spectrum of $\frac1n G^\top G$ from $K = G G^\top$, which have the same non-zero eigenvalues: $\lambda(K) / n$.
+
+    Nothing is added to K. Where the solver refuses a matrix, I times `jitter` mean eigenvalues is added and taken off the
+    eigenvalues again, which the result says. centered: K is centred on both sides and divided by n - 1.
+    The whole spectrum comes from the sum of the blocks' Grams. Proofs of these and of the two forms of the coupling:
+    proofs/gram_spectrum.py.
+
+    top_k: eigenvalues that are in the result; the other numbers are of all of them. At most n are not 0.
+    bootstrap: resamples for the standard errors, each an eigenvalue problem of about .63 n rows per block; 0 for no errors.
+    groups: numbers from 0 on, of samples that are not independent of each other (the tokens of a sequence): they are drawn
+    together, and no pair of one group is in a debiased number. By themselves, samples are independent.
+    num_parameters: of every block, for the bound of the rank. rounding: relative error of the entries of K, at least that of
+    their dtype: eigenvalues below n times it are taken for 0 in ranks and condition numbers.
+    eigensolve_device: `auto` takes the CPU up to 512 samples, where it is faster in float64 than most others.
+
+    Raises ValueError for a matrix that is not square, symmetric, finite or positive semidefinite, for a covariance of one
+    sample, and for a device that is not there.
+
+    Goodfellow (2015), arXiv:1510.01799; Papyan (2019), arXiv:1901.08244, on spectra by blocks; Song, Smola, Gretton, Bedo,
+    Borgwardt (2012), Feature selection via dependence maximization, for the debiased square of a covariance.
+
+    >>> import funcscope as fs
+    >>> spectrum = gram_spectrum(torch.diag(torch.tensor([9.0, 16.0])).double(), key=fs.key(0))
+    >>> spectrum.global_eigenvalues.tolist(), float(spectrum.global_trace.value)
+    ([8.0, 4.5], 12.5)
+    """
+    check_key(key)
+    check_flag("centered", centered)
+    check_count("top_k", top_k)
+    check_count("bootstrap", bootstrap, 0)
+    check_positive("jitter", jitter)
+    grams = grams if isinstance(grams, Grams) else _alone(grams)
+    values = grams.values
+    _check_gram(values, centered)
+    num, blocks = values.shape[-1], list(grams.blocks)
+    limits = _limits(num_parameters, len(blocks), values)
+    own = torch.arange(num, device=values.device)
+    groups = own if groups is None else groups.to(values.device).unique(return_inverse=True)[1]
+    if len(groups) != num:
+        raise ValueError(f"`groups` must have a number for each of the {num} samples, got {len(groups)}.")
+    exact = max(num * torch.finfo(values.dtype).eps, rounding)
+    data = Data(values, groups, limits, centered, exact, jitter)
+    device = _device(eigensolve_device, values)
+    whole = data.statistics(torch.ones_like(values[0, 0]), device=device)
+    _check_semidefinite(whole, data, blocks)
+    draws = [data.statistics(each, device=device) for each in resamples(groups, key, bootstrap)]
+    return _result(grams, data, whole, draws, key=key, top_k=top_k, num_parameters=num_parameters)
+
+
+def _alone(gram: Tensor) -> Grams:
+    if gram.ndim != 2 or not gram.is_floating_point():
+        raise ValueError(f"a Gram matrix has two dimensions and real entries, got {tuple(gram.shape)} of {gram.dtype}.")
+    return Grams(gram.double()[None], "sample", 0, [], ["all"])
+
+
+def _check_gram(values: Tensor, centered: bool) -> None:
+    _, num, other = values.shape
+    if num != other or not num:
+        raise ValueError(f"the Gram matrix of samples with themselves is square and has a sample, got {num} x {other}.")
+    if not bool(values.isfinite().all()):
+        bad = (~values.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"the Gram matrix is not finite at samples {bad[1]} and {bad[2]}: leave these samples out.")
+    off = (values - values.mT).abs().amax()
+    if float(off) > 1e-5 * float(values.abs().amax()):
+        raise ValueError(f"the Gram matrix is not symmetric, by {float(off):.2g}: is it one of two data sets?")
+    if centered and num < 2:
+        raise ValueError("a covariance needs two samples at least, got 1: take more, or `centered=False`.")
+
+
+def _check_semidefinite(whole: Statistics, data: Data, blocks: list[str]) -> None:
+    """A matrix of inner products has no negative eigenvalue."""
+    below = whole.spectra[:, -1] < -10 * len(data.groups) * data.floor().clamp(min=1e-300)
+    if bool(below.any()):
+        at = int(below.nonzero()[0])
+        raise ValueError(
+            f"the Gram matrix of {[*blocks, 'all'][at]!r} has the eigenvalue {float(whole.spectra[at, -1]):.2g}: it is none "
+            "of inner products."
+        )
+
+
+def _limits(num_parameters: Sequence[int] | None, num_blocks: int, values: Tensor) -> Tensor:
+    if num_parameters is None:
+        return torch.full((num_blocks + 1,), values.shape[-1] + 1, device=values.device)
+    if len(num_parameters) != num_blocks:
+        raise ValueError(f"`num_parameters` must have {num_blocks} entries, one per block, got {len(num_parameters)}.")
+    return torch.tensor([*num_parameters, sum(num_parameters)], device=values.device)
+
+
+def _device(choice: str, values: Tensor) -> torch.device:
+    check_choice("eigensolve_device", choice, ("auto", "cpu", "cuda"))
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`eigensolve_device` is 'cuda', and there is none: take 'auto' or 'cpu'.")
+    if choice == "auto":
+        return torch.device("cpu") if values.shape[-1] <= 512 else values.device
+    return torch.device(choice)
+
+
+def _result(
+    grams: Grams,
+    data: Data,
+    whole: Statistics,
+    draws: list[Statistics],
+    *,
+    key: Key,
+    top_k: int,
+    num_parameters: Sequence[int] | None,
+) -> GramSpectrum:
+    num = data.values.shape[-1]
+    num_groups = int(data.groups.max()) + 1
+    nan = whole.spectra.new_tensor(torch.nan)
+
+    def spread(name: str, kind: str) -> Tensor:
+        value = getattr(whole, kind)[name]
+        if len(draws) < 2 or num_groups < 2:
+            return torch.full_like(value, torch.nan)
+        return torch.stack([getattr(draw, kind)[name] for draw in draws]).std(0)
+
+    numbers = dict(whole.numbers)
+    means = [draw.numbers["largest_eigenvalue"] for draw in draws] if num_groups > 1 else []
+    numbers["largest_eigenvalue_bias"] = (
+        (torch.stack(means).mean(0) if means else nan) - numbers["largest_eigenvalue"]
+    )  # fmt: skip
+    numbers["rank_bound"] = data.limits.clamp(max=num - data.centered).to(whole.spectra)
+    spectra = whole.spectra[:, :top_k].clone()
+    spectra[torch.arange(spectra.shape[1], device=spectra.device) >= data.limits[:, None]] = torch.nan
+    blocks, coupling = list(grams.blocks), whole.coupling
+    return GramSpectrum(
+        eigenvalues=spectra[:-1],
+        global_eigenvalues=spectra[-1],
+        coupling=coupling["coupling"],
+        coupling_debiased=coupling["coupling_debiased"],
+        coupling_debiased_stderr=spread("coupling_debiased", "coupling"),
+        off_block_mass=float(coupling["off_block_mass"]),
+        off_block_mass_debiased=Estimate(
+            coupling["off_block_mass_debiased"], spread("off_block_mass_debiased", "coupling"), num_groups
+        ),
+        num_samples=num,
+        num_groups=num_groups,
+        num_unscored=0,
+        unit=grams.unit,
+        centered=data.centered,
+        bootstrap=len(draws),
+        key=key,
+        numbers=numbers,
+        errors={name: spread(name, "numbers") for name in whole.numbers},
+        num_parameters=[0] * len(blocks) if num_parameters is None else [*num_parameters],
+        jittered=[[*blocks, "all"][i] for i in whole.jittered],
+        by_rows=list(grams.by_rows),
+        blocks=blocks,
+    )
