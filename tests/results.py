@@ -12,6 +12,8 @@ import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
+from funcscope.curvature.gram import gradient_norms, gram
+from funcscope.fisher import task_conflicts
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -29,6 +31,13 @@ def loss() -> fs.Loss:
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
     inputs = fs.normal(fs.key(1), torch.zeros(NUM, 3, dtype=torch.float64))
     return fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+
+
+@cache
+def second_loss() -> fs.Loss:
+    """Another task for the same classifier."""
+    inputs = fs.normal(fs.key(3), torch.zeros(NUM, 3, dtype=torch.float64))
+    return fs.objective(loss().net, [(inputs, torch.tensor([1, 0, 0, 1, 0, 1]))], fs.classification)
 
 
 @cache
@@ -78,6 +87,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "SpectralDensity": lambda: fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6),
     "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
     "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
+    "Grams": lambda: gram(loss(), theta(), by="tensor"),
+    "Norms": lambda: gradient_norms(loss(), theta(), by="tensor"),
     "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),
     "MSharpness": lambda: fs.m_sharpness(loss(), theta(), m=2),
     "SamSharpness": lambda: fs.sam_sharpness(loss(), theta()),
@@ -126,6 +137,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
+    "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
