@@ -13,7 +13,7 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.curvature.gram import gradient_norms, gram
-from funcscope.fisher import task_conflicts
+from funcscope.fisher import importance, mask_overlap, pruning_mask, task_conflicts
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -137,6 +137,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
+    "Importance": lambda: importance(theta().square(), loss().layout),
+    "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
+    "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }

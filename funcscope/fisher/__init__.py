@@ -2,18 +2,29 @@
 
 from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
 from .heads import HeadPart, Heads, head_part, head_views
+from .importance import Importance, importance, importance_vector
 from .label_permutation import LabelTest, label_test
+from .masks import PruningMask, obd_saliency, pruning_mask
+from .overlap import MaskOverlap, mask_overlap
 from .whitening import whitened_grams
 
 __all__ = [
     "HeadPart",
     "Heads",
+    "Importance",
     "LabelTest",
+    "MaskOverlap",
+    "PruningMask",
     "TaskConflicts",
     "gram_conflicts",
     "head_part",
     "head_views",
+    "importance",
+    "importance_vector",
     "label_test",
+    "mask_overlap",
+    "obd_saliency",
+    "pruning_mask",
     "task_conflicts",
     "whitened_grams",
 ]
