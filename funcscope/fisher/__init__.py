@@ -3,12 +3,14 @@
 from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
 from .heads import HeadPart, Heads, head_part, head_views
 from .importance import Importance, importance, importance_vector
+from .interference import HeadInterference, head_interference
 from .label_permutation import LabelTest, label_test
 from .masks import PruningMask, obd_saliency, pruning_mask
 from .overlap import MaskOverlap, mask_overlap
 from .whitening import whitened_grams
 
 __all__ = [
+    "HeadInterference",
     "HeadPart",
     "Heads",
     "Importance",
@@ -17,6 +19,7 @@ __all__ = [
     "PruningMask",
     "TaskConflicts",
     "gram_conflicts",
+    "head_interference",
     "head_part",
     "head_views",
     "importance",

@@ -50,7 +50,7 @@ def whitened_grams(
     views = block_views(first.layout, by)
     parts = []
     for name, members in views.items():
-        a, b = (block_rows(loss, theta, members, chunk_size) for loss in (first, second))
+        (a,), (b,) = (block_rows(loss, theta, [members], chunk_size) for loss in (first, second))
         weights = torch.cat([a, b]).square().mean(0) if fisher is None else cut_views(fisher, first.layout, members)
         root = damped(weights.to(a), damping, name).sqrt()
         a, b = a / root, b / root
@@ -60,13 +60,15 @@ def whitened_grams(
     return aa, ab, bb
 
 
-def block_rows(loss: Loss, theta: Tensor, views: Sequence[View], chunk_size: int) -> Float[Tensor, "n k"]:
-    """The gradients of single sequences in some views, wide: those of their parameters only are taken."""
-    names = list(dict.fromkeys(view.leaf for view in views))
+def block_rows(
+    loss: Loss, theta: Tensor, blocks: Sequence[Sequence[View]], chunk_size: int
+) -> list[Float[Tensor, "n k"]]:
+    """The gradients of single sequences in some blocks, wide: those of their parameters only are taken, once."""
+    names = list(dict.fromkeys(view.leaf for views in blocks for view in views))
     net = loss.net.only(names, loss.params(theta))
-    part = replace(loss, net=net)
-    rows = per_sample_gradients(part, net.theta.to(theta), chunk_size=chunk_size)
-    return torch.stack([cut_views(row, net.layout, views) for row in rows]).to(wide(rows.device))
+    rows = per_sample_gradients(replace(loss, net=net), net.theta.to(theta), chunk_size=chunk_size)
+    wider = wide(rows.device)
+    return [torch.stack([cut_views(row, net.layout, views) for row in rows]).to(wider) for views in blocks]
 
 
 def cut_views(vector: Float[Tensor, " p"], layout: Layout, views: Sequence[View]) -> Float[Tensor, " k"]:
