@@ -7,13 +7,23 @@ from functools import cache
 
 import numpy as np
 import torch
+from problems import seeded
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
-from funcscope.fisher import fisher_spectrum
+from funcscope.fisher import (
+    fisher_spectrum,
+    head_interference,
+    head_views,
+    importance,
+    mask_overlap,
+    pruning_mask,
+    task_conflicts,
+)
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -31,6 +41,13 @@ def loss() -> fs.Loss:
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
     inputs = fs.normal(fs.key(1), torch.zeros(NUM, 3, dtype=torch.float64))
     return fs.objective(fs.functional(model), [(inputs, torch.tensor([0, 1, 0, 1, 1, 0]))], fs.classification)
+
+
+@cache
+def second_loss() -> fs.Loss:
+    """Another task for the same classifier."""
+    inputs = fs.normal(fs.key(3), torch.zeros(NUM, 3, dtype=torch.float64))
+    return fs.objective(loss().net, [(inputs, torch.tensor([1, 0, 0, 1, 0, 1]))], fs.classification)
 
 
 @cache
@@ -65,6 +82,15 @@ def sampled(at: torch.Tensor) -> fs.DirectionalLosses:
 
 def comparison() -> Result:
     return fs.compare_directional(sampled(theta()), sampled(1.1 * theta()))
+
+
+def interference() -> Result:
+    """Of a language model of one layer."""
+    config = GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4, bos_token_id=1, eos_token_id=1)
+    net = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config)))
+    ids = seeded(1, lambda: torch.randint(1, 9, (3, 2, 4)))
+    a, b, held = (fs.objective(net, [{"input_ids": each}], fs.causal_lm) for each in ids)
+    return head_interference(a, b, held, net.theta, views=head_views(net, config), key=fs.key(0), num=9)
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -132,6 +158,11 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
+    "HeadInterference": interference,
+    "Importance": lambda: importance(theta().square(), loss().layout),
+    "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
+    "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
+    "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

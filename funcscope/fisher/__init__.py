@@ -1,7 +1,40 @@
-"""Fisher information of tasks: spectra of gradients' second moments by block."""
+"""The Fisher information of tasks: what each needs, where tasks conflict, and which heads they share."""
 
+from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
+from .heads import HeadPart, Heads, head_part, head_views
+from .importance import Importance, importance, importance_vector
+from .interference import HeadInterference, head_interference
+from .label_permutation import LabelTest, label_test
+from .masks import PruningMask, obd_saliency, pruning_mask
+from .overlap import MaskOverlap, mask_overlap
 from .precomputed import gradient_gram
 from .spectrum import fisher_spectrum, gram_spectrum
 from .spectrum_result import GramSpectrum
+from .whitening import whitened_grams
 
-__all__ = ["GramSpectrum", "fisher_spectrum", "gradient_gram", "gram_spectrum"]
+__all__ = [
+    "GramSpectrum",
+    "HeadInterference",
+    "HeadPart",
+    "Heads",
+    "Importance",
+    "LabelTest",
+    "MaskOverlap",
+    "PruningMask",
+    "TaskConflicts",
+    "fisher_spectrum",
+    "gradient_gram",
+    "gram_conflicts",
+    "gram_spectrum",
+    "head_interference",
+    "head_part",
+    "head_views",
+    "importance",
+    "importance_vector",
+    "label_test",
+    "mask_overlap",
+    "obd_saliency",
+    "pruning_mask",
+    "task_conflicts",
+    "whitened_grams",
+]

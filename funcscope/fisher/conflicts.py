@@ -1,0 +1,197 @@
+"""Whether two tasks pull parameters in opposite directions, block by block, from inner products of per-sample gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_count
+from ..core.keys import Key, check_key, fold_in
+from ..core.objective import Loss, Theta
+from ..core.result import Result, derived, internal, quantity
+from ..core.statistics import q_values
+from ..curvature.gram import Blocks, Grams, Unit, gram
+from .label_permutation import label_test
+from .mean_gradients import bootstrapped, jackknifed, unbiased
+from .whitening import check_tasks, whitened_grams
+
+Values = Float[Tensor, " b"]
+
+
+class TaskConflicts(Result):
+    """Mean gradients of two tasks, block by block: how long, how aligned, whether they differ and whether they oppose."""
+
+    inner: Values = quantity("inner product of mean gradients", per="block", stderr="inner_stderr")
+    square_first: Values = quantity("squared mean gradient, first task", per="block", stderr="square_first_stderr")
+    square_second: Values = quantity("squared mean gradient, second task", per="block", stderr="square_second_stderr")
+    cosine: Values = quantity("cosine of mean gradients", per="block", stderr="cosine_stderr")
+    cosine_low: Values = quantity("2.5 % bound of the cosine", per="block")
+    cosine_high: Values = quantity("97.5 % bound of the cosine", per="block")
+    undefined: Values = quantity("resamples without a cosine", per="block")
+    difference: Values = quantity("mean between minus within tasks", per="block")
+    p_differ: Values = quantity("p that tasks differ", per="block")
+    p_conflict: Values = quantity("p that tasks conflict", per="block")
+    num_first: int
+    num_second: int
+    num: int
+    unit: str
+    unit_length: bool
+    key: Key
+    inner_stderr: Values = internal()
+    square_first_stderr: Values = internal()
+    square_second_stderr: Values = internal()
+    cosine_stderr: Values = internal()
+    blocks: list[str] = internal()
+
+    @derived("q that tasks differ", per="block")
+    def q_differ(self) -> Values:
+        return torch.tensor(q_values(self.p_differ.tolist()), dtype=torch.float64)
+
+    @derived("q that tasks conflict", per="block")
+    def q_conflict(self) -> Values:
+        return torch.tensor(q_values(self.p_conflict.tolist()), dtype=torch.float64)
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"block": self.blocks}
+
+    @property
+    def head(self) -> str:
+        return (
+            f"gradients of {self.num_first} and {self.num_second} {self.unit}s of two tasks in {len(self.blocks)} blocks, "
+            f"{self.num} resamples"
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        notes = []
+        if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
+            notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
+        if 20 * len(self.blocks) > self.num + 1:
+            notes.append(
+                f"one block alone among {len(self.blocks)} cannot have q <= 0.05 with {self.num} resamples: take "
+                f"{20 * len(self.blocks) - 1}."
+            )
+        return notes
+
+
+def task_conflicts(
+    first: Loss,
+    second: Loss,
+    theta: Theta,
+    *,
+    key: Key,
+    by: Blocks = "layer",
+    unit: Unit = "sequence",
+    whitened: bool = False,
+    unit_length: bool = False,
+    num: int = 999,
+    chunk_size: int = 64,
+) -> TaskConflicts:
+    r"""`gram_conflicts` of the Grams of two data sets at one theta.
+
+    whitened: gradients over the root of the mean of their squares over the samples of both tasks (`whitened_grams`). They are
+    multiplied out for that, block by block; for sequences. Other arguments: those of `gram` and `gram_conflicts`.
+
+    Raises ValueError for tasks of different parameters, and as `gram` and `gram_conflicts` do.
+    """
+    check_tasks(first, second)
+    if whitened:
+        if unit != "sequence":
+            raise ValueError(
+                f"`whitened` needs `unit='sequence'`, got {unit!r}: whitened gradients are those of sequences."
+            )
+        three = whitened_grams(first, second, theta, by=by, chunk_size=min(chunk_size, 8))
+    else:
+        own = [gram(loss, theta, by=by, unit=unit, chunk_size=chunk_size) for loss in (first, second)]
+        three = own[0], gram(first, theta, other=second, by=by, unit=unit, chunk_size=chunk_size), own[1]
+    return gram_conflicts(*three, key=key, unit_length=unit_length, num=num)
+
+
+def gram_conflicts(
+    first: Grams, between: Grams, second: Grams, *, key: Key, unit_length: bool = False, num: int = 999
+) -> TaskConflicts:
+    r"""Unbiased inner products and lengths of the mean gradients of tasks A and B, and two tests with samples as replicates.
+
+    $$\widehat{\langle \mu_A, \mu_B \rangle} = \frac{1}{nm} \sum_{ij} K^{AB}_{ij}, \qquad
+      \widehat{\lVert \mu_A \rVert^2} = \frac{\sum_{i \ne j} K^{AA}_{ij}}{n (n-1)}, \qquad
+      \cos = \frac{\widehat{\langle \mu_A, \mu_B \rangle}}
+      {(\widehat{\lVert \mu_A \rVert^2}\,\widehat{\lVert \mu_B \rVert^2})^{1/2}}.$$
+
+    The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It is nan where a
+    squared length is not above 0, and may lie outside [-1, 1]. Standard errors are jackknifed over samples of both tasks (too
+    large, by up to $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
+    of the samples). Bounds are quantiles of a bootstrap of both tasks, in which pairs of copies of one sample are left out,
+    over the resamples that have a cosine; the share of the others is `undefined`.
+
+    `p_differ`: `label_test`, exact. It sees differences of size, too: a task of longer sequences has longer sums.
+    `p_conflict`: $(1 + \#\{\langle \bar g_A^*, \bar g_B^* \rangle \ge 0\}) / (1 + R)$ over the bootstrap, one-sided, of
+    $\langle \mu_A, \mu_B \rangle \ge 0$: to first order of the samples' number, and conservative where both means are 0.
+    `q_*`: Benjamini and Hochberg's over blocks.
+
+    unit_length: of every gradient's direction, so that K holds the cosines of samples and long sequences count no more.
+
+    A document permutes the coordinates of two gradients: pairs of more than some fifty coordinates have p near 0 then, of one
+    task with itself, too. That coordinates are exchangeable is not the hypothesis that tasks do not conflict.
+
+    Raises ValueError for Grams that do not belong together, fewer than two samples of a task, and with `unit_length` for
+    a sample without a gradient. nan where a block has a value that is not finite.
+
+    >>> import funcscope as fs
+    >>> a, b = torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.0]]), torch.tensor([[-2.0, 0.3], [-2.0, -0.3]])
+    >>> three = [Grams((x @ y.T)[None], "sequence", 0, [], ["all"]) for x, y in ((a, a), (a, b), (b, b))]
+    >>> result = gram_conflicts(*three, key=fs.key(0))
+    >>> float(result.inner), float(result.p_conflict)
+    (-2.0, 0.001)
+    """
+    check_key(key)
+    check_count("num", num)
+    _check_grams(first, between, second)
+    aa, ab, bb = (each.values.double() for each in (first, between, second))
+    if unit_length:
+        a, b = (_lengths(each, name) for each, name in ((aa, "first"), (bb, "second")))
+        aa, ab, bb = (
+            aa / (a[:, :, None] * a[:, None]),
+            ab / (a[:, :, None] * b[:, None]),
+            bb / (b[:, :, None] * b[:, None]),
+        )
+    pooled = torch.cat([torch.cat([aa, ab], 2), torch.cat([ab.mT, bb], 2)], 1)
+    labels = label_test(pooled, ab.shape[1], key=fold_in(key, "labels"), num=num)
+    drawn = bootstrapped(aa, ab, bb, fold_in(key, "samples"), num)
+    cosines = drawn.cosine
+    low, high = (cosines.nanquantile(q, 1) for q in (0.025, 0.975))
+    value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb)
+    as_large = (1 + (~(drawn.inner < 0)).sum(1).double()) / (1 + num)
+    n, m = ab.shape[1:]
+    return TaskConflicts(
+        value.inner, value.first, value.second, value.cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
+        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, between.unit, unit_length, key,
+        errors.inner, errors.first, errors.second, errors.cosine, list(between.blocks),
+    )  # fmt: skip
+
+
+def _lengths(gram: Tensor, name: str) -> Tensor:
+    squares = gram.diagonal(dim1=1, dim2=2)
+    if bool((squares <= 0).any()):
+        block, sample = (squares <= 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"`unit_length` needs samples with gradients, and sample {sample} of the {name} task has none in block {block}: "
+            "leave it out."
+        )
+    return squares.sqrt()
+
+
+def _check_grams(first: Grams, between: Grams, second: Grams) -> None:
+    n, m = between.values.shape[1:]
+    shapes = [tuple(each.values.shape[1:]) for each in (first, between, second)]
+    if shapes != [(n, n), (n, m), (m, m)]:
+        raise ValueError(
+            f"the Grams must be of (n, n), (n, m) and (m, m) samples, got {shapes}: the second is `gram(other=)`."
+        )
+    if not first.blocks == between.blocks == second.blocks or not first.unit == between.unit == second.unit:
+        raise ValueError(
+            "the three Grams must have the same blocks and the same unit of samples: take them with equal `by`."
+        )

@@ -1,0 +1,260 @@
+"""Conflicts of tasks: against plain loops over gradients, and the tests' levels and power."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import scipy
+import torch
+from problems import problem, seeded, tokens
+
+import funcscope as fs
+from funcscope.core.keys import uniform
+from funcscope.core.layout import View
+from funcscope.curvature.gram import Grams
+from funcscope.curvature.rows import per_sample_gradients
+from funcscope.fisher import gram_conflicts, label_test, task_conflicts, whitened_grams
+from funcscope.fisher.mean_gradients import bootstrapped, counts_drawn
+
+
+def grams(a: torch.Tensor, b: torch.Tensor) -> list[Grams]:
+    """From gradients (blocks, samples, coordinates)."""
+    names = [f"b{i}" for i in range(len(a))]
+    return [Grams(x @ y.mT, "sequence", 0, [], names) for x, y in ((a, a), (a, b), (b, b))]
+
+
+def normals(seed: int, *shape: int) -> torch.Tensor:
+    return seeded(seed, lambda: torch.randn(*shape, dtype=torch.float64))
+
+
+def two_tasks() -> tuple[fs.Loss, fs.Loss]:
+    model, _, criterion = problem("gpt2")
+    net = fs.functional(model)
+    return tuple(fs.objective(net, [tokens(seed, rows, 6)], criterion) for seed, rows in ((11, 4), (12, 3)))
+
+
+def moments(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """The oracle: pairs of different samples, one at a time."""
+    n, m = len(a), len(b)
+    inner = sum(float(x @ y) for x in a for y in b) / (n * m)
+    first = sum(float(a[i] @ a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    second = sum(float(b[i] @ b[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    cosine = inner / math.sqrt(first * second) if min(first, second) > 0 else math.nan
+    return {"inner": inner, "square_first": first, "square_second": second, "cosine": cosine}
+
+
+def test_every_block_of_a_model_has_the_moments_of_its_gradients():
+    one, two = two_tasks()
+    result = task_conflicts(one, two, one.net.theta, key=fs.key(0), num=19)
+    a, b = (per_sample_gradients(loss, one.net.theta) for loss in (one, two))
+    for i, (name, views) in enumerate(one.layout.blocks("layer").items()):
+        assert result.blocks[i] == name
+        places = torch.cat([torch.arange(one.layout.num)[one.layout.by_name[view.leaf].slice] for view in views])
+        for attribute, oracle in moments(a[:, places], b[:, places]).items():
+            assert float(getattr(result, attribute)[i]) == pytest.approx(oracle, rel=1e-8, nan_ok=True)
+
+
+def test_errors_are_those_of_samples_left_out_in_turn():
+    a, b = 2 + normals(0, 6, 4), 2 + normals(1, 5, 4)
+    result = gram_conflicts(*grams(a[None], b[None]), key=fs.key(0), num=9)
+    without_a = [moments(torch.cat([a[:i], a[i + 1 :]]), b) for i in range(6)]
+    without_b = [moments(a, torch.cat([b[:i], b[i + 1 :]])) for i in range(5)]
+    for name in ("inner", "square_first", "square_second", "cosine"):
+        squares = 0.0
+        for rest in (without_a, without_b):
+            x = torch.tensor([each[name] for each in rest], dtype=torch.float64)
+            squares += float((len(x) - 1) / len(x) * (x - x.mean()).square().sum())
+        assert float(getattr(result, f"{name}_stderr")) == pytest.approx(math.sqrt(squares), rel=1e-9)
+
+
+def test_resamples_leave_out_pairs_of_copies():
+    """Corrections 2.7a: with copies, lengths centre on those of the sample means."""
+    a, b = 0.3 + normals(2, 7, 5), normals(3, 5, 5)
+    three = [each.values for each in grams(a[None], b[None])]
+    drawn = bootstrapped(*three, fs.key(4), 200)
+    for r in range(3):
+        counts = counts_drawn(7, fs.fold_in(fs.key(4), "first"), 200)[r]
+        places = [i for i, times in enumerate(counts.tolist()) for _ in range(times)]
+        pairs = [(i, j) for i, j in product(places, places) if i != j]
+        oracle = sum(float(a[i] @ a[j]) for i, j in pairs) / len(pairs)
+        assert float(drawn.first[0, r]) == pytest.approx(oracle, rel=1e-10)
+        other = counts_drawn(5, fs.fold_in(fs.key(4), "second"), 200)[r]
+        inner = float(a[places].mean(0) @ (other.double() @ b / 5))
+        assert float(drawn.inner[0, r]) == pytest.approx(inner, rel=1e-10)
+    truth = float(gram_conflicts(*grams(a[None], b[None]), key=fs.key(0), num=9).square_first)
+    attenuated = float(a.mean(0).square().sum())
+    stderr = float(drawn.first.std()) / 200**0.5
+    assert abs(float(drawn.first.mean()) - truth) < 4 * stderr
+    counts = counts_drawn(7, fs.fold_in(fs.key(4), "first"), 200).double()
+    plain = ((counts @ three[0][0]) * counts).sum(1) / 49
+    assert abs(float(plain.mean()) - truth) > 10 * stderr  # and lies above even what the sample mean has
+    assert float(plain.mean()) > attenuated
+
+
+def test_the_cosine_is_that_of_the_truth_where_that_of_the_means_is_half_of_it():
+    blocks, n, m, p = 60, 12, 9, 40
+    mean = torch.full((p,), 0.35, dtype=torch.float64)
+    a, b = mean + normals(5, blocks, n, p), mean + normals(6, blocks, m, p)
+    result = gram_conflicts(*grams(a, b), key=fs.key(0), num=9)
+    naive = torch.nn.functional.cosine_similarity(a.mean(1), b.mean(1), dim=1)
+    stderr = float(result.cosine.std()) / blocks**0.5
+    assert abs(float(result.cosine.mean()) - 1) < 4 * stderr + 0.02
+    assert float(naive.mean()) < 0.7
+    ratio = float(result.inner_stderr.square().mean().sqrt() / result.inner.std())
+    assert 0.75 < ratio < 1.35  # the error is that which repetitions have
+
+
+def test_there_is_no_cosine_of_a_mean_that_is_not_told_from_zero():
+    a, b = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double(), torch.ones(2, 2).double()
+    result = gram_conflicts(*grams(a[None], b[None]), key=fs.key(0), num=19)
+    assert float(result.square_first) == -1
+    assert result.cosine.isnan().all()
+    assert "no cosine" in result.notes[0]
+
+
+def test_p_values_of_labels_are_uniform_where_tasks_do_not_differ_and_q_values_are_as_by_hand():
+    a, b = (normals(seed, 300, num, 30).exp() for seed, num in ((7, 9), (8, 6)))  # skewed, unequal numbers
+    result = gram_conflicts(*grams(a, b), key=fs.key(1), num=499)
+    assert scipy.stats.kstest(result.p_differ.numpy(), "uniform").pvalue > 0.01
+    assert result.q_differ.min() > 0.05
+    for p, q in ((result.p_differ, result.q_differ), (result.p_conflict, result.q_conflict)):
+        ordered, places = p.sort()
+        m = len(p)
+        oracle = [min(min(float(ordered[j]) * m / (j + 1), 1.0) for j in range(k, m)) for k in range(m)]
+        torch.testing.assert_close(q[places], torch.tensor(oracle, dtype=torch.float64))
+
+
+def test_the_test_of_conflict_has_its_level_where_means_are_orthogonal():
+    p = 20
+    first, second = torch.zeros(p).double(), torch.zeros(p).double()
+    first[0], second[1] = 2.0, 2.0
+    a, b = first + normals(9, 400, 15, p), second + normals(10, 400, 15, p)
+    p_values = gram_conflicts(*grams(a, b), key=fs.key(2), num=299).p_conflict
+    rejected = float((p_values <= 0.05).double().mean())
+    assert 0.02 < rejected < 0.095  # of 400: .05 +- .011, and what 15 samples are short of many
+
+
+def test_planted_conflicts_are_found_and_nothing_else():
+    a, b = normals(11, 8, 20, 50), normals(12, 8, 20, 50)
+    a[3] += 0.5
+    b[3] -= 0.5
+    a[5] += 0.5
+    b[5] += 0.5
+    result = gram_conflicts(*grams(a, b), key=fs.key(3))
+    assert (result.q_conflict <= 0.05).nonzero().flatten().tolist() == [3]
+    assert (result.q_differ <= 0.05).nonzero().flatten().tolist() == [3]  # equal means do not differ
+    assert float(result.cosine[3]) == pytest.approx(-1, abs=0.2)
+    assert float(result.cosine_high[3]) < 0 < float(result.cosine_low[5])
+    assert result.p_conflict.min() == pytest.approx(1 / 1000)
+    assert "take 159" in gram_conflicts(*grams(a, b), key=fs.key(3), num=99).notes[-1]
+
+
+def test_documented_p_values_call_every_pair_a_conflict_of_one_task_with_itself():
+    """E28: coordinates permuted, in pairs whose cosine is at most -1/2, of two halves of the same data."""
+    orders = seeded(12, lambda: torch.rand(200, 200)).argsort(1)
+    signs = seeded(13, lambda: torch.randint(0, 2, (2, 12, 16, 1))) * 2.0 - 1
+    axis = normals(14, 12, 1, 200)
+    a, b = (signs[i] * axis + 0.3 * normals(15 + i, 12, 16, 200) for i in range(2))
+
+    def documented(x, y):
+        cosine = torch.nn.functional.cosine_similarity
+        at = cosine(x, y, dim=0)
+        return float(at), float((cosine(x[orders], y.expand(200, -1), dim=1).abs() >= at.abs()).double().mean())
+
+    found = [documented(x, y) for x, y in product(a[0, :6], b[0, :6])]
+    tested = [p for cosine, p in found if cosine <= -0.5]
+    assert len(tested) > 5
+    assert max(tested) == 0.0
+    result = gram_conflicts(*grams(a, b), key=fs.key(4))
+    assert result.q_conflict.min() > 0.05
+    assert result.q_differ.min() > 0.05
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_whitening_by_the_samples_of_one_task_makes_tasks_differ(pooled):
+    """Corrections 2.7b: with task A's own Fisher the level at .05 is .13 and more."""
+    a, b = 1 + normals(20, 400, 8, 60), 1 + normals(21, 400, 8, 60)
+    weights = torch.cat([a, b], 1).square().mean(1, keepdim=True) if pooled else a.square().mean(1, keepdim=True)
+    a, b = a / weights.sqrt(), b / weights.sqrt()
+    both = torch.cat([a, b], 1)
+    rejected = float((label_test(both @ both.mT, 8, key=fs.key(0), num=199).p_value <= 0.0501).double().mean())
+    assert rejected < 0.085 if pooled else rejected > 0.12
+
+
+def test_whitened_grams_are_those_of_divided_gradients():
+    one, two = two_tasks()
+    theta = one.net.theta
+    a, b = (per_sample_gradients(loss, theta) for loss in (one, two))
+    held = per_sample_gradients(two, theta).square().mean(0) + 1e-6
+    some = [leaf for leaf in one.layout.leaves if leaf.name.endswith(("h.1.attn.c_attn.weight", "h.0.ln_2.bias"))]
+    views = {leaf.name: (View(leaf.name, 0, slice(None)),) for leaf in some}
+    for given in (None, held):
+        three = whitened_grams(one, two, theta, by=views, fisher=given, damping=0.01)
+        for leaf in some:
+            x, y = a[:, leaf.slice], b[:, leaf.slice]
+            weights = torch.cat([x, y]).square().mean(0) if given is None else given[leaf.slice]
+            root = (weights + 0.01 * weights.mean()).sqrt()
+            for gram, (u, v) in zip(three, ((x, x), (x, y), (y, y)), strict=True):
+                torch.testing.assert_close(gram.block(leaf.name), (u / root) @ (v / root).T, rtol=1e-9, atol=1e-9)
+    assert len(some) == 2
+    result = task_conflicts(one, two, theta, key=fs.key(0), by=views, whitened=True, num=19)
+    dense = gram_conflicts(*whitened_grams(one, two, theta, by=views), key=fs.key(0), num=19)
+    assert torch.equal(result.inner, dense.inner)
+
+
+def test_directions_are_compared_whatever_their_lengths():
+    a, b = normals(22, 3, 6, 10), normals(23, 3, 5, 10)
+    scaled = a * torch.arange(1, 7)[None, :, None]
+    one, other = (gram_conflicts(*grams(x, b), key=fs.key(0), unit_length=True, num=99) for x in (a, scaled))
+    torch.testing.assert_close(one.inner, other.inner)
+    assert torch.equal(one.p_differ, other.p_differ)
+    oracle = torch.nn.functional.cosine_similarity(a[:, :, None], b[:, None], dim=3).mean((1, 2))
+    torch.testing.assert_close(one.inner, oracle)
+
+
+def test_the_label_test_counts_as_by_hand():
+    x = normals(24, 7, 3)
+    pooled = x @ normals(25, 3, 3) @ x.T  # not symmetric
+    found = label_test(pooled[None], 3, key=fs.key(5), num=49)
+
+    def statistic(first, second):
+        between = sum(float(pooled[i, j]) for i in first for j in second) / 12
+        within = [
+            sum(float(pooled[i, j]) for i in s for j in s if i != j) / (len(s) * (len(s) - 1)) for s in (first, second)
+        ]
+        return between - sum(within) / 2
+
+    at = statistic([0, 1, 2], [3, 4, 5, 6])
+    assert float(found.statistic) == pytest.approx(at)
+    count = 0
+    for i in range(49):
+        order = uniform(fs.fold_in(fs.key(5), i), torch.zeros(7).double()).argsort()
+        labels = (torch.arange(7) < 3)[order]
+        first = [k for k in range(7) if labels[k]]
+        count += statistic(first, [k for k in range(7) if k not in first]) <= at + 1e-12
+    assert float(found.p_value) == pytest.approx((1 + count) / 50)
+
+
+def test_what_is_no_pair_of_tasks_is_refused():
+    a, b = normals(26, 1, 4, 3), normals(27, 1, 3, 3)
+    aa, ab, bb = grams(a, b)
+    with pytest.raises(ValueError, match=r"\(n, n\), \(n, m\)"):
+        gram_conflicts(aa, bb, ab, key=fs.key(0))
+    with pytest.raises(ValueError, match="same blocks"):
+        gram_conflicts(replace(aa, blocks=["x"]), ab, bb, key=fs.key(0))
+    with pytest.raises(ValueError, match="two samples at least, got 4 and 1"):
+        gram_conflicts(*grams(a, b[:, :1]), key=fs.key(0))
+    with pytest.raises(ValueError, match="sample 2 of the first task has none in block 0"):
+        gram_conflicts(*grams(a * torch.tensor([1.0, 1, 0, 1])[None, :, None], b), key=fs.key(0), unit_length=True)
+    one, _ = two_tasks()
+    mlp = problem("mlp")
+    other = fs.objective(fs.functional(mlp.model), mlp.batches, mlp.criterion)
+    with pytest.raises(ValueError, match="same net"):
+        task_conflicts(one, other, one.net.theta, key=fs.key(0))
+    with pytest.raises(ValueError, match="needs `unit='sequence'`"):
+        task_conflicts(one, one, one.net.theta, key=fs.key(0), whitened=True, unit="token")
+    with pytest.raises(ValueError, match="above 0 in block"):
+        whitened_grams(one, one, one.net.theta, fisher=torch.zeros_like(one.net.theta))
