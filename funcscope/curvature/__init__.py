@@ -9,6 +9,9 @@ from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenva
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .hessian import ggn, hessian, hessian_difference
+from .kfac import Kfac
+from .kfac_factors import ekfac_factors, kfac_factors
+from .laplace import ewc_penalty, laplace_variance, natural_gradient
 from .m_sharpness import MSharpness, m_sharpness
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
@@ -26,6 +29,7 @@ __all__ = [
     "EigenvalueDifferences",
     "EigenvalueErrors",
     "FisherDiagonal",
+    "Kfac",
     "MSharpness",
     "SamSharpness",
     "SequenceForms",
@@ -42,7 +46,9 @@ __all__ = [
     "difference_step",
     "directional_curvatures",
     "eigenvalue_errors",
+    "ekfac_factors",
     "empirical_fisher",
+    "ewc_penalty",
     "exact_fisher",
     "fisher_diagonal_mc",
     "fisher_mc",
@@ -53,8 +59,11 @@ __all__ = [
     "hessian_block_traces",
     "hessian_difference",
     "hessian_summary",
+    "kfac_factors",
+    "laplace_variance",
     "m_sharpness",
     "micro_batches",
+    "natural_gradient",
     "per_sample_gradients",
     "relative_critical_sharpness",
     "sam_sharpness",
