@@ -82,7 +82,7 @@ class Kfac(Result):
     @property
     def traces_stderr(self) -> Float[Tensor, " b"]:
         """Over draws of the labels, the data being as they are; nan for one draw."""
-        return self.draw_traces.std(0) / self.num**0.5
+        return _stderr(self.draw_traces)
 
     @derived("trace of all blocks", stderr="trace_stderr")
     def trace(self) -> Float[Tensor, ""]:
@@ -90,7 +90,7 @@ class Kfac(Result):
 
     @property
     def trace_stderr(self) -> Float[Tensor, ""]:
-        return self.draw_traces.sum(1).std() / self.num**0.5
+        return _stderr(self.draw_traces.sum(1))
 
     @property
     def coords(self) -> dict[str, list[str]]:
@@ -146,6 +146,8 @@ class Kfac(Result):
     def logdet(self, damping: float, *, relative: bool = False, pi: bool = False) -> float:
         r"""$\log \det (F + \lambda I)$ over all P parameters; -inf for a singular F without damping."""
         shift = self._shift(damping, relative, pi, inverse=False)
+        if shift == 0 and self._is_singular():
+            return -math.inf  # rounding would make it a finite number
         products = [block.product for block in self.blocks.values()]
         inside = math.fsum(each.pi_logdet(shift) if pi else each.logdet(shift) for each in products)
         return inside + float((self.rest[self._outside].double() + shift).log().sum())
@@ -203,3 +205,8 @@ class Kfac(Result):
     def _is_singular(self) -> bool:
         outside = self.rest[self._outside]
         return any(block.product.is_singular for block in self.blocks.values()) or bool((outside == 0).any())
+
+
+def _stderr(draws: Float[Tensor, "num *b"]) -> Float[Tensor, "*b"]:
+    """Of the mean; nan for one draw."""
+    return draws.std(0) / len(draws) ** 0.5 if len(draws) > 1 else torch.full_like(draws[0], math.nan)
