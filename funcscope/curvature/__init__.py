@@ -11,6 +11,9 @@ from .directional import DifferenceStep, DirectionalCurvatures, difference_step,
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .gram import Grams, Norms, gradient_norms, gram, gram_matvec
 from .hessian import ggn, hessian, hessian_difference
+from .kfac import Kfac
+from .kfac_factors import ekfac_factors, kfac_factors
+from .laplace import ewc_penalty, laplace_variance, natural_gradient
 from .m_sharpness import MSharpness, m_sharpness
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
@@ -30,6 +33,7 @@ __all__ = [
     "EigenvalueErrors",
     "FisherDiagonal",
     "Grams",
+    "Kfac",
     "MSharpness",
     "Norms",
     "SamSharpness",
@@ -48,7 +52,9 @@ __all__ = [
     "difference_step",
     "directional_curvatures",
     "eigenvalue_errors",
+    "ekfac_factors",
     "empirical_fisher",
+    "ewc_penalty",
     "exact_fisher",
     "fisher_diagonal_mc",
     "fisher_mc",
@@ -62,8 +68,11 @@ __all__ = [
     "hessian_block_traces",
     "hessian_difference",
     "hessian_summary",
+    "kfac_factors",
+    "laplace_variance",
     "m_sharpness",
     "micro_batches",
+    "natural_gradient",
     "per_sample_gradients",
     "relative_critical_sharpness",
     "sam_sharpness",

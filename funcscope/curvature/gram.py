@@ -111,7 +111,7 @@ def gram(
 
     def add(name: str, a: LeafGradients, b: LeafGradients, at: slice, to: slice) -> None:
         for block, part_rows, part_cols in places[name]:
-            made = _finite(a.gram(b, part_rows, part_cols), name, at, to)
+            made = finite(a.gram(b, part_rows, part_cols), name, at, to)
             out[block, at, to] += made
             if other is None and at != to:
                 out[block, to, at] += made.T
@@ -171,7 +171,7 @@ def gradient_norms(
 
         def add(name: str, leaf: LeafGradients, at: slice = at) -> None:
             for block, part_rows, part_cols in places[name]:
-                out[block, at] += _finite(leaf.squares(part_rows, part_cols), name, at)
+                out[block, at] += finite(leaf.squares(part_rows, part_cols), name, at)
 
         data.each(tile, add)
     return Norms(out.sqrt(), unit, list(views))
@@ -230,7 +230,7 @@ def _places(layout: Layout, views: Mapping[str, Sequence[View]]) -> dict[str, li
     return places
 
 
-def _finite(values: Tensor, name: str, at: slice, to: slice | None = None) -> Tensor:
+def finite(values: Tensor, name: str, at: slice, to: slice | None = None) -> Tensor:
     bad = ~values.isfinite()
     if bool(bad.any()):
         rows = (bad.all(1) if to is not None else bad).nonzero()

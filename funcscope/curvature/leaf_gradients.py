@@ -107,7 +107,7 @@ class LeafGradients(NamedTuple):
         if tables is not None:
             one_, two_, rows = *tables, slice(None)
         buffers: list[Tensor | None] = [None, None]
-        for part in _chunks(rows, one_.shape[0], num_cols * max(self.num, other.num)):
+        for part in row_chunks(rows, one_.shape[0], num_cols * max(self.num, other.num)):
             a = one_.dense(part, cols, buffers[0])
             b = a if two_ is one_ else two_.dense(part, cols, buffers[1])
             buffers = [x.flatten() if old is None else old for x, old in zip((a, b), buffers, strict=True)]
@@ -123,7 +123,7 @@ class LeafGradients(NamedTuple):
             return both.sum((1, 2), dtype=wide(self.device)).clamp(min=0)
         out = torch.zeros(self.num, dtype=wide(self.device), device=self.device)
         buffer: Tensor | None = None
-        for part in _chunks(rows, num_rows, num_cols * self.num):
+        for part in row_chunks(rows, num_rows, num_cols * self.num):
             made = self.dense(part, cols, buffer)
             buffer = made.flatten() if buffer is None else buffer
             out += torch.linalg.vector_norm(made, dim=(1, 2), dtype=wide(self.device)).square()
@@ -195,7 +195,7 @@ def _only(x: LeafGradients, ids: Tensor) -> LeafGradients:
     return LeafGradients([Lookup(places, part.right)], (len(ids), x.shape[1]))
 
 
-def _chunks(rows: slice, num: int, width: int) -> Iterator[slice]:
+def row_chunks(rows: slice, num: int, width: int) -> Iterator[slice]:
     start, stop, _ = rows.indices(num)
     size = max(LEAST, AT_ONCE // max(width, 1))
     return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

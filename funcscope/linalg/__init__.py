@@ -4,6 +4,8 @@ from .algebra import added, dense, masked, principal, projected, scaled, shifted
 from .cg import Solution, conjugate_gradient
 from .diagonal import DiagonalEstimate, hutchinson_diagonal, xdiag
 from .eigen import Eigenpairs, eigenpairs
+from .kronecker import Kronecker
+from .low_rank import SecondMoment, woodbury_power, woodbury_solve
 from .matvec import Matvec, NonFinite, asymmetry
 from .quadrature import spectral_density
 from .quadrature_result import SpectralDensity
@@ -15,9 +17,11 @@ __all__ = [
     "BlockTraces",
     "DiagonalEstimate",
     "Eigenpairs",
+    "Kronecker",
     "Matvec",
     "NonFinite",
     "Ranks",
+    "SecondMoment",
     "Solution",
     "SpectralDensity",
     "SpectrumSummary",
@@ -40,6 +44,8 @@ __all__ = [
     "spectral_density",
     "spectrum_summary",
     "to_scipy",
+    "woodbury_power",
+    "woodbury_solve",
     "xdiag",
     "xtrace",
 ]
