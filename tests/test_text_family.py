@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -259,7 +260,8 @@ def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_pa
         assert row in out
     page = (tmp_path / "new" / "text.html").read_text()
     assert "Language models of prose and code" in page
-    assert "nats per byte" in page
+    assert "All are measured on both" in page
+    assert len(re.findall("Fine-tuned on (prose|code), the loss changes by", page)) == 2
     assert "training" in err
     assert all(o.reused for o in text_demo.run(SETTINGS, tmp_path / "new", quiet=True).outcomes)
 

@@ -89,7 +89,11 @@ def _demo(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         results = kind.run(settings, out)
-        page = _demo_page(results, settings, out / f"{settings.name}.html")
+        from ..view import demo as run_page  # plotly takes a second to import, and is an extra
+        from ..view import text_demo as texts_page
+
+        written = texts_page if args.family == "text" else run_page
+        page = written.write_page(results, out / f"{settings.name}.html")
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was made is kept in {out}, the same command goes on from there.")
         return 130
@@ -104,15 +108,6 @@ _DEMOS: dict[str, tuple[Any, Path]] = {
     "text": (text_demo, Path("funcscope-demo-text")),
 }
 """By the family that is trained: what runs it, and where it is kept unless something else is said."""
-
-
-def _demo_page(results: Results, settings: Any, path: Path) -> Any:
-    from ..view.demo import write_page  # plotly takes a second to import, and is an extra
-    from ..view.report import write_report
-
-    if isinstance(settings, demo.Settings):
-        return write_page(results, path)
-    return write_report(results, path, title="Language models of prose and code", lede=text_demo.lede(settings))
 
 
 COLUMNS = {
@@ -154,7 +149,7 @@ TEXT_COLUMNS = (
     ("mean_loss", "loss", "nats per byte"),
     ("directional_losses", "curvature_mean", "curvature"),
     ("fisher_information", "trace", "Fisher trace"),
-    ("fisher_information", "effective_rank", "effective rank"),
+    ("fisher_information", "max_eigenvalue", "its largest eigenvalue"),
 )
 """Of the table of the models of texts: metric, quantity, title."""
 

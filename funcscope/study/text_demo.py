@@ -84,15 +84,3 @@ def adjusted(settings: TextSettings, **changes: Any) -> TextSettings:
     check_positive("span", given.get("span", settings.span))
     settings = replace(settings, **given)
     return replace(settings, config=replace(settings.config, seed=given["seed"])) if "seed" in given else settings
-
-
-def lede(settings: TextSettings) -> list[str]:
-    """What the models are, for the top of a page."""
-    config = settings.config
-    return [
-        "Three language models of bytes, trained here on the standard library of Python: `base` on its docstrings, which are "
-        f"prose, and on its source, which is code; `prose` and `code` go on from it for {config.tuning_steps} steps on one "
-        "of them. Each is measured on both, on texts of modules that none of them has seen.",
-        "A token is a byte, so that losses are nats per byte. Pairs compare the base model with each of the others on one "
-        "kind of text: that of its own task, and the other one.",
-    ]
