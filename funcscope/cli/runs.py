@@ -11,7 +11,7 @@ from typing import Any
 from ..core.result import Result
 from ..core.tables import counted, numbers, said
 from ..families import family
-from ..study import demo
+from ..study import demo, text_demo
 from ..study.listing import Listing, terminal_width
 from ..study.results import Results
 from ..study.training import trained
@@ -22,16 +22,23 @@ from .studies import add_import
 def add_demo(commands: Any) -> None:
     show = commands.add_parser(
         "demo",
-        help="train a small transformer until it groks, and watch its loss landscape change",
-        description="Trains a one-layer transformer on modular addition (or goes on, or reuses finished checkpoints), "
-        "samples its loss along random directions at its checkpoints, prints a table, and writes a page and the numbers.",
-    )
-    show.add_argument("--quick", action="store_true", help="a smaller model: under a minute instead of two or three")
-    show.add_argument(
-        "--out", type=Path, default=Path("funcscope-demo"), metavar="DIR", help="default: ./funcscope-demo"
+        help="train small models, and measure them: one that groks, or language models of two tasks",
+        description="modular: trains a one-layer transformer on modular addition (or goes on, or reuses what is there), and "
+        "samples its loss along random directions at its checkpoints. text: trains a language model of prose and code, "
+        "fine-tunes it on each, and measures all three on both. Prints a table, and writes a page and the numbers.",
     )
     show.add_argument(
-        "--samples", type=int, metavar="N", help="random directions per checkpoint (default 50, quick 20)"
+        "--family", choices=tuple(_DEMOS), default="modular", help="which models are trained (default: %(default)s)"
+    )
+    show.add_argument("--quick", action="store_true", help="smaller models, and fewer measurements")
+    show.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: ./funcscope-demo, of text ./funcscope-demo-text"
+    )
+    show.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="random directions per model (default 50, quick 20; of text 10, quick 5)",
     )
     show.add_argument("--span", type=float, metavar="H", help="relative step along each direction (default 0.1)")
     show.add_argument("--seed", type=int, metavar="S", help="another data split, initialisation and set of directions")
@@ -74,21 +81,33 @@ def add_dashboard(commands: Any) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     check_plotly()
-    settings = demo.QUICK if args.quick else demo.FULL
-    settings = demo.adjusted(settings, n_samples=args.samples, span=args.span, seed=args.seed)
-    check_writable(args.out)
+    kind, out = _DEMOS[args.family]
+    settings = kind.QUICK if args.quick else kind.FULL
+    settings = kind.adjusted(settings, n_samples=args.samples, span=args.span, seed=args.seed)
+    out = args.out or out
+    check_writable(out)
     started = time.perf_counter()
     try:
-        results = demo.run(settings, args.out)
-        from ..view.demo import write_page  # plotly takes a second to import, and is an extra
+        results = kind.run(settings, out)
+        from ..view import demo as run_page  # plotly takes a second to import, and is an extra
+        from ..view import text_demo as texts_page
 
-        page = write_page(results, args.out / f"{settings.name}.html")
+        written = texts_page if args.family == "text" else run_page
+        page = written.write_page(results, out / f"{settings.name}.html")
     except KeyboardInterrupt:
-        print(f"\nfuncscope: interrupted; what was made is kept in {args.out}, the same command goes on from there.")
+        print(f"\nfuncscope: interrupted; what was made is kept in {out}, the same command goes on from there.")
         return 130
-    print(_table(results).text(terminal_width()))
-    print(f"\n{time.perf_counter() - started:.0f} s\npage     {page}\nstudy    {args.out}")
+    table = _texts_table(results) if args.family == "text" else _table(results)
+    print(table.text(terminal_width()))
+    print(f"\n{time.perf_counter() - started:.0f} s\npage     {page}\nstudy    {out}")
     return 1 if results.failed else 0
+
+
+_DEMOS: dict[str, tuple[Any, Path]] = {
+    "modular": (demo, Path("funcscope-demo")),
+    "text": (text_demo, Path("funcscope-demo-text")),
+}
+"""By the family that is trained: what runs it, and where it is kept unless something else is said."""
 
 
 COLUMNS = {
@@ -124,6 +143,26 @@ def _table(results: Results) -> Listing:
         "trace",
     )
     return Listing(("step", *titles), tuple(rows))
+
+
+TEXT_COLUMNS = (
+    ("mean_loss", "loss", "nats per byte"),
+    ("directional_losses", "curvature_mean", "curvature"),
+    ("fisher_information", "trace", "Fisher trace"),
+    ("fisher_information", "max_eigenvalue", "its largest eigenvalue"),
+)
+"""Of the table of the models of texts: metric, quantity, title."""
+
+
+def _texts_table(results: Results) -> Listing:
+    """The main numbers of every model on every kind of text."""
+    rows = []
+    for name, model in results.models.items():
+        there = {metric: outcome.result for metric, outcome in model.metrics.outcomes.items() if outcome.result}
+        if "mean_loss" in model.metrics:
+            cells = (_number(there[metric], each) if metric in there else "" for metric, each, _ in TEXT_COLUMNS)
+            rows.append((Path(name).name, *cells))
+    return Listing(("model", *(title for _, _, title in TEXT_COLUMNS)), tuple(rows))
 
 
 def _number(result: Result, name: str) -> str:

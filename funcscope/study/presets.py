@@ -40,3 +40,11 @@ RUN: Preset = {
     "directional_comparison": {},
 }
 """Of a training run: the curves, what is measured at every checkpoint, then at its phases, then of all together."""
+TEXT: Preset = {
+    "mean_loss": {},
+    "loss_comparison": {},
+    "directional_losses": {"n_samples": 10, "span": 0.1},
+    "fisher_information": {"method": "exact", "num": 2, "tol": 1e-2, "num_probes": 2, "steps": 10, "trace_matvecs": 16},
+    "linear_path": {"num": 11},
+}
+"""Of a base model and those fine-tuned from it, on the data of each: what the demonstration of the family `text` measures."""

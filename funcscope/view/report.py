@@ -23,11 +23,18 @@ from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, 
 __all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
 
-def write_report(results: Results, path: str | Path, *, title: str = "", metrics: Sequence[str] | None = None) -> Page:
+def write_report(
+    results: Results,
+    path: str | Path,
+    *,
+    title: str = "",
+    metrics: Sequence[str] | None = None,
+    lede: Sequence[str] = (),
+) -> Page:
     """One page of a study's results, with what failed and why; returns it, a notebook shows it.
 
     path: `.html` for a page that is whole in itself, `.md` for Markdown with tables, whose figures `save_plots` makes.
-    metrics: the ones that it has, in this order; None: all.
+    metrics: the ones that it has, in this order; None: all. lede: paragraphs below the title, of a page that is HTML.
 
     Raises ValueError for another ending, for a metric that the study does not have, and for a study of nothing.
     """
@@ -43,7 +50,7 @@ def write_report(results: Results, path: str | Path, *, title: str = "", metrics
     title = title or (f"What {len(models)} models are like" if len(models) > 1 else f"What {models[0]} is like")
     strip = _strip(results)
     is_page = path.suffix == ".html"
-    text = render(title, "funcscope", (), strip, body) if is_page else markdown(title, strip, body)
+    text = render(title, "funcscope", lede, strip, body) if is_page else markdown(title, strip, body)
     write(path, text.encode())
     return Page(path)
 
