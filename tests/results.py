@@ -16,6 +16,7 @@ from funcscope.core.result import Result
 from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
+    compare_methods,
     fisher_spectrum,
     head_interference,
     head_views,
@@ -106,6 +107,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "SpectralDensity": lambda: fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6),
     "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
     "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
+    "MethodComparison": lambda: compare_methods(loss(), theta(), key=fs.key(0), num=2, num_directions=2, rank=2),
     "GramSpectrum": lambda: fisher_spectrum(loss(), theta(), key=fs.key(0), by="tensor", bootstrap=5),
     "Kfac": lambda: fs.curvature.ekfac_factors(loss(), theta(), key=fs.key(0), num=2),
     "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),

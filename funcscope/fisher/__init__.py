@@ -6,6 +6,7 @@ from .importance import Importance, importance, importance_vector
 from .interference import HeadInterference, head_interference
 from .label_permutation import LabelTest, label_test
 from .masks import PruningMask, obd_saliency, pruning_mask
+from .methods import MethodComparison, compare_methods
 from .overlap import MaskOverlap, mask_overlap
 from .precomputed import gradient_gram
 from .spectrum import fisher_spectrum, gram_spectrum
@@ -20,8 +21,10 @@ __all__ = [
     "Importance",
     "LabelTest",
     "MaskOverlap",
+    "MethodComparison",
     "PruningMask",
     "TaskConflicts",
+    "compare_methods",
     "fisher_spectrum",
     "gradient_gram",
     "gram_conflicts",
