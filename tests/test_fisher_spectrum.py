@@ -220,6 +220,18 @@ def test_more_samples_than_a_quarter_of_the_parameters_still_have_eigenvalues():
     assert bool(found.eigenvalues[0, 8:].isnan().all())
 
 
+def test_eigenvalues_that_are_rounding_are_in_no_rank():
+    rows = gradients(60, 3)
+    noise = gradients(60, 60, (1e-5 / 60) ** 0.5, seed=1)
+    noisy = rows @ rows.T + noise @ noise.T  # eigenvalues of about 1e-7 times the largest, as rounding to float32 makes
+    found = gram_spectrum(noisy, key=KEY, bootstrap=0, num_parameters=[3], rounding=1e-6)
+    assert float(found.effective_rank) == pytest.approx(matrix_ranks(rows).effective_rank, rel=1e-3)
+    assert (found.global_numerical_rank, found.global_condition_number < 10) == (3, True)
+    unaware = gram_spectrum(noisy, key=KEY, bootstrap=0)
+    assert float(unaware.effective_rank) > 1.05 * float(found.effective_rank)  # negative control
+    assert unaware.global_condition_number > 1e4
+
+
 def test_a_refused_matrix_is_moved_only_then_and_the_result_says_so(monkeypatch):
     rows, real, calls = gradients(6, 9), torch.linalg.eigvalsh, []
 

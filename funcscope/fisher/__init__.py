@@ -8,6 +8,7 @@ from .label_permutation import LabelTest, label_test
 from .masks import PruningMask, obd_saliency, pruning_mask
 from .methods import MethodComparison, compare_methods
 from .overlap import MaskOverlap, mask_overlap
+from .accumulators import Ema, Welford
 from .precomputed import gradient_gram
 from .spectrum import fisher_spectrum, gram_spectrum
 from .spectrum_result import GramSpectrum
@@ -41,3 +42,4 @@ __all__ = [
     "task_conflicts",
     "whitened_grams",
 ]
+__all__ = ["Ema", "GramSpectrum", "Welford", "fisher_spectrum", "gradient_gram", "gram_spectrum"]
