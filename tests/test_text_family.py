@@ -184,11 +184,15 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run_byte_for_byte(whole, t
 def test_finished_models_are_reused_and_nothing_global_moves(whole, tmp_path):
     folder, _ = whole
     before, threads = stored(folder), torch.get_num_threads()
+    next(text.train(TINY, with_texts(whole, tmp_path / "begun")))
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(threads + 1)  # the bits do not depend on it
     assert list(text.train(TINY, folder)) == []
     assert stored(folder) == before
-    again = seeded(99, lambda: list(text.train(TINY, with_texts(whole, tmp_path))))
-    assert stored(tmp_path) == before
-    assert torch.get_num_threads() == threads
+    again = seeded(99, lambda: list(text.train(TINY, with_texts(whole, tmp_path / "anew"))))
+    assert stored(tmp_path / "anew") == before
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
     assert again
 
 

@@ -33,9 +33,19 @@ EVERY = 50
 """Steps between two points, and between two states from which an interrupted training goes on."""
 RECORD = "training.json"
 STATE = "training.safetensors"
-THREADS = 2
 SCORED = 128
 """Held-out texts of each kind that the losses are of."""
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: in models as small as these several mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Point(NamedTuple):
@@ -51,8 +61,8 @@ def train(config: Config, folder: Path) -> Iterator[Point]:
 
     The base is trained on windows of both kinds of text, half of each, the other two go on from it on their own. AdamW, a
     linear warm-up and a cosine to zero, gradients clipped at norm 1. A model that is there is reused; one that is not
-    finished goes on from the last state that was kept, with the same bits as an uninterrupted run on the same machine and
-    number of threads, of which there are at most two.
+    finished goes on from the last state that was kept, with the same bits as an uninterrupted run on the same machine. It
+    computes on one thread, so that the bits do not depend on how many there are.
 
     Raises ValueError where the folder is of another configuration or of other texts, Damaged for files that were changed.
     """
@@ -60,14 +70,13 @@ def train(config: Config, folder: Path) -> Iterator[Point]:
     sums = {f"{split}/{kind}": _sum(path) for split, of in files.items() for kind, path in of.items()}
     streams = {kind: _stream(read(files["train"][kind])) for kind in KINDS}
     heldout = {kind: _rows(read(files["heldout"][kind])[:SCORED], config.length) for kind in KINDS}
-    with _few_threads():
-        for name in NAMES:
-            about = {"config": json.loads(json.dumps(asdict(config))), "texts": sums, "model": name}
-            if name != BASE:
-                about["base"] = _sum(folder / BASE / WEIGHTS)
-            if not _finished(folder / name, about):
-                yield from _trained(name, config, folder, about, streams, heldout)
-            (folder / name / STATE).unlink(missing_ok=True)
+    for name in NAMES:
+        about = {"config": json.loads(json.dumps(asdict(config))), "texts": sums, "model": name}
+        if name != BASE:
+            about["base"] = _sum(folder / BASE / WEIGHTS)
+        if not _finished(folder / name, about):
+            yield from _trained(name, config, folder, about, streams, heldout)
+        (folder / name / STATE).unlink(missing_ok=True)
 
 
 def losses(folder: Path) -> dict[str, dict[str, float]]:
@@ -110,6 +119,7 @@ def _trained(
     write(folder / name / RECORD, json.dumps(record, indent=1).encode())
 
 
+@_one_thread()
 def _step(model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, rows: Tensor, rate: float) -> float:
     optimiser.param_groups[0]["lr"] = rate
     optimiser.zero_grad()
@@ -126,6 +136,7 @@ def _nats(model: LlamaForCausalLM, rows: Int[Tensor, "b t"]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+@_one_thread()
 @torch.no_grad()
 def _score(model: LlamaForCausalLM, rows: Int[Tensor, "n t"], batch_size: int) -> float:
     """Nats per byte of texts: every byte but the first of each counts once."""
@@ -204,14 +215,3 @@ def _check_same(path: Path, stored: Mapping[str, Any], about: Mapping[str, Any])
 
 def _sum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """At most two threads: more only wait for one another in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
