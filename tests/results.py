@@ -15,7 +15,16 @@ from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.curvature.gram import gradient_norms, gram
-from funcscope.fisher import head_interference, head_views, importance, mask_overlap, pruning_mask, task_conflicts
+from funcscope.fisher import (
+    fisher_diagonal,
+    fisher_groups,
+    head_interference,
+    head_views,
+    importance,
+    mask_overlap,
+    pruning_mask,
+    task_conflicts,
+)
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -148,6 +157,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
+    "DiagonalFisher": lambda: fisher_diagonal(loss(), theta(), method="exact"),
+    "GroupedFisher": lambda: fisher_groups(theta().square(), loss().layout, by="row"),
     "HeadInterference": interference,
     "Importance": lambda: importance(theta().square(), loss().layout),
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),

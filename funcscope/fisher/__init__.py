@@ -1,6 +1,9 @@
 """The Fisher information of tasks: what each needs, where tasks conflict, and which heads they share."""
 
+from .accumulators import Ema, Welford
+from .collection import DiagonalFisher, fisher_diagonal
 from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
+from .groups import GroupedFisher, fisher_groups
 from .heads import HeadPart, Heads, head_part, head_views
 from .importance import Importance, importance, importance_vector
 from .interference import HeadInterference, head_interference
@@ -10,6 +13,9 @@ from .overlap import MaskOverlap, mask_overlap
 from .whitening import whitened_grams
 
 __all__ = [
+    "DiagonalFisher",
+    "Ema",
+    "GroupedFisher",
     "HeadInterference",
     "HeadPart",
     "Heads",
@@ -18,6 +24,9 @@ __all__ = [
     "MaskOverlap",
     "PruningMask",
     "TaskConflicts",
+    "Welford",
+    "fisher_diagonal",
+    "fisher_groups",
     "gram_conflicts",
     "head_interference",
     "head_part",

@@ -125,7 +125,7 @@ def head_interference(
     num: int = 999,
     chunk_size: int = 8,
 ) -> HeadInterference:
-    r"""Interference of sequence j of task B with sequence i of task A, in every block of `head_views`: Q, K, V, O of each head.
+    r"""Interference of sequence j of task B with sequence i of task A, in blocks of `head_views`: Q, K, V, O of each head.
 
     $$M_{ij} = \sum_k \frac{g_{ik}^2}{I_k + \lambda} |g_{jk}|, \qquad
       \text{signed: } \sum_k \frac{g_{ik}\, g_{jk}}{I_k + \lambda}, \qquad
@@ -136,8 +136,8 @@ def head_interference(
     information, hurts the other.
     Standard errors are of the mean over pairs, both tasks' sequences being samples.
 
-    A document takes I from the sequences of A themselves. Then the mean of M over A is $\sum_k |g_{jk}|$ up to the damping and
-    says nothing of A. Held-out sequences of A alone tend to the same as they grow in number: `ratio` is 1 then. Take them
+    A document takes I from the sequences of A themselves. Then the mean of M over A is $\sum_k |g_{jk}|$ up to the damping,
+    and says nothing of A. Held-out sequences of A alone tend to the same as they grow in number: `ratio` is 1 then. Take them
     from the data that the tasks are compared to (both tasks together, or those of the base model), and `ratio` says how much
     more of A's information lies where B moves.
 
@@ -147,8 +147,8 @@ def head_interference(
 
     Memory is (n + m + held out) times the attention parameters of one layer.
 
-    Raises ValueError for losses of different parameters, for a sequence that is held out and in a task, for names that are not
-    those of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.
+    Raises ValueError for losses of different parameters, a sequence that is held out and in a task, names that are not those
+    of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.
     """
     check_key(key)
     theta = Loss.vector(first, theta)
