@@ -159,10 +159,7 @@ class Norms(Result):
     def total(self) -> Float[Tensor, " n"]:
         return self.values.square().sum(0).sqrt()
 
-    coords, head = (
-        Grams.coords,
-        property(lambda self: f"lengths of the gradients of {self.values.shape[1]} {self.unit}s"),
-    )
+    coords, head = Grams.coords, property(lambda self: f"lengths of the gradients of {self.values.shape[1]} {self.unit}s")
 
 
 def gradient_norms(
@@ -205,9 +202,7 @@ def _places(layout: Layout, views: Mapping[str, Sequence[View]]) -> dict[str, li
         for view in members:
             ndim = len(layout.by_name[view.leaf].shape)
             if view.slice != whole and (view.dim > 1 or (view.dim == 1 and ndim > 2)):
-                raise ValueError(
-                    f"a view of `{view.leaf}` cuts dimension {view.dim}: only rows and columns can be cut."
-                )
+                raise ValueError(f"a view of `{view.leaf}` cuts dimension {view.dim}: only rows and columns can be cut.")
             by_row = view.dim == 0 and ndim > 1
             places[view.leaf].append((block, view.slice if by_row else whole, whole if by_row else view.slice))
     return places
@@ -291,9 +286,7 @@ def _merged(batches: Sequence[Any], chunk_size: int) -> list[Any]:
         if last is not None and rows_of(last) + rows_of(batch) <= chunk_size and _can_join(last, batch):
             num, more = rows_of(last), rows_of(batch)
             out[-1] = tree_map(
-                lambda x, y, num=num, more=more: torch.cat([x, y]) if is_cut(x, num) and is_cut(y, more) else x,
-                last,
-                batch,
+                lambda x, y, num=num, more=more: torch.cat([x, y]) if is_cut(x, num) and is_cut(y, more) else x, last, batch
             )
         else:
             out.append(batch)
@@ -316,9 +309,7 @@ def _can_join(one: Any, two: Any) -> bool:
 
 def _checked(loss: Loss) -> Sequence[Any]:
     if not loss.criterion.positionwise:
-        raise ValueError(
-            f"`unit='token'` needs a criterion over labels, one loss at each position; got {loss.criterion!r}."
-        )
+        raise ValueError(f"`unit='token'` needs a criterion over labels, one loss at each position; got {loss.criterion!r}.")
     return loss.batches
 
 
