@@ -240,3 +240,30 @@ def test_what_has_no_such_diagonal_is_refused():
         Ema.of(theta, decay=1.0)
     with pytest.raises(ValueError, match="one decay"):
         Ema.of(theta, decay=0.5).merge(Ema.of(theta, decay=0.6))
+
+
+@pytest.mark.parametrize(("method", "unit"), [("exact", "token"), ("empirical", "token"), ("empirical", "sequence")])
+def test_a_gradient_that_is_not_finite_is_named_with_its_sequence_and_parameter(method, unit):
+    rows = torch.tensor([[1, 2, 3], [1, 6, 2], [3, 2, 1]])
+    loss = language([rows])
+    params = loss.layout.unravel(loss.net.theta)
+    params["body.0.weight"] = params["body.0.weight"].clone()
+    params["body.0.weight"][6] = math.nan
+    with pytest.raises(ValueError, match=r"sequence 1 in `body.0.weight` is not finite"):
+        fisher_diagonal(loss, loss.layout.ravel(params), method=method, unit=unit)
+
+
+def test_sequences_that_are_not_scored_count_nowhere():
+    rows = ids(8, 3, 4)
+    labels = rows.clone()
+    labels[1] = -100
+    net = fs.functional(Language())
+    some, two = (
+        fs.objective(net, [batch], fs.causal_lm)
+        for batch in ({"input_ids": rows, "labels": labels}, {"input_ids": rows[[0, 2]]})
+    )
+    for method, unit in (("exact", "token"), ("empirical", "sequence"), ("exact", "sequence")):
+        one, other = (fisher_diagonal(loss, net.theta, method=method, unit=unit) for loss in (some, two))
+        torch.testing.assert_close(one.value, other.value)
+        torch.testing.assert_close(one.stderr, other.stderr)
+        assert one.num == 2

@@ -256,5 +256,9 @@ def test_what_is_no_pair_of_tasks_is_refused():
         task_conflicts(one, other, one.net.theta, key=fs.key(0))
     with pytest.raises(ValueError, match="needs `unit='sequence'`"):
         task_conflicts(one, one, one.net.theta, key=fs.key(0), whitened=True, unit="token")
+    theta = one.net.theta
+    theta[0] = math.nan  # of token 0, which is padding here and there
+    with pytest.raises(ValueError, match=r"of sequence \d in `transformer.wte.weight` is not finite"):
+        whitened_grams(one, one, theta, by={"x": (View("transformer.wte.weight", 0, slice(None)),)})
     with pytest.raises(ValueError, match="above 0 in block"):
         whitened_grams(one, one, one.net.theta, fisher=torch.zeros_like(one.net.theta))

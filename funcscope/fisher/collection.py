@@ -20,6 +20,7 @@ from ..curvature.gram import Unit
 from ..curvature.outputs import total_weight
 from ..curvature.rows import coupled, gradient_chunks, micro_batches, sizes_of, tolerance
 from .accumulators import Welford
+from .whitening import check_finite
 
 Method = Literal["exact", "monte_carlo", "empirical"]
 
@@ -73,7 +74,7 @@ def fisher_diagonal(
     `monte_carlo` are over draws at these data. nan for one sequence or draw.
 
     Raises ValueError for a criterion without labels, weights other than 0 and 1 for the Fisher information of sequences,
-    sequences that see each other, and `monte_carlo` without a key.
+    sequences that see each other, a gradient that is not finite, and `monte_carlo` without a key.
 
     Kunstner, Balles, Hennig (2019), arXiv:1905.12558.
 
@@ -137,11 +138,14 @@ def _squares(
         sums, weights = loss.terms(theta)
     if method == "empirical" and unit == "sequence":
         rows = (row for chunk in gradient_chunks(loss, theta, chunk_size=chunk_size) for row in chunk)
-        yield from ((row.double().square(), 1.0) for row, w in zip(rows, weights, strict=True) if w != 0)
+        for i, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            check_finite(row, i, loss.layout)
+            if weight != 0:
+                yield row.double().square(), 1.0
         return
     parts = micro_batches(loss, 1)
     sizes_of(parts, len(weights))
-    for part, whole, weight in zip(parts, sums, weights, strict=True):
+    for i, (part, whole, weight) in enumerate(zip(parts, sums, weights, strict=True)):
         if weight == 0:
             continue
         with torch.no_grad():
@@ -151,6 +155,7 @@ def _squares(
                 f"the loss of a sequence alone is {float(alone)}, in its batch {float(whole)}: {coupled(1)}"
             )
         made = _of_sequence(part, theta, method, chunk_size)
+        check_finite(made, i, loss.layout)
         yield made, float(weight) if unit == "token" else 1.0
 
 
