@@ -10,7 +10,7 @@ import os
 # operation then takes a hundred times as long as on one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from . import curvature, landscape, linalg
+from . import curvature, fisher, landscape, linalg
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
@@ -164,6 +164,7 @@ __all__ = [
     "eigenvector_axes",
     "empirical_fisher",
     "exact_fisher",
+    "fisher",
     "fisher_mc",
     "flatness",
     "flatness_profile",

@@ -137,6 +137,14 @@ def test_the_test_of_conflict_has_its_level_where_means_are_orthogonal():
     assert 0.02 < rejected < 0.095  # of 400: .05 +- .011, and what 15 samples are short of many
 
 
+def test_errors_and_the_test_of_conflict_are_too_careful_where_both_means_are_zero():
+    a, b = normals(30, 500, 15, 20), normals(31, 500, 15, 20)
+    result = gram_conflicts(*grams(a, b), key=fs.key(2), num=199)
+    assert float((result.p_conflict <= 0.0501).double().mean()) < 0.03
+    ratio = float(result.square_first_stderr.square().mean().sqrt() / result.square_first.std())
+    assert 1.25 < ratio < 1.6
+
+
 def test_planted_conflicts_are_found_and_nothing_else():
     a, b = normals(11, 8, 20, 50), normals(12, 8, 20, 50)
     a[3] += 0.5

@@ -123,7 +123,7 @@ def gram_conflicts(
 
     The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It is nan where a
     squared length is not above 0, and may lie outside [-1, 1]. Standard errors are jackknifed over samples of both tasks (too
-    large, by up to $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
+    large, by about $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
     of the samples). Bounds are quantiles of a bootstrap of both tasks, in which pairs of copies of one sample are left out,
     over the resamples that have a cosine; the share of the others is `undefined`.
 
