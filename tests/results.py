@@ -17,6 +17,8 @@ from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
     compare_methods,
+    fisher_diagonal,
+    fisher_groups,
     fisher_spectrum,
     head_interference,
     head_views,
@@ -161,6 +163,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]
     ),
     "TrajectoryPlane": lambda: trajectory_plane(loss(), [theta(), other(), -theta()], [0, 5, 10], num=3),
+    "DiagonalFisher": lambda: fisher_diagonal(loss(), theta(), method="exact"),
+    "GroupedFisher": lambda: fisher_groups(theta().square(), loss().layout, by="row"),
     "HeadInterference": interference,
     "Importance": lambda: importance(theta().square(), loss().layout),
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),

@@ -66,7 +66,8 @@ MODELS = {
         "c_proj",
     ),
 }  # fmt: skip
-every = pytest.mark.parametrize("name", MODELS)
+QUICK = ("gpt2", "llama", "gpt_neox", "falcon")
+every = pytest.mark.parametrize("name", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in MODELS])
 
 
 @cache
@@ -158,6 +159,7 @@ def test_zero_slices_of_a_head_silence_that_head_and_no_other(name):
             torch.testing.assert_close(scores[:, rest], attentions[layer][:, rest], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bloom_keys_and_queries_without_scores_leave_the_slope():
     """Its attention without a score is the softmax of its bias by distance, the same for a query and a key of zero."""
     net = model("bloom")

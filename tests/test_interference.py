@@ -141,6 +141,15 @@ def test_errors_are_those_of_repetitions():
     rms = float(torch.tensor(errors).square().mean().sqrt())
     assert rms == pytest.approx(float(torch.tensor(means).std()), rel=0.25)
     found, _ = result()
+    a, b = found.directed[0], found.absolute[0]
+    jackknife = 0.0
+    for left in (
+        [a[[i for i in range(3) if i != k]].mean() / b.mean() for k in range(3)],
+        [a[:, [j for j in range(4) if j != k]].mean() / b[[j for j in range(4) if j != k]].mean() for k in range(4)],
+    ):
+        x = torch.stack(left)
+        jackknife += float((len(x) - 1) / len(x) * (x - x.mean()).square().sum())
+    assert float(found.ratio_stderr[0]) == pytest.approx(jackknife**0.5, rel=0.15)
     rows, cols = found.directed[0].mean(1), found.directed[0].mean(0)
     assert float(found.mean_directed_stderr[0]) == pytest.approx(float((rows.var() / 3 + cols.var() / 4).sqrt()))
 
@@ -156,3 +165,14 @@ def test_what_is_not_held_out_is_refused():
         head_interference(a, b, held, a.net.theta, **(rest | {"views": {"x": next(iter(views.values()))}}))
     with pytest.raises(ValueError, match="`damping` must be at least 0"):
         head_interference(a, b, held, a.net.theta, **rest, damping=-1.0)
+
+
+def test_few_held_out_samples_raise_the_ratio():
+    """1 / I is convex: a task compared with its own distribution has a ratio above 1 that tends to 1."""
+    a, b = normals(30, 200, 30), normals(31, 200, 30)
+    ratios = []
+    for num in (5, 20, 2000):
+        pooled = interference_of(a, b, normals(32, num, 30).square().mean(0))
+        ratios.append(float(pooled.directed[:200, 200:].mean() / pooled.absolute[200:].mean()))
+    assert ratios[0] > 1.3 > ratios[1] > 1.03
+    assert ratios[2] == pytest.approx(1, abs=0.05)

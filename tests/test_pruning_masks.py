@@ -102,7 +102,7 @@ def test_chance_is_the_hypergeometric_distribution():
     layout = Layout.of(seeded(0, lambda: nn.Linear(12, 1, bias=False)))
     first = torch.arange(12) < 5
     zs, values = [], []
-    for seed in range(400):
+    for seed in range(120):
         second = torch.zeros(12, dtype=torch.bool)
         second[seeded(seed, lambda: torch.randperm(12))[:4]] = True
         result = mask_overlap(first, second, layout)
@@ -114,8 +114,8 @@ def test_chance_is_the_hypergeometric_distribution():
         tail = sum(math.comb(5, k) * math.comb(7, 4 - k) for k in range(both, 5)) / math.comb(12, 4)
         assert float(result.p_value) == pytest.approx(tail)
     z = torch.tensor(zs)
-    assert abs(float(z.mean())) < 0.2
-    assert float(z.std()) == pytest.approx(1, abs=0.1)
+    assert abs(float(z.mean())) < 0.3
+    assert float(z.std()) == pytest.approx(1, abs=0.2)
 
 
 def test_totals_take_chance_within_blocks():

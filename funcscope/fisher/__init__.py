@@ -1,6 +1,9 @@
 """The Fisher information of tasks: what each needs, where tasks conflict, and which heads they share."""
 
+from .accumulators import Ema, Welford
+from .collection import DiagonalFisher, fisher_diagonal
 from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
+from .groups import GroupedFisher, fisher_groups
 from .heads import HeadPart, Heads, head_part, head_views
 from .importance import Importance, importance, importance_vector
 from .interference import HeadInterference, head_interference
@@ -8,14 +11,16 @@ from .label_permutation import LabelTest, label_test
 from .masks import PruningMask, obd_saliency, pruning_mask
 from .methods import MethodComparison, compare_methods
 from .overlap import MaskOverlap, mask_overlap
-from .accumulators import Ema, Welford
 from .precomputed import gradient_gram
 from .spectrum import fisher_spectrum, gram_spectrum
 from .spectrum_result import GramSpectrum
 from .whitening import whitened_grams
 
 __all__ = [
+    "DiagonalFisher",
+    "Ema",
     "GramSpectrum",
+    "GroupedFisher",
     "HeadInterference",
     "HeadPart",
     "Heads",
@@ -25,7 +30,10 @@ __all__ = [
     "MethodComparison",
     "PruningMask",
     "TaskConflicts",
+    "Welford",
     "compare_methods",
+    "fisher_diagonal",
+    "fisher_groups",
     "fisher_spectrum",
     "gradient_gram",
     "gram_conflicts",

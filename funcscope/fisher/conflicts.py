@@ -32,8 +32,8 @@ class TaskConflicts(Result):
     cosine_high: Values = quantity("97.5 % bound of the cosine", per="block")
     undefined: Values = quantity("resamples without a cosine", per="block")
     difference: Values = quantity("mean between minus within tasks", per="block")
-    p_differ: Values = quantity("p that tasks differ", per="block")
-    p_conflict: Values = quantity("p that tasks conflict", per="block")
+    p_differ: Values = quantity("p value, tasks differ", per="block")
+    p_conflict: Values = quantity("p value, tasks conflict", per="block")
     num_first: int
     num_second: int
     num: int
@@ -46,11 +46,11 @@ class TaskConflicts(Result):
     cosine_stderr: Values = internal()
     blocks: list[str] = internal()
 
-    @derived("q that tasks differ", per="block")
+    @derived("q value, tasks differ", per="block")
     def q_differ(self) -> Values:
         return torch.tensor(q_values(self.p_differ.tolist()), dtype=torch.float64)
 
-    @derived("q that tasks conflict", per="block")
+    @derived("q value, tasks conflict", per="block")
     def q_conflict(self) -> Values:
         return torch.tensor(q_values(self.p_conflict.tolist()), dtype=torch.float64)
 
@@ -123,7 +123,7 @@ def gram_conflicts(
 
     The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It is nan where a
     squared length is not above 0, and may lie outside [-1, 1]. Standard errors are jackknifed over samples of both tasks (too
-    large, by up to $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
+    large, by about $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
     of the samples). Bounds are quantiles of a bootstrap of both tasks, in which pairs of copies of one sample are left out,
     over the resamples that have a cosine; the share of the others is `undefined`.
 

@@ -32,8 +32,8 @@ class HeadInterference(Result):
     signed: Pairs = quantity("signed interference", per=SAMPLES, shown=False)
     symmetric: Pairs = quantity("symmetric interference", per=SAMPLES, shown=False)
     absolute: Float[Tensor, "b m"] = quantity("sum of |gradient|", per=("block", "other sample"), shown=False)
-    p_directed: Values = quantity("p that tasks need other parameters", per="block")
-    p_signed: Values = quantity("p that tasks differ", per="block")
+    p_directed: Values = quantity("p value, tasks need other parameters", per="block")
+    p_signed: Values = quantity("p value, tasks differ", per="block")
     damping: float
     num_held_out: int
     num: int
@@ -52,17 +52,17 @@ class HeadInterference(Result):
     def mean_symmetric(self) -> Values:
         return self.symmetric.mean((1, 2))
 
-    @derived("interference over that of the held-out samples", per="block")
+    @derived("interference over that of the held-out samples", per="block", stderr="ratio_stderr")
     def ratio(self) -> Values:
         """Mean interference over the mean sum of |g|, which is what it is (up to the damping) where the first task has the
         Fisher information of the held-out samples."""
         return self.mean_directed / self.absolute.mean(1)
 
-    @derived("q that tasks need other parameters", per="block")
+    @derived("q value, tasks need other parameters", per="block")
     def q_directed(self) -> Values:
         return torch.tensor(q_values(self.p_directed.tolist()), dtype=torch.float64)
 
-    @derived("q that tasks differ", per="block")
+    @derived("q value, tasks differ", per="block")
     def q_signed(self) -> Values:
         return torch.tensor(q_values(self.p_signed.tolist()), dtype=torch.float64)
 
@@ -87,6 +87,13 @@ class HeadInterference(Result):
     mean_directed_stderr = property(lambda self: _stderr(self.directed))
     mean_signed_stderr = property(lambda self: _stderr(self.signed))
     mean_symmetric_stderr = property(lambda self: _stderr(self.symmetric))
+
+    @property
+    def ratio_stderr(self) -> Values:
+        """Of a ratio of means, linearised, over the sequences of both tasks; the held-out ones are as they are."""
+        n, m = self.directed.shape[1:]
+        rest = self.directed.mean(1) - self.ratio[:, None] * self.absolute
+        return (self.directed.mean(2).var(1) / n + rest.var(1) / m).sqrt() / self.absolute.mean(1)
 
     @property
     def coords(self) -> dict[str, list[str]]:
@@ -125,7 +132,7 @@ def head_interference(
     num: int = 999,
     chunk_size: int = 8,
 ) -> HeadInterference:
-    r"""Interference of sequence j of task B with sequence i of task A, in Q, K, V and O of each head (`head_views`).
+    r"""Interference of sequence j of task B with sequence i of task A, in blocks of `head_views`: Q, K, V, O of each head.
 
     $$M_{ij} = \sum_k \frac{g_{ik}^2}{I_k + \lambda} |g_{jk}|, \qquad
       \text{signed: } \sum_k \frac{g_{ik}\, g_{jk}}{I_k + \lambda}, \qquad
@@ -134,9 +141,10 @@ def head_interference(
     with g the gradient of a sequence's summed loss, I the mean of g^2 over the held-out sequences, and lambda the damping
     times the mean of I over the block. A signed one below 0 means that a step for one sequence, scaled by the Fisher
     information, hurts the other.
-    Standard errors are of the mean over pairs, both tasks' sequences being samples.
+    Standard errors are of the mean over pairs, both tasks' sequences being samples and the held-out ones fixed. Few of those
+    bias M and `ratio` upward, as 1 / I is convex: compare blocks and tasks at one number of them.
 
-    A document takes I from the sequences of A themselves. Then the mean of M over A is $\sum_k |g_{jk}|$ up to the damping
+    A document takes I from the sequences of A themselves. Then the mean of M over A is $\sum_k |g_{jk}|$ up to the damping,
     and says nothing of A. Held-out sequences of A alone tend to the same as they grow in number: `ratio` is 1 then. Take them
     from the data that the tasks are compared to (both tasks together, or those of the base model), and `ratio` says how much
     more of A's information lies where B moves.
@@ -147,8 +155,8 @@ def head_interference(
 
     Memory is (n + m + held out) times the attention parameters of one layer.
 
-    Raises ValueError for losses of different parameters, for a sequence that is held out and in a task, for names that are
-    not those of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.
+    Raises ValueError for losses of different parameters, a sequence that is held out and in a task, names that are not those
+    of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.
     """
     check_key(key)
     theta = Loss.vector(first, theta)

@@ -39,7 +39,8 @@ def whitened_grams(
     A block's gradients are multiplied out, so that memory is (n + m) times the largest block, and time a forward and
     backward pass for each block.
 
-    Raises ValueError for tasks of different parameters, and for a block in which every gradient is 0.
+    Raises ValueError for tasks of different parameters, for a gradient that is not finite, with its sequence and parameter,
+    and for a block in which every gradient is 0.
     """
     theta = Loss.vector(first, theta)
     check_tasks(first, second)
@@ -68,7 +69,18 @@ def block_rows(
     net = loss.net.only(names, loss.params(theta))
     rows = per_sample_gradients(replace(loss, net=net), net.theta.to(theta), chunk_size=chunk_size)
     wider = wide(rows.device)
+    for i, row in enumerate(rows):
+        check_finite(row, i, net.layout)
     return [torch.stack([cut_views(row, net.layout, views) for row in rows]).to(wider) for views in blocks]
+
+
+def check_finite(values: Float[Tensor, " p"], sample: int, layout: Layout) -> None:
+    """Raises ValueError with the sequence and the parameter for what is nan or infinite."""
+    if not bool(values.isfinite().all()):
+        name = next(leaf.name for leaf in layout.leaves if not bool(values[leaf.slice].isfinite().all()))
+        raise ValueError(
+            f"the gradient of sequence {sample} in `{name}` is not finite: leave it out, or look at the weights there."
+        )
 
 
 def cut_views(vector: Float[Tensor, " p"], layout: Layout, views: Sequence[View]) -> Float[Tensor, " k"]:
