@@ -180,6 +180,8 @@ def test_operators_over_theta_are_those_of_the_dense_matrix(make):
 def test_pi_damping_over_theta_is_symmetric_and_its_own_inverse():
     loss = loss_of("gpt2")
     kfac, v = kfac_factors(loss, loss.net.theta, key=fs.key(0)), fs.normal(fs.key(5), loss.net.theta)
+    strided = torch.stack([v, v], 1)[:, 0]  # a column of a matrix
+    torch.testing.assert_close(kfac.matvec(strided), kfac.matvec(v))
     there = kfac.power(v, 1.0, 0.1, pi=True)
     torch.testing.assert_close(kfac.solve(there, 0.1, pi=True), v)
     small = loss_of("mlp")

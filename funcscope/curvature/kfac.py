@@ -38,7 +38,7 @@ class KroneckerBlock:
         rows, cols = self.product.shape
         cols -= self.bias is not None
         part = v[slice(*self.weight)]
-        weight = part.view(cols, rows).T if self.transposed else part.view(rows, cols)
+        weight = part.reshape(cols, rows).T if self.transposed else part.reshape(rows, cols)
         return weight if self.bias is None else torch.cat([weight, v[slice(*self.bias)][:, None]], 1)
 
     def place(self, matrix: Float[Tensor, "o i"], out: Float[Tensor, " p"]) -> None:
