@@ -116,7 +116,7 @@ class SecondMoment:
         data = self.data.to(wide(self.data.device))
         if self.is_dense:
             values, vectors = torch.linalg.eigh(data)
-            return Eigenbasis(values.clamp(min=0), vectors.to(self.data.dtype))
+            return Eigenbasis(values.clamp(min=0), vectors.to(self.data.dtype).contiguous())
         _, sigma, rows = torch.linalg.svd(data, full_matrices=False)
         return Eigenbasis(sigma.square().flip(0), rows.flip(0).T.to(self.data.dtype).contiguous())
 
