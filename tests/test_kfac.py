@@ -262,6 +262,7 @@ def test_a_layer_used_twice_has_both_uses_for_positions_and_a_tied_table_its_dia
     kfac = kfac_factors(loss, net.theta, labels="data")
     assert list(kfac.blocks) == ["layer.weight"]
     assert kfac.blocks["layer.weight"].positions == 6
+    assert kfac.blocks["layer.weight"].product.scale == pytest.approx(6 / 3)  # U / T
     assert kfac.diagonal_only == ["own", "table.weight"]
     squares = per_sample_gradients(loss, net.theta).square().sum(0) / 3
     torch.testing.assert_close(kfac.rest[kfac._outside], squares[kfac._outside])
