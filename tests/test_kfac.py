@@ -1,8 +1,11 @@
 """KFAC and EKFAC against dense matrices from single gradients, plain loops over positions, and closed forms."""
 
+import argparse
+import inspect
+
 import pytest
 import torch
-from problems import CATALOGUE, loss_of, relative, seeded, tokens
+from problems import CATALOGUE, VOCAB, gpt2, loss_of, relative, seeded, tokens
 from torch import nn
 
 import funcscope as fs
@@ -105,7 +108,7 @@ def test_independent_inputs_and_labels_bring_kfac_to_the_dense_block():
     assert relative(dense(kfac.matvec, theta) / 40**2, oracle) > 0.9
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt2", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_traces_and_the_diagonal_outside_are_those_of_single_gradients(name):
     loss = loss_of(name)
     theta = loss.net.theta
@@ -128,16 +131,15 @@ def test_traces_and_the_diagonal_outside_are_those_of_single_gradients(name):
 def test_ekfac_is_nearer_to_every_block_than_kfac(name):
     loss = loss_of(name)
     theta = loss.net.theta
-    num = 2
-    kfac, ekfac = (make(loss, theta, key=fs.key(1), num=num) for make in (kfac_factors, ekfac_factors))
-    target = second_moment(loss, theta, fs.key(1), num)
+    kfac, ekfac = (make(loss, theta, key=fs.key(1)) for make in (kfac_factors, ekfac_factors))
+    target = second_moment(loss, theta, fs.key(1), 1)
     for each, block in kfac.blocks.items():
         places = indices(block)
         exact = target[places[:, None], places]
         off = []
         for made in (kfac, ekfac):
             product = made.blocks[each].product
-            basis = torch.kron(product.g.eigen.vectors, product.a.eigen.vectors)
+            basis = torch.kron(*(side.eigen.vectors.contiguous() for side in (product.g, product.a)))
             off.append(float((basis * product.eigenvalues.flatten() @ basis.T - exact).norm()))
         assert off[1] < off[0], each
 
@@ -178,6 +180,8 @@ def test_operators_over_theta_are_those_of_the_dense_matrix(make):
 def test_pi_damping_over_theta_is_symmetric_and_its_own_inverse():
     loss = loss_of("gpt2")
     kfac, v = kfac_factors(loss, loss.net.theta, key=fs.key(0)), fs.normal(fs.key(5), loss.net.theta)
+    strided = torch.stack([v, v], 1)[:, 0]  # a column of a matrix
+    torch.testing.assert_close(kfac.matvec(strided), kfac.matvec(v))
     there = kfac.power(v, 1.0, 0.1, pi=True)
     torch.testing.assert_close(kfac.solve(there, 0.1, pi=True), v)
     small = loss_of("mlp")
@@ -186,7 +190,7 @@ def test_pi_damping_over_theta_is_symmetric_and_its_own_inverse():
     assert kfac.logdet(0.1, pi=True) == pytest.approx(float(torch.logdet(whole)))
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt2", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_batches_and_chunks_change_nothing(name):
     loss = loss_of(name)
     theta, v = loss.net.theta, fs.normal(fs.key(5), loss.net.theta)
@@ -258,6 +262,7 @@ def test_a_layer_used_twice_has_both_uses_for_positions_and_a_tied_table_its_dia
     kfac = kfac_factors(loss, net.theta, labels="data")
     assert list(kfac.blocks) == ["layer.weight"]
     assert kfac.blocks["layer.weight"].positions == 6
+    assert kfac.blocks["layer.weight"].product.scale == pytest.approx(6 / 3)  # U / T
     assert kfac.diagonal_only == ["own", "table.weight"]
     squares = per_sample_gradients(loss, net.theta).square().sum(0) / 3
     torch.testing.assert_close(kfac.rest[kfac._outside], squares[kfac._outside])
@@ -342,6 +347,54 @@ def test_natural_gradients_are_solves_and_the_same_for_any_scale_of_the_loss():
     torch.testing.assert_close(
         natural_gradient(4 * diagonal, g, damping=0.1), natural_gradient(diagonal, g, damping=0.1) / 4
     )
+
+
+def products(loss, damping, num=2):
+    """Of conjugate gradients on the damped Fisher information: without preconditioner, with KFAC, with EKFAC."""
+    theta = loss.net.theta
+    fisher, g = exact_fisher(loss, theta), torch.func.grad(loss)(theta)
+    makes = [make(loss, theta, key=fs.key(0), num=num) for make in (kfac_factors, ekfac_factors)]
+    shift = makes[1].absolute(damping)
+    ways = [None, *(lambda v, each=each: each.solve(v, shift) for each in makes)]
+    solutions = [
+        fs.conjugate_gradient(fisher, g, damping=shift, tol=1e-3, max_steps=200, preconditioner=way) for way in ways
+    ]
+    for one in solutions[1:]:  # a preconditioner does not change what is solved
+        assert relative(fisher(one.x) + shift * one.x, g) < 1.1e-3
+    return [one.num_matvecs for one in solutions]
+
+
+def test_a_preconditioner_saves_most_products_on_one_badly_scaled_layer():
+    net = seeded(0, lambda: nn.Linear(30, 5).double())
+    x = seeded(1, lambda: torch.randn(300, 30).double()) * torch.logspace(0, -3, 30).double()
+    y = (x[:, :5] * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()).argmax(1)
+    loss = fs.objective(fs.functional(net), [(x, y)], fs.classification)
+    none, kfac, ekfac = products(loss, 0.001)
+    assert max(kfac, ekfac) < none / 3
+
+
+@pytest.mark.slow
+def test_a_preconditioner_saves_products_on_a_layer_of_a_trained_gpt2():
+    """56 became 43 and 54 became 37 where this was measured; over all layers at once it takes more than without."""
+    text = torch.tensor([byte % VOCAB for byte in inspect.getsource(argparse).encode()])
+
+    def trained():
+        model = gpt2()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for _ in range(200):
+            ids = torch.stack([text[i : i + 16] for i in torch.randint(0, len(text) - 16, (32,))])
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        return model.double()
+
+    net = fs.functional(seeded(0, trained))
+    ids = text[: 64 * 16].view(64, 16)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names = [f"transformer.h.1.mlp.c_proj.{kind}" for kind in ("weight", "bias")]
+    loss = fs.objective(net.only(names, net.params), [batch], fs.causal_lm)
+    none, kfac, ekfac = products(loss, 0.1)
+    assert ekfac <= kfac < none
 
 
 def test_wrong_arguments_say_what_is_wrong():

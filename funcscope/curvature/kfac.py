@@ -38,7 +38,7 @@ class KroneckerBlock:
         rows, cols = self.product.shape
         cols -= self.bias is not None
         part = v[slice(*self.weight)]
-        weight = part.view(cols, rows).T if self.transposed else part.view(rows, cols)
+        weight = part.reshape(cols, rows).T if self.transposed else part.reshape(rows, cols)
         return weight if self.bias is None else torch.cat([weight, v[slice(*self.bias)][:, None]], 1)
 
     def place(self, matrix: Float[Tensor, "o i"], out: Float[Tensor, " p"]) -> None:
@@ -59,7 +59,12 @@ class Kfac(Result):
     mean eigenvalue $\mathrm{tr} F / P$, which a factor on the loss does not change. It is added to every eigenvalue,
     F + lambda I, exactly. With `pi`, Kronecker blocks are damped factor by factor instead,
     $(A + \pi\sqrt\lambda I) \otimes (c G + \sqrt\lambda/\pi I)$, which is larger by the cross terms; that needs factors, so
-    that EKFAC refuses it. As a preconditioner: `preconditioner=lambda v: kfac.solve(v, damping)`.
+    that EKFAC refuses it.
+
+    As a preconditioner: `preconditioner=lambda v: kfac.solve(v, damping)`. It saves products on a layer: 54 became 45 with
+    KFAC and 37 with EKFAC on one of a small GPT-2 at relative damping 1, more than 150 became 89 and 72 at 0.1. Over all
+    layers of that model it took more than none (228 and 216 for 128), as would the exact blocks: what layers have in common
+    is in no block, and is then badly conditioned.
     """
 
     blocks: dict[str, KroneckerBlock] = internal()

@@ -116,9 +116,9 @@ class SecondMoment:
         data = self.data.to(wide(self.data.device))
         if self.is_dense:
             values, vectors = torch.linalg.eigh(data)
-            return Eigenbasis(values.clamp(min=0), vectors.to(self.data.dtype))
+            return Eigenbasis(values.clamp(min=0), vectors.to(self.data.dtype).contiguous())
         _, sigma, rows = torch.linalg.svd(data, full_matrices=False)
-        return Eigenbasis(sigma.square().flip(0), rows.flip(0).T.to(self.data.dtype))
+        return Eigenbasis(sigma.square().flip(0), rows.flip(0).T.to(self.data.dtype).contiguous())
 
     def power(self, x: Tensor, power: float, shift: float, scale: float = 1.0) -> Tensor:
         """x (scale M + shift I)^p, for x of (..., d). A shift of 0 needs p >= 0, or a matrix without the eigenvalue 0."""
