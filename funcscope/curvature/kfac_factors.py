@@ -51,6 +51,8 @@ def kfac_factors(
     Any other parameter (embeddings, tables tied to a head, norms, convolutions, whatever the first sequence does not use as
     a matrix) has a diagonal block: squares of its gradients, sequence by sequence, over T. They are named in the result.
 
+    EKFAC is never further from what is approximated (proofs/ekfac_distance.py).
+
     Bias: inputs and gradients are taken to be independent, and positions uncorrelated: exact for one layer and one datum,
     and in the limit of inputs that say nothing of the gradient; cross terms of layers are left out. Standard errors of
     traces are over draws. The document takes gradients of the mean loss, which makes G too small by T^2 beside an absolute
@@ -89,9 +91,10 @@ def ekfac_factors(
     $$\lambda_{jk} = \frac1T \sum_b \big(u_j^\top\, \nabla_W \ell_b\, a_k\big)^2, \qquad
       G = \sum_j \gamma_j u_j u_j^\top, \quad A = \sum_k \alpha_k a_k a_k^\top,$$
 
-    b over sequences, whose gradients keep the cross terms of their positions; T, labels and all arguments as there. Of all
-    matrices with these eigenvectors it is the nearest, in Frobenius norm, to the second moment of the sequences' gradients
-    of the same draws, so that KFAC is never nearer to that; to the Fisher information itself, up to the error of the draws.
+    b over sequences, whose gradients keep the cross terms of their positions; T, labels and all arguments as there. Of
+    all matrices with these eigenvectors it is the nearest, in Frobenius norm, to the second moment of the sequences'
+    gradients of the same draws, so that KFAC is never nearer to that (proofs/ekfac_distance.py); to the Fisher
+    information itself, up to the error of the draws.
 
     George et al. (2018), arXiv:1806.03884.
     """

@@ -145,9 +145,9 @@ def head_interference(
     bias M and `ratio` upward, as 1 / I is convex: compare blocks and tasks at one number of them.
 
     A document takes I from the sequences of A themselves. Then the mean of M over A is $\sum_k |g_{jk}|$ up to the damping,
-    and says nothing of A. Held-out sequences of A alone tend to the same as they grow in number: `ratio` is 1 then. Take them
-    from the data that the tasks are compared to (both tasks together, or those of the base model), and `ratio` says how much
-    more of A's information lies where B moves.
+    and says nothing of A (proofs/interference_average.py). Held-out sequences of A alone tend to the same as they grow in
+    number: `ratio` is 1 then. Take them from the data that the tasks are compared to (both tasks together, or those of the
+    base model), and `ratio` says how much more of A's information lies where B moves.
 
     `p_directed`, `p_signed`: `label_test` of M and of the signed inner products over the sequences of both tasks. Nothing of
     I depends on the labels, so that they are exact. Permuting rows of g_i^2, as a document does, leaves the mean as it is:
@@ -197,7 +197,7 @@ class _Pooled(NamedTuple):
 
 
 def interference_of(a: Float[Tensor, "n k"], b: Float[Tensor, "m k"], weights: Float[Tensor, " k"]) -> _Pooled:
-    """From gradients in one block, and what they are divided by."""
+    """From gradients in one block, and what they are divided by; see proofs/interference_average.py."""
     rows = torch.cat([a, b])
     scaled = rows / weights
     return _Pooled((rows * scaled) @ rows.abs().T, scaled @ rows.T, scaled.abs() @ rows.abs().T, rows.abs().sum(1))

@@ -78,7 +78,8 @@ def obd_saliency(fisher: Float[Tensor, " p"], theta: Float[Tensor, " p"]) -> Flo
     r"""$F_k \theta_k^2 / 2$: what setting parameter k to 0 adds to the loss, to second order at a minimum, F for the Hessian.
 
     F alone says what moving k by one unit costs, whatever its value: a parameter of 0 is pruned for nothing, however large
-    its F. LeCun, Denker, Solla (1990), Optimal brain damage; no term of other parameters that are pruned with it.
+    its F (proofs/obd_saliency.py). LeCun, Denker, Solla (1990), Optimal brain damage; no term of other parameters that are
+    pruned with it.
 
     >>> obd_saliency(torch.tensor([2.0, 9.0]), torch.tensor([3.0, 0.0]))
     tensor([9., 0.])
