@@ -38,7 +38,7 @@ class Grams(Result):
 
     @derived("inner product of all parameters", per=("sample", "other sample"), shown=False)
     def total(self) -> Float[Tensor, "n m"]:
-        """Blocks cover every parameter once, so that their Grams add up to that of the whole gradients."""
+        """The sum over blocks: that of the whole gradients, where blocks cover every parameter once, as all but views do."""
         return self.values.sum(0)
 
     def block(self, name: str) -> Float[Tensor, "n m"]:
@@ -231,6 +231,7 @@ def _places(layout: Layout, views: Mapping[str, Sequence[View]]) -> dict[str, li
 
 
 def finite(values: Tensor, name: str, at: slice, to: slice | None = None) -> Tensor:
+    """The values of samples `at`, or of these and those `to`; raises ValueError for what is not finite, with its sample."""
     bad = ~values.isfinite()
     if bool(bad.any()):
         rows = (bad.all(1) if to is not None else bad).nonzero()

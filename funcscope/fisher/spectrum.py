@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -192,22 +193,8 @@ def _result(
     top_k: int,
     num_parameters: Sequence[int] | None,
 ) -> GramSpectrum:
-    num = data.values.shape[-1]
-    num_groups = int(data.groups.max()) + 1
-    nan = whole.spectra.new_tensor(torch.nan)
-
-    def spread(name: str, kind: str) -> Tensor:
-        value = getattr(whole, kind)[name]
-        if len(draws) < 2 or num_groups < 2:
-            return torch.full_like(value, torch.nan)
-        return torch.stack([getattr(draw, kind)[name] for draw in draws]).std(0)
-
-    numbers = dict(whole.numbers)
-    means = [draw.numbers["largest_eigenvalue"] for draw in draws] if num_groups > 1 else []
-    numbers["largest_eigenvalue_bias"] = (
-        (torch.stack(means).mean(0) if means else nan) - numbers["largest_eigenvalue"]
-    )  # fmt: skip
-    numbers["rank_bound"] = data.limits.clamp(max=num - data.centered).to(whole.spectra)
+    num, num_groups = data.values.shape[-1], int(data.groups.max()) + 1
+    spread = functools.partial(_spread, whole, draws if num_groups > 1 else [])
     spectra = whole.spectra[:, :top_k].clone()
     spectra[torch.arange(spectra.shape[1], device=spectra.device) >= data.limits[:, None]] = torch.nan
     blocks, coupling = list(grams.blocks), whole.coupling
@@ -228,10 +215,26 @@ def _result(
         centered=data.centered,
         bootstrap=len(draws),
         key=key,
-        numbers=numbers,
+        numbers=_numbers(data, whole, draws if num_groups > 1 else []),
         errors={name: spread(name, "numbers") for name in whole.numbers},
         num_parameters=[0] * len(blocks) if num_parameters is None else [*num_parameters],
         jittered=[[*blocks, "all"][i] for i in whole.jittered],
         by_rows=list(grams.by_rows),
         blocks=blocks,
     )
+
+
+def _spread(whole: Statistics, draws: list[Statistics], name: str, kind: str) -> Tensor:
+    """The standard deviation over resamples; nan for fewer than two."""
+    value = getattr(whole, kind)[name]
+    if len(draws) < 2:
+        return torch.full_like(value, torch.nan)
+    return torch.stack([getattr(draw, kind)[name] for draw in draws]).std(0)
+
+
+def _numbers(data: Data, whole: Statistics, draws: list[Statistics]) -> dict[str, Tensor]:
+    """Those of every block, the bias of the largest eigenvalue, and how many there can be that are not 0."""
+    largest = whole.numbers["largest_eigenvalue"]
+    mean = torch.stack([draw.numbers["largest_eigenvalue"] for draw in draws]).mean(0) if draws else torch.nan
+    bound = data.limits.clamp(max=data.values.shape[-1] - data.centered).to(whole.spectra)
+    return {**whole.numbers, "largest_eigenvalue_bias": mean - largest, "rank_bound": bound}
