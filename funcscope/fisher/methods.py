@@ -59,7 +59,7 @@ class MethodComparison(Result):
     def notes(self) -> list[str]:
         return [
             "the largest entry of a diagonal is at most the largest eigenvalue; a Gram's is too large for few sequences.",
-            "time and memory are those of this machine, measured once; nan MiB where the system does not tell.",
+            "time and memory are those of this machine, measured once; no memory where the system does not tell it.",
         ]
 
 

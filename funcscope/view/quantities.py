@@ -175,7 +175,7 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
 def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
     """Lines along an axis that runs, a cell for every pair of places else."""
     per, whose = one.entry.quantity.per, _whose([one])
-    if min(one.value.shape) < 2 and per[1] not in RUNNING:
+    if one.value.size < 2 and per[1] not in RUNNING:
         return None
     for i in (1, 0):
         if per[i] in RUNNING and one.value.shape[1 - i] <= MOST_LINES:
