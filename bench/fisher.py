@@ -181,7 +181,7 @@ def thousand() -> None:
     start = time.perf_counter()
     with torch.no_grad():
         task.model(task.ids[:8])
-    peak = grown(lambda: fs.curvature.gram(task.loss, task.theta, by="none", chunk_size=48).total)
+    peak = grown(lambda: fs.curvature.gram(task.loss, task.theta, by="none", chunk_size=24).total)
     print(f"1,000 sequences on {task.theta.numel():,}: {peak:.0f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
 
 
