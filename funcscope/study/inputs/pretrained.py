@@ -141,7 +141,7 @@ def _warn_if_reread(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         stored = Tokenizer.from_file(str(file))
     stored.no_truncation()
     stored.no_padding()
-    ours = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    ours = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     if ours != stored.encode(PROBE, add_special_tokens=False).ids:
         warnings.warn(
             f"transformers reads the tokenizer in {path} as a {type(tokenizer).__name__}, which makes other tokens of a text "
