@@ -275,3 +275,27 @@ def test_theta_the_model_and_the_generator_are_left_alone():
     gram(loss, theta)
     assert torch.equal(theta, before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Turned(nn.Module):
+    """A layer that sees positions first: what its rows are is told by values alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.inner(x.transpose(0, 1))).transpose(0, 1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "scored"), [(torch.float64, 1e-9, False), (torch.float32, 1e-3, True)])
+def test_a_small_block_whose_rows_are_others_is_found_out(dtype, tolerance, scored):
+    model = seeded(0, Turned).to(dtype)
+    with torch.no_grad():
+        model.out.weight *= 1e-5  # the inner gradients are a small part of the whole
+    x, y = seeded(1, lambda: (torch.randn(5, 5, 4).to(dtype), torch.randint(0, 3, (5, 5))))
+    y[-1] = y[-1] if scored else -100
+    loss = fs.objective(fs.functional(model), [(x, y)], fs.classification)
+    part = _by_leaf(loss)["inner.weight"].double()
+    made = gram(loss, loss.net.theta, by="tensor").block("inner.weight")
+    assert float((made - part @ part.T).norm()) < tolerance * float((part @ part.T).norm())

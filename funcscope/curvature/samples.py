@@ -39,34 +39,37 @@ class Data:
 
     def each(self, batch: tuple[Any, Any], take: Callable[[str, LeafGradients], None]) -> None:
         """`take(name, gradients)` for every parameter that makes a difference."""
-        num, alone, size = num_rows(batch), self._alone(batch), 0.0
-        if alone:
-            size = math.sqrt(sum(float(x.square().sum(dtype=wide(x.device))) for x in alone.values()))
+        num, (row, alone) = num_rows(batch), self._alone(batch)
+        noise = 64 * self.loss.net.unit_roundoff * math.sqrt(sum(_length(x) ** 2 for x in alone.values()))
+
+        def is_off(made: Tensor | float, expected: Tensor) -> bool:
+            return not _length(made - expected.flatten()) <= tolerance(self.loss) * _length(expected) + noise
 
         def known(name: str, parts: list[Part]) -> None:
             leaf = LeafGradients.of(parts, self.loss.layout.shapes[name])
-            if name in alone and self._is_off(leaf.row(num - 1) - alone.pop(name).flatten(), size):
+            if name in alone and is_off(leaf.row(row), alone.pop(name)):
                 self.by_rows.add(name)
             if name not in self.by_rows:
                 take(name, leaf)
 
         self.passes += num
         self.by_rows |= run(self.loss, self.params, batch, num, known)
-        self.by_rows |= {name for name, x in alone.items() if self._is_off(x, size)}
+        self.by_rows |= {name for name, x in alone.items() if is_off(0.0, x)}
         if self.by_rows:
             self._rows(batch, take)
 
-    def _alone(self, batch: tuple[Any, Any]) -> dict[str, Tensor]:
-        """The gradient of the last row in a batch of one: once for every shape of batch."""
+    def _alone(self, batch: tuple[Any, Any]) -> tuple[int, dict[str, Tensor]]:
+        """The last row that has a gradient, and that in a batch of one: once for every shape of batch."""
         if (shape := _shapes(batch)) in self.compared:
-            return {}
-        self.compared.add(shape)
-        self.passes += 1
+            return 0, {}
         num = num_rows(batch)
-        return grad(lambda p: self._total(p, cut(batch, slice(num - 1, num), num)))(self.params)
-
-    def _is_off(self, difference: Tensor, size: float) -> bool:
-        return not float(torch.linalg.vector_norm(difference.float())) <= tolerance(self.loss) * size
+        for row in reversed(range(num)):
+            alone = grad(lambda p, row=row: self._total(p, cut(batch, slice(row, row + 1), num)))(self.params)
+            self.passes += 1
+            if any(bool(x.any()) for x in alone.values()):
+                self.compared.add(shape)
+                return row, alone
+        return 0, {}
 
     def _total(self, params: Any, batch: tuple[Any, Any]) -> Tensor:
         return total_of(self.loss.criterion, self.loss.net.apply(params, batch[0]), batch[1])
@@ -131,6 +134,10 @@ def _by_token(batch: tuple[Any, Any]) -> tuple[Any, Any]:
     at = (torch.arange(len(row), device=row.device), *places[:, 1:].T)
     alone[at] = weight[at]
     return inputs, Labels(labels.index[row], alone)
+
+
+def _length(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=wide(x.device)))
 
 
 def _shapes(batch: Any) -> Any:

@@ -70,9 +70,8 @@ class _Tap(torch.autograd.Function):
         ctx.show, ctx.like = show, seed
         if 0 in y.stride():
             return y.view_as(y)
-        ctx.mark_dirty(
-            y
-        )  # so that what follows may write to it, as `nn.ReLU(inplace=True)` does: torch refuses that of views
+        # torch lets nobody write to a view that is made here, as `nn.ReLU(inplace=True)` does with what it is given
+        ctx.mark_dirty(y)
         return y
 
     @staticmethod
