@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from ..core.checks import check_choice, check_flat
-from ..core.estimate import wide
+from ..core.estimate import Estimate, wide
 from ..core.layout import By, Layout, View
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 from .leaf_gradients import LeafGradients
 from .samples import Data, Unit, num_rows, tiles_of
 
@@ -145,6 +146,10 @@ class Norms(Result):
     unit: str
     blocks: list[str] = internal()
 
+    @derived("mean length of the whole gradient")
+    def mean_total(self) -> Estimate:
+        return Estimate.of(self.total)
+
     @derived("length of the whole gradient", per="sample")
     def total(self) -> Float[Tensor, " n"]:
         return self.values.square().sum(0).sqrt()
@@ -155,7 +160,7 @@ class Norms(Result):
 
     @property
     def head(self) -> str:
-        return f"lengths of the gradients of {self.values.shape[1]} {self.unit}s"
+        return f"lengths of the gradients of {counted(self.values.shape[1], self.unit)}"
 
 
 def gradient_norms(

@@ -141,8 +141,8 @@ class GramSpectrum(Result):
         same = "equal, up to rounding" if self.centered else "0"
         return [
             (
-                f"{self.num_samples} {self.unit}s for {max(known, default=0):,} parameters: smallest eigenvalues, condition "
-                "numbers and ranks are properties of how many samples there are.",
+                f"{counted(self.num_samples, self.unit)} for {max(known, default=0):,} parameters: smallest eigenvalues, "
+                "condition numbers and ranks are properties of how many samples there are.",
                 self.num_samples < max(known, default=0),
             ),
             ("one sample: there is no error over samples.", self.num_groups < 2),
