@@ -268,6 +268,14 @@ def test_inputs_that_no_gram_has():
         gram(fs.objective(net, [(torch.ones(2, 2), torch.ones(2, 2))], custom), net.theta, unit="token")
 
 
+def test_another_data_set_is_one_of_the_same_parameters():
+    loss, batch = loss_of("mlp"), [(torch.ones(2, 4).double(), torch.tensor([0, 1]))]
+    model = seeded(0, lambda: nn.Sequential(nn.Tanh(), nn.Linear(4, 6), nn.Linear(6, 3))).double()
+    other = fs.objective(fs.functional(model), batch, fs.classification)
+    with pytest.raises(ValueError, match="same parameters"):
+        gram(loss, loss.net.theta, other=other)
+
+
 def test_theta_the_model_and_the_generator_are_left_alone():
     loss = loss_of("gpt2")
     theta = loss.net.theta

@@ -104,6 +104,8 @@ def gram(
     theta = Loss.vector(loss, theta)
     if other is not None:
         Loss.vector(other, theta)
+        if other.layout.shapes != loss.layout.shapes:
+            raise ValueError("`other` must be a loss of the same parameters, and has other names or shapes of them.")
     views = block_views(loss.layout, by)
     one = Data(loss, theta, tiles_of(loss, unit, chunk_size))
     two = one if other is None else Data(other, theta, tiles_of(other, unit, chunk_size))

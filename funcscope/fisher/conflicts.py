@@ -68,6 +68,10 @@ class TaskConflicts(Result):
     @property
     def notes(self) -> list[str]:
         notes = []
+        if self.unit == "token":
+            notes.append(
+                "tokens of one sequence are not independent: errors and p values are too small; take sequences for tests."
+            )
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:
