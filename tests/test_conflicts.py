@@ -18,6 +18,7 @@ from funcscope.curvature.gram import Grams
 from funcscope.curvature.rows import per_sample_gradients
 from funcscope.fisher import gram_conflicts, label_test, task_conflicts, whitened_grams
 from funcscope.fisher.mean_gradients import bootstrapped, counts_drawn
+from funcscope.fisher.samples import scored_sequences
 
 
 def grams(a: torch.Tensor, b: torch.Tensor) -> list[Grams]:
@@ -246,6 +247,36 @@ def test_the_label_test_counts_as_by_hand():
     assert float(found.p_value) == pytest.approx((1 + count) / 50)
 
 
+@pytest.mark.parametrize("whitened", [False, True], ids=["plain", "whitened"])
+def test_sequences_without_a_label_are_no_samples(whitened):
+    """As gradients of 0 they would make both tasks longer, and every task more like itself."""
+    model, _, criterion = problem("gpt2")
+    net = fs.functional(model)
+    ids, mask = tokens(11, 6, 6).values()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[[1, 4]] = -100
+    batch, rows = {"input_ids": ids, "attention_mask": mask, "labels": labels}, [0, 2, 3, 5]
+    some = fs.objective(net, [batch], criterion)
+    rest = fs.objective(net, [{name: x[rows] for name, x in batch.items()}], criterion)
+    other = fs.objective(net, [tokens(12, 4, 6)], criterion)
+    found, oracle = (
+        task_conflicts(loss, other, net.theta, key=fs.key(0), whitened=whitened, num=19) for loss in (some, rest)
+    )
+    assert (found.num_first, found.num_unscored, oracle.num_unscored) == (4, 2, 0)
+    assert "2 sequences without a scored position" in found.notes[0]
+    for name in ("inner", "square_first", "cosine", "p_differ", "inner_stderr"):
+        torch.testing.assert_close(getattr(found, name), getattr(oracle, name), equal_nan=True)
+
+
+def test_what_a_criterion_of_ones_own_does_not_score_is_no_sample():
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(2, 1)))
+    criterion = fs.custom(lambda out, y: ((out[:, 0] - y) ** 2, (y > 0).to(out)))
+    x, y = torch.ones(5, 2), torch.tensor([1.0, -1.0, 2.0, -1.0, 3.0])
+    loss, lost = scored_sequences(fs.objective(net, [(x[:2], y[:2]), (x[2:], y[2:])], criterion), net.theta)
+    assert lost == 2
+    assert torch.cat([targets for _, targets in loss.batches]).tolist() == [1, 2, 3]
+
+
 def test_what_is_no_pair_of_tasks_is_refused():
     a, b = normals(26, 1, 4, 3), normals(27, 1, 3, 3)
     aa, ab, bb = grams(a, b)
@@ -262,8 +293,8 @@ def test_what_is_no_pair_of_tasks_is_refused():
     other = fs.objective(fs.functional(mlp.model), mlp.batches, mlp.criterion)
     with pytest.raises(ValueError, match="same net"):
         task_conflicts(one, other, one.net.theta, key=fs.key(0))
-    with pytest.raises(ValueError, match="needs `unit='sequence'`"):
-        task_conflicts(one, one, one.net.theta, key=fs.key(0), whitened=True, unit="token")
+    with pytest.raises(ValueError, match="no samples of a test"):
+        gram_conflicts(*(replace(each, unit="token") for each in (aa, ab, bb)), key=fs.key(0))
     theta = one.net.theta
     theta[0] = math.nan  # of token 0, which is padding here and there
     with pytest.raises(ValueError, match=r"of sequence \d in `transformer.wte.weight` is not finite"):

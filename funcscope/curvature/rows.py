@@ -51,7 +51,7 @@ def is_cut(x: Any, rows: int) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and len(x) == rows
 
 
-def cut(tree: Any, part: slice, rows: int) -> Any:
+def cut(tree: Any, part: slice | Tensor, rows: int) -> Any:
     """Some of the rows of every tensor that has so many."""
     return tree_map(lambda x: x[part] if is_cut(x, rows) else x, tree)
 

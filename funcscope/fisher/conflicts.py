@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -13,9 +14,11 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
-from ..curvature.gram import Blocks, Grams, Unit, gram
+from ..core.tables import counted
+from ..curvature.gram import Blocks, Grams, gram
 from .label_permutation import label_test
 from .mean_gradients import bootstrapped, jackknifed, unbiased
+from .samples import scored_sequences
 from .whitening import check_tasks, whitened_grams
 
 Values = Float[Tensor, " b"]
@@ -37,7 +40,7 @@ class TaskConflicts(Result):
     num_first: int
     num_second: int
     num: int
-    unit: str
+    num_unscored: int
     unit_length: bool
     key: Key
     inner_stderr: Values = internal()
@@ -61,17 +64,15 @@ class TaskConflicts(Result):
     @property
     def head(self) -> str:
         return (
-            f"gradients of {self.num_first} and {self.num_second} {self.unit}s of two tasks in {len(self.blocks)} blocks, "
-            f"{self.num} resamples"
+            f"gradients of {self.num_first} and {self.num_second} sequences of two tasks in "
+            f"{counted(len(self.blocks), 'block')}, {self.num} resamples"
         )
 
     @property
     def notes(self) -> list[str]:
         notes = []
-        if self.unit == "token":
-            notes.append(
-                "tokens of one sequence are not independent: errors and p values are too small; take sequences for tests."
-            )
+        if self.num_unscored:
+            notes.append(f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out.")
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:
@@ -89,30 +90,28 @@ def task_conflicts(
     *,
     key: Key,
     by: Blocks = "layer",
-    unit: Unit = "sequence",
     whitened: bool = False,
     unit_length: bool = False,
     num: int = 999,
     chunk_size: int = 64,
 ) -> TaskConflicts:
-    r"""`gram_conflicts` of the Grams of two data sets at one theta.
+    r"""`gram_conflicts` of the Grams of two data sets at one theta, sequences being the samples.
 
+    Tokens are none, as those of one sequence go together; sequences of which nothing is scored are left out.
     whitened: gradients over the root of the mean of their squares over the samples of both tasks (`whitened_grams`). They are
-    multiplied out for that, block by block; for sequences. Other arguments: those of `gram` and `gram_conflicts`.
+    multiplied out for that, block by block. Other arguments: those of `gram` and `gram_conflicts`.
 
     Raises ValueError for tasks of different parameters, and as `gram` and `gram_conflicts` do.
     """
     check_tasks(first, second)
+    (first, lost), (second, also) = (scored_sequences(loss, theta) for loss in (first, second))
     if whitened:
-        if unit != "sequence":
-            raise ValueError(
-                f"`whitened` needs `unit='sequence'`, got {unit!r}: whitened gradients are those of sequences."
-            )
         three = whitened_grams(first, second, theta, by=by, chunk_size=min(chunk_size, 8))
     else:
-        own = [gram(loss, theta, by=by, unit=unit, chunk_size=chunk_size) for loss in (first, second)]
-        three = own[0], gram(first, theta, other=second, by=by, unit=unit, chunk_size=chunk_size), own[1]
-    return gram_conflicts(*three, key=key, unit_length=unit_length, num=num)
+        own = [gram(loss, theta, by=by, chunk_size=chunk_size) for loss in (first, second)]
+        three = own[0], gram(first, theta, other=second, by=by, chunk_size=chunk_size), own[1]
+    result = gram_conflicts(*three, key=key, unit_length=unit_length, num=num)
+    return replace(result, num_unscored=lost + also)
 
 
 def gram_conflicts(
@@ -141,8 +140,8 @@ def gram_conflicts(
     A document permutes the coordinates of two gradients: pairs of more than some fifty coordinates have p near 0 then, of one
     task with itself, too. That coordinates are exchangeable is not the hypothesis that tasks do not conflict.
 
-    Raises ValueError for Grams that do not belong together, fewer than two samples of a task, and with `unit_length` for
-    a sample without a gradient. nan where a block has a value that is not finite.
+    Raises ValueError for Grams that do not belong together or are of tokens, fewer than two samples of a task, and with
+    `unit_length` for a sample without a gradient. nan where a block has a value that is not finite.
 
     >>> import funcscope as fs
     >>> a, b = torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.0]]), torch.tensor([[-2.0, 0.3], [-2.0, -0.3]])
@@ -172,7 +171,7 @@ def gram_conflicts(
     n, m = ab.shape[1:]
     return TaskConflicts(
         value.inner, value.first, value.second, value.cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
-        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, between.unit, unit_length, key,
+        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, unit_length, key,
         errors.inner, errors.first, errors.second, errors.cosine, list(between.blocks),
     )  # fmt: skip
 
@@ -195,7 +194,9 @@ def _check_grams(first: Grams, between: Grams, second: Grams) -> None:
         raise ValueError(
             f"the Grams must be of (n, n), (n, m) and (m, m) samples, got {shapes}: the second is `gram(other=)`."
         )
-    if not first.blocks == between.blocks == second.blocks or not first.unit == between.unit == second.unit:
+    if not first.blocks == between.blocks == second.blocks:
+        raise ValueError("the three Grams must have the same blocks: take them with equal `by`.")
+    if "token" in (first.unit, between.unit, second.unit):
         raise ValueError(
-            "the three Grams must have the same blocks and the same unit of samples: take them with equal `by`."
+            "tokens of one sequence go together, and are no samples of a test: take Grams with `unit='sequence'`."
         )

@@ -18,6 +18,7 @@ from ..core.statistics import q_values
 from ..curvature.rows import tolerance
 from .heads import head_part
 from .label_permutation import label_test
+from .samples import scored_sequences
 from .whitening import block_rows, check_tasks, damped
 
 Pairs = Float[Tensor, "b n m"]
@@ -153,7 +154,7 @@ def head_interference(
     I depends on the labels, so that they are exact. Permuting rows of g_i^2, as a document does, leaves the mean as it is:
     p is 1 always.
 
-    Memory is (n + m + held out) times the attention parameters of one layer.
+    Sequences of which nothing is scored are left out. Memory is (n + m + held out) times the attention parameters of one layer.
 
     Raises ValueError for losses of different parameters, a sequence that is held out and in a task, names that are not those
     of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.
@@ -162,6 +163,7 @@ def head_interference(
     theta = Loss.vector(first, theta)
     check_tasks(first, second)
     check_tasks(first, held_out)
+    first, second, held_out = (scored_sequences(loss, theta)[0] for loss in (first, second, held_out))
     if not damping >= 0:
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
     made: list[tuple[_Pooled, int]] = []

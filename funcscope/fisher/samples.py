@@ -71,6 +71,23 @@ def scored(grams: Grams, loss: Loss, theta: Theta) -> tuple[Grams, int]:
     return replace(grams, values=grams.values[:, there][:, :, there]), int((~there).sum())
 
 
+def scored_sequences(loss: Loss, theta: Theta) -> tuple[Loss, int]:
+    """The loss without the sequences of which nothing is scored, and how many these are; a gradient of 0 is a sample."""
+    labels = [targets.weight for _, targets in loss.batches if hasattr(targets, "weight")]
+    if len(labels) == len(loss.batches):
+        weights = torch.cat([weight.ne(0).reshape(len(weight), -1).any(1) for weight in labels])
+    else:
+        weights = terms_at(loss, theta).weights != 0
+    batches, at = [], 0
+    for batch in loss.batches:
+        size = rows_of(batch) or 1
+        there = weights[at : at + size]
+        if bool(there.any()):
+            batches.append(batch if bool(there.all()) else cut(batch, there.nonzero()[:, 0], size))
+        at += size
+    return replace(loss, batches=tuple(batches)), int((~weights).sum())
+
+
 def sequences(loss: Loss) -> Int[Tensor, " n"]:
     """The number of the sequence that every scored position is of."""
     parts, at = [], 0
