@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -19,6 +20,7 @@ from funcscope.fisher import (
     compare_methods,
     fisher_diagonal,
     fisher_groups,
+    fisher_overlap,
     fisher_spectrum,
     head_interference,
     head_views,
@@ -167,6 +169,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "GroupedFisher": lambda: fisher_groups(theta().square(), loss().layout, by="row"),
     "HeadInterference": interference,
     "Importance": lambda: importance(theta().square(), loss().layout),
+    "FisherOverlap": lambda: fisher_overlap(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=1),
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
@@ -177,3 +180,12 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
 @cache
 def example(name: str) -> Result:
     return EXAMPLES[name]()
+
+
+CLOCKED = {"MethodComparison": ("seconds", "mebibytes")}
+"""Of results that say what they took."""
+
+
+def timed_as(first: Result, again: Result) -> Result:
+    """The second, with the times of the first."""
+    return replace(again, **{name: getattr(first, name) for name in CLOCKED.get(type(first).__name__, ())})

@@ -93,8 +93,10 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
         UnifiedConfig().selected()
     with pytest.raises(ValueError, match=r"attention_patterns.* not here yet.*hessian_eigenvalues"):
         UnifiedConfig(compute_mechanistic=True).selected()
-    with pytest.warns(UserWarning, match="fisher_importance, fisher_overlap are not here yet"):
-        assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == ["fisher_information"]
+    both = UnifiedConfig(compute_fisher=True, dataset_name={"a": "a.jsonl", "b": "b.jsonl"}, compute_qkov=False)
+    one_task = ["fisher_information", "fisher_importance"]
+    assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == one_task
+    assert [one.name for one in both.selected()] == [*one_task, "fisher_overlap", "cross_task_conflicts"]
     with pytest.raises(ValueError, match=r"field 'loss_landscape_spam'.*did you mean 'loss_landscape_span'"):
         UnifiedConfig.of({"loss_landscape_spam": 0.2})
     for name, bad in (("num_samples", "many"), ("compute_all", 1), ("seed", 1.5), ("loss_landscape_span", "x")):
@@ -215,8 +217,7 @@ def test_the_documented_patterns_run(made):
         verbose=False,
         **few,
     )
-    with pytest.warns(UserWarning, match="left out"):
-        results = fs.analyze_models(model_paths=paths[:2], config=chosen)
+    results = fs.analyze_models(model_paths=paths[:2], config=chosen)
     for checkpoint in paths[:2]:  # comparing checkpoints
         fisher = results.models[checkpoint].metrics["fisher_information"]
         assert fisher["trace"] > 0
@@ -225,8 +226,7 @@ def test_the_documented_patterns_run(made):
     for value in results.models[paths[0]].metrics.values():  # error handling
         assert not (isinstance(value, dict) and "error" in value)
     chosen.force_recompute = True
-    with pytest.warns(UserWarning, match="left out"):
-        again = fs.analyze_models(paths[:1], chosen)
+    again = fs.analyze_models(paths[:1], chosen)
     assert again.models[paths[0]].metrics["fisher_information"]["trace"] == fisher_of(results, paths[0])["trace"]
     assert json.dumps(asdict(chosen))  # saved beside the results
 

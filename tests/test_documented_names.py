@@ -1,11 +1,10 @@
 """The documented names of landscape results, and that the same call makes the same result of inputs that it leaves alone."""
 
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
-from results import EXAMPLES, example, loss, other, sampled, theta
+from results import EXAMPLES, example, loss, other, sampled, theta, timed_as
 
 import funcscope as fs
 
@@ -44,16 +43,10 @@ def test_names_of_what_was_not_asked_for_are_absent():
     assert "loss_std_p_value" not in example("Comparison").asdict()  # no mean, no test
 
 
-CLOCKED = {"MethodComparison": ("seconds", "mebibytes")}
-"""What a clock and the system say, which no two calls have in common."""
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_same_call_gives_the_same_bits_and_leaves_its_inputs(name):
     before, state = (theta().clone(), other().clone()), torch.get_rng_state()
-    again, first = EXAMPLES[name](), example(name)
-    if name in CLOCKED:
-        again = replace(again, **{each: getattr(first, each) for each in CLOCKED[name]})
+    again, first = timed_as(example(name), EXAMPLES[name]()), example(name)
     assert again == first
     assert pickle.loads(pickle.dumps(again)) == again
     assert all(torch.equal(*both) for both in zip(before, (theta(), other()), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -70,12 +71,16 @@ def test_every_number_is_the_sum_over_the_parameters_of_its_head(name):
 
 def test_maps_have_a_place_for_every_head():
     found, _ = result()
-    assert found.query_ratio.shape == found.key_ratio.shape == (2, 2)
-    assert found.key_ratio[:, 1].isnan().all()  # one head of keys for two of queries
-    assert found.query_ratio.isfinite().all()
-    at = found.blocks.index("model.layers.1.self_attn.O.1")
-    assert float(found.output_ratio[1, 1]) == float(found.ratio[at])
-    assert float(found.value_ratio[0, 0]) == float(found.ratio[found.blocks.index("model.layers.0.self_attn.V.0")])
+    parts = found.coords["part"]
+    assert parts == ["Q 0", "Q 1", "K 0", "V 0", "O 0", "O 1"]  # one head of keys for two of queries
+    for i, layer in enumerate(found.coords["layer"]):
+        for j, part in enumerate(parts):
+            at = found.blocks.index(f"{layer}.{part.replace(' ', '.')}")
+            assert float(found.heads[i, j]) == float(found.ratio[at])
+            assert float(found.q_heads[i, j]) == float(found.q_directed[at])
+    apart = replace(found, blocks=[block.replace("1.self_attn.V.0", "2.self_attn.V.0") for block in found.blocks])
+    assert apart.heads.shape == (3, 6)
+    assert int(apart.heads.isnan().sum()) == 6
 
 
 def test_a_scale_of_the_loss_leaves_ratios_as_they_are():

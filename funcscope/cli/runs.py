@@ -148,8 +148,8 @@ def _table(results: Results) -> Listing:
 TEXT_COLUMNS = (
     ("mean_loss", "loss", "nats per byte"),
     ("directional_losses", "curvature_mean", "curvature"),
-    ("fisher_information", "trace", "Fisher trace"),
-    ("fisher_information", "max_eigenvalue", "its largest eigenvalue"),
+    ("fisher_spectrum", "global_trace", "trace of the gradients' second moment"),
+    ("fisher_spectrum", "global_largest_eigenvalue", "its largest eigenvalue"),
 )
 """Of the table of the models of texts: metric, quantity, title."""
 

@@ -92,6 +92,11 @@ class Functional:
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
 
     @property
+    def config(self) -> Any:
+        """The configuration of a Hugging Face model; None of another."""
+        return self._skeleton.config if is_pretrained(self._skeleton) else None
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 

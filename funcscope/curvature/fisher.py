@@ -15,6 +15,7 @@ from ..core.checks import check_choice, check_count
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
+from ..core.progress import tick
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from ..linalg.matvec import Matvec
@@ -147,6 +148,7 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     for (inputs, _), labels in zip(loss.batches, _draws(loss, theta, key, 1), strict=True):
 
         def rooted(t: Tensor, inputs=inputs, labels=labels[0]) -> Tensor:
+            tick("forward")
             losses, weight = loss.criterion.scored(loss.net.apply(loss.params(t), inputs), labels)
             return (losses * weight.sqrt()).sum()
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
+from ..core.progress import tick
 from .outputs import total_of
 
 Reduction = Literal["sum", "mean"]
@@ -119,6 +120,7 @@ def _of_batch(
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        tick("forward")
         out = loss.net.apply(loss.params(t), part[0])
         return total_of(loss.criterion, out, part[1]), loss.criterion.token_loss(out, part[1])[1].sum()
 

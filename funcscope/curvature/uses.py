@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core.objective import Loss
+from ..core.progress import tick
 from ..core.substitute import Substitute
 from .leaf_gradients import Lookup, Outer, Part, Rows
 from .outputs import total_of
@@ -55,6 +56,7 @@ def run(
     uses = _Uses(params, rows, seed, each, affine)
     with torch.enable_grad():
         with uses:
+            tick("forward")
             out = loss.net.apply(params, batch[0])
         total = total_of(loss.criterion, out, batch[1])
         if total.requires_grad:

@@ -14,11 +14,13 @@ from .overlap import MaskOverlap, mask_overlap
 from .precomputed import gradient_gram
 from .spectrum import fisher_spectrum, gram_spectrum
 from .spectrum_result import GramSpectrum
+from .tasks import FisherOverlap, fisher_importance, fisher_overlap, qkov_interference
 from .whitening import whitened_grams
 
 __all__ = [
     "DiagonalFisher",
     "Ema",
+    "FisherOverlap",
     "GramSpectrum",
     "GroupedFisher",
     "HeadInterference",
@@ -34,6 +36,8 @@ __all__ = [
     "compare_methods",
     "fisher_diagonal",
     "fisher_groups",
+    "fisher_importance",
+    "fisher_overlap",
     "fisher_spectrum",
     "gradient_gram",
     "gram_conflicts",
@@ -47,7 +51,7 @@ __all__ = [
     "mask_overlap",
     "obd_saliency",
     "pruning_mask",
+    "qkov_interference",
     "task_conflicts",
     "whitened_grams",
 ]
-__all__ = ["Ema", "GramSpectrum", "Welford", "fisher_spectrum", "gradient_gram", "gram_spectrum"]

@@ -72,7 +72,9 @@ class TaskConflicts(Result):
     def notes(self) -> list[str]:
         notes = []
         if self.num_unscored:
-            notes.append(f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out.")
+            notes.append(
+                f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out."
+            )
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:
@@ -95,9 +97,10 @@ def task_conflicts(
     num: int = 999,
     chunk_size: int = 64,
 ) -> TaskConflicts:
-    r"""`gram_conflicts` of the Grams of two data sets at one theta, sequences being the samples.
+    r"""Whether two data sets pull the parameters of every block in opposite directions, from their per-sequence gradients.
 
-    Tokens are none, as those of one sequence go together; sequences of which nothing is scored are left out.
+    `gram_conflicts` of the Grams at one theta. Sequences are the samples; tokens are none, as those of one sequence go
+    together, and sequences of which nothing is scored are left out.
     whitened: gradients over the root of the mean of their squares over the samples of both tasks (`whitened_grams`). They are
     multiplied out for that, block by block. Other arguments: those of `gram` and `gram_conflicts`.
 

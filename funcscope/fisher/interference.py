@@ -67,23 +67,14 @@ class HeadInterference(Result):
     def q_signed(self) -> Values:
         return torch.tensor(q_values(self.p_signed.tolist()), dtype=torch.float64)
 
-    @derived("ratio in queries", per=("layer", "head"))
-    def query_ratio(self) -> Float[Tensor, "l h"]:
-        return self._by_head("Q")
+    @derived("interference of heads", per=("layer", "part"))
+    def heads(self) -> Float[Tensor, "l p"]:
+        """`ratio` by place: 1 where the first task has the information of the held-out ones; nan for what is not there."""
+        return self._by_part(self.ratio)
 
-    @derived("ratio in keys", per=("layer", "head"))
-    def key_ratio(self) -> Float[Tensor, "l h"]:
-        """nan beyond the heads of keys and values."""
-        return self._by_head("K")
-
-    @derived("ratio in values", per=("layer", "head"))
-    def value_ratio(self) -> Float[Tensor, "l h"]:
-        """nan beyond the heads of keys and values."""
-        return self._by_head("V")
-
-    @derived("ratio in outputs", per=("layer", "head"))
-    def output_ratio(self) -> Float[Tensor, "l h"]:
-        return self._by_head("O")
+    @derived("q value of heads", per=("layer", "part"))
+    def q_heads(self) -> Float[Tensor, "l p"]:
+        return self._by_part(self.q_directed)
 
     mean_directed_stderr = property(lambda self: _stderr(self.directed))
     mean_signed_stderr = property(lambda self: _stderr(self.signed))
@@ -98,7 +89,8 @@ class HeadInterference(Result):
 
     @property
     def coords(self) -> dict[str, list[str]]:
-        return {"block": self.blocks, "layer": self._layers}
+        layers, parts = self._places
+        return {"block": self.blocks, "layer": layers, "part": parts}
 
     @property
     def head(self) -> str:
@@ -109,15 +101,18 @@ class HeadInterference(Result):
         )
 
     @property
-    def _layers(self) -> list[str]:
-        return list(dict.fromkeys(head_part(block).attention for block in self.blocks))
-
-    def _by_head(self, kind: str) -> Tensor:
+    def _places(self) -> tuple[list[str], list[str]]:
+        """Attention modules, and the parts of their heads by kind."""
         parts = [head_part(block) for block in self.blocks]
-        out = self.ratio.new_full((len(self._layers), 1 + max(part.head for part in parts)), math.nan)
-        for part, value in zip(parts, self.ratio, strict=True):
-            if part.kind == kind:
-                out[self._layers.index(part.attention), part.head] = value
+        kinds = sorted({("QKVO".index(part.kind), part.head) for part in parts})
+        return list(dict.fromkeys(part.attention for part in parts)), [f"{'QKVO'[kind]} {head}" for kind, head in kinds]
+
+    def _by_part(self, values: Values) -> Tensor:
+        layers, names = self._places
+        out = values.new_full((len(layers), len(names)), math.nan)
+        for block, value in zip(self.blocks, values, strict=True):
+            part = head_part(block)
+            out[layers.index(part.attention), names.index(f"{part.kind} {part.head}")] = value
         return out
 
 
@@ -154,7 +149,8 @@ def head_interference(
     I depends on the labels, so that they are exact. Permuting rows of g_i^2, as a document does, leaves the mean as it is:
     p is 1 always.
 
-    Sequences of which nothing is scored are left out. Memory is (n + m + held out) times the attention parameters of one layer.
+    Sequences of which nothing is scored are left out.
+    Memory is (n + m + held out) times the attention parameters of one layer.
 
     Raises ValueError for losses of different parameters, a sequence that is held out and in a task, names that are not those
     of `head_views`, a block whose held-out gradients are all 0, and fewer than two sequences of a task.

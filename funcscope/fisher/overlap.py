@@ -21,8 +21,8 @@ class MaskOverlap(Result):
     """Parameters that two masks keep, by block, and what random masks of the same densities would have in common."""
 
     sizes: Counts = quantity("parameters", per="block")
-    num_first: Counts = quantity("kept by the first", per="block")
-    num_second: Counts = quantity("kept by the second", per="block")
+    num_first: Counts = quantity("kept by the first", per="block", shown=False)
+    num_second: Counts = quantity("kept by the second", per="block", shown=False)
     num_both: Counts = quantity("kept by both", per="block")
     blocks: list[str] = internal()
 
@@ -34,7 +34,7 @@ class MaskOverlap(Result):
     def chance_jaccard(self) -> Counts:
         return self._expected / (self.num_first + self.num_second - self._expected)
 
-    @derived("Dice index", per="block")
+    @derived("Dice index", per="block", shown=False)
     def dice(self) -> Counts:
         return 2 * self.num_both / (self.num_first + self.num_second)
 
@@ -48,7 +48,7 @@ class MaskOverlap(Result):
     def z(self) -> Counts:
         return torch.where(self._variance > 0, (self.num_both - self._expected) / self._variance.sqrt(), math.nan)
 
-    @derived("p of as large an overlap", per="block")
+    @derived("p of as large an overlap", per="block", shown=False)
     def p_value(self) -> Counts:
         """Exact, hypergeometric, one-sided."""
         both, size, first, second = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..core.batches import rows as rows_of
@@ -73,19 +73,35 @@ def scored(grams: Grams, loss: Loss, theta: Theta) -> tuple[Grams, int]:
 
 def scored_sequences(loss: Loss, theta: Theta) -> tuple[Loss, int]:
     """The loss without the sequences of which nothing is scored, and how many these are; a gradient of 0 is a sample."""
+    there = are_scored(loss, theta)
+    return chosen(loss, there), int((~there).sum())
+
+
+def dealt(loss: Loss, theta: Theta, num: int) -> list[Loss]:
+    """Losses on every `num`-th scored sequence, from the first on, from the second on, ...: as many as have one."""
+    there = are_scored(loss, theta)
+    group = torch.where(there, (there.cumsum(0) - 1) % num, -1)
+    return [chosen(loss, group == i) for i in range(min(num, int(there.sum())))]
+
+
+def are_scored(loss: Loss, theta: Theta) -> Bool[Tensor, " n"]:
+    """Whether anything of a sequence is."""
     labels = [targets.weight for _, targets in loss.batches if hasattr(targets, "weight")]
     if len(labels) == len(loss.batches):
-        weights = torch.cat([weight.ne(0).reshape(len(weight), -1).any(1) for weight in labels])
-    else:
-        weights = terms_at(loss, theta).weights != 0
+        return torch.cat([weight.ne(0).reshape(len(weight), -1).any(1) for weight in labels])
+    return terms_at(loss, theta).weights != 0
+
+
+def chosen(loss: Loss, there: Bool[Tensor, " n"]) -> Loss:
+    """The loss on some of its sequences, in the batches that they are in."""
     batches, at = [], 0
     for batch in loss.batches:
         size = rows_of(batch) or 1
-        there = weights[at : at + size]
-        if bool(there.any()):
-            batches.append(batch if bool(there.all()) else cut(batch, there.nonzero()[:, 0], size))
+        part = there[at : at + size]
+        if bool(part.any()):
+            batches.append(batch if bool(part.all()) else cut(batch, part.nonzero()[:, 0], size))
         at += size
-    return replace(loss, batches=tuple(batches)), int((~weights).sum())
+    return replace(loss, batches=tuple(batches))
 
 
 def sequences(loss: Loss) -> Int[Tensor, " n"]:

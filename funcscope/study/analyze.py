@@ -18,7 +18,7 @@ from .results import Results
 from .runs import Runs, is_run
 from .subject import STEP, Checkpoint, InMemory, Pretrained, Source
 from .texts import DataSpec
-from .together import data_of
+from .together import PARTS, data_of
 
 
 def analyze_models(
@@ -45,7 +45,7 @@ def analyze_models(
         tasks, metrics = [config.split], [_on_split(one) for one in metrics]
     else:
         tasks = list(config.tasks())
-        if all(isinstance(source, InMemory) and not source.losses.keys() & _OWN for source in sources):
+        if all(isinstance(source, InMemory) and not source.losses.keys() & PARTS for source in sources):
             metrics = [_on_split(one) for one in metrics]
     out = Path(config.output_dir)
     outcomes = run(
@@ -139,8 +139,4 @@ def _apart(sources: Sequence[Source]) -> list[Source]:
 
 def _on_split(one: Metric) -> Metric:
     """On data that are not divided: none are for the Fisher information or the landscape alone."""
-    return replace(one, task=None) if one.task in _OWN else one
-
-
-_OWN = {"fisher", "landscape"}
-"""Tasks that the fields of a configuration make for single metrics."""
+    return replace(one, task=None) if one.task in PARTS else one

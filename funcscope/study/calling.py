@@ -119,10 +119,11 @@ class Call:
 
     def _shrunk(self) -> bool:
         """Whether there is a smaller chunk, or there are smaller batches, that are tried next."""
-        chunk = self.plan.get("chunk", 1) or FIRST_CHUNK
-        if chunk > 1:
-            self.plan["chunk"] = chunk // 2
-            return True
+        for name in ("chunk", "chunk_size"):
+            chunk = self.plan.get(name, 1) or FIRST_CHUNK
+            if chunk > 1:
+                self.plan[name] = chunk // 2
+                return True
         if self.loss is None or self.one.by_batch:
             return False
         now = self.loss.batch_size if self.size is None else self.size

@@ -11,7 +11,10 @@ from ..curvature.critical import critical_sharpness
 from ..curvature.gram import gradient_norms
 from ..curvature.m_sharpness import m_sharpness
 from ..curvature.summary import hessian_block_traces, hessian_summary
+from ..fisher.conflicts import task_conflicts
+from ..fisher.methods import compare_methods
 from ..fisher.spectrum import fisher_spectrum
+from ..fisher.tasks import fisher_importance, fisher_overlap, qkov_interference
 from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
@@ -21,6 +24,7 @@ from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
 from .metric import metric as metric
 
+TWO_TASKS = ("first_loss", "second_loss", "theta")
 PRODUCT = 6
 """Forward passes that one product with the Hessian costs, the graph being kept."""
 
@@ -83,6 +87,28 @@ for _one in (
         reference="Papyan (2019), arXiv:1901.08244",
         sentence="Of the gradients' second moment the trace is {global_trace}, the largest eigenvalue "
         "{global_largest_eigenvalue}; {off_block_mass_debiased} of its squares lie off the blocks.",
+    ),
+    of_function(
+        "fisher_importance", fisher_importance, ("loss", "theta", KEY), category="fisher", by_batch=True,
+        drawn=("share", "relative_density"), cost=lambda s: 5 * s["num"],
+    ),
+    of_function(
+        "fisher_methods", compare_methods, ("loss", "theta", KEY), category="fisher", by_batch=True,
+        drawn=("trace", "disagreement", "seconds"), cost=lambda s: (60 + PRODUCT * s["num"]) * len(s["methods"]),
+        reference="Martens, Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884",
+    ),
+    of_function(
+        "fisher_overlap", fisher_overlap, (*TWO_TASKS, KEY), on="tasks", category="fisher", by_batch=True,
+        drawn=("jaccard", "halves"), cost=lambda s: 10 * s["num"],
+        sentence="The parameters that each task needs most overlap by {total_kappa}, where 0 is chance and 1 are the same.",
+    ),
+    of_function(
+        "cross_task_conflicts", task_conflicts, (*TWO_TASKS, KEY), on="tasks", category="fisher",
+        plan=("chunk_size",), drawn=("cosine", "q_conflict"), cost=lambda _: 12,
+    ),
+    of_function(
+        "qkov_interference", qkov_interference, (*TWO_TASKS, "config", KEY), on="tasks", category="fisher",
+        plan=("chunk_size",), drawn=("heads", "q_heads"), cost=lambda _: 20,
     ),
     of_function(
         "sam_sharpness", sam_sharpness, ("loss", "theta"),

@@ -23,7 +23,13 @@ from .texts import DataSpec, Usual
 PREFIX = "FUNCSCOPE_"
 """Of environment variables that are fields."""
 FLAGS: dict[str, tuple[str, ...]] = {
-    "compute_fisher": ("fisher_information", "fisher_importance", "fisher_overlap"),
+    "compute_fisher": (
+        "fisher_information",
+        "fisher_importance",
+        "fisher_overlap",
+        "cross_task_conflicts",
+        "qkov_interference",
+    ),
     "compute_gradients": ("gradient_flow", "gradient_pathology"),
     "compute_information_theory": ("mutual_information", "entropy", "pid_analysis"),
     "compute_representations": ("dead_neurons", "superposition", "feature_geometry"),
@@ -42,9 +48,11 @@ class UnifiedConfig:
 
     `fisher_batch_size`, `batch_size`, `max_batch_size` and the sizes by grid are how many sequences are in memory at a time,
     and change no number. `dataset_name` is a file of texts, a Hugging Face data set of which `dataset_split` is read, or
-    several by name: every model is then measured on each, as "MODEL on NAME". `model_name` is the model where no path is
-    passed, `base_model` the one that pairs compare the others with; `compute_qkov` is another name of
-    `enable_qkov_interference`. The fields of metrics that are not here have no effect so far. Raises TypeError for an unknown
+    several by name: every model is then measured on each, as "MODEL on NAME", and on every two together, as "MODEL on ONE and
+    OTHER" (`enable_qkov_interference`, also known as `compute_qkov`, and `enable_cross_task_conflicts` say whether heads and
+    conflicts are among what `compute_fisher` asks for there). `model_name` is the model where no path is passed, `base_model`
+    the one that pairs compare the others with. The fields of metrics that are not here have no effect so far. Raises
+    TypeError for an unknown
     field, ValueError for one of the wrong kind.
     """
 
@@ -173,7 +181,9 @@ class UnifiedConfig:
         """
         names = list(self.metrics)
         if self.compute_all:
-            names += [name for name, one in CATALOGUE.items() if one.on == "model"]
+            names += [
+                name for name, one in CATALOGUE.items() if one.on == "model" or (one.on == "tasks" and self._has_tasks)
+            ]
         for flag in FLAGS:
             if getattr(self, flag):
                 names += self.asked_by(flag)
@@ -187,10 +197,20 @@ class UnifiedConfig:
                 raise ValueError(f"there are settings of {name}, which is not measured: add it to `metrics`.")
         return [self.configured(name) for name in dict.fromkeys(names)]
 
-    @staticmethod
-    def asked_by(flag: str) -> list[str]:
-        """The metrics of a flag that are there. Raises ValueError where none is, warns where some are not."""
-        wanted = FLAGS[flag]
+    @property
+    def _has_tasks(self) -> bool:
+        """Whether there are several data sets to be looked at together."""
+        return isinstance(self.dataset_name, Mapping) and len(self.dataset_name) > 1
+
+    def asked_by(self, flag: str) -> list[str]:
+        """The metrics of a flag that are there; those of two data sets where there are several.
+
+        Raises ValueError where none is, warns where some are not.
+        """
+        off = {"cross_task_conflicts": not self.enable_cross_task_conflicts,
+               "qkov_interference": not self.enable_qkov_interference}  # fmt: skip
+        needs_two = {name for name, one in CATALOGUE.items() if one.on == "tasks" and not self._has_tasks}
+        wanted = [name for name in FLAGS[flag] if not off.get(name) and name not in needs_two]
         there = [name for name in wanted if name in CATALOGUE]
         if not there:
             raise ValueError(
@@ -205,6 +225,10 @@ class UnifiedConfig:
         """A metric with the settings that this configuration has for it."""
         own: dict[str, tuple[str | None, dict[str, Any]]] = {
             "fisher_information": ("fisher", {"method": self.fisher_method, "num": self.fisher_top_k}),
+            **{
+                name: ("fisher", {})
+                for name in ("fisher_importance", "fisher_overlap", "cross_task_conflicts", "qkov_interference")
+            },
             "loss_landscape_2d": (
                 "landscape",
                 {

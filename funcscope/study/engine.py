@@ -78,7 +78,7 @@ def run(
     every = list(with_members(metrics))
     if any(one.on == "pair" for one in every):
         sources = [*(base for base in bases if base.id not in {one.id for one in sources}), *sources]
-    plan = list(arranged(every, sources, bases))
+    plan = list(arranged(every, sources, bases, tasks))
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))

@@ -42,16 +42,16 @@ class Metric:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `call` with their values here: what is measured."""
     plan: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` is halved
-    where memory runs out."""
+    """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` and
+    `chunk_size` are halved where memory runs out."""
     category: str = "your own"
     cost: Callable[[Mapping[str, Any]], float] = _one_pass
     """Forward passes over the data that it will take, from its settings."""
     version: int = 1
     """To be raised when the function changes: stored results of another version are not used."""
-    on: Literal["model", "pair", "series"] = "model"
-    """What it looks at: one model, two, or the checkpoints of a run. The results of other metrics that it needs are then
-    those of all of these, in a tuple."""
+    on: Literal["model", "tasks", "pair", "series"] = "model"
+    """What it looks at: one model, one on two data sets (`first_loss`, `second_loss`), two models, or the checkpoints of a
+    run. The results of other metrics that it needs are, of several models, those of all of these, in a tuple."""
     at: Literal["every", "phases"] = "every"
     """Of a training run, every checkpoint, or the start, where it has memorised, and the end."""
     by_batch: bool = False

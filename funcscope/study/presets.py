@@ -44,7 +44,12 @@ TEXT: Preset = {
     "mean_loss": {},
     "loss_comparison": {},
     "directional_losses": {"n_samples": 10, "span": 0.1},
-    "fisher_information": {"method": "exact", "num": 2, "tol": 1e-2, "num_probes": 2, "steps": 10, "trace_matvecs": 16},
+    "fisher_spectrum": {"bootstrap": 50},
+    "fisher_importance": {},
+    "fisher_methods": {"num": 4, "num_directions": 4, "rank": 3},
+    "fisher_overlap": {"num": 4},
+    "cross_task_conflicts": {},
+    "qkov_interference": {},
     "linear_path": {"num": 11},
 }
 """Of a base model and those fine-tuned from it, on the data of each: what the demonstration of the family `text` measures."""

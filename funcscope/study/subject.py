@@ -68,15 +68,18 @@ NEEDS: dict[str, Callable[[Subject, str], Any]] = {
     "end": lambda subject, task: subject.need("members", task)[-1].end,
     "thetas": lambda subject, task: [member.theta for member in subject.need("members", task)],
     "loss": lambda subject, task: subject.loss(task),
+    "first_loss": lambda subject, task: subject.loss(subject.need("names_of", task)(task)[0]),
+    "second_loss": lambda subject, task: subject.loss(subject.need("names_of", task)(task)[1]),
     "theta": lambda subject, _: subject.theta,
     "net": lambda subject, _: subject.net,
+    "config": lambda subject, _: subject.net.config,
     "params": lambda subject, _: subject.net.layout.unravel(subject.theta),
 }
 """By name, how a subject provides it; `key` and the results of other metrics come from the engine.
 
 Of a pair or a series: `start` and `end` are the networks of the first and the last, `thetas` the parameters of all, `members`
 the subjects, opened one at a time, `steps` and `names` theirs, `loss` and the others those of the last; `curves` are those of
-the training run, where they are known.
+the training run, where they are known. Of one model on two data sets: `first_loss` and `second_loss`, of the same parameters.
 """
 
 
@@ -275,8 +278,10 @@ class InMemory:
         return Subject(here, self.theta, lambda task: _task(self.losses, task), is_bare=bool(held_statistics(net)))
 
 
-def batch_size(source: Source, task: str) -> int | None:
-    """Sequences of a batch; None where the digest of the data says how they are cut."""
+def batch_size(source: Any, task: str) -> Any:
+    """Sequences of a batch, on several data sets of each; None where the digest of the data says how they are cut."""
+    if hasattr(source, "names_of"):
+        return [batch_size(source.source, each) for each in source.names_of(task)]
     tasks = getattr(source, "tasks", None)
     return None if tasks is None else _task(tasks, task).batch_size
 

@@ -56,7 +56,6 @@ def run(settings: TextSettings, out: Path, *, quiet: bool = False) -> Results:
         settings={name: {**changes, **own.get(name, {})} for name, changes in TEXT.items()},
         num_samples=settings.num_samples,
         fisher_n_samples=settings.num_samples,
-        fisher_method="exact",
         max_seq_length=settings.config.length,
         batch_size=16,
         seed=settings.seed,

@@ -1,9 +1,10 @@
-"""Several subjects as one: two models, or the checkpoints of a training run; and which metric looks at which subject."""
+"""Several subjects as one: one model on two data sets, two models, or a training run; and which metric looks at which."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..families.phases import phases
 from . import digest
 from .digest import Sums
 from .metric import Metric
-from .subject import Source, Subject
+from .subject import Pretrained, Source, Subject
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,65 @@ class Together:
         return replace(last, own={**last.own, **own, **({} if curves is None else {"curves": curves})})
 
 
+PARTS = {"fisher", "landscape"}
+"""Tasks that the fields of a configuration make for single metrics: parts of the same data."""
+
+
+@dataclass(frozen=True)
+class OnTasks:
+    """One model that is looked at on two data sets together."""
+
+    source: Source
+    names: tuple[str, str]
+    """Of the data sets."""
+    each: str = "{name}"
+    """How the source calls the task of one of them, where data sets have parts."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.source.id} on {' and '.join(self.names)}"
+
+    @property
+    def step(self) -> int | None:
+        return self.source.step
+
+    @property
+    def group(self) -> str:
+        return self.source.group if self.each == "{name}" else f"{self.source.group} on {' and '.join(self.names)}"
+
+    def digest(self, sums: Sums) -> str | None:
+        return self.source.digest(sums)
+
+    def data_digest(self, task: str, sums: Sums) -> str:
+        return digest.of_json([self.names, *(self.source.data_digest(each, sums) for each in self.names_of(task))])
+
+    def names_of(self, task: str) -> tuple[str, str]:
+        """What the source calls this part of each data set."""
+        first, second = (self.each.format(name=name, task=task) for name in self.names)
+        return first, second
+
+    def open(self) -> Subject:
+        subject = self.source.open()
+        return replace(subject, own={**subject.own, "names_of": self.names_of})
+
+
+def on_tasks(sources: Sequence[Source], tasks: Sequence[str]) -> Iterator[OnTasks]:
+    """Every model on every two data sets: sources of one folder on several, and sources that have several tasks."""
+    folders: dict[tuple[Any, ...], list[Pretrained]] = {}
+    for source in sources:
+        if isinstance(source, Pretrained) and source.on:
+            folders.setdefault((source.folder, source.at, source.length), []).append(source)
+            continue
+        known = getattr(source, "losses", getattr(source, "tasks", tasks))
+        for first, second in combinations([task for task in tasks if task in known and task not in PARTS], 2):
+            yield OnTasks(source, (first, second))
+    for members in folders.values():
+        for one, other in combinations(members, 2):
+            both = {f"{each.on}/{task}": spec for each in (one, other) for task, spec in each.tasks.items()}
+            model = replace(one, tasks=both, on="", name=one.id.removesuffix(f" on {one.on}"))
+            yield OnTasks(model, (one.on, other.on), "{name}/{task}")
+
+
 def curves_of(source: Source) -> Mapping[str, np.ndarray] | None:
     """Losses and accuracies over the training that a checkpoint comes from, where they are known."""
     known = getattr(source, "curves", None)
@@ -90,9 +150,9 @@ def phases_of(sources: Sequence[Source]) -> list[Source]:
 
 
 def arranged(
-    metrics: Sequence[Metric], sources: Sequence[Source], bases: Sequence[Source] = ()
+    metrics: Sequence[Metric], sources: Sequence[Source], bases: Sequence[Source] = (), tasks: Sequence[str] = ()
 ) -> Iterator[tuple[Source, list[Metric]]]:
-    """Which metrics are measured on which subjects: models first, then pairs and series of them.
+    """Which metrics are measured on which subjects: models first, then these on two data sets, pairs and series of them.
 
     A metric at the `phases` looks at three checkpoints of a run. A pair is the checkpoint that has memorised and the last
     one of a run; of models without a step, the first and each other one. A series is a run, or all models without a step.
@@ -106,7 +166,8 @@ def arranged(
         if chosen:
             yield source, chosen
     pairs = _with_bases(bases, sources) if bases else _pairs(groups)
-    for on, sets in (("pair", pairs), ("series", _series(groups))):
+    several = on_tasks(sources, tasks)
+    for on, sets in (("tasks", several), ("pair", pairs), ("series", _series(groups))):
         if about := [metric for metric in metrics if metric.on == on]:
             yield from ((one, about) for one in sets)
 

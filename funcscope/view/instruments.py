@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from ..core.tables import counted
 from ..study.cache import Outcome
 from . import samples
-from .curves import training
+from .curves import Line, bars, training
 from .drawing import lost, titled
 from .path_figures import barrier
-from .reading import Drawn, Look, titles_of
+from .reading import Drawn, Look, named, titles_of
 from .spectrum_figures import spectrum
 
 Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
@@ -77,6 +78,31 @@ def _slopes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         )
 
 
+def _shared(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    """What two masks share beside what chance gives them."""
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        each = {"of the two": result.jaccard, "by chance": result.chance_jaccard}
+        fig = _grouped(result.blocks, {name: value.numpy() for name, value in each.items()}, "Jaccard index")
+        caption = "Parameters that both keep over those that one of them does, per block, beside random masks as large."
+        yield Drawn(titled(fig, f"Overlap{_of(whose, outcomes)}"), caption)
+
+
+def _halves(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        values = dict(zip(result.names, result.halves.T.numpy(), strict=True))
+        fig = _grouped(result.blocks, values, "overlap above chance")
+        caption = "Between halves of the sequences: of different tasks, and of one, which is what noise leaves of 1."
+        yield Drawn(titled(fig, f"Overlap of halves{_of(whose, outcomes)}"), caption)
+
+
+def _grouped(places: Sequence[str], each: Mapping[str, np.ndarray], name: str) -> go.Figure:
+    """Bars of several kinds beside each other."""
+    lines = [Line(kind, np.arange(len(value)), value, np.full(len(value), np.nan)) for kind, value in each.items()]
+    return bars(named(places), lines, name=name, unit="")
+
+
 def _of(whose: str, outcomes: Sequence[Outcome]) -> str:
     return f", {whose}" if len(outcomes) > 1 else ""
 
@@ -115,6 +141,8 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("DirectionalLosses", "slopes"): _slopes,
     ("Flatness", "delta_losses"): _changes,
     ("Flatness", "delta_losses_negative"): None,
+    ("FisherOverlap", "jaccard"): _shared,
+    ("FisherOverlap", "halves"): _halves,
     ("TrainingCurves", "train_loss"): _training,
     ("TrainingCurves", "test_loss"): None,
     ("TrainingCurves", "train_accuracy"): None,

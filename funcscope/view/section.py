@@ -139,7 +139,10 @@ def cells(entry: Entry) -> list[str]:
         return [str(each) for each in value] if isinstance(value, (list, tuple)) else [str(value)]
     known = is_estimate(value) or "stderr" in values
     errors = np.ravel(values.get("stderr_total", values.get("stderr", np.full(values["value"].shape, math.nan))))
-    pairs = zip(np.ravel(values["value"]).tolist(), errors.tolist(), strict=True)
+    every = np.ravel(values["value"])
+    if every.size > 1 and np.isfinite(every).all() and (every == np.round(every)).all() and np.abs(every).max() < 1e9:
+        return [typeset(f"{x:,.0f}") for x in every]  # counts
+    pairs = zip(every.tolist(), errors.tolist(), strict=True)
     return [with_error(x, error) if known and math.isfinite(error) else number(x, 4) for x, error in pairs]
 
 
@@ -149,7 +152,9 @@ def heading(metric: str) -> str:
     ('Loss landscape 2D', 'SAM sharpness')
     """
     words = metric.replace("_", " ")
-    return re.sub(r"\b(a?sam|2d)\b", lambda word: word[0].upper(), words[:1].upper() + words[1:], flags=re.IGNORECASE)
+    return re.sub(
+        r"\b(a?sam|2d|qkov)\b", lambda word: word[0].upper(), words[:1].upper() + words[1:], flags=re.IGNORECASE
+    )
 
 
 def label(entry: Entry) -> str:

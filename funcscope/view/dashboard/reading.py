@@ -20,7 +20,7 @@ MODELS = "all models"
 """The group of those that are no checkpoints, side by side."""
 
 
-ORDER = {"series": 0, "pair": 1, "model": 2}
+ORDER = {"series": 0, "pair": 1, "tasks": 2, "model": 3}
 """Of cards, by what their metric looks at."""
 
 
@@ -79,7 +79,7 @@ def grouped(outcomes: Sequence[Outcome]) -> dict[str, Group]:
     parts = {name: [o for o in outcomes if (o.group or o.subject) == name] for name in runs}
     if len(models) > 1:
         parts[MODELS] = others
-    parts |= {name: [o for o in others if o.subject == name] for name in models}
+    parts |= {name: [o for o in others if name in (o.subject, o.group)] for name in models}
     return {name: _group(name, each) for name, each in parts.items()}
 
 

@@ -1,0 +1,163 @@
+"""Fisher information of tasks in one call each: against plain loops, and which models a study looks at with two data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from problems import problem, seeded, tokens
+
+import funcscope as fs
+from funcscope.core.keys import fold_in
+from funcscope.curvature.fisher import fisher_diagonal_mc
+from funcscope.curvature.outputs import total_weight
+from funcscope.fisher import (
+    fisher_diagonal,
+    fisher_importance,
+    fisher_overlap,
+    head_interference,
+    head_views,
+    qkov_interference,
+)
+from funcscope.fisher.samples import dealt
+from funcscope.study.cache import Cache
+from funcscope.study.catalogue import metric
+from funcscope.study.engine import run
+from funcscope.study.metric import Metric
+from funcscope.study.subject import InMemory, Pretrained
+from funcscope.study.texts import DataSpec
+from funcscope.study.together import arranged
+
+
+def classes(seed: int, rows: int, columns: slice, net: fs.Functional) -> fs.Loss:
+    """Inputs that are 0 outside some columns: the weights of these are all that the task needs."""
+    x = torch.zeros(rows, 8)
+    x[:, columns] = seeded(seed, lambda: torch.randn(rows, 8))[:, columns]
+    y = seeded(seed + 1, lambda: torch.randint(3, (rows,)))
+    return fs.objective(net, [(x[:5], y[:5]), (x[5:], y[5:])], fs.classification)
+
+
+@pytest.fixture(scope="module")
+def net() -> fs.Functional:
+    return fs.functional(
+        seeded(0, lambda: torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(6, 3)))
+    )
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[fs.Loss, fs.Loss]:
+    model, _, criterion = problem("llama")
+    net = fs.functional(model)
+    return tuple(fs.objective(net, [tokens(seed, 3, 6), tokens(seed + 9, 2, 5)], criterion) for seed in (21, 22))
+
+
+def test_shares_are_those_of_the_fisher_information_within_their_errors(net):
+    loss = classes(1, 20, slice(0, 5), net)
+    found = fisher_importance(loss, net.theta, key=fs.key(0), by="tensor", num=10)
+    exact = fisher_diagonal(loss, net.theta, method="exact").value
+    shares = torch.stack([exact[leaf.slice].sum() for leaf in net.layout.leaves]) / exact.sum()
+    assert found.blocks == [leaf.name for leaf in net.layout.leaves]
+    assert ((found.share - shares).abs() < 4 * found.share_stderr).all()
+    assert float(found.share_stderr.max()) < 0.1
+
+
+def test_every_group_has_draws_of_its_own_and_counts_by_its_tokens(texts):
+    loss, _ = texts
+    theta, key = loss.net.theta, fs.key(3)
+    found = fisher_importance(loss, theta, key=key, num_groups=2)
+    parts = dealt(loss, theta, 2)
+    assert [len(part.terms(theta)[0]) for part in parts] == [3, 2]  # sequences 0, 2, 4 and 1, 3
+    total = sum(
+        total_weight(part, theta) * fisher_diagonal_mc(part, theta, key=fold_in(key, i), num=1).value.double()
+        for i, part in enumerate(parts)
+    )
+    for block, share in zip(found.blocks, found.share, strict=True):
+        places = [loss.layout.by_name[view.leaf].slice for view in loss.layout.blocks("layer")[block]]
+        assert float(share) == pytest.approx(float(sum(total[each].sum() for each in places) / total.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("score", ["fisher", "obd"])
+def test_tasks_that_use_other_columns_share_nothing_and_each_is_like_itself(net, score):
+    first, second = classes(1, 20, slice(0, 4), net), classes(3, 20, slice(4, 8), net)
+    by = {"first layer": net.layout.blocks("tensor")["0.weight"]}
+    options = {"key": fs.key(0), "by": by, "within": by, "density": 0.3, "score": score, "num": 10}
+    apart = fisher_overlap(first, second, net.theta, **options)
+    different, one, other = apart.halves[0].tolist()
+    assert float(apart.num_both) == 0
+    assert float(apart.kappa) == pytest.approx(different) == pytest.approx(-0.3 / 0.7, rel=0.1)
+    assert min(one, other) > 0.5
+    alike = fisher_overlap(first, classes(5, 20, slice(0, 4), net), net.theta, **options)
+    assert float(alike.kappa) > 0.5
+    assert alike.coords["halves"] == ["different tasks", "first task", "second task"]
+    torch.testing.assert_close(alike.total_halves[0], alike.halves[0, 0])
+
+
+def test_every_second_sequence_of_both_is_held_out(texts):
+    first, _ = texts
+    theta, config = first.net.theta, first.net.config
+    four = [
+        fs.objective(loss.net, [tokens(seed, 4, 6)], loss.criterion) for loss, seed in zip(texts, (31, 32), strict=True)
+    ]
+    found = qkov_interference(*four, theta, config, key=fs.key(0), num=9)
+    rows = [loss.batches[0][0]["input_ids"] for loss in four]
+
+    def on(ids):
+        return fs.objective(first.net, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], first.criterion)
+
+    oracle = head_interference(
+        on(rows[0][::2]), on(rows[1][::2]), on(torch.cat([rows[0][1::2], rows[1][1::2]])), theta,
+        views=head_views(first.net, config), key=fs.key(0), num=9,
+    )  # fmt: skip
+    torch.testing.assert_close(found.directed, oracle.directed, rtol=1e-4, atol=0)
+    assert torch.equal(found.p_signed, oracle.p_signed)
+
+
+def test_what_cannot_be_halved_is_refused(net, texts):
+    first, second = texts
+    one = fs.objective(net, [(torch.ones(1, 8), torch.tensor([0]))], fs.classification)
+    with pytest.raises(ValueError, match="the second task must have 2 scored sequences, got 1"):
+        fisher_overlap(classes(1, 9, slice(0, 4), net), one, net.theta, key=fs.key(0))
+    with pytest.raises(ValueError, match="without a Hugging Face `config`"):
+        qkov_interference(one, one, net.theta, net.config, key=fs.key(0))
+    few = fs.objective(first.net, [tokens(1, 3, 6)], first.criterion)
+    with pytest.raises(ValueError, match="the first task must have 4 scored sequences, got 3"):
+        qkov_interference(few, second, first.net.theta, first.net.config, key=fs.key(0))
+
+
+TASKS = Metric("both", abs, ("first_loss",), on="tasks")
+
+
+def test_a_model_in_several_sources_is_looked_at_on_every_two_data_sets():
+    def of(folder: str, on: str) -> Pretrained:
+        spec = {"data": DataSpec(data=f"{on}.jsonl"), "fisher": DataSpec(data=f"{on}.jsonl", num_samples=3)}
+        return Pretrained(folder, spec, name=f"{folder} on {on}", on=on)
+
+    sources = [of(folder, on) for folder in ("m", "n") for on in ("a", "b", "c")]
+    seen = [one for one, _ in arranged([TASKS], sources, tasks=("data", "fisher", "landscape"))]
+    ids = [f"{m} on {pair}" for m in "mn" for pair in ("a and b", "a and c", "b and c")]
+    assert [one.id for one in seen] == ids
+    assert seen[0].names_of("fisher") == ("a/fisher", "b/fisher")
+    assert seen[0].source.tasks["b/fisher"].data == "b.jsonl"
+    assert not list(arranged([TASKS], sources[:1], tasks=("data",)))
+
+
+def test_a_source_of_several_tasks_is_looked_at_on_every_two_and_stored(net, tmp_path: Path):
+    losses = {"left": classes(1, 12, slice(0, 4), net), "right": classes(3, 12, slice(4, 8), net)}
+    source = InMemory(losses, "model", content="1")
+    study = [
+        metric("cross_task_conflicts").configured(by="tensor", num=9), metric("fisher_overlap").configured(num=2),
+        metric("qkov_interference"),
+    ]  # fmt: skip
+    conflicts, overlap, heads = run(study, [source], tasks=("left", "right"), cache=Cache(tmp_path))
+    assert conflicts.subject == "model on left and right"
+    key = fs.key(42)
+    oracle = fs.fisher.task_conflicts(losses["left"], losses["right"], net.theta, key=key, by="tensor", num=9)
+    assert torch.equal(conflicts.result.inner, oracle.inner)
+    assert conflicts.cost["forwards"] > 0
+    assert overlap.ok
+    assert "config" in heads.error
+    again = run(study[:2], [source], tasks=("left", "right"), cache=Cache(tmp_path))
+    assert [one.reused for one in again] == [True, True]
+    other = run(study[:1], [source], tasks=("right", "left"), cache=Cache(tmp_path))
+    assert not other[0].reused
