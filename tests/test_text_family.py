@@ -246,7 +246,8 @@ def test_importing_the_family_imports_no_transformers():
 def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_path, capsys, monkeypatch):
     with_texts(whole, tmp_path / "new" / TINY.name)
     monkeypatch.setattr(text_demo, "QUICK", SETTINGS)
-    monkeypatch.setattr(text_demo, "TEXT", {"mean_loss": {}, "loss_comparison": {}})
+    few = {"fisher_overlap": {"num": 1}, "cross_task_conflicts": {"num": 19}}
+    monkeypatch.setattr(text_demo, "TEXT", {"mean_loss": {}, "loss_comparison": {}, **few})
     call = ["demo", "--family", "text", "--quick", "--out", str(tmp_path / "new")]
     assert cli.main(call) == 0
     out, err = capsys.readouterr()
@@ -254,18 +255,22 @@ def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_pa
     assert not results.failed
     of = {
         metric: [o.subject for o in results.outcomes if o.metric == metric]
-        for metric in ("mean_loss", "loss_comparison")
+        for metric in ("mean_loss", "loss_comparison", "fisher_overlap")
     }
     assert [name.rpartition("/")[2] for name in of["mean_loss"]] == [
         f"{m} on {k}" for m in text.NAMES for k in text.KINDS
     ]
     assert len(of["loss_comparison"]) == 4
+    assert [name.rpartition("/")[2] for name in of["fisher_overlap"]] == [f"{m} on prose and code" for m in text.NAMES]
     for row in ("base on prose", "prose on code", "code on code"):
         assert row in out
     page = (tmp_path / "new" / "text.html").read_text()
     assert "Language models of prose and code" in page
     assert "All are measured on both" in page
     assert len(re.findall("Fine-tuned on (prose|code), the loss changes by", page)) == 2
+    assert re.search(
+        r"overlap by −?[\d.]+, where 0 is chance.*Gradients of prose and code differ in \d of \d blocks", page
+    )
     assert "training" in err
     assert all(o.reused for o in text_demo.run(SETTINGS, tmp_path / "new", quiet=True).outcomes)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from ..core.tables import counted
 from ..families import text
 from ..study.cache import Outcome
 from ..study.results import Results
+from .numbers import number
 from .page import Page
 from .report import of_metric, with_short_names, write_report
 from .section import said
@@ -21,7 +24,7 @@ MODELS = (
 
 def write_page(results: Results, path: str | Path) -> Page:
     """Write the page, and return it: a notebook shows it."""
-    return write_report(results, path, title=TITLE, lede=[MODELS, *changes(results)])
+    return write_report(results, path, title=TITLE, lede=[MODELS, *changes(results), *shared(results)])
 
 
 def changes(results: Results) -> list[str]:
@@ -38,6 +41,30 @@ def changes(results: Results) -> list[str]:
         if parts:
             sentences.append(f"Fine-tuned on {name}, the loss changes by {' and by '.join(parts)}.")
     return [" ".join(sentences)] if sentences else []
+
+
+def shared(results: Results) -> list[str]:
+    """What prose and code have in common in the base model: parameters that they need, and where gradients point."""
+    short = with_short_names(results)
+    subject, ok = f"{text.BASE} on {' and '.join(text.KINDS)}", dict[str, Any]()
+    for name in ("fisher_overlap", "cross_task_conflicts"):
+        ok |= {o.metric: o.result for o in of_metric(short, name) if o.ok and o.subject == subject}
+    parts = []
+    if (overlap := ok.get("fisher_overlap")) is not None:
+        both, prose, code = (number(float(x), 2) for x in overlap.total_halves)
+        parts.append(
+            f"The {100 * overlap.density:.3g} % of the base model's parameters with the largest Fisher information for "
+            f"prose and those for code overlap by {number(overlap.total_kappa, 2)}, where 0 is chance and 1 are the same; "
+            f"with half of the texts by {both}, while two halves of prose overlap by {prose}, of code by {code}."
+        )
+    if (conflicts := ok.get("cross_task_conflicts")) is not None:
+        apart, against = (int((q <= 0.05).sum()) for q in (conflicts.q_differ, conflicts.q_conflict))
+        num = len(conflicts.blocks)
+        parts.append(
+            f"Gradients of prose and code differ in {apart} of {counted(num, 'block')} and point against each other in "
+            f"{against} (q ≤ 0.05)."
+        )
+    return [" ".join(parts)] if parts else []
 
 
 def _change(pair: Outcome) -> str:
