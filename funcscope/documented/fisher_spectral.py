@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.checks import check_count, check_flag
+from ..core.checks import check_count, check_flag, check_instance
 from ..core.keys import key
 from ..core.model import functional
 from ..curvature.gram import Blocks, Unit
@@ -60,7 +60,8 @@ class FisherSpectral:
     """The documents' class; it keeps its configuration and nothing else."""
 
     def __init__(self, config: SpectralConfig | None = None):
-        self.config = config or SpectralConfig()
+        self.config = SpectralConfig() if config is None else config
+        check_instance("config", self.config, SpectralConfig, "`SpectralConfig(seed=42)`")
 
     def compute_fisher_spectrum(
         self,
@@ -98,6 +99,8 @@ class FisherSpectral:
         >>> sorted(spectrum), spectrum["metadata"]["n_samples_used"], spectrum["metadata"]["sample_unit"]
         (['coupling', 'global', 'metadata', 'notes', 'per_block'], 3, 'sequence')
         """
+        if n_samples is not None:
+            check_count("n_samples", n_samples)
         with deterministic(self.config.use_deterministic):
             if precomputed_gradients is None:
                 found = self._of_batch(model, batch, n_samples, block_structure, center_gradients)
