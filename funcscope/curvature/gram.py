@@ -78,8 +78,8 @@ def gram(
     weights are right. One forward and one backward pass, in which no gradient of a parameter is taken, give all blocks.
 
     other: another data set, for inner products across (n, m); the loss of the same net.
-    by: a partition as `Layout.blocks` knows them, but `filter`; `none` for one block; `head` for the queries, keys, values and
-    outputs of every attention head, as `head_views` cuts them, and what is left of every layer; or views by name.
+    by: a partition as `Layout.blocks` knows them, but `filter`; `none` for one block; `head` for the queries, keys, values
+    and outputs of every attention head, as `head_views` cuts them, and what is left of every layer; or views by name.
     unit: `token` takes every scored position for a sample of its own, each with a pass of its own.
     chunk_size: rows that go through the model at once. More rows than that are taken pair by pair of chunks, each chunk's
     passes made again for every other: memory is that of two chunks, passes grow as n^2 / (2 chunk_size).

@@ -80,7 +80,7 @@ class FisherSpectral:
         formulas and units; `condition_number` is that of the non-zero eigenvalues, a property of how many samples there are.
 
         n_samples: the first so many; all of them where there are fewer, which `metadata` says. block_structure: none, layer,
-        module, tensor, or views by name. precomputed_gradients: rows (n, P) or a dictionary by parameter for every sample;
+        module, tensor, head, or views by name. precomputed_gradients: rows (n, P) or a dictionary by parameter for every sample;
         `batch` is then not looked at. center_gradients: the covariance, over n - 1, wherever gradients come from.
 
         Note on eval mode: the model is evaluated as in `eval()`, whatever mode it is in, so that batch norm uses its stored
