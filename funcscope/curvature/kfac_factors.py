@@ -139,7 +139,7 @@ def scored_losses(loss: Loss, theta: Theta, key: Key | None, labels: LabelsFrom,
     check_choice("labels", labels, ("model", "data"))
     check_count("num", num)
     theta = Loss.vector(loss, theta)
-    if bool((terms_at(loss, theta).weights < 0).any()):
+    if _has_negative(loss, theta):
         raise ValueError("weights must be at least 0: their square roots are those of the scores.")
     plain = loss.criterion.token_loss
 
@@ -161,6 +161,12 @@ def scored_losses(loss: Loss, theta: Theta, key: Key | None, labels: LabelsFrom,
         replace(loss, batches=tuple((inputs, several[i]) for (inputs, _), several in each))
         for i, each in enumerate(pairs)
     ]
+
+
+def _has_negative(loss: Loss, theta: Tensor) -> bool:
+    if loss.criterion.positionwise:
+        return any(bool((targets.weight < 0).any()) for _, targets in loss.batches)
+    return bool((terms_at(loss, theta).weights < 0).any())
 
 
 def _passes(drawn: list[Loss], theta: Tensor, chunk_size: int) -> Iterator[Callable[[Take], None]]:

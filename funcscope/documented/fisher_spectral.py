@@ -80,8 +80,8 @@ class FisherSpectral:
         formulas and units; `condition_number` is that of the non-zero eigenvalues, a property of how many samples there are.
 
         n_samples: the first so many; all of them where there are fewer, which `metadata` says. block_structure: none, layer,
-        module, tensor, head, or views by name. precomputed_gradients: rows (n, P) or a dictionary by parameter for every sample;
-        `batch` is then not looked at. center_gradients: the covariance, over n - 1, wherever gradients come from.
+        module, tensor, head, or views by name. precomputed_gradients: rows (n, P), or a dictionary by parameter for every
+        sample; `batch` is then not looked at. center_gradients: the covariance, over n - 1, wherever gradients come from.
 
         Note on eval mode: the model is evaluated as in `eval()`, whatever mode it is in, so that batch norm uses its stored
         statistics; those of a training batch would couple the samples, and a gradient per sample would not exist.
