@@ -1,11 +1,12 @@
-"""Inner products of per-sample gradients: ours beside `vmap(grad)`, torchjd's engine, BackPACK and nngeometry.
+"""Inner products of per-sample gradients beside `vmap(grad)`, torchjd's engine, BackPACK, nngeometry; KFAC beside curvlinops.
 
-    python bench/fisher.py [rows|growth|thousand]
+    python bench/fisher.py [rows|growth|thousand|kfac]
 
 rows: Gram of 64 sequences of 32 tokens; each way in a process of its own, its time in units of the bare forward pass
 that takes turns with it there, its memory as the growth of the resident set. growth: exponents of our time in N, T and P.
-thousand: 1,000 sequences on the 14M model. The peers are `pip install --no-deps torchjd backpack-for-pytorch nngeometry
-unfoldnd`; one that does not take a model says why. One thread.
+thousand: 1,000 sequences on the 14M model. kfac: see bench/kfac.py. The peers are `pip install --no-deps torchjd
+backpack-for-pytorch nngeometry unfoldnd`, and curvlinops (bench/install_peers.sh); one that does not take a model says why.
+One thread.
 """
 
 from __future__ import annotations
@@ -119,27 +120,36 @@ class Task:
 
 
 def measured(name: str, way: str, num: int, length: int, rounds: int) -> dict[str, Any]:
-    """Peak of one call, then medians of the call and of the bare forward pass in turns."""
     task = Task(name, num, length)
-    call, value = task.way(way), {}
-    task.bare()
-    peak = grown(lambda: value.setdefault("gram", call()))
+    found, value = timed(task.way(way), task.bare, rounds)
+    gram = value.double()
+    return found | {
+        "P": task.theta.numel(), "gram": gram[:4, :4].flatten().tolist(), "top": float(torch.linalg.eigvalsh(gram)[-1]),
+    }  # fmt: skip
+
+
+def timed(call: Callable[[], Any], bare: Callable[[], Any], rounds: int) -> tuple[dict[str, float], Any]:
+    """Peak of one call, then medians of the call and of the bare forward pass in turns; and what the call gives."""
+    value: dict[str, Any] = {}
+    bare()
+    peak = grown(lambda: value.setdefault("first", call()))
     seconds: dict[str, list[float]] = {"call": [], "bare": []}
     for _ in range(rounds):
-        for each, function in (("bare", task.bare), ("call", call)):
+        for each, function in (("bare", bare), ("call", call)):
             start = time.perf_counter()
             function()
             seconds[each].append(time.perf_counter() - start)
     ratio = statistics.median(c / b for c, b in zip(seconds["call"], seconds["bare"], strict=True))
-    gram = value["gram"].double()
-    return {
-        "ratio": ratio, "seconds": statistics.median(seconds["call"]), "MiB": peak, "P": task.theta.numel(),
-        "gram": gram[:4, :4].flatten().tolist(), "top": float(torch.linalg.eigvalsh(gram)[-1]),
-    }  # fmt: skip
+    return {"ratio": ratio, "seconds": statistics.median(seconds["call"]), "MiB": peak}, value["first"]
 
 
 def apart(name: str, way: str, num: int = NUM, length: int = LENGTH, rounds: int = ROUNDS) -> dict[str, Any]:
-    arguments = [sys.executable, __file__, "one", json.dumps([name, way, num, length, rounds])]
+    return run_one(__file__, [name, way, num, length, rounds])
+
+
+def run_one(file: str, arguments: list[Any]) -> dict[str, Any]:
+    """What `python file one [...]` prints last, in a process of its own; or why it does not run."""
+    arguments = [sys.executable, file, "one", json.dumps(arguments)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
         return {"refusal": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:90]}
@@ -185,8 +195,14 @@ def thousand() -> None:
     print(f"1,000 sequences on {task.theta.numel():,}: {peak:.0f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def kfac() -> None:
+    import kfac
+
+    kfac.main()
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         print(json.dumps(measured(*json.loads(sys.argv[2]))))
     else:
-        {"rows": rows, "growth": growth, "thousand": thousand}[(sys.argv[1:] or ["rows"])[0]]()
+        {"rows": rows, "growth": growth, "thousand": thousand, "kfac": kfac}[(sys.argv[1:] or ["rows"])[0]]()

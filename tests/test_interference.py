@@ -131,8 +131,24 @@ def test_permuting_rows_never_rejects_and_labels_of_samples_do():
 
 
 def test_q_values_are_not_those_of_reversed_ranks():
-    """E30 (iii)."""
-    assert q_values([0.001, 0.01, 0.02, 0.5]) == pytest.approx([0.004, 0.02, 0.08 / 3, 0.5])
+    """E30 (iii): the document takes ranks in reverse and carries minima from the left, so that all are the smallest p."""
+    p_values = torch.tensor([0.001, 0.01, 0.02, 0.5]).double()
+    documented = (p_values * 4 / torch.arange(4, 0, -1)).cummin(0).values
+    assert documented.tolist() == pytest.approx([0.001] * 4)
+    assert q_values(p_values.tolist()) == pytest.approx([0.004, 0.02, 0.08 / 3, 0.5])
+
+
+def test_clusters_of_one_p_value_are_never_found():
+    """E30 (iv): one p in every cell makes one cluster of all cells, and no permutation of True alone has another size."""
+    scales = torch.linspace(0.1, 3, 40).double()
+    a, b = normals(9, 10, 40) * scales, normals(10, 8, 40) * scales.flip(0)  # tasks that differ
+    pooled = interference_of(a, b, torch.ones(40).double()).directed
+    p_value = float(label_test(pooled[None], 10, key=fs.key(0)).p_value)
+    cells = torch.full((10 * 8,), p_value) <= 0.05
+    size = int(cells.sum())
+    sizes = [int(cells[seeded(i, lambda: torch.randperm(80))].sum()) for i in range(99)]
+    documented = (1 + sum(x >= size for x in sizes)) / 100
+    assert (size, documented, p_value) == (80, 1.0, 0.001)
 
 
 def test_errors_are_those_of_repetitions():

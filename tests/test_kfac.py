@@ -221,6 +221,59 @@ def test_positions_that_are_not_scored_are_in_no_factor():
         torch.testing.assert_close(block.product.g.dense(), other.product.g.dense())
 
 
+class Mixed(nn.Module):
+    """A linear layer, positions that see each other, and a head: a prompt has a gradient in the first layer alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4, bias=False), nn.Linear(4, 5, bias=False)
+
+    def forward(self, x):
+        return self.head(self.inner(x).cumsum(1))
+
+
+@pytest.mark.parametrize("make", [kfac_factors, ekfac_factors])
+def test_a_prompt_that_is_not_scored_counts_where_it_has_a_gradient(make):
+    """One scored position of the last layer is exact: F = g g' (x) x x' over T = 1, whatever is in front of it."""
+    net = fs.functional(seeded(0, Mixed).double())
+    x = seeded(1, lambda: torch.randn(1, 6, 3).double())
+    y = torch.tensor([[-100, -100, -100, 2, -100, -100]])
+    loss = fs.objective(net, [(x, y)], fs.classification)
+    kfac, (g,) = make(loss, net.theta, labels="data"), per_sample_gradients(loss, net.theta)
+    inner, head = kfac.blocks["inner.weight"], kfac.blocks["head.weight"]
+    assert (inner.positions, head.positions) == (4, 1)  # the prompt and the scored one, nothing after it; T is 1
+    assert (inner.product.scale, head.product.scale) == (4.0, 1.0)
+    places = indices(head)
+    exact = torch.outer(g, g)
+    torch.testing.assert_close(dense(kfac.matvec, net.theta)[places[:, None], places], exact[places[:, None], places])
+    # of the inner layer A has all four inputs, and G the one gradient that they share
+    seen = x[0, :4]
+    slope = torch.linalg.lstsq(seen.sum(0)[:, None], g[indices(inner)].view(4, 3).T).solution
+    torch.testing.assert_close(inner.product.a.dense(), seen.T @ seen / 4)
+    torch.testing.assert_close(inner.product.g.dense(), torch.outer(slope[0], slope[0]))
+    if make is kfac_factors:
+        # E27: over all six positions, scored or not, the head's block is short by (1/6)^2 of G, A being of other inputs
+        hidden = (x @ loss.layout.unravel(net.theta)["inner.weight"].T).cumsum(1)[0]
+        documented = torch.kron(head.product.g.dense() / 6, hidden.T @ hidden / 6)
+        assert relative(documented, exact[places[:, None], places]) > 0.5
+
+
+@pytest.mark.parametrize("make", [kfac_factors, ekfac_factors])
+def test_scored_tokens_of_many_prompts_divide_a_deep_linear_net_of_one_datum_each(make):
+    """U / T: the same sequence again changes nothing, a scored token more divides by one more."""
+    net = fs.functional(seeded(0, Mixed).double())
+    x = seeded(1, lambda: torch.randn(1, 6, 3).double())
+    one, two = (torch.tensor([labels]) for labels in ([-100] * 3 + [2, -100, -100], [-100, 1, -100, 2, -100, -100]))
+    first, again, both = (
+        make(fs.objective(net, [(x.repeat(len(y), 1, 1), y)], fs.classification), net.theta, labels="data")
+        for y in (one, one.repeat(3, 1), two)
+    )
+    torch.testing.assert_close(again.matvec(net.theta), first.matvec(net.theta))
+    assert [each.blocks["inner.weight"].positions for each in (first, again, both)] == [4, 12, 4]
+    assert [each.blocks["inner.weight"].product.scale for each in (first, again, both)] == [4.0, 4.0, 2.0]
+    assert [each.blocks["head.weight"].product.scale for each in (first, again, both)] == [1.0, 1.0, 1.0]
+
+
 def test_a_factor_on_the_loss_and_more_of_the_same_data_change_no_direction():
     """E27: with gradients of the mean loss and an absolute damping, both do."""
     model = seeded(0, CATALOGUE["mlp"][0]).double()

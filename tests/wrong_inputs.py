@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import funcscope as fs
+from funcscope.documented import FisherSpectral
 from funcscope.view import show
 
 
@@ -182,6 +183,20 @@ def path_to(end):
     return fs.linear_path(loss, loss.net.theta, end, num=3)
 
 
+def grams(by):
+    loss = loss_of()
+    return fs.curvature.gram(loss, loss.net.theta, by=by)
+
+
+def kept(sparsity):
+    net = fs.functional(mlp())
+    return fs.fisher.pruning_mask(net.theta, net.layout, sparsity=sparsity)
+
+
+def masks(first):
+    return fs.fisher.mask_overlap(first, torch.ones(51, dtype=torch.bool), fs.functional(mlp()).layout)
+
+
 def column(criterion):
     return hessian_of(nn.Linear(4, 1), [(X, X[:, 0])], criterion)
 
@@ -306,6 +321,15 @@ CASES = {
     "a text for a key": (lambda: fs.rademacher("a", torch.ones(3)), "fs.key(0)"),
     "a number of numpy for a seed": (lambda: fs.key(np.int64(7)), "int(seed)"),
     "a negative epsilon": (lambda: fs.flatness_profile(loss_of(), torch.ones(51), key=fs.key(0), epsilons=-1.0), "above 0"),
+    # doors of Fisher information
+    "a name for a view": (lambda: grams({"rows": ["0.weight"]}), "lists of views"),
+    "a partition of another name": (lambda: grams("row"), "views by name"),
+    "a result for a mask": (lambda: masks(kept(0.5)), "the `mask` of `pruning_mask`"),
+    "a list for a mask": (lambda: masks([True] * 51), "`score > threshold`"),
+    "a mask of integers": (lambda: masks(kept(0.5).mask.long()), "torch.bool"),
+    "a text for a sparsity": (lambda: kept("a half"), "in [0, 1]"),
+    "a module for its heads": (lambda: fs.fisher.head_views(mlp(), None), "functional(model)"),
+    "a dictionary of settings": (lambda: FisherSpectral({"seed": 1}), "SpectralConfig(seed=42)"),
     "a page that is not there": (lambda: show("nowhere.npz"), "`.npz`"),
 }  # fmt: skip
 """Name: what is done, and words of the remedy."""

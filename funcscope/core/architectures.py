@@ -6,7 +6,7 @@ the untouched one: values, gradients and Hessian products, the dtype that it com
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .imported import Config
 
@@ -31,6 +31,34 @@ class Family(NamedTuple):
     """Computes in the dtype of its parameters; the others take norms or softmax in float32 whatever that is."""
     linear_head: bool = True
     """The logits of the causal model are one linear map of the last hidden states, if none is capped by `config`."""
+
+
+class Heads(NamedTuple):
+    """How many heads share what: `num` queries, `num_kv` keys and values."""
+
+    num: int
+    num_kv: int
+    model_type: str = ""
+
+    @classmethod
+    def of(cls, config: Config) -> Heads:
+        """From a Hugging Face configuration. Raises ValueError where the two numbers are missing or do not divide."""
+        num: Any = getattr(config, "num_attention_heads", None)
+        num_kv: Any = getattr(config, "num_key_value_heads", None) or num
+        if getattr(config, "new_decoder_architecture", False):
+            num_kv = config.num_kv_heads
+        elif getattr(config, "multi_query", False):
+            num_kv = 1
+        for name, value in (("num_attention_heads", num), ("num_key_value_heads", num_kv)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`config` must have `{name}` of at least 1, got {value!r}: give the model's own configuration."
+                )
+        if num % num_kv:
+            raise ValueError(
+                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {num} and {num_kv}."
+            )
+        return cls(num, num_kv, getattr(config, "model_type", ""))
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -17,6 +17,10 @@ from .criterion import Criterion, Labels
 from .model import Functional, Inputs
 
 Prepared = tuple[tuple[Inputs, Any], ...]
+UNSCORED = (
+    "no position is scored: every label is -100 or masked, or every weight is 0. Check `labels`, `attention_mask` and the "
+    "weights of the criterion; the mean over no token is undefined."
+)
 
 
 def prepared(net: Functional, batches: Any, criterion: Criterion) -> Prepared:
@@ -37,10 +41,7 @@ def prepared(net: Functional, batches: Any, criterion: Criterion) -> Prepared:
             )
     weights = [targets.weight for _, targets in full if hasattr(targets, "weight")]
     if weights and not any(bool(weight.any()) for weight in weights):
-        raise ValueError(
-            "no position is scored: every label is -100 or masked. "
-            "Check `labels` and `attention_mask`; the mean over no token is undefined."
-        )
+        raise ValueError(UNSCORED)
     return full
 
 

@@ -81,6 +81,24 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
 
 
+def check_number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
+    """`value` is a finite number between two bounds, which it may equal."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and least <= value <= most):
+        lower = f" of at least {least:g}" if least > -math.inf and most == math.inf else ""
+        range_ = f" in [{least:g}, {most:g}]" if most < math.inf else ""
+        raise ValueError(f"`{name}` must be a finite number{lower}{range_}, got {value!r}.")
+
+
+def check_mask(name: str, mask: Tensor, num: int) -> None:
+    """`mask` has True or False for each of `num` parameters: other numbers would be added up as they are."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num,):
+        what = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"`{name}` must be a mask of {num} parameters of torch.bool, got {what}: the `mask` of `pruning_mask`, or "
+            "`score > threshold`."
+        )
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """`value` is an integer, and not smaller than `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .architectures import Heads
 from .checks import check_flat, check_params
 
 Params = Mapping[str, Tensor]
@@ -67,6 +68,8 @@ class Layout:
     """
 
     leaves: tuple[Leaf, ...]
+    heads: Heads | None = field(default=None, compare=False)
+    """Of the model's attention, where its configuration says."""
 
     @classmethod
     def of(
@@ -84,7 +87,7 @@ class Layout:
                 filter_dim = _filter_dim(owner, shape)
                 leaves.append(Leaf(name, shape, dtype or param.dtype, offset, type(owner).__name__, filter_dim))
                 offset += param.numel()
-        return cls(tuple(leaves))
+        return cls(tuple(leaves), _heads(getattr(model, "config", None)))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +146,13 @@ class Layout:
     @cached_property
     def _sizes(self) -> list[int]:
         return [leaf.numel for leaf in self.leaves]
+
+
+def _heads(config: object) -> Heads | None:
+    try:
+        return Heads.of(config)
+    except (ValueError, AttributeError):
+        return None
 
 
 def _filter_dim(owner: nn.Module, shape: tuple[int, ...]) -> int | None:

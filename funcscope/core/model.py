@@ -186,7 +186,7 @@ class Functional:
     def in_dtype(self, dtype: torch.dtype) -> Functional:
         """The same function computed in another dtype; see `functional`. `params` are the same tensors."""
         skeleton = make_skeleton(self._skeleton, self.attention, dtype)
-        layout = Layout(tuple(leaf._replace(dtype=dtype) for leaf in self.layout.leaves))
+        layout = replace(self.layout, leaves=tuple(leaf._replace(dtype=dtype) for leaf in self.layout.leaves))
         buffers = {name: self.buffers[name].to(buffer.dtype) for name, buffer in skeleton.named_buffers()}
         return replace(self, layout=layout, buffers=buffers, _skeleton=skeleton)
 
@@ -214,7 +214,7 @@ class Functional:
         return replace(
             self,
             params={leaf.name: params[leaf.name] for leaf in leaves},
-            layout=Layout(tuple(leaves)),
+            layout=replace(self.layout, leaves=tuple(leaves)),
             frozen={**self.frozen, **{name: value for name, value in params.items() if name not in names}},
         )
 

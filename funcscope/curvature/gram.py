@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,14 +12,13 @@ from torch.func import grad, jvp
 
 from ..core.checks import check_choice, check_flat
 from ..core.estimate import Estimate, wide
-from ..core.layout import By, Layout, View
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
+from .blocks import Blocks, block_views, places_of
 from .leaf_gradients import LeafGradients
-from .samples import Data, Unit, num_rows, tiles_of
-
-Blocks = By | Literal["none"] | Mapping[str, Sequence[View]]
+from .outputs import total_weight
+from .samples import Data, Unit, tiles_of
 
 
 class Grams(Result):
@@ -79,7 +78,8 @@ def gram(
     weights are right. One forward and one backward pass, in which no gradient of a parameter is taken, give all blocks.
 
     other: another data set, for inner products across (n, m); the loss of the same net.
-    by: a partition as `Layout.blocks` knows them, but `filter`; `none` for one block; or views by name.
+    by: a partition as `Layout.blocks` knows them, but `filter`; `none` for one block; `head` for the queries, keys, values
+    and outputs of every attention head, as `head_views` cuts them, and what is left of every layer; or views by name.
     unit: `token` takes every scored position for a sample of its own, each with a pass of its own.
     chunk_size: rows that go through the model at once. More rows than that are taken pair by pair of chunks, each chunk's
     passes made again for every other: memory is that of two chunks, passes grow as n^2 / (2 chunk_size).
@@ -87,8 +87,8 @@ def gram(
     A parameter whose use is not known, and one for which the gradient of a row alone, which is taken once for every shape of
     batch, is not what its use says, has its rows multiplied out, and is named in the result.
 
-    Raises ValueError for sequences that see each other, as `per_sample_gradients` does, and for a gradient that is not
-    finite, with its sequence and parameter.
+    Raises ValueError for sequences that see each other, as `per_sample_gradients` does, for a gradient that is not finite,
+    with its sequence and parameter, and for data of which nothing is scored.
 
     Goodfellow (2015), arXiv:1510.01799; Rochette, Manoel, Tramel (2019), arXiv:1912.06015; Dangel, Kunstner, Hennig (2020),
     arXiv:1912.10985.
@@ -110,7 +110,7 @@ def gram(
     one = Data(loss, theta, tiles_of(loss, unit, chunk_size))
     two = one if other is None else Data(other, theta, tiles_of(other, unit, chunk_size))
     out = torch.zeros(len(views), one.num, two.num, dtype=wide(theta.device), device=theta.device)
-    places = _places(loss.layout, views)
+    places = places_of(loss.layout, views)
 
     def add(name: str, a: LeafGradients, b: LeafGradients, at: slice, to: slice) -> None:
         for block, part_rows, part_cols in places[name]:
@@ -137,6 +137,9 @@ def gram(
                     add(name, held[name], leaf, at, to)
 
             two.each(right, second)
+    if not bool(out.any()):
+        for data in (one, two):
+            total_weight(data.loss, theta)  # raises
     passes = one.passes + (0 if two is one else two.passes)
     return Grams(out, unit, passes, sorted(one.by_rows | two.by_rows), list(views))
 
@@ -172,7 +175,7 @@ def gradient_norms(
     theta = Loss.vector(loss, theta)
     views = block_views(loss.layout, by)
     data = Data(loss, theta, tiles_of(loss, unit, chunk_size))
-    places = _places(loss.layout, views)
+    places = places_of(loss.layout, views)
     out = torch.zeros(len(views), data.num, dtype=wide(theta.device), device=theta.device)
     for at, tile in data.tiles:
 
@@ -181,13 +184,16 @@ def gradient_norms(
                 out[block, at] += finite(leaf.squares(part_rows, part_cols), name, at)
 
         data.each(tile, add)
+    if not bool(out.any()):
+        total_weight(loss, theta)  # raises
     return Norms(out.sqrt(), unit, list(views))
 
 
 def gram_matvec(loss: Loss, theta: Theta) -> Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]:
     r"""u -> K u = G (G' u) over the sequences, from one backward and one forward-mode pass; G is never made.
 
-    Arguments as of `per_sample_gradients`; the rows are those of its `sum`.
+    Arguments as of `per_sample_gradients`; the rows are those of its `sum`. Before the first product their lengths are taken
+    once, by `gradient_norms`, which raises ValueError as `gram` does.
 
     >>> import funcscope as fs
     >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
@@ -197,7 +203,7 @@ def gram_matvec(loss: Loss, theta: Theta) -> Callable[[Float[Tensor, " n"]], Flo
     [9.0, 16.0]
     """
     theta = Loss.vector(loss, theta)
-    num = sum(map(num_rows, loss.batches))
+    num = gradient_norms(loss, theta, by="none", chunk_size=loss.batch_size).values.shape[1]
 
     def sums(t: Tensor) -> Tensor:
         return loss.terms(t)[0]
@@ -208,33 +214,6 @@ def gram_matvec(loss: Loss, theta: Theta) -> Callable[[Float[Tensor, " n"]], Flo
         return jvp(sums, (theta,), (weighted,))[1].to(u.dtype)
 
     return matvec
-
-
-def block_views(layout: Layout, by: Blocks) -> dict[str, tuple[View, ...]]:
-    """The views of every block. Raises ValueError for `filter`, which has as many blocks as the model has units."""
-    if isinstance(by, Mapping):
-        return {name: tuple(views) for name, views in by.items()}
-    if by == "none":
-        return layout.blocks(lambda _: "all")
-    if by == "filter":
-        raise ValueError("`by` must be 'none', 'tensor', 'layer', 'module', a callable or views by name, got 'filter'.")
-    return layout.blocks(by)
-
-
-def _places(layout: Layout, views: Mapping[str, Sequence[View]]) -> dict[str, list[tuple[int, slice, slice]]]:
-    """By parameter: block, and which rows and columns of the parameter as a matrix belong to it."""
-    places: dict[str, list[tuple[int, slice, slice]]] = {name: [] for name in layout.names}
-    whole = slice(None)
-    for block, members in enumerate(views.values()):
-        for view in members:
-            ndim = len(layout.by_name[view.leaf].shape)
-            if view.slice != whole and (view.dim > 1 or (view.dim == 1 and ndim > 2)):
-                raise ValueError(
-                    f"a view of `{view.leaf}` cuts dimension {view.dim}: only rows and columns can be cut."
-                )
-            by_row = view.dim == 0 and ndim > 1
-            places[view.leaf].append((block, view.slice if by_row else whole, whole if by_row else view.slice))
-    return places
 
 
 def finite(values: Tensor, name: str, at: slice, to: slice | None = None) -> Tensor:

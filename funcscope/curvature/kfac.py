@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..core.checks import check_flat
+from ..core.checks import check_flat, check_number
 from ..core.pack import storable
 from ..core.result import Result, derived, internal
 from ..core.tables import counted
@@ -123,6 +123,7 @@ class Kfac(Result):
         self, v: Float[Tensor, " p"], p: float, damping: float = 0.0, *, relative: bool = False, pi: bool = False
     ) -> Float[Tensor, " p"]:
         r"""$(F + \lambda I)^p v$ for any real p. Raises ValueError for p < 0 where that is singular."""
+        check_number("p", p)
         shift = self._shift(damping, relative, pi, inverse=p < 0)
         way = (lambda block, x: block.pi_power(x, p, shift)) if pi else (lambda block, x: block.power(x, p, shift))
         return self._applied(v, way, lambda rest, x: (rest + shift) ** p * x)
@@ -140,11 +141,13 @@ class Kfac(Result):
 
         The document has tr(G D D' A) there, with D' A of shapes that do not fit, and another number where they do.
         """
+        check_number("power", power)
         shift = self._shift(damping, relative, False, inverse=power < 0)
         check_flat("v", v, len(self.rest))
+        v = v.to(self.rest)
         parts = [block.product.quadratic(block.matrix(v), power, shift) for block in self.blocks.values()]
         outside = v[self._outside]
-        weights = (self.rest[self._outside].to(v) + shift) ** power
+        weights = (self.rest[self._outside] + shift) ** power
         return torch.stack([*parts, (weights * outside.square()).sum()]).sum()
 
     def logdet(self, damping: float, *, relative: bool = False, pi: bool = False) -> float:
@@ -167,6 +170,7 @@ class Kfac(Result):
 
     def absolute(self, damping: float) -> float:
         r"""A damping in units of the mean eigenvalue, $\mathrm{tr} F / P$, in the units of F."""
+        check_number("damping", damping, 0.0)
         return damping * float(self.trace) / len(self.rest)
 
     @property
@@ -185,14 +189,14 @@ class Kfac(Result):
         to_rest: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         check_flat("v", v, len(self.rest))
-        out = to_rest(self.rest.to(v), v).clone()
+        x = v.to(self.rest)
+        out = to_rest(self.rest, x).clone()
         for block in self.blocks.values():
-            block.place(to_block(block.product, block.matrix(v)), out)
-        return out
+            block.place(to_block(block.product, block.matrix(x)), out)
+        return out.to(v)
 
     def _shift(self, damping: float, relative: bool, pi: bool, inverse: bool) -> float:
-        if not (math.isfinite(damping) and damping >= 0):
-            raise ValueError(f"`damping` must be a finite number of at least 0, got {damping!r}: it is added to F.")
+        check_number("damping", damping, 0.0)
         if pi and self.corrected:
             raise ValueError(
                 "`pi` damps Kronecker factors, and the eigenvalues of EKFAC are no products: leave it out, "

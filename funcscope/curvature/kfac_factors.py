@@ -58,8 +58,8 @@ def kfac_factors(
     traces are over draws. The document takes gradients of the mean loss, which makes G too small by T^2 beside an absolute
     damping, and lets positions without a gradient into A and G.
 
-    Raises ValueError for a criterion without `sample`, negative weights, a gradient that is not finite (its sequence and
-    parameter), and a weight whose kind of use changes from batch to batch.
+    Raises ValueError for a criterion without `sample`, negative weights, data of which nothing is scored, a gradient that is
+    not finite (its sequence and parameter), and a weight whose kind of use changes from batch to batch.
 
     Martens, Grosse (2015), arXiv:1503.05671; Eschenhagen et al. (2023), arXiv:2311.00636.
 
@@ -70,11 +70,7 @@ def kfac_factors(
     tensor([ 0.2500, -0.2500])
     """
     theta, drawn = scored_losses(loss, theta, key, labels, num)
-    sums = Sums(loss, affine_maps(drawn[0], theta))
-    for each in _passes(drawn, theta, chunk_size):
-        sums.start()
-        each(sums.take)
-    return sums.factors(total_weight(loss, theta), labels, theta)
+    return _factors(loss, theta, drawn, labels, chunk_size)
 
 
 def ekfac_factors(
@@ -99,13 +95,17 @@ def ekfac_factors(
     George et al. (2018), arXiv:1806.03884.
     """
     theta, drawn = scored_losses(loss, theta, key, labels, num)
-    maps, total = affine_maps(drawn[0], theta), total_weight(loss, theta)
-    sums = Sums(loss, maps)
+    kfac = _factors(loss, theta, drawn, labels, chunk_size)
+    return _corrected(kfac, _passes(drawn, theta, chunk_size), total_weight(loss, theta))
+
+
+def _factors(loss: Loss, theta: Tensor, drawn: list[Loss], labels: LabelsFrom, chunk_size: int) -> Kfac:
+    total = total_weight(loss, theta)
+    sums = Sums(loss, affine_maps(drawn[0], theta))
     for each in _passes(drawn, theta, chunk_size):
         sums.start()
         each(sums.take)
-    kfac = sums.factors(total, labels, theta)
-    return _corrected(kfac, _passes(drawn, theta, chunk_size), total)
+    return sums.factors(total, labels, theta)
 
 
 def _corrected(kfac: Kfac, passes: Iterator[Callable[[Take], None]], total: float) -> Kfac:
@@ -139,7 +139,7 @@ def scored_losses(loss: Loss, theta: Theta, key: Key | None, labels: LabelsFrom,
     check_choice("labels", labels, ("model", "data"))
     check_count("num", num)
     theta = Loss.vector(loss, theta)
-    if bool((terms_at(loss, theta).weights < 0).any()):
+    if _has_negative(loss, theta):
         raise ValueError("weights must be at least 0: their square roots are those of the scores.")
     plain = loss.criterion.token_loss
 
@@ -161,6 +161,12 @@ def scored_losses(loss: Loss, theta: Theta, key: Key | None, labels: LabelsFrom,
         replace(loss, batches=tuple((inputs, several[i]) for (inputs, _), several in each))
         for i, each in enumerate(pairs)
     ]
+
+
+def _has_negative(loss: Loss, theta: Tensor) -> bool:
+    if loss.criterion.positionwise:
+        return any(bool((targets.weight < 0).any()) for _, targets in loss.batches)
+    return bool((terms_at(loss, theta).weights < 0).any())
 
 
 def _passes(drawn: list[Loss], theta: Tensor, chunk_size: int) -> Iterator[Callable[[Take], None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,10 +93,7 @@ class Sums:
             self._traced(name, _Squares(float(made.sum()), 0.0, 0))
 
     def _factor(self, name: str, leaf: LeafGradients, at: slice) -> None:
-        x, g = self.maps[name].sides(leaf.parts[0])  # type: ignore[arg-type]
-        finite(x.abs().sum((1, 2)) + g.abs().sum((1, 2)), name, at)
-        seen = (g != 0).any(-1)
-        x, g = x[seen], g[seen]
+        x, g = _seen(*self.maps[name].sides(leaf.parts[0]), name, at)  # type: ignore[arg-type]
         for side, rows in ((self.a, x), (self.g, g)):
             side.setdefault(name, Scatter(rows.shape[1])).add(rows)
         self._traced(name, _Squares(_total(g), _total(x), len(x)))
@@ -140,14 +138,34 @@ class Sums:
 
 
 def entry_squares(leaf: LeafGradients, name: str, at: slice) -> Tensor:
-    """(r, c): every entry's square, summed over sequences; a few rows of the parameter at a time."""
-    rows, cols = leaf.shape
-    made = []
-    for part in row_chunks(slice(None), rows, cols * leaf.num):
-        squares = leaf.dense(part, slice(None)).square()
-        finite(squares.sum((1, 2)), name, at)
-        made.append(squares.sum(0, dtype=wide(squares.device)))
-    return torch.cat(made)
+    """(r, c), wide: every entry's square, summed over sequences; a few rows of the parameter at a time."""
+    if _is_outer(leaf) and leaf.parts[0][0].shape[1] == 1:
+        left, right = (side[:, 0].square() for side in leaf.parts[0])
+        out = left.T @ right
+    else:
+        out = torch.cat([each.sum(0) for each in _squares(leaf)])
+    if not bool(out.isfinite().all()):
+        for each in _squares(leaf):
+            finite(each.sum((1, 2)), name, at)
+    return out.to(wide(out.device))
+
+
+def _squares(leaf: LeafGradients) -> Iterator[Tensor]:
+    """(n, r', c): of a few rows at a time, all in one buffer."""
+    buffer: Tensor | None = None
+    for part in row_chunks(slice(None), leaf.shape[0], leaf.shape[1] * leaf.num):
+        made = leaf.dense(part, slice(None), buffer)
+        buffer = made.flatten() if buffer is None else buffer
+        yield made.square_()
+
+
+def _seen(x: Tensor, g: Tensor, name: str, at: slice) -> tuple[Tensor, Tensor]:
+    """(u, i), (u, o): the positions with a gradient. Raises ValueError for one that is not finite."""
+    largest = g.abs().amax(-1)
+    if not bool(largest.isfinite().all() & torch.linalg.vector_norm(x, dim=-1).isfinite().all()):
+        finite(x.abs().sum((1, 2)) + g.abs().sum((1, 2)), name, at)
+    seen = largest != 0
+    return (x.flatten(0, 1), g.flatten(0, 1)) if bool(seen.all()) else (x[seen], g[seen])
 
 
 def _is_outer(leaf: LeafGradients) -> bool:
@@ -155,4 +173,4 @@ def _is_outer(leaf: LeafGradients) -> bool:
 
 
 def _total(x: Tensor) -> float:
-    return float(x.square().sum(dtype=wide(x.device)))
+    return float(torch.linalg.vector_norm(x, dim=-1).to(wide(x.device)).square().sum())

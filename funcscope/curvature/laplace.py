@@ -6,6 +6,8 @@ scored token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -93,6 +95,8 @@ def _power(fisher: Fisher, v: Tensor, power: float, damping: float) -> Tensor:
     if isinstance(fisher, Kfac):
         return fisher.power(v, power, damping)
     shifted = fisher.to(v) + damping
-    if damping < 0 or (power < 0 and bool((shifted == 0).any())):
-        raise ValueError(f"`damping` must be at least 0, and above it where entries of F are 0, got {damping!r}.")
+    if not 0 <= damping < math.inf or (power < 0 and bool((shifted == 0).any())):
+        raise ValueError(
+            f"`damping` must be finite, at least 0, and above it where entries of F are 0, got {damping!r}."
+        )
     return shifted**power * v

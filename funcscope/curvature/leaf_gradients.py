@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.estimate import wide
+from ..linalg.low_rank import square
 
 AT_ONCE, LEAST = 1 << 20, 16
 """Numbers that are multiplied out at one time, and rows of the parameter at least: what a cache holds."""
@@ -111,7 +112,7 @@ class LeafGradients(NamedTuple):
             a = one_.dense(part, cols, buffers[0])
             b = a if two_ is one_ else two_.dense(part, cols, buffers[1])
             buffers = [x.flatten() if old is None else old for x, old in zip((a, b), buffers, strict=True)]
-            out += _square(a.flatten(1)) if b is a else a.flatten(1) @ b.flatten(1).T
+            out += square(a.flatten(1)) if b is a else a.flatten(1) @ b.flatten(1).T
         return out
 
     def squares(self, rows: slice, cols: slice) -> Tensor:
@@ -155,16 +156,6 @@ def _by_positions(one: Outer, two: Outer, rows: slice, cols: slice) -> Tensor:
         right = one.right[at : at + size, :, cols].flatten(0, 1) @ rights
         out.append((left * right).view(-1, t, m, s).sum((1, 3), dtype=wide(left.device)))
     return torch.cat(out)
-
-
-def _square(a: Tensor) -> Tensor:
-    """a a', of which a quarter is a copy of another."""
-    half = len(a) // 2
-    out = torch.empty(len(a), len(a), dtype=a.dtype, device=a.device)
-    out[:half] = a[:half] @ a.T
-    out[half:, :half] = out[:half, half:].T
-    out[half:, half:] = a[half:] @ a[half:].T
-    return out
 
 
 def _look_up(part: Lookup, rows: slice, cols: slice, out: Tensor, num_rows: int) -> None:

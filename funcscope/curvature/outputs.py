@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.func import grad, vjp
 
+from ..core.batches import UNSCORED
 from ..core.checks import check_count
 from ..core.criterion import Criterion, Labels
 from ..core.objective import Loss, Theta
@@ -172,11 +173,18 @@ def outputs_of(loss: Loss, *, head_chunk: int | None = None, kept_at: Theta | No
 
 
 def total_weight(loss: Loss, theta: Theta) -> float:
-    """What the objective's sum is divided by; a constant, as weights do not depend on the parameters."""
+    """What the objective's sum is divided by; a constant, as weights do not depend on the parameters.
+
+    Raises ValueError where it is 0.
+    """
     if loss.criterion.positionwise:
-        return float(sum(targets.weight.double().sum() for _, targets in loss.batches))
-    with torch.no_grad():
-        return float(loss.terms(theta)[1].double().sum())
+        total = float(sum(targets.weight.double().sum() for _, targets in loss.batches))
+    else:
+        with torch.no_grad():
+            total = float(loss.terms(theta)[1].double().sum())
+    if not total:
+        raise ValueError(UNSCORED)
+    return total
 
 
 def normalised(loss: Loss, theta: Tensor) -> tuple[Loss, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ..core.batches import divided
+from ..core.batches import UNSCORED, divided
 from ..core.checks import check_choice, check_count
 from ..core.criterion import Labels
 from ..core.estimate import wide
@@ -120,6 +120,8 @@ def _tokens(loss: Loss) -> tuple[Any, ...]:
         raise ValueError(
             f"`unit='token'` needs a criterion over labels, one loss at each position; got {loss.criterion!r}."
         )
+    if not any(bool(labels.weight.any()) for _, labels in loss.batches):
+        raise ValueError(UNSCORED)
     return tuple(map(_by_token, loss.batches))
 
 

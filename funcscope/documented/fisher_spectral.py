@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.checks import check_count, check_flag
+from ..core.checks import check_count, check_flag, check_instance
 from ..core.keys import key
 from ..core.model import functional
 from ..curvature.gram import Blocks, Unit
@@ -60,7 +60,8 @@ class FisherSpectral:
     """The documents' class; it keeps its configuration and nothing else."""
 
     def __init__(self, config: SpectralConfig | None = None):
-        self.config = config or SpectralConfig()
+        self.config = SpectralConfig() if config is None else config
+        check_instance("config", self.config, SpectralConfig, "`SpectralConfig(seed=42)`")
 
     def compute_fisher_spectrum(
         self,
@@ -79,8 +80,8 @@ class FisherSpectral:
         formulas and units; `condition_number` is that of the non-zero eigenvalues, a property of how many samples there are.
 
         n_samples: the first so many; all of them where there are fewer, which `metadata` says. block_structure: none, layer,
-        module, tensor, or views by name. precomputed_gradients: rows (n, P) or a dictionary by parameter for every sample;
-        `batch` is then not looked at. center_gradients: the covariance, over n - 1, wherever gradients come from.
+        module, tensor, head, or views by name. precomputed_gradients: rows (n, P), or a dictionary by parameter for every
+        sample; `batch` is then not looked at. center_gradients: the covariance, over n - 1, wherever gradients come from.
 
         Note on eval mode: the model is evaluated as in `eval()`, whatever mode it is in, so that batch norm uses its stored
         statistics; those of a training batch would couple the samples, and a gradient per sample would not exist.
@@ -98,6 +99,8 @@ class FisherSpectral:
         >>> sorted(spectrum), spectrum["metadata"]["n_samples_used"], spectrum["metadata"]["sample_unit"]
         (['coupling', 'global', 'metadata', 'notes', 'per_block'], 3, 'sequence')
         """
+        if n_samples is not None:
+            check_count("n_samples", n_samples)
         with deterministic(self.config.use_deterministic):
             if precomputed_gradients is None:
                 found = self._of_batch(model, batch, n_samples, block_structure, center_gradients)

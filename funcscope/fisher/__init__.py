@@ -1,10 +1,11 @@
 """The Fisher information of tasks: what each needs, where tasks conflict, and which heads they share."""
 
+from ..core.architectures import Heads
+from ..core.heads import HeadPart, head_part, head_views
 from .accumulators import Ema, Welford
 from .collection import DiagonalFisher, fisher_diagonal
 from .conflicts import TaskConflicts, gram_conflicts, task_conflicts
 from .groups import GroupedFisher, fisher_groups
-from .heads import HeadPart, Heads, head_part, head_views
 from .importance import Importance, importance, importance_vector
 from .interference import HeadInterference, head_interference
 from .label_permutation import LabelTest, label_test

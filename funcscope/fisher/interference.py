@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.heads import head_part
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import View
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
 from ..curvature.rows import tolerance
-from .heads import head_part
 from .label_permutation import label_test
 from .samples import scored_sequences
 from .whitening import block_rows, check_tasks, damped

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core.checks import check_flat
+from ..core.checks import check_flat, check_instance, check_number
 from ..core.layout import Layout, View
 from ..core.result import Result, derived, internal, quantity
 from ..curvature.gram import Blocks, block_views
@@ -56,9 +56,9 @@ def pruning_mask(
     >>> pruning_mask(torch.tensor([0.0, 2.0, 0.0, 0.0]), layout, sparsity=0.5).mask
     tensor([ True,  True, False, False])
     """
+    check_instance("layout", layout, Layout, "`net.layout`")
     check_flat("score", score, layout.num)
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}: the share of parameters that is pruned.")
+    check_number("sparsity", sparsity, 0.0, 1.0)
     if bool(score.isnan().any()):
         raise ValueError(f"`score` must have no nan, got one at {int(score.isnan().nonzero()[0])}: it has no rank.")
     mask = torch.ones_like(score, dtype=torch.bool)
@@ -84,7 +84,10 @@ def obd_saliency(fisher: Float[Tensor, " p"], theta: Float[Tensor, " p"]) -> Flo
     >>> obd_saliency(torch.tensor([2.0, 9.0]), torch.tensor([3.0, 0.0]))
     tensor([9., 0.])
     """
+    check_flat("theta", theta, theta.numel())
     check_flat("fisher", fisher, len(theta))
+    if not bool((fisher >= 0).all()):
+        raise ValueError("`fisher` must have no entry that is negative or nan: a diagonal of squares has none.")
     return fisher * theta.square() / 2
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..core.checks import check_instance, check_mask
 from ..core.layout import Layout
 from ..core.result import Result, derived, internal, quantity
 from ..curvature.gram import Blocks, block_views
@@ -113,7 +114,7 @@ def mask_overlap(
     A document divides by n, so that identical masks of density .1 overlap by .1, and its thresholds of .4 and .7 call
     everything safe to merge.
 
-    Raises ValueError for masks of another length.
+    Raises ValueError for masks of another length, and for numbers in the place of True and False.
 
     >>> layout = Layout.of(torch.nn.Linear(4, 1, bias=False))
     >>> mask = torch.tensor([True, True, False, False])
@@ -121,9 +122,9 @@ def mask_overlap(
     >>> float(overlap.jaccard), round(float(overlap.chance_jaccard), 4), float(overlap.kappa)
     (1.0, 0.3333, 1.0)
     """
-    for name, mask in (("first", first), ("second", second)):
-        if mask.shape != (layout.num,):
-            raise ValueError(f"`{name}` must be a mask of {layout.num} parameters, got {tuple(mask.shape)}.")
+    check_instance("layout", layout, Layout, "`net.layout`")
+    check_mask("first", first, layout.num)
+    check_mask("second", second, layout.num)
     views = block_views(layout, by)
     rows = []
     for each in views.values():

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.checks import check_number
 from ..core.pack import storable
 from .low_rank import SecondMoment, log_sum
 
@@ -67,12 +68,17 @@ class Kronecker:
         return squares[0] @ self.values.to(squares[0]) @ squares[1].T
 
     def times(self, v: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """The product with v."""
+        self._check(v)
         if self.values is None:
             return self.scale * self.g.times(self.a.times(v).mT).mT
         return self._back(self.values.to(v) * self._rotated(v))
 
     def power(self, v: Float[Tensor, "o i"], power: float, damping: float) -> Float[Tensor, "o i"]:
         r"""$(c\, G \otimes A + \lambda I)^p$, exactly, in the basis of the factors' eigenvectors."""
+        self._check(v, damping)
+        if power < 0 and damping == 0 and self.is_singular:
+            raise ValueError("`damping` must be above 0 for a negative power of a singular product, got 0.")
         moved = (self.eigenvalues + damping) ** power
         if self.eigenvalues.numel() == self.num:
             return self._back(moved.to(v) * self._rotated(v))
@@ -86,6 +92,7 @@ class Kronecker:
         return (v * self.power(v, power, damping)).sum()
 
     def logdet(self, damping: float) -> float:
+        check_number("damping", damping, 0.0)
         return float(log_sum(self.eigenvalues, self.num, damping))
 
     def pi_shifts(self, damping: float) -> tuple[float, float]:
@@ -94,18 +101,25 @@ class Kronecker:
         $\pi = \sqrt{(\mathrm{tr} A / \dim A) / (c\, \mathrm{tr} G / \dim G)}$, so that each gets the same share of its mean
         eigenvalue; 1 where one of the traces is 0, and any would do. Martens and Grosse (2015), 6.3.
         """
+        check_number("damping", damping, 0.0)
         mean_a, mean_g = float(self.a.trace) / self.a.dim, self.scale * float(self.g.trace) / self.g.dim
         pi = math.sqrt(mean_a / mean_g) if mean_a > 0 and mean_g > 0 else 1.0
         return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
     def pi_power(self, v: Float[Tensor, "o i"], power: float, damping: float) -> Float[Tensor, "o i"]:
         r"""$(c G + \sqrt\lambda/\pi\, I)^p\, V\, (A + \pi \sqrt\lambda\, I)^p$: damped factor by factor."""
+        self._check(v)
         to_a, to_g = self.pi_shifts(damping)
         return self.g.power(self.a.power(v, power, to_a).mT, power, to_g, self.scale).mT
 
     def pi_logdet(self, damping: float) -> float:
         to_a, to_g = self.pi_shifts(damping)
         return self.g.dim * self.a.logdet(to_a) + self.a.dim * self.g.logdet(to_g, self.scale)
+
+    def _check(self, v: Tensor, damping: float = 0.0) -> None:
+        if v.shape != self.shape:
+            raise ValueError(f"`v` must be a matrix of shape {self.shape}, got {tuple(v.shape)}.")
+        check_number("damping", damping, 0.0)
 
     def _rotated(self, v: Tensor) -> Tensor:
         return self.g.eigen.vectors.to(v).T @ v @ self.a.eigen.vectors.to(v)

@@ -147,7 +147,7 @@ class Scatter:
         self.rows.append(rows)
         if self.num >= self.dim:
             for each in self.rows:
-                made = (each.T @ each).to(wide(each.device))
+                made = square(each.T).to(wide(each.device))
                 self.total = made if self.total is None else self.total.add_(made)
             self.rows = []
 
@@ -156,6 +156,16 @@ class Scatter:
         if self.total is not None:
             return SecondMoment((self.total / max(num, 1)).to(dtype))
         return SecondMoment((torch.cat(self.rows) / max(num, 1) ** 0.5).to(dtype))
+
+
+def square(a: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """a a', of which a quarter is a copy of another."""
+    half = len(a) // 2
+    out = torch.empty(len(a), len(a), dtype=a.dtype, device=a.device)
+    torch.mm(a[:half], a.T, out=out[:half])
+    out[half:, :half] = out[:half, half:].T
+    torch.mm(a[half:], a[half:].T, out=out[half:, half:])
+    return out
 
 
 def log_sum(values: Tensor, num: int, shift: float) -> Tensor:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..core.layout import Layout, Leaf, View
-from ..core.model import Functional
+from .architectures import Heads
+from .checks import check_instance
+from .layout import Layout, Leaf, View
+from .model import Functional
 
 _NAMES = {
     "Q": "q_proj query q_lin q",
@@ -22,33 +24,6 @@ _IN_BLOCKS = ("gpt2", "phi3", "mpt")
 """Model types with one matrix for all queries, then all keys, then all values."""
 _BY_HEAD = ("gpt_neox", "bloom", "falcon", "gpt_bigcode", "persimmon")
 """Model types in which the queries of one key and value head are followed by that key and that value."""
-
-
-class Heads(NamedTuple):
-    """How many heads share what: `num` queries, `num_kv` keys and values."""
-
-    num: int
-    num_kv: int
-    model_type: str = ""
-
-    @classmethod
-    def of(cls, config: Any) -> Heads:
-        """From a Hugging Face configuration. Raises ValueError where the two numbers are missing or do not divide."""
-        num = getattr(config, "num_attention_heads", None)
-        if not isinstance(num, int) or num < 1:
-            raise ValueError(
-                f"`config` must have `num_attention_heads` of at least 1, got {num!r}: give the model's own configuration."
-            )
-        num_kv = getattr(config, "num_key_value_heads", None) or num
-        if getattr(config, "new_decoder_architecture", False):
-            num_kv = config.num_kv_heads
-        elif getattr(config, "multi_query", False):
-            num_kv = 1
-        if num % num_kv:
-            raise ValueError(
-                f"`num_attention_heads` must be a multiple of `num_key_value_heads`, got {num} and {num_kv}."
-            )
-        return cls(num, num_kv, getattr(config, "model_type", ""))
 
 
 class HeadPart(NamedTuple):
@@ -71,7 +46,7 @@ def head_views(model: Functional | Layout, config: Any) -> dict[str, tuple[View,
     way round for O. Query head h reads key and value head floor(h n_kv / n_q). One matrix for all three is cut in blocks
     (GPT-2, Phi-3, MPT) or head by head (GPT-NeoX, BLOOM, Falcon, GPT-BigCode, Persimmon).
 
-    config: the model's (`num_attention_heads`, `num_key_value_heads`, `model_type`).
+    config: the model's (`num_attention_heads`, `num_key_value_heads`, `model_type`), or `Heads`.
 
     Raises ValueError for a layout without attention parameters of a known name, for a fused matrix of another model type
     (CodeGen), and for shapes that the heads do not divide.
@@ -85,7 +60,9 @@ def head_views(model: Functional | Layout, config: Any) -> dict[str, tuple[View,
     >>> views["attn.O.1"]
     (View(leaf='attn.o.weight', dim=1, slice=slice(2, 4, None)),)
     """
-    layout, heads = (model if isinstance(model, Layout) else model.layout), Heads.of(config)
+    layout = model.layout if isinstance(model, Functional) else model
+    check_instance("model", layout, Layout, "`functional(model)`, or its `layout`")
+    heads = config if isinstance(config, Heads) else Heads.of(config)
     views: dict[str, list[View]] = {}
     for leaf in layout.leaves:
         named = _ATTENTION.match(leaf.name)
@@ -96,8 +73,8 @@ def head_views(model: Functional | Layout, config: Any) -> dict[str, tuple[View,
             views.setdefault(f"{named[1]}.{part}.{head}", []).append(view)
     if not views:
         raise ValueError(
-            f"no parameter has the name of an attention matrix that is known, as {layout.names[0]!r} has not: give views of "
-            "your own to `by`."
+            f"no parameter has the name of an attention matrix that is known, as {layout.names[0]!r} has not: take "
+            "`by='layer'`, or views of your own."
         )
     _check_dims(views, heads)
     return {name: tuple(each) for name, each in views.items()}
@@ -109,7 +86,7 @@ def head_part(block: str) -> HeadPart:
     >>> head_part("transformer.h.0.attn.K.1")
     HeadPart(attention='transformer.h.0.attn', kind='K', head=1)
     """
-    parts = block.rsplit(".", 2)
+    parts = str(block).rsplit(".", 2)
     if len(parts) != 3 or parts[1] not in ("Q", "K", "V", "O") or not parts[2].isdigit():
         raise ValueError(f"blocks must be named `<module>.<Q, K, V or O>.<head>`, got {block!r}: take `head_views`.")
     return HeadPart(parts[0], parts[1], int(parts[2]))
@@ -137,7 +114,7 @@ def _fused(leaf: Leaf, dim: int, heads: Heads) -> Iterator[tuple[str, int, View]
     if heads.model_type not in (*_IN_BLOCKS, *_BY_HEAD):
         raise ValueError(
             f"`{leaf.name}` holds queries, keys and values in an order that is not known for the model type "
-            f"{heads.model_type!r}: give views of your own to `by`."
+            f"{heads.model_type!r}: take `by='layer'`, or views of your own."
         )
     groups = 1 if heads.model_type in _IN_BLOCKS else heads.num_kv
     size = _divided(leaf, dim, heads.num + 2 * heads.num_kv)
