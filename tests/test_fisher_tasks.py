@@ -95,11 +95,11 @@ def test_tasks_that_use_other_columns_share_nothing_and_each_is_like_itself(net,
 
 def test_every_second_sequence_of_both_is_held_out(texts):
     first, _ = texts
-    theta, config = first.net.theta, first.net.config
+    theta = first.net.theta
     four = [
         fs.objective(loss.net, [tokens(seed, 4, 6)], loss.criterion) for loss, seed in zip(texts, (31, 32), strict=True)
     ]
-    found = qkov_interference(*four, theta, config, key=fs.key(0), num=9)
+    found = qkov_interference(*four, theta, key=fs.key(0), num=9)
     rows = [loss.batches[0][0]["input_ids"] for loss in four]
 
     def on(ids):
@@ -107,7 +107,7 @@ def test_every_second_sequence_of_both_is_held_out(texts):
 
     oracle = head_interference(
         on(rows[0][::2]), on(rows[1][::2]), on(torch.cat([rows[0][1::2], rows[1][1::2]])), theta,
-        views=head_views(first.net, config), key=fs.key(0), num=9,
+        views=head_views(first.net, first.net.config), key=fs.key(0), num=9,
     )  # fmt: skip
     torch.testing.assert_close(found.directed, oracle.directed, rtol=1e-4, atol=0)
     assert torch.equal(found.p_signed, oracle.p_signed)
@@ -118,11 +118,11 @@ def test_what_cannot_be_halved_is_refused(net, texts):
     one = fs.objective(net, [(torch.ones(1, 8), torch.tensor([0]))], fs.classification)
     with pytest.raises(ValueError, match="the second task must have 2 scored sequences, got 1"):
         fisher_overlap(classes(1, 9, slice(0, 4), net), one, net.theta, key=fs.key(0))
-    with pytest.raises(ValueError, match="without a Hugging Face `config`"):
-        qkov_interference(one, one, net.theta, net.config, key=fs.key(0))
+    with pytest.raises(ValueError, match="heads are those of a Hugging Face model"):
+        qkov_interference(one, one, net.theta, key=fs.key(0))
     few = fs.objective(first.net, [tokens(1, 3, 6)], first.criterion)
     with pytest.raises(ValueError, match="the first task must have 4 scored sequences, got 3"):
-        qkov_interference(few, second, first.net.theta, first.net.config, key=fs.key(0))
+        qkov_interference(few, second, first.net.theta, key=fs.key(0))
 
 
 TASKS = Metric("both", abs, ("first_loss",), on="tasks")
@@ -156,7 +156,7 @@ def test_a_source_of_several_tasks_is_looked_at_on_every_two_and_stored(net, tmp
     assert torch.equal(conflicts.result.inner, oracle.inner)
     assert conflicts.cost["forwards"] > 0
     assert overlap.ok
-    assert "config" in heads.error
+    assert "Hugging Face model" in heads.error
     again = run(study[:2], [source], tasks=("left", "right"), cache=Cache(tmp_path))
     assert [one.reused for one in again] == [True, True]
     other = run(study[:1], [source], tasks=("right", "left"), cache=Cache(tmp_path))

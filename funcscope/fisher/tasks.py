@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_choice, check_count
 from ..core.estimate import wide
+from ..core.heads import head_views
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import internal, quantity
@@ -19,7 +20,6 @@ from ..core.standard_errors import ratio_stderr
 from ..curvature.fisher import fisher_diagonal_mc
 from ..curvature.gram import Blocks, block_views
 from ..curvature.outputs import total_weight
-from .heads import head_views
 from .importance import Importance
 from .interference import HeadInterference, head_interference
 from .masks import obd_saliency, pruning_mask
@@ -138,7 +138,6 @@ def qkov_interference(
     first: Loss,
     second: Loss,
     theta: Theta,
-    config: Any,
     *,
     key: Key,
     damping: float = 1e-3,
@@ -148,20 +147,18 @@ def qkov_interference(
     """Interference of two tasks in the queries, keys, values and outputs of every head; see `head_interference`.
 
     Every second sequence of both tasks is held out for the Fisher information that weighs it.
-    config: that of the Hugging Face model, which says how many heads there are.
 
-    Raises ValueError for a model without one, for fewer than four scored sequences of a task, and as `head_views` and
-    `head_interference` do.
+    Raises ValueError for no Hugging Face model with attention heads, for fewer than four scored sequences of a task, and as
+    `head_views` and `head_interference` do.
     """
     check_tasks(first, second)
-    if config is None:
-        raise ValueError(
-            "the heads of a model without a Hugging Face `config` are not known: take `head_interference`."
-        )
+    if first.layout.heads is None:
+        raise ValueError("heads are those of a Hugging Face model, and this is none: take `head_interference`.")
+    views = head_views(first.layout, first.layout.heads)
     theta = Loss.vector(first, theta)
     (a, held), (b, also) = (_halves(loss, theta, i, least=4) for i, loss in enumerate((first, second)))
     return head_interference(
-        a, b, replace(held, batches=held.batches + also.batches), theta, views=head_views(first.layout, config), key=key,
+        a, b, replace(held, batches=held.batches + also.batches), theta, views=views, key=key,
         damping=damping, num=num, chunk_size=chunk_size,
     )  # fmt: skip
 

@@ -107,7 +107,7 @@ for _one in (
         plan=("chunk_size",), drawn=("cosine", "q_conflict"), cost=lambda _: 12,
     ),
     of_function(
-        "qkov_interference", qkov_interference, (*TWO_TASKS, "config", KEY), on="tasks", category="fisher",
+        "qkov_interference", qkov_interference, (*TWO_TASKS, KEY), on="tasks", category="fisher",
         plan=("chunk_size",), drawn=("heads", "q_heads"), cost=lambda _: 20,
     ),
     of_function(

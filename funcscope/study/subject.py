@@ -72,7 +72,6 @@ NEEDS: dict[str, Callable[[Subject, str], Any]] = {
     "second_loss": lambda subject, task: subject.loss(subject.need("names_of", task)(task)[1]),
     "theta": lambda subject, _: subject.theta,
     "net": lambda subject, _: subject.net,
-    "config": lambda subject, _: subject.net.config,
     "params": lambda subject, _: subject.net.layout.unravel(subject.theta),
 }
 """By name, how a subject provides it; `key` and the results of other metrics come from the engine.
