@@ -25,7 +25,7 @@ from funcscope.curvature import ekfac_factors, exact_fisher, kfac_factors
 from funcscope.linalg import dense
 
 WAYS = ("KFAC curvlinops", "KFAC funcscope", "EKFAC curvlinops", "EKFAC funcscope")
-MODELS = ("mlp", "llama-1M", "llama-4M", "llama-14M")
+MODELS = ("mlp", "llama-1M", "llama-4M")
 ROUNDS, SEEDS = 5, 4
 DRAWS = (1, 50)
 

@@ -206,3 +206,32 @@ def test_sequences_that_are_not_scored_count_nowhere():
         torch.testing.assert_close(one.value, other.value)
         torch.testing.assert_close(one.stderr, other.stderr)
         assert one.num == 2
+
+
+def test_labels_drawn_one_position_away_are_no_labels_of_the_model():
+    """E17: y_t ~ p(. | x_<=t) at labels[t] is scored by the logits of t - 1, so that scores have a mean and F is another."""
+    loss = language([ids(7, 1, 7)])
+    theta = 3 * loss.net.theta
+    ((inputs, _),) = loss.batches
+
+    def log_p(t):
+        return loss.net.apply(loss.params(t), inputs).log_softmax(-1)[0]
+
+    scores, p = jacrev(log_p)(theta), log_p(theta).exp()
+
+    def expected(scores, p):
+        """E of T times the square of the mean score, over independent labels of all T positions; and the means."""
+        means = torch.einsum("ty,typ->tp", p, scores)
+        squares = torch.einsum("ty,typ->p", p, scores.square())
+        return (squares + means.sum(0).square() - means.square().sum(0)) / len(p), means
+
+    aligned, means = expected(scores[:6], p[:6])
+    assert float(means.abs().max()) < 1e-12
+    moved, moved_means = expected(scores[:6], p[1:])
+    assert float(moved_means.norm()) > 0.5
+    assert relative(moved, aligned) > 0.2
+    found = fisher_diagonal(loss, theta, method="monte_carlo", key=fs.key(0), num=200)
+    seen = found.stderr > 0
+    one, other = (((found.value - value) / found.stderr)[seen].square().mean() for value in (aligned, moved))
+    assert float(one) < 2
+    assert float(other) > 20

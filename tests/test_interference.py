@@ -113,6 +113,18 @@ def test_an_average_over_the_samples_that_weigh_it_says_nothing_of_their_task():
     assert float(own[0].directed[:8, 8:].mean() / b.abs().sum(1).mean()) == pytest.approx(1, abs=0.2)
 
 
+def test_interference_grows_as_the_gradients_of_the_second_task():
+    """E25: the document has sum g^2 in the place of g and squares it once more; and says that whitening favours large F."""
+    a, b, information = normals(14, 5, 30), normals(15, 4, 30), normals(16, 6, 30).square().mean(0)
+    one, ten = (interference_of(a, scale * b, information) for scale in (1, 10))
+    torch.testing.assert_close(ten.directed[:5, 5:], 10 * one.directed[:5, 5:])
+    documented = [((scale * b).square().sum(0).square() * information).sum() for scale in (1, 10)]
+    assert float(documented[1] / documented[0]) == pytest.approx(1e4)
+    weighed = interference_of(torch.eye(30).double(), b, information).signed[:30, 30:].sum(1)
+    order = (weighed / b.sum(0)).abs().argsort()
+    assert torch.equal(order, information.argsort(descending=True))  # more information, less weight
+
+
 def test_permuting_rows_never_rejects_and_labels_of_samples_do():
     """E30: (i) a mean over all rows is the same in every order of rows; (ii) tests of a mean of what is never negative."""
     scales = torch.linspace(0.1, 3, 40).double()

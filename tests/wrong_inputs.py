@@ -329,6 +329,9 @@ CASES = {
     "a mask of integers": (lambda: masks(kept(0.5).mask.long()), "torch.bool"),
     "a text for a sparsity": (lambda: kept("a half"), "in [0, 1]"),
     "a module for its heads": (lambda: fs.fisher.head_views(mlp(), None), "functional(model)"),
+    "a net for a documented model": (
+        lambda: FisherSpectral().compute_fisher_spectrum(fs.functional(mlp()), (X, Y)), "the module itself",
+    ),
     "a dictionary of settings": (lambda: FisherSpectral({"seed": 1}), "SpectralConfig(seed=42)"),
     "a page that is not there": (lambda: show("nowhere.npz"), "`.npz`"),
 }  # fmt: skip

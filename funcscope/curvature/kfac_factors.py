@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from .samples import Data, tiles_of
 
 LabelsFrom = Literal["model", "data"]
 Take = Callable[[str, LeafGradients, slice], None]
+Passes = list[Callable[[Take], None]]
 
 
 def kfac_factors(
@@ -70,7 +71,7 @@ def kfac_factors(
     tensor([ 0.2500, -0.2500])
     """
     theta, drawn = scored_losses(loss, theta, key, labels, num)
-    return _factors(loss, theta, drawn, labels, chunk_size)
+    return _factors(total_weight(loss, theta), theta, drawn, labels, _passes(drawn, theta, chunk_size))
 
 
 def ekfac_factors(
@@ -95,20 +96,19 @@ def ekfac_factors(
     George et al. (2018), arXiv:1806.03884.
     """
     theta, drawn = scored_losses(loss, theta, key, labels, num)
-    kfac = _factors(loss, theta, drawn, labels, chunk_size)
-    return _corrected(kfac, _passes(drawn, theta, chunk_size), total_weight(loss, theta))
+    passes, total = _passes(drawn, theta, chunk_size), total_weight(loss, theta)
+    return _corrected(_factors(total, theta, drawn, labels, passes), passes, total)
 
 
-def _factors(loss: Loss, theta: Tensor, drawn: list[Loss], labels: LabelsFrom, chunk_size: int) -> Kfac:
-    total = total_weight(loss, theta)
-    sums = Sums(loss, affine_maps(drawn[0], theta))
-    for each in _passes(drawn, theta, chunk_size):
+def _factors(total: float, theta: Tensor, drawn: list[Loss], labels: LabelsFrom, passes: Passes) -> Kfac:
+    sums = Sums(drawn[0], affine_maps(drawn[0], theta))
+    for each in passes:
         sums.start()
         each(sums.take)
     return sums.factors(total, labels, theta)
 
 
-def _corrected(kfac: Kfac, passes: Iterator[Callable[[Take], None]], total: float) -> Kfac:
+def _corrected(kfac: Kfac, passes: Passes, total: float) -> Kfac:
     maps = {name: Map("" if block.bias else None, block.transposed) for name, block in kfac.blocks.items()}
     order = list(kfac.blocks)
     values = {name: torch.zeros_like(block.product.eigenvalues) for name, block in kfac.blocks.items()}
@@ -169,18 +169,23 @@ def _has_negative(loss: Loss, theta: Tensor) -> bool:
     return bool((terms_at(loss, theta).weights < 0).any())
 
 
-def _passes(drawn: list[Loss], theta: Tensor, chunk_size: int) -> Iterator[Callable[[Take], None]]:
-    """Per draw, a pass over the data that shows every parameter's gradients, and which rows they are of."""
+def _passes(drawn: list[Loss], theta: Tensor, chunk_size: int) -> Passes:
+    """Per draw, a pass over the data that shows every parameter's gradients, and which rows they are of.
+
+    What is known of the uses of parameters after one pass is known in all.
+    """
     check_count("chunk_size", chunk_size)
+    by_rows: set[str] = set()
+    compared: set[Any] = set()
 
     def whole(loss: Loss) -> Callable[[Take], None]:
-        tiles = tiles_of(loss, "sequence", chunk_size)
-        data = Data(loss, theta, tiles)
-
         def each(take: Take) -> None:
+            tiles = tiles_of(loss, "sequence", chunk_size)
+            data = Data(loss, theta, tiles)
+            data.by_rows, data.compared = by_rows, compared
             for at, batch in tiles:
                 data.each(batch, lambda name, leaf, at=at: take(name, leaf, at))  # type: ignore[misc]
 
         return each
 
-    return (whole(loss) for loss in drawn)
+    return [whole(loss) for loss in drawn]

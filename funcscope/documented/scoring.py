@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.batches import tensors
 from ..core.captured import Watch
+from ..core.checks import check_instance
 from ..core.criterion import Criterion, classification, criterion_of, custom
 from ..core.keys import Key, key
 from ..core.model import functional
@@ -27,6 +28,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_c
     A `loss_fn` is one number of the whole batch: of one sequence, as far as the loss knows, so that nothing made of it has
     an error over sequences.
     """
+    check_instance("model", model, nn.Module, "the module itself, no name of one and no `functional(model)`")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter has `requires_grad`, so none would move: `model.requires_grad_(True)`.")
     batch = tuple(batch) if loss_fn is None and isinstance(batch, list) else batch  # what a DataLoader makes of pairs
