@@ -93,9 +93,10 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
         UnifiedConfig().selected()
     with pytest.raises(ValueError, match=r"attention_patterns.* not here yet.*hessian_eigenvalues"):
         UnifiedConfig(compute_mechanistic=True).selected()
-    both = UnifiedConfig(compute_fisher=True, dataset_name={"a": "a.jsonl", "b": "b.jsonl"}, compute_qkov=False)
+    names = {"a": "a.jsonl", "b": "b.jsonl"}
+    both = UnifiedConfig(compute_fisher=True, dataset_name=names, compute_qkov=False, compute_fisher_eigenvalues=False)
     one_task = ["fisher_information", "fisher_importance"]
-    assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == one_task
+    assert [one.name for one in UnifiedConfig(compute_fisher=True).selected()] == [*one_task, "fisher_methods"]
     assert [one.name for one in both.selected()] == [*one_task, "fisher_overlap", "cross_task_conflicts"]
     with pytest.raises(ValueError, match=r"field 'loss_landscape_spam'.*did you mean 'loss_landscape_span'"):
         UnifiedConfig.of({"loss_landscape_spam": 0.2})

@@ -29,7 +29,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
         "fisher_overlap",
         "cross_task_conflicts",
         "qkov_interference",
-    ),
+        "fisher_methods",
+    ),  # fmt: skip
     "compute_gradients": ("gradient_flow", "gradient_pathology"),
     "compute_information_theory": ("mutual_information", "entropy", "pid_analysis"),
     "compute_representations": ("dead_neurons", "superposition", "feature_geometry"),
@@ -50,7 +51,7 @@ class UnifiedConfig:
     and change no number. `dataset_name` is a file of texts, a Hugging Face data set of which `dataset_split` is read, or
     several by name: every model is then measured on each, as "MODEL on NAME", and on every two together, as "MODEL on ONE and
     OTHER" (`enable_qkov_interference`, also known as `compute_qkov`, and `enable_cross_task_conflicts` say whether heads and
-    conflicts are among what `compute_fisher` asks for there). `model_name` is the model where no path is passed, `base_model`
+    conflicts are among what `compute_fisher` asks for there, `compute_fisher_eigenvalues` whether methods are compared). `model_name` is the model where no path is passed, `base_model`
     the one that pairs compare the others with. The fields of metrics that are not here have no effect so far. Raises
     TypeError for an unknown
     field, ValueError for one of the wrong kind.
@@ -207,8 +208,11 @@ class UnifiedConfig:
 
         Raises ValueError where none is, warns where some are not.
         """
-        off = {"cross_task_conflicts": not self.enable_cross_task_conflicts,
-               "qkov_interference": not self.enable_qkov_interference}  # fmt: skip
+        off = {
+            "cross_task_conflicts": not self.enable_cross_task_conflicts,
+            "qkov_interference": not self.enable_qkov_interference,
+            "fisher_methods": not self.compute_fisher_eigenvalues,
+        }
         needs_two = {name for name, one in CATALOGUE.items() if one.on == "tasks" and not self._has_tasks}
         wanted = [name for name in FLAGS[flag] if not off.get(name) and name not in needs_two]
         there = [name for name in wanted if name in CATALOGUE]
