@@ -44,18 +44,26 @@ class Data(NamedTuple):
 
     def statistics(self, there: Bool[Tensor, " n"], *, device: torch.device | None = None) -> Statistics:
         """Of these samples."""
-        values, groups = self.values[:, there][:, :, there], self.groups[there]
-        values = centred(values) if self.centered else values
-        spectra, jittered = eigenvalues(
-            with_total(values).to(device or values.device) / (len(groups) - self.centered), self.jitter
-        )
-        spectra = spectra.to(values)
-        numbers = _numbers(spectra, self.limits, self.floor())
+        values, groups = self._of(there)
+        spectra, numbers, jittered = self.spectrum(there, device=device)
         same = groups[:, None] == groups
         moments = _moments(values, same, self.centered)
         coupling = coupled(torch.einsum("aij,bij->ab", values, values), "") | coupled(moments, "_debiased")
-        numbers["participation_ratio_debiased"] = _free_ratio(values, same, moments, self.centered)
+        numbers = {**numbers, "participation_ratio_debiased": _free_ratio(values, same, moments, self.centered)}
         return Statistics(spectra, numbers, coupling, jittered)
+
+    def spectrum(
+        self, there: Bool[Tensor, " n"], *, device: torch.device | None = None
+    ) -> tuple[Float[Tensor, "c m"], dict[str, Tensor], list[int]]:
+        """Eigenvalues of these samples, the numbers that are made of them, and which the solver refused."""
+        values, groups = self._of(there)
+        matrices = with_total(values).to(device or values.device) / (len(groups) - self.centered)
+        spectra, jittered = eigenvalues(matrices, self.jitter)
+        return spectra.to(values), _numbers(spectra.to(values), self.limits, self.floor()), jittered
+
+    def _of(self, there: Bool[Tensor, " n"]) -> tuple[Float[Tensor, "b m m"], Int[Tensor, " m"]]:
+        values = self.values[:, there][:, :, there]
+        return centred(values) if self.centered else values, self.groups[there]
 
 
 def left_out(groups: Int[Tensor, " n"], key: Key, folds: int) -> list[Bool[Tensor, " n"]]:

@@ -135,7 +135,7 @@ def gram_spectrum(
     whole = data.statistics(own >= 0, device=device)
     _check_semidefinite(whole, data, blocks)
     without = left_out(groups, key, folds) if int(groups.max()) > centered else []
-    rest = [data.statistics(each, device=device) for each in without]
+    rest = [data.spectrum(each, device=device)[1] for each in without]
     free = free_errors(data)
     return _result(grams, data, _resolved(whole, free), rest, free, key=key, top_k=top_k, num_parameters=num_parameters)
 
@@ -206,7 +206,7 @@ def _result(
     grams: Grams,
     data: Data,
     whole: Statistics,
-    rest: list[Statistics],
+    rest: list[dict[str, Tensor]],
     free: FreeErrors,
     *,
     key: Key,
@@ -247,16 +247,16 @@ def _beside(stderr: Tensor, value: Tensor) -> Tensor:
     return torch.where(value.isnan(), torch.nan, stderr)
 
 
-def _numbers(data: Data, whole: Statistics, rest: list[Statistics], free: FreeErrors) -> dict[str, dict[str, Tensor]]:
+def _numbers(
+    data: Data, whole: Statistics, rest: list[dict[str, Tensor]], free: FreeErrors
+) -> dict[str, dict[str, Tensor]]:
     """Those of every block, the bias of the largest eigenvalue, how many there can be that are not 0, and all errors."""
     largest, free_ratio = (whole.numbers[name] for name in ("largest_eigenvalue", "participation_ratio_debiased"))
     bound = data.limits.clamp(max=data.values.shape[-1] - data.centered).to(whole.spectra)
-    errors, bias = (
-        {name: torch.full_like(largest, torch.nan) for name in whole.numbers},
-        torch.full_like(largest, torch.nan),
-    )
+    bias = torch.full_like(largest, torch.nan)
+    errors = dict.fromkeys(whole.numbers, bias)
     if len(rest) > 1:
-        values = {name: torch.stack([each.numbers[name] for each in rest], -1) for name in errors}
+        values = {name: torch.stack([each[name] for each in rest], -1) for name in rest[0]}
         errors = {name: jackknife_stderr(each) for name, each in values.items()}
         bias = (len(rest) - 1) * (values["largest_eigenvalue"].mean(-1) - largest)
     exact = {
