@@ -112,7 +112,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
     "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
     "MethodComparison": lambda: compare_methods(loss(), theta(), key=fs.key(0), num=2, num_directions=2, rank=2),
-    "GramSpectrum": lambda: fisher_spectrum(loss(), theta(), key=fs.key(0), by="tensor", bootstrap=5),
+    "GramSpectrum": lambda: fisher_spectrum(loss(), theta(), key=fs.key(0), by="tensor", folds=5),
     "Kfac": lambda: fs.curvature.ekfac_factors(loss(), theta(), key=fs.key(0), num=2),
     "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),
     "MSharpness": lambda: fs.m_sharpness(loss(), theta(), m=2),

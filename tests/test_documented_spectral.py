@@ -17,7 +17,7 @@ import funcscope as fs
 from funcscope.documented import FisherSpectral, SpectralConfig
 from funcscope.documented.fisher_spectral import WORKSPACE, deterministic
 
-QUICK = SpectralConfig(bootstrap=4)
+QUICK = SpectralConfig(folds=4)
 POINTS = seeded(1, lambda: (torch.randn(9, 4, dtype=torch.float64), torch.randint(0, 3, (9,))))
 
 
@@ -64,7 +64,7 @@ def test_a_causal_model_is_scored_on_its_next_tokens_summed_over_each_sequence(m
 def test_it_is_the_direct_call_in_the_documented_dictionary():
     model = small()
     loss = fs.objective(fs.functional(model), [POINTS], fs.classification)
-    direct = fs.fisher_spectrum(loss, loss.net.theta, key=fs.key(42), by="layer", bootstrap=4, top_k=100)
+    direct = fs.fisher_spectrum(loss, loss.net.theta, key=fs.key(42), by="layer", folds=4, top_k=100)
     found = compute(model)
     assert list(found["per_block"]) == direct.blocks == ["0", "2"]
     for i, row in enumerate(found["per_block"].values()):
@@ -130,7 +130,7 @@ def test_the_first_samples_and_no_more_than_there_are():
 
 def test_tokens_as_samples_are_called_so():
     model, batch = seeded(0, gpt2).double(), tokens(1, 3, 7)
-    found = compute(model, batch, SpectralConfig(bootstrap=4, sample_unit="token"))["metadata"]
+    found = compute(model, batch, SpectralConfig(folds=4, sample_unit="token"))["metadata"]
     assert (found["sample_unit"], found["n_samples_used"], found["n_independent"]) == ("token", 18, 3)
 
 
@@ -161,7 +161,7 @@ def test_determinism_is_for_the_time_of_the_call(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
     assert WORKSPACE not in os.environ
     monkeypatch.setenv(WORKSPACE, ":16:8")
-    config = SpectralConfig(bootstrap=4, use_deterministic=True)
+    config = SpectralConfig(folds=4, use_deterministic=True)
     found = compute(config=config)
     assert os.environ[WORKSPACE] == ":16:8"
     assert found["metadata"]["use_deterministic"] is True
@@ -184,7 +184,7 @@ def test_eigenvalues_are_solved_where_it_is_asked_for(monkeypatch):
     devices, real = [], torch.linalg.eigvalsh
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: devices.append(x.device.type) or real(x))
     for device in ("auto", "cpu"):
-        found = compute(config=SpectralConfig(bootstrap=4, eigensolve_device=device))
+        found = compute(config=SpectralConfig(folds=4, eigensolve_device=device))
         assert found["metadata"]["eigensolve_device"] == device
     assert set(devices) == {"cpu"}
 
@@ -194,7 +194,7 @@ import json, torch
 from funcscope.documented import FisherSpectral, SpectralConfig
 torch.manual_seed(0)
 model, batch = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)), torch.randn(9, 4)
-found = FisherSpectral(SpectralConfig(bootstrap=20)).compute_fisher_spectrum(model, (batch, torch.arange(9) % 3))
+found = FisherSpectral(SpectralConfig(folds=20)).compute_fisher_spectrum(model, (batch, torch.arange(9) % 3))
 print(json.dumps([found["per_block"], found["global"], hash("layer_0")]))
 """
 

@@ -42,7 +42,7 @@ WAYS = {
     "gram": lambda loss, theta=THETA: gram(loss, theta),
     "gradient_norms": lambda loss, theta=THETA: gradient_norms(loss, theta),
     "gram_matvec": lambda loss, theta=THETA: gram_matvec(loss, theta)(torch.ones(5).double()),
-    "fisher_spectrum": lambda loss, theta=THETA: fisher_spectrum(loss, theta, key=KEY, bootstrap=0),
+    "fisher_spectrum": lambda loss, theta=THETA: fisher_spectrum(loss, theta, key=KEY, folds=0),
 }
 every = pytest.mark.parametrize("way", WAYS)
 

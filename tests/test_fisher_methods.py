@@ -4,9 +4,11 @@ import pytest
 import torch
 from problems import loss_of, seeded
 from torch import nn
+from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.curvature import exact_fisher
+from funcscope.curvature.kfac_factors import scored_losses
 from funcscope.fisher import compare_methods
 from funcscope.fisher.methods import METHODS
 from funcscope.linalg import dense
@@ -16,11 +18,11 @@ def test_every_method_approximates_the_fisher_information():
     loss = loss_of("mlp")
     theta = loss.net.theta
     fisher = dense(exact_fisher(loss, theta), theta)
-    made = compare_methods(loss, theta, key=fs.key(0), num=40, num_directions=5, rank=4)
+    made = compare_methods(loss, theta, key=fs.key(0), num=16, num_directions=5, rank=4)
     values = torch.linalg.eigvalsh(fisher)
     by = {name: i for i, name in enumerate(made.methods)}
     assert made.methods == list(METHODS)
-    for name in ("lanczos", "diagonal", "kfac", "ekfac"):
+    for name in METHODS:
         at = by[name]
         assert abs(made.trace[at] - fisher.trace()) < 4 * made.trace_stderr[at], name
     assert abs(made.max_eigenvalue[by["lanczos"]] - values[-1]) < 1e-3 * values[-1]
@@ -41,6 +43,37 @@ def test_the_gram_of_drawn_labels_is_unbiased():
         ]
     )
     assert abs(traces.mean() - fisher.trace()) < 4 * traces.std() / 12**0.5
+
+
+def test_the_grams_errors_are_over_draws_at_these_data_and_over_sequences_by_loops():
+    loss = loss_of("mlp")
+    theta, key = loss.net.theta, fs.key(3)
+    made = compare_methods(loss, theta, key=key, num=3, num_directions=2, rank=1, methods=("gram", "kfac"))
+    drawn = scored_losses(loss, theta, fs.fold_in(key, "gram"), "model", 3)[1]
+    squares = torch.stack([fs.per_sample_gradients(one, theta).square().sum(1) for one in drawn])
+    n = squares.shape[1]
+    assert_close(made.trace[0], squares.mean(0).sum() / n)
+    assert_close(made.trace_stderr[0], squares.mean(1).std() / 3**0.5)
+    assert_close(made.trace_data_stderr[0], squares.mean(0).std() / n**0.5)
+    assert made.trace_data_stderr[1].isnan()
+    alone = compare_methods(loss, theta, key=key, num=1, num_directions=1, methods=("gram", "diagonal"))
+    assert alone.trace_stderr.isnan().all()
+    assert "over draws of labels or probes at these data" in alone.notes[0]
+
+
+@pytest.mark.slow
+def test_errors_of_all_traces_are_what_other_draws_at_these_data_have():
+    loss = loss_of("mlp")
+    methods = ("diagonal", "kfac", "gram")
+    made = [
+        compare_methods(loss, loss.net.theta, key=fs.key(i), num=4, num_directions=1, methods=methods)
+        for i in range(60)
+    ]
+    spread = torch.stack([each.trace for each in made]).std(0)
+    claimed = torch.stack([each.trace_stderr for each in made]).square().mean(0).sqrt()
+    assert bool(((claimed / spread > 0.8) & (claimed / spread < 1.25)).all()), claimed / spread
+    over_data = torch.stack([each.trace_data_stderr[2] for each in made]).mean()
+    assert abs(over_data / spread[2] - 1) > 0.25  # negative control: another error
 
 
 def test_one_matrix_that_kfac_has_exactly():

@@ -10,8 +10,10 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.layout import Layout, Leaf, View
-from funcscope.fisher import fisher_spectrum, gradient_gram, gram_spectrum, gram_statistics
-from funcscope.fisher.gram_statistics import Data, eigenvalues, resamples
+from funcscope.curvature.gram import Grams
+from funcscope.fisher import fisher_spectrum, gradient_gram, gram_errors, gram_spectrum, gram_statistics
+from funcscope.fisher.gram_errors import free_errors, trace_stderr
+from funcscope.fisher.gram_statistics import Data, eigenvalues, left_out
 from funcscope.linalg.ranks import matrix_ranks
 
 KEY = fs.key(0)
@@ -22,7 +24,7 @@ def gradients(num, size, scale=1.0, seed=0):
 
 
 def spectrum(rows, **options):
-    return gram_spectrum(rows @ rows.T, key=KEY, **{"bootstrap": 0, **options})
+    return gram_spectrum(rows @ rows.T, key=KEY, **{"folds": 0, **options})
 
 
 def blocks_of(loss, by):
@@ -43,7 +45,7 @@ def test_every_number_is_that_of_the_matrix_of_gradients(name, by, centered):
     rows = fs.per_sample_gradients(loss, loss.net.theta)
     rows = rows - rows.mean(0) if centered else rows
     rows /= (len(rows) - centered) ** 0.5
-    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by=by, centered=centered, bootstrap=0)
+    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by=by, centered=centered, folds=0)
     parts = {block: rows[:, at] for block, at in blocks_of(loss, by).items()}
     assert found.blocks == list(parts)
     for i, part in enumerate(parts.values()):
@@ -72,25 +74,25 @@ def test_tokens_are_samples_of_their_own_and_their_matrix_is_the_empirical_fishe
     """Oracle: the operator that never makes a gradient, by its largest eigenvalue."""
     loss = loss_of("gpt2")
     for unit in ("token", "sequence"):
-        found = fisher_spectrum(loss, loss.net.theta, key=KEY, by="none", unit=unit, bootstrap=0)
+        found = fisher_spectrum(loss, loss.net.theta, key=KEY, by="none", unit=unit, folds=0)
         matvec = fs.empirical_fisher(loss, loss.net.theta, unit=unit)
         largest = fs.eigenpairs(matvec, loss.net.theta, key=KEY, num=1, which="largest", tol=1e-8).values
         assert_close(found.global_eigenvalues[:1], largest, rtol=1e-7, atol=0)
     assert (found.unit, found.num_samples, found.num_groups) == ("sequence", 5, 5)
 
 
-def test_tokens_of_a_sequence_are_drawn_together():
+def test_tokens_of_a_sequence_are_left_out_together():
     loss = loss_of("gpt2")
-    found = fisher_spectrum(loss, loss.net.theta, key=KEY, unit="token", by="none", bootstrap=4)
+    found = fisher_spectrum(loss, loss.net.theta, key=KEY, unit="token", by="none", folds=4)
     scored = sum(int((labels.weight != 0).sum()) for _, labels in loss.batches)
     assert (found.num_samples, found.num_groups) == (scored, 5)
     rows = torch.cat([gradients(20, 6)] * 3)  # three copies are no news
     groups = torch.arange(20).repeat(3)
-    one, three = spectrum(rows[:20], bootstrap=50), spectrum(rows, bootstrap=50, groups=groups)
+    one, three = spectrum(rows[:20], folds=50), spectrum(rows, folds=50, groups=groups)
     assert_close(three.errors["trace"], one.errors["trace"])
     assert_close(three.coupling_debiased, one.coupling_debiased)
     assert_close(three.participation_ratio_debiased, one.participation_ratio_debiased)
-    apart = spectrum(rows, bootstrap=50)
+    apart = spectrum(rows, folds=50)
     assert float(apart.errors["trace"][0]) < 0.8 * float(one.errors["trace"][0])  # negative control
 
 
@@ -101,7 +103,7 @@ def test_views_make_blocks_and_overlapping_ones_are_refused():
         "lower": [View("0.weight", 0, slice(3, 6)), View("0.bias", 0, slice(3, 6))],
         "columns": [View("2.weight", 1, slice(0, 2))],
     }
-    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by=heads, bootstrap=0)
+    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by=heads, folds=0)
     rows = fs.per_sample_gradients(loss, loss.net.theta)
     by_name = {leaf.name: rows[:, leaf.slice].view(-1, *leaf.shape) for leaf in loss.layout.leaves}
     upper = torch.cat([by_name["0.weight"][:, :3].flatten(1), by_name["0.bias"][:, :3]], 1)
@@ -121,42 +123,167 @@ def test_views_make_blocks_and_overlapping_ones_are_refused():
 
 
 @pytest.mark.parametrize("centered", [False, True])
-def test_a_resample_is_the_spectrum_of_the_rows_that_were_drawn(centered):
-    """Oracle: rows repeated as often as they were drawn."""
+def test_without_a_fold_it_is_the_spectrum_of_the_other_rows_and_errors_are_the_jackknifes(centered):
     rows = torch.stack([gradients(7, 5), gradients(7, 4, seed=1)[:, [0, 1, 2, 3, 0]]])
-    limits, own = torch.tensor([5, 5, 10]), torch.arange(7)
-    data = Data(rows @ rows.mT, own, limits, centered, 1e-12)
-    for weights in resamples(own, KEY, 3):
-        assert float(weights.sum()) == 7
-        again = rows.repeat_interleave(weights.long(), 1)
-        dense = again - again.mean(1, keepdim=True) if centered else again
-        dense = torch.cat([*dense], 1)
-        values = torch.linalg.svdvals(dense).square() / (7 - centered)
-        found = data.statistics(weights)
-        most = found.spectra.shape[1]
-        assert_close(found.spectra[2], values[:most], rtol=1e-9, atol=1e-11)
-        assert_close(found.numbers["trace"][2], values.sum())
+    grams = Grams(rows @ rows.mT, "sample", 0, [], ["a", "b"])
+    found = gram_spectrum(grams, key=KEY, centered=centered, num_parameters=[5, 5])
+    largest, ranks = [], []
+    for i in range(7):
+        rest = rows[:, torch.arange(7) != i]
+        dense = rest - rest.mean(1, keepdim=True) if centered else rest
+        values = torch.linalg.svdvals(torch.cat([*dense], 1)).square() / (6 - centered)
+        largest.append(values[0])
+        ranks.append(torch.tensor(matrix_ranks(torch.cat([*dense], 1)).participation_ratio))
+    for name, values in (("largest_eigenvalue", largest), ("participation_ratio", ranks)):
+        values = torch.stack(values)
+        stderr = (6 / 7 * (values - values.mean()).square().sum()).sqrt()
+        assert_close(float(found.errors[name][-1]), float(stderr), rtol=1e-6, atol=0)
+    bias = 6 * (torch.stack(largest).mean() - found.numbers["largest_eigenvalue"][-1])
+    assert found.global_largest_eigenvalue_bias == pytest.approx(float(bias))
+
+
+def test_folds_are_of_whole_groups_and_as_large_as_can_be():
+    groups = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5, 6])
+    rest = left_out(groups, KEY, 3)
+    out = [set(groups[~there].tolist()) for there in rest]
+    assert sorted(len(each) for each in out) == [2, 2, 3]
+    assert set.union(*out) == set(range(7))
+    for there, each in zip(rest, out, strict=True):
+        assert not any(int(g) in each for g in groups[there])
+    assert [set(groups[~there].tolist()) for there in left_out(groups, KEY, 7)] == [{i} for i in range(7)]
+    assert len(left_out(groups, KEY, 0)) == 0
 
 
 def test_errors_are_those_of_the_theory_where_there_is_one():
     """Closed form: sd / sqrt(n) of the mean |g|^2, and of (g'v)^2 along the top eigenvector, to first order in 1/n."""
-    rows = gradients(200, 3) * torch.tensor([3.0, 1.0, 0.5])
-    found = spectrum(rows, bootstrap=300)
+    rows = gradients(100, 3) * torch.tensor([3.0, 1.0, 0.5])
     lengths = rows.square().sum(1)
     top = (rows @ torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]).square()
-    for estimate, sample in ((found.global_trace, lengths), (found.global_largest_eigenvalue, top)):
-        assert_close(float(estimate.value), float(sample.mean()))
-        assert float(estimate.stderr) == pytest.approx(float(sample.std()) / 200**0.5, rel=0.15)
-    assert abs(found.global_largest_eigenvalue_bias) < 0.3 * float(found.global_largest_eigenvalue.stderr)
-    assert spectrum(rows, bootstrap=20) == spectrum(rows, bootstrap=20)
-    assert spectrum(rows, bootstrap=20) != gram_spectrum(rows @ rows.T, key=fs.key(1), bootstrap=20)
+    for folds, rel in ((100, 0.05), (25, 0.3)):
+        found = spectrum(rows, folds=folds)
+        assert float(found.global_trace.stderr) == pytest.approx(float(lengths.std()) / 100**0.5)
+        assert float(found.global_largest_eigenvalue.value) == pytest.approx(float(top.mean()))
+        assert float(found.global_largest_eigenvalue.stderr) == pytest.approx(float(top.std()) / 100**0.5, rel=rel)
+        assert abs(found.global_largest_eigenvalue_bias) < 0.3 * float(found.global_largest_eigenvalue.stderr)
+    assert spectrum(rows, folds=20) == spectrum(rows, folds=20)
+    assert spectrum(rows, folds=20) != gram_spectrum(rows @ rows.T, key=fs.key(1), folds=20)
 
 
-def test_the_top_eigenvalue_of_few_samples_is_biased_up_and_so_is_that_of_resamples():
+def two_blocks(rows, groups=None, centered=False):
+    parts = torch.stack([rows[:, :4] @ rows[:, :4].T, rows[:, 4:] @ rows[:, 4:].T])
+    groups = torch.arange(len(rows)) if groups is None else groups
+    return Data(parts, groups, torch.tensor([4, rows.shape[1] - 4, rows.shape[1]]), centered, 1e-12)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_error_of_a_trace_is_that_of_sums_over_groups_by_loops(centered, copies):
+    """Oracle: the jackknife, from which the part by pairs is taken off, of groups of equal size."""
+    rows = 0.5 + gradients(6 * copies, 9)
+    groups = torch.arange(6).repeat_interleave(copies)
+    found = trace_stderr(two_blocks(rows, groups, centered))
+    if not centered:
+        sums = rows.square().sum(1).reshape(6, copies).mean(1)
+        assert float(found[-1]) == pytest.approx(float(sums.std()) / 6**0.5)
+        return
+    n = len(rows)
+    halves = torch.zeros(6, 6, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            halves[groups[i], groups[j]] += (rows[i] - rows[j]).square().sum() / 2
+    own = halves.diagonal() / 10  # to the pairs with five other groups, both ways
+    pairs = halves + own[:, None] + own
+    pairs = pairs - torch.diag(pairs.diagonal())
+    assert float(pairs.sum() / (n * (n - 1))) == pytest.approx(float(rows.var(0).sum()))
+    assert float(found[-1]) == pytest.approx(float(gram_errors.pair_stderr(pairs)) * 30 / (n * (n - 1)))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_errors_without_bias_are_near_the_jackknifes_of_many_samples(centered):
+    rows = gradients(60, 9) @ gradients(9, 9, seed=1)
+    data = two_blocks(rows, centered=centered)
+    found = free_errors(data)
+    assert found.resolved.all()
+    rest = [data.statistics(torch.arange(60) != i) for i in range(60)]
+    for name, error in (("coupling", found.coupling), ("off_block_mass", found.off_block_mass)):
+        values = torch.stack([each.coupling[f"{name}_debiased"] for each in rest], -1)
+        wanted = (59 / 60 * (values - values.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
+        assert_close(error, wanted, rtol=1e-9 if centered else 0.2, atol=1e-9)  # pairs count twice
+    if not centered:
+        values = torch.stack([each.numbers["participation_ratio_debiased"] for each in rest], -1)
+        wanted = (59 / 60 * (values - values.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
+        assert_close(found.participation_ratio, wanted, rtol=0.2, atol=0)
+
+
+def test_numbers_without_bias_say_where_they_are_not_resolved():
+    mixed = torch.cat([torch.eye(5, 4).double(), 10 + gradients(5, 4)], 1)  # orthogonal ones have no square in common
+    parts = two_blocks(mixed).values
+    few = gram_spectrum(Grams(parts, "sample", 0, [], ["noise", "signal"]), key=KEY, num_parameters=[4, 4])
+    assert few.squares_resolved.tolist() == [False, True, True]
+    assert few.participation_ratio_debiased.isnan().tolist() == [True, False]
+    assert few.coupling_debiased.isnan().tolist() == [[True, True], [True, False]]
+    assert few.unresolved == []
+    assert any(note.endswith("by these samples: noise.") for note in few.notes)
+    weak = two_blocks(gradients(5, 8, seed=1)).values  # squares of 1.2 of their errors, above 0
+    none = gram_spectrum(Grams(weak, "sample", 0, [], ["a", "b"]), key=KEY, num_parameters=[4, 4])
+    assert none.coupling_debiased.isnan().all()
+    assert math.isnan(float(none.off_block_mass_debiased.value))
+    assert none.unresolved == ["off_block_mass_debiased", "global_participation_ratio_debiased"]
+    assert "not resolved" in str(none)
+    assert spectrum(gradients(60, 3), num_parameters=[3]).unresolved == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [5, 10, 20])
+@pytest.mark.parametrize("tails", ["normal", "t5"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_errors_of_traces_are_what_repetitions_have(num, tails, tokens):
+    """Over 1500 sets of samples, or of sequences whose tokens share half of their gradients; a bootstrap has .6 to .9."""
+
+    def draws(seed, *shape):
+        x = gradients(math.prod(shape), 12, seed=seed).reshape(*shape, 12)
+        squares = gradients(5 * math.prod(shape), 12, seed=seed + 1).reshape(5, *shape, 12).square().mean(0)
+        return x / squares.sqrt() if tails == "t5" else x
+
+    every = 0.3 + draws(7, 1500, num, 1) + (draws(8, 1500, num, tokens) if tokens > 1 else 0)
+    groups = torch.arange(num).repeat_interleave(tokens)
+    for centered in (False, True):
+        values, errors = [], []
+        for rows in every.flatten(1, 2):
+            data = Data((rows @ rows.T)[None], groups, torch.tensor([12, 12]), centered, 1e-12)
+            values.append((rows.var(0) if centered else rows.square().mean(0)).sum())
+            errors.append(trace_stderr(data)[0])
+        ratio = float(torch.stack(errors).square().mean().sqrt() / torch.stack(values).std())
+        assert 0.9 < ratio < 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [5, 10, 20])
+def test_errors_of_spectra_and_of_numbers_without_bias_are_of_the_size_that_repetitions_have(num):
+    """Eigenvalues that lie apart; a bootstrap of 5 samples has .74 to 1.5 times the error of ranks."""
+    scale = torch.tensor([6.0, 3.0, 2.0] + [0.5] * 17)
+    names = ("largest_eigenvalue", "effective_rank", "spectral_rank", "participation_ratio")
+    values, errors, free = [], [], []
+    for i in range(200):
+        rows = (0.3 + gradients(num, 20, seed=i)) * scale
+        found = gram_spectrum(Grams(two_blocks(rows).values, "sample", 0, [], ["a", "b"]), key=KEY)
+        values.append(torch.stack([found.numbers[name][-1] for name in names]))
+        errors.append(torch.stack([found.errors[name][-1] for name in names]))
+        free.append((float(found.off_block_mass_debiased.value), float(found.off_block_mass_debiased.stderr)))
+    ratios = torch.stack(errors).square().mean(0).sqrt() / torch.stack(values).std(0)
+    assert bool(((ratios > 0.75) & (ratios < 1.4)).all()), ratios
+    mass = torch.tensor(free)
+    mass = mass[~mass[:, 0].isnan()]
+    if num > 5:
+        assert 0.75 < float(mass[:, 1].square().mean().sqrt() / mass[:, 0].std()) < 1.4
+
+
+def test_the_top_eigenvalue_of_few_samples_is_biased_up_and_its_bias_says_how_much():
     rows = gradients(20, 200)  # all eigenvalues of the truth are 1
-    found = spectrum(rows, bootstrap=30)
-    assert float(found.largest_eigenvalue) > 5
-    assert float(found.largest_eigenvalue_bias) > 3
+    found = spectrum(rows, folds=30)
+    bias = float(found.largest_eigenvalue) - 1
+    assert bias > 10
+    assert 0.5 * bias < float(found.largest_eigenvalue_bias) < bias
 
 
 @pytest.mark.parametrize(("num", "naive"), [(8, 0.95), (32, 0.83), (128, 0.54)])
@@ -164,7 +291,7 @@ def test_coupling_of_independent_blocks_is_that_of_few_samples_until_it_is_debia
     rows = torch.stack([gradients(num, 150, seed=1), gradients(num, 150, seed=2)])
     layout = Layout.of(nn.ParameterDict({name: torch.zeros(150) for name in "ab"}))
     grams = gradient_gram(torch.cat([*rows], 1), layout, by="tensor")
-    found = gram_spectrum(grams, key=KEY, bootstrap=40)
+    found = gram_spectrum(grams, key=KEY, folds=40)
     assert float(found.coupling[0, 1]) == pytest.approx(naive, abs=0.06)  # the documented measure
     error = float(found.coupling_debiased_stderr[0, 1])
     if num > 8:
@@ -188,8 +315,8 @@ def test_debiased_squares_have_the_true_ones_as_their_mean(centered):
     for i in range(700):
         rows = gradients(6, 4, seed=100 + i) @ mix + offset
         parts = torch.stack([rows[:, :2] @ rows[:, :2].T, rows[:, 2:] @ rows[:, 2:].T])
-        weights, same = torch.ones(6, dtype=torch.float64), torch.eye(6, dtype=torch.bool)
-        draws.append(gram_statistics._moments(parts, parts, weights, same, centered))
+        given = gram_statistics.centred(parts) if centered else parts
+        draws.append(gram_statistics._moments(given, torch.eye(6, dtype=torch.bool), centered))
         naive.append(torch.einsum("aij,bij->ab", parts, parts) / 36)
     draws = torch.stack(draws)
     error = draws.std(0) / len(draws) ** 0.5
@@ -224,10 +351,10 @@ def test_eigenvalues_that_are_rounding_are_in_no_rank():
     rows = gradients(60, 3)
     noise = gradients(60, 60, (1e-5 / 60) ** 0.5, seed=1)
     noisy = rows @ rows.T + noise @ noise.T  # eigenvalues of about 1e-7 times the largest, as rounding to float32 makes
-    found = gram_spectrum(noisy, key=KEY, bootstrap=0, num_parameters=[3], rounding=1e-6)
+    found = gram_spectrum(noisy, key=KEY, folds=0, num_parameters=[3], rounding=1e-6)
     assert float(found.effective_rank) == pytest.approx(matrix_ranks(rows).effective_rank, rel=1e-3)
     assert (found.global_numerical_rank, found.global_condition_number < 10) == (3, True)
-    unaware = gram_spectrum(noisy, key=KEY, bootstrap=0)
+    unaware = gram_spectrum(noisy, key=KEY, folds=0)
     assert float(unaware.effective_rank) > 1.05 * float(found.effective_rank)  # negative control
     assert unaware.global_condition_number > 1e4
 
@@ -272,7 +399,7 @@ def test_top_k_counts_what_is_shown_and_changes_no_other_number(centered):
 
 
 def test_one_sample_has_a_spectrum_without_errors_and_no_covariance():
-    found = spectrum(torch.tensor([[3.0, 4.0]]).double(), bootstrap=10, num_parameters=[2])
+    found = spectrum(torch.tensor([[3.0, 4.0]]).double(), folds=10, num_parameters=[2])
     assert (found.global_eigenvalues.tolist(), float(found.second_eigenvalue)) == ([25.0], 0.0)
     assert math.isnan(float(found.global_trace.stderr))
     assert "one sample: there is no error over samples." in found.notes
@@ -296,7 +423,7 @@ def test_sequences_without_a_label_are_no_samples():
     labels = ids.masked_fill(batches[0]["attention_mask"] == 0, -100)
     labels[1] = -100
     loss = fs.objective(fs.functional(model), [{**batches[0], "labels": labels}], criterion)
-    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by="none", bootstrap=0)
+    found = fisher_spectrum(loss, loss.net.theta, key=KEY, by="none", folds=0)
     rows = fs.per_sample_gradients(loss, loss.net.theta)[[0, 2]]
     assert (found.num_samples, found.num_unscored) == (2, 1)
     assert_close(float(found.global_trace.value), float(rows.square().sum() / 2))
@@ -344,8 +471,8 @@ def test_other_arguments_that_make_no_sense_are_refused():
         with pytest.raises(ValueError, match="`eigensolve_device` is 'cuda', and there is none"):
             gram_spectrum(gram, key=KEY, eigensolve_device="cuda")
     loss = loss_of("mlp")
-    many = fisher_spectrum(loss, loss.net.theta, key=KEY, n_samples=99, bootstrap=0)
-    few = fisher_spectrum(loss, loss.net.theta, key=KEY, n_samples=6, bootstrap=0, by="none")
+    many = fisher_spectrum(loss, loss.net.theta, key=KEY, n_samples=99, folds=0)
+    few = fisher_spectrum(loss, loss.net.theta, key=KEY, n_samples=6, folds=0, by="none")
     assert (many.num_samples, few.num_samples) == (7, 6)
     rows = fs.per_sample_gradients(loss, loss.net.theta)[:6]
     assert_close(float(few.global_trace.value), float(rows.square().sum() / 6))
@@ -358,11 +485,11 @@ def test_gradients_that_are_there_give_the_same_spectrum_as_rows_and_by_name():
     loss = loss_of("mlp")
     rows = fs.per_sample_gradients(loss, loss.net.theta)
     named = [loss.layout.unravel(row) for row in rows]
-    wanted = fisher_spectrum(loss, loss.net.theta, key=KEY, bootstrap=0)
+    wanted = fisher_spectrum(loss, loss.net.theta, key=KEY, folds=0)
     for given in (rows, named):
         grams = gradient_gram(given, loss.layout)
         assert grams.blocks == wanted.blocks
-        found = gram_spectrum(grams, key=KEY, bootstrap=0)
+        found = gram_spectrum(grams, key=KEY, folds=0)
         assert_close(found.eigenvalues[:, :7], wanted.eigenvalues[:, :7], rtol=1e-9, atol=1e-11)
         assert_close(found.coupling_debiased, wanted.coupling_debiased, equal_nan=True)
 

@@ -35,7 +35,7 @@ class SpectralConfig:
     """How `FisherSpectral` computes."""
 
     seed: int = 42
-    """Of the resamples for the standard errors: nothing else is drawn."""
+    """Of the folds for the standard errors: nothing else is drawn."""
     top_k_eigenvalues: int = 100
     """How many are listed, at least 1; there are as many as samples at most."""
     regularization: float = 1e-10
@@ -46,8 +46,8 @@ class SpectralConfig:
     eigensolve_device: Device = "auto"
     sample_unit: Unit = "sequence"
     """`token` takes every scored position for a sample."""
-    bootstrap: int = 200
-    """Resamples; 0 for no standard errors."""
+    folds: int = 50
+    """Parts of the samples that are left out in turn for standard errors; 0 for those alone that have a closed form."""
     chunk_size: int = 64
     """Sequences that go through the model at once."""
 
@@ -118,7 +118,7 @@ class FisherSpectral:
         loss, config = loss_of(model, batch), self.config
         return fisher_spectrum(
             loss, loss.net.theta, key=key(config.seed), by=by, unit=config.sample_unit, centered=centered, n_samples=num,
-            top_k=config.top_k_eigenvalues, bootstrap=config.bootstrap, chunk_size=config.chunk_size,
+            top_k=config.top_k_eigenvalues, folds=config.folds, chunk_size=config.chunk_size,
             jitter=config.regularization, eigensolve_device=config.eigensolve_device,
         )  # fmt: skip
 
@@ -126,7 +126,7 @@ class FisherSpectral:
         layout, config = functional(model).layout, self.config
         return gram_spectrum(
             gradient_gram(given, layout, by=by, unit=config.sample_unit), key=key(config.seed), centered=centered,
-            top_k=config.top_k_eigenvalues, bootstrap=config.bootstrap, num_parameters=sizes(layout, by),
+            top_k=config.top_k_eigenvalues, folds=config.folds, num_parameters=sizes(layout, by),
             rounding=torch.finfo(layout.dtype).eps, jitter=config.regularization,
             eigensolve_device=config.eigensolve_device,
         )  # fmt: skip
@@ -146,7 +146,7 @@ class FisherSpectral:
             "subsample_fraction": 1.0,
             "jittered_blocks": list(found.jittered),
             "seed": config.seed,
-            "n_bootstrap": found.bootstrap,
+            "n_folds": found.folds,
             "use_deterministic": config.use_deterministic,
             "eigensolve_device": config.eigensolve_device,
             "eigensolve_dtype": str(found.eigenvalues.dtype).removeprefix("torch."),

@@ -17,7 +17,7 @@ from ..core.statistics import q_values
 from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
 from .label_permutation import label_test
-from .mean_gradients import bootstrapped, jackknifed, unbiased
+from .mean_gradients import bootstrapped, bounds, jackknifed, unbiased
 from .samples import scored_sequences
 from .whitening import check_tasks, whitened_grams
 
@@ -128,10 +128,12 @@ def gram_conflicts(
       {(\widehat{\lVert \mu_A \rVert^2}\,\widehat{\lVert \mu_B \rVert^2})^{1/2}}.$$
 
     The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It is nan where a
-    squared length is not above 0, and may lie outside [-1, 1]. Standard errors are jackknifed over samples of both tasks (too
-    large, by about $\sqrt 2$, for a squared length whose truth is 0; that of the cosine is nan where it has none without one
-    of the samples). Bounds are quantiles of a bootstrap of both tasks, in which pairs of copies of one sample are left out,
-    over the resamples that have a cosine; the share of the others is `undefined`.
+    squared length is not above 0, and may lie outside [-1, 1]. Standard errors are over samples of both tasks:
+    unbiased variances of means over pairs (`crossed_stderr`, `pair_stderr`), and the jackknife's for the cosine (nan where it
+    has none without one of the samples). Bounds are quantiles of a bootstrap of both tasks (`bounds`), in which
+    pairs of copies of one sample are left out, over the resamples that have a cosine; the share of the others is `undefined`.
+    Between them was the truth, of normal gradients, in .93 to .99 of repetitions at 15 samples and at 40 (.89 for a cosine of
+    .9 of weak means in strong directions of the noise), of lognormal ones in .87 to .99 and .90 to .99.
 
     `p_differ`: `label_test`, exact. It sees differences of size, too: a task of longer sequences has longer sums.
     `p_conflict`: $(1 + \#\{\langle \bar g_A^*, \bar g_B^* \rangle \ge 0\}) / (1 + R)$ over the bootstrap, one-sided, of
@@ -168,7 +170,7 @@ def gram_conflicts(
     labels = label_test(pooled, ab.shape[1], key=fold_in(key, "labels"), num=num)
     drawn = bootstrapped(aa, ab, bb, fold_in(key, "samples"), num)
     cosines = drawn.cosine
-    low, high = (cosines.nanquantile(q, 1) for q in (0.025, 0.975))
+    low, high = bounds(cosines, min(ab.shape[1:]))
     value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb)
     as_large = (1 + (~(drawn.inner < 0)).sum(1).double()) / (1 + num)
     n, m = ab.shape[1:]

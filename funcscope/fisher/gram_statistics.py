@@ -1,4 +1,4 @@
-"""Spectrum, ranks and coupling of weighted Gram matrices, block by block: what a spectrum and each of its resamples take."""
+"""Spectrum, ranks and coupling of Gram matrices, block by block: what a spectrum is, and what it is without some samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..core.keys import Key, fold_in, uniform
+from ..core.keys import Key, uniform
 
 Grid = Float[Tensor, "b n n"]
 
@@ -42,33 +42,36 @@ class Data(NamedTuple):
         num = self.values.shape[-1]
         return self.rounding * torch.linalg.matrix_norm(with_total(self.values)) / num
 
-    def statistics(self, weights: Float[Tensor, " n"], *, device: torch.device | None = None) -> Statistics:
-        """Of the samples as often as their weights say."""
-        there = weights > 0
-        values, weights, groups = self.values[:, there][:, :, there], weights[there], self.groups[there]
-        total = weights.sum()
-        if self.centered:
-            values, by = _centred(values, weights), total - 1
-        else:
-            by = total
-        root = weights.sqrt()
-        scaled = values * (root[:, None] * root)  # G' diag(w) G and this have the same non-zero eigenvalues
-        spectra, jittered = eigenvalues(with_total(scaled).to(device or values.device) / by, self.jitter)
-        spectra = spectra.to(values)
-        numbers = _numbers(spectra, self.limits, self.floor())
+    def statistics(self, there: Bool[Tensor, " n"], *, device: torch.device | None = None) -> Statistics:
+        """Of these samples."""
+        values, groups = self._of(there)
+        spectra, numbers, jittered = self.spectrum(there, device=device)
         same = groups[:, None] == groups
-        moments = _moments(values, scaled, weights, same, self.centered)
-        coupling = _coupling(torch.einsum("aij,bij->ab", scaled, scaled), "") | _coupling(moments, "_debiased")
-        numbers["participation_ratio_debiased"] = _free_ratio(scaled, weights, same, moments, self.centered)
+        moments = _moments(values, same, self.centered)
+        coupling = coupled(torch.einsum("aij,bij->ab", values, values), "") | coupled(moments, "_debiased")
+        numbers = {**numbers, "participation_ratio_debiased": _free_ratio(values, same, moments, self.centered)}
         return Statistics(spectra, numbers, coupling, jittered)
 
+    def spectrum(
+        self, there: Bool[Tensor, " n"], *, device: torch.device | None = None
+    ) -> tuple[Float[Tensor, "c m"], dict[str, Tensor], list[int]]:
+        """Eigenvalues of these samples, the numbers that are made of them, and which the solver refused."""
+        values, groups = self._of(there)
+        matrices = with_total(values).to(device or values.device) / (len(groups) - self.centered)
+        spectra, jittered = eigenvalues(matrices, self.jitter)
+        return spectra.to(values), _numbers(spectra.to(values), self.limits, self.floor()), jittered
 
-def resamples(groups: Int[Tensor, " n"], key: Key, num: int) -> list[Float[Tensor, " n"]]:
-    """Weights of `num` draws of as many groups as there are, with replacement, for every sample."""
-    most = int(groups.max()) + 1
-    like = torch.zeros(most, dtype=torch.float64)
-    places = ((uniform(fold_in(key, i), like) * most).long() for i in range(num))
-    return [torch.bincount(each, minlength=most).double().to(groups.device)[groups] for each in places]
+    def _of(self, there: Bool[Tensor, " n"]) -> tuple[Float[Tensor, "b m m"], Int[Tensor, " m"]]:
+        values = self.values[:, there][:, :, there]
+        return centred(values) if self.centered else values, self.groups[there]
+
+
+def left_out(groups: Int[Tensor, " n"], key: Key, folds: int) -> list[Bool[Tensor, " n"]]:
+    """Which samples are there without each of at most `folds` folds of groups: as large as they can be alike, drawn."""
+    num = int(groups.max()) + 1
+    order = uniform(key, torch.zeros(num, dtype=torch.float64)).argsort().argsort().to(groups.device)
+    fold = (order if num > folds else torch.arange(num, device=groups.device)) % max(folds, 1)
+    return [fold[groups] != i for i in range(min(folds, num))]
 
 
 def eigenvalues(matrices: Float[Tensor, "c n n"], jitter: float = 1e-10) -> tuple[Float[Tensor, "c n"], list[int]]:
@@ -89,10 +92,10 @@ def with_total(values: Grid) -> Float[Tensor, "c n n"]:
     return torch.cat([values, values.sum(0, keepdim=True)])
 
 
-def _centred(values: Grid, weights: Float[Tensor, " n"]) -> Grid:
-    """Inner products of deviations from the weighted mean."""
-    means = values @ weights / weights.sum()
-    return values - means[:, :, None] - means[:, None] + (means @ weights / weights.sum())[:, None, None]
+def centred(values: Grid) -> Grid:
+    """Inner products of deviations from the mean."""
+    means = values.mean(2)
+    return values - means[:, :, None] - means[:, None] + means.mean(1)[:, None, None]
 
 
 def _numbers(spectra: Tensor, limits: Tensor, floor: Tensor) -> dict[str, Tensor]:
@@ -123,44 +126,40 @@ def _perplexity(weights: Tensor) -> Tensor:
     return torch.special.entr(weights / weights.sum(-1, keepdim=True)).sum(-1).exp()
 
 
-def _moments(values: Grid, scaled: Grid, weights: Tensor, same: Bool[Tensor, "n n"], centered: bool) -> Tensor:
+def _moments(values: Grid, same: Bool[Tensor, "n n"], centered: bool) -> Tensor:
     r"""Unbiased $\lVert F_{ab} \rVert_F^2$: over pairs of samples of different groups; centred, over four samples."""
-    if centered:
-        return _centred_moments(values, weights, same)
-    apart = scaled.masked_fill(same, 0)
-    return torch.einsum("aij,bij->ab", apart, apart) / _pairs(weights, same)
-
-
-def _centred_moments(values: Grid, weights: Tensor, same: Bool[Tensor, "n n"]) -> Tensor:
-    """Song et al. (2012), eq. 5; nan for fewer than four samples, for samples in groups and for copies."""
-    n = len(weights)
-    if n < 4 or int(same.sum()) > n or bool((weights != 1).any()):
-        return values.new_full((len(values),) * 2, torch.nan)
     apart = values.masked_fill(same, 0)
-    sums = apart.sum(-1)
     products = torch.einsum("aij,bij->ab", apart, apart)
-    totals = sums.sum(-1)
-    both = totals[:, None] * totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums @ sums.T
-    return (products + both) / (n * (n - 3))
+    if not centered:
+        return products / _pairs(same)
+    n, sums = len(same), apart.sum(-1)
+    if n < 4 or int(same.sum()) > n:  # of samples in groups there is none
+        return torch.full_like(products, torch.nan)
+    return of_four(products, sums @ sums.T, sums.sum(-1), n)
 
 
-def _pairs(weights: Tensor, same: Bool[Tensor, "n n"]) -> Tensor:
+def of_four(products: Tensor, chains: Tensor, totals: Tensor, n: int) -> Float[Tensor, "b b"]:
+    """Song et al. (2012), eq. 5, from sums over samples, without diagonals: of A_ij B_ij, of A_ij B_ik, and of A_ij."""
+    return (products + totals[:, None] * totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * chains) / (n * (n - 3))
+
+
+def _pairs(same: Bool[Tensor, "n n"]) -> Tensor:
     """How many pairs are of different groups; nan for none."""
-    num = weights @ (~same).to(weights) @ weights
+    num = (~same).sum().double()
     return torch.where(num > 0, num, torch.nan)
 
 
-def _free_ratio(scaled: Grid, weights: Tensor, same: Tensor, moments: Tensor, centered: bool) -> Tensor:
+def _free_ratio(values: Grid, same: Bool[Tensor, "n n"], moments: Tensor, centered: bool) -> Tensor:
     """tr(F)^2 / tr(F^2), each without bias; nan where centred."""
     if centered:
-        return scaled.new_full((len(scaled) + 1,), torch.nan)
+        return values.new_full((len(values) + 1,), torch.nan)
     squares = torch.cat([moments.diagonal(), moments.sum()[None]])
-    lengths = with_total(scaled).diagonal(dim1=1, dim2=2)
-    trace_squared = torch.einsum("ci,ij,cj->c", lengths, (~same).to(lengths), lengths) / _pairs(weights, same)
+    lengths = with_total(values).diagonal(dim1=1, dim2=2)
+    trace_squared = torch.einsum("ci,ij,cj->c", lengths, (~same).to(lengths), lengths) / _pairs(same)
     return torch.where(squares > 0, trace_squared / squares, torch.nan)
 
 
-def _coupling(moments: Tensor, ending: str) -> dict[str, Tensor]:
+def coupled(moments: Tensor, ending: str) -> dict[str, Tensor]:
     """Cosines between blocks, and the share of ||F||^2 that lies off them; nan where a square is not above 0."""
     own = torch.where(moments.diagonal() > 0, moments.diagonal(), torch.nan)
     whole = torch.where(moments.sum() > 0, moments.sum(), torch.nan)

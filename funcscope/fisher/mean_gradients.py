@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import scipy
 import torch
 from torch import Tensor
 
 from ..core.keys import Key, fold_in, uniform
 from ..core.standard_errors import jackknife_stderr
+from .pair_errors import crossed_stderr, pair_stderr
 
 
 class Moments(NamedTuple):
@@ -44,20 +46,30 @@ def unbiased(aa: Tensor, ab: Tensor, bb: Tensor) -> Moments:
 
 
 def jackknifed(aa: Tensor, ab: Tensor, bb: Tensor) -> Errors:
-    """Each sample left out in turn; nan where a task has two."""
-    n, m = ab.shape[1:]
+    """Of the cosine, from each sample left out in turn, nan where a task has two; of means over pairs, by their parts."""
     whole = unbiased(aa, ab, bb)
-    sides = []
-    for own, rows, count, is_first in ((aa, ab.mean(2), n, True), (bb, ab.mean(1), m, False)):
+    squares = torch.zeros_like(whole.inner)
+    for own, rows, other in ((aa, ab.mean(2), whole.second), (bb, ab.mean(1), whole.first)):
+        count, off = own.shape[1], _off(own)
         inner = (count * whole.inner[:, None] - rows) / (count - 1)
-        off = _off(own)
-        square = (off.sum((1, 2))[:, None] - 2 * off.sum(2)) / max((count - 1) * (count - 2), 1)
-        square = square if count > 2 else torch.full_like(square, math.nan)
-        other = whole.second if is_first else whole.first
-        moments = Moments(inner, square, other[:, None].expand_as(square))
-        sides.append((jackknife_stderr(inner), jackknife_stderr(square), jackknife_stderr(moments.cosine)))
-    (inner_a, first, cosine_a), (inner_b, second, cosine_b) = sides
-    return Errors(inner_a.hypot(inner_b), first, second, cosine_a.hypot(cosine_b))
+        square = (off.sum((1, 2))[:, None] - 2 * off.sum(2)) / ((count - 1) * (count - 2) or math.nan)
+        squares = squares + jackknife_stderr(Moments(inner, square, other[:, None].expand_as(square)).cosine).square()
+    return Errors(crossed_stderr(ab), pair_stderr(aa), pair_stderr(bb), squares.sqrt())
+
+
+def bounds(draws: Tensor, num: int, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    r"""Quantiles of a bootstrap from `num` samples, further out than those of the level, over draws that are not nan.
+
+    At $\Phi(\mp \sqrt{n/(n-1)}\, t_{n-1})$: a resample's spread is that of n samples about their own mean, and an error from
+    few samples takes Student's quantile. For 95 % at 15 samples 1.3 % and 98.7 %; at 40, 2.0 % and 98.0 %.
+    Bounds of a cosine had the truth between them, of normal gradients, in .93 to .99 of repetitions at 15 and 40 samples
+    (plain quantiles: .90 to .97 at 15), but .89 for a cosine of .9 of weak means in strong directions of the noise (.87); of
+    lognormal gradients in .87 to .99 and .90 to .99.
+    Hesterberg (2015), doi:10.1080/00031305.2015.1089789.
+    """
+    spread = scipy.stats.t.ppf((1 + level) / 2, num - 1) * math.sqrt(num / (num - 1))
+    outside = float(scipy.stats.norm.sf(spread))
+    return draws.nanquantile(outside, -1), draws.nanquantile(1 - outside, -1)
 
 
 def bootstrapped(aa: Tensor, ab: Tensor, bb: Tensor, key: Key, num: int) -> Moments:

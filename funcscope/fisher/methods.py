@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.memory import peak_growth
 from ..core.objective import Loss, Theta
 from ..core.result import Result, internal, quantity
+from ..core.standard_errors import ratio_stderr
 from ..curvature.fisher import empirical_fisher, exact_fisher, fisher_diagonal_mc
 from ..curvature.gram import gram
 from ..curvature.kfac_factors import ekfac_factors, kfac_factors, scored_losses
@@ -31,10 +33,12 @@ METHODS: tuple[Method, ...] = ("lanczos", "diagonal", "kfac", "ekfac", "gram")
 class MethodComparison(Result):
     """The Fisher information per scored token, as several methods have it."""
 
-    trace: Float[Tensor, " m"] = quantity("trace", per="method", stderr="trace_stderr")
+    trace: Float[Tensor, " m"] = quantity("trace of these data, error over draws", per="method", stderr="trace_stderr")
+    trace_data_stderr: Float[Tensor, " m"] = quantity("error of the trace over sequences and draws", per="method")
+    """Of the Gram's trace alone; nan for the others, which have no number of a single sequence."""
     max_eigenvalue: Float[Tensor, " m"] = quantity("largest eigenvalue", per="method")
     disagreement: Float[Tensor, " m"] = quantity(
-        "relative error of v'Fv along held-out scores", per="method", stderr="disagreement_stderr"
+        "relative error of v'Fv along held-out scores, error over these", per="method", stderr="disagreement_stderr"
     )
     seconds: Float[Tensor, " m"] = quantity("time", unit="seconds", per="method")
     mebibytes: Float[Tensor, " m"] = quantity("peak memory above that before", unit="MiB", per="method")
@@ -58,6 +62,8 @@ class MethodComparison(Result):
     @property
     def notes(self) -> list[str]:
         return [
+            "errors of traces are over draws of labels or probes at these data, which all methods share; those of the "
+            "disagreement over directions, for the draws that were made.",
             "the largest entry of a diagonal is at most the largest eigenvalue; a Gram's is too large for few sequences.",
             "time and memory are those of this machine, measured once; no memory where the system does not tell it.",
         ]
@@ -68,6 +74,7 @@ class _Approximation(NamedTuple):
     trace_stderr: Tensor | float
     max_eigenvalue: Tensor | float
     quadratic: Callable[[Tensor], Tensor]
+    trace_data_stderr: Tensor | float = math.nan
 
 
 def compare_methods(
@@ -84,11 +91,17 @@ def compare_methods(
 
     All approximate one matrix, `exact_fisher`, with labels drawn from the model. `lanczos`: its `rank` largest eigenvalues by
     products with the exact matrix, and Hutchinson's trace from `num` probes. `diagonal`: `fisher_diagonal_mc` from `num`
-    draws. `kfac`, `ekfac`: from `num` draws. `gram`: $\frac1W \sum_b g_b g_b^\top$ from one draw, through inner products.
+    draws. `kfac`, `ekfac`: from `num` draws. `gram`: $\frac1W \sum_b g_b g_b^\top$ through inner products, the mean of `num`
+    draws: of their traces, largest eigenvalues and quadratic forms.
+
+    Errors of traces are over draws of all labels (probes) at these data, nan for one draw: what tells the methods apart, as
+    the data are the same. How far the trace is that of other data says `trace_data_stderr`, over sequences and their draws:
+    of $\sum_b t_b / \sum_b w_b$, t_b the mean over draws of $\lVert g_b \rVert^2$, w_b the weight of sequence b.
 
     The disagreement is the mean over `num_directions` unit vectors v of $|v^\top M v / v^\top F v - 1|$, v the scores of
     single sequences with labels of a draw that no method saw: directions in which F is large, as isotropic ones would compare
-    traces again. Its error is over these directions. `lanczos` leaves out all but its `rank` eigenvectors there.
+    traces again. Its error is over these directions, for the draws that were made: other draws move all of them together.
+    `lanczos` leaves out all but its `rank` eigenvectors there.
 
     The document's comparison had constants for memory and no number for agreement.
 
@@ -114,16 +127,11 @@ def compare_methods(
         seconds = time.perf_counter() - start
         off = (torch.stack([made.quadratic(v) for v in directions]).double() / exact.double() - 1).abs()
         error = float(off.std() / len(off) ** 0.5) if len(off) > 1 else float("nan")
-        values = made.trace, made.max_eigenvalue, off.mean(), seconds, memory, made.trace_stderr, error
+        sizes = made.trace, made.trace_data_stderr, made.max_eigenvalue
+        values = *sizes, off.mean(), seconds, memory, made.trace_stderr, error
         columns.append([float(value) for value in values])
-    trace, largest, disagreement, times, memories, *errors = torch.tensor(columns, dtype=torch.float64).T.contiguous()
     return MethodComparison(
-        trace,
-        largest,
-        disagreement,
-        times,
-        memories,
-        *errors,
+        *torch.tensor(columns, dtype=torch.float64).T.contiguous(),
         num=num,
         num_directions=len(directions),
         methods=list(methods),
@@ -165,7 +173,8 @@ def _diagonal(loss: Loss, theta: Tensor, key: Key, num: int, rank: int) -> _Appr
     made = [fisher_diagonal_mc(loss, theta, key=fold_in(key, i), num=1).value for i in range(num)]
     traces = torch.stack([one.double().sum() for one in made])
     mean = torch.stack(made).mean(0)
-    return _Approximation(traces.mean(), traces.std() / num**0.5, mean.max(), lambda v: (mean * v.square()).sum())
+    error = traces.std() / num**0.5 if num > 1 else math.nan
+    return _Approximation(traces.mean(), error, mean.max(), lambda v: (mean * v.square()).sum())
 
 
 def _kfac(loss: Loss, theta: Tensor, key: Key, num: int, rank: int) -> _Approximation:  # noqa: ARG001
@@ -179,14 +188,22 @@ def _ekfac(loss: Loss, theta: Tensor, key: Key, num: int, rank: int) -> _Approxi
 
 
 def _gram(loss: Loss, theta: Tensor, key: Key, num: int, rank: int) -> _Approximation:  # noqa: ARG001
-    drawn, total = _scored(loss, theta, key), total_weight(loss, theta)
-    inner = gram(drawn, theta, by="none").total / total
-    matvec = empirical_fisher(drawn, theta)
-    squares, used = inner.diagonal(), int((terms_at(drawn, theta).weights != 0).sum())
+    drawn, total = scored_losses(loss, theta, key, "model", num)[1], total_weight(loss, theta)
+    inner = torch.stack([gram(each, theta, by="none").total for each in drawn]) / total
+    squares, weights = inner.diagonal(dim1=1, dim2=2), terms_at(loss, theta).weights
+    used = int((weights != 0).sum())
+
+    def quadratic(v: Tensor) -> Tensor:
+        each = [v @ empirical_fisher(one, theta, keep=False)(v) for one in drawn]
+        return torch.stack(each).mean() * used / total
+
     return _Approximation(
-        squares.sum(), squares.std() * len(squares) ** 0.5, torch.linalg.eigvalsh(inner)[-1],
-        lambda v: v @ matvec(v) * used / total,
-    )  # fmt: skip
+        squares.sum(1).mean(),
+        squares.sum(1).std() / num**0.5 if num > 1 else math.nan,
+        torch.linalg.eigvalsh(inner)[:, -1].mean(),
+        quadratic,
+        ratio_stderr(squares.mean(0) * total, weights.to(squares)),
+    )
 
 
 _WAYS = {"lanczos": _lanczos, "diagonal": _diagonal, "kfac": _kfac, "ekfac": _ekfac, "gram": _gram}

@@ -13,7 +13,7 @@ from ..core.batches import rows as rows_of
 from ..core.checks import check_count
 from ..core.layout import Layout, View
 from ..core.objective import Loss, Theta
-from ..curvature.gram import Blocks, Grams, block_views
+from ..curvature.gram import Blocks, block_views
 from ..curvature.leafwise import terms_at
 from ..curvature.rows import cut
 
@@ -61,14 +61,6 @@ def _check_apart(layout: Layout, views: Mapping[str, Sequence[View]]) -> None:
                     "where every entry is in one of them."
                 )
             part.fill_(True)
-
-
-def scored(grams: Grams, loss: Loss, theta: Theta) -> tuple[Grams, int]:
-    """Without sequences of which nothing is scored; a gradient of 0 is a sample."""
-    if grams.unit == "token" or bool(grams.values.sum(0).diagonal().all()):
-        return grams, 0
-    there = (terms_at(loss, theta).weights != 0).to(grams.values.device)
-    return replace(grams, values=grams.values[:, there][:, :, there]), int((~there).sum())
 
 
 def scored_sequences(loss: Loss, theta: Theta) -> tuple[Loss, int]:

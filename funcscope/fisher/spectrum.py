@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,9 +14,11 @@ from ..core.checks import check_choice, check_count, check_flag, check_positive
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta
+from ..core.standard_errors import jackknife_stderr
 from ..curvature.gram import Blocks, Grams, Unit, gram
-from .gram_statistics import Data, Statistics, resamples
-from .samples import first, scored, sequences, sizes
+from .gram_errors import FreeErrors, free_errors, trace_stderr
+from .gram_statistics import Data, Statistics, left_out
+from .samples import first, scored_sequences, sequences, sizes
 from .spectrum_result import GramSpectrum
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -33,7 +34,7 @@ def fisher_spectrum(
     centered: bool = False,
     n_samples: int | None = None,
     top_k: int = 10,
-    bootstrap: int = 200,
+    folds: int = 50,
     chunk_size: int = 64,
     jitter: float = 1e-10,
     eigensolve_device: Device = "auto",
@@ -58,15 +59,15 @@ def fisher_spectrum(
     >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
     >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
     >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
-    >>> fisher_spectrum(loss, torch.tensor([3.0, 4.0]), key=fs.key(0), bootstrap=20).global_eigenvalues   # (3, 0), (0, 4)
+    >>> fisher_spectrum(loss, torch.tensor([3.0, 4.0]), key=fs.key(0), folds=0).global_eigenvalues   # (3, 0), (0, 4)
     tensor([8.0000, 4.5000], dtype=torch.float64)
     """
     check_key(key)
     loss = loss if n_samples is None else first(loss, n_samples)
+    loss, num_unscored = scored_sequences(loss, theta) if unit == "sequence" else (loss, 0)
     grams = gram(loss, theta, by=by, unit=unit, chunk_size=chunk_size)
-    grams, num_unscored = scored(grams, loss, theta)
     result = gram_spectrum(
-        grams, key=key, centered=centered, top_k=top_k, bootstrap=bootstrap, jitter=jitter,
+        grams, key=key, centered=centered, top_k=top_k, folds=folds, jitter=jitter,
         groups=sequences(loss) if unit == "token" else None, num_parameters=sizes(loss.layout, by),
         rounding=8 * loss.net.unit_roundoff, eigensolve_device=eigensolve_device,
     )  # fmt: skip
@@ -79,7 +80,7 @@ def gram_spectrum(
     key: Key,
     centered: bool = False,
     top_k: int = 10,
-    bootstrap: int = 200,
+    folds: int = 50,
     groups: Int[Tensor, " g"] | None = None,
     num_parameters: Sequence[int] | None = None,
     rounding: float = 0.0,
@@ -94,8 +95,10 @@ def gram_spectrum(
     proofs/gram_spectrum.py.
 
     top_k: eigenvalues that are in the result; the other numbers are of all of them. At most n are not 0.
-    bootstrap: resamples for the standard errors, each an eigenvalue problem of about .63 n rows per block; 0 for no errors.
-    groups: numbers from 0 on, of samples that are not independent of each other (the tokens of a sequence): they are drawn
+    folds: errors of eigenvalues and ranks are jackknifed: samples are left out in turn, one by one where there are no more
+    than `folds`, else in so many folds of equal size; each an eigenvalue problem per block. 0 for none of these errors; those
+    of traces and of numbers without bias have a closed form (gram_errors.py).
+    groups: numbers from 0 on, of samples that are not independent of each other (the tokens of a sequence): they are left out
     together, and no pair of one group is in a debiased number. By themselves, samples are independent.
     num_parameters: of every block, for the bound of the rank. rounding: relative error of the entries of K, at least that of
     their dtype: eigenvalues below n times it are taken for 0 in ranks and condition numbers.
@@ -115,7 +118,7 @@ def gram_spectrum(
     check_key(key)
     check_flag("centered", centered)
     check_count("top_k", top_k)
-    check_count("bootstrap", bootstrap, 0)
+    check_count("folds", folds, 0)
     check_positive("jitter", jitter)
     grams = grams if isinstance(grams, Grams) else _alone(grams)
     values = grams.values
@@ -129,10 +132,12 @@ def gram_spectrum(
     exact = max(num * torch.finfo(values.dtype).eps, rounding)
     data = Data(values, groups, limits, centered, exact, jitter)
     device = _device(eigensolve_device, values)
-    whole = data.statistics(torch.ones_like(values[0, 0]), device=device)
+    whole = data.statistics(own >= 0, device=device)
     _check_semidefinite(whole, data, blocks)
-    draws = [data.statistics(each, device=device) for each in resamples(groups, key, bootstrap)]
-    return _result(grams, data, whole, draws, key=key, top_k=top_k, num_parameters=num_parameters)
+    without = left_out(groups, key, folds) if int(groups.max()) > centered else []
+    rest = [data.spectrum(each, device=device)[1] for each in without]
+    free = free_errors(data)
+    return _result(grams, data, _resolved(whole, free), rest, free, key=key, top_k=top_k, num_parameters=num_parameters)
 
 
 def _alone(gram: Tensor) -> Grams:
@@ -183,58 +188,82 @@ def _device(choice: str, values: Tensor) -> torch.device:
     return torch.device(choice)
 
 
+def _resolved(whole: Statistics, free: FreeErrors) -> Statistics:
+    """nan for every number without bias whose denominator is not told from 0."""
+    known = torch.where(free.resolved, 1.0, torch.nan).to(whole.spectra)
+    name, numbers, coupling = "participation_ratio_debiased", whole.numbers, whole.coupling
+    return whole._replace(
+        numbers={**numbers, name: numbers[name] * known},
+        coupling={
+            **coupling,
+            "coupling_debiased": coupling["coupling_debiased"] * known[:-1, None] * known[:-1],
+            "off_block_mass_debiased": coupling["off_block_mass_debiased"] * known[-1],
+        },
+    )
+
+
 def _result(
     grams: Grams,
     data: Data,
     whole: Statistics,
-    draws: list[Statistics],
+    rest: list[dict[str, Tensor]],
+    free: FreeErrors,
     *,
     key: Key,
     top_k: int,
     num_parameters: Sequence[int] | None,
 ) -> GramSpectrum:
     num, num_groups = data.values.shape[-1], int(data.groups.max()) + 1
-    spread = functools.partial(_spread, whole, draws if num_groups > 1 else [])
     spectra = whole.spectra[:, :top_k].clone()
     spectra[torch.arange(spectra.shape[1], device=spectra.device) >= data.limits[:, None]] = torch.nan
     blocks, coupling = list(grams.blocks), whole.coupling
+    mass = coupling["off_block_mass_debiased"]
     return GramSpectrum(
         eigenvalues=spectra[:-1],
         global_eigenvalues=spectra[-1],
         coupling=coupling["coupling"],
         coupling_debiased=coupling["coupling_debiased"],
-        coupling_debiased_stderr=spread("coupling_debiased", "coupling"),
+        coupling_debiased_stderr=_beside(free.coupling, coupling["coupling_debiased"]),
         off_block_mass=float(coupling["off_block_mass"]),
-        off_block_mass_debiased=Estimate(
-            coupling["off_block_mass_debiased"], spread("off_block_mass_debiased", "coupling"), num_groups
-        ),
+        off_block_mass_debiased=Estimate(mass, _beside(free.off_block_mass, mass), num_groups),
         num_samples=num,
         num_groups=num_groups,
         num_unscored=0,
         unit=grams.unit,
         centered=data.centered,
-        bootstrap=len(draws),
+        folds=len(rest),
         key=key,
-        numbers=_numbers(data, whole, draws if num_groups > 1 else []),
-        errors={name: spread(name, "numbers") for name in whole.numbers},
+        **_numbers(data, whole, rest, free),
         num_parameters=[0] * len(blocks) if num_parameters is None else [*num_parameters],
+        squares_resolved=free.resolved,
         jittered=[[*blocks, "all"][i] for i in whole.jittered],
         by_rows=list(grams.by_rows),
         blocks=blocks,
     )
 
 
-def _spread(whole: Statistics, draws: list[Statistics], name: str, kind: str) -> Tensor:
-    """The standard deviation over resamples; nan for fewer than two."""
-    value = getattr(whole, kind)[name]
-    if len(draws) < 2:
-        return torch.full_like(value, torch.nan)
-    return torch.stack([getattr(draw, kind)[name] for draw in draws]).std(0)
+def _beside(stderr: Tensor, value: Tensor) -> Tensor:
+    """nan where the value is."""
+    return torch.where(value.isnan(), torch.nan, stderr)
 
 
-def _numbers(data: Data, whole: Statistics, draws: list[Statistics]) -> dict[str, Tensor]:
-    """Those of every block, the bias of the largest eigenvalue, and how many there can be that are not 0."""
-    largest = whole.numbers["largest_eigenvalue"]
-    mean = torch.stack([draw.numbers["largest_eigenvalue"] for draw in draws]).mean(0) if draws else torch.nan
+def _numbers(
+    data: Data, whole: Statistics, rest: list[dict[str, Tensor]], free: FreeErrors
+) -> dict[str, dict[str, Tensor]]:
+    """Those of every block, the bias of the largest eigenvalue, how many there can be that are not 0, and all errors."""
+    largest, free_ratio = (whole.numbers[name] for name in ("largest_eigenvalue", "participation_ratio_debiased"))
     bound = data.limits.clamp(max=data.values.shape[-1] - data.centered).to(whole.spectra)
-    return {**whole.numbers, "largest_eigenvalue_bias": mean - largest, "rank_bound": bound}
+    bias = torch.full_like(largest, torch.nan)
+    errors = dict.fromkeys(whole.numbers, bias)
+    if len(rest) > 1:
+        values = {name: torch.stack([each[name] for each in rest], -1) for name in rest[0]}
+        errors = {name: jackknife_stderr(each) for name, each in values.items()}
+        bias = (len(rest) - 1) * (values["largest_eigenvalue"].mean(-1) - largest)
+    exact = {
+        "trace": trace_stderr(data),
+        "participation_ratio_debiased": _beside(free.participation_ratio, free_ratio),
+    }
+    return {
+        "numbers": {**whole.numbers, "largest_eigenvalue_bias": bias, "rank_bound": bound},
+        "errors": errors | exact,
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.estimate import Estimate
@@ -37,10 +37,16 @@ class GramSpectrum(Result):
     singular wherever `rank_bound` is below their number, and has none. Where samples are fewer than parameters, it and the
     ranks are properties of how many samples there are.
 
-    Errors are over samples, by resampling: no resample has more than about .63 n different ones, so that the errors of
-    ranks are rough where these are near n. `largest_eigenvalue_bias` is the mean over resamples minus the value. The top
-    eigenvalue of a mean is biased up, $E \lambda_1(\hat F) \ge \lambda_1(F)$, and where samples are few the bias of a
-    resample says its order of magnitude, no more (El Karoui and Purdom (2019), PMLR 89).
+    Errors are over samples (their groups). Of a trace the error's square has no bias: its root mean square is what
+    repetitions have, within 10 % at 5, 10 and 20 samples, while the mean error is .83 to .93 of it at 5 samples with normal
+    gradients and .7 with heavy tails (Student's t of 5 degrees). Those of eigenvalues and ranks are jackknifed: at 5 to 20
+    samples .8 to 1.3 of the truth where eigenvalues lie apart; where they are nearly equal up to 1.9 for eigenvalues, 2.3 for
+    gaps and 1.6 for ranks. `largest_eigenvalue_bias`, jackknifed as well, says how much of the largest eigenvalue is that of
+    few samples, $E \lambda_1(\hat F) \ge \lambda_1(F)$: its order of magnitude.
+
+    Numbers without bias are ratios to an unbiased $\lVert F \rVert_F^2$. Where that is not two of its own errors above 0,
+    they are nan, and said to be not resolved. Their errors are of first order: of 5 samples within 30 %, of 10 within 10 %;
+    of a covariance, by the jackknife, up to 1.8 times too large.
     """
 
     eigenvalues: Float[Tensor, "b k"] = quantity("eigenvalue", per=("block", "rank"), shown=False)
@@ -51,11 +57,10 @@ class GramSpectrum(Result):
     coupling_debiased: Float[Tensor, "b b"] = quantity(
         "coupling of blocks without bias", per=("block", "other block"), stderr="coupling_debiased_stderr", shown=False
     )
-    """From pairs of different samples: near 0 for independent blocks; may leave [-1, 1], nan where a square is below 0."""
+    """From pairs of different samples: near 0 for independent blocks; may leave [-1, 1]; nan if not resolved."""
     coupling_debiased_stderr: Float[Tensor, "b b"] = quantity(
         "standard error of the coupling", per=("block", "other block"), shown=False
     )
-    """Over resamples; nan for a covariance, whose resamples have copies in every four samples."""
     off_block_mass: float = quantity("share of the squares off the blocks")
     off_block_mass_debiased: Estimate = quantity("share of the squares off the blocks, without bias")
     num_samples: int
@@ -65,12 +70,15 @@ class GramSpectrum(Result):
     """Sequences without a scored position, which are no samples."""
     unit: str
     centered: bool
-    bootstrap: int
+    folds: int
+    """Parts of the samples that were left out in turn."""
     key: Key
     numbers: dict[str, Tensor] = internal()
     errors: dict[str, Tensor] = internal()
     num_parameters: list[int] = internal()
     """Of every block, and of all; 0 where it is not known."""
+    squares_resolved: Bool[Tensor, " c"] = internal()
+    """Whether ||F||^2 without bias, of every block and of all, lies two of its errors above 0."""
     jittered: list[str] = internal()
     """Blocks that the solver refused as they are."""
     by_rows: list[str] = internal()
@@ -132,18 +140,29 @@ class GramSpectrum(Result):
         return f"{what} of the gradients of {counted(self.num_samples, self.unit)}, in {where}"
 
     @property
+    def unresolved(self) -> list[str]:
+        names = ["off_block_mass_debiased", *([] if self.centered else ["global_participation_ratio_debiased"])]
+        return [] if bool(self.squares_resolved[-1]) else names
+
+    @property
     def notes(self) -> list[str]:
         return [text for text, holds in self._remarks() if holds]
 
     def _remarks(self) -> list[tuple[str, bool]]:
         known = [num for num in self.num_parameters if num]
         zero = [name for name, rank in zip(self.blocks, self.numerical_rank.tolist(), strict=True) if not rank]
+        told = self.squares_resolved.tolist()
+        lost = [name for name, there in zip([*self.blocks, "all"], told, strict=True) if not there]
         same = "equal, up to rounding" if self.centered else "0"
         return [
             (
                 f"{counted(self.num_samples, self.unit)} for {max(known, default=0):,} parameters: smallest eigenvalues, "
                 "condition numbers and ranks are properties of how many samples there are.",
                 self.num_samples < max(known, default=0),
+            ),
+            (
+                f"squares, and so numbers without bias, are not resolved by these samples: {', '.join(lost)}.",
+                bool(lost),
             ),
             ("one sample: there is no error over samples.", self.num_groups < 2),
             (f"all gradients are {same}, so that there is no spectrum: {', '.join(zero)}.", bool(zero)),

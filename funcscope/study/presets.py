@@ -44,7 +44,7 @@ TEXT: Preset = {
     "mean_loss": {},
     "loss_comparison": {},
     "directional_losses": {"n_samples": 10, "span": 0.1},
-    "fisher_spectrum": {"bootstrap": 50},
+    "fisher_spectrum": {},
     "fisher_importance": {},
     "fisher_methods": {"num": 4, "num_directions": 4, "rank": 3},
     "fisher_overlap": {"num": 4},
