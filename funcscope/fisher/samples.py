@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..core.batches import UNSCORED
 from ..core.batches import rows as rows_of
 from ..core.checks import check_count
 from ..core.layout import Layout, View
@@ -66,6 +67,8 @@ def _check_apart(layout: Layout, views: Mapping[str, Sequence[View]]) -> None:
 def scored_sequences(loss: Loss, theta: Theta) -> tuple[Loss, int]:
     """The loss without the sequences of which nothing is scored, and how many these are; a gradient of 0 is a sample."""
     there = are_scored(loss, theta)
+    if not bool(there.any()):
+        raise ValueError(UNSCORED)
     return chosen(loss, there), int((~there).sum())
 
 

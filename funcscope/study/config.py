@@ -30,7 +30,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
         "cross_task_conflicts",
         "qkov_interference",
         "fisher_methods",
-    ),  # fmt: skip
+    ),
     "compute_gradients": ("gradient_flow", "gradient_pathology"),
     "compute_information_theory": ("mutual_information", "entropy", "pid_analysis"),
     "compute_representations": ("dead_neurons", "superposition", "feature_geometry"),
@@ -51,10 +51,10 @@ class UnifiedConfig:
     and change no number. `dataset_name` is a file of texts, a Hugging Face data set of which `dataset_split` is read, or
     several by name: every model is then measured on each, as "MODEL on NAME", and on every two together, as "MODEL on ONE and
     OTHER" (`enable_qkov_interference`, also known as `compute_qkov`, and `enable_cross_task_conflicts` say whether heads and
-    conflicts are among what `compute_fisher` asks for there, `compute_fisher_eigenvalues` whether methods are compared). `model_name` is the model where no path is passed, `base_model`
-    the one that pairs compare the others with. The fields of metrics that are not here have no effect so far. Raises
-    TypeError for an unknown
-    field, ValueError for one of the wrong kind.
+    conflicts are among what `compute_fisher` asks for there, `compute_fisher_eigenvalues` whether methods are compared).
+    `model_name` is the model where no path is passed, `base_model` the one that pairs compare the others with. The fields of
+    metrics that are not here have no effect so far. Raises TypeError for an unknown field, ValueError for one of the wrong
+    kind.
     """
 
     model_name: str | None = None
