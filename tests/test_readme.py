@@ -42,6 +42,22 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     assert "<iframe" in scope["page"]._repr_html_()
 
 
+def test_the_code_about_two_tasks_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "my-model")
+    for name in ("prose", "code"):
+        texts(tmp_path / f"{name}.jsonl")
+    (block,) = [block for block in BLOCKS if "cross_task_conflicts" in block]
+    few = "num_samples=4, verbose=False, max_seq_length=8, compute_fisher_eigenvalues=False, settings=few, fisher_n_samples=4"
+    short = block.replace("num_samples=64, fisher_n_samples=64", few)
+    assert short != block
+    spectrum = {"num": 1, "num_probes": 2, "steps": 4, "trace_matvecs": 4}
+    scope = {"fs": fs, "few": {"fisher_information": spectrum}}
+    exec(short, scope)
+    made = scope["results"].models["./my-model on prose and code"].metrics
+    assert set(made) == {"fisher_overlap", "cross_task_conflicts", "qkov_interference"}
+
+
 def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
     """On two checkpoints, and then the same from Python, with a metric of one's own."""
     monkeypatch.chdir(tmp_path)
