@@ -23,6 +23,7 @@ from .core.remat import remat
 from .core.restrict import grid, restrict
 from .core.result import Result, derived, internal, quantity
 from .core.running import running_statistics
+from .core.trace import Patch, Trace, apply_with, pattern_blocks, sites_of, trace
 from .curvature import (
     Audit,
     asam_sharpness,
@@ -130,15 +131,18 @@ __all__ = [
     "LossPlane",
     "Metric",
     "MetricRegistry",
+    "Patch",
     "Pretrained",
     "Result",
     "ResultCache",
     "Results",
+    "Trace",
     "Trajectory",
     "UnifiedConfig",
     "UnifiedModelAnalysis",
     "UnifiedModelAnalyzer",
     "analyze_models",
+    "apply_with",
     "asam_sharpness",
     "audit",
     "average_sharpness",
@@ -204,6 +208,7 @@ __all__ = [
     "mse",
     "normal",
     "objective",
+    "pattern_blocks",
     "per_sample_gradients",
     "plane_directions",
     "principal_directions",
@@ -219,10 +224,12 @@ __all__ = [
     "sam_sharpness",
     "seq2seq_lm",
     "sequence_forms",
+    "sites_of",
     "spectral_density",
     "spectrum_summary",
     "stack",
     "sweep",
+    "trace",
     "trace_errors",
     "xtrace",
 ]

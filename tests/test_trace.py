@@ -1,388 +1,288 @@
-"""Trace estimators. Oracles: dense matrices, the definitions with one projection per vector, closed forms."""
+"""Sites of a forward pass: what the untouched model computes there, and passes in which some are replaced."""
 
-import inspect
-from itertools import product as product_of
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from problems import VOCAB, seeded, tokens
+from test_architectures import inputs_of, model_of
+from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
-import funcscope.linalg.trace as trace
-from funcscope.core.keys import fold_in, key, normal, rademacher
-from funcscope.linalg.diagonal import sketch
-from funcscope.linalg.matvec import NonFinite, Products
-from funcscope.linalg.trace import TraceEstimate, block_traces, hutchinson_trace, hutchpp_trace, xtrace
+import funcscope as fs
+from funcscope.core.anatomy import ANATOMIES
+from funcscope.core.trace import MADE, Patch, apply_with, pattern_blocks, sites_of, trace
 
-P = 60
-ORDER = torch.arange(P, dtype=torch.float64)
-SPECTRA = {
-    "flat": 3 - 2 * ORDER / P,
-    "power": (ORDER + 1) ** -2,
-    "exponential": 0.7**ORDER,
-    "step": torch.where(ORDER < 5, 1.0, 1e-3),
-    "both signs": (ORDER + 1) ** -2 * (-1) ** ORDER,
-}
-ALL = [hutchinson_trace, hutchpp_trace, xtrace]
-SKETCHED = [hutchpp_trace, xtrace]
+FAMILIES = [
+    name if name in ("gpt2", "gpt_neox", "llama", "bert") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ANATOMIES
+]
 
 
-def symmetric(n, seed):
-    a = normal(key(seed), torch.zeros(n, n, dtype=torch.float64))
-    return a + a.T
+def netted(name: str, dtype: torch.dtype = torch.float32, **options) -> fs.Functional:
+    return fs.functional(model_of(name, dtype), **options)
 
 
-def with_spectrum(values, seed=0):
-    n = len(values)
-    q = torch.linalg.qr(normal(key(seed), torch.zeros(n, n, dtype=torch.float64))).Q
-    return (q * values) @ q.T
+@pytest.mark.parametrize("kind", ["right", "left", "no mask"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sites_are_what_the_untouched_model_computes(name, kind):
+    model, batch, net = model_of(name, torch.float32), inputs_of(name)[kind], netted(name)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    with torch.no_grad():
+        theirs = model(**batch, output_hidden_states=True, output_attentions=True, **cacheless(model))
+        out, seen = apply_with(net, net.params, batch, {}, sites_of(net))
+        assert torch.equal(out, net.apply(net.params, batch))
+    assert torch.equal(seen.mask, mask)
+    assert sorted(seen.values) == sorted(sites_of(net))
+    num = seen.num_layers
+    last = seen["final"] if "final" in seen.values else seen[f"resid_post.{num - 1}"]
+    pairs = [(seen["logits"], theirs.logits), (last, theirs.hidden_states[num])]
+    for i in range(num):
+        pairs += [(seen[f"resid_pre.{i}"], theirs.hidden_states[i])]
+        pairs += [(seen[f"pattern.{i}"].transpose(1, 2), theirs.attentions[i].transpose(1, 2))]
+    for ours, other in pairs:
+        assert_close(ours[mask], other[mask], rtol=1e-5, atol=1e-5)
 
 
-def product(A):
-    return lambda v: A @ v
+def cacheless(model) -> dict:
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
-def like(n, dtype=torch.float64):
-    return torch.zeros(n, dtype=dtype)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_site_follows_from_those_before_it(name):
+    """Scores from queries and keys, heads from patterns and values, the stream from what is written into it."""
+    net, batch = netted(name, torch.float64), inputs_of(name)["right"]
+    seen = trace(net, net.params, batch, sites_of(net))
+    config = net.config
+    for i in range(seen.num_layers):
+        rot = "rot_" if f"rot_q.{i}" in seen.values else ""
+        q, k, v = (seen[f"{site}.{i}"].transpose(1, 2) for site in (f"{rot}q", f"{rot}k", "v"))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.mT * seen.kernels[i].scaling
+        if cap := getattr(config, "attn_logit_softcapping", None):
+            scores = cap * torch.tanh(scores / cap)
+        assert_close(seen[f"scores.{i}"], scores + seen.kernels[i].mask)
+        assert_close(seen[f"pattern.{i}"], (scores + seen.kernels[i].mask).softmax(-1), rtol=1e-6, atol=1e-7)
+        assert_close(seen[f"z.{i}"], (seen[f"pattern.{i}"] @ v).transpose(1, 2))
+        blocks = torch.cat(
+            [x for _, x in pattern_blocks(q.transpose(1, 2), k.transpose(1, 2), seen.kernels[i], size=4)], 2
+        )
+        assert_close(blocks, seen[f"pattern.{i}"], rtol=1e-6, atol=1e-7)
+        written = seen[f"result.{i}"].sum(2)
+        bias = seen[f"attn_out.{i}"] - written  # of the output matrix: the same everywhere
+        if name != "gemma2":  # whose norm behind attention is no sum over heads
+            assert_close(bias, bias[:1, :1].expand_as(bias), rtol=1e-6, atol=1e-6)
+        if name == "gpt_neox":
+            whole = seen[f"resid_pre.{i}"] + seen[f"attn_out.{i}"] + seen[f"mlp_out.{i}"]
+            assert_close(seen[f"resid_post.{i}"], whole)
+        elif name != "bert":
+            assert_close(seen[f"resid_mid.{i}"], seen[f"resid_pre.{i}"] + seen[f"attn_out.{i}"])
+            assert_close(seen[f"resid_post.{i}"], seen[f"resid_mid.{i}"] + seen[f"mlp_out.{i}"])
+    if "final_scale" in seen.values:
+        x = seen[f"resid_post.{seen.num_layers - 1}"]
+        x = x - x.mean(-1, keepdim=True) if name in ("gpt2", "gpt_neox") else x
+        eps = getattr(
+            config, "layer_norm_epsilon", getattr(config, "layer_norm_eps", getattr(config, "rms_norm_eps", 0))
+        )
+        assert_close(seen["final_scale"], (x.square().mean(-1) + eps).sqrt())
 
 
-def runs(f, A, num, keys, **settings):
-    """Errors and standard errors over many keys."""
-    found = [f(product(A), A[0], key=fold_in(key(7), i), num=num, **settings) for i in range(keys)]
-    errors = torch.stack([e.value for e in found]) - A.trace()
-    return errors, torch.stack([e.stderr for e in found])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_site_replaced_by_its_own_value_changes_no_bit(name):
+    net, batch = netted(name), inputs_of(name)["left"]
+    with torch.no_grad():
+        out, seen = apply_with(net, net.params, batch, {}, sites_of(net))
+        for site, value in seen.values.items():
+            if site.partition(".")[0] not in MADE:
+                for same in (value.clone(), lambda x: x.clone(), Patch(value.clone(), rows=[0])):
+                    assert torch.equal(apply_with(net, net.params, batch, {site: same})[0], out), site
 
 
-@pytest.fixture
-def quick_draws(monkeypatch):
-    """Draws of the same laws without worker threads, for the tests that take thousands."""
-
-    def generator(key):
-        return torch.Generator().manual_seed(key.bits % 2**32)
-
-    def quick_normal(key, like):
-        return torch.randn(like.shape, generator=generator(key), dtype=like.dtype)
-
-    def quick_signs(key, like):
-        return torch.randint(0, 2, like.shape, generator=generator(key)).to(like) * 2 - 1
-
-    draws = {"normal": quick_normal, "rademacher": quick_signs}
-    monkeypatch.setattr(trace, "random", lambda key, like, distribution: draws[distribution](key, like))
-    monkeypatch.setattr(trace, "normal", quick_normal)
-
-
-@pytest.fixture
-def all_signs(monkeypatch):
-    """Probe i is the i-th of the 2^n vectors of signs: an estimate with 2^n of them has no sampling error."""
-
-    def signs(key, like):
-        return torch.tensor(list(product_of((-1.0, 1.0), repeat=len(like)))).to(like)[key]
-
-    monkeypatch.setattr(trace, "random", lambda key, like, _: signs(key, like))
-    monkeypatch.setattr(trace, "rademacher", signs)
-    monkeypatch.setattr(trace, "fold_in", lambda key, i: i)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_everything_behind_a_site_sees_its_new_value(name):
+    net, batch = netted(name), inputs_of(name)["no mask"]
+    with torch.no_grad():
+        seen = trace(net, net.params, batch, sites_of(net))
+        for site, value in seen.values.items():
+            if site.partition(".")[0] in MADE or site == "pos_embed":
+                continue
+            new = {"pattern": value.flip(-1), "scores": value.roll(1, 1)}.get(site.partition(".")[0], value + 1)
+            out, after = apply_with(net, net.params, batch, {site: new}, [site])
+            assert_close(after[site], new)
+            assert not torch.equal(out, seen["logits"]), site
+        _, after = apply_with(net, net.params, batch, {"resid_post.0": seen["resid_post.0"] + 1}, ["resid_pre.1"])
+        assert torch.equal(after["resid_pre.1"], seen["resid_post.0"] + 1)
+        if "resid_mid.0" in seen.values and name != "bert":
+            _, after = apply_with(
+                net, net.params, batch, {"resid_mid.0": lambda x: 2 * x}, ["mlp_out.0", "resid_post.0"]
+            )
+            assert_close(after["resid_post.0"], 2 * seen["resid_mid.0"] + after["mlp_out.0"], rtol=1e-4, atol=1e-4)
 
 
-def rms(x):
-    return float(x.square().mean().sqrt())
+def test_a_head_that_is_zeroed_is_one_whose_output_matrix_is_zero():
+    """In the model itself, for a Conv1D, grouped heads and a matrix of all heads."""
+    for name, weight, dim in (
+        ("gpt2", "transformer.h.1.attn.c_proj.weight", 0), ("llama", "model.layers.1.self_attn.o_proj.weight", 1),
+        ("gpt_neox", "gpt_neox.layers.1.attention.dense.weight", 1),
+    ):  # fmt: skip
+        net, batch = netted(name, torch.float64), inputs_of(name)["right"]
+        gone = net.params[weight].clone()
+        gone.narrow(dim, 8, 8).zero_()
+        out, seen = apply_with(net, net.params, batch, {"z.1": Patch(torch.zeros(()), heads=1)}, ["attn_out.1"])
+        assert_close(out, net.apply({**net.params, weight: gone}, batch), rtol=1e-5, atol=1e-5)
+        before = trace(net, net.params, batch, ["attn_out.1", "result.1"])
+        assert_close(seen["attn_out.1"], before["attn_out.1"] - before["result.1"][:, :, 1], rtol=1e-5, atol=1e-6)
 
 
-# Hutchinson
+def test_a_patch_is_of_chosen_rows_positions_heads_and_units():
+    net, batch = netted("llama"), inputs_of("llama")["no mask"]
+    z = trace(net, net.params, batch, ["z.0"])["z.0"]
+    patch = Patch(torch.tensor(7.0), rows=[0, 2], positions=-1, heads=1, units=[0, 3])
+    after = apply_with(net, net.params, batch, {"z.0": patch}, ["z.0"])[1]["z.0"]
+    expected = z.clone()
+    for row in (0, 2):
+        for unit in (0, 3):
+            expected[row, -1, 1, unit] = 7
+    assert torch.equal(after, expected)
+    one = Patch(lambda x: -x, positions=[1])
+    after = apply_with(net, net.params, batch, {"resid_post.0": one}, ["resid_post.0"])[1]["resid_post.0"]
+    before = trace(net, net.params, batch, ["resid_post.0"])["resid_post.0"]
+    assert torch.equal(after[:, 1], -before[:, 1])
+    assert torch.equal(after[:, 2:], before[:, 2:])
 
 
-@given(n=st.integers(1, 9), num=st.integers(1, 12), seed=st.integers(0, 99))
-def test_hutchinson_with_signs_has_no_scatter_on_a_diagonal(n, num, seed):
-    diagonal = torch.arange(n).double() - 2
-    found = hutchinson_trace(lambda v: diagonal * v, diagonal, key=key(seed), num=num)
-    assert found.samples.tolist() == [float(diagonal.sum())] * num
-    assert float(hutchinson_trace(lambda v: v, like(n), key=key(seed), num=9, distribution="normal").stderr) > 0
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("site", ["z.0", "pattern.0", "resid_mid.1", "q.0", "mlp_post.1", "tok_embed"])
+def test_edits_have_the_derivatives_of_their_values(name, site):
+    net, batch = netted(name, torch.float64), inputs_of(name)["right"]
+    value = trace(net, net.params, batch, [site])[site].detach()
+    step = seeded(3, lambda: torch.randn(value.shape, dtype=torch.float64))
+
+    def total(x):
+        return apply_with(net, net.params, batch, {site: x})[0][batch["attention_mask"].bool()].square().sum()
+
+    slope = jvp(total, (value,), (step,))[1]
+    h, rough = (1e-5, 1e-6) if name == "gpt2" else (1e-3, 2e-3)  # whose norms are taken in float32
+    assert_close(slope, (total(value + h * step) - total(value - h * step)) / (2 * h), rtol=rough, atol=rough)
+    assert_close((grad(total)(value) * step).sum(), slope, rtol=1e-6, atol=1e-6)
+    several = torch.stack([value, value + step])
+    assert_close(vmap(total)(several), torch.stack([total(x) for x in several]))
+    if name == "gpt2":
+        hvp = jvp(grad(total), (value,), (step,))[1]
+        curved = (total(value + 1e-3 * step) - 2 * total(value) + total(value - 1e-3 * step)) / 1e-6
+        assert_close((hvp * step).sum(), curved, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("distribution", "draw"), [("rademacher", rademacher), ("normal", normal)])
-def test_hutchinson_is_the_mean_of_its_forms(distribution, draw):
-    A = symmetric(7, 1)
-    found = hutchinson_trace(product(A), A[0], key=key(3), num=5, distribution=distribution)
-    z = torch.stack([draw(fold_in(key(3), i), A[0]) for i in range(5)])
-    assert_close(found.samples, ((z @ A) * z).sum(1))
-    assert_close(found.value, found.samples.mean())
-    assert_close(found.stderr, found.samples.std() / 5**0.5)
-    assert (found.num_matvecs, found.method) == (5, "hutchinson")
+def test_sites_have_the_derivatives_in_parameters():
+    net, batch = netted("gpt2", torch.float64), inputs_of("gpt2")["right"]
+    theta = net.theta
+    step = seeded(4, lambda: torch.randn(theta.shape, dtype=torch.float64)) * 0.1
+
+    def pattern(t):
+        return trace(net, net.layout.unravel(t), batch, ["pattern.1"])["pattern.1"]
+
+    moved = jvp(pattern, (theta,), (step,))[1]
+    assert_close(moved, (pattern(theta + 1e-5 * step) - pattern(theta - 1e-5 * step)) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.usefixtures("all_signs")
-def test_hutchinson_with_signs_has_the_mean_and_variance_of_its_docstring():
-    A = symmetric(5, 2)
-    x = hutchinson_trace(product(A), A[0], key=key(0), num=32).samples
-    assert_close(x.mean(), A.trace())
-    assert_close(x.var(correction=0), 2 * (A.square().sum() - A.diagonal().square().sum()))
-
-
-@pytest.mark.usefixtures("quick_draws")
-def test_hutchinson_with_normal_draws_has_the_variance_of_its_docstring():
-    A = symmetric(5, 2)
-    x = hutchinson_trace(product(A), A[0], key=key(0), num=3000, distribution="normal").samples
-    spread = ((x - x.mean()) ** 2).std() / len(x) ** 0.5
-    assert abs(x.var() - 2 * A.square().sum()) < 4 * spread
-
-
-@given(n=st.integers(1, 9), seed=st.integers(0, 99), a=st.floats(-3, 3), b=st.floats(-3, 3))
-def test_estimates_are_linear_in_the_operator_with_a_common_key(n, seed, a, b):
-    A, B = symmetric(n, seed), symmetric(n, seed + 1)
-    groups = {"x": [slice(0, 1)], "all": [slice(0, n)]}
-    both, first, second = (block_traces(product(M), A[0], groups, key=key(seed), num=3) for M in (a * A + b * B, A, B))
-    for name in groups:
-        assert_close(both.samples[name], a * first.samples[name] + b * second.samples[name])
-    assert_close(both.total.samples, a * first.total.samples + b * second.total.samples)
-
-
-@pytest.mark.parametrize("f", SKETCHED)
-@given(n=st.integers(1, 9), num=st.integers(3, 12), seed=st.integers(0, 99), c=st.sampled_from([-3.0, 1e-12, 0.5, 1e9]))
-def test_sketched_estimates_scale_with_the_operator(f, n, num, seed, c):
-    A = symmetric(n, seed)
-    one, many = (f(product(M), A[0], key=key(seed), num=num) for M in (A, c * A))
-    assert_close(many.samples, c * one.samples, rtol=1e-7, atol=1e-9 * abs(c))
-
-
-# the definitions, with one projection per vector
-
-
-def basis_of(Y):
-    u, s, _ = torch.linalg.svd(Y, full_matrices=False)
-    return u[:, s > 1e-10 * s.amax()] if s.numel() and s.amax() > 0 else u[:, :0]
-
-
-def xtrace_by_definition(A, k, seed):
-    n = len(A)
-    omega = torch.stack([normal(fold_in(key(seed), i), A[0]) for i in range(k)], dim=1)
-    out = []
-    for i in range(k):
-        q = basis_of(A @ torch.cat([omega[:, :i], omega[:, i + 1 :]], 1))
-        u = omega[:, i] - q @ (q.T @ omega[:, i])
-        out.append((q.T @ A @ q).trace() + (n - q.shape[1]) * (u @ A @ u) / (u @ u))
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("num", [2, 3, 4, 5, 12, 21])
-def test_xtrace_is_its_definition(name, num):
-    A = with_spectrum(SPECTRA[name])
-    found = xtrace(product(A), A[0], key=key(4), num=num)
-    assert_close(found.samples, xtrace_by_definition(A, num // 2, 4), rtol=1e-9, atol=1e-12)
-    assert (found.num_matvecs, found.method, len(found.samples)) == (num // 2 * 2, "xtrace", num // 2)
-    assert_close(found.value, found.samples.mean())
-
-
-@pytest.mark.parametrize("num", [3, 4, 5, 12, 22])
-def test_hutchpp_is_its_definition(num):
-    A = with_spectrum(SPECTRA["both signs"])
-    found = hutchpp_trace(product(A), A[0], key=key(4), num=num)
-    third = num // 3
-    s, g = (
-        torch.stack([rademacher(fold_in(fold_in(key(4), name), i), A[0]) for i in range(m)], dim=1)
-        for name, m in (("sketch", third), ("rest", num - 2 * third))
+@pytest.mark.parametrize("attention", ["math", "keep"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_patterns_of_fused_attention_come_from_queries_and_keys(name, attention):
+    net, eager, batch = netted(name, attention=attention), netted(name), inputs_of(name)["left"]
+    rot = "rot_" if name == "llama" else ""
+    with torch.no_grad():
+        out, seen = apply_with(net, net.params, batch, {}, [f"{rot}q.1", f"{rot}k.1", "z.1"])
+        other = trace(eager, eager.params, batch, ["pattern.1", "logits", "z.1"])
+    real = seen.mask
+    assert_close(out[real], other["logits"][real], rtol=1e-4, atol=1e-5)
+    pattern = torch.cat(
+        [x for _, x in pattern_blocks(seen[f"{rot}q.1"], seen[f"{rot}k.1"], seen.kernels[1], size=5)], 2
     )
-    q = basis_of(A @ s)
-    g = g - q @ (q.T @ g)
-    assert_close(found.samples, (q.T @ A @ q).trace() + (g * (A @ g)).sum(0), rtol=1e-9, atol=1e-12)
-    assert (found.num_matvecs, found.method) == (num, "hutch++")
+    assert_close(pattern.transpose(1, 2)[real], other["pattern.1"].transpose(1, 2)[real], rtol=1e-4, atol=1e-6)
+    asked = trace(net, net.params, batch, ["pattern.1"])["pattern.1"].detach()
+    assert_close(asked.transpose(1, 2)[real], other["pattern.1"].transpose(1, 2)[real], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_draws")
-@pytest.mark.parametrize("f", SKETCHED)
-def test_sketched_estimates_are_unbiased(f):
-    errors, _ = runs(f, with_spectrum(0.7 ** ORDER[:20]), 7, 300)
-    assert abs(errors.mean()) < 3 * errors.std() / 300**0.5
+def test_layers_are_stacked_and_axes_are_named():
+    net, batch = netted("gpt2"), inputs_of("gpt2")["no mask"]
+    seen = trace(net, net.params, batch, ["pattern", "resid_post.1", "logits"])
+    assert sorted(seen.values) == ["logits", "pattern.0", "pattern.1", "resid_post.1"]
+    assert seen["pattern"].shape == (2, 3, 2, 9, 9)
+    assert seen.axes("pattern") == ("layer", "batch", "head", "query", "key")
+    assert seen.axes("logits") == ("batch", "position", "unit")
+    with pytest.raises(KeyError, match=r"did you mean 'resid_post\.1'"):
+        seen["resid_post"]
 
 
-# how good they are
+def hooks_of(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-@pytest.mark.usefixtures("quick_draws")
-@pytest.mark.parametrize("name", SPECTRA)
-def test_xtrace_wins_where_the_spectrum_decays_and_loses_a_root_of_2_where_not(name):
-    A, keys = with_spectrum(SPECTRA[name]), 40
-    ours, plain = (rms(runs(f, A, 20, keys)[0]) for f in (xtrace, hutchinson_trace))
-    assert ours < {"flat": 1.8, "power": 0.15, "exponential": 0.3, "step": 0.01, "both signs": 0.4}[name] * plain
+def test_the_model_and_the_net_stay_as_they_are_in_several_threads():
+    model = model_of("gpt2", torch.float32)
+    before, hooks = [p.clone() for p in model.parameters()], hooks_of(model)
+    net, batch = netted("gpt2"), inputs_of("gpt2")["no mask"]
+    plain = net.apply(net.params, batch)
+
+    def work(i):
+        edited, seen = apply_with(net, net.params, batch, {"z.0": Patch(torch.tensor(float(i)), heads=0)}, ["z.0"])
+        return edited.detach(), float(seen["z.0"][0, 0, 0, 0])
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(work, range(8)))
+    assert [value for _, value in made] == list(range(8))
+    assert all(torch.equal(a, work(i)[0]) for i, (a, _) in enumerate(made))
+    assert torch.equal(net.apply(net.params, batch), plain)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert hooks_of(model) == hooks
 
 
-def test_xtrace_has_no_scatter_on_a_multiple_of_the_identity():
-    found = xtrace(lambda v: 3 * v, like(P), key=key(0), num=10)
-    assert_close(found.samples, torch.full((5,), 3.0 * P, dtype=torch.float64))
+def test_a_family_that_is_not_described_shows_its_modules():
+    net, batch = netted("opt"), inputs_of("opt")["no mask"]
+    name = "model.decoder.layers.0.fc1"
+    assert f"module:{name}" in sites_of(net)
+    out, seen = apply_with(
+        net, net.params, batch, {f"module:{name}": Patch(torch.zeros(()), rows=None)}, [f"module:{name}"]
+    )
+    assert float(seen[f"module:{name}"].abs().max()) == 0
+    gone = {**net.params, f"{name}.weight": torch.zeros_like(net.params[f"{name}.weight"]),
+            f"{name}.bias": torch.zeros_like(net.params[f"{name}.bias"])}  # fmt: skip
+    assert_close(out, net.apply(gone, batch))
+    with pytest.raises(ValueError, match=r"not described.*`module:NAME`"):
+        trace(net, net.params, batch, ["pattern"])
+    plain = fs.functional(seeded(0, lambda: torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())))
+    assert sites_of(plain) == ["module:0", "module:1"]
+    assert trace(plain, plain.params, torch.ones(4, 3), ["module:0"])["module:0"].shape == (4, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_draws")
-@pytest.mark.parametrize("f", ALL)
-def test_error_bars_cover(f):
-    errors, stderr = runs(f, with_spectrum(SPECTRA["power"]), 20, 200)
-    covered = float((errors.abs() < 2 * stderr).double().mean())
-    assert {hutchinson_trace: 0.85, hutchpp_trace: 0.75, xtrace: 0.7}[f] < covered < 0.99
-    assert 0.7 < rms(stderr) / rms(errors) < 1.25
+def test_what_is_no_site_or_no_value_of_one_is_refused():
+    net, batch = netted("gpt2"), inputs_of("gpt2")["no mask"]
+    for sites, text in (
+        (["patern"], "did you mean 'pattern"), (["resid_post.7"], "did you mean 'resid_post"), ("pattern", r"\['pattern'\]"),
+        (["rot_q"], "there is no site 'rot_q'"), (["module:transformer.h.9"], "no module"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            trace(net, net.params, batch, sites)
+    for edits, text in (
+        ({"z.0": torch.zeros(3)}, r"must have its shape \(3, 9, 2, 8\), got \(3,\)"),
+        ({"result.0": torch.zeros(3)}, "made of other sites"), ({"z": torch.zeros(3)}, "there is no site 'z'"),
+        ({"z.0": Patch(torch.zeros(()), heads=5)}, "there is no head 5: the site has 2"),
+        ({"resid_post.0": Patch(torch.zeros(()), heads=0)}, "has no head to choose from"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            apply_with(net, net.params, batch, edits)
 
 
-# low rank, small sizes, dtypes
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rank", [0, 1, 3, 7])
-@pytest.mark.parametrize("f", SKETCHED)
-def test_low_rank_is_exact(f, rank, dtype):
-    values = torch.where(rank > ORDER, (ORDER + 1) * (-1) ** ORDER, 0.0)
-    A = with_spectrum(values).to(dtype)
-    found = f(product(A), A[0], key=key(2), num=26)
-    size = float(values.abs().max())
-    assert found.samples.isfinite().all()
-    assert_close(found.samples, torch.full_like(found.samples, float(values.sum())),
-                 rtol=0, atol=60 * torch.finfo(dtype).eps * size)  # fmt: skip
-    if rank <= 1:  # of higher rank rounding in A itself may add directions
-        assert found.num_matvecs <= 26 - (13 - rank if f is xtrace else 8 - rank) + 1
-
-
-@pytest.mark.parametrize("f", SKETCHED)
-def test_a_slow_decay_below_rounding_is_no_obstacle(f):
-    A = with_spectrum(0.1**ORDER)
-    for dtype in (torch.float32, torch.float64):
-        found = f(product(A.to(dtype)), like(P, dtype), key=key(0), num=50)
-        assert_close(found.samples, A.trace().expand(len(found.samples)), rtol=0, atol=60 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("f", ALL)
-@given(n=st.integers(1, 9), num=st.integers(3, 20), seed=st.integers(0, 99))
-def test_any_number_of_products_does(f, n, num, seed):
-    A, calls = symmetric(n, seed), []
-    found = f(lambda v: calls.append(1) or A @ v, A[0], key=key(seed), num=num)
-    assert len(calls) == found.num_matvecs <= num
-    assert found.value.isfinite()
-    if num >= n and f is not hutchinson_trace:
-        assert (found.method, found.num_matvecs, float(found.stderr)) == ("exact", n, 0.0)
-        assert_close(found.value, A.trace())
-
-
-@pytest.mark.parametrize("f", ALL)
-def test_float32_is_float64_rounded(f):
-    A = with_spectrum(SPECTRA["power"])
-    wide, narrow = (f(product(A.to(t)), A[0].to(t), key=key(1), num=12) for t in (torch.float64, torch.float32))
-    assert_close(narrow.samples, wide.samples, rtol=1e-4, atol=1e-5)
-    assert narrow.value.dtype == torch.float64
-
-
-@pytest.mark.parametrize("f", ALL)
-def test_a_matvec_may_return_its_argument_or_its_own_buffer(f):
-    buffer, A = like(P), with_spectrum(SPECTRA["power"])
-    assert_close(f(lambda v: torch.mv(A, v, out=buffer), like(P), key=key(1), num=12).samples,
-                 f(product(A), like(P), key=key(1), num=12).samples)  # fmt: skip
-    assert_close(f(lambda v: v, like(P), key=key(1), num=12).samples,
-                 f(lambda v: v.clone(), like(P), key=key(1), num=12).samples)  # fmt: skip
-
-
-# the sketch: rank-deficient products
-
-
-def projectors(found):
-    """The projector of each set of products with one left out."""
-    q = found.basis.T
-    return [q @ (torch.eye(found.rank).to(q) - torch.outer(s, s)) @ q.T for s in found.left_out.T]
-
-
-@pytest.mark.parametrize("columns", [
-    [[1, 0, 0], [1, 0, 0], [0, 2, 0]],  # the last one alone has its direction
-    [[1, 0, 0], [-1, 0, 0], [2, 0, 0]],
-    [[0, 0, 0], [1, 1, 0], [0, 1, 0], [1, 2, 0]],
-    [[0, 0, 0], [0, 0, 0]],
-    [[1, 0, 0], [1, 1e-5, 0], [0, 0, 3]],
-    [[0, 0, 0], [0, 0, 3], [1, 0, 1]],
-])  # fmt: skip
-def test_left_out_projectors_are_those_of_the_other_products(columns):
-    Y = torch.tensor(columns, dtype=torch.float64).T
-    found = sketch(Products(lambda v: v), lambda i: Y[:, i], Y[:, 0], Y.shape[1])
-    assert_close(found.basis @ found.basis.T, torch.eye(found.rank).to(Y))
-    assert_close(found.basis.T @ found.coefs, Y)
-    for i, ours in enumerate(projectors(found)):
-        q = basis_of(torch.cat([Y[:, :i], Y[:, i + 1 :]], 1))
-        assert_close(ours, q @ q.T, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_basis_is_orthonormal_where_the_products_almost_coincide(dtype):
-    noise = torch.stack([normal(fold_in(key(0), i), like(500, dtype)) for i in range(12)])
-    for size in (1e-2, 1e-4, 1e-6, 1e-9, 0.0):
-        rows = noise[:1] + size * noise
-        found = sketch(Products(lambda v: v), rows.__getitem__, rows[0], 12)
-        assert_close(found.basis @ found.basis.T, torch.eye(found.rank, dtype=dtype),
-                     rtol=0, atol=30 * torch.finfo(dtype).eps)  # fmt: skip
-        assert (found.basis.T.double() @ found.coefs - rows.T.double()).norm(dim=0).max() <= 2 * found.floor + 1e-300
-        assert found.left_out.isfinite().all()
-    assert found.rank == 1
-
-
-# blocks
-
-GROUPS = {"a": [slice(0, 3)], "b": [slice(3, 5), slice(8, 10)], "c": [slice(5, 8)]}
-
-
-def test_block_traces_sum_to_the_hutchinson_estimate_of_the_same_key():
-    A = symmetric(10, 5)
-    found = block_traces(product(A), A[0], GROUPS, key=key(2), num=6)
-    plain = hutchinson_trace(product(A), A[0], key=key(2), num=6)
-    assert torch.equal(found.total.samples, plain.samples)
-    assert_close(sum(found.samples.values()), plain.samples)
-    assert_close(sum(e.value for e in found.estimates.values()), plain.value)
-    assert found.total.num_matvecs == 6
-
-
-@pytest.mark.usefixtures("all_signs")
-def test_block_traces_have_the_mean_variance_and_covariance_of_the_docstring():
-    A, parts = symmetric(6, 5), {"a": [slice(0, 2), slice(3, 4)], "b": [slice(2, 3), slice(4, 5)], "c": [slice(5, 6)]}
-    found = block_traces(product(A), A[0], parts, key=key(2), num=64)
-    at = {name: torch.cat([torch.arange(6)[s] for s in slices]) for name, slices in parts.items()}
-    for name, b in at.items():
-        inner, x = A[b][:, b], found.samples[name]
-        coupling = A[b].square().sum() - inner.square().sum()
-        assert_close(x.mean(), inner.trace())
-        assert_close(x.var(correction=0), 2 * (inner.square().sum() - inner.diagonal().square().sum()) + coupling)
-        assert_close(found[name].stderr, x.std() / 8)
-    x, y = (found.samples[name] - found.samples[name].mean() for name in "ab")
-    assert_close((x * y).mean(), A[at["a"]][:, at["b"]].square().sum())
-
-
-# results and requests
-
-
-def test_one_sample_has_no_standard_error():
-    for f, num in ((hutchinson_trace, 1), (hutchpp_trace, 3), (xtrace, 3)):
-        found = f(lambda v: v, like(P), key=key(0), num=num)
-        assert found.stderr.isnan()
-        assert found.value.isfinite()
-    assert block_traces(lambda v: v, like(10), GROUPS, key=key(0), num=1)["a"].stderr.isnan()
-
-
-def test_an_estimate_prints_itself():
-    samples = torch.tensor([12.0, 12.6], dtype=torch.float64)
-    assert str(TraceEstimate.of_samples(samples, 16, "xtrace")) == "12.3 ± 0.3 (n = 16)"
-
-
-def test_bad_requests_get_one_clear_line():
-    for f, least in ((hutchinson_trace, 1), (hutchpp_trace, 3), (xtrace, 2)):
-        raw = inspect.unwrap(f)
-        with pytest.raises(ValueError, match=f"`num` must be an integer of at least {least}, got {least - 1}"):
-            f(lambda v: v, like(5), key=key(0), num=least - 1)
-        with pytest.raises(ValueError, match=r"`like` must be a flat vector .* got shape \(2, 2\)"):
-            raw(lambda v: v, torch.zeros(2, 2), key=key(0), num=4)
-        with pytest.raises(TypeError, match=r"float32 or float64, got .*bfloat16"):
-            raw(lambda v: v, torch.zeros(5, dtype=torch.bfloat16), key=key(0), num=4)
-        with pytest.raises(NonFinite, match="product 1 has 5 entries"):
-            f(lambda v: v / 0, like(5), key=key(0), num=4)
-    for f in (hutchinson_trace, hutchpp_trace):
-        with pytest.raises(ValueError, match="`distribution` must be one of 'normal', 'rademacher'"):
-            inspect.unwrap(f)(lambda v: v, like(5), key=key(0), num=4, distribution="uniform")
-    for slices, message in (
-        ([slice(0, 11)], r"`groups\['x'\]` must hold slices of step 1 with 0 <= start < stop <= 10, got slice\(0, 11"),
-        ([slice(0, 4, 2)], "step 1"),
-        ([slice(3, 3)], "start < stop"),
-        ([slice(-2, None)], "0 <= start"),
-        ([], "at least one slice"),
-        ([slice(4, 6), slice(0, 5)], "coordinate 4 is in two slices"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            block_traces(lambda v: v, like(10), {"x": slices}, key=key(0), num=2)
+def test_one_token_and_padding_only():
+    net = netted("gpt2")
+    seen = trace(net, net.params, {"input_ids": torch.tensor([[3]])}, ["pattern.0"])
+    assert_close(seen["pattern.0"], torch.ones(1, 2, 1, 1))
+    batch = tokens(1, 2, 5)
+    batch["attention_mask"][1] = 0
+    seen = trace(net, net.params, batch, ["pattern.0", "logits"])
+    assert seen.mask.sum(1).tolist() == [5, 0]
+    assert seen["logits"][0].isfinite().all()
+    assert math.prod(seen["logits"].shape) == 2 * 5 * VOCAB
