@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .anatomy import Body
 from .architectures import computes_in_float32
+from .imported import register_attention
 from .sites import Edit, edited
 
 KERNEL = "funcscope_sites"
@@ -75,9 +76,7 @@ def _on_input(module: nn.Module, seen: Callable[[Pass, Tensor, nn.Module], Tenso
 
 def hook(module: Any, body: Body, *, fused: bool) -> None:
     """Every site of the described parts."""
-    from transformers import AttentionInterface  # whoever has a model of it has it imported
-
-    AttentionInterface.register(KERNEL, _attention)
+    register_attention(KERNEL, _attention)
     for part in module.modules():
         if hasattr(part, "config"):
             part.config._attn_implementation = KERNEL

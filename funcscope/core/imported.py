@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 Config = Any
@@ -28,6 +29,11 @@ def is_new_gelu(module: object) -> bool:
 def is_compiled(module: object) -> bool:
     """Whether `torch.compile` has made it."""
     return _is(module, "torch._dynamo.eval_frame", "OptimizedModule")
+
+
+def register_attention(name: str, kernel: Callable[..., Any]) -> None:
+    """Make a kernel known to the models of transformers, whose configurations choose it by name."""
+    sys.modules["transformers.modeling_utils"].AttentionInterface.register(name, kernel)
 
 
 def _is(value: object, module: str, name: str) -> bool:
