@@ -13,8 +13,9 @@ from funcscope.linalg.ranks import matrix_ranks
 from funcscope.mechanistic import full_circuit, qk_ov_circuits
 from funcscope.mechanistic.weights import Weights, head_weights
 
-CAUSAL = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2")
-FAMILIES = (*CAUSAL, "bert")
+CAUSAL = ("gpt2", "gemma2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+EVERY = [line if line in CAUSAL[:2] else pytest.param(line, marks=pytest.mark.slow) for line in CAUSAL]
+FAMILIES = [*EVERY, pytest.param("bert", marks=pytest.mark.slow)]
 
 
 @cache
@@ -52,7 +53,7 @@ def test_matrices_of_heads_make_the_models_own_sites(line, left):
         assert heads.scaling == seen.kernels[layer].scaling
 
 
-@pytest.mark.parametrize("line", CAUSAL)
+@pytest.mark.parametrize("line", EVERY)
 def test_norms_and_head_make_the_models_own_logits(line):
     net = net_of(line)
     w = Weights(net, net.params)
@@ -64,7 +65,7 @@ def test_norms_and_head_make_the_models_own_logits(line):
     assert_close(w.embedding[batch()["input_ids"]], seen["tok_embed"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("line", [line for line in CAUSAL if line not in ("qwen3", "gemma2")])
+@pytest.mark.parametrize("line", ["gpt2", *EVERY[2:-1]])
 def test_scores_are_the_circuit_at_their_distance(line):
     net = net_of(line)
     heads, q, k = head_weights(net, net.params, 0), 5, 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import VOCAB, tokens
 from test_architectures import criterion_of
-from test_circuits import CAUSAL, batch, net_of
+from test_circuits import EVERY, batch, net_of
 from torch.testing import assert_close
 
 import funcscope as fs
@@ -22,7 +22,7 @@ def chosen(x, ids):
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("line", CAUSAL)
+@pytest.mark.parametrize("line", EVERY)
 def test_parts_sum_to_the_logit(line, left):
     net, inputs = net_of(line), batch(left=left)
     ids = tokens(9, 3, 8)["input_ids"]
@@ -37,7 +37,7 @@ def test_parts_sum_to_the_logit(line, left):
     assert_close(made.parts.sum(0), chosen(logits, ids) - logits.mean(-1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("line", CAUSAL)
+@pytest.mark.parametrize("line", EVERY)
 def test_parts_of_heads_are_what_they_write_and_the_bare_unembedding_does_not_sum(line):
     """The documented formula reads heads by W_U alone, without the final norm."""
     net, inputs = net_of(line), batch()
@@ -108,7 +108,7 @@ def test_capped_logits_are_named_so_and_float32_is_exact_to_rounding():
 
 
 @pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("line", CAUSAL)
+@pytest.mark.parametrize("line", EVERY)
 def test_parts_sum_to_the_score(line, left):
     net, inputs = net_of(line), batch(left=left)
     rotated = "rot_" if Weights(net, net.params).rotates else ""
