@@ -158,8 +158,12 @@ def test_circuits_are_those_of_dense_matrices(line, fold):
     assert_close(found.ov_norm, ov.flatten(2).norm(dim=-1))
     for layer in range(2):
         for head in range(2):
-            assert_close(float(found.qk_rank[layer, head]), matrix_ranks(qk[layer, head]).effective_rank, rtol=1e-6, atol=0)
-            assert_close(float(found.ov_rank[layer, head]), matrix_ranks(ov[layer, head]).effective_rank, rtol=1e-6, atol=0)
+            assert_close(
+                float(found.qk_rank[layer, head]), matrix_ranks(qk[layer, head]).effective_rank, rtol=1e-6, atol=0
+            )
+            assert_close(
+                float(found.ov_rank[layer, head]), matrix_ranks(ov[layer, head]).effective_rank, rtol=1e-6, atol=0
+            )
     if line == "bert":
         assert found.copying_score.isnan().all()
         assert "not linear" in found.notes[-1]

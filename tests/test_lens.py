@@ -63,7 +63,9 @@ def dense_jacobians(net, inputs):
         site = "resid_pre.0" if layer == 0 else f"resid_post.{layer - 1}"
 
         def last(h, site=site):
-            return fs.apply_with(net, net.params, inputs, {site: h}, [f"resid_post.{num - 1}"])[1][f"resid_post.{num - 1}"][0]
+            return fs.apply_with(net, net.params, inputs, {site: h}, [f"resid_post.{num - 1}"])[1][
+                f"resid_post.{num - 1}"
+            ][0]
 
         made.append(jacrev(last)(seen[layer])[:, :, 0])
     return torch.stack(made)
@@ -135,6 +137,10 @@ def test_position_jacobian_is_the_norm_of_the_dense_one(line):
         assert_close(found.values[row][real][:, real], norm[real][:, real], rtol=1e-5, atol=1e-6)
         assert found.values[row][~real].isnan().all()
     assert not found.values_stderr.nan_to_num().any()
+    at = found.coords["distance"].index(1)
+    pairs = torch.cat([found.values[row].diagonal(-1) for row in range(2)])
+    assert_close(found.by_distance[at], pairs[pairs.isfinite()].mean())
+    assert found.by_distance_stderr[at] > 0
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def test_a_query_part_is_what_moves_the_score_when_it_is_taken_out():
 def test_places_that_are_not_there():
     net, inputs = net_of("gpt2"), batch()
     at = {"layer": 1, "head": 0, "query": 4, "key": 1}
-    for change, message in (({"head": 2}, "`head`"), ({"query": 8}, "`query`"), ({"row": 3}, "`row`"), ({"layer": 5}, "`layer`"), ({"row": 2, "query": 7}, "padding")):  # fmt: skip
+    wrong = {"`head`": {"head": 2}, "`query`": {"query": 8}, "`row`": {"row": 3}, "`layer`": {"layer": 5}}
+    for message, change in {**wrong, "padding": {"row": 2, "query": 7}}.items():
         with pytest.raises(ValueError, match=message):
             qk_attribution(net, net.params, inputs, **{**at, **change})
     with pytest.raises(ValueError, match="norms stand behind"):

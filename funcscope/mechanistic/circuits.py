@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,11 @@ class HeadCircuits(Result):
     def notes(self) -> list[str]:
         notes = []
         if self.rotates:
-            where = "without rotation, as of a token with itself" if self.distance is None else f"at distance {self.distance}"
+            where = (
+                "without rotation, as of a token with itself"
+                if self.distance is None
+                else f"at distance {self.distance}"
+            )
             notes.append(f"queries and keys are rotated, so that W_QK depends on their distance: it is {where}.")
         if self.normed_heads:
             notes.append(
@@ -70,9 +74,7 @@ class HeadCircuits(Result):
         return notes
 
 
-def qk_ov_circuits(
-    net: Functional, params: Params, *, fold: bool = True, distance: int | None = None
-) -> HeadCircuits:
+def qk_ov_circuits(net: Functional, params: Params, *, fold: bool = True, distance: int | None = None) -> HeadCircuits:
     r"""Sizes, ranks, copying scores and compositions of all heads' QK and OV circuits, from the weights alone.
 
     For column vectors, with s the scaling of scores and R(n) the family's rotation at a distance n of query and key,
@@ -114,13 +116,16 @@ def qk_ov_circuits(
     with torch.no_grad():
         w = Weights(net, params)
         layers = [_circuits(w, layer, fold, distance) for layer in range(w.num_layers)]
-        table = {name: torch.stack([getattr(each, name) for each in layers]) for name in Circuits._fields[:4]}
-        composed = {kind: _composition(layers, kind) for kind in KINDS}
+        found: dict[str, Any] = {
+            name: torch.stack([getattr(each, name) for each in layers]) for name in Circuits._fields[:4]
+        }
+        for kind in KINDS:
+            excess, z = _composition(layers, kind)
+            found |= {f"{kind}_composition": excess, f"{kind}_composition_z": z}
         copying = _copying(w, layers, fold)
-    excess, z = zip(*composed.values(), strict=True)
     return HeadCircuits(
-        *table.values(), copying, *excess, *z, layers[0].k.shape[-1] ** -0.5, fold, distance, w.rotates,
-        w.head_norms(0)[0] is not None, _is_linear(w),
+        **found, copying_score=copying, random_composition=layers[0].k.shape[-1] ** -0.5, fold=fold, distance=distance,
+        rotates=w.rotates, normed_heads=w.head_norms(0)[0] is not None, linear_head=_is_linear(w),
     )  # fmt: skip
 
 
@@ -196,9 +201,9 @@ def _circuits(w: Weights, layer: int, fold: bool, distance: int | None) -> Circu
     roots = {name: torch.linalg.qr(x.mT, mode="r").R for name, x in (("q", q), ("k", k), ("v", v), ("o", o.mT))}
     qk = torch.linalg.svdvals(heads.scaling * roots["q"] @ roots["k"].mT)
     ov = torch.linalg.svdvals(roots["o"] @ roots["v"].mT)
-    norms, ranks = ([f(x) for x in (qk, ov)] for f in (lambda x: x.norm(dim=-1), _effective_rank))
     fourth = torch.stack([x.pow(4).sum(-1) for x in (qk, ov)])
-    return Circuits(*norms, *ranks, fourth, q, k, v, o, roots, heads.scaling)
+    norms, ranks = (qk.norm(dim=-1), ov.norm(dim=-1)), (_effective_rank(qk), _effective_rank(ov))
+    return Circuits(norms[0], norms[1], ranks[0], ranks[1], fourth, q, k, v, o, roots, heads.scaling)
 
 
 def _folded(w: Weights, layer: int) -> HeadWeights:
@@ -209,7 +214,7 @@ def _folded(w: Weights, layer: int) -> HeadWeights:
         heads = heads._replace(q=heads.q * q_norm.gain[:, None], k=heads.k * k_norm.gain[:, None])
     if w.body.anatomy.attn_in:
         norm = w.norm(w.body.anatomy.attn_in, layer)
-        heads = heads._replace(**{name: norm.folded(getattr(heads, name)) for name in KINDS})
+        heads = heads._replace(q=norm.folded(heads.q), k=norm.folded(heads.k), v=norm.folded(heads.v))
     if (behind := w.write_norms(layer)[0]) is not None:
         heads = heads._replace(o=behind.linear(heads.o.mT).mT)
     return heads

@@ -1,4 +1,4 @@
-"""Derivatives of the residual stream: by that of an earlier layer at the same position, and by embeddings of other positions."""
+"""Derivatives of the residual stream: by an earlier layer's at the same position, by embeddings at every other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..core.keys import Key, check_key, fold_in, rademacher
 from ..core.layout import Params
 from ..core.model import Functional, Inputs
 from ..core.objective import Loss
-from ..core.result import Result, internal, quantity
+from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Edit, Kernel, apply_with, trace
 from .logit_attribution import check_labels
@@ -60,17 +61,19 @@ def mean_jacobians(
     check_count("num", num)
     w = Weights(loss.net, params)
     w.check_linear_head()
-    rows, parts, weights = 0, [], []
+    rows, weights = 0, []
+    sums: Sums | None = None
     for inputs, targets in loss.batches:
         weight = check_labels(targets).weight
         pull, shape = _pull(w, params, inputs, weight.device)
         keys = [fold_in(key, rows + i) for i in range(len(weight))]
         exact = method == "exact"
         made = _exact(pull, shape, weight, chunk_size) if exact else _probed(pull, shape, weight, keys, num, chunk_size)
-        parts = [made if not parts else Sums(*(x + y for x, y in zip(parts[0], made, strict=True)))]
+        sums = made if sums is None else Sums(*(x + y for x, y in zip(sums, made, strict=True)))
         rows += len(weight)
         weights.append(weight.sum(1, dtype=wide(weight.device)))
-    return _mean(parts[0], torch.cat(weights))
+    assert sums is not None  # a loss has a batch
+    return _mean(sums, torch.cat(weights))
 
 
 class Sums(NamedTuple):
@@ -94,7 +97,7 @@ class PositionJacobian(Result):
     """How strongly the residual stream at each position depends on the embedding at each other."""
 
     values: Float[Tensor, "b t t"] = quantity(
-        "norm of the derivative", per=("sequence", "query", "key"), stderr="values_stderr"
+        "norm of the derivative", per=("sequence", "query", "key"), stderr="values_stderr", shown=False
     )
     """nan where one of the two is padding."""
     values_stderr: Float[Tensor, "b t t"]
@@ -103,6 +106,27 @@ class PositionJacobian(Result):
     num: int
     layer: int
     num_products: int = internal()
+
+    @derived("mean norm of the derivative", per="distance", stderr="by_distance_stderr")
+    def by_distance(self) -> Float[Tensor, " n"]:
+        """Over all pairs of tokens of which the query stands so many places behind the key."""
+        sums, counts = self._of_distances
+        return sums.sum(1) / counts.sum(1)
+
+    @property
+    def by_distance_stderr(self) -> Float[Tensor, " n"]:
+        """Over sequences."""
+        return torch.stack([ratio_stderr(*each) for each in zip(*self._of_distances, strict=True)])
+
+    @property
+    def _of_distances(self) -> tuple[Float[Tensor, "n b"], Float[Tensor, "n b"]]:
+        each = [self.values.diagonal(-distance, 1, 2) for distance in self.coords["distance"]]
+        return torch.stack([x.nansum(1) for x in each]), torch.stack([x.isfinite().sum(1).to(x) for x in each])
+
+    @property
+    def coords(self) -> dict[str, list[int]]:
+        length = self.values.shape[1]
+        return {"distance": list(range(1 - length, length))}
 
     @property
     def head(self) -> str:
@@ -121,7 +145,9 @@ def position_jacobian(
     num: int = 8,
     chunk_size: int = 16,
 ) -> PositionJacobian:
-    r"""Which positions a position depends on: $S_{ij} = \|\partial h_i / \partial e_j\|_F$, h behind a layer, e the embeddings.
+    r"""On which positions a position depends: $S_{ij} = \|\partial h_i / \partial e_j\|_F$.
+
+    h is the residual stream behind a layer, e the embeddings of tokens.
 
     "exact": from D products for each position. "probes": $\mathbb E\, \|J_{ij}^\top v\|^2 = \|J_{ij}\|_F^2$ for signs v,
     `num` of them for each position; with v scaled by $1 / \sqrt D$ it would be the root mean square over units, and no
@@ -163,7 +189,9 @@ def position_jacobian(
             values[:, query] = squares.mean(0).sqrt()
             errors[:, query] = squares.std(0) / num**0.5 / (2 * values[:, query]) if num > 1 else math.nan
     there = seen.mask[:, :, None] & seen.mask[:, None]
-    values, errors = (torch.where(there, x, math.nan).cpu() for x in (values, errors.nan_to_num() if num > 1 else errors))
+    values, errors = (
+        torch.where(there, x, math.nan).cpu() for x in (values, errors.nan_to_num() if num > 1 else errors)
+    )
     products = length * (size if method == "exact" else num)
     return PositionJacobian(values, errors, method, num if method == "probes" else 0, layer, products)
 

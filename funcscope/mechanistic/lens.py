@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,9 @@ class LogitLens(Result):
     rank_stderr: Float[Tensor, " l"]
     agreement: Float[Tensor, " l"] = quantity("agreement of the first token", per="layer", stderr="agreement_stderr")
     agreement_stderr: Float[Tensor, " l"]
-    entropy: Float[Tensor, " l"] = quantity("entropy of the prediction", unit="nats", per="layer", stderr="entropy_stderr")
+    entropy: Float[Tensor, " l"] = quantity(
+        "entropy of the prediction", unit="nats", per="layer", stderr="entropy_stderr"
+    )
     entropy_stderr: Float[Tensor, " l"]
     num_sequences: int = internal()
 
@@ -93,8 +95,7 @@ def logit_lens(loss: Loss, params: Params, *, chunk: int = 256) -> LogitLens:
     >>> len(found.kl), float(found.kl[-1]), float(found.agreement[-1])
     (3, 0.0, 1.0)
     """
-    columns, num = _numbers(loss, params, lambda _, h: h, chunk)
-    return LogitLens(*columns, num)
+    return LogitLens(**_numbers(loss, params, lambda _, h: h, chunk))
 
 
 def jacobian_lens(
@@ -130,17 +131,16 @@ def jacobian_lens(
         matrix = turned[layer]
         return h if matrix is None else h @ matrix.to(h).T
 
-    columns, sequences = _numbers(loss, params, through, chunk)
+    numbers = _numbers(loss, params, through, chunk)
     last = torch.eye(mean.jacobians.shape[-1], dtype=torch.float64).norm()
     norms = torch.cat([mean.jacobians.flatten(1).norm(dim=1).cpu(), last[None]])
     errors = torch.cat([mean.stderr_norm.cpu() / norms[:-1], torch.zeros(1, dtype=torch.float64)])
-    return JacobianLens(*columns, sequences, norms, errors, method, num if method == "probes" else 0)
+    num_probes = num if method == "probes" else 0
+    return JacobianLens(**numbers, jacobian_norm=norms, jacobian_error=errors, method=method, num_probes=num_probes)
 
 
-def _numbers(
-    loss: Loss, params: Params, through: Callable[[int, Tensor], Tensor], chunk: int
-) -> tuple[list[Tensor], int]:
-    """Means and errors, in turn, and the number of sequences that are scored."""
+def _numbers(loss: Loss, params: Params, through: Callable[[int, Tensor], Tensor], chunk: int) -> dict[str, Any]:
+    """Fields of a `LogitLens`."""
     check_count("chunk", chunk)
     w = Weights(loss.net, params)
     w.check_linear_head()
@@ -154,7 +154,10 @@ def _numbers(
             weights.append(weight.sum(1, dtype=wide(weight.device)).cpu())
     total, per = torch.cat(sums, -1), torch.cat(weights)
     means, errors = total.sum(-1) / per.sum(), ratio_stderr(total, per)
-    return [x for pair in zip(means, errors, strict=True) for x in pair], int((per != 0).sum())
+    made = dict(zip(NUMBERS, means, strict=True)) | {
+        f"{name}_stderr": x for name, x in zip(NUMBERS, errors, strict=True)
+    }
+    return {**made, "num_sequences": int((per != 0).sum())}
 
 
 def _of_batch(

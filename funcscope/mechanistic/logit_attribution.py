@@ -226,9 +226,15 @@ def qk_attribution(
     check_place("head", head, len(weights.q))
     pos = ["pos_embed"] if w.positions is not None else []
     with torch.no_grad():
-        seen = trace(net, params, inputs, ["tok_embed", *pos, "z", "mlp_out", f"resid_pre.{layer}", f"q.{layer}", f"k.{layer}"])
+        seen = trace(
+            net, params, inputs, ["tok_embed", *pos, "z", "mlp_out", f"resid_pre.{layer}", f"q.{layer}", f"k.{layer}"]
+        )
         mask = seen.mask
-        for name, value, size in (("row", row, len(mask)), ("query", query, mask.shape[1]), ("key", key, mask.shape[1])):
+        for name, value, size in (
+            ("row", row, len(mask)),
+            ("query", query, mask.shape[1]),
+            ("key", key, mask.shape[1]),
+        ):
             check_place(name, value, size)
         if not bool(mask[row, [query, key]].all()):
             raise ValueError(f"`query` and `key` must be tokens, and one of {query} and {key} in row {row} is padding.")
@@ -325,8 +331,8 @@ def _averaged(
     logit, embedding, positions, bias = single
     sizes = [len(sums) - 4 - 2 * layers, layers, layers]
     (heads, own, mlp), (heads_error, own_error, mlp_error) = (x[4:].split(sizes) for x in (means, errors))
-    square = [x.unflatten(0, (layers, -1)) for x in (heads, heads_error)]
+    by_layer, error_by_layer = (x.unflatten(0, (layers, -1)) for x in (heads, heads_error))
     return LogitAttribution(
-        *square, mlp, mlp_error, own, own_error, embedding, positions, bias, logit, discrepancy, at, centred,
+        by_layer, error_by_layer, mlp, mlp_error, own, own_error, embedding, positions, bias, logit, discrepancy, at, centred,
         w.softcap is not None, num,
     )  # fmt: skip

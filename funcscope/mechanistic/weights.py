@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..core.anatomy import ANATOMIES, Body, body_of
+from ..core.anatomy import ANATOMIES, body_of
 from ..core.layout import Params
 from ..core.model import Functional
 
@@ -77,8 +77,7 @@ class HeadWeights(NamedTuple):
         return self.rotation(distance).to(k) @ k
 
     def qk(self, distance: int | None = None) -> Float[Tensor, "h D D"]:
-        r"""$W_Q^\top R(n) W_K$ times the scaling; without rotation for None, which where a family rotates is the score of no pair
-        but that of a token with itself."""
+        r"""$W_Q^\top R(n) W_K$ times the scaling; for None without rotation, as where a token meets itself."""
         return self.scaling * self.q.mT @ self.rotated_k(distance)
 
     def ov(self) -> Float[Tensor, "h D D"]:
@@ -154,7 +153,8 @@ class Weights:
         parts, biases = self._projections(attention, num)
         biases |= {} if output.bias is None else {"o": self.of(output.bias)}
         rotation = self._rotation if self.rotates else None
-        return HeadWeights(*parts, o.unflatten(-1, (num, -1)).movedim(-2, 0), biases, attention.scaling, rotation)
+        q, k, v = parts
+        return HeadWeights(q, k, v, o.unflatten(-1, (num, -1)).movedim(-2, 0), biases, attention.scaling, rotation)
 
     def _projections(self, attention: Any, num: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Queries, keys and values by head, and their biases."""
@@ -238,8 +238,8 @@ def head_weights(net: Functional, params: Params, layer: int) -> HeadWeights:
     r"""The query, key, value and output matrices of every attention head of a layer, for column vectors.
 
     W_Q (heads, d, D), W_K and W_V (key and value heads, d, D), W_O (heads, D, d), cut as the family lays them out: rows of a
-    linear layer, columns of a Conv1D (GPT-2: all queries, then all keys, then all values), head by head (GPT-NeoX); with their
-    biases and nothing folded. Where queries and keys are rotated, `qk` depends on the distance of query and key
+    linear layer, columns of a Conv1D (GPT-2: all queries, then all keys, then all values), head by head (GPT-NeoX); with
+    their biases and nothing folded. Where queries and keys are rotated, `qk` depends on the distance of query and key
     (`qk(distance)`); where they are normed by themselves (Qwen3), it is what comes before that norm, whose scale depends on
     the token. In float32 at least.
 
