@@ -54,6 +54,15 @@ def test_logit_lens_is_its_definition_and_ends_at_the_model(line):
     assert_close(whole.entropy_stderr, found.entropy_stderr, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("line", EVERY)
+def test_bare_token_ids_are_read_as_a_mapping_of_them(line):
+    net, ids = net_of(line), tokens(1, 2, 7)["input_ids"]
+    bare, named = (logit_lens(fs.objective(net, [x], fs.causal_lm), net.params) for x in (ids, {"input_ids": ids}))
+    assert_close(bare.log_prob, named.log_prob)
+    seen = fs.trace(net, net.params, ids, ["logits"])
+    assert_close(seen["logits"], net.apply(net.params, ids), rtol=1e-5, atol=1e-6)
+
+
 def dense_jacobians(net, inputs):
     """d h_L / d h_l of one sequence, (L, t, D, t, D), from the pass as it is."""
     num = Weights(net, net.params).num_layers

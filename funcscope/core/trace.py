@@ -243,6 +243,8 @@ def _run(
                 f"`{name}` is made of other sites and read by none: replace `z`, `attn_out` or `resid_post`."
             )
     one = _Pass(names, edits)
+    if body is not None and isinstance(inputs, Tensor):  # the kernel takes the mask that it is given, and makes none
+        inputs = {"input_ids": inputs}
     made = with_float_mask(net._skeleton, inputs) if body is not None and isinstance(inputs, Mapping) else inputs
     token = _PASS.set(one)
     try:

@@ -6,11 +6,10 @@ from .lens import JacobianLens, LogitLens, jacobian_lens, logit_lens
 from .logit_attribution import (
     Contributions,
     LogitAttribution,
-    ScoreAttribution,
     logit_attribution,
     logit_contributions,
-    qk_attribution,
 )
+from .score_attribution import ScoreAttribution, qk_attribution
 from .weights import HeadWeights, head_weights
 
 __all__ = [
