@@ -10,7 +10,7 @@ import os
 # operation then takes a hundred times as long as on one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from . import curvature, fisher, landscape, linalg
+from . import curvature, fisher, landscape, linalg, mechanistic
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
@@ -205,6 +205,7 @@ __all__ = [
     "loss_plane",
     "m_sharpness",
     "masked_lm",
+    "mechanistic",
     "mse",
     "normal",
     "objective",

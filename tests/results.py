@@ -30,6 +30,14 @@ from funcscope.fisher import (
     task_conflicts,
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
+from funcscope.mechanistic import (
+    jacobian_lens,
+    logit_attribution,
+    logit_lens,
+    position_jacobian,
+    qk_attribution,
+    qk_ov_circuits,
+)
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
@@ -58,6 +66,18 @@ def second_loss() -> fs.Loss:
 @cache
 def theta() -> torch.Tensor:
     return loss().net.theta
+
+
+@cache
+def language() -> fs.Loss:
+    """A small language model on six sequences."""
+    config = GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8, bos_token_id=1, eos_token_id=1)
+    net = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config).double()))
+    return fs.objective(net, [{"input_ids": seeded(1, lambda: torch.randint(1, 9, (NUM, 5)))}], fs.causal_lm)
+
+
+def words() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([[1, 2, 3, 4]])}
 
 
 def matrix() -> Callable[[torch.Tensor], torch.Tensor]:
@@ -173,6 +193,16 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "HeadCircuits": lambda: qk_ov_circuits(language().net, language().net.params),
+    "LogitAttribution": lambda: logit_attribution(language(), language().net.params),
+    "ScoreAttribution": lambda: qk_attribution(
+        language().net, language().net.params, words(), layer=1, head=0, query=3, key=1
+    ),
+    "LogitLens": lambda: logit_lens(language(), language().net.params),
+    "JacobianLens": lambda: jacobian_lens(language(), language().net.params, key=fs.key(0), method="probes", num=2),
+    "PositionJacobian": lambda: position_jacobian(
+        language().net, language().net.params, words(), key=fs.key(0), method="probes", num=4
+    ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

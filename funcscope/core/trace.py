@@ -130,7 +130,9 @@ def _run(
                 f"`{name}` is made of other sites and read by none: replace `z`, `attn_out` or `resid_post`."
             )
     one = Pass(names, edits)
-    made = with_float_mask(net._skeleton, inputs) if body is not None and isinstance(inputs, Mapping) else inputs
+    if body is not None:  # the kernel takes the mask that it is given, and makes none
+        inputs = _named(inputs)
+    made = with_float_mask(net._skeleton, inputs) if isinstance(inputs, Mapping) and body is not None else inputs
     token = PASS.set(one)
     try:
         out = net._output(net._call(_copy(net, edits, names), "", net._values(params), made))
@@ -139,6 +141,16 @@ def _run(
     out = one.at("logits", out)
     num = 0 if body is None else len(body.blocks)
     return out, Trace(one.seen, _real(inputs, out), one.kernels, num)
+
+
+def _named(inputs: Inputs) -> Mapping[str, Any]:
+    """Token ids alone by their name."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    alone = inputs if isinstance(inputs, tuple) else (inputs,)
+    if len(alone) != 1:
+        raise ValueError(f"`inputs` must be token ids or a mapping, got a tuple of {len(alone)}: name them.")
+    return {"input_ids": alone[0]}
 
 
 def _real(inputs: Any, out: Tensor) -> Bool[Tensor, "b t"]:

@@ -19,6 +19,9 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
+from ..mechanistic.circuits import qk_ov_circuits
+from ..mechanistic.lens import jacobian_lens, logit_lens
+from ..mechanistic.logit_attribution import logit_attribution
 from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
@@ -195,6 +198,26 @@ for _one in (
     Metric(
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
+    ),
+    of_function(
+        "qk_ov_circuits", qk_ov_circuits, ("net", "params"), category="mechanistic", cost=lambda _: 0,
+        drawn=("copying_score", "ov_norm", "qk_norm", "q_composition", "k_composition", "v_composition"),
+        reference="Elhage et al. (2021), A mathematical framework for transformer circuits",
+    ),
+    of_function(
+        "logit_attribution", logit_attribution, ("loss", "params"), category="mechanistic", cost=lambda _: 2,
+        drawn=("heads", "mlp"), reference="Elhage et al. (2021), A mathematical framework for transformer circuits",
+        sentence="The embedding alone adds {embedding} to the target's logit of {logit}.",
+    ),
+    of_function(
+        "logit_lens", logit_lens, ("loss", "params"), category="mechanistic", plan=("chunk",), cost=lambda _: 3,
+        drawn=("kl", "log_prob", "rank", "agreement", "entropy"),
+        reference="nostalgebraist (2020), Interpreting GPT: the logit lens",
+    ),
+    of_function(
+        "jacobian_lens", jacobian_lens, ("loss", "params", KEY), category="mechanistic", plan=("chunk", "chunk_size"),
+        more={"method": "probes", "num": 16}, drawn=("kl", "log_prob", "rank", "agreement", "jacobian_error"),
+        cost=lambda s: 4 + 3 * (s["num"] if s["method"] == "probes" else 768),
     ),
 ):  # fmt: skip
     register(_one)

@@ -1,0 +1,198 @@
+"""What the residual stream says of the next token before the last layer: the logit lens and the Jacobian lens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..core.checks import check_choice, check_count
+from ..core.estimate import wide
+from ..core.keys import Key, check_key
+from ..core.layout import Params
+from ..core.objective import Loss
+from ..core.result import Result, internal, quantity
+from ..core.standard_errors import ratio_stderr
+from ..core.tables import counted
+from ..core.trace import trace
+from .jacobians import mean_jacobians
+from .logit_attribution import check_labels
+from .weights import Weights
+
+NUMBERS = ("kl", "log_prob", "rank", "agreement", "entropy")
+
+
+class LogitLens(Result):
+    """What the residual stream before each layer, and behind the last, predicts when it is read as the last one is.
+
+    Layer l is the stream before block l; the last is what the model itself predicts.
+    """
+
+    kl: Float[Tensor, " l"] = quantity("divergence of the prediction", unit="nats", per="layer", stderr="kl_stderr")
+    kl_stderr: Float[Tensor, " l"]
+    log_prob: Float[Tensor, " l"] = quantity(
+        "log-probability of the target", unit="nats", per="layer", stderr="log_prob_stderr"
+    )
+    log_prob_stderr: Float[Tensor, " l"]
+    rank: Float[Tensor, " l"] = quantity("rank of the target", per="layer", stderr="rank_stderr")
+    rank_stderr: Float[Tensor, " l"]
+    agreement: Float[Tensor, " l"] = quantity("agreement of the first token", per="layer", stderr="agreement_stderr")
+    agreement_stderr: Float[Tensor, " l"]
+    entropy: Float[Tensor, " l"] = quantity(
+        "entropy of the prediction", unit="nats", per="layer", stderr="entropy_stderr"
+    )
+    entropy_stderr: Float[Tensor, " l"]
+    num_sequences: int = internal()
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"layer": [str(layer) for layer in range(len(self.kl))]}
+
+    @property
+    def head(self) -> str:
+        return f"predictions of the residual stream by layer, over {counted(self.num_sequences, 'sequence')}"
+
+
+class JacobianLens(LogitLens):
+    """The logit lens through the mean derivative of the last residual stream by that of each layer."""
+
+    jacobian_norm: Float[Tensor, " l"] = quantity("norm of the mean Jacobian", per="layer")
+    jacobian_error: Float[Tensor, " l"] = quantity("relative error of the mean Jacobian", per="layer")
+    """The norm of its standard errors, over sequences and probes together, over its own norm."""
+    method: str = ""
+    num_probes: int = 0
+
+    @property
+    def notes(self) -> list[str]:
+        text = "the Jacobians are means over these same sequences, and the errors of the lens take them as they are"
+        if self.method == "probes":
+            text += "; their sampling error (`jacobian_error`) adds to the divergences"
+        return [f"{text}."]
+
+
+def logit_lens(loss: Loss, params: Params, *, chunk: int = 256) -> LogitLens:
+    r"""At which layer the prediction is there: the logit lens, with errors over sequences.
+
+    With $h_l$ the residual stream before block l, $h_L$ the last, N the final norm (and c the cap of logits, where one is),
+
+    $$p_l = \mathrm{softmax}(c(W_U N(h_l))): \quad \mathrm{KL}(p_L \| p_l), \quad \log p_l(y), \quad
+      1 + \#\{v : p_l(v) > p_l(y)\}, \quad [\arg\max p_l = \arg\max p_L], \quad H(p_l),$$
+
+    in nats, y the target; means over scored positions by their weights. An early stream is not written in the last one's
+    basis: a large divergence may be that. chunk: positions whose logits are in memory at a time.
+
+    nostalgebraist (2020), Interpreting GPT: the logit lens.
+
+    Raises ValueError where logits are not linear in the output of a final norm, and for targets that are no labels.
+
+    >>> import torch, funcscope as fs
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = fs.functional(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8)))
+    >>> found = logit_lens(fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6]])], fs.causal_lm), net.params)
+    >>> len(found.kl), float(found.kl[-1]), float(found.agreement[-1])
+    (3, 0.0, 1.0)
+    """
+    return LogitLens(**_numbers(loss, params, lambda _, h: h, chunk))
+
+
+def jacobian_lens(
+    loss: Loss,
+    params: Params,
+    *,
+    key: Key,
+    method: Literal["exact", "probes"] = "exact",
+    num: int = 1,
+    chunk: int = 256,
+    chunk_size: int = 16,
+) -> JacobianLens:
+    r"""What each layer's residual stream disposes the model to say: the logit lens through the mean Jacobian.
+
+    $$\mathrm{logits}_l = c(W_U\, N(J_l h_l)), \qquad
+      J_l = \overline{\partial h_L[t] / \partial h_l[t]},$$
+
+    the mean over scored positions t, by their weights, of the derivative at the same position; numbers as in `logit_lens`.
+    J changes the basis of an early layer into that of the last. See `mean_jacobians` for `method` and `num`.
+
+    Two passes over the data, and D (exact) or `num` products between. chunk: positions whose logits are in memory at a time;
+    chunk_size: products that are made together.
+
+    Raises ValueError as `logit_lens` does, and for models that are not causal.
+    """
+    check_choice("method", method, ("exact", "probes"))
+    check_key(key)
+    check_count("num", num)
+    mean = mean_jacobians(loss, params, key=key, method=method, num=num, chunk_size=chunk_size)
+    turned = [*mean.jacobians, None]
+
+    def through(layer: int, h: Tensor) -> Tensor:
+        matrix = turned[layer]
+        return h if matrix is None else h @ matrix.to(h).T
+
+    numbers = _numbers(loss, params, through, chunk)
+    last = torch.eye(mean.jacobians.shape[-1], dtype=torch.float64).norm()
+    norms = torch.cat([mean.jacobians.flatten(1).norm(dim=1).cpu(), last[None]])
+    errors = torch.cat([mean.stderr_norm.cpu() / norms[:-1], torch.zeros(1, dtype=torch.float64)])
+    num_probes = num if method == "probes" else 0
+    return JacobianLens(**numbers, jacobian_norm=norms, jacobian_error=errors, method=method, num_probes=num_probes)
+
+
+def _numbers(loss: Loss, params: Params, through: Callable[[int, Tensor], Tensor], chunk: int) -> dict[str, Any]:
+    """Fields of a `LogitLens`."""
+    check_count("chunk", chunk)
+    w = Weights(loss.net, params)
+    w.check_linear_head()
+    sums, weights = [], []
+    with torch.no_grad():
+        for inputs, targets in loss.batches:
+            index, weight = check_labels(targets)
+            seen = trace(loss.net, params, inputs, ["resid_pre.0", "resid_post"])
+            streams = [seen["resid_pre.0"], *(seen[f"resid_post.{i}"] for i in range(w.num_layers))]
+            sums.append(_of_batch(w, streams, index, weight, through, chunk).cpu())
+            weights.append(weight.sum(1, dtype=wide(weight.device)).cpu())
+    total, per = torch.cat(sums, -1), torch.cat(weights)
+    means, errors = total.sum(-1) / per.sum(), ratio_stderr(total, per)
+    made = dict(zip(NUMBERS, means, strict=True)) | {
+        f"{name}_stderr": x for name, x in zip(NUMBERS, errors, strict=True)
+    }
+    return {**made, "num_sequences": int((per != 0).sum())}
+
+
+def _of_batch(
+    w: Weights,
+    streams: Sequence[Float[Tensor, "b t D"]],
+    index: Int[Tensor, "b t"],
+    weight: Float[Tensor, "b t"],
+    through: Callable[[int, Tensor], Tensor],
+    chunk: int,
+) -> Float[Tensor, "numbers l b"]:
+    """Weighted sums per sequence, the logits of a few positions at a time."""
+    sums = torch.zeros(len(NUMBERS), len(streams), len(index), dtype=wide(index.device), device=index.device)
+    for at in (weight != 0).nonzero().split(chunk):
+        rows, places = at.T
+        target, scale = index[rows, places], weight[rows, places].to(sums)
+
+        def log_probs(layer: int, rows: Tensor = rows, places: Tensor = places) -> Tensor:
+            h = streams[layer][rows, places].to(w.unembedding[0].dtype)
+            return w.logits(w.final(through(layer, h))).log_softmax(-1)
+
+        last = log_probs(len(streams) - 1)
+        for layer in range(len(streams)):
+            each = last if layer == len(streams) - 1 else log_probs(layer)
+            sums[:, layer].index_add_(1, rows, _compared(each, last, target).to(sums) * scale)
+    return sums
+
+
+def _compared(
+    log_p: Float[Tensor, "n V"], last: Float[Tensor, "n V"], target: Int[Tensor, " n"]
+) -> Float[Tensor, "numbers n"]:
+    chosen = log_p.gather(1, target[:, None])
+    return torch.stack([
+        (last.exp() * (last - log_p)).sum(1),
+        chosen[:, 0],
+        1 + (log_p > chosen).sum(1).to(log_p),
+        (log_p.argmax(1) == last.argmax(1)).to(log_p),
+        -(log_p.exp() * log_p).sum(1),
+    ])  # fmt: skip
