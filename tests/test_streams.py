@@ -169,5 +169,5 @@ def test_memory_is_flat_in_the_number_of_batches():
         call = [sys.executable, "-c", MANY, str(num), way]
         return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
 
-    assert growth(30, "streamed") - growth(6, "streamed") < 20
+    assert growth(30, "streamed") - growth(6, "streamed") < 60
     assert growth(30, "kept") - growth(6, "kept") > 400  # negative control

@@ -23,13 +23,13 @@ class Config:
     num_heads: int = 4
     vocab_size: int = 64
     """Tokens that blocks are made of; one more begins a sequence."""
-    shortest: int = 4
+    shortest: int = 8
     longest: int = 16
     """Tokens of a block."""
     batch_size: int = 32
     num_scored: int = 128
     """Sequences of each split."""
-    steps: int = 700
+    steps: int = 600
     learning_rate: float = 4e-3
     seed: int = 0
 
