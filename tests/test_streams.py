@@ -77,8 +77,12 @@ def test_padding_on_the_left_is_no_part_of_a_place():
     net = fs.functional(problem("llama").model)
     right = tokens(7, 3, 9, pad=4)
     counts = right["attention_mask"].sum(1)
-    left = {name: torch.stack([row.roll(9 - int(n)) for row, n in zip(x, counts, strict=True)]) for name, x in right.items()}
-    one, other = (fs.streamed(net, net.params, [b], ["resid_post.1"], key=fs.key(0), size=5).sample for b in (right, left))
+    left = {
+        name: torch.stack([row.roll(9 - int(n)) for row, n in zip(x, counts, strict=True)]) for name, x in right.items()
+    }
+    one, other = (
+        fs.streamed(net, net.params, [b], ["resid_post.1"], key=fs.key(0), size=5).sample for b in (right, left)
+    )
     assert one.position.equal(other.position)
     assert_close(one.rows["resid_post.1"], other.rows["resid_post.1"], rtol=1e-8, atol=1e-8)
 

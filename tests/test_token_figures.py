@@ -1,5 +1,7 @@
 """Figures on a text: what they show, of which token, and that texts are never markup."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from plotly.graph_objects import Figure
@@ -89,7 +91,7 @@ def test_boxes_are_in_their_order_and_do_not_overlap():
     texts = [visible("w" * (1 + i % 9)) for i in range(100)]
     boxes = placed(texts, [False] * 100)
     assert boxes == sorted(boxes)
-    for (line, _, right), (then, left, _) in zip(boxes, boxes[1:], strict=False):
+    for (line, _, right), (then, left, _) in pairwise(boxes):
         assert then > line or left >= right
     assert max(right for _, _, right in boxes) <= PER_LINE
     assert boxes[-1][0] > 5

@@ -54,7 +54,9 @@ class Reservoir(NamedTuple):
     def merge(self, other: Reservoir) -> Reservoir:
         """Of the rows that either has seen, which must be different ones: in the order of their priority."""
         if (self.key, self.size) != (other.key, other.size):
-            raise ValueError("reservoirs of different keys or sizes are no samples of one corpus: make both from one call.")
+            raise ValueError(
+                "reservoirs of different keys or sizes are no samples of one corpus: make both from one call."
+            )
         if not self.num or not other.num:
             return self if self.num else other
         priority = torch.cat([self.priority, other.priority])

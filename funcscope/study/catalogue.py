@@ -196,5 +196,9 @@ for _one in (
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
     ),
+    Metric(
+        "induction_curves", trajectories.induction_curves, ("curves",), on="series", category="mechanistic",
+        cost=lambda _: 0, reference="Olsson et al. (2022), arXiv:2209.11895",
+    ),
 ):  # fmt: skip
     register(_one)

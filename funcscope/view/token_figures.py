@@ -24,7 +24,9 @@ SIGNED = ((0.0, "#0072B2"), (0.5, "#ffffff"), (1.0, "#D55E00"))
 """Blue below zero, vermilion above: told apart with any colour vision."""
 
 
-def attention_viewer(patterns: Float[np.ndarray, "l h t t"], tokens: Sequence[str], *, start: tuple[int, int] = (0, 0)) -> go.Figure:
+def attention_viewer(
+    patterns: Float[np.ndarray, "l h t t"], tokens: Sequence[str], *, start: tuple[int, int] = (0, 0)
+) -> go.Figure:
     """The attention pattern of one head at a time, queries down and keys across; a menu picks the layer and the head.
 
     patterns: of one sequence, by layer and head, each row of queries a distribution over keys. tokens: their texts.
@@ -49,20 +51,40 @@ def attention_viewer(patterns: Float[np.ndarray, "l h t t"], tokens: Sequence[st
     fig = blank(560, "").update_layout(plot_bgcolor=HOLE, margin={"l": 90, "r": 20, "b": 80, "t": 70})
     fig.add_trace(
         go.Heatmap(
-            z=each[start], zmin=0, zmax=1, colorscale=COLOURS, name="attention", hoverongaps=False,
+            z=each[start],
+            zmin=0,
+            zmax=1,
+            colorscale=COLOURS,
+            name="attention",
+            hoverongaps=False,
             text=[[f"from {query}<br>to {key}" for key in texts] for query in texts],
             hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>",
-            colorbar={"title": {"text": "attention", "font": {"size": 13, "color": MUTED}}, "thickness": 13, "outlinewidth": 0},
-        )  # fmt: skip
+            colorbar={
+                "title": {"text": "attention", "font": {"size": 13, "color": MUTED}},
+                "thickness": 13,
+                "outlinewidth": 0,
+            },
+        )
     )
     at = range(0, len(tokens), math.ceil(len(tokens) / MOST_LABELS))
-    ticks = {"tickvals": [*at], "ticktext": [visible(tokens[i]) for i in at], "showgrid": False, "tickfont": {"size": 10}}
+    ticks = {
+        "tickvals": [*at],
+        "ticktext": [visible(tokens[i]) for i in at],
+        "showgrid": False,
+        "tickfont": {"size": 10},
+    }
     fig.layout.xaxis.update(ticks, title={"text": "key: looked at"}, tickangle=-90, constrain="domain", automargin=True)
     fig.layout.yaxis.update(
-        ticks, title={"text": "query: looks"}, autorange="reversed", scaleanchor="x", constrain="domain", automargin=True
+        ticks,
+        title={"text": "query: looks"},
+        autorange="reversed",
+        scaleanchor="x",
+        constrain="domain",
+        automargin=True,
     )
     choices = [
-        {"label": f"layer {i}, head {j}", "method": "restyle", "args": [{"z": [values]}, [0]]} for (i, j), values in each.items()
+        {"label": f"layer {i}, head {j}", "method": "restyle", "args": [{"z": [values]}, [0]]}
+        for (i, j), values in each.items()
     ]
     menu = {
         "buttons": choices, "active": start[0] * heads + start[1], "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
@@ -72,7 +94,11 @@ def attention_viewer(patterns: Float[np.ndarray, "l h t t"], tokens: Sequence[st
 
 
 def attribution_text(
-    tokens: Sequence[str], attribution: Float[np.ndarray, " t"], *, unit: str = "", stderr: Float[np.ndarray, " t"] | None = None
+    tokens: Sequence[str],
+    attribution: Float[np.ndarray, " t"],
+    *,
+    unit: str = "",
+    stderr: Float[np.ndarray, " t"] | None = None,
 ) -> go.Figure:
     """A text whose tokens are coloured by what each adds (vermilion) or takes away (blue); values and errors on hover.
 
@@ -83,7 +109,9 @@ def attribution_text(
     """
     values = np.asarray(attribution, np.float64)
     if values.shape != (len(tokens),) or not len(tokens):
-        raise ValueError(f"`attribution` must have a number for each of {len(tokens)} tokens, got shape {values.shape}.")
+        raise ValueError(
+            f"`attribution` must have a number for each of {len(tokens)} tokens, got shape {values.shape}."
+        )
     finite = np.abs(values[np.isfinite(values)])
     most = float(finite.max(initial=0.0)) or 1.0
     boxes = placed([visible(token) for token in tokens], ["\n" in token or "Ċ" in token for token in tokens])
@@ -95,24 +123,49 @@ def attribution_text(
         for at, (token, value, error) in enumerate(zip(tokens, values, errors, strict=True))
     ]
     for (line, left, right), value in zip(boxes, values, strict=True):
-        corners = {"x0": left, "x1": right, "y0": line - 0.42, "y1": line + 0.42, "line": {"width": 0}, "layer": "below"}
+        corners = {
+            "x0": left,
+            "x1": right,
+            "y0": line - 0.42,
+            "y1": line + 0.42,
+            "line": {"width": 0},
+            "layer": "below",
+        }
         fig.add_shape(corners, type="rect", fillcolor=shade(value / most))
     middle = [(left + right) / 2 for _, left, right in boxes]
     colours = ["white" if value < -0.7 * most else INK for value in values]  # black is read better on vermilion
     fig.add_trace(
         go.Scatter(
-            x=middle, y=[line for line, _, _ in boxes], mode="markers+text", text=[visible(token) for token in tokens],
-            textposition="middle center", textfont={"family": "ui-monospace, Menlo, Consolas, monospace", "size": 12, "color": colours},
-            hovertext=hover, hovertemplate="%{hovertext}<extra></extra>", showlegend=False, name="attribution",
+            x=middle,
+            y=[line for line, _, _ in boxes],
+            mode="markers+text",
+            text=[visible(token) for token in tokens],
+            textposition="middle center",
+            textfont={"family": "ui-monospace, Menlo, Consolas, monospace", "size": 12, "color": colours},
+            hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>",
+            showlegend=False,
+            name="attribution",
             marker={
-                "size": 18, "opacity": 0, "color": np.where(np.isfinite(values), values, 0.0), "cmin": -most, "cmax": most,
+                "size": 18,
+                "opacity": 0,
+                "color": np.where(np.isfinite(values), values, 0.0),
+                "cmin": -most,
+                "cmax": most,
                 "colorscale": [list(stop) for stop in SIGNED],
-                "showscale": True, "colorbar": {
-                    "orientation": "h", "thickness": 10, "len": 0.5, "y": 0, "yanchor": "top", "ypad": 20, "outlinewidth": 0,
+                "showscale": True,
+                "colorbar": {
+                    "orientation": "h",
+                    "thickness": 10,
+                    "len": 0.5,
+                    "y": 0,
+                    "yanchor": "top",
+                    "ypad": 20,
+                    "outlinewidth": 0,
                     "title": {"text": plain(f"attribution ({unit})" if unit else "attribution"), "side": "bottom"},
                 },
             },
-        )  # fmt: skip
+        )
     )
     hidden = {"visible": False}
     fig.layout.xaxis.update(hidden, range=[-0.5, max(PER_LINE, max(right for _, _, right in boxes)) + 0.5])

@@ -15,11 +15,12 @@ from .training import Point, train
 from .variants import EVERY, Config, schedule
 
 __all__ = [
-    "EVERY", "FAMILY", "Config", "Point", "Scores", "checkpoint", "data", "make", "network", "path", "repeated", "schedule",
-    "scores", "train",
+    "CONFIGS", "EVERY", "FAMILY", "Config", "Point", "Scores", "checkpoint", "data", "make", "network", "path", "repeated",
+    "schedule", "scores", "train",
 ]  # fmt: skip
 
 CONFIGS = {"two_layers": Config(), "one_layer": Config(num_layers=1), "llama": Config(mlp=True)}
+"""By variant: attention only, of two layers and of one, and two layers with MLPs."""
 
 FAMILY = register(
     Family(

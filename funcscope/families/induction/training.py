@@ -63,7 +63,9 @@ def train(config: Config, folder: Path, steps: Sequence[int]) -> Iterator[Point]
             optimiser.step()
 
     point = one_thread()(lambda step: measured(model, config, step))
-    yield from trained("induction", model, optimiser, config, folder, steps, update=update, point=point, every=EVERY, of=Point)
+    yield from trained(
+        "induction", model, optimiser, config, folder, steps, update=update, point=point, every=EVERY, of=Point
+    )
 
 
 def rate(step: int, config: Config) -> float:
