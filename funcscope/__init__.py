@@ -23,6 +23,7 @@ from .core.remat import remat
 from .core.restrict import grid, restrict
 from .core.result import Result, derived, internal, quantity
 from .core.running import running_statistics
+from .core.streams import reservoir, streamed
 from .core.trace import Patch, Trace, apply_with, pattern_blocks, sites_of, trace
 from .curvature import (
     Audit,
@@ -220,6 +221,7 @@ __all__ = [
     "register",
     "relative_critical_sharpness",
     "remat",
+    "reservoir",
     "restrict",
     "running_statistics",
     "sam_sharpness",
@@ -229,6 +231,7 @@ __all__ = [
     "spectral_density",
     "spectrum_summary",
     "stack",
+    "streamed",
     "sweep",
     "trace",
     "trace_errors",

@@ -40,7 +40,7 @@ from funcscope.mechanistic import (
 )
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
-from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
+from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -180,6 +180,14 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "TrainingCurves": lambda: training_curves(
         {"step": np.array([0, 10])}
         | dict.fromkeys(("train_loss", "test_loss", "train_accuracy", "test_accuracy"), np.array([0.5, np.nan]))
+    ),
+    "InductionCurves": lambda: induction_curves(
+        {"step": np.array([0, 10])}
+        | {
+            f"{name}{end}": np.array([0.5, 0.7]) * scale
+            for name in ("second_loss", "gain", "induction", "previous")
+            for end, scale in (("", 1.0), ("_stderr", 0.1))
+        }
     ),
     "LossComparison": lambda: loss_comparison(
         ["a", "b"], [mean_loss(loss(), loss().layout.unravel(scale * theta())) for scale in (1, 2)]

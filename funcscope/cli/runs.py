@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..core.result import Result
 from ..core.tables import counted, numbers, said
 from ..families import family
-from ..study import demo, text_demo
+from ..study import demo, induction_demo, text_demo
 from ..study.listing import Listing, terminal_width
 from ..study.results import Results
 from ..study.training import trained
@@ -22,23 +24,24 @@ from .studies import add_import
 def add_demo(commands: Any) -> None:
     show = commands.add_parser(
         "demo",
-        help="train small models, and measure them: one that groks, or language models of two tasks",
+        help="train small models, and measure them: one that groks, language models of two tasks, or induction heads",
         description="modular: trains a one-layer transformer on modular addition (or goes on, or reuses what is there), and "
         "samples its loss along random directions at its checkpoints. text: trains a language model of prose and code, "
-        "fine-tunes it on each, and measures all three on both. Prints a table, and writes a page and the numbers.",
+        "fine-tunes it on each, and measures all three on both. induction: trains transformers of one and two layers on "
+        "repeated random tokens, and measures how induction heads grow. Prints a table, and writes a page and the numbers.",
     )
     show.add_argument(
         "--family", choices=tuple(_DEMOS), default="modular", help="which models are trained (default: %(default)s)"
     )
     show.add_argument("--quick", action="store_true", help="smaller models, and fewer measurements")
     show.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: ./funcscope-demo, of text ./funcscope-demo-text"
+        "--out", type=Path, metavar="DIR", help="default: ./funcscope-demo, of another family ./funcscope-demo-FAMILY"
     )
     show.add_argument(
         "--samples",
         type=int,
         metavar="N",
-        help="random directions per model (default 50, quick 20; of text 10, quick 5)",
+        help="random directions per model (default 50, quick 20; of text 10, quick 5; of induction 20, quick 5)",
     )
     show.add_argument("--span", type=float, metavar="H", help="relative step along each direction (default 0.1)")
     show.add_argument("--seed", type=int, metavar="S", help="another data split, initialisation and set of directions")
@@ -89,16 +92,15 @@ def _demo(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     try:
         results = kind.run(settings, out)
-        from ..view import demo as run_page  # plotly takes a second to import, and is an extra
-        from ..view import text_demo as texts_page
-
-        written = texts_page if args.family == "text" else run_page
+        written = import_module(
+            f"funcscope.view.{kind.__name__.rpartition('.')[2]}"
+        )  # plotly takes a second, and is an extra
         page = written.write_page(results, out / f"{settings.name}.html")
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was made is kept in {out}, the same command goes on from there.")
         return 130
-    table = _texts_table(results) if args.family == "text" else _table(results)
-    print(table.text(terminal_width()))
+    tables = {"modular": _table, "text": _texts_table, "induction": _induction_table}
+    print(tables[args.family](results).text(terminal_width()))
     print(f"\n{time.perf_counter() - started:.0f} s\npage     {page}\nstudy    {out}")
     return 1 if results.failed else 0
 
@@ -106,6 +108,7 @@ def _demo(args: argparse.Namespace) -> int:
 _DEMOS: dict[str, tuple[Any, Path]] = {
     "modular": (demo, Path("funcscope-demo")),
     "text": (text_demo, Path("funcscope-demo-text")),
+    "induction": (induction_demo, Path("funcscope-demo-induction")),
 }
 """By the family that is trained: what runs it, and where it is kept unless something else is said."""
 
@@ -163,6 +166,28 @@ def _texts_table(results: Results) -> Listing:
             cells = (_number(there[metric], each) if metric in there else "" for metric, each, _ in TEXT_COLUMNS)
             rows.append((Path(name).name, *cells))
     return Listing(("model", *(title for _, _, title in TEXT_COLUMNS)), tuple(rows))
+
+
+INDUCTION_COLUMNS = {
+    "second_loss": "loss on the second copy",
+    "gain": "gain",
+    "induction": "induction score",
+    "previous": "previous-token score",
+}
+"""Of the table of models that grow induction heads: titles by quantity."""
+
+
+def _induction_table(results: Results) -> Listing:
+    """Losses and scores of every model at its checkpoints."""
+    rows = []
+    for result, name in ((o.result, o.group) for o in results.outcomes if o.metric == "induction_curves"):
+        places = {step: i for i, step in enumerate(result.coords["step"])} if result is not None else {}
+        for step in (model.step for model in results.groups[name] if model.step in places):
+            pairs = (
+                (getattr(result, f"{each}{end}")[places[step]] for end in ("", "_stderr")) for each in INDUCTION_COLUMNS
+            )
+            rows.append((re.sub(r"-[0-9a-f]{8}$", "", name), f"{step}", *(said(*map(float, pair)) for pair in pairs)))
+    return Listing(("model", "step", *INDUCTION_COLUMNS.values()), tuple(rows))
 
 
 def _number(result: Result, name: str) -> str:

@@ -219,5 +219,9 @@ for _one in (
         more={"method": "probes", "num": 16}, drawn=("kl", "log_prob", "rank", "agreement", "jacobian_error"),
         cost=lambda s: 4 + 3 * (s["num"] if s["method"] == "probes" else 768),
     ),
+    Metric(
+        "induction_curves", trajectories.induction_curves, ("curves",), on="series", category="mechanistic",
+        cost=lambda _: 0, reference="Olsson et al. (2022), arXiv:2209.11895",
+    ),
 ):  # fmt: skip
     register(_one)

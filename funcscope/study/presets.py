@@ -53,3 +53,12 @@ TEXT: Preset = {
     "linear_path": {"num": 11},
 }
 """Of a base model and those fine-tuned from it, on the data of each: what the demonstration of the family `text` measures."""
+INDUCTION: Preset = {
+    "training_curves": {},
+    "induction_curves": {},
+    "mean_loss": {},
+    "directional_losses": {},
+    "landscape_flatness": {},
+    "sam_sharpness": {"norm_threshold": 0.0},
+}
+"""Of models that grow induction heads: the curves, then what is measured at every checkpoint on the probe."""

@@ -16,8 +16,6 @@ from ..core.store import load, save
 from ..families.family import Family, Setup
 from .runs import Variant, begin
 
-CURVES = ("step", "train_loss", "test_loss", "train_accuracy", "test_accuracy")
-
 
 def trained(family: Family, setup: Setup, out: Path, *, name: str = "", quiet: bool = False) -> Variant:
     """The variant's folder under `out`, with all its checkpoints and its curves. name: of the variant, as pages show it.
@@ -43,7 +41,7 @@ def _digest(config: Any) -> str:
 
 
 def _keep_curves(variant: Variant, points: Sequence) -> None:
-    columns = {name: np.array([getattr(point, name) for point in points]) for name in CURVES}
+    columns = {name: np.array([getattr(point, name) for point in points]) for name in points[0]._fields}
     path = variant.path / "curves.npz"
     if not path.is_file() or len(load(path).arrays["step"]) != len(points):
         save(path, columns, {"settings": variant.head}, copy=False)

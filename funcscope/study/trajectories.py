@@ -48,8 +48,45 @@ class TrainingCurves(Result):
 
 def training_curves(curves: Mapping[str, np.ndarray]) -> TrainingCurves:
     """Loss and accuracy on the training and the test data, over the steps of training."""
-    columns: dict[str, Any] = {name: torch.as_tensor(np.asarray(x, dtype=np.float64)) for name, x in curves.items()}
-    return TrainingCurves(steps=columns.pop("step").long().tolist(), **columns)
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    return TrainingCurves(**_columns(curves, names), steps=_steps(curves))
+
+
+class InductionCurves(Result):
+    """How induction heads grew, as it was written down during training; made by `induction_curves`."""
+
+    second_loss: Tensor = quantity("loss on the second copy", unit="nats", per="step", stderr="second_loss_stderr")
+    gain: Tensor = quantity("gain in the second copy", unit="nats", per="step", stderr="gain_stderr")
+    induction: Tensor = quantity("largest induction score", per="step", stderr="induction_stderr")
+    previous: Tensor = quantity("largest previous-token score of layer 0", per="step", stderr="previous_stderr")
+    second_loss_stderr: Tensor
+    gain_stderr: Tensor
+    induction_stderr: Tensor
+    previous_stderr: Tensor
+    steps: list[int] = internal()
+
+    @property
+    def coords(self) -> Mapping[str, list[int]]:
+        return {"step": self.steps}
+
+    @property
+    def head(self) -> str:
+        return f"induction over training, {counted(len(self.steps), 'point')}"
+
+
+def induction_curves(curves: Mapping[str, np.ndarray]) -> InductionCurves:
+    """The gain in the second copy of a random block, and the heads that look for what came before, over training.
+
+    Per token that can be known, the loss on the second copy; how much lower it is than on the same tokens in the first one;
+    the largest induction score (attention to the token behind the earlier occurrence of the current one) of all heads, and
+    the largest previous-token score of the heads of the first layer. Errors are over sequences.
+
+    Raises ValueError for the curves of a family without these columns. Olsson et al. (2022), arXiv:2209.11895.
+    """
+    names = [f"{name}{end}" for end in ("", "_stderr") for name in ("second_loss", "gain", "induction", "previous")]
+    if missing := [name for name in names if name not in curves]:
+        raise ValueError(f"the curves of this run have no {missing[0]!r}: they are those of the family `induction`.")
+    return InductionCurves(**_columns(curves, names), steps=_steps(curves))
 
 
 class TrajectoryPlane(Result):
@@ -169,3 +206,11 @@ def _check_data(names: Sequence[str], losses: Sequence[MeanLoss]) -> None:
 def barrier_matrix(loss: Loss, members: Sequence[Any], names: Sequence[str], *, num: int = 11) -> BarrierMatrix:
     """Barriers on the straight lines between every two of the models: which of them share a basin? See `barrier_matrix`."""
     return barriers(loss, [member.end for member in members], num=num, names=list(names))
+
+
+def _columns(curves: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, Any]:
+    return {name: torch.as_tensor(np.asarray(curves[name], dtype=np.float64)) for name in names}
+
+
+def _steps(curves: Mapping[str, np.ndarray]) -> list[int]:
+    return [int(step) for step in curves["step"]]

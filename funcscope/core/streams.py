@@ -1,0 +1,235 @@
+"""What is kept of a corpus that passes by batch by batch: moments of a site, and a uniform sample of its positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .checks import check_count
+from .estimate import wide
+from .forward import Inputs
+from .keys import Key, check_key, fold_in, uniform
+from .layout import Params
+from .model import Functional
+from .trace import trace
+
+Rows = Float[Tensor, "n d"]
+
+
+class Reservoir(NamedTuple):
+    """A uniform sample of the rows that were seen, without replacement; made by `reservoir`."""
+
+    key: Key
+    size: int
+    """Rows that are kept at most."""
+    rows: dict[str, Rows]
+    """By name: of several sites, the values at the same positions."""
+    sequence: Int[Tensor, " n"]
+    """Where each row is from: its sequence, counted from 0 over all batches,"""
+    position: Int[Tensor, " n"]
+    """and its place among the tokens of that, padding not counted."""
+    priority: Float[Tensor, " n"]
+    num: int
+    """Rows that were seen."""
+
+    def update(self, rows: Mapping[str, Tensor], sequence: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Reservoir:
+        """With more rows. Raises ValueError where names or lengths do not fit those of before."""
+        if self.rows and self.rows.keys() != rows.keys():
+            raise ValueError(f"`rows` must be of {', '.join(self.rows)}, got {', '.join(rows)}.")
+        if bad := [name for name, each in rows.items() if len(each) != len(sequence)]:
+            raise ValueError(f"`rows` of {bad[0]} are {len(rows[bad[0]])}, and `sequence` names {len(sequence)}.")
+        priority = _priorities(self.key, sequence, position)
+        few = priority.sort(stable=True).indices[: self.size]
+        part = Reservoir(
+            self.key, self.size, {name: each[few.to(each.device)] for name, each in rows.items()},
+            sequence.cpu()[few], position.cpu()[few], priority[few], len(priority),
+        )  # fmt: skip
+        return self.merge(part)
+
+    def merge(self, other: Reservoir) -> Reservoir:
+        """Of the rows that either has seen, which must be different ones: in the order of their priority."""
+        if (self.key, self.size) != (other.key, other.size):
+            raise ValueError(
+                "reservoirs of different keys or sizes are no samples of one corpus: make both from one call."
+            )
+        if not self.num or not other.num:
+            return self if self.num else other
+        priority = torch.cat([self.priority, other.priority])
+        few = priority.sort(stable=True).indices[: self.size]
+        sequence, position = (
+            torch.cat(each)[few]
+            for each in ((self.sequence, other.sequence), (self.position, other.position))
+        )  # fmt: skip
+        rows = {name: torch.cat([each, other.rows[name]])[few.to(each.device)] for name, each in self.rows.items()}
+        return Reservoir(self.key, self.size, rows, sequence, position, priority[few], self.num + other.num)
+
+
+def reservoir(key: Key, size: int) -> Reservoir:
+    """An empty sample of at most `size` rows: of every set of so many rows, each is as likely to stay.
+
+    Every row has a random priority, of 48 bits, which follows from the key, its sequence and its position alone, and the rows
+    with the smallest ones stay: the same whatever the batches are, in which order they come, and how parts are merged.
+
+    Vitter (1985), doi:10.1145/3147.3165, section 2 (a random sort).
+
+    >>> from funcscope.core.keys import key
+    >>> x, at = torch.arange(9.0)[:, None], torch.arange(9)
+    >>> whole = reservoir(key(0), 3).update({"x": x}, at * 0, at)
+    >>> half = reservoir(key(0), 3).update({"x": x[5:]}, at[5:] * 0, at[5:]).update({"x": x[:5]}, at[:5] * 0, at[:5])
+    >>> whole.rows["x"].equal(half.rows["x"]), whole.num
+    (True, 9)
+    """
+    check_key(key)
+    check_count("size", size)
+    none = torch.zeros(0, dtype=torch.long)
+    return Reservoir(key, size, {}, none, none, torch.zeros(0, dtype=torch.float64), 0)
+
+
+class Moments(NamedTuple):
+    r"""Mean and scatter of rows, $S = \sum_i (x_i - \mu)(x_i - \mu)^\top$, in float64, merged without cancellation.
+
+    The rows are tokens, which are not independent: the error of the mean is over the sequences that they are of.
+
+    Chan, Golub, LeVeque (1983), doi:10.1080/00031305.1983.10483115.
+    """
+
+    num: int
+    """Rows."""
+    num_sequences: int
+    """With a row."""
+    mean: Float[Tensor, " d"]
+    scatter: Float[Tensor, "d *d"]
+    """A matrix, or its diagonal."""
+    squares: Float[Tensor, "3 d"]
+    """Over sequences, sums of $(a - c n)^2$, $(a - c n)\\, n$ and $n^2$: a is a sequence's sum, n its rows, c the origin."""
+    origin: Float[Tensor, " d"]
+
+    @property
+    def second_moment(self) -> Float[Tensor, "d *d"]:
+        r"""$\tfrac1n \sum_i x_i x_i^\top$, not centred; its diagonal where only that is known."""
+        square = torch.outer(self.mean, self.mean) if self.scatter.ndim == 2 else self.mean.square()
+        return self.scatter / self.num + square
+
+    @property
+    def covariance(self) -> Float[Tensor, "d *d"]:
+        """Centred, by n - 1."""
+        return self.scatter / (self.num - 1) if self.num > 1 else torch.full_like(self.scatter, math.nan)
+
+    @property
+    def mean_stderr(self) -> Float[Tensor, " d"]:
+        """Of the mean, over sequences: `standard_errors.ratio_stderr`; nan below two."""
+        if self.num_sequences < 2:
+            return torch.full_like(self.mean, math.nan)
+        (aa, an, nn), shift = self.squares, self.mean - self.origin
+        beside = (aa - 2 * shift * an + shift.square() * nn).clamp_min(0)
+        return (self.num_sequences / (self.num_sequences - 1) * beside).sqrt() / self.num
+
+
+class Streamed(NamedTuple):
+    """What is known of a corpus after it has passed."""
+
+    moments: dict[str, Moments]
+    """By site."""
+    sample: Reservoir | None
+
+
+@torch.no_grad()
+def streamed(
+    net: Functional, params: Params, batches: Iterable[Inputs], sites: Iterable[str], *, key: Key | None = None,
+    size: int | None = None, diagonal: bool = False,
+) -> Streamed:  # fmt: skip
+    """Moments of sites over all tokens of a corpus and, with `key` and `size`, a uniform sample of its positions.
+
+    batches: inputs, a generator say. sites: those that are per batch, position and unit (`resid_post`, `mlp_post.3`, ...).
+    diagonal: second moments of single units only, D numbers in place of D x D. One forward pass for every batch, of which
+    nothing else is kept; padding does not count.
+
+    Raises ValueError for another kind of site, for one of `key` and `size` alone, and where there is no token.
+
+    >>> import funcscope as fs
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = fs.functional(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=8)))
+    >>> batches = ({"input_ids": torch.full((2, 3), i)} for i in range(5))
+    >>> seen = streamed(net, net.params, batches, ["resid_post"], key=fs.key(0), size=7)
+    >>> seen.moments["resid_post.0"].num, seen.sample.rows["resid_post.0"].shape
+    (30, torch.Size([7, 4]))
+    """
+    if (key is None) != (size is None):
+        raise ValueError("`key` and `size` go together: both for a sample, neither for moments alone.")
+    sample = reservoir(key, size) if key is not None and size is not None else None
+    seen, sites, start = Streamed({}, sample), list(sites), 0
+    for inputs in batches:
+        seen, num = _with_batch(seen, net, params, inputs, sites, start, diagonal)
+        start += num
+    if not seen.moments or any(each.num == 0 for each in seen.moments.values()):
+        raise ValueError("`batches` hold no token: there is nothing to be known of them.")
+    return seen
+
+
+def _with_batch(
+    before: Streamed, net: Functional, params: Params, inputs: Inputs, sites: list[str], start: int, diagonal: bool
+) -> tuple[Streamed, int]:
+    """After one more batch, and how many sequences that has; the trace ends with the call."""
+    seen, moments = trace(net, params, inputs, sites), dict(before.moments)
+    for name, value in seen.values.items():
+        _check_site(name, value, seen.mask)
+        part = _of_batch(value, seen.mask, moments[name].origin if name in moments else None, diagonal)
+        moments[name] = _merged(moments[name], part) if name in moments else part
+    sample = before.sample
+    if sample is not None:
+        sequence, _ = seen.mask.nonzero(as_tuple=True)
+        rows = {name: value[seen.mask] for name, value in seen.values.items()}
+        sample = sample.update(rows, sequence + start, (seen.mask.cumsum(1) - 1)[seen.mask])
+    return Streamed(moments, sample), len(seen.mask)
+
+
+def _merged(a: Moments, b: Moments) -> Moments:
+    """Of the rows of both, which have one origin."""
+    if not a.num or not b.num:
+        return a if a.num else b
+    num, apart = a.num + b.num, b.mean - a.mean
+    between = torch.outer(apart, apart) if a.scatter.ndim == 2 else apart.square()
+    return Moments(
+        num, a.num_sequences + b.num_sequences, a.mean + apart * (b.num / num),
+        a.scatter + b.scatter + between * (a.num * b.num / num), a.squares + b.squares, a.origin,
+    )  # fmt: skip
+
+
+def _of_batch(
+    value: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], origin: Float[Tensor, " d"] | None, diagonal: bool
+) -> Moments:
+    rows = value[mask].to(wide(value.device))
+    counts = mask.sum(1)
+    mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+    centred = rows - mean
+    origin = mean if origin is None else origin
+    beside = torch.where(mask[..., None], value.to(rows.dtype) - origin, 0.0).sum(1)
+    num = counts[:, None].to(rows.dtype)
+    squares = torch.stack([beside.square().sum(0), (beside * num).sum(0), num.square().sum(0).expand_as(mean)])
+    scatter = centred.square().sum(0) if diagonal else centred.T @ centred
+    return Moments(len(rows), int((counts > 0).sum()), mean, scatter, squares, origin)
+
+
+def _priorities(key: Key, sequence: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Numbers in [0, 1) of 48 bits: entries of a draw of each sequence, which begins alike whatever its length."""
+    made = torch.empty(len(sequence), dtype=torch.float64)
+    sequence, position = sequence.cpu(), position.cpu()
+    for each in sequence.unique().tolist():
+        there = sequence == each
+        places = position[there]
+        pair = uniform(fold_in(key, each), torch.empty(int(places.max()) + 1, 2, dtype=torch.float64))[places]
+        made[there] = pair[:, 0] + pair[:, 1] * 2.0**-24
+    return made
+
+
+def _check_site(name: str, value: Tensor, mask: Bool[Tensor, "b t"]) -> None:
+    if value.ndim != 3 or value.shape[:2] != mask.shape:
+        raise ValueError(
+            f"`{name}` has the shape {tuple(value.shape)}, and streams are of sites per batch, position and unit: "
+            "the residual stream, what attention and MLPs read and write."
+        )
