@@ -143,7 +143,7 @@ def _same_sequence(inputs: Mapping[str, Any]) -> Bool[Tensor, "*b 1 t t"] | bool
 
 def _back(visible: Tensor) -> Int[Tensor, "t t"]:
     """How far position k lies before position q."""
-    position = torch.arange(visible.shape[-1], device=visible.device)
+    position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
     return position[:, None] - position[None, :]
 
 
@@ -162,5 +162,5 @@ def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     output is read by nobody. The number is one that float32 holds: some models take the softmax in float32 always.
     """
     hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, hidden)
-    return mask.masked_fill(~allowed.any(-1, keepdim=True), -1)
+    rows = torch.full((*allowed.shape[:-1], 1), hidden, dtype=dtype, device=allowed.device)
+    return torch.where(allowed, rows.new_zeros(()), rows.masked_fill(~allowed.any(-1, keepdim=True), -1))

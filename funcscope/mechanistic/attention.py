@@ -181,7 +181,9 @@ def _of_layers(seen: Trace, tokens: Tensor, layers: list[int]) -> dict[int, _Bat
     return {layer: _Batch(sums[layer], uniform, num) for layer in layers}  # type: ignore[arg-type]
 
 
-def _summary(sums: Float[Tensor, "s n l h"], uniform: Float[Tensor, "s n l"], num: Float[Tensor, "s n l"]) -> AttentionPatterns:
+def _summary(
+    sums: Float[Tensor, "s n l h"], uniform: Float[Tensor, "s n l"], num: Float[Tensor, "s n l"]
+) -> AttentionPatterns:
     """Ratios of sums over sequences, with their errors."""
     extreme = torch.tensor(EXTREMES, dtype=num.dtype)[:, None, None] * num
     share = ratios(sums - uniform[..., None], extreme - uniform)
