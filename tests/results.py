@@ -30,6 +30,7 @@ from funcscope.fisher import (
     task_conflicts,
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
+from funcscope.mechanistic import attention_patterns, induction_heads
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
@@ -87,6 +88,15 @@ def sampled(at: torch.Tensor) -> fs.DirectionalLosses:
 
 def comparison() -> Result:
     return fs.compare_directional(sampled(theta()), sampled(1.1 * theta()))
+
+
+@cache
+def language_loss() -> fs.Loss:
+    """A language model of two layers on five sequences."""
+    config = GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=9, bos_token_id=0, eos_token_id=0)
+    net = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config)))
+    ids = seeded(1, lambda: torch.randint(1, 9, (5, 7)))
+    return fs.objective(net, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}], fs.causal_lm)
 
 
 def interference() -> Result:
@@ -173,6 +183,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "AttentionPatterns": lambda: attention_patterns(language_loss(), language_loss().net.params),
+    "InductionHeads": lambda: induction_heads(language_loss().net, language_loss().net.params, key=fs.key(0), num=4),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

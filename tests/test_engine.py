@@ -33,6 +33,7 @@ FEW = {
     "fisher_information": {"num": 1, "num_probes": 2, "steps": 5, "trace_matvecs": 4},
     "hessian_trace": {"num": 2},
     "average_sharpness": {"num": 2},
+    "induction_heads": {"num": 4},
 }
 
 
@@ -69,12 +70,13 @@ def one(metric, cache=None, subject=None, **options):
 def test_every_metric_gives_what_its_function_gives_and_comes_back_from_the_cache(name, cache):
     chosen = metric(name).configured(**FEW.get(name, {}))
     before = made.theta().clone()
-    first, again = one(chosen, cache), one(chosen, cache)
+    where = InMemory({"data": made.language_loss()}, content="1") if chosen.category == "mechanistic" else source()
+    first, again = one(chosen, cache, where), one(chosen, cache, where)
     assert first.ok, first.traceback
     assert (first.reused, again.reused) == (False, True)
     assert again.result == first.result
     assert torch.equal(made.theta(), before)
-    assert first.result == made.timed_as(first.result, one(chosen).result)  # without a cache
+    assert first.result == made.timed_as(first.result, one(chosen, subject=where).result)  # without a cache
     assert str(first.result)
     assert first.result._repr_html_()
     frame = first.result.frame()

@@ -113,7 +113,7 @@ def test_heads_without_queries_are_uniform_to_the_last_digits():
     assert_close(found.induction, found.uniform[0, :, None].expand(-1, 2), rtol=1e-6, atol=0)
     exact = sum(1 / (q + 1) for q in range(period + 1, 2 * period + 1)) / period
     assert_close(found.uniform[0], torch.full((2,), exact, dtype=torch.float64), rtol=1e-12, atol=0)
-    assert_close(exact, math.log(2) / period, rtol=0.06, atol=0)
+    assert_close(exact, math.log(2) / period, rtol=1.1 / period, atol=0)
 
 
 def seen_of(pattern, real=None):
@@ -149,15 +149,16 @@ def test_losses_of_a_model_that_knows_the_copy():
     assert_close(copy_losses(logits[:, 1:], ids[:, 1:], 5)[0], torch.full((3,), math.log(9)).double())  # without BOS
 
 
-def copying(dtype=torch.float32):
-    """A model of two layers, trained on repeated text until it knows the copy."""
+def copying(steps):
+    """A model of two layers, trained on repeated text."""
     config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=16, n_positions=17, bos_token_id=0, eos_token_id=0,
                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip
-    model = seeded(0, lambda: GPT2LMHeadModel(config)).to(dtype)
+    model = seeded(0, lambda: GPT2LMHeadModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(500):
-        ids = repeated_tokens(fs.fold_in(fs.key(5), step), 32, 8, torch.arange(1, 16), 0)
-        loss = F.cross_entropy(model(ids).logits[:, 9:-1].flatten(0, 1), ids[:, 10:].flatten())
+    for step in range(steps):
+        period = 4 + step % 5
+        ids = repeated_tokens(fs.fold_in(fs.key(5), step), 32, period, torch.arange(1, 16), 0)
+        loss = F.cross_entropy(model(ids).logits[:, period + 1 : -1].flatten(0, 1), ids[:, period + 2 :].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,12 +167,11 @@ def copying(dtype=torch.float32):
 
 @pytest.mark.slow
 def test_a_trained_model_has_a_gain_and_heads_above_uniform_attention_an_untrained_one_has_none():
-    net = fs.functional(copying())
+    net = fs.functional(copying(300))
     found = induction_heads(net, net.params, key=fs.key(9), num=64)
     layer, head = found.ranking[0]
     assert float(found.gain.value) > 10 * float(found.gain.stderr)
-    assert layer == 1
-    assert float(found.induction[layer, head]) > 0.3
+    assert float(found.induction[layer, head]) > 0.3 > 3 * float(found.uniform[0, layer])
     fresh = fs.functional(seeded(1, lambda: GPT2LMHeadModel(net.config)))
     nothing = induction_heads(fresh, fresh.params, key=fs.key(9), num=64)
     assert abs(float(nothing.gain.value)) < 5 * float(nothing.gain.stderr)
@@ -199,7 +199,7 @@ def test_bad_requests_get_one_clear_line():
     bert = fs.functional(model_of("bert", torch.float32))
     with pytest.raises(ValueError, match="looks both ways"):
         induction_heads(bert, bert.params, key=fs.key(0), num=2)
-    plain = fs.functional(torch.nn.Linear(2, 2))
+    plain = fs.functional(seeded(0, lambda: torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="configuration of a Hugging Face model"):
         induction_heads(plain, plain.params, key=fs.key(0))
     falcon = fs.functional(model_of("falcon", torch.float32))

@@ -43,8 +43,9 @@ class AttentionPatterns(Result):
     """What a head gets that looks at all visible keys alike, on the same queries."""
     uniform_stderr: Float[Tensor, "s l"] = quantity("standard error of uniform", per=("score", "layer"), shown=False)
     head_specialisation: Float[Tensor, "l h s"] = quantity(
-        "share of the way from uniform attention", per=("layer", "head", "score"), stderr="head_specialisation_stderr"
-    )
+        "share of the way from uniform attention", per=("layer", "head", "score"), shown=False,
+        stderr="head_specialisation_stderr",
+    )  # fmt: skip
     """0 for uniform attention and 1 for a head that does nothing else, of all scores: they can be compared."""
     head_specialisation_stderr: Float[Tensor, "l h s"] = quantity(
         "standard error of the share", per=("layer", "head", "score"), shown=False

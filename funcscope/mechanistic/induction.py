@@ -132,6 +132,8 @@ def induction_heads(
     `gain` is what the model makes of it: the loss on the first copy minus that on the second, token by token, without the
     first token of a period, as nothing says that a copy begins.
 
+    A head that looks P - 1 places back whatever the text is scores the same: one that does on other periods, too, reads it.
+
     Standard errors are over sequences. One forward pass in all over `num` sequences, `chunk` at a time; patterns are made a
     block of queries at a time. A key that is beyond a layer's window is not counted; a layer all of whose keys are has nan.
 
@@ -159,13 +161,12 @@ def induction_heads(
     tokens = repeated_tokens(key, num, period, ids, bos)
     with torch.no_grad():
         parts = [_of_copies(net, params, part.to(net.device), period) for part in tokens.split(chunk)]
-    (values, errors), losses = (
-        ratios(torch.cat([part.sums for part in parts], 1), parts[0].num[:, None].expand(-1, num, -1)),
-        torch.cat([part.losses for part in parts], 1),
-    )
+    over = parts[0].num[:, None].expand(-1, num, -1)
+    values, errors = ratios(torch.cat([part.sums for part in parts], 1), over)
+    first, second = torch.cat([part.losses for part in parts], 1)
     return InductionHeads(
-        *(x for both in zip(values, errors, strict=True) for x in both), parts[0].uniform,
-        *(Estimate.of(x) for x in (losses[0] - losses[1], *losses)), period, num, len(ids), bos, key,
+        values[0], errors[0], values[1], errors[1], values[2], errors[2], parts[0].uniform, Estimate.of(first - second),
+        Estimate.of(first), Estimate.of(second), period, num, len(ids), bos, key,
     )  # fmt: skip
 
 

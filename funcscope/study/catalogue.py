@@ -19,6 +19,8 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
+from ..mechanistic.attention import attention_patterns
+from ..mechanistic.induction import induction_heads
 from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
@@ -195,6 +197,16 @@ for _one in (
     Metric(
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
+    ),
+    of_function(
+        "attention_patterns", attention_patterns, ("loss", "params"), category="mechanistic", cost=lambda _: 1.5,
+        drawn=("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction", "uniform"),
+        reference="Olsson et al. (2022), arXiv:2209.11895",
+    ),
+    of_function(
+        "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
+        drawn=("induction", "z", "duplicate", "previous", "ranked"), reference="Olsson et al. (2022), arXiv:2209.11895",
+        sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
     ),
 ):  # fmt: skip
     register(_one)
