@@ -20,8 +20,7 @@ from funcscope.mechanistic.induction import copy_losses, copy_scores
 
 LINES = [
     "gpt2",
-    "mistral",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma2", "gpt_neox", "qwen3")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "llama", "gemma2", "gpt_neox", "qwen3")),
 ]
 WINDOWS = {"mistral": (4, 4), "gemma2": (4, None), "qwen3": (4, None)}
 
