@@ -31,6 +31,8 @@ from funcscope.fisher import (
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
+    attention_patterns,
+    induction_heads,
     jacobian_lens,
     logit_attribution,
     logit_lens,
@@ -211,6 +213,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PositionJacobian": lambda: position_jacobian(
         language().net, language().net.params, words(), key=fs.key(0), method="probes", num=4
     ),
+    "AttentionPatterns": lambda: attention_patterns(language(), language().net.params),
+    "InductionHeads": lambda: induction_heads(language().net, language().net.params, key=fs.key(0), num=4),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

@@ -33,6 +33,7 @@ FEW = {
     "fisher_information": {"num": 1, "num_probes": 2, "steps": 5, "trace_matvecs": 4},
     "hessian_trace": {"num": 2},
     "average_sharpness": {"num": 2},
+    "induction_heads": {"num": 4},
 }
 
 

@@ -143,7 +143,7 @@ def _same_sequence(inputs: Mapping[str, Any]) -> Bool[Tensor, "*b 1 t t"] | bool
 
 def _back(visible: Tensor) -> Int[Tensor, "t t"]:
     """How far position k lies before position q."""
-    position = torch.arange(visible.shape[-1], device=visible.device)
+    position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
     return position[:, None] - position[None, :]
 
 
@@ -158,9 +158,9 @@ def _is_additive(mask: Any) -> bool:
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a query may look, a large negative number elsewhere.
 
-    The query of a padding token may look at nothing; it is given everything, as a softmax over nothing is nan, and its
+    The query of a padding token may look at nothing; it has -1 everywhere, as a softmax over nothing is nan, and its
     output is read by nobody. The number is one that float32 holds: some models take the softmax in float32 always.
     """
-    allowed = allowed | ~allowed.any(-1, keepdim=True)
     hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, hidden)
+    rows = torch.full((*allowed.shape[:-1], 1), hidden, dtype=dtype, device=allowed.device)
+    return torch.where(allowed, rows.new_zeros(()), rows.masked_fill(~allowed.any(-1, keepdim=True), -1))

@@ -19,7 +19,9 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
+from ..mechanistic.attention import attention_patterns
 from ..mechanistic.circuits import qk_ov_circuits
+from ..mechanistic.induction import induction_heads
 from ..mechanistic.lens import jacobian_lens, logit_lens
 from ..mechanistic.logit_attribution import logit_attribution
 from . import landscapes, measures, trajectories
@@ -222,6 +224,16 @@ for _one in (
     Metric(
         "induction_curves", trajectories.induction_curves, ("curves",), on="series", category="mechanistic",
         cost=lambda _: 0, reference="Olsson et al. (2022), arXiv:2209.11895",
+    ),
+    of_function(
+        "attention_patterns", attention_patterns, ("loss", "params"), category="mechanistic", cost=lambda _: 1.5,
+        drawn=("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction", "uniform"),
+        reference="Olsson et al. (2022), arXiv:2209.11895",
+    ),
+    of_function(
+        "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
+        drawn=("induction", "z", "duplicate", "previous", "ranked"), reference="Olsson et al. (2022), arXiv:2209.11895",
+        sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
     ),
 ):  # fmt: skip
     register(_one)

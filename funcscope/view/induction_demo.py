@@ -37,10 +37,11 @@ def grown(results: Results) -> list[str]:
 def baseline() -> str:
     """What those numbers would be without order."""
     config = induction.Config()
+    order = math.log(config.vocab_size / config.longest)
     return (
-        f"A head that attends to all positions alike has an induction score of about {math.log(2) / config.longest:.2g}. "
-        f"To know which tokens are in the block, without their order, is worth "
-        f"ln({config.vocab_size} / {config.longest}) = {math.log(config.vocab_size / config.longest):.3g} nats, and a little more where distances say which of them are likelier."
+        f"A head that attends to all positions alike has an induction score of about {math.log(2) / config.longest:.2g}. To "
+        f"know which tokens are in the block, without their order, is worth ln({config.vocab_size} / {config.longest}) = "
+        f"{order:.3g} nats, and a little more where distances say which of them are likelier."
     )
 
 
