@@ -32,7 +32,7 @@ def of_query(q, row, ids, sees, start):
     made = {
         "entropy": -sum(row[k] * math.log(row[k]) for k in sees if row[k] > 0) / math.log(len(sees)),
         "distance": sum(row[k] * abs(q - k) for k in sees),
-        "self": row[q],
+        "self_attention": row[q],
     }
     same = [k for k in sees if k < q and ids[k] == ids[q]]
     after = [k for k in sees if start < k < q and ids[k - 1] == ids[q]]
@@ -139,7 +139,7 @@ def perfect(name):
     for i, ids in enumerate(TEXT.tolist()):
         for q in range(9):
             keys = {
-                "self": [q],
+                "self_attention": [q],
                 "sink": [0],
                 "previous": [q - 1] if q else [],
                 "duplicate": [k for k in range(q) if ids[k] == ids[q]],
@@ -154,7 +154,7 @@ def of(pattern, tokens=TEXT, visible=CAUSAL):
     return dict(zip(SCORES, made.sums.sum((1, 2)) / made.num.sum(1) / pattern.shape[1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["self", "sink", "previous", "duplicate", "induction"])
+@pytest.mark.parametrize("name", ["self_attention", "sink", "previous", "duplicate", "induction"])
 def test_a_head_that_does_one_thing_scores_1_in_it_and_less_in_the_rest(name):
     made = of(perfect(name))
     assert float(made[name]) == 1.0
@@ -166,7 +166,7 @@ def test_uniform_attention_has_an_entropy_of_1_and_what_is_said_to_be_uniform():
     made = of(UNIFORM)
     assert_close(float(made["entropy"]), 1.0, rtol=1e-15, atol=0)
     rows = [(1 / (q + 1)) for q in range(1, 9)]
-    assert_close(float(made["self"]), sum(rows) / 8)
+    assert_close(float(made["self_attention"]), sum(rows) / 8)
     assert_close(float(made["distance"]), sum(q / 2 for q in range(1, 9)) / 8)
     net = fs.functional(model_of("gpt2", torch.float64))
     params = {name: value * ("c_attn" not in name) for name, value in net.params.items()}
@@ -222,7 +222,7 @@ def test_documented_entropies_and_masses_shrink_with_the_text():
     entropy = torch.special.entr(UNIFORM).sum(-1)
     assert float((entropy / math.log(9)).mean()) < 0.75  # all rows by log T
     assert float(torch.special.entr(UNIFORM).mean()) < 0.2  # over pairs
-    masses = torch.stack([perfect("previous")[0, 0].diagonal(-1).sum(), perfect("self")[0, 0].trace()]) / 45
+    masses = torch.stack([perfect("previous")[0, 0].diagonal(-1).sum(), perfect("self_attention")[0, 0].trace()]) / 45
     assert bool((masses < 0.25).all())  # of heads that do nothing else, over pairs
     assert float(of(perfect("previous"))["previous"]) == 1.0
 
@@ -267,6 +267,19 @@ def test_padding_changes_nothing():
         batch = {"input_ids": longer, "attention_mask": (longer != 0).long()}
         made = attention_patterns(fs.objective(net, [batch], fs.causal_lm), net.params)
         assert_close(made.values, alone.values, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("line", ["gpt2", "mistral"])
+def test_padding_is_known_in_masks_that_are_made_and_a_row_of_it_is_no_sequence(line):
+    net, batch = fs.functional(model_of(line, torch.float32)), tokens(7, 3, 9, pad=4, left=True)
+    batch["attention_mask"][0] = 0
+    loss = fs.objective(net, [batch], fs.causal_lm)
+    assert torch.equal(fs.trace(net, net.params, loss.batches[0][0], []).mask, batch["attention_mask"].bool())
+    rest = fs.objective(net, [{name: x[1:] for name, x in batch.items()}], fs.causal_lm)
+    made, alone = (attention_patterns(each, net.params) for each in (loss, rest))
+    assert made.num_sequences == alone.num_sequences == 2
+    for name in ("values", "errors", "uniform_stderr", "head_specialisation_stderr"):
+        assert_close(getattr(made, name), getattr(alone, name), rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def test_what_has_no_patterns_is_said():

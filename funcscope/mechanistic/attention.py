@@ -60,10 +60,8 @@ class AttentionPatterns(Result):
     entropy_stderr = _error_of("entropy")
     distance = _of_heads("distance", "mean distance", unit="tokens")
     distance_stderr = _error_of("distance")
-    self_attention = derived("attention to the token itself", per=("layer", "head"), stderr="self_attention_stderr")(
-        lambda self: self.values[SCORES.index("self")]
-    )
-    self_attention_stderr = _error_of("self")
+    self_attention = _of_heads("self_attention", "attention to the token itself")
+    self_attention_stderr = _error_of("self_attention")
     sink = _of_heads("sink", "attention to the first token")
     sink_stderr = _error_of("sink")
     previous = _of_heads("previous", "attention to the previous token")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.estimate import wide
 
-SCORES = ("entropy", "distance", "self", "sink", "previous", "duplicate", "induction")
+SCORES = ("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction")
 
 
 class Scores(NamedTuple):
