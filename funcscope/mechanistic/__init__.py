@@ -1,0 +1,17 @@
+"""What happens inside a transformer: attribution, ablation and patching of its parts."""
+
+from .ablation import AblationEffects, ablation_effects
+from .integrated_gradients import IntegratedGradients, TokenAttribution, integrated_gradients, token_attribution
+from .patching import PatchingEffects, activation_patching, attribution_patching
+
+__all__ = [
+    "AblationEffects",
+    "IntegratedGradients",
+    "PatchingEffects",
+    "TokenAttribution",
+    "ablation_effects",
+    "activation_patching",
+    "attribution_patching",
+    "integrated_gradients",
+    "token_attribution",
+]
