@@ -30,6 +30,14 @@ from funcscope.fisher import (
     task_conflicts,
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
+from funcscope.mechanistic import (
+    ablation_effects,
+    activation_patching,
+    circuit_faithfulness,
+    edge_attribution,
+    integrated_gradients,
+    token_attribution,
+)
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import loss_comparison, training_curves, trajectory_plane
@@ -96,6 +104,27 @@ def interference() -> Result:
     ids = seeded(1, lambda: torch.randint(1, 9, (3, 2, 4)))
     a, b, held = (fs.objective(net, [{"input_ids": each}], fs.causal_lm) for each in ids)
     return head_interference(a, b, held, net.theta, views=head_views(net, config), key=fs.key(0), num=9)
+
+
+@cache
+def language_loss() -> fs.Loss:
+    """Of a language model of one layer on three sequences."""
+    config = GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4, bos_token_id=1, eos_token_id=1)
+    ids = seeded(1, lambda: torch.randint(1, 9, (3, 4)))
+    return fs.objective(fs.functional(seeded(0, lambda: GPT2LMHeadModel(config))), [{"input_ids": ids}], fs.causal_lm)
+
+
+def two_inputs() -> tuple:
+    """The model, sequences, the same with another second token, and a metric."""
+    net, clean = language_loss().net, language_loss().batches[0][0]["input_ids"]
+    corrupt = clean.clone()
+    corrupt[:, 1] = (clean[:, 1] + 1) % 9
+    return net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5] - logits[:, -1, 2]
+
+
+def faithfulness() -> Result:
+    options = {"sizes": [1, 4], "num_random": 2, "num_exact": 3}
+    return circuit_faithfulness(*two_inputs(), edge_attribution(*two_inputs()), key=fs.key(0), **options)
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -173,6 +202,14 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "IntegratedGradients": lambda: integrated_gradients(lambda x: x.square().sum(1), torch.ones(2, 3)),
+    "TokenAttribution": lambda: token_attribution(*two_inputs()[:3]),
+    "AblationEffects": lambda: ablation_effects(
+        language_loss(), language_loss().net.params, mode="resample", key=fs.key(0)
+    ),
+    "PatchingEffects": lambda: activation_patching(*two_inputs()),
+    "EdgeAttribution": lambda: edge_attribution(*two_inputs()),
+    "CircuitFaithfulness": faithfulness,
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

@@ -3,6 +3,7 @@
 from inspect import unwrap
 
 import pytest
+import results as made
 import torch
 from problems import loss_of, tokens
 from test_architectures import model_of
@@ -11,6 +12,10 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.mechanistic import ablation_effects, integrated_gradients, token_attribution
 from funcscope.mechanistic.integrated_gradients import last_positions
+from funcscope.study.catalogue import metric
+from funcscope.study.engine import run
+from funcscope.study.subject import InMemory
+from funcscope.view.quantities import figures
 
 WIDE = torch.float64
 
@@ -123,7 +128,7 @@ def test_bad_requests_of_attributions_get_one_clear_line():
 @pytest.mark.filterwarnings("ignore")
 def test_attributions_are_those_of_captum():
     captum = pytest.importorskip("captum.attr")
-    net, batch = net_of("llama"), tokens(7, 3, 6)
+    net, batch = net_of("gpt2"), tokens(7, 3, 6)
     x = fs.trace(net, net.params, batch, ["tok_embed"])["tok_embed"]
 
     def f(embedded):
@@ -146,7 +151,7 @@ def by_hand(loss, edit_of):
         new = loss.scored(
             lambda x, inputs=inputs: fs.apply_with(loss.net, loss.net.params, x, edit_of(inputs))[0], inputs, targets
         )
-        old = loss.scored(lambda x: loss.net.apply(loss.net.params, x), inputs, targets)
+        old = loss.scored(lambda x: fs.apply_with(loss.net, loss.net.params, x, {})[0], inputs, targets)
         changes.append(new[0] - old[0])
         weights.append(old[1])
     return torch.cat(changes).detach(), torch.cat(weights)
@@ -194,7 +199,7 @@ def test_neurons_by_list():
         patch = fs.Patch(zero, units=unit)
         parts = by_hand(loss, lambda _, layer=layer, patch=patch: {f"mlp_post.{layer}": patch})
         check(*parts, found.effects[row], found.effects_stderr[row])
-    assert list(found.frame()["neuron"]) == ["1.3", "0.19"]
+    assert list(found.frame()["neuron"].dropna()) == ["1.3", "0.19"]
 
 
 def test_resampled_values_are_those_of_another_sequence_at_the_same_place():
@@ -256,3 +261,13 @@ def test_bad_requests_of_ablations_get_one_clear_line():
     other = loss_of("mlp")
     with pytest.raises(ValueError, match="not described"):
         ablation_effects(other, other.net.params)
+
+
+def test_ablation_is_a_metric_of_studies():
+    loss = made.language_loss()
+    source = InMemory({"data": loss}, "model", theta=loss.net.theta, content="1")
+    (outcome,) = run([metric("ablation_effects").configured(mode="zero")], [source])
+    assert outcome.ok, outcome.traceback
+    ours = ablation_effects(loss, loss.net.params, mode="zero")
+    assert torch.equal(outcome.result.effects, ours.effects)
+    assert [each.figure is not None for each in figures([outcome], ["effects"])] == [True]

@@ -15,19 +15,19 @@ from ..core.forward import Inputs
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
 from ..core.objective import Loss, Theta, check_point
-from ..core.result import internal
+from ..core.result import internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.trace import Trace, apply_with, trace
-from .effects import PLACES, SiteEffects, edits_where, effect_per, every_place, one_by_one, site_names
+from .effects import PLACES, _SiteEffects, edits_where, effect_per, every_place, one_by_one, site_names
 
 Mode = Literal["zero", "mean", "resample"]
 
 
-class AblationEffects(SiteEffects):
+class AblationEffects(_SiteEffects):
     """Changes of the loss by ablation; made by `ablation_effects`."""
 
     mode: str
-    loss: float
+    loss: float = quantity("loss", unit="loss")
     key: Key | None
     donors: Float[Tensor, " n"] | None = internal()
     """Whose values each sequence is given, where they are another's."""
@@ -103,7 +103,8 @@ def ablation_effects(
         size = trace(loss.net, values, loss.batches[0][0], names[:1])[names[0]]
         chosen, axes = _selections(sites, units, len(names), size)
         means = _means(loss, values, names) if mode == "mean" else [size.new_zeros(()) for _ in names]
-    changes, weights, sums, donors = [], [], [], []
+    changes, weights, sums = [], [], []
+    donors: list[Tensor] = []
     for index, (inputs, targets) in enumerate(loss.batches):
         replaced = means
         if mode == "resample":
@@ -113,7 +114,7 @@ def ablation_effects(
             donors.append(giver + sum(map(len, donors)))
         score = _scorer(loss, values, names, sites, (inputs, targets), replaced)
         with torch.no_grad():
-            before, weight = loss.scored(lambda each: loss.net.apply(values, each), inputs, targets)
+            before, weight = loss.scored(lambda each: apply_with(loss.net, values, each, {})[0], inputs, targets)
         changes.append(one_by_one(score, chosen, chunk) - before)
         sums.append(before)
         weights.append(weight)

@@ -31,7 +31,7 @@ def effect_per(label: str, *axes: str, unit: str = "") -> Derived[Any]:
     return made
 
 
-class SiteEffects(Result):
+class _SiteEffects(Result):
     """Changes of a number per sequence by site, over what they are measured in."""
 
     changes: Float[Tensor, "s n"] = internal()

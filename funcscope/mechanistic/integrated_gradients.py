@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def token_attribution(
     start = torch.where(mask[..., None], _baseline(baseline, x, mask), x)
     found = integrated_gradients(output, x, start, tol=tol, num=num, most=most)
     per_token = found.attributions.view(x.shape).sum(-1).masked_fill(~mask, math.nan)
-    tokens = inputs["input_ids"] if not isinstance(inputs, Tensor) else inputs
+    tokens: Any = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
     return TokenAttribution(
         found.output, found.baseline_output, found.completeness_error, found.num_nodes, found.num_forwards + 1, found.tol,
         per_token, tokens, targets, against, baseline if isinstance(baseline, str) else "given",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,16 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice
-from ..core.estimate import wide
+from ..core.estimate import Estimate, wide
 from ..core.forward import Inputs
 from ..core.layout import Params
 from ..core.model import Functional
-from ..core.result import derived, internal
-from ..core.standard_errors import ratio_stderr
+from ..core.result import derived, quantity
 from ..core.statistics import mean
-from ..core.estimate import Estimate
 from ..core.trace import Trace, apply_with, trace
-from .effects import PLACES, SiteEffects, edits_where, effect_per, every_place, one_by_one, site_names
+from .effects import PLACES, _SiteEffects, edits_where, effect_per, every_place, one_by_one, site_names
 
 Metric = Callable[[Tensor], Float[Tensor, " n"]]
 """From logits (sequence, position, vocabulary) to one number per sequence."""
@@ -30,12 +27,11 @@ LEAST_ERRORS = 2.0
 """Standard errors that the difference of the inputs must be away from 0 for shares of it to mean something."""
 
 
-class PatchingEffects(SiteEffects):
+class PatchingEffects(_SiteEffects):
     """Shares of the difference of two inputs by site; made by `activation_patching` and `attribution_patching`."""
 
-    clean: Estimate
-    """The metric's mean over sequences."""
-    corrupt: Estimate
+    clean: Estimate = quantity("metric of the clean inputs")
+    corrupt: Estimate = quantity("metric of the corrupt inputs")
     direction: str
     exact: bool
 
@@ -60,8 +56,8 @@ class PatchingEffects(SiteEffects):
         if self.is_resolved:
             return ()
         return (
-            f"the metric of clean and corrupt inputs differs by {self.difference}: shares of that are not resolved. `changes` "
-            "are what they are; take more sequences, or inputs that the metric tells apart.",
+            f"the metric of clean and corrupt inputs differs by {self.difference}: shares of that are not resolved. "
+            "`changes` are what they are; take more sequences, or inputs that the metric tells apart.",
         )
 
     @property
@@ -84,7 +80,8 @@ def activation_patching(
 ) -> PatchingEffects:
     r"""What share of the difference between two inputs each site alone carries, by one pass per site.
 
-    $$e_s = \frac{\sum_i M_i(\text{start with site } s \text{ from end}) - M_i(\text{start})}{\sum_i M_i(\text{end}) - M_i(\text{start})},$$
+    $$e_s = \frac{\sum_i M_i(\text{start with site } s \text{ from end}) - M_i(\text{start})}
+      {\sum_i M_i(\text{end}) - M_i(\text{start})},$$
 
     start the corrupt and end the clean pass ("denoise": is the site enough?), or the other way round ("noise": is it
     needed?). 0: the site carries nothing; 1: all; below 0 or above 1 it works against, or others do. Shares do not add up:

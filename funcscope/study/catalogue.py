@@ -19,6 +19,7 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
+from ..mechanistic.ablation import ablation_effects
 from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
@@ -195,6 +196,11 @@ for _one in (
     Metric(
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
+    ),
+    of_function(
+        "ablation_effects", ablation_effects, ("loss", "params", KEY), category="mechanistic", by_batch=True,
+        plan=("chunk",), without=("units",), drawn=("effects",), cost=lambda _: 100,
+        sentence="Of the loss of {loss}, each of the {sites} alone decides as much as the table says.",
     ),
 ):  # fmt: skip
     register(_one)
