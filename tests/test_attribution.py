@@ -43,10 +43,12 @@ def test_nodes_double_until_every_row_adds_up_and_what_does_not_is_not_resolved(
     x = points(1, 5, 3)
 
     def f(z):
-        return torch.sin(9 * z).sum(1)
+        return torch.sin(9 * z + 1).sum(1)
 
     found = integrated_gradients(f, x, tol=1e-9)
-    assert_close(found.attributions, torch.sin(9 * x), rtol=1e-6, atol=1e-8)  # the entries do not meet
+    assert_close(
+        found.attributions, torch.sin(9 * x + 1) - torch.sin(torch.ones(())).double(), rtol=1e-6, atol=1e-7
+    )  # the entries do not meet
     assert found.num_nodes > 8
     assert found.num_forwards == 2 + 2 * found.num_nodes - 8
     few = integrated_gradients(f, 5 * x, tol=1e-9, num=2, most=4)
@@ -75,26 +77,30 @@ def test_a_mean_of_logits_is_no_scalar_that_matters():
 def test_tokens_add_up_to_the_log_probability_of_the_last_one_whatever_side_is_padded(line, left):
     net, batch = net_of(line), tokens(7, 3, 9, pad=4, left=left)
     targets = torch.tensor([3, 5, 7])
-    found = token_attribution(net, net.params, batch, targets=targets, baseline="mean", tol=1e-5)
+    found = token_attribution(net, net.params, batch, targets=targets, num=16, most=16)
     rows, last = range(3), [8, 8, 8 if left else 4]
     logits = net.apply(net.params, batch)[rows, last]
     assert_close(found.output, logits.log_softmax(-1)[rows, targets].detach())
     real = batch["attention_mask"].bool()
     assert torch.equal(found.attributions.isnan(), ~real)
-    assert_close(found.attributions.nansum(1), found.output - found.baseline_output, rtol=1e-4, atol=1e-4)
+    assert_close((found.attributions.nansum(1) - found.output + found.baseline_output).abs(), found.completeness_error)
+    assert (found.completeness_error < 0.05 * (found.output - found.baseline_output).abs()).all()
     alone = {name: x[2:, 4:] if left else x[2:, :5] for name, x in batch.items()}
     if line != "gpt2" or not left:  # whose positions are absolute
         given = torch.cat([fs.trace(net, net.params, batch, ["tok_embed"])["tok_embed"][real]]).mean(0)
-        one = token_attribution(net, net.params, alone, targets=targets[2:], baseline=given, tol=1e-5)
-        assert_close(one.attributions[0], found.attributions[2][real[2]], rtol=1e-3, atol=1e-5)
+        one = token_attribution(net, net.params, alone, targets=targets[2:], baseline=given, num=16, most=16)
+        assert_close(one.attributions[0], found.attributions[2][real[2]], rtol=1e-4, atol=1e-6)
 
 
 def test_a_difference_of_logits_and_the_models_own_token():
     net, batch = net_of("llama"), tokens(7, 2, 5)
     logits = net.apply(net.params, batch)[:, -1].detach()
-    own = token_attribution(net, net.params, batch)
+    own = token_attribution(net, net.params, batch, baseline="zero", num=4, most=4)
+    assert "not resolved" in own.notes[0]  # norm(a x) is norm(x) until a is tiny
     assert_close(own.output, logits.log_softmax(-1).amax(-1))
-    apart = token_attribution(net, net.params, batch, targets=torch.tensor([1, 2]), against=torch.tensor([3, 4]))
+    apart = token_attribution(
+        net, net.params, batch, targets=torch.tensor([1, 2]), against=torch.tensor([3, 4]), most=8
+    )
     assert_close(apart.output, torch.stack([logits[0, 1] - logits[0, 3], logits[1, 2] - logits[1, 4]]))
 
 
@@ -134,11 +140,11 @@ def test_attributions_are_those_of_captum():
     def f(embedded):
         return fs.apply_with(net, net.params, batch, {"tok_embed": embedded})[0][:, -1].log_softmax(-1)[:, 5]
 
-    ours = token_attribution(net, net.params, batch, targets=torch.tensor([5, 5, 5]), num=16, most=16)
+    ours = token_attribution(net, net.params, batch, targets=torch.tensor([5, 5, 5]), baseline="zero", num=16, most=16)
     theirs = captum.IntegratedGradients(f).attribute(
         x, torch.zeros_like(x), n_steps=16, method="gausslegendre", internal_batch_size=3
     )
-    assert_close(ours.attributions, theirs.sum(-1), rtol=1e-9, atol=1e-12)
+    assert_close(ours.attributions, theirs.sum(-1), rtol=1e-6, atol=1e-9)  # its weights are float32
 
 
 # ablation

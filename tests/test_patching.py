@@ -86,7 +86,7 @@ def test_every_site_is_a_pass_of_its_own_with_values_of_the_other(line, directio
     assert found.asdict()["effects"].shape == found.effects.shape
 
 
-@pytest.mark.parametrize("line", ["gpt2", "llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("line", ["gpt2", "gemma2"])
 def test_a_sites_own_value_changes_no_bit_and_leaves_shares_undefined(line):
     net, (clean, _) = net_of(line), inputs_of(1)
     for sites in KINDS:

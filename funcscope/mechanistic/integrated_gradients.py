@@ -84,7 +84,7 @@ def integrated_gradients(
     *,
     tol: float = 1e-3,
     num: int = 8,
-    most: int = 512,
+    most: int = 256,
 ) -> IntegratedGradients:
     r"""How much of F(x) - F(x') each entry of x adds on the straight line from the baseline x'.
 
@@ -141,10 +141,10 @@ def token_attribution(
     *,
     targets: Int[Tensor, " n"] | None = None,
     against: Int[Tensor, " n"] | None = None,
-    baseline: Literal["zero", "mean"] | Tensor = "zero",
+    baseline: Literal["zero", "mean"] | Tensor = "mean",
     tol: float = 1e-3,
     num: int = 8,
-    most: int = 512,
+    most: int = 128,
 ) -> TokenAttribution:
     r"""How much each token adds to the prediction of the next token at the last position that holds one.
 
@@ -152,8 +152,10 @@ def token_attribution(
     the model itself finds most probable, held fixed on the way. Attributions are those of the embeddings of tokens, summed
     over their units: sum over positions = F(x) - F(x'), positions staying as they are.
 
-    baseline: embeddings of 0, the mean embedding of the tokens in `inputs`, or a tensor that can be expanded to
-    (sequence, position, unit). What is found depends on it: nothing is said about tokens, but about tokens instead of it.
+    baseline: the mean embedding of the tokens in `inputs`, embeddings of 0, or a tensor that can be expanded to (sequence,
+    position, unit). What is found depends on it: nothing is said about tokens, but about tokens instead of it. Where a norm
+    reads nothing but the embedding (Llama), 0 is no good one: the norm's output hardly changes until just before it, and few
+    nodes see that; it is not resolved then.
 
     Raises ValueError as `integrated_gradients` and `trace` do, for a sequence without a token, and for targets that are
     not one token per sequence.
