@@ -31,14 +31,20 @@ from funcscope.fisher import (
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
+    ablation_effects,
+    activation_patching,
     attention_patterns,
+    circuit_faithfulness,
+    edge_attribution,
     induction_heads,
+    integrated_gradients,
     jacobian_lens,
     logit_attribution,
     logit_lens,
     position_jacobian,
     qk_attribution,
     qk_ov_circuits,
+    token_attribution,
 )
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
@@ -118,6 +124,27 @@ def interference() -> Result:
     ids = seeded(1, lambda: torch.randint(1, 9, (3, 2, 4)))
     a, b, held = (fs.objective(net, [{"input_ids": each}], fs.causal_lm) for each in ids)
     return head_interference(a, b, held, net.theta, views=head_views(net, config), key=fs.key(0), num=9)
+
+
+@cache
+def language_loss() -> fs.Loss:
+    """Of a language model of one layer on three sequences."""
+    config = GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=4, bos_token_id=1, eos_token_id=1)
+    ids = seeded(1, lambda: torch.randint(1, 9, (3, 4)))
+    return fs.objective(fs.functional(seeded(0, lambda: GPT2LMHeadModel(config))), [{"input_ids": ids}], fs.causal_lm)
+
+
+def two_inputs() -> tuple:
+    """The model, sequences, the same with another second token, and a metric."""
+    net, clean = language_loss().net, language_loss().batches[0][0]["input_ids"]
+    corrupt = clean.clone()
+    corrupt[:, 1] = (clean[:, 1] + 1) % 9
+    return net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5] - logits[:, -1, 2]
+
+
+def faithfulness() -> Result:
+    options = {"sizes": [1, 4], "num_random": 2, "num_exact": 3}
+    return circuit_faithfulness(*two_inputs(), edge_attribution(*two_inputs()), key=fs.key(0), **options)
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -215,6 +242,14 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "AttentionPatterns": lambda: attention_patterns(language(), language().net.params),
     "InductionHeads": lambda: induction_heads(language().net, language().net.params, key=fs.key(0), num=4),
+    "IntegratedGradients": lambda: integrated_gradients(lambda x: x.square().sum(1), torch.ones(2, 3)),
+    "TokenAttribution": lambda: token_attribution(*two_inputs()[:3]),
+    "AblationEffects": lambda: ablation_effects(
+        language_loss(), language_loss().net.params, mode="resample", key=fs.key(0)
+    ),
+    "PatchingEffects": lambda: activation_patching(*two_inputs()),
+    "EdgeAttribution": lambda: edge_attribution(*two_inputs()),
+    "CircuitFaithfulness": faithfulness,
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

@@ -1,8 +1,17 @@
-"""Mechanisms inside a transformer: what heads look at, read and write, and what layers say of the next token."""
+"""Mechanisms inside a transformer: what heads look at, read and write, what layers say of the next token, what decides."""
 
+from .ablation import AblationEffects, ablation_effects
 from .attention import AttentionPatterns, attention_patterns
 from .circuits import HeadCircuits, full_circuit, qk_ov_circuits
+from .edge_attribution import (
+    CircuitFaithfulness,
+    EdgeAttribution,
+    circuit_faithfulness,
+    edge_attribution,
+    edge_patching,
+)
 from .induction import InductionHeads, induction_heads, repeated_tokens
+from .integrated_gradients import IntegratedGradients, TokenAttribution, integrated_gradients, token_attribution
 from .jacobians import MeanJacobians, PositionJacobian, mean_jacobians, position_jacobian
 from .lens import JacobianLens, LogitLens, jacobian_lens, logit_lens
 from .logit_attribution import (
@@ -11,6 +20,7 @@ from .logit_attribution import (
     logit_attribution,
     logit_contributions,
 )
+from .patching import PatchingEffects, activation_patching, attribution_patching
 from .rollout import attention_flow, attention_rollout
 from .score_attribution import ScoreAttribution, qk_attribution
 from .scores import SCORES, pattern_scores
@@ -18,23 +28,36 @@ from .weights import HeadWeights, head_weights
 
 __all__ = [
     "SCORES",
+    "AblationEffects",
     "AttentionPatterns",
+    "CircuitFaithfulness",
     "Contributions",
+    "EdgeAttribution",
     "HeadCircuits",
     "HeadWeights",
     "InductionHeads",
+    "IntegratedGradients",
     "JacobianLens",
     "LogitAttribution",
     "LogitLens",
     "MeanJacobians",
+    "PatchingEffects",
     "PositionJacobian",
     "ScoreAttribution",
+    "TokenAttribution",
+    "ablation_effects",
+    "activation_patching",
     "attention_flow",
     "attention_patterns",
     "attention_rollout",
+    "attribution_patching",
+    "circuit_faithfulness",
+    "edge_attribution",
+    "edge_patching",
     "full_circuit",
     "head_weights",
     "induction_heads",
+    "integrated_gradients",
     "jacobian_lens",
     "logit_attribution",
     "logit_contributions",
@@ -45,4 +68,5 @@ __all__ = [
     "qk_attribution",
     "qk_ov_circuits",
     "repeated_tokens",
+    "token_attribution",
 ]

@@ -19,6 +19,7 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
+from ..mechanistic.ablation import ablation_effects
 from ..mechanistic.attention import attention_patterns
 from ..mechanistic.circuits import qk_ov_circuits
 from ..mechanistic.induction import induction_heads
@@ -234,6 +235,11 @@ for _one in (
         "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
         drawn=("induction", "z", "duplicate", "previous", "ranked"), reference="Olsson et al. (2022), arXiv:2209.11895",
         sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
+    ),
+    of_function(
+        "ablation_effects", ablation_effects, ("loss", "params", KEY), category="mechanistic", by_batch=True,
+        plan=("chunk",), without=("units",), drawn=("effects",), cost=lambda _: 100,
+        sentence="Of the loss of {loss}, each of the {sites} alone decides as much as the table says.",
     ),
 ):  # fmt: skip
     register(_one)

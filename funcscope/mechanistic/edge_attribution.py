@@ -1,0 +1,311 @@
+"""Which edges of a transformer carry a difference of two inputs, by gradients and exactly, and what circuits keep of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..core.estimate import Estimate
+from ..core.forward import Inputs
+from ..core.keys import Key, check_key, fold_in, uniform
+from ..core.layout import Params
+from ..core.model import Functional
+from ..core.result import Result, derived, internal, quantity
+from ..core.standard_errors import jackknife_stderr, ratio_stderr
+from ..core.statistics import mean
+from .edges import Graph, graph_of, names_of_edges, pass_with_edges, writes_of
+from .effects import one_by_one
+from .patching import Metric, Task, patching_task, scored
+
+
+class EdgeAttribution(Result):
+    """Estimated effects of all edges; made by `edge_attribution`."""
+
+    samples: Float[Tensor, "e n"] = internal()
+    """Per edge and sequence, in the unit of the metric."""
+    reference: Float[Tensor, " n"] = internal()
+    edges: Bool[Tensor, "s r"] = internal()
+    senders: list[str] = internal()
+    receivers: list[str] = internal()
+    num_nodes: int
+
+    @derived("estimated share of the difference", per=("sender", "receiver"), stderr="scores_stderr", shown=False)
+    def scores(self) -> Float[Tensor, "s r"]:
+        """nan where there is no edge."""
+        return self._placed(self.shares)
+
+    @property
+    def scores_stderr(self) -> Float[Tensor, "s r"]:
+        return self._placed(ratio_stderr(self.samples, self.reference))
+
+    @derived("difference of the metric, corrupt minus clean")
+    def difference(self) -> Estimate:
+        return mean(self.reference)
+
+    @property
+    def shares(self) -> Float[Tensor, " e"]:
+        return self.samples.sum(1) / self.reference.sum()
+
+    @property
+    def order(self) -> list[int]:
+        """Edges from the largest |share| to the smallest."""
+        return self.samples.sum(1).abs().argsort(descending=True, stable=True).tolist()
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.senders[s]} -> {self.receivers[r]}" for s, r in self.edges.nonzero().tolist()]
+
+    def circuit(self, num: int) -> list[str]:
+        """The `num` edges of the largest |share|, largest first."""
+        return [self.names[i] for i in self.order[:num]]
+
+    @property
+    def coords(self) -> dict[str, list[str]]:
+        return {"sender": self.senders, "receiver": self.receivers}
+
+    @property
+    def head(self) -> str:
+        how = f"EAP-IG, {self.num_nodes} nodes" if self.num_nodes else "EAP"
+        return f"{len(self.samples)} edges by {how}, {self.samples.shape[1]} pairs of sequences"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"Largest: {', '.join(self.circuit(5))}. Errors are over sequences, not those of the first order.",)
+
+    def _placed(self, values: Tensor) -> Tensor:
+        out = values.new_full(self.edges.shape, math.nan)
+        return out.masked_scatter(self.edges, values)
+
+
+class CircuitFaithfulness(Result):
+    """What circuits keep of a difference, beside random ones, and the largest edges; made by `circuit_faithfulness`."""
+
+    faithfulness: Float[Tensor, " k"] = quantity(
+        "share kept by the circuit", per="edges kept", stderr="faithfulness_stderr"
+    )
+    random_mean: Float[Tensor, " k"] = quantity(
+        "share kept by random circuits", per="edges kept", stderr="random_mean_stderr"
+    )
+    random: Float[Tensor, "k m"] = quantity("share kept by a random circuit", per=("edges kept", "draw"), shown=False)
+    estimated: Float[Tensor, " j"] = quantity("estimated share", per="edge", stderr="estimated_stderr")
+    exact: Float[Tensor, " j"] = quantity("exact share", per="edge", stderr="exact_stderr")
+    correlation: Estimate = quantity("correlation of estimated and exact shares")
+    num_sign_errors: int = quantity("edges whose estimate has the wrong sign")
+    """Of those whose exact share is more than twice its standard error away from 0."""
+    num_resolved: int = quantity("edges whose exact share is resolved")
+    faithfulness_stderr: Float[Tensor, " k"] = internal()
+    random_mean_stderr: Float[Tensor, " k"] = internal()
+    estimated_stderr: Float[Tensor, " j"] = internal()
+    exact_stderr: Float[Tensor, " j"] = internal()
+    sizes: list[int] = internal()
+    edges: list[str] = internal()
+    num_random: int
+    key: Key
+
+    @property
+    def coords(self) -> dict[str, list[int] | list[str]]:
+        return {"edges kept": self.sizes, "edge": self.edges}
+
+    @property
+    def head(self) -> str:
+        return f"circuits of up to {self.sizes[-1]} edges beside {self.num_random} random ones of each size"
+
+
+def edge_attribution(
+    net: Functional, params: Params, clean: Inputs, corrupt: Inputs, metric: Metric, *, num_nodes: int = 5
+) -> EdgeAttribution:
+    r"""To first order, what share of the difference between two inputs every edge carries, by one backward pass per node.
+
+    $$\hat e_{sr} = \frac{\sum_i (w_s^{\mathrm{corrupt}} - w_s^{\mathrm{clean}})_i \cdot \overline{\nabla_{x_r} M_i}}
+      {\sum_i M_i(\mathrm{corrupt}) - M_i(\mathrm{clean})},$$
+
+    with w what a sender (embedding, head, MLP) writes into the residual stream and x_r what a receiver (a head's query,
+    key or value, an MLP, the logits) reads of it, before its own norm. num_nodes 0: the gradient at the clean input (EAP);
+    from 1: its mean over the way of the embedding from clean to corrupt, by Gauss-Legendre quadrature of so many nodes
+    (EAP-IG), which sees past places where the gradient vanishes. Standard errors are over sequences; the error of the first
+    order is not in them: `circuit_faithfulness` has exact patches beside it. For a model that is linear both are exact:
+    proofs/attribution_patching.py.
+
+    Memory: the writes of all senders, and one gradient per edge and sequence.
+
+    Raises ValueError for inputs and metrics as `activation_patching`, fewer than 0 nodes, and a family whose residual stream
+    is no sum of what heads and MLPs write (there are GPT-2, GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3).
+
+    Syed, Rager, Conmy (2023), arXiv:2310.10348; Hanna, Pezzelle, Belinkov (2024), arXiv:2403.17806.
+
+    >>> import torch, funcscope as fs
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8))
+    >>> net, clean, corrupt = fs.functional(model), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
+    >>> found = edge_attribution(net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5])
+    >>> found.scores.shape                                                        # 2 (2 heads + MLP) + embedding
+    torch.Size([7, 15])
+    """
+    if num_nodes < 0:
+        raise ValueError(f"`num_nodes` must be at least 0, got {num_nodes}.")
+    graph = graph_of(net, params)
+    task = patching_task(net, params, clean, corrupt, metric, "noise")
+    edges = graph.edges.to(net.device)
+    with torch.no_grad():
+        start, end = (writes_of(graph, inputs) for inputs in (clean, corrupt))
+    steps = end - start
+    places, weights = _nodes(num_nodes)
+    zeros = steps.new_zeros(steps.shape[1], *edges.shape)
+    total = torch.zeros_like(zeros, dtype=torch.float64)
+    for place, weight in zip(places, weights, strict=True):
+        embedding = start[0] + place * steps[0]
+
+        def score(cut: Tensor, embedding: Tensor = embedding) -> Tensor:
+            return scored(metric, pass_with_edges(graph, clean, cut, end, embedding=embedding, fixed=steps)).sum()
+
+        total = total + weight * torch.func.grad(score)(zeros).double()
+    samples = total[:, edges].T.contiguous()
+    reference = (task.end_score - task.start_score).cpu()
+    return EdgeAttribution(samples.cpu(), reference, edges.cpu(), graph.senders, graph.receivers, num_nodes)
+
+
+def edge_patching(
+    net: Functional,
+    params: Params,
+    clean: Inputs,
+    corrupt: Inputs,
+    metric: Metric,
+    edges: Sequence[str],
+    *,
+    chunk: int = 8,
+) -> Float[Tensor, "e n"]:
+    """Exactly: per edge and sequence, the change of the metric where one edge alone carries what its sender writes in the
+    corrupt pass; chunk of them side by side.
+
+    edges: as `EdgeAttribution.names` has them. Raises ValueError for others, and as `edge_attribution`.
+    """
+    graph, task = graph_of(net, params), patching_task(net, params, clean, corrupt, metric, "noise")
+    names = names_of_edges(graph)
+    if unknown := [each for each in edges if each not in names]:
+        raise ValueError(f"there is no edge {unknown[0]!r}: they are written {names[0]!r}.")
+    places = graph.edges.nonzero()[[names.index(each) for each in edges]]
+    chosen = torch.zeros(len(places), *graph.edges.shape, dtype=torch.bool)
+    chosen[torch.arange(len(places)), places[:, 0], places[:, 1]] = True
+    return _cut_scores(graph, task, metric, chosen, chunk) - task.start_score.cpu()
+
+
+def circuit_faithfulness(
+    net: Functional,
+    params: Params,
+    clean: Inputs,
+    corrupt: Inputs,
+    metric: Metric,
+    attribution: EdgeAttribution,
+    *,
+    key: Key,
+    sizes: Sequence[int] = (),
+    num_random: int = 8,
+    num_exact: int = 20,
+    chunk: int = 8,
+) -> CircuitFaithfulness:
+    r"""How much of the difference between two inputs the largest edges keep, all others carrying the corrupt input.
+
+    $$\frac{\sum_i M_i(\text{all but the circuit corrupt}) - M_i(\mathrm{corrupt})}
+      {\sum_i M_i(\mathrm{clean}) - M_i(\mathrm{corrupt})},$$
+
+    exactly, by one pass per circuit: 1 for all edges and 0 for none; it may leave that range. Beside it, `num_random`
+    circuits of as many edges drawn without replacement: a circuit says something where it keeps more than these. Errors of
+    the circuit are over sequences, those of the random mean over draws. The circuit was chosen on these sequences: give
+    others for a fair value.
+
+    The `num_exact` largest edges are patched one by one: the correlation of estimated and exact shares (of these edges, which
+    were chosen for large estimates; jackknife error over sequences), and how many have the wrong sign.
+
+    attribution: of the same model. sizes: how many edges circuits have; powers of 2, and all, where none are given.
+
+    Raises ValueError as `edge_attribution`, for an attribution of other edges, sizes that are not from 0 to their number, and
+    fewer than one random circuit or two exact patches.
+    """
+    check_key(key)
+    graph, task = graph_of(net, params), patching_task(net, params, clean, corrupt, metric, "noise")
+    num = int(graph.edges.sum())
+    if attribution.senders != graph.senders or not torch.equal(attribution.edges, graph.edges):
+        raise ValueError("`attribution` is of another model: it has other edges.")
+    if num_random < 1 or not 2 <= num_exact <= num:
+        raise ValueError(
+            f"`num_random` must be at least 1 and `num_exact` from 2 to {num}, got {num_random} and {num_exact}."
+        )
+    made = list(sizes) or [*takewhile(lambda size: size < num, (2**i for i in range(num))), num]
+    if bad := [size for size in made if not 0 <= size <= num]:
+        raise ValueError(f"`sizes` must be from 0 to the {num} edges, got {bad[0]}.")
+    orders = [attribution.order] + [
+        uniform(fold_in(key, i), torch.zeros(num, dtype=torch.float64)).argsort().tolist() for i in range(num_random)
+    ]
+    cuts = torch.stack([_all_but(graph, order[:size]) for size in made for order in orders])
+    kept = _cut_scores(graph, task, metric, cuts, chunk) - task.end_score.cpu()
+    reference = (task.start_score - task.end_score).cpu()
+    shares = (kept.sum(1) / reference.sum()).view(len(made), -1)
+    best = kept.view(len(made), len(orders), -1)[:, 0]
+    random = shares[:, 1:].contiguous()
+    spread = random.std(1) / num_random**0.5 if num_random > 1 else torch.full_like(random[:, 0], math.nan)
+    top = attribution.circuit(num_exact)
+    exact = edge_patching(net, params, clean, corrupt, metric, top, chunk=chunk)
+    estimates = attribution.samples[attribution.order[:num_exact]]
+    (one, one_error), (two, two_error) = (
+        _shares(x, r) for x, r in ((estimates, attribution.reference), (exact, -reference))
+    )
+    resolved = two.abs() > 2 * two_error
+    return CircuitFaithfulness(
+        shares[:, 0].contiguous(), random.mean(1), random, one, two, _correlation(estimates, exact),
+        int((resolved & (one.sign() != two.sign())).sum()), int(resolved.sum()), ratio_stderr(best, reference), spread,
+        one_error, two_error, made, top, num_random, key,
+    )  # fmt: skip
+
+
+def _nodes(num: int) -> tuple[list[float], list[float]]:
+    """Places on the way from clean to corrupt, and their weights; the start alone without nodes."""
+    if num == 0:
+        return [0.0], [1.0]
+    at, weights = np.polynomial.legendre.leggauss(num)
+    return ((at + 1) / 2).tolist(), (weights / 2).tolist()
+
+
+def _all_but(graph: Graph, circuit: Sequence[int]) -> Bool[Tensor, "s r"]:
+    """Every edge that is not in the circuit."""
+    edges = graph.edges
+    places = edges.nonzero()[torch.as_tensor(circuit, dtype=torch.long)]
+    inside = torch.zeros_like(edges)
+    inside[places[:, 0], places[:, 1]] = True
+    return edges & ~inside
+
+
+def _cut_scores(
+    graph: Graph, task: Task, metric: Metric, cuts: Bool[Tensor, "m s r"], chunk: int
+) -> Float[Tensor, "m n"]:
+    """The metric of passes of the clean input in which some edges carry the corrupt one."""
+    with torch.no_grad():
+        given = writes_of(graph, task.end)
+
+    def of(cut: Tensor) -> Tensor:
+        return scored(metric, pass_with_edges(graph, task.start, cut[None].to(given.dtype), given))
+
+    return one_by_one(of, cuts.to(given.device), chunk).cpu()
+
+
+def _shares(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    return samples.sum(1) / reference.sum(), ratio_stderr(samples, reference)
+
+
+def _correlation(first: Float[Tensor, "e n"], second: Float[Tensor, "e n"]) -> Estimate:
+    """Of two numbers per edge, means over sequences; error by leaving each sequence out."""
+
+    def correlation(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.mean(0), b - b.mean(0)
+        return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+
+    a, b = (x.double() for x in (first, second))
+    rest = correlation(a.sum(1, keepdim=True) - a, b.sum(1, keepdim=True) - b)
+    num = first.shape[1]
+    stderr = jackknife_stderr(rest) if num > 1 else a.new_tensor(math.nan)
+    return Estimate(correlation(a.sum(1), b.sum(1)), stderr, num)
