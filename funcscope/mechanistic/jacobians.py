@@ -175,25 +175,25 @@ def position_jacobian(
         seen = trace(net, params, inputs, ["tok_embed"])
     shift = torch.zeros_like(seen["tok_embed"])
     out, pull = vjp(lambda d: apply_with(net, params, inputs, {"tok_embed": lambda x: x + d}, [site])[1][site], shift)
-    _, length, size = out.shape
-    draws = [rademacher(fold_in(key, i), out[0]) for i in range(num)] if method == "probes" else []
-    values = torch.full((len(out), length, length), math.nan, dtype=wide(out.device), device=out.device)
-    errors = values.clone()
+    (_, length, size), exact = out.shape, method == "exact"
+    eye = torch.eye(size, dtype=out.dtype, device=out.device)
+    draws = [] if exact else [rademacher(fold_in(key, i), out[0]) for i in range(num)]
+    rows = []
     for query in range(length):
-        eye = torch.eye(size, dtype=out.dtype, device=out.device)
-        probes = eye if method == "exact" else torch.stack([each[query] for each in draws])
+        probes = eye if exact else torch.stack([each[query] for each in draws])
         squares = torch.cat([_squares(pull, out, query, part) for part in probes.split(chunk_size)])
-        if method == "exact":
-            values[:, query], errors[:, query] = squares.sum(0).sqrt(), 0.0
-        else:
-            values[:, query] = squares.mean(0).sqrt()
-            errors[:, query] = squares.std(0) / num**0.5 / (2 * values[:, query]) if num > 1 else math.nan
+        rows.append((squares.sum(0).sqrt(), torch.zeros_like(squares[0])) if exact else _root_mean(squares))
+    values, errors = (torch.stack(each, 1) for each in zip(*rows, strict=True))
     there = seen.mask[:, :, None] & seen.mask[:, None]
-    values, errors = (
-        torch.where(there, x, math.nan).cpu() for x in (values, errors.nan_to_num() if num > 1 else errors)
-    )
-    products = length * (size if method == "exact" else num)
-    return PositionJacobian(values, errors, method, num if method == "probes" else 0, layer, products)
+    values, errors = (torch.where(there, x, math.nan).cpu() for x in (values, errors))
+    return PositionJacobian(values, errors, method, 0 if exact else num, layer, length * (size if exact else num))
+
+
+def _root_mean(squares: Float[Tensor, "m b t"]) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
+    """With its error to first order: 0 where every square is 0."""
+    value, num = squares.mean(0).sqrt(), len(squares)
+    spread = squares.std(0) if num > 1 else torch.full_like(value, math.nan)
+    return value, torch.where(value == 0, 0.0, spread / num**0.5 / (2 * value))
 
 
 def _squares(pull: Callable[[Tensor], tuple[Tensor]], out: Tensor, query: int, probes: Float[Tensor, "m D"]) -> Tensor:

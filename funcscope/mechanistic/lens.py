@@ -188,11 +188,11 @@ def _of_batch(
 def _compared(
     log_p: Float[Tensor, "n V"], last: Float[Tensor, "n V"], target: Int[Tensor, " n"]
 ) -> Float[Tensor, "numbers n"]:
-    chosen = log_p.gather(1, target[:, None])
+    chosen, of_last, dot = log_p.gather(1, target[:, None]), last.exp(), torch.linalg.vecdot
     return torch.stack([
-        (last.exp() * (last - log_p)).sum(1),
+        dot(of_last, last) - dot(of_last, log_p),
         chosen[:, 0],
         1 + (log_p > chosen).sum(1).to(log_p),
         (log_p.argmax(1) == last.argmax(1)).to(log_p),
-        -(log_p.exp() * log_p).sum(1),
+        -dot(log_p.exp(), log_p),
     ])  # fmt: skip
