@@ -21,27 +21,31 @@ MODELS = (
     "alone: by looking for an earlier occurrence of the current token, and at the one behind it. A head that does so is an "
     "induction head; it reads what a head of the layer before, which looks at the previous token, has written."
 )
+FIRST = ("induction_curves", "training_curves")
+"""Of the metrics, in this order, and the others after them."""
 
 
 def write_page(results: Results, path: str | Path) -> Page:
     """Write the page, and return it: a notebook shows it."""
-    return write_report(results, path, title=TITLE, lede=[MODELS, *grown(results), baseline()])
+    there = dict.fromkeys(outcome.metric for outcome in results.outcomes)
+    names = sorted(there, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    return write_report(results, path, title=TITLE, metrics=names, lede=[MODELS, *grown(results), baseline()])
 
 
 def grown(results: Results) -> list[str]:
     """For each model: its gain and the scores of its heads at the end, and the step at which half of the gain was there."""
     curves = of_metric(with_short_names(results), "induction_curves")
-    return [" ".join(_sentence(outcome) for outcome in curves if outcome.ok)] if any(o.ok for o in curves) else []
+    return [_sentence(outcome) for outcome in curves if outcome.ok]
 
 
 def baseline() -> str:
     """What those numbers would be without order."""
     config = induction.Config()
-    order = math.log(config.vocab_size / config.longest)
+    worth = math.log(config.vocab_size / config.longest)
     return (
-        f"A head that attends to all positions alike has an induction score of about {math.log(2) / config.longest:.2g}. To "
-        f"know which tokens are in the block, without their order, is worth ln({config.vocab_size} / {config.longest}) = "
-        f"{order:.3g} nats, and a little more where distances say which of them are likelier."
+        f"A head that attends to all positions alike has an induction score of about {math.log(2) / config.longest:.2g}. "
+        f"To know which tokens are in the block, without their order, is worth ln({config.vocab_size} / {config.longest}) = "
+        f"{worth:.3g} nats, and a little more where distances say which of them are likelier."
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ from ...core.keys import Key, fold_in, key, uniform
 from ...core.store import Damaged, write
 from ...core.store import load as load_stored
 from ...core.store import save as save_stored
+from ..threads import one_thread
 from .model import END, WEIGHTS, load, make, place, save
 from .texts import data, read
 from .variants import BASE, KINDS, NAMES, Config
@@ -35,17 +35,6 @@ RECORD = "training.json"
 STATE = "training.safetensors"
 SCORED = 128
 """Held-out texts of each kind that the losses are of."""
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread: in models as small as these several mostly wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Point(NamedTuple):
@@ -119,7 +108,7 @@ def _trained(
     write(folder / name / RECORD, json.dumps(record, indent=1).encode())
 
 
-@_one_thread()
+@one_thread()
 def _step(model: LlamaForCausalLM, optimiser: torch.optim.Optimizer, rows: Tensor, rate: float) -> float:
     optimiser.param_groups[0]["lr"] = rate
     optimiser.zero_grad()
@@ -136,7 +125,7 @@ def _nats(model: LlamaForCausalLM, rows: Int[Tensor, "b t"]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-@_one_thread()
+@one_thread()
 @torch.no_grad()
 def _score(model: LlamaForCausalLM, rows: Int[Tensor, "n t"], batch_size: int) -> float:
     """Nats per byte of texts: every byte but the first of each counts once."""
