@@ -55,7 +55,8 @@ def cacheless(model) -> dict:
 def test_each_site_follows_from_those_before_it(name):
     """Scores from queries and keys, heads from patterns and values, the stream from what is written into it."""
     net, batch = netted(name, torch.float64), inputs_of(name)["right"]
-    seen = trace(net, net.params, batch, sites_of(net))
+    out, seen = apply_with(net, net.params, batch, {}, sites_of(net))
+    assert torch.equal(out, net.apply(net.params, batch))
     config = net.config
     for i in range(seen.num_layers):
         rot = "rot_" if f"rot_q.{i}" in seen.values else ""

@@ -184,7 +184,7 @@ def _attention(
         )
     else:
         scores = one.at(f"scores.{layer}", scores_of(query, key, kernel))
-        soft = torch.softmax(scores, -1, dtype=torch.float32 if wide and scores.dtype != torch.float64 else None)
+        soft = torch.softmax(scores, -1, dtype=torch.float32 if wide else None)
         pattern = one.at(f"pattern.{layer}", soft.to(query.dtype))
         z = torch.matmul(pattern, _repeated(value, query))
     return one.at(f"z.{layer}", z.transpose(1, 2)), pattern
