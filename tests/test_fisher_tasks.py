@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,46 @@ def test_a_source_of_several_tasks_is_looked_at_on_every_two_and_stored(net, tmp
     assert [one.reused for one in again] == [True, True]
     other = run(study[:1], [source], tasks=("right", "left"), cache=Cache(tmp_path))
     assert not other[0].reused
+
+
+def doubled(loss: fs.Loss, rows: list[int], pad: int = 0) -> fs.Loss:
+    """Some sequences of its first batch, some of them twice; padded further on the right."""
+    inputs = loss.batches[0][0]
+    ids = torch.nn.functional.pad(inputs["input_ids"][rows], (0, pad))
+    mask = torch.arange(ids.shape[1]).expand(ids.shape) < ids.shape[1] - pad
+    return fs.objective(loss.net, [{"input_ids": ids, "attention_mask": mask.long()}], loss.criterion)
+
+
+def test_copies_stay_together_and_what_both_tasks_have_is_left_out(texts):
+    first, second = (
+        fs.objective(loss.net, [tokens(seed, 6, 6)], loss.criterion) for loss, seed in zip(texts, (41, 42), strict=True)
+    )
+    theta = first.net.theta
+    parts = dealt(doubled(first, [0, 1, 2, 0, 3, 1]), theta, 2)
+    rows = [part.batches[0][0]["input_ids"].tolist() for part in parts]
+    ids = first.batches[0][0]["input_ids"].tolist()
+    assert rows == [[ids[0], ids[2], ids[0]], [ids[1], ids[3], ids[1]]]
+    mixed = replace(second, batches=(*second.batches, *doubled(first, [1, 4], pad=2).batches))
+    found = fs.fisher.task_conflicts(first, mixed, theta, key=fs.key(0), num=19)
+    oracle = fs.fisher.task_conflicts(doubled(first, [0, 2, 3, 5]), second, theta, key=fs.key(0), num=19)
+    assert (found.num_shared, found.num_first, found.num_second) == (4, 4, 6)
+    assert any("4 sequences in both tasks" in note for note in found.notes)
+    torch.testing.assert_close(found.inner, oracle.inner, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="two scored sequences that the other one has not, got 0"):
+        fs.fisher.task_conflicts(first, first, theta, key=fs.key(0))
+    heads = qkov_interference(doubled(first, [0, 1, 2, 0, 3, 1]), second, theta, key=fs.key(0), num=9)
+    assert heads.directed.shape[1:] == (3, 3)
+
+
+def test_weights_that_are_not_finite_are_named(net):
+    loss = classes(1, 8, slice(0, 4), net)
+    theta = net.theta.clone()
+    theta[7] = torch.nan
+    for call in (fisher_importance, fs.fisher.compare_methods):
+        with pytest.raises(ValueError, match=r"`0\.weight` is not finite"):
+            call(loss, theta, key=fs.key(0))
+
+
+def test_a_metric_of_two_data_sets_says_that_there_is_one(net):
+    with pytest.warns(UserWarning, match="cross_task_conflicts looks at one model on two data sets"):
+        assert run([metric("cross_task_conflicts")], [InMemory({"data": classes(1, 8, slice(0, 4), net)})]) == []

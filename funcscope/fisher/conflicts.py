@@ -18,7 +18,7 @@ from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
 from .label_permutation import label_test
 from .mean_gradients import bootstrapped, bounds, jackknifed, unbiased
-from .samples import scored_sequences
+from .samples import apart
 from .whitening import check_tasks, whitened_grams
 
 Values = Float[Tensor, " b"]
@@ -41,6 +41,7 @@ class TaskConflicts(Result):
     num_second: int
     num: int
     num_unscored: int
+    num_shared: int
     unit_length: bool
     key: Key
     inner_stderr: Values = internal()
@@ -75,6 +76,8 @@ class TaskConflicts(Result):
             notes.append(
                 f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out."
             )
+        if self.num_shared:
+            notes.append(f"{counted(self.num_shared, 'sequence')} in both tasks: no independent samples, and left out.")
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:
@@ -100,21 +103,21 @@ def task_conflicts(
     r"""Whether two data sets pull the parameters of every block in opposite directions, from their per-sequence gradients.
 
     `gram_conflicts` of the Grams at one theta. Sequences are the samples; tokens are none, as those of one sequence go
-    together, and sequences of which nothing is scored are left out.
+    together; sequences of which nothing is scored, and those that both tasks have, are left out.
     whitened: gradients over the root of the mean of their squares over the samples of both tasks (`whitened_grams`). They are
     multiplied out for that, block by block. Other arguments: those of `gram` and `gram_conflicts`.
 
     Raises ValueError for tasks of different parameters, and as `gram` and `gram_conflicts` do.
     """
     check_tasks(first, second)
-    (first, lost), (second, also) = (scored_sequences(loss, theta) for loss in (first, second))
+    first, second, num_unscored, num_shared = apart(first, second, theta)
     if whitened:
         three = whitened_grams(first, second, theta, by=by, chunk_size=min(chunk_size, 8))
     else:
         own = [gram(loss, theta, by=by, chunk_size=chunk_size) for loss in (first, second)]
         three = own[0], gram(first, theta, other=second, by=by, chunk_size=chunk_size), own[1]
     result = gram_conflicts(*three, key=key, unit_length=unit_length, num=num)
-    return replace(result, num_unscored=lost + also)
+    return replace(result, num_unscored=num_unscored, num_shared=num_shared)
 
 
 def gram_conflicts(
@@ -176,7 +179,7 @@ def gram_conflicts(
     n, m = ab.shape[1:]
     return TaskConflicts(
         value.inner, value.first, value.second, value.cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
-        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, unit_length, key,
+        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, 0, unit_length, key,
         errors.inner, errors.first, errors.second, errors.cosine, list(between.blocks),
     )  # fmt: skip
 

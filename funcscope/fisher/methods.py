@@ -117,6 +117,8 @@ def compare_methods(
     for method in methods:
         check_choice("methods", method, METHODS)
     theta = Loss.vector(loss, theta)
+    if bad := [leaf.name for leaf in loss.layout.leaves if not bool(theta[leaf.slice].isfinite().all())]:
+        raise ValueError(f"`{bad[0]}` is not finite: the Fisher information is not defined there.")
     directions = _held_out(loss, theta, fold_in(key, "held out"), num_directions)
     product = exact_fisher(loss, theta)
     exact = torch.stack([v @ product(v) for v in directions])

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..core.batches import UNSCORED
+from ..core.batches import UNSCORED, tensors
 from ..core.batches import rows as rows_of
 from ..core.checks import check_count
+from ..core.criterion import Labels
 from ..core.layout import Layout, View
 from ..core.objective import Loss, Theta
 from ..curvature.gram import Blocks, block_views
@@ -73,10 +74,54 @@ def scored_sequences(loss: Loss, theta: Theta) -> tuple[Loss, int]:
 
 
 def dealt(loss: Loss, theta: Theta, num: int) -> list[Loss]:
-    """Losses on every `num`-th scored sequence, from the first on, from the second on, ...: as many as have one."""
-    there = are_scored(loss, theta)
-    group = torch.where(there, (there.cumsum(0) - 1) % num, -1)
-    return [chosen(loss, group == i) for i in range(min(num, int(there.sum())))]
+    """Losses on every `num`-th scored sequence, from the first on, from the second on, ...: as many as have one.
+
+    Copies of a sequence go where it goes.
+    """
+    there, places = are_scored(loss, theta), dict[bytes, int]()
+    order = [
+        places.setdefault(each, len(places)) if real else -1 for each, real in zip(contents(loss), there, strict=True)
+    ]
+    group = torch.where(there, torch.tensor(order, device=there.device) % num, -1)
+    return [chosen(loss, group == i) for i in range(min(num, len(places)))]
+
+
+def apart(first: Loss, second: Loss, theta: Theta) -> tuple[Loss, Loss, int, int]:
+    """Both tasks without sequences of which nothing is scored and those that both have, and how many each of these are.
+
+    Raises ValueError where fewer than two are left of one.
+    """
+    parts, keys = [first, second], [contents(first), contents(second)]
+    scored = [are_scored(loss, theta) for loss in parts]
+    both = {*keys[0]} & {*keys[1]}
+    own = [torch.tensor([key not in both for key in each], device=first.net.device) for each in keys]
+    shared = sum(int((real & ~mine).sum()) for real, mine in zip(scored, own, strict=True))
+    for name, real, mine in zip(("first", "second"), scored, own, strict=True):
+        if (num := int((real.to(mine.device) & mine).sum())) < 2:
+            raise ValueError(
+                f"the {name} task must have two scored sequences that the other one has not, got {num}: tests and errors are "
+                "over independent sequences."
+            )
+    kept = [chosen(loss, real & mine.to(real.device)) for loss, real, mine in zip(parts, scored, own, strict=True)]
+    return kept[0], kept[1], sum(int((~real).sum()) for real in scored), shared
+
+
+def contents(loss: Loss) -> list[bytes]:
+    """What every sequence holds, whatever its padding: equal for copies."""
+    made: list[bytes] = []
+    for inputs, targets in loss.batches:
+        size = rows_of((inputs, targets)) or 1
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(targets, Labels):
+            real = (mask != 0 if mask.ndim == 2 else (mask == 0).any(-2).any(1)).expand(ids.shape)
+            scored = targets.weight != 0
+            rows = [[ids[r][real[r]], targets.index[r][scored[r]]] for r in range(size)]
+        else:
+            leaves = [x for x in tensors((inputs, targets)) if x.ndim and len(x) == size]
+            rows = [[x[r] for x in leaves] for r in range(size)]
+        made += [b"".join(repr(x.tolist()).encode() for x in row) for row in rows]
+    return made
 
 
 def are_scored(loss: Loss, theta: Theta) -> Bool[Tensor, " n"]:

@@ -24,7 +24,7 @@ from .importance import Importance
 from .interference import HeadInterference, head_interference
 from .masks import obd_saliency, pruning_mask
 from .overlap import MaskOverlap, mask_overlap
-from .samples import are_scored, dealt
+from .samples import apart, are_scored, dealt
 from .whitening import check_tasks, cut_views
 
 HALVES = ("different tasks", "first task", "second task")
@@ -146,7 +146,8 @@ def qkov_interference(
 ) -> HeadInterference:
     """Interference of two tasks in the queries, keys, values and outputs of every head; see `head_interference`.
 
-    Every second sequence of both tasks is held out for the Fisher information that weighs it.
+    Every second sequence of both tasks is held out for the Fisher information that weighs it, a copy where its first is.
+    Sequences that both tasks have are left out.
 
     Raises ValueError for no Hugging Face model with attention heads, for fewer than four scored sequences of a task, and as
     `head_views` and `head_interference` do.
@@ -156,6 +157,7 @@ def qkov_interference(
         raise ValueError("heads are those of a Hugging Face model, and this is none: take `head_interference`.")
     views = head_views(first.layout, first.layout.heads)
     theta = Loss.vector(first, theta)
+    first, second, *_ = apart(first, second, theta)
     (a, held), (b, also) = (_halves(loss, theta, i, least=4) for i, loss in enumerate((first, second)))
     return head_interference(
         a, b, replace(held, batches=held.batches + also.batches), theta, views=views, key=key,
@@ -173,4 +175,10 @@ def _halves(loss: Loss, theta: Theta, task: int, least: int = 2) -> list[Loss]:
 def _diagonals(parts: list[Loss], theta: Tensor, key: Key, num: int) -> Iterator[Float[Tensor, " p"]]:
     """Of every part, its Fisher diagonal times what its tokens weigh."""
     for i, part in enumerate(parts):
-        yield fisher_diagonal_mc(part, theta, key=fold_in(key, i), num=num).value * total_weight(part, theta)
+        made = fisher_diagonal_mc(part, theta, key=fold_in(key, i), num=num).value * total_weight(part, theta)
+        if not bool(made.isfinite().all()):
+            name = next(leaf.name for leaf in part.layout.leaves if not bool(made[leaf.slice].isfinite().all()))
+            raise ValueError(
+                f"the Fisher diagonal in `{name}` is not finite: look at the weights there, and at the data."
+            )
+        yield made

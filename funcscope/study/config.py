@@ -231,7 +231,13 @@ class UnifiedConfig:
             "fisher_information": ("fisher", {"method": self.fisher_method, "num": self.fisher_top_k}),
             **{
                 name: ("fisher", {})
-                for name in ("fisher_importance", "fisher_overlap", "cross_task_conflicts", "qkov_interference")
+                for name in (
+                    "fisher_importance",
+                    "fisher_methods",
+                    "fisher_overlap",
+                    "cross_task_conflicts",
+                    "qkov_interference",
+                )
             },
             "loss_landscape_2d": (
                 "landscape",

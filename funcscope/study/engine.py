@@ -79,6 +79,11 @@ def run(
     if any(one.on == "pair" for one in every):
         sources = [*(base for base in bases if base.id not in {one.id for one in sources}), *sources]
     plan = list(arranged(every, sources, bases, tasks))
+    for one in metrics:
+        if one.on == "tasks" and not any(one in each for _, each in plan):
+            warnings.warn(
+                f"{one.name} looks at one model on two data sets, and there is one: give several by name.", stacklevel=2
+            )
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
