@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -73,7 +73,7 @@ class JacobianLens(LogitLens):
         return [f"{text}."]
 
 
-def logit_lens(loss: Loss, params: Params, *, chunk: int = 256) -> LogitLens:
+def logit_lens(loss: Loss, params: Params, *, chunk: int = 64) -> LogitLens:
     r"""At which layer the prediction is there: the logit lens, with errors over sequences.
 
     With $h_l$ the residual stream before block l, $h_L$ the last, N the final norm (and c the cap of logits, where one is),
@@ -105,7 +105,7 @@ def jacobian_lens(
     key: Key,
     method: Literal["exact", "probes"] = "exact",
     num: int = 1,
-    chunk: int = 256,
+    chunk: int = 64,
     chunk_size: int = 16,
 ) -> JacobianLens:
     r"""What each layer's residual stream disposes the model to say: the logit lens through the mean Jacobian.
@@ -174,25 +174,48 @@ def _of_batch(
         rows, places = at.T
         target, scale = index[rows, places], weight[rows, places].to(sums)
 
-        def log_probs(layer: int, rows: Tensor = rows, places: Tensor = places) -> Tensor:
+        def logits(layer: int, rows: Tensor = rows, places: Tensor = places) -> Tensor:
             h = streams[layer][rows, places].to(w.unembedding[0].dtype)
-            return w.logits(w.final(through(layer, h))).log_softmax(-1)
+            return w.logits(w.final(through(layer, h)))
 
-        last = log_probs(len(streams) - 1)
+        last = _Last.of(logits(len(streams) - 1))
         for layer in range(len(streams)):
-            each = last if layer == len(streams) - 1 else log_probs(layer)
+            each = last.logits if layer == len(streams) - 1 else logits(layer)
             sums[:, layer].index_add_(1, rows, _compared(each, last, target).to(sums) * scale)
     return sums
 
 
-def _compared(
-    log_p: Float[Tensor, "n V"], last: Float[Tensor, "n V"], target: Int[Tensor, " n"]
-) -> Float[Tensor, "numbers n"]:
-    chosen, of_last, dot = log_p.gather(1, target[:, None]), last.exp(), torch.linalg.vecdot
+class _Last(NamedTuple):
+    """Of the model's own logits."""
+
+    logits: Float[Tensor, "n V"]
+    p: Float[Tensor, "n V"]
+    best: Int[Tensor, " n"]
+    entropy: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Last:
+        shares, total, best, normaliser = _shares(logits)
+        p = shares / total[:, None]
+        return cls(logits, p, best, normaliser - torch.linalg.vecdot(p, logits))
+
+
+def _shares(logits: Float[Tensor, "n V"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp of the logits below the largest one, their sum, where that is, and log sum exp."""
+    largest, best = logits.max(1)
+    shares = (logits - largest[:, None]).exp_()
+    total = shares.sum(1)
+    return shares, total, best, largest + total.log()
+
+
+def _compared(logits: Float[Tensor, "n V"], last: _Last, target: Int[Tensor, " n"]) -> Float[Tensor, "numbers n"]:
+    """A few passes over the logits: no array of log-probabilities is made of them."""
+    shares, total, best, normaliser = _shares(logits)
+    chosen, dot = logits.gather(1, target[:, None]), torch.linalg.vecdot
     return torch.stack([
-        dot(of_last, last) - dot(of_last, log_p),
-        chosen[:, 0],
-        1 + (log_p > chosen).sum(1).to(log_p),
-        (log_p.argmax(1) == last.argmax(1)).to(log_p),
-        -dot(log_p.exp(), log_p),
+        normaliser - dot(last.p, logits) - last.entropy,
+        chosen[:, 0] - normaliser,
+        1 + (logits > chosen).sum(1).to(logits),
+        (best == last.best).to(logits),
+        normaliser - dot(shares, logits) / total,
     ])  # fmt: skip
