@@ -56,9 +56,23 @@ def test_the_grams_errors_are_over_draws_at_these_data_and_over_sequences_by_loo
     assert_close(made.trace_stderr[0], squares.mean(1).std() / 3**0.5)
     assert_close(made.trace_data_stderr[0], squares.mean(0).std() / n**0.5)
     assert made.trace_data_stderr[1].isnan()
+    assert "trace_data_stderr" not in str(made)
+    assert any("a bias that more draws do not remove" in note for note in made.notes)
     alone = compare_methods(loss, theta, key=key, num=1, num_directions=1, methods=("gram", "diagonal"))
     assert alone.trace_stderr.isnan().all()
     assert "over draws of labels or probes at these data" in alone.notes[0]
+
+
+def test_the_trace_of_kfac_has_a_bias_that_more_draws_do_not_remove_and_that_of_ekfac_has_none():
+    """Inputs that say how sure the model is."""
+    net = fs.functional(seeded(0, lambda: nn.Linear(2, 2)).double())
+    x = torch.tensor([[0.1, 0.0], [4.0, 0.0]], dtype=torch.float64).repeat(200, 1)
+    loss = fs.objective(net, [(x, torch.zeros(400, dtype=torch.long))], fs.classification)
+    made = compare_methods(loss, net.theta, key=fs.key(0), num=6, num_directions=1, methods=("kfac", "ekfac"))
+    exact = dense(exact_fisher(loss, net.theta), net.theta).trace()
+    off = (made.trace - exact).abs() / made.trace_stderr
+    assert off[0] > 6
+    assert off[1] < 3
 
 
 @pytest.mark.slow

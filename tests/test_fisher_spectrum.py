@@ -208,11 +208,25 @@ def test_errors_without_bias_are_near_the_jackknifes_of_many_samples(centered):
     for name, error in (("coupling", found.coupling), ("off_block_mass", found.off_block_mass)):
         values = torch.stack([each.coupling[f"{name}_debiased"] for each in rest], -1)
         wanted = (59 / 60 * (values - values.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
-        assert_close(error, wanted, rtol=1e-9 if centered else 0.2, atol=1e-9)  # pairs count twice
+        assert_close(error, wanted, rtol=1e-9, atol=1e-9)
     if not centered:
         values = torch.stack([each.numbers["participation_ratio_debiased"] for each in rest], -1)
         wanted = (59 / 60 * (values - values.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
         assert_close(found.participation_ratio, wanted, rtol=0.2, atol=0)
+
+
+def test_the_participation_ratio_without_bias_has_its_error_and_a_covariance_has_none():
+    rows = gradients(30, 6)
+    made = gram_spectrum(Grams(two_blocks(rows).values, "sample", 0, [], ["a", "b"]), key=KEY, folds=0)
+    wanted = free_errors(two_blocks(rows)).participation_ratio
+    assert_close(made.participation_ratio_debiased_stderr, wanted[:-1])
+    there = made.frame().set_index(["quantity", "block"]).loc[("participation_ratio_debiased", "a")]
+    assert float(there["stderr"]) == pytest.approx(float(wanted[0]))
+    centred = spectrum(rows, centered=True)
+    assert centred.participation_ratio_debiased is None
+    assert centred.global_participation_ratio_debiased is None
+    assert "participation_ratio_debiased" not in str(centred)
+    assert not any("participation_ratio_debiased" in name for name in centred.asdict())
 
 
 def test_numbers_without_bias_say_where_they_are_not_resolved():

@@ -19,9 +19,12 @@ from funcscope.fisher import (
     fisher_overlap,
     head_interference,
     head_views,
+    mask_overlap,
+    pruning_mask,
     qkov_interference,
 )
 from funcscope.fisher.samples import dealt
+from funcscope.fisher.tasks import _splits
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
@@ -87,11 +90,74 @@ def test_tasks_that_use_other_columns_share_nothing_and_each_is_like_itself(net,
     different, one, other = apart.halves[0].tolist()
     assert float(apart.num_both) == 0
     assert float(apart.kappa) == pytest.approx(different) == pytest.approx(-0.3 / 0.7, rel=0.1)
-    assert min(one, other) > 0.5
+    assert min(one, other) > 0.4
     alike = fisher_overlap(first, classes(5, 20, slice(0, 4), net), net.theta, **options)
     assert float(alike.kappa) > 0.5
     assert alike.coords["halves"] == ["different tasks", "first task", "second task"]
     torch.testing.assert_close(alike.total_halves[0], alike.halves[0, 0])
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(20, 8), (5, 4), (3, 2)])
+def test_halves_and_errors_are_those_of_balanced_half_samples(net, rows, groups):
+    """By sets of groups: of 8, every second of those of 4 with 0 of which the others are the complement, no more."""
+    first, second = classes(1, rows, slice(0, 6), net), classes(3, rows, slice(2, 8), net)
+    found = fisher_overlap(first, second, net.theta, key=fs.key(0), by="tensor", density=0.3, num=2)
+    ways = {2: ["0"], 4: ["02", "01", "03"], 8: ["0246", "0145", "0347", "0123", "0257", "0167", "0356"]}[groups]
+    sides = []
+    for i, loss in enumerate((first, second)):
+        parts = [
+            total_weight(part, net.theta) * fisher_diagonal_mc(part, net.theta, key=key, num=2).value
+            for part, key in zip(
+                dealt(loss, net.theta, groups), map(fs.fold_in, [fs.fold_in(fs.key(0), i)] * 8, range(8)), strict=False
+            )
+        ]
+        masks = []
+        for way in ways:
+            chosen = [
+                torch.stack([x for j, x in enumerate(parts) if (str(j) in way) == side]).sum(0)
+                for side in (True, False)
+            ]
+            masks.append([pruning_mask(x, net.layout, sparsity=0.7).mask for x in chosen])
+        sides.append(masks)
+    made = [mask_overlap(x, y, net.layout) for one, other in zip(*sides, strict=False) for x in one for y in other]
+    kappas = torch.stack([each.kappa for each in made])
+    torch.testing.assert_close(found.halves[:, 0], kappas.mean(0), equal_nan=True)
+    torch.testing.assert_close(found.kappa_stderr, kappas.std(0, correction=0), equal_nan=True)
+    totals = torch.tensor([each.total_kappa for each in made])
+    assert found.total_kappa_stderr == pytest.approx(float(totals.double().std(correction=0)), rel=1e-4)
+    assert "±" in next(line for line in str(found).splitlines() if line.startswith("total_kappa "))
+
+
+def test_balanced_half_samples_give_the_error_of_a_mean_exactly():
+    x = seeded(0, lambda: torch.randn(8, dtype=torch.float64))
+    means = torch.stack([torch.stack(side).mean() for halves in _splits(list(x)) for side in halves])
+    assert len(means) == 14
+    torch.testing.assert_close(means.std(correction=0), x.std() / 8**0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "num", "score"), [(24, 2, "fisher"), (96, 2, "fisher"), (96, 8, "obd")])
+def test_the_error_of_the_overlap_is_of_the_size_that_repetitions_have(rows, num, score):
+    net = fs.functional(
+        seeded(1, lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)))
+    )
+    options = {"by": "layer", "density": 0.1, "num": num, "score": score}
+    made = [
+        fisher_overlap(
+            classes(10 * i, rows, slice(0, 6), net),
+            classes(10 * i + 5, rows, slice(2, 8), net),
+            net.theta,
+            key=fs.key(i),
+            **options,
+        )
+        for i in range(60)
+    ]
+    values = torch.stack([torch.cat([one.kappa, one.kappa.new_tensor([one.total_kappa])]) for one in made])
+    errors = torch.stack(
+        [torch.cat([one.kappa_stderr, one.kappa.new_tensor([one.total_kappa_stderr])]) for one in made]
+    )
+    ratio = errors.square().nanmean(0).sqrt() / values.std(0)
+    assert bool(((ratio > 0.6) & (ratio < 1.6)).all()), ratio
 
 
 def test_every_second_sequence_of_both_is_held_out(texts):

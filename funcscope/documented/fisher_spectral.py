@@ -190,6 +190,8 @@ def _documented(found: GramSpectrum) -> dict[str, Any]:
 def _row(found: GramSpectrum, at: int, spectrum: Sequence[Any] | torch.Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in PER_BLOCK:
+        if found.centered and name == "participation_ratio_debiased":  # a covariance has none
+            continue
         value = float(found.numbers[name][at])
         row[name] = int(value) if name in ("numerical_rank", "rank_bound") else value
         if name in found.errors and name not in ("numerical_rank", "condition_number"):

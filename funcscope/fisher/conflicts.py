@@ -16,6 +16,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
 from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
+from .gram_errors import LEAST
 from .label_permutation import label_test
 from .mean_gradients import bootstrapped, bounds, jackknifed, unbiased
 from .samples import apart
@@ -130,13 +131,24 @@ def gram_conflicts(
       \cos = \frac{\widehat{\langle \mu_A, \mu_B \rangle}}
       {(\widehat{\lVert \mu_A \rVert^2}\,\widehat{\lVert \mu_B \rVert^2})^{1/2}}.$$
 
-    The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It is nan where a
-    squared length is not above 0, and may lie outside [-1, 1]. Standard errors are over samples of both tasks:
-    unbiased variances of means over pairs (`crossed_stderr`, `pair_stderr`), and the jackknife's for the cosine (nan where it
-    has none without one of the samples). Bounds are quantiles of a bootstrap of both tasks (`bounds`), in which
-    pairs of copies of one sample are left out, over the resamples that have a cosine; the share of the others is `undefined`.
-    Between them was the truth, of normal gradients, in .93 to .99 of repetitions at 15 samples and at 40 (.89 for a cosine of
-    .9 of weak means in strong directions of the noise), of lognormal ones in .87 to .99 and .90 to .99.
+    The cosine is disattenuated: that of the sample means is nearer to 0, as their lengths hold noise. It may lie outside
+    [-1, 1]. Where a squared length is not two of its own errors above 0, and of fewer than three samples of a task, it is
+    not resolved: it, its error and its bounds are nan. Standard errors are over samples of both tasks: unbiased variances of
+    means over pairs (`crossed_stderr`, `pair_stderr`), and the jackknife's for the cosine (nan where it has none without one
+    of the samples). Bounds are quantiles of a bootstrap of both tasks (`bounds`), in which pairs of copies of one sample are
+    left out, over the resamples that have a cosine; the share of the others is `undefined`.
+
+    Of 1000 repetitions in 30 parameters, those with a resolved cosine, and how often their bounds had the truth between them:
+
+    | samples | 15, strong means | 15, weak | 40, strong | 40, weak |
+    | - | - | - | - | - |
+    | normal: resolved | .99 | .05 | 1.00 | .56 |
+    | covered | .96 | 1.00 | .95 | .96 |
+    | lognormal sizes: resolved | .77 | .02 | 1.00 | .27 |
+    | covered | .95 | 1.00 | .93 | .94 |
+
+    for a cosine of .67 (.98 for .9 of weak means): strong means are as long as the noise in each of three directions, weak
+    ones .4 of that. Errors of the cosine were 1.0 to 1.3 times the deviation of the resolved ones.
 
     `p_differ`: `label_test`, exact. It sees differences of size, too: a task of longer sequences has longer sums.
     `p_conflict`: $(1 + \#\{\langle \bar g_A^*, \bar g_B^* \rangle \ge 0\}) / (1 + R)$ over the bootstrap, one-sided, of
@@ -173,14 +185,17 @@ def gram_conflicts(
     labels = label_test(pooled, ab.shape[1], key=fold_in(key, "labels"), num=num)
     drawn = bootstrapped(aa, ab, bb, fold_in(key, "samples"), num)
     cosines = drawn.cosine
-    low, high = bounds(cosines, min(ab.shape[1:]))
     value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb)
+    resolved = (value.first > LEAST * errors.first) & (value.second > LEAST * errors.second)
+    cosine, low, high, error = (
+        torch.where(resolved, x, math.nan) for x in (value.cosine, *bounds(cosines, min(ab.shape[1:])), errors.cosine)
+    )
     as_large = (1 + (~(drawn.inner < 0)).sum(1).double()) / (1 + num)
     n, m = ab.shape[1:]
     return TaskConflicts(
-        value.inner, value.first, value.second, value.cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
+        value.inner, value.first, value.second, cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
         labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, 0, unit_length, key,
-        errors.inner, errors.first, errors.second, errors.cosine, list(between.blocks),
+        errors.inner, errors.first, errors.second, error, list(between.blocks),
     )  # fmt: skip
 
 

@@ -47,30 +47,31 @@ def trace_stderr(data: Data) -> Float[Tensor, " c"]:
 
 
 def free_errors(data: Data) -> FreeErrors:
-    """Of ratios to first order in the errors of what they are ratios of; nan for fewer than three groups."""
+    """Of participation ratios to first order, of couplings the jackknife's; nothing is resolved by two groups."""
     return _centred_errors(data) if data.centered else _uncentred_errors(data)
 
 
 def _uncentred_errors(data: Data) -> FreeErrors:
-    """Pairs of samples of one group are in no number; what pairs there are of two groups cancels in ratios."""
+    """Pairs of samples of one group are in no number; how many pairs there are of two groups cancels in ratios."""
     values = data.values.masked_fill(data.groups[:, None] == data.groups, 0)
-    own = _by_groups(values.square(), data)
-    whole = _by_groups(values.sum(0).square(), data)
-    squares = torch.cat([own, whole[None]])
-    resolved = squares.sum((1, 2)) > LEAST * _of_sum(squares)
+    squares = _by_groups(torch.cat([values.square(), values.sum(0, keepdim=True).square()]), data)
     lengths = _by_group(with_total(data.values).diagonal(dim1=1, dim2=2), data)
     ratios = torch.stack([pair_stderr(x[:, None] * x, square) for x, square in zip(lengths, squares, strict=True)])
-    sizes = own.sum((1, 2))
-    coupling = []
-    for one, mine, size in zip(values, own, sizes, strict=True):
-        products = _by_groups(one * values, data) / (size * sizes).sqrt()[:, None, None]
-        cosines = products.sum((1, 2))[:, None, None]
-        coupling.append(_of_sum(products - cosines / 2 * (mine / size + own / sizes[:, None, None])))
-    return FreeErrors(resolved, ratios, torch.stack(coupling), pair_stderr(own.sum(0), whole))
+    products, rest = torch.einsum("aij,bij->ab", values, values), []
+    for i in range(lengths.shape[1]):
+        rows = values[:, data.groups == i]
+        rest.append(products - 2 * torch.einsum("aij,bij->ab", rows, rows))
+    resolved = squares.sum((1, 2)) > LEAST * _of_sum(squares)
+    return FreeErrors(resolved, ratios, *_coupling_errors(rest))
+
+
+def _coupling_errors(moments: list[Float[Tensor, "b b"]]) -> list[Tensor]:
+    ratios = [coupled(each, "") for each in moments]
+    return [jackknife_stderr(torch.stack([each[name] for each in ratios], -1)) for name in ratios[0]]
 
 
 def _centred_errors(data: Data) -> FreeErrors:
-    """The jackknife; nan for groups, of which there is no number, and for fewer than five samples."""
+    """nan for groups, of which there is no number, and for fewer than five samples."""
     num, blocks = len(data.groups), len(data.values)
     nan = data.values.new_full((blocks + 1,), math.nan)
     if num < 5 or int(data.groups.max()) + 1 < num:
@@ -87,9 +88,7 @@ def _centred_errors(data: Data) -> FreeErrors:
     squares = torch.stack([torch.cat([each.diagonal(), each.sum()[None]]) for each in rest], 1)
     whole = of_four(products, chains, totals, num)
     whole = torch.cat([whole.diagonal(), whole.sum()[None]])
-    ratios = [coupled(each, "") for each in rest]
-    coupling, mass = (jackknife_stderr(torch.stack([each[name] for each in ratios], -1)) for name in ratios[0])
-    return FreeErrors(whole > LEAST * jackknife_stderr(squares), nan, coupling, mass)
+    return FreeErrors(whole > LEAST * jackknife_stderr(squares), nan, *_coupling_errors(rest))
 
 
 def _of_sum(sums: Float[Tensor, "*b g g"]) -> Float[Tensor, "*b"]:

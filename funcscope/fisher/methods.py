@@ -34,7 +34,9 @@ class MethodComparison(Result):
     """The Fisher information per scored token, as several methods have it."""
 
     trace: Float[Tensor, " m"] = quantity("trace of these data, error over draws", per="method", stderr="trace_stderr")
-    trace_data_stderr: Float[Tensor, " m"] = quantity("error of the trace over sequences and draws", per="method")
+    trace_data_stderr: Float[Tensor, " m"] = quantity(
+        "error of the trace over sequences and draws", per="method", shown=False
+    )
     """Of the Gram's trace alone; nan for the others, which have no number of a single sequence."""
     max_eigenvalue: Float[Tensor, " m"] = quantity("largest eigenvalue", per="method")
     disagreement: Float[Tensor, " m"] = quantity(
@@ -64,6 +66,9 @@ class MethodComparison(Result):
         return [
             "errors of traces are over draws of labels or probes at these data, which all methods share; those of the "
             "disagreement over directions, for the draws that were made.",
+            "kfac takes a layer's inputs and output gradients for independent: its trace and v'Fv have a bias that more "
+            "draws do not remove. The trace of ekfac has none; its v'Fv, as that of diagonal, is without what is off a "
+            "diagonal.",
             "the largest entry of a diagonal is at most the largest eigenvalue; a Gram's is too large for few sequences.",
             "time and memory are those of this machine, measured once; no memory where the system does not tell it.",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import scipy
 import torch
@@ -125,14 +126,19 @@ def mask_overlap(
     check_instance("layout", layout, Layout, "`net.layout`")
     check_mask("first", first, layout.num)
     check_mask("second", second, layout.num)
+    return overlaps([(first, second)], layout, by)[0]
+
+
+def overlaps(pairs: Sequence[tuple[Tensor, Tensor]], layout: Layout, by: Blocks) -> list[MaskOverlap]:
+    """Of pairs of masks, in the same blocks."""
     views = block_views(layout, by)
     rows = []
     for each in views.values():
         places = places_of(layout, each)
-        a, b = first[places], second[places]
-        rows.append([len(places), int(a.sum()), int(b.sum()), int((a & b).sum())])
-    sizes, num_first, num_second, num_both = torch.tensor(rows, dtype=torch.float64).T
-    return MaskOverlap(sizes, num_first, num_second, num_both, list(views))
+        inside = [(first[places], second[places]) for first, second in pairs]
+        rows.append([[len(places), int(a.sum()), int(b.sum()), int((a & b).sum())] for a, b in inside])
+    counts = torch.tensor(rows, dtype=torch.float64).permute(1, 2, 0)
+    return [MaskOverlap(*each.contiguous(), blocks=list(views)) for each in counts]
 
 
 def _ratio(a: float, b: float) -> float:

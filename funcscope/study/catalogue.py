@@ -87,7 +87,7 @@ for _one in (
         cost=of_summary, more=SUMMARY, sentence="The trace is {trace}, the effective rank {effective_rank}.",
     ),
     of_function(
-        "fisher_spectrum", fisher_spectrum, ("loss", "theta", KEY), category="fisher",
+        "fisher_spectrum", fisher_spectrum, ("loss", "theta", KEY), category="fisher", version=2,
         plan=("chunk_size", "eigensolve_device"), without=("jitter",),
         drawn=("largest_eigenvalue", "spectral_rank", "global_eigenvalues", "coupling_debiased"), cost=lambda _: 4,
         reference="Papyan (2019), arXiv:1901.08244",
@@ -104,12 +104,12 @@ for _one in (
         reference="Martens, Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884",
     ),
     of_function(
-        "fisher_overlap", fisher_overlap, (*TWO_TASKS, KEY), on="tasks", category="fisher", by_batch=True,
+        "fisher_overlap", fisher_overlap, (*TWO_TASKS, KEY), on="tasks", category="fisher", version=2, by_batch=True,
         drawn=("jaccard", "halves"), cost=lambda s: 10 * s["num"],
         sentence="The parameters that each task needs most overlap by {total_kappa}, where 0 is chance and 1 are the same.",
     ),
     of_function(
-        "cross_task_conflicts", task_conflicts, (*TWO_TASKS, KEY), on="tasks", category="fisher",
+        "cross_task_conflicts", task_conflicts, (*TWO_TASKS, KEY), on="tasks", category="fisher", version=2,
         plan=("chunk_size",), drawn=("cosine", "q_conflict"), cost=lambda _: 12,
     ),
     of_function(
