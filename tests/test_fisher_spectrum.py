@@ -289,7 +289,7 @@ def test_errors_of_spectra_and_of_numbers_without_bias_are_of_the_size_that_repe
     mass = torch.tensor(free)
     mass = mass[~mass[:, 0].isnan()]
     if num > 5:
-        assert 0.75 < float(mass[:, 1].square().mean().sqrt() / mass[:, 0].std()) < 1.4
+        assert 0.75 < float(mass[:, 1].square().mean().sqrt() / mass[:, 0].std()) < 1.6
 
 
 def test_the_top_eigenvalue_of_few_samples_is_biased_up_and_its_bias_says_how_much():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from problems import VOCAB, seeded, tokens
@@ -214,7 +215,7 @@ def test_layers_are_stacked_and_axes_are_named():
     assert seen["pattern"].shape == (2, 3, 2, 9, 9)
     assert seen.axes("pattern") == ("layer", "batch", "head", "query", "key")
     assert seen.axes("logits") == ("batch", "position", "unit")
-    with pytest.raises(KeyError, match=r"did you mean 'resid_post\.1'"):
+    with pytest.raises(KeyError, match=r"was not asked for: there are pattern\.0"):
         seen["resid_post"]
 
 
@@ -269,7 +270,7 @@ def test_what_is_no_site_or_no_value_of_one_is_refused():
             trace(net, net.params, batch, sites)
     for edits, text in (
         ({"z.0": torch.zeros(3)}, r"must have its shape \(3, 9, 2, 8\), got \(3,\)"),
-        ({"result.0": torch.zeros(3)}, "made of other sites"), ({"z": torch.zeros(3)}, "there is no site 'z'"),
+        ({"result.0": torch.zeros(3)}, "made of other sites"), ({"z": torch.zeros(3)}, "that of one: `z.0`"),
         ({"z.0": Patch(torch.zeros(()), heads=5)}, "there is no head 5: the site has 2"),
         ({"resid_post.0": Patch(torch.zeros(()), heads=0)}, "has no head to choose from"),
     ):  # fmt: skip
@@ -287,3 +288,62 @@ def test_one_token_and_padding_only():
     assert seen.mask.sum(1).tolist() == [5, 0]
     assert seen["logits"][0].isfinite().all()
     assert math.prod(seen["logits"].shape) == 2 * 5 * VOCAB
+
+
+def test_whole_numbers_in_a_mask_say_what_is_seen():
+    net, ids = netted("gpt2"), inputs_of("gpt2")["no mask"]["input_ids"]
+    causal = torch.ones(3, 1, 9, 9).tril()
+    for mask in (causal.bool(), causal.long()):
+        seen = trace(net, net.params, {"input_ids": ids, "attention_mask": mask}, ["logits"])
+        assert bool(seen.mask.all())
+        assert torch.equal(seen["logits"], net.apply(net.params, {"input_ids": ids}))
+
+
+def test_what_the_pass_does_not_come_by_is_said():
+    net, ids = netted("gpt2"), inputs_of("gpt2")["no mask"]["input_ids"]
+    embedded = {"inputs_embeds": net.params["transformer.wte.weight"][ids]}
+    with pytest.raises(ValueError, match="does not come by `tok_embed`"):
+        apply_with(net, net.params, embedded, {"tok_embed": lambda x: 0 * x})
+    with pytest.raises(ValueError, match=r"does not come by `module:transformer\.h`"):
+        trace(net, net.params, {"input_ids": ids}, ["module:transformer.h"])
+
+
+def test_token_ids_alone_are_causal():
+    net, ids = netted("gpt2"), inputs_of("gpt2")["no mask"]["input_ids"]
+    for inputs in (ids, (ids,)):
+        assert torch.equal(
+            trace(net, net.params, inputs, ["logits"])["logits"], net.apply(net.params, {"input_ids": ids})
+        )
+
+
+def test_places_and_values_of_a_patch_come_in_every_form():
+    net, batch = netted("llama"), inputs_of("llama")["no mask"]
+
+    def after(**patch):
+        return apply_with(net, net.params, batch, {"z.0": Patch(**patch)}, ["z.0"])[1]["z.0"]
+
+    one = after(value=0.0, heads=1, positions=[0, 1, 2])
+    for heads, positions in ((np.int64(1), slice(0, 3)), (torch.tensor([1]), torch.arange(3)), ([1], range(3))):
+        assert torch.equal(after(value=torch.zeros(()), heads=heads, positions=positions), one)
+    for value in (torch.zeros(7), lambda x: x[:, :2], lambda x: None):
+        with pytest.raises(ValueError, match="must expand to the site's shape"):
+            after(value=value)
+    with pytest.raises(TypeError, match="must be a tensor"):
+        apply_with(net, net.params, batch, {"z.0": lambda x: None})
+    with pytest.raises(ValueError, match="module's output are not known"):
+        apply_with(net, net.params, batch, {"module:model.layers.0.mlp": Patch(0.0, positions=1)})
+
+
+def test_names_of_transformer_lens_and_kinds_without_a_layer_are_understood():
+    net, batch = netted("gpt2"), inputs_of("gpt2")["no mask"]
+    for theirs, ours in (
+        ("blocks.0.attn.hook_pattern", "pattern.0"), ("blocks.1.hook_resid_post", "resid_post.1"),
+        ("blocks.1.mlp.hook_post", "mlp_post.1"), ("ln_final.hook_normalized", "final"), ("hook_embed", "tok_embed"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"did you mean '{ours}'"):
+            trace(net, net.params, batch, [theirs])
+    with pytest.raises(ValueError, match=r"that of one: `z\.0`"):
+        apply_with(net, net.params, batch, {"z": torch.zeros(1)})
+    with pytest.raises(KeyError, match="was not asked for"):
+        trace(net, net.params, batch, ["z.0"])["pattern"]
+    assert repr(trace(net, net.params, batch, ["z.0"])) == "Trace(z.0 (3, 9, 2, 8))"

@@ -31,6 +31,7 @@ class Pass:
 
     def __init__(self, wanted: set[str], edits: Mapping[str, Edit]):
         self.wanted, self.edits = wanted, edits
+        self.reached: set[str] = set()
         self.seen: dict[str, Tensor] = {}
         self.kernels: dict[int, Kernel] = {}
         self.stream: dict[int, Tensor] = {}
@@ -40,6 +41,7 @@ class Pass:
 
     def at(self, name: str, value: Tensor) -> Tensor:
         """The value that the pass goes on with."""
+        self.reached.add(name)
         if name in self.edits:
             value = edited(name, value, self.edits[name])
         if name in self.wanted:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,18 +38,22 @@ MADE = ("result", "final_scale")
 """Made of other sites, so that nothing reads them."""
 
 
+Places = int | np.integer | Sequence[int] | slice | Tensor | None
+
+
 @dataclass(frozen=True)
 class Patch:
     """What stands in the place of a part of a site: of some batch rows, positions, heads or units.
 
-    value: a tensor that can be expanded to the site, or a function of the site's value. positions: of queries, for patterns.
+    value: a number, a tensor that can be expanded to the site, or a function of the site's value. rows and the others: a
+    place, several, or a slice; positions are those of queries, for patterns.
     """
 
-    value: Tensor | Callable[[Tensor], Tensor]
-    rows: int | Sequence[int] | None = None
-    positions: int | Sequence[int] | None = None
-    heads: int | Sequence[int] | None = None
-    units: int | Sequence[int] | None = None
+    value: float | Tensor | Callable[[Tensor], Tensor]
+    rows: Places = None
+    positions: Places = None
+    heads: Places = None
+    units: Places = None
 
     def of(self, x: Tensor, axes: Sequence[str]) -> Tensor:
         """The site with that part replaced."""
@@ -58,16 +64,27 @@ class Patch:
             if places is None:
                 continue
             if axis not in axes:
-                raise ValueError(f"the site has no {axis} to choose from: it is per {', '.join(axes)}.")
+                per = f"it is per {', '.join(axes)}" if axes else "the axes of a module's output are not known"
+                raise ValueError(f"the site has no {axis} to choose from: {per}.")
             at, size = axes.index(axis), x.shape[axes.index(axis)]
-            wanted = [places] if isinstance(places, int) else list(places)
+            wanted = (
+                np.arange(size)[places].ravel().tolist() if isinstance(places, slice) else np.ravel(places).tolist()
+            )
             if bad := [each for each in wanted if not -size <= each < size]:
                 raise ValueError(f"there is no {axis} {bad[0]}: the site has {size}.")
             there = torch.zeros(size, dtype=torch.bool, device=x.device)
             there[wanted] = True
             inside = inside & there.view([size if i == at else 1 for i in range(x.ndim)])
-        new = self.value(x) if callable(self.value) else self.value.to(x.dtype)
+        new = self.value(x) if callable(self.value) else torch.as_tensor(self.value, device=x.device).to(x.dtype)
+        if not isinstance(new, Tensor) or not _expands(new, x):
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(f"the value of a `Patch` must expand to the site's shape {tuple(x.shape)}, got {got}.")
         return torch.where(inside, new, x)
+
+
+def _expands(new: Tensor, x: Tensor) -> bool:
+    sizes = zip(new.shape[::-1], x.shape[::-1], strict=False)
+    return new.ndim <= x.ndim and all(own in (1, size) for own, size in sizes)
 
 
 Edit = Tensor | Callable[[Tensor], Tensor] | Patch
@@ -94,6 +111,10 @@ def edited(name: str, value: Tensor, edit: Edit) -> Tensor:
         new = edit.of(value, AXES.get(name.partition(".")[0], ()))
     else:
         new = edit(value) if callable(edit) else edit
+    if not isinstance(new, Tensor):
+        raise TypeError(
+            f"what replaces `{name}` must be a tensor, a function that gives one, or a `Patch`, got a {type(new).__name__}."
+        )
     if new.shape != value.shape:
         raise ValueError(f"what replaces `{name}` must have its shape {tuple(value.shape)}, got {tuple(new.shape)}.")
     return new.to(value.dtype)
@@ -101,13 +122,18 @@ def edited(name: str, value: Tensor, edit: Edit) -> Tensor:
 
 def spread(sites: Iterable[str], known: Sequence[str]) -> Iterator[str]:
     """Single sites; a kind is that of all layers."""
-    if isinstance(sites, str):
-        raise ValueError(f"`sites` must be a list of names, got the text {sites!r}: [{sites!r}].")
+    check_sites(sites)
     for name in sites:
         layers = [each for each in known if each.rpartition(".")[0] == name and not each.startswith("module:")]
         if not layers:
             check_known(name, known)
         yield from layers or [name]
+
+
+def check_sites(sites: object) -> None:
+    """Names, and not the letters of one."""
+    if isinstance(sites, str):
+        raise ValueError(f"`sites` must be a list of names, got the text {sites!r}: [{sites!r}].")
 
 
 def check_known(name: str, known: Sequence[str]) -> None:
@@ -118,11 +144,32 @@ def check_known(name: str, known: Sequence[str]) -> None:
             f"there is no site {name!r}: the parts of this model are not described (those of {', '.join(sorted(ANATOMIES))} "
             "are). The outputs of its modules can be seen and replaced, `module:NAME`."
         )
+    if f"{name}.0" in known:
+        raise ValueError(f"{name!r} are sites of all layers, and a replaced one is that of one: `{name}.0`.")
     raise ValueError(f"there is no site {name!r}{nearest(name, known)}")
 
 
+def _translated(name: str) -> str:
+    """The site of a name that TransformerLens gives it."""
+    hook = re.fullmatch(r"(?:blocks\.(\d+)\.)?(?:(\w+)\.)?hook_(\w+)", name)
+    if hook is None:
+        return ""
+    layer, part, kind = hook.groups()
+    norms = {"ln1": "attn_in", "ln2": "mlp_in", "ln_final": "final"}
+    names = {
+        "attn_scores": "scores",
+        "pre": "mlp_pre",
+        "post": "mlp_post",
+        "embed": "tok_embed",
+        "scale": "final_scale",
+    }
+    kind = norms.get(part, "") if kind == "normalized" else names.get(kind, kind)
+    return kind if layer is None else f"{kind}.{layer}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), 3)
+    known = list(known)
+    near = [each for each in [_translated(name)] if each in known] or get_close_matches(name, known, 3)
     return (
         f": did you mean {' or '.join(map(repr, near))}?" if near else ": `sites_of(net)` names those that are there."
     )

@@ -16,6 +16,7 @@ from .forward import Inputs
 from .keys import Key, check_key, fold_in, uniform
 from .layout import Params
 from .model import Functional
+from .sites import check_sites
 from .trace import trace
 
 Rows = Float[Tensor, "n d"]
@@ -161,6 +162,9 @@ def streamed(
     """
     if (key is None) != (size is None):
         raise ValueError("`key` and `size` go together: both for a sample, neither for moments alone.")
+    check_sites(sites)
+    if isinstance(batches, (Mapping, Tensor)):
+        batches = [batches]
     sample = reservoir(key, size) if key is not None and size is not None else None
     seen, sites, start = Streamed({}, sample), list(sites), 0
     for inputs in batches:

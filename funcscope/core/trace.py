@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import sites as names_of
 from .anatomy import body_of
+from .checks import check_instance
 from .doors import running
 from .forward import Inputs
 from .hooks import PASS, Kernel, Pass, hook, on_output, scores_of
@@ -29,7 +30,7 @@ from .sites import AXES, MADE, Edit, Patch, check_known, nearest, spread
 __all__ = ["AXES", "Edit", "Kernel", "Patch", "Trace", "apply_with", "pattern_blocks", "sites_of", "trace"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """What a forward pass was asked for."""
 
@@ -47,11 +48,17 @@ class Trace:
             return self.values[name]
         layers = [f"{name}.{i}" for i in range(self.num_layers)]
         if layers[0] not in self.values or not all(each in self.values for each in layers):
-            raise KeyError(f"{name!r}{nearest(name, self.values)}")
+            raise KeyError(f"{name!r} was not asked for: there are {', '.join(self.values) or 'none'}.")
         return torch.stack([self.values[each] for each in layers])
 
+    def __repr__(self) -> str:
+        sizes = (f"{name} {tuple(x.shape)}" for name, x in self.values.items())
+        return f"Trace({', '.join(sizes)})"
+
     def axes(self, name: str) -> tuple[str, ...]:
-        """The names of a site's axes."""
+        """The names of a site's axes; none of a module's output, whose axes are not known."""
+        if name.startswith("module:"):
+            return ()
         kind = name.partition(".")[0]
         return AXES[kind] if name in self.values else ("layer", *AXES[kind])
 
@@ -120,6 +127,8 @@ def pattern_blocks(
 def _run(
     net: Functional, params: Params, inputs: Inputs, edits: Mapping[str, Edit], sites: Iterable[str]
 ) -> tuple[Tensor, Trace]:
+    check_instance("net", net, Functional, "`functional(model)`")
+    check_instance("params", params, Mapping, "`net.params`, or `net.layout.unravel(theta)`")
     body = body_of(net._skeleton)
     known = sites_of(net)
     names = set(spread(sites, known))
@@ -139,6 +148,11 @@ def _run(
     finally:
         PASS.reset(token)
     out = one.at("logits", out)
+    if lost := sorted((names | edits.keys()) - one.reached):
+        raise ValueError(
+            f"the pass does not come by `{lost[0]}`: a module that is not called has no output, and inputs of another kind "
+            "(`inputs_embeds`) leave sites out."
+        )
     num = 0 if body is None else len(body.blocks)
     return out, Trace(one.seen, _real(inputs, out), one.kernels, num)
 
@@ -160,18 +174,21 @@ def _real(inputs: Any, out: Tensor) -> Bool[Tensor, "b t"]:
         mask = next(iter(mask.values()))
     if mask is None:
         return torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
-    return mask.bool() if mask.ndim == 2 else (mask == 0).any(-2).any(1).expand(len(out), -1)
+    if mask.ndim == 2:
+        return mask.bool()
+    seen = mask == 0 if mask.is_floating_point() else mask.bool()
+    return seen.any(-2).any(1).expand(len(out), -1)
 
 
-_COPIES: WeakKeyDictionary[Functional, dict[Any, nn.Module]] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[Functional, dict[Any, tuple[tuple[str, ...], nn.Module]]] = WeakKeyDictionary()
 
 
 def _copy(net: Functional, edits: Mapping[str, Edit], names: set[str]) -> nn.Module:
     """The module tree with hooks, one for each thread; with those of single modules, one for this call."""
     modules = sorted(name.removeprefix("module:") for name in {*edits, *names} if name.startswith("module:"))
     copies = _COPIES.setdefault(net, {})
-    key = (get_ident(), *modules)
-    if key not in copies:
+    key, known = (get_ident(), bool(modules)), tuple(modules)
+    if key not in copies or copies[key][0] != known:
         module = running(net._skeleton, net.buffers)
         if (body := body_of(module)) is not None:
             hook(module, body, fused=net.attention != "eager")
@@ -181,5 +198,5 @@ def _copy(net: Functional, edits: Mapping[str, Edit], names: set[str]) -> nn.Mod
             except AttributeError:
                 raise ValueError(f"there is no module {name!r}{nearest(name, dict(module.named_modules()))}") from None
             on_output(part, lambda one, x, name=name: one.at(f"module:{name}", x))
-        copies[key] = module
-    return copies[key]
+        copies[key] = known, module
+    return copies[key][1]
