@@ -33,6 +33,7 @@ from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
     ablation_effects,
     activation_patching,
+    attention_on_text,
     attention_patterns,
     circuit_faithfulness,
     edge_attribution,
@@ -241,6 +242,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         language().net, language().net.params, words(), key=fs.key(0), method="probes", num=4
     ),
     "AttentionPatterns": lambda: attention_patterns(language(), language().net.params),
+    "TextAttention": lambda: attention_on_text(language(), language().net.params),
     "InductionHeads": lambda: induction_heads(language().net, language().net.params, key=fs.key(0), num=4),
     "IntegratedGradients": lambda: integrated_gradients(lambda x: x.square().sum(1), torch.ones(2, 3)),
     "TokenAttribution": lambda: token_attribution(*two_inputs()[:3]),

@@ -12,7 +12,7 @@ from test_architectures import inputs_of, labelled, model_of
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.mechanistic import SCORES, attention_patterns, pattern_scores
+from funcscope.mechanistic import SCORES, TextAttention, attention_on_text, attention_patterns, pattern_scores
 
 QUICK = (("gpt2", "left"), ("gemma2", "packed"), ("bert", "right"))
 CASES = [
@@ -329,3 +329,33 @@ def test_4096_tokens_take_less_than_200_mebibytes_above_the_model():
     run = subprocess.run([sys.executable, "-c", PEAK, "all"], capture_output=True, text=True, check=True)
     assert resource.getpagesize()
     assert float(run.stdout) < 200  # all patterns would be 512
+
+
+# on one text
+
+
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_patterns_on_a_text_are_those_that_the_model_returns_without_padding(kind):
+    model, batch = model_of("gpt2", torch.float64), inputs_of("gpt2")[kind]
+    net = fs.functional(model)
+    loss = fs.objective(net, [batch], fs.causal_lm)
+    outputs = model(**batch, output_attentions=True).attentions
+    for i in range(len(batch["input_ids"])):
+        at = batch["attention_mask"][i].nonzero().flatten()
+        made = attention_on_text(loss, net.params, sequence=i)
+        expected = torch.stack([layer[i][:, at][..., at] for layer in outputs])
+        assert_close(made.patterns.double(), expected, atol=1e-6, rtol=1e-5)
+        assert made.tokens == [str(each) for each in batch["input_ids"][i, at].tolist()]
+        short = attention_on_text(loss, net.params, lambda ids: ["x"] * len(ids), sequence=i, num=3)
+        assert_close(short.patterns, made.patterns[:, :, :3, :3])
+        assert short.tokens == ["x"] * 3
+    with pytest.raises(ValueError, match="`sequence` must be one of"):
+        attention_on_text(loss, net.params, sequence=99)
+
+
+def test_the_head_that_is_shown_first_attends_to_what_followed_the_token():
+    pattern = torch.zeros(2, 2, 4, 4)
+    pattern[0, 0] = torch.eye(4)
+    pattern[1, 0, 2, 1] = 1.0  # tokens a b a c: the last a looks at b
+    assert TextAttention(pattern, ["a", "b", "a", "c"]).follower == (1, 0)
+    assert TextAttention(pattern, ["a", "b", "d", "c"]).follower == (0, 0)

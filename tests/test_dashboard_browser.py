@@ -11,6 +11,7 @@ from test_dashboard import NAMES, RUN, study_folder
 from funcscope.study.cache import Outcome
 from funcscope.study.results import Results
 from funcscope.view import dashboard
+from funcscope.view.page import Section, Table, render
 from funcscope.view.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -223,3 +224,21 @@ def test_nothing_scrolls_sideways(page, width, tmp_path):
         assert page.execute_script(widest) <= width
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_table_wider_than_the_page_begins_in_it_and_scrolls(browser, tmp_path):
+    cell = "(\u22121.234 ± 0.045) × 10".replace(" ", "\u00a0")
+    rows = [[f"layer {i}", *[cell] * 11] for i in range(3)]
+    path = tmp_path / "a.html"
+    path.write_text(render("a", sections=[Section("b", [Table(["block", *map(str, range(11))], rows)])]), "utf-8")
+    for width in (420, 900, 1100, 1400):
+        browser.set_window_size(width, 1000)
+        browser.get(path.as_uri())
+        left, box, page = browser.execute_script(
+            "const box = document.querySelector('.table'), table = box.querySelector('table').getBoundingClientRect();"
+            "return [table.left, box.getBoundingClientRect().right, document.documentElement.scrollWidth - innerWidth]"
+        )
+        assert left >= 0
+        assert box <= width
+        assert page <= 0
+    browser.set_window_size(1400, 1800)

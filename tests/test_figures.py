@@ -15,6 +15,7 @@ from funcscope.core.estimate import Estimate
 from funcscope.core.result import Result, quantity
 from funcscope.study import cache
 from funcscope.study.catalogue import CATALOGUE
+from funcscope.view import curves
 from funcscope.view.instruments import CUSTOM
 from funcscope.view.names import apart, labels, plain
 from funcscope.view.quantities import drawable, figures, limits_of
@@ -75,8 +76,8 @@ def test_every_shown_quantity_is_in_a_figure_or_a_table_and_its_axes_say_the_uni
     result = example(name)
     table = result.table()
     for entry in result.entries():
-        if entry.quantity.per == ("bound",):
-            continue  # an interval, which its value has as its error
+        if entry.quantity.per == ("bound",) or entry.name in result.unresolved:
+            continue  # an interval, which its value has as its error, or what is counted and not drawn
         if entry.quantity.shown and entry.quantity.per and CUSTOM.get((name, entry.name), 0) is not None:
             assert entry.name in table or list(figures([outcome(result)], [entry.name])), entry.name
     for each in drawn_of(result):
@@ -248,3 +249,62 @@ def test_errors_and_places_have_no_figures_of_their_own():
     names = list(drawable(example("LossPlane")))
     assert "grid_stderr" not in names
     assert "axis_values" not in names
+
+
+class Layered(Result):
+    """Along numbered layers, over pairs of names of which some have nothing, and by step."""
+
+    kl: torch.Tensor = quantity("divergence", unit="nats", per="layer", stderr="errors")
+    errors: torch.Tensor = quantity("its standard error", unit="nats", per="layer", shown=False)
+    pairs: torch.Tensor = quantity("composition", per=("reader", "writer"))
+    ranked: torch.Tensor = quantity("score", per="rank")
+    names: list[str]
+
+    @property
+    def coords(self):
+        return {"layer": range(len(self.kl)), "reader": ["a", "b", "c"], "writer": ["a", "b", "c"], "rank": self.names}
+
+
+def layered(pairs=None, names=("x", "y")):
+    pairs = torch.tensor([[NAN, NAN, NAN], [-1.0, NAN, NAN], [2.0, 0.5, NAN]]) if pairs is None else pairs
+    return Layered(torch.tensor([2.0, 1.0, 0.0]), torch.full((3,), 0.1), pairs, torch.ones(2), list(names))
+
+
+def test_what_is_per_numbered_layer_is_a_line_from_layer_0_on():
+    (drawn,) = figures([outcome(layered())], ["kl"])
+    (line,) = drawn.figure.data
+    assert (line.mode, list(line.x), list(line.y)) == ("lines+markers", [0, 1, 2], [2.0, 1.0, 0.0])
+
+
+def test_a_heat_map_leaves_out_what_has_nothing_and_zero_is_white_between_both_signs():
+    (drawn,) = figures([outcome(layered())], ["pairs"])
+    (heat,) = drawn.figure.data
+    assert (list(heat.y), list(heat.x)) == (["b", "c"], ["a", "b"])
+    np.testing.assert_array_equal(heat.z, [[-1.0, NAN], [2.0, 0.5]])
+    assert "1 of 3 along reader and 1 of 3 along writer have none; 1 of 4 cells not finite" in drawn.caption
+    assert (heat.zmin, heat.zmax, heat.colorscale[1][1]) == (-2.0, 2.0, "#ffffff")
+    (drawn,) = figures([outcome(layered(torch.arange(1.0, 10.0).view(3, 3)))], ["pairs"])
+    assert (drawn.figure.data[0].zmin, drawn.figure.data[0].zmax) == (1.0, 9.0)
+
+
+def test_of_several_long_runs_the_last_of_each_is_drawn_and_names_are_those_of_the_last():
+    steps = [(group, step) for group in ("p", "q") for step in (0, 10, 20)]
+    many = [outcome(layered(names=(f"{g}{s}", "z")), f"{g}@{s}", s, group=g) for g, s in steps]
+    titles = [each.figure.layout.title.text for each in figures(many, ["pairs"])]
+    assert len(titles) == 2
+    assert "p@20" in titles[0]
+    assert "q@20" in titles[1]
+    (drawn,) = figures(many, ["ranked"])
+    assert list(drawn.figure.layout.yaxis.ticktext) == ["q20", "z"]
+    assert len(drawn.figure.data) == 1
+
+
+def test_values_that_are_not_told_from_zero_make_no_axis_logarithmic():
+    x, value, half = np.arange(3.0), np.array([0.001, 1.0, 2.0]), np.array([0.01, 0.1, 0.1])
+    for each, kind in ((half, "linear"), (half / 100, "log"), (np.full(3, NAN), "log")):
+        fig, _ = curves.lines([curves.Line("", x, value, each)], name="gain", unit="nats", at="x")
+        assert (fig.layout.yaxis.type or "linear") == kind
+
+
+def test_only_names_without_spaces_lose_their_first_word():
+    assert labels(["embed -> a0.0.v", "embed -> a0.1.v"]) == ["embed -> a0.0.v", "embed -> a0.1.v"]

@@ -5,7 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from plotly.graph_objects import Figure
+from results import example
+from test_figures import outcome
 
+from funcscope.view.quantities import figures
 from funcscope.view.token_figures import PER_LINE, attention_viewer, attribution_text, placed, visible
 
 TOKENS = ["<bos>", "Ġa", "b$", "\n", "Ġa", "b"]
@@ -96,3 +99,13 @@ def test_boxes_are_in_their_order_and_do_not_overlap():
     assert max(right for _, _, right in boxes) <= PER_LINE
     assert boxes[-1][0] > 5
     assert placed([visible("<")], [False]) == [(0, 0.0, 1.8)]  # as it is seen
+
+
+def test_attention_on_a_text_is_shown_with_its_tokens_and_the_menu_below_the_title():
+    result = example("TextAttention")
+    (drawn,) = figures([outcome(result)], ["patterns"])
+    lower = np.tri(len(result.tokens), dtype=bool)
+    for choice, pattern in enumerate(result.patterns.flatten(0, 1).numpy()):
+        np.testing.assert_allclose(shown(drawn.figure, choice)[lower], pattern[lower], atol=5.1e-5)
+    assert list(drawn.figure.layout.xaxis.ticktext) == result.tokens
+    assert drawn.figure.layout.margin.t > 80

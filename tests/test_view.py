@@ -107,7 +107,8 @@ def test_every_result_has_a_page_and_its_notes_are_on_it(name, tmp_path):
     result = made.example(name)
     shown = Reader(written([outcome(result)], tmp_path / "a.html")).visible
     for note in result.notes:
-        assert " ".join(typeset(note).split()) in shown
+        text, page_text = (re.sub(r"[`\s]", "", each) for each in (typeset(note), shown))
+        assert text in page_text
     assert not re.search(r"\bnan\b", shown.replace("infinite or nan", ""))
     assert name not in shown or name in "Estimate Difference Pairs Comparison Truncation Audit Crossed".split()
 
@@ -421,3 +422,14 @@ def test_every_number_of_the_story_has_its_error():
 def test_the_width_of_the_terminal_is_that_of_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "47")
     assert listing.terminal_width() == 47
+
+
+def test_settings_are_words_and_lists_have_commas():
+    settings = {"methods": ["lanczos", "diagonal"], "sizes": (1, 2.5), "fold": True, "num_draws": 3, "at": None}
+    terms = dict(section.methods([outcome(opened(), settings=settings)]).items)
+    assert terms["Settings"] == ["methods lanczos, diagonal; sizes 1, 2.5; fold yes; num draws 3"]
+
+
+def test_captions_of_conflicts_name_a_number():
+    (drawn,) = section.panel([outcome(made.example("TaskConflicts"), "cross_task_conflicts", "g on a and b")])
+    assert drawn.caption == "The q value of conflict per block of g on a and b."

@@ -36,8 +36,8 @@ class TaskConflicts(Result):
     cosine_high: Values = quantity("97.5 % bound of the cosine", per="block")
     undefined: Values = quantity("resamples without a cosine", per="block")
     difference: Values = quantity("mean between minus within tasks", per="block")
-    p_differ: Values = quantity("p value, tasks differ", per="block")
-    p_conflict: Values = quantity("p value, tasks conflict", per="block")
+    p_differ: Values = quantity("p value of difference", per="block")
+    p_conflict: Values = quantity("p value of conflict", per="block")
     num_first: int
     num_second: int
     num: int
@@ -51,11 +51,11 @@ class TaskConflicts(Result):
     cosine_stderr: Values = internal()
     blocks: list[str] = internal()
 
-    @derived("q value, tasks differ", per="block")
+    @derived("q value of difference", per="block")
     def q_differ(self) -> Values:
         return torch.tensor(q_values(self.p_differ.tolist()), dtype=torch.float64)
 
-    @derived("q value, tasks conflict", per="block")
+    @derived("q value of conflict", per="block")
     def q_conflict(self) -> Values:
         return torch.tensor(q_values(self.p_conflict.tolist()), dtype=torch.float64)
 

@@ -33,8 +33,8 @@ class HeadInterference(Result):
     signed: Pairs = quantity("signed interference", per=SAMPLES, shown=False)
     symmetric: Pairs = quantity("symmetric interference", per=SAMPLES, shown=False)
     absolute: Float[Tensor, "b m"] = quantity("sum of |gradient|", per=("block", "other sample"), shown=False)
-    p_directed: Values = quantity("p value, tasks need other parameters", per="block")
-    p_signed: Values = quantity("p value, tasks differ", per="block")
+    p_directed: Values = quantity("p value of needing other parameters", per="block")
+    p_signed: Values = quantity("p value of difference", per="block")
     damping: float
     num_held_out: int
     num: int
@@ -59,11 +59,11 @@ class HeadInterference(Result):
         Fisher information of the held-out samples."""
         return self.mean_directed / self.absolute.mean(1)
 
-    @derived("q value, tasks need other parameters", per="block")
+    @derived("q value of needing other parameters", per="block")
     def q_directed(self) -> Values:
         return torch.tensor(q_values(self.p_directed.tolist()), dtype=torch.float64)
 
-    @derived("q value, tasks differ", per="block")
+    @derived("q value of difference", per="block")
     def q_signed(self) -> Values:
         return torch.tensor(q_values(self.p_signed.tolist()), dtype=torch.float64)
 

@@ -24,6 +24,7 @@ from .patching import PatchingEffects, activation_patching, attribution_patching
 from .rollout import attention_flow, attention_rollout
 from .score_attribution import ScoreAttribution, qk_attribution
 from .scores import SCORES, pattern_scores
+from .text_attention import TextAttention, attention_on_text
 from .weights import HeadWeights, head_weights
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "PatchingEffects",
     "PositionJacobian",
     "ScoreAttribution",
+    "TextAttention",
     "TokenAttribution",
     "ablation_effects",
     "activation_patching",
     "attention_flow",
+    "attention_on_text",
     "attention_patterns",
     "attention_rollout",
     "attribution_patching",

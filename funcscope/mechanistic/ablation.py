@@ -48,8 +48,8 @@ class AblationEffects(_SiteEffects):
         return self.shaped(alone * (1 + 2 * with_donor.clamp(min=0)).sqrt())
 
     @property
-    def coords(self) -> dict[str, list[str]]:
-        return {"neuron": self.units} if self.units else {}
+    def coords(self) -> dict[str, Sequence[Any]]:
+        return {"neuron": self.units} if self.units else {"layer": range(self.shape[0])}
 
     @property
     def head(self) -> str:

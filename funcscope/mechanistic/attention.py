@@ -39,7 +39,9 @@ def _error_of(name: str) -> Derived[Tensor]:
 class AttentionPatterns(Result):
     """What the heads of a model look at, with errors over sequences; made by `attention_patterns`."""
 
-    uniform: Float[Tensor, "s l"] = quantity("of uniform attention", per=("score", "layer"), stderr="uniform_stderr")
+    uniform: Float[Tensor, "s l"] = quantity(
+        "score of uniform attention", per=("score", "layer"), stderr="uniform_stderr"
+    )
     """What a head gets that looks at all visible keys alike, on the same queries."""
     uniform_stderr: Float[Tensor, "s l"] = quantity("standard error of uniform", per=("score", "layer"), shown=False)
     head_specialisation: Float[Tensor, "l h s"] = quantity(

@@ -23,6 +23,8 @@ from .passes import blocks_of, pattern_at, traced, visible_to
 
 LONGEST_PERIOD = 50
 """Of what is chosen by itself."""
+MOST_RANKED = 10
+"""Heads that a table and a figure rank."""
 SCORES = ("induction", "duplicate", "previous")
 
 
@@ -41,7 +43,7 @@ class InductionHeads(Result):
         "attention to the previous token", per=("layer", "head"), stderr="previous_stderr"
     )
     previous_stderr: Float[Tensor, "l h"] = quantity("standard error of previous", per=("layer", "head"), shown=False)
-    uniform: Float[Tensor, "s l"] = quantity("of uniform attention", per=("score", "layer"))
+    uniform: Float[Tensor, "s l"] = quantity("score of uniform attention", per=("score", "layer"))
     """Exact: that of every sequence alike."""
     gain: Estimate = quantity("loss on the first copy minus that on the second", unit="nats")
     """Of the tokens of a period but the first, paired over sequences."""
@@ -58,13 +60,13 @@ class InductionHeads(Result):
     def z(self) -> Float[Tensor, "l h"]:
         return (self.induction - self.uniform[0, :, None]) / self.induction_stderr
 
-    @derived("induction of the heads by z", per="ranked head", stderr="ranked_stderr")
+    @derived("induction of the heads of the largest z", per="ranked head", stderr="ranked_stderr")
     def ranked(self) -> Float[Tensor, " n"]:
-        return self.induction.flatten()[self._order]
+        return self.induction.flatten()[self._order[:MOST_RANKED]]
 
     @derived("standard error of ranked", per="ranked head", shown=False)
     def ranked_stderr(self) -> Float[Tensor, " n"]:
-        return self.induction_stderr.flatten()[self._order]
+        return self.induction_stderr.flatten()[self._order[:MOST_RANKED]]
 
     @property
     def ranking(self) -> list[tuple[int, int]]:
@@ -79,7 +81,7 @@ class InductionHeads(Result):
     @property
     def coords(self) -> dict[str, Sequence[Any]]:
         layers, heads = self.induction.shape
-        names = [f"{layer}.{head}" for layer, head in self.ranking]
+        names = [f"{layer}.{head}" for layer, head in self.ranking[:MOST_RANKED]]
         return {"score": SCORES, "layer": range(layers), "head": range(heads), "ranked head": names}
 
     @property

@@ -48,8 +48,8 @@ class LogitLens(Result):
     num_sequences: int = internal()
 
     @property
-    def coords(self) -> dict[str, list[str]]:
-        return {"layer": [str(layer) for layer in range(len(self.kl))]}
+    def coords(self) -> dict[str, range]:
+        return {"layer": range(len(self.kl))}
 
     @property
     def head(self) -> str:

@@ -25,6 +25,7 @@ from ..mechanistic.circuits import qk_ov_circuits
 from ..mechanistic.induction import induction_heads
 from ..mechanistic.lens import jacobian_lens, logit_lens
 from ..mechanistic.logit_attribution import logit_attribution
+from ..mechanistic.text_attention import attention_on_text
 from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
@@ -228,18 +229,22 @@ for _one in (
     ),
     of_function(
         "attention_patterns", attention_patterns, ("loss", "params"), category="mechanistic", cost=lambda _: 1.5,
-        drawn=("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction", "uniform"),
+        drawn=("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction"),
         reference="Olsson et al. (2022), arXiv:2209.11895",
     ),
     of_function(
+        "attention_on_text", attention_on_text, ("loss", "params", "token_names"), category="mechanistic",
+        drawn=("patterns",),
+    ),
+    of_function(
         "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
-        drawn=("induction", "z", "duplicate", "previous", "ranked"), reference="Olsson et al. (2022), arXiv:2209.11895",
+        drawn=("induction", "z", "duplicate", "previous"), reference="Olsson et al. (2022), arXiv:2209.11895",
         sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
     ),
     of_function(
         "ablation_effects", ablation_effects, ("loss", "params", KEY), category="mechanistic", by_batch=True,
         plan=("chunk",), without=("units",), drawn=("effects",), cost=lambda _: 100,
-        sentence="Of the loss of {loss}, each of the {sites} alone decides as much as the table says.",
+        sentence="The loss is {loss}: by how much it changes where one of the {sites} alone is ablated (mode {mode}).",
     ),
 ):  # fmt: skip
     register(_one)

@@ -38,6 +38,7 @@ class Subject:
     losses: dict[str, Loss] = field(default_factory=dict)
     texts: Callable[[str], str] = lambda _: ""
     """What is said of the data of a task, after their loss is made."""
+    token_names: Callable[[list[int]], list[str]] = lambda ids: [*map(str, ids)]
     is_bare: bool = False
     """Whether theta comes without the running statistics that were trained with it."""
     own: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Subject:
 
 NEEDS: dict[str, Callable[[Subject, str], Any]] = {
     "texts": lambda subject, task: subject.texts(task),
+    "token_names": lambda subject, _: subject.token_names,
     "start": lambda subject, task: subject.need("members", task)[0].end,
     "end": lambda subject, task: subject.need("members", task)[-1].end,
     "thetas": lambda subject, task: [member.theta for member in subject.need("members", task)],
@@ -169,7 +171,8 @@ class Pretrained:
             texts[task] = str(data)
             return made
 
-        return Subject(opened.net, opened.net.theta, loss, texts=lambda task: texts.get(task, ""))
+        net, names = opened.net, opened.token_names
+        return Subject(net, net.theta, loss, texts=lambda task: texts.get(task, ""), token_names=names)
 
 
 STEP = re.compile(r"(?:^|[-_/])(?:checkpoint|step|global_step)[-_]?(\d+)/*$")

@@ -31,7 +31,8 @@ def lines(
     """Lines with their intervals; along steps on the axis of training, along what is far apart on a logarithmic one."""
     fig = blank(height, "").update_layout(showlegend=len(each) > 1)
     ends = [edge[np.isfinite(edge)] for one in each for edge in (one.value - one.half, one.value + one.half)]
-    floor = set_scale(fig.layout.yaxis, name, unit, np.concatenate([one.value for one in each]), *ends)
+    value, half = (np.concatenate(parts) for parts in zip(*((one.value, one.half) for one in each), strict=True))
+    floor = set_scale(fig.layout.yaxis, name, unit, value, *ends, half=half)
     for i, one in enumerate(each):
         colour, dash = style(i)
         fig.add_traces(curve(one.x, one.value, one.half, one.name, colour, unit, floor, at=at, dash=dash, what=name))

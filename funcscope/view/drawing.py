@@ -81,12 +81,21 @@ def spreads(values: Float[np.ndarray, "*shape"]) -> bool:
     return bool(positive.max() >= 10**DECADES * positive.min() and -finite.min() <= positive.max())
 
 
-def set_scale(axis: go.layout.YAxis, name: str, unit: str, value: Column, *ends: Float[np.ndarray, "_"]) -> float:
+def set_scale(
+    axis: go.layout.YAxis,
+    name: str,
+    unit: str,
+    value: Column,
+    *ends: Float[np.ndarray, "_"],
+    half: Column | None = None,
+) -> float:
     """Name the axis, and make it logarithmic where the value spreads, else linear with zero; returns its lower end, or -inf.
 
-    The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value.
+    The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value. half: of the
+    intervals; values that these do not tell from zero make no axis logarithmic.
     """
-    if spreads(value):
+    told = value if half is None else value[~(np.abs(value) <= half)]
+    if spreads(value) and spreads(told):
         axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
         return set_log(axis, value, *(np.maximum(end, least) for end in ends))

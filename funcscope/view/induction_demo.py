@@ -21,7 +21,7 @@ MODELS = (
     "alone: by looking for an earlier occurrence of the current token, and at the one behind it. A head that does so is an "
     "induction head; it reads what a head of the layer before, which looks at the previous token, has written."
 )
-FIRST = ("induction_curves", "training_curves")
+FIRST = ("induction_curves", "induction_heads", "attention_on_text", "attention_patterns", "training_curves")
 """Of the metrics, in this order, and the others after them."""
 
 

@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..study.cache import Outcome
 from . import samples
+from .circuit_figure import circuit_graph
 from .curves import Line, bars, training
 from .drawing import lost, titled
 from .path_figures import barrier
 from .reading import Drawn, Look, named, titles_of
 from .spectrum_figures import spectrum
+from .token_figures import attention_viewer
 
+MOST_EDGES = 40
+"""Of a circuit that is drawn."""
 Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
 
 
@@ -129,6 +134,33 @@ def _training(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
         yield Drawn(titled(fig, f"Training{_of(whose, outcomes)}"), caption)
 
 
+def _attention(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        fig = attention_viewer(result.patterns.numpy().round(4), result.tokens, start=result.follower)
+        title = f"Attention on a text{_of(whose, outcomes)}"
+        caption = (
+            "Where each query looks; the menu has every head, the first to be shown is the one that attends most to "
+        )
+        titled(fig, title).layout.margin.t += 44  # of the menu
+        yield Drawn(fig, f"{caption}what followed the same token before.")
+
+
+def _circuit(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        order = result.order[:MOST_EDGES]
+        edges = [(sender, receiver) for sender, _, receiver in (result.names[i].partition(" -> ") for i in order)]
+        nodes = [*result.senders, "logits"]
+        errors = ratio_stderr(result.samples, result.reference)[order].numpy()
+        fig = circuit_graph(nodes, edges, result.shares[order].numpy(), stderr=errors)
+        caption = (
+            f"The {len(order)} of {len(result.names)} edges that carry the largest estimated shares of the difference: "
+        )
+        caption += "as wide as their share, vermilion above 0, blue below."
+        yield Drawn(titled(fig, f"Circuit{_of(whose, outcomes)}"), caption)
+
+
 CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("SpectrumSummary", "eigenvalues"): _density,
     **{("SpectrumSummary", name): None for name in ("residuals", "top_eigenvalues", "bottom_eigenvalues")},
@@ -143,6 +175,8 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("Flatness", "delta_losses_negative"): None,
     ("FisherOverlap", "jaccard"): _shared,
     ("FisherOverlap", "halves"): _halves,
+    ("TextAttention", "patterns"): _attention,
+    ("EdgeAttribution", "scores"): _circuit,
     ("TrainingCurves", "train_loss"): _training,
     ("TrainingCurves", "test_loss"): None,
     ("TrainingCurves", "train_accuracy"): None,

@@ -55,7 +55,7 @@ def labels(names: Sequence[str], most: int = 30) -> list[str]:
     >>> labels(["model.layers.0", "model.layers.1", "lm_head"])
     ['layers.0', 'layers.1', 'lm_head']
     """
-    first = Counter(name.partition(".")[0] for name in names if "." in name).most_common(1)
+    first = Counter(name.partition(".")[0] for name in names if "." in name and " " not in name).most_common(1)
     common = f"{first[0][0]}." if first and 2 * first[0][1] > len(names) > 1 else ""
     shorter = [short(name.removeprefix(common), most) for name in names]
     return shorter if len(set(shorter)) == len(set(names)) else [short(name, most) for name in names]

@@ -17,10 +17,12 @@ from jaxtyping import Float
 from .drawing import Data, arrays, lost, spreads, titled
 from .names import labels, plain, short
 from .numbers import number
-from .theme import INK, MUTED, RULE, VERMILION, blank
+from .theme import BLUE, INK, MUTED, RULE, VERMILION, blank
 
 COLOURS = "Viridis"
 """Even in lightness, so that it reads with a colour vision deficiency and in grey; dark is low."""
+SIGNED = ((0.0, BLUE), (0.5, "#ffffff"), (1.0, VERMILION))
+"""Blue below zero, vermilion above: told apart with any colour vision."""
 HOLE = "#e3e3e3"
 LEVELS = 15
 """At most so many contours, at round values."""
@@ -150,11 +152,18 @@ def heat(
     z: Grid, x: Sequence[Any], y: Sequence[Any], names: tuple[str, str], *, label: str, unit: str,
     limits: Limits | None = None,
 ) -> go.Figure:  # fmt: skip
-    """A cell for every pair of places, its rows from the top; what is not finite is open. limits: of the colours."""
+    """A cell for every pair of places, its rows from the top; what is not finite is open. limits: of the colours.
+
+    Values of both signs have a scale that is the same on both sides of zero, which is white.
+    """
     fig = blank(170 + max(200, min(26 * len(z), 560)), "").update_layout(plot_bgcolor=HOLE)
     scale = shades(z if limits is None else np.array(limits), unit)
     hover = f"%{{y}}, %{{x}}<br>{label} %{{customdata:.4g}} {plain(unit)}<extra></extra>"
-    fig.add_heatmap(x=_along(x), y=_along(y), **scale.colours(z), zmin=scale.low, zmax=scale.high, hovertemplate=hover)
+    colours = scale.colours(z) | {"zmin": scale.low, "zmax": scale.high}
+    if scale.low < 0 < scale.high and not scale.is_log:
+        most = max(-scale.low, scale.high)
+        colours |= {"zmin": -most, "zmax": most, "colorscale": [list(stop) for stop in SIGNED]}
+    fig.add_heatmap(x=_along(x), y=_along(y), **colours, hovertemplate=hover)
     for axis, name in zip((fig.layout.xaxis, fig.layout.yaxis), names, strict=True):
         axis.update(title={"text": name}, showgrid=False, automargin=True, ticks="", linecolor=RULE, type="category")
     fig.layout.yaxis.autorange = "reversed"

@@ -22,7 +22,7 @@ from .plane_figures import Limits, Plane, contour, heat, shades
 from .reading import DRAWS, Drawn, Look, Seen, are_numbers, captioned, gone, named, seen_in
 
 MOST_SUBJECTS = 4
-"""Subjects that are told apart by colour, or have a figure each; of more, the first and the last are drawn."""
+"""Subjects that are told apart by colour, or have a figure each; of more, some are drawn."""
 MOST_BARS, MOST_LINES = 60, 12
 RUNNING = ("step", "t", "epsilon")
 """Axes along which a quantity that has another one is drawn as lines."""
@@ -143,7 +143,7 @@ def _along(seen: Sequence[Seen], look: Look) -> Drawn:
 
 def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
     """Bars by name; over many steps a line per name, or a cell per name and step."""
-    one, axis = seen[0], seen[0].entry.quantity.per[0]
+    one, axis = _few(seen)[-1], seen[0].entry.quantity.per[0]
     places = one.places[0] or range(1, one.value.size + 1)
     names = [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
     if len(seen) > MOST_SUBJECTS and _has_steps(seen) and len({s.group for s in seen}) == 1 and _alike(seen):
@@ -162,12 +162,13 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
     shown = [s for s in _few(seen) if s.places == one.places and s.value.shape == one.value.shape]
     if len(names) == 1 and len(seen) == 1:
         return  # a table says it
-    if len(names) <= MOST_BARS:
+    is_numbered = one.places[0] is not None and are_numbers(one.places[0])
+    if len(names) <= MOST_BARS and not is_numbered:
         each = [Line(s.title, np.arange(len(names)), s.value, s.half) for s in shown]
         fig = curves.bars(names, each, name=one.label, unit=one.unit)
         yield captioned(fig, one, f"per {axis}{_whose(shown)}", gone(shown, "bars"))
     else:
-        each = [Line(s.title, np.arange(1, s.value.size + 1), s.value, s.half) for s in shown]
+        each = [Line(s.title, s.along(0), s.value, s.half) for s in shown]
         fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=axis)
         yield captioned(fig, one, f"per {axis}{_whose(shown)}", *notes)
 
@@ -189,10 +190,15 @@ def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
         known if known is not None else list(range(size))
         for known, size in zip(one.places, one.value.shape, strict=True)
     ]
-    fig = heat(
-        one.value, places[1], places[0], (per[1], per[0]), label=one.label, unit=one.unit, limits=look.limits or _ends(seen)
-    )  # fmt: skip
-    return captioned(fig, one, f"per {' and '.join(per)}{whose}", gone([one], "cells"), whose=_title(one, seen))
+    finite = np.isfinite(one.value)
+    some = [(finite if finite.any() else ~finite).any(1 - i).nonzero()[0] for i in (0, 1)]
+    empty = [f"{size - len(at):,} of {size:,} along {axis}" for size, at, axis in zip(one.value.shape, some, per, strict=True)
+             if len(at) < size]  # fmt: skip
+    one = one._replace(value=one.value[np.ix_(*some)])
+    y, x = ([known[i] for i in at] for known, at in zip(places, some, strict=True))
+    fig = heat(one.value, x, y, (per[1], per[0]), label=one.label, unit=one.unit, limits=look.limits or _ends(seen))
+    told = (f"{' and '.join(empty)} have none" if empty else "", gone([one], "cells"))
+    return captioned(fig, one, f"per {' and '.join(per)}{whose}", *told, whose=_title(one, seen))
 
 
 def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
@@ -218,7 +224,11 @@ def _plane(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn:
 
 
 def _few(seen: Sequence[Any]) -> Sequence[Any]:
-    return seen if len(seen) <= MOST_SUBJECTS else (seen[0], seen[-1])
+    """All; of more than have room, the last of each run, or of one run the first and the last."""
+    if len(seen) <= MOST_SUBJECTS:
+        return seen
+    last = [*{one.group: one for one in seen}.values()]
+    return last if 1 < len(last) <= MOST_SUBJECTS else (seen[0], seen[-1])
 
 
 def _ends(seen: Sequence[Seen]) -> Limits:

@@ -153,7 +153,7 @@ def heading(metric: str) -> str:
     """
     words = metric.replace("_", " ")
     return re.sub(
-        r"\b(a?sam|2d|qkov)\b", lambda word: word[0].upper(), words[:1].upper() + words[1:], flags=re.IGNORECASE
+        r"\b(a?sam|2d|qkov|qk|ov)\b", lambda word: word[0].upper(), words[:1].upper() + words[1:], flags=re.IGNORECASE
     )
 
 
@@ -248,8 +248,12 @@ def tried(make: Callable[[], Iterable[Block | str]], name: str) -> list[Block | 
 
 
 def _values(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in settings.items() if v is not None)
+    return "; ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in settings.items() if v is not None)
 
 
 def _plain(value: Any) -> str:
-    return setting(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return setting(float(value)) if isinstance(value, (int, float)) else str(value)

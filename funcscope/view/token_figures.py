@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from .names import plain
-from .plane_figures import COLOURS, HOLE
+from .plane_figures import COLOURS, HOLE, SIGNED
 from .theme import INK, MUTED, blank
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "Ġ": "␣", "▁": "␣", "Ċ": "↵"})
@@ -20,8 +20,6 @@ MOST_LABELS = 40
 """Tokens that an axis names; of more, it names some."""
 PER_LINE = 60
 """Letters of a line of coloured text."""
-SIGNED = ((0.0, "#0072B2"), (0.5, "#ffffff"), (1.0, "#D55E00"))
-"""Blue below zero, vermilion above: told apart with any colour vision."""
 
 
 def attention_viewer(

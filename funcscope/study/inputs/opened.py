@@ -67,7 +67,7 @@ class OpenedModel:
                 split=spec.split,
                 num_samples=spec.num_samples,
             ),
-            self.tokenizer or load_tokenizer(self.folder, self.model),
+            self._tokenizer(),
             self.model,
             task=task,
             num_samples=spec.num_samples,
@@ -80,3 +80,10 @@ class OpenedModel:
             data = replace(data, limit=f"the model has {most} positions: texts end there, and not at {length} tokens")
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
         return objective(self.net, batches, _CRITERIA[task]), data
+
+    def token_names(self, ids: list[int]) -> list[str]:
+        """As the vocabulary has them."""
+        return [str(name) for name in self._tokenizer().convert_ids_to_tokens(ids)]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.tokenizer or load_tokenizer(self.folder, self.model)
