@@ -47,7 +47,7 @@ def mean_form(H, draws):
     return sp.expand(sum((d.T * H * d)[0] for d in draws) / len(draws))
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_mean_over_all_signed_permutations_is_the_trace(n):
     H, x = symmetric(n), vector("x", n)
     claim = x.dot(x) * H.trace() / n  # ||x|| = 1 on the sphere

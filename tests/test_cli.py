@@ -129,6 +129,7 @@ def test_the_numbers_are_those_of_the_pure_function(models, tmp_path, capsys):
     assert got == direct
 
 
+@pytest.mark.slow
 def test_the_demo_prints_a_table_and_writes_its_story(tiny, tmp_path, capsys):
     call = ["demo", "--quick", "--out", str(tmp_path / "new" / "folder")]
     assert cli.main(call) == 0

@@ -221,6 +221,7 @@ def test_a_result_compared_with_itself_differs_by_nothing(pair):
             assert_close(float(got.pairs.correlation.value), 1.0)
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_the_order_of_the_pairs_says_nothing(pair):
     first, second = synthetic(*pair)

@@ -91,8 +91,8 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
         analyze_models([], config(data, out))
     with pytest.raises(ValueError, match="no metric is asked for"):
         UnifiedConfig().selected()
-    with pytest.raises(ValueError, match=r"attention_patterns.* not here yet.*hessian_eigenvalues"):
-        UnifiedConfig(compute_mechanistic=True).selected()
+    with pytest.raises(ValueError, match=r"gradient_flow.* not here yet.*hessian_eigenvalues"):
+        UnifiedConfig(compute_gradients=True).selected()
     names = {"a": "a.jsonl", "b": "b.jsonl"}
     both = UnifiedConfig(compute_fisher=True, dataset_name=names, compute_qkov=False, compute_fisher_eigenvalues=False)
     one_task = ["fisher_information", "fisher_importance"]
@@ -123,7 +123,7 @@ def test_compute_all_is_everything_that_is_there():
 
 
 REFUSED = {
-    "compute_gradients", "compute_information_theory", "compute_representations", "compute_mechanistic",
+    "compute_gradients", "compute_information_theory", "compute_representations",
     "compute_modularity", "compute_lottery", "compute_bombshell",
 }  # fmt: skip
 """Flags of which no metric is here yet."""
@@ -196,6 +196,7 @@ def test_the_documented_classes_work_by_hand(made):
     fs.cleanup_memory(verbose=False, reason="after")
 
 
+@pytest.mark.slow
 def test_the_documented_patterns_run(made):
     paths, data, out = made
     few = {

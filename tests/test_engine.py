@@ -246,6 +246,7 @@ class Hungry:
         return fs.directional_losses(loss, params, key=key, n_samples=5, span=0.1, chunk=chunk, **settings)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_chunk_then_the_batches_on_the_same_sample(cache):
     needs = ("loss", "params", "key")
     roomy = one(Metric("roomy", Hungry(99, 99), needs, plan={"chunk": 8}))

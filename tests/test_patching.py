@@ -245,6 +245,7 @@ def test_edge_scores_are_slopes_of_exact_patches_and_their_mean_on_the_way():
     assert_close(exact[0], metric(whole) - metric(fs.apply_with(net, net.params, clean, {})[0]), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_circuits_are_the_largest_edges_beside_random_ones_of_their_size():
     net, (clean, corrupt) = net_of("gpt2"), inputs_of(2)
     found = edge_attribution(net, net.params, clean, corrupt, metric)

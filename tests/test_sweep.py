@@ -24,6 +24,7 @@ def config(tmp_path, *names, **more):
     return fs.UnifiedConfig(metrics=names, settings=settings, output_dir=str(tmp_path), verbose=False, **more)
 
 
+@pytest.mark.slow
 def test_a_grid_is_a_study_at_every_point_and_seeds_have_their_mean_and_error(tmp_path):
     grid = {
         "directional_losses.normalize": ["filter", "global"],

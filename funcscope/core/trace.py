@@ -25,6 +25,7 @@ from .hooks import PASS, Kernel, Pass, hook, on_output, scores_of
 from .layout import Params
 from .masks import with_float_mask
 from .model import Functional
+from .progress import tick
 from .sites import AXES, MADE, Edit, Patch, check_known, nearest, spread
 
 __all__ = ["AXES", "Edit", "Kernel", "Patch", "Trace", "apply_with", "pattern_blocks", "sites_of", "trace"]
@@ -142,6 +143,7 @@ def _run(
     if body is not None:  # the kernel takes the mask that it is given, and makes none
         inputs = _named(inputs)
     made = with_float_mask(net._skeleton, inputs) if isinstance(inputs, Mapping) and body is not None else inputs
+    tick("forward")
     token = PASS.set(one)
     try:
         out = net._output(net._call(_copy(net, edits, names), "", net._values(params), made))

@@ -22,9 +22,9 @@ def data(config: Config, split: Split) -> dict[str, Int[Tensor, "n t"]]:
 
     Each sequence of training is seen once; those of a split are seen by none.
 
-    >>> rows = data(Config(longest=4), "probe")["input_ids"]
-    >>> rows.shape, bool((rows[:, 1:5] == rows[:, 5:]).all())
-    (torch.Size([128, 9]), True)
+    >>> rows = data(Config(longest=8), "probe")["input_ids"]
+    >>> rows.shape, bool((rows[:, 1:9] == rows[:, 9:]).all())
+    (torch.Size([128, 17]), True)
     """
     check_choice("split", split, SPLITS)
     shortest = config.longest if split == "probe" else config.shortest
