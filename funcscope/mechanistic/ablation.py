@@ -49,7 +49,7 @@ class AblationEffects(_SiteEffects):
 
     @property
     def coords(self) -> dict[str, Sequence[Any]]:
-        return {"neuron": self.units} if self.units else {"layer": range(self.shape[0])}
+        return {"neuron": self.units} if self.units else super().coords
 
     @property
     def head(self) -> str:

@@ -44,10 +44,10 @@ class HeadCircuits(Result):
     linear_head: bool
 
     @property
-    def coords(self) -> dict[str, list[str]]:
+    def coords(self) -> dict[str, Sequence[Any]]:
         layers, heads = self.qk_norm.shape
         names = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
-        return {"reader": names, "writer": names}
+        return {"reader": names, "writer": names, "layer": range(layers), "head": range(heads)}
 
     @property
     def head(self) -> str:

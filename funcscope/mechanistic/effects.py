@@ -55,6 +55,10 @@ class _SiteEffects(Result):
     def means(self) -> Float[Tensor, " s"]:
         return self.changes.sum(1) / self.reference.sum()
 
+    @property
+    def coords(self) -> dict[str, Sequence[Any]]:
+        return {axis: range(size) for axis, size in zip(self.axes, self.shape, strict=True)}
+
     def shaped(self, values: Tensor) -> Tensor:
         return values.view(self.shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -56,6 +56,10 @@ class IntegratedGradients(_Complete):
     """Entries in the order of `x.flatten(1)`."""
 
     @property
+    def coords(self) -> dict[str, Sequence[int]]:
+        return dict(zip(("row", "entry"), map(range, self.attributions.shape), strict=True))
+
+    @property
     def head(self) -> str:
         num, entries = self.attributions.shape
         return f"integrated gradients of {entries} entries in {num} rows, {self.num_nodes} nodes"
@@ -70,6 +74,10 @@ class TokenAttribution(_Complete):
     targets: Int[Tensor, " n"] = internal()
     against: Int[Tensor, " n"] | None = internal()
     baseline: str
+
+    @property
+    def coords(self) -> dict[str, Sequence[int]]:
+        return dict(zip(("row", "position"), map(range, self.attributions.shape), strict=True))
 
     @property
     def head(self) -> str:

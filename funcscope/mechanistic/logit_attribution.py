@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -120,8 +121,8 @@ class LogitAttribution(Result):
     num_sequences: int = internal()
 
     @property
-    def coords(self) -> dict[str, list[str]]:
-        return {"layer": [str(layer) for layer in range(len(self.mlp))]}
+    def coords(self) -> dict[str, Sequence[int]]:
+        return {"layer": range(len(self.heads)), "head": range(self.heads.shape[1])}
 
     @property
     def head(self) -> str:
