@@ -59,6 +59,7 @@ def mean_jacobians(
     check_choice("method", method, ("exact", "probes"))
     check_key(key)
     check_count("num", num)
+    check_count("chunk_size", chunk_size)
     w = Weights(loss.net, params)
     w.check_linear_head()
     rows, weights = 0, []
@@ -166,6 +167,7 @@ def position_jacobian(
     check_choice("method", method, ("exact", "probes"))
     check_key(key)
     check_count("num", num)
+    check_count("chunk_size", chunk_size)
     w = Weights(net, params, "embeddings")
     if not -w.num_layers <= layer < w.num_layers:
         raise ValueError(f"`layer` must be one of 0 to {w.num_layers - 1}, or -1 for the last, got {layer}.")
