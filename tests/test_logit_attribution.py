@@ -10,7 +10,7 @@ from test_circuits import EVERY, batch, net_of
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.mechanistic import logit_attribution, logit_contributions, qk_attribution
+from funcscope.mechanistic import logit_attribution, logit_contributions, position_jacobian, qk_attribution
 from funcscope.mechanistic.weights import Weights
 
 
@@ -177,5 +177,7 @@ def test_inputs_whose_embeddings_are_more_than_those_of_tokens():
             logit_contributions(net, net.params, inputs, ids)
         with pytest.raises(ValueError, match=message):
             qk_attribution(net, net.params, inputs, **at)
+        with pytest.raises(ValueError, match=message):
+            position_jacobian(net, net.params, inputs, key=fs.key(0))
     with pytest.raises(ValueError, match="`token_type_ids` of 'gpt2'"):
         logit_attribution(fs.objective(net, [typed], fs.causal_lm), net.params)
