@@ -282,6 +282,14 @@ def test_padding_is_known_in_masks_that_are_made_and_a_row_of_it_is_no_sequence(
         assert_close(getattr(made, name), getattr(alone, name), rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def test_token_ids_alone_are_a_batch():
+    net, batch = fs.functional(model_of("gpt2", torch.float32)), tokens(4, 3, 8)
+    bare, named = (
+        fs.objective(net, [x], fs.causal_lm) for x in (batch["input_ids"], {"input_ids": batch["input_ids"]})
+    )
+    assert attention_patterns(bare, net.params) == attention_patterns(named, net.params)
+
+
 def test_what_has_no_patterns_is_said():
     loss = loss_of("mlp")
     with pytest.raises(ValueError, match="the parts of this model are not described"):

@@ -117,8 +117,12 @@ def test_bad_requests_of_attributions_get_one_clear_line():
         integrated_gradients(total, x, torch.zeros(4))
     with pytest.raises(ValueError, match="`tol` must be above 0"):
         integrated_gradients(total, x, tol=0.0)
-    with pytest.raises(ValueError, match="`num` must be at least 1"):
+    with pytest.raises(ValueError, match="`num` must be an integer of at least 1"):
         integrated_gradients(total, x, num=0)
+    with pytest.raises(ValueError, match="`most` must be an integer of at least 8"):
+        integrated_gradients(total, x, most=7)
+    with pytest.raises(ValueError, match="`x` must hold floating-point numbers"):
+        unwrap(integrated_gradients)(total, x.long(), 0.5)
     net, batch = net_of("gpt2"), tokens(7, 2, 5)
     with pytest.raises(ValueError, match="`targets` must hold one token for each of the 2 sequences"):
         unwrap(token_attribution)(net, net.params, batch, targets=torch.tensor([1]))
@@ -126,6 +130,10 @@ def test_bad_requests_of_attributions_get_one_clear_line():
         token_attribution(net, net.params, batch, against=torch.tensor([1, 40]))
     with pytest.raises(ValueError, match="`baseline` must be 'zero'"):
         unwrap(token_attribution)(net, net.params, batch, baseline="ones")
+    with pytest.raises(ValueError, match="`token_type_ids` of 'gpt2'"):
+        token_attribution(net, net.params, {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])})
+    with pytest.raises(ValueError, match="`inputs` must have `input_ids`"):
+        token_attribution(net, net.params, {"inputs_embeds": torch.zeros(1, 3, 16, dtype=torch.float64)})
     with pytest.raises(ValueError, match="sequence 1 has no token"):
         last_positions(torch.tensor([[True, False], [False, False]]))
 
@@ -256,7 +264,7 @@ def test_bad_requests_of_ablations_get_one_clear_line():
         ({"units": [(0, 1)]}, "`units` must be a list of"),
         ({"sites": "neurons"}, "`units` must be a list of"),
         ({"sites": "neurons", "units": [(2, 0)]}, r"2 layers with 48 units each, got \(2, 0\)"),
-        ({"chunk": 0}, "`chunk` must be at least 1"),
+        ({"chunk": 0}, "`chunk` must be an integer of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             unwrap(ablation_effects)(loss, loss.net.params, **options)

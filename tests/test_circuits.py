@@ -1,5 +1,6 @@
 """Weights of heads and circuits. Oracles: the model's own sites, dense V x V matrices, the model with a head removed."""
 
+import math
 from functools import cache
 
 import pytest
@@ -168,9 +169,11 @@ def test_circuits_are_those_of_dense_matrices(line, fold):
         assert found.copying_score.isnan().all()
         assert "not linear" in found.notes[-1]
     else:
-        out = w.unembedding[0] @ (torch.diag(w.final.gain) @ _centre(w.final) if fold else torch.eye(16).double())
-        values = torch.linalg.eigvals(out @ ov @ w.embedding.T)  # V x V
-        assert_close(found.copying_score, values.real.sum(-1) / values.abs().sum(-1), rtol=1e-6, atol=1e-6)
+        bare = w.unembedding[0] @ (torch.diag(w.final.gain) @ _centre(w.final) if fold else torch.eye(16).double())
+        for centred, out in ((True, bare - bare.mean(0)), (False, bare)):
+            values = torch.linalg.eigvals(out @ ov @ w.embedding.T)  # V x V
+            score = qk_ov_circuits(net, net.params, fold=fold, centred=centred).copying_score
+            assert_close(score, values.real.sum(-1) / values.abs().sum(-1), rtol=1e-6, atol=1e-6)
     for a in range(2):
         for b in range(2):
             reads, writes = (1, a), (0, b)
@@ -203,11 +206,21 @@ def test_composition_under_random_rotations_has_the_mean_and_the_deviation_that_
     assert abs(squares.sqrt().mean() - (squares.mean()) ** 0.5) < 0.01  # of roots: a little lower
 
 
+def test_what_is_added_to_all_rows_of_the_unembedding_changes_no_copying_score():
+    net, name = net_of("gpt_neox"), "embed_out.weight"
+    name = next(each for each in net.params if each in (name, "lm_head.weight"))
+    moved = {**net.params, name: net.params[name] + fs.normal(fs.key(3), net.params[name][0])}
+    own, other = (qk_ov_circuits(net, params).copying_score for params in (net.params, moved))
+    assert_close(other, own, rtol=1e-9, atol=1e-9)
+    own, other = (qk_ov_circuits(net, params, centred=False).copying_score for params in (net.params, moved))
+    assert not torch.allclose(other, own, atol=0.01)
+
+
 def test_a_head_that_copies_scores_1_and_one_that_forbids_minus_1():
     net = net_of("gpt2", tie_word_embeddings=True)
     name = "transformer.h.0.attn.c_proj.weight"
     w = Weights(net, net.params)
-    between = w.embedding.T @ w.final.folded(w.unembedding[0])
+    between = w.embedding.T @ w.final.folded(w.unembedding[0] - w.unembedding[0].mean(0))
     between = w.norm("ln_1", 0).folded(between.T).T  # from what is written to what is read
     v = w.heads(0).v[0]
     o = torch.linalg.pinv(v @ between)  # the d x d product is the identity
@@ -234,13 +247,29 @@ def test_full_circuits_are_rows_of_the_dense_ones(line):
             full_circuit(net, net.params, 0, 0, circuit="qk", sources=[1], of="positions")
 
 
+def test_no_distance_is_that_of_a_token_with_itself_where_rotations_scale_too():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    net = fs.functional(model_of.__wrapped__("llama", torch.float64, rope_parameters=yarn))
+    heads = head_weights(net, net.params, 0)
+    assert_close(heads.qk(), heads.qk(0), rtol=0, atol=0)
+    assert_close(heads.qk(0), (0.1 * math.log(4) + 1) ** 2 * heads.scaling * heads.q.mT @ heads.shared(heads.k))
+
+
+def test_rows_of_full_circuits_that_are_not_there():
+    net = net_of("gpt2")
+    for at, message in (({"sources": [40]}, "`sources`"), ({"sources": [0], "targets": [1, -1]}, "`targets`")):
+        for circuit in ("qk", "ov"):
+            with pytest.raises(ValueError, match=f"{message} must be from 0 to 39"):
+                full_circuit(net, net.params, 0, 0, circuit=circuit, **at)
+
+
 def test_rotation_changes_the_circuit_and_the_result_says_so():
     net = net_of("llama")
     bare, far = (qk_ov_circuits(net, net.params, distance=n) for n in (None, 3))
     assert_close(qk_ov_circuits(net, net.params, distance=0).qk_norm, bare.qk_norm)
     assert not torch.allclose(bare.qk_norm, far.qk_norm, rtol=1e-3)
     assert_close(bare.ov_norm, far.ov_norm)
-    assert "without rotation" in bare.notes[0]
+    assert "distance 0, as of a token with itself" in bare.notes[0]
     assert "distance 3" in far.notes[0]
     assert not qk_ov_circuits(net_of("gpt2"), net_of("gpt2").params).notes
     assert "norms of their own" in qk_ov_circuits(net_of("qwen3"), net_of("qwen3").params).notes[1]

@@ -138,6 +138,17 @@ def test_a_head_that_does_one_thing_scores_1(name, back):
     assert num.tolist() == [5, 5, 10]
 
 
+@pytest.mark.parametrize(("vocab", "period", "documented"), [(1000, 50, 0.97), (23, 16, 0.69)])
+def test_a_head_that_looks_evenly_at_all_that_followed_has_the_documented_mean(vocab, period, documented):
+    ids = repeated_tokens(fs.key(0), 400, period, vocab)
+    at = torch.arange(period, 2 * period)
+    before = F.pad(ids, (1, 0), value=-1)[:, : 2 * period]  # the token before each key
+    seen = (before[:, None] == ids[:, at, None]) & (torch.arange(2 * period) <= at[:, None])
+    scores = seen[:, torch.arange(period), at - period + 1] / seen.sum(-1)
+    means = scores.mean(1)
+    assert abs(means.mean() - documented) < 0.005 + 4 * means.std() / 400**0.5
+
+
 def test_losses_of_a_model_that_knows_the_copy():
     ids = repeated_tokens(fs.key(0), 3, 5, 9, bos=0)
     logits = torch.zeros(3, 11, 9)

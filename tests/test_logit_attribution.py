@@ -1,5 +1,7 @@
 """Parts of logits and of scores. Oracles: the model's own logits and scores, the sites `result` and `resid_post`."""
 
+from inspect import unwrap
+
 import pytest
 import torch
 from problems import VOCAB, tokens
@@ -8,7 +10,7 @@ from test_circuits import EVERY, batch, net_of
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.mechanistic import logit_attribution, logit_contributions, qk_attribution
+from funcscope.mechanistic import logit_attribution, logit_contributions, position_jacobian, qk_attribution
 from funcscope.mechanistic.weights import Weights
 
 
@@ -147,3 +149,35 @@ def test_places_that_are_not_there():
             qk_attribution(net, net.params, inputs, **{**at, **change})
     with pytest.raises(ValueError, match="norms stand behind"):
         qk_attribution(net_of("bert"), net_of("bert").params, inputs, **at)
+
+
+def test_tokens_are_one_per_position_or_one_for_all():
+    net, inputs = net_of("gpt2"), {"input_ids": tokens(3, 8, 8)["input_ids"]}
+    every = torch.full((8, 8), 5)
+    one, whole = (
+        logit_contributions(net, net.params, inputs, x, minus=y) for x, y in ((5, 6), (every, every + 1))
+    )  # fmt: skip
+    for a, b in zip((*one, one.parts), (*whole, whole.parts), strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+    for bad in (every[0], every[:, :1], every[:1]):
+        with pytest.raises(ValueError, match=r"`tokens` must be one token per position, of shape \(8, 8\)"):
+            unwrap(logit_contributions)(net, net.params, inputs, bad)
+        with pytest.raises(ValueError, match="`minus` must be one token per position"):
+            unwrap(logit_contributions)(net, net.params, inputs, 5, minus=bad)
+    with pytest.raises(ValueError, match="`tokens` must be an integer of at least 0"):
+        unwrap(logit_contributions)(net, net.params, inputs, True)
+
+
+def test_inputs_whose_embeddings_are_more_than_those_of_tokens():
+    net, ids = net_of("gpt2"), batch(0)["input_ids"]
+    at = {"layer": 1, "head": 0, "query": 4, "key": 1}
+    typed, bare = {"input_ids": ids, "token_type_ids": ids}, {"inputs_embeds": torch.zeros(3, 8, 16).double()}
+    for inputs, message in ((typed, "`token_type_ids` of 'gpt2'"), (bare, "`inputs` must have `input_ids`")):
+        with pytest.raises(ValueError, match=message):
+            logit_contributions(net, net.params, inputs, ids)
+        with pytest.raises(ValueError, match=message):
+            qk_attribution(net, net.params, inputs, **at)
+        with pytest.raises(ValueError, match=message):
+            position_jacobian(net, net.params, inputs, key=fs.key(0))
+    with pytest.raises(ValueError, match="`token_type_ids` of 'gpt2'"):
+        logit_attribution(fs.objective(net, [typed], fs.causal_lm), net.params)

@@ -54,7 +54,7 @@ def theirs(line, *, fold):
 @torch.no_grad()
 def test_circuits_composition_and_copying_are_those_of_transformer_lens(line):
     model, net = theirs(line, fold=True), net_of(line)
-    found = qk_ov_circuits(net, net.params)
+    found = qk_ov_circuits(net, net.params, centred=False)
     scaling = head_weights(net, net.params, 0).scaling
     assert_close(found.qk_norm / scaling, model.QK.norm().double(), rtol=1e-5, atol=0)
     assert_close(found.ov_norm, model.OV.norm().double(), rtol=1e-5, atol=0)

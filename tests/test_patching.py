@@ -153,7 +153,7 @@ def test_bad_requests_of_patching_get_one_clear_line():
             f(net, net.params, clean, corrupt, metric, sites="neurons")
         with pytest.raises(ValueError, match="`direction` must be one of"):
             f(net, net.params, clean, corrupt, metric, direction="both")
-    with pytest.raises(ValueError, match="`chunk` must be at least 1"):
+    with pytest.raises(ValueError, match="`chunk` must be an integer of at least 1"):
         activation_patching(net, net.params, clean, corrupt, metric, chunk=0)
 
 
@@ -276,6 +276,14 @@ def test_circuits_are_the_largest_edges_beside_random_ones_of_their_size():
     assert again == judged
 
 
+def test_a_circuit_of_few_edges_is_judged_on_all_of_them():
+    config = GPT2Config(n_layer=1, n_embd=4, n_head=1, vocab_size=VOCAB, n_positions=8)
+    net, (clean, corrupt) = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config)).double()), inputs_of(2)
+    found = edge_attribution(net, net.params, clean, corrupt, metric)
+    judged = circuit_faithfulness(net, net.params, clean, corrupt, metric, found, key=fs.key(0))
+    assert len(judged.edges) == len(found.names) < 20
+
+
 def test_bad_requests_of_edges_get_one_clear_line():
     net, (clean, corrupt) = net_of("gpt2"), inputs_of(2)
     found = edge_attribution(net, net.params, clean, corrupt, metric, num_nodes=0)
@@ -283,10 +291,14 @@ def test_bad_requests_of_edges_get_one_clear_line():
         other = net_of(line)
         with pytest.raises(ValueError, match=f"the residual stream of '{line}' is not known as a sum"):
             edge_attribution(other, other.params, clean, corrupt, metric)
-    with pytest.raises(ValueError, match="`num_nodes` must be at least 0"):
+    with pytest.raises(ValueError, match="`num_nodes` must be an integer of at least 0"):
         edge_attribution(net, net.params, clean, corrupt, metric, num_nodes=-1)
     with pytest.raises(ValueError, match=r"there is no edge 'm9 -> logits': they are written 'embed -> a0\.0\.q'"):
         edge_patching(net, net.params, clean, corrupt, metric, ["m9 -> logits"])
+    with pytest.raises(ValueError, match="`edges` must name an edge"):
+        edge_patching(net, net.params, clean, corrupt, metric, [])
+    with pytest.raises(ValueError, match="`chunk` must be an integer"):
+        edge_patching(net, net.params, clean, corrupt, metric, found.names[:2], chunk=True)
     whole = net_of("gpt_neox")
     for options, message in (
         ({"sizes": [47]}, "`sizes` must be from 0 to the 46 edges"),

@@ -18,7 +18,7 @@ from ..core.result import Derived, Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Kernel, Trace
-from .passes import blocks_of, pattern_at, traced, visible_to
+from .passes import blocks_of, pattern_at, token_ids, traced, visible_to
 from .scores import SCORES, Sight, queries_of, sums_of, uniform_of
 from .scores import counted as num_of
 
@@ -150,11 +150,10 @@ class _Batch(NamedTuple):
 
 def _of_batch(net: Functional, params: Params, inputs: Inputs) -> _Batch:
     seen = traced(net, params, inputs)
-    if not isinstance(inputs, Mapping) or inputs.get("input_ids") is None:
-        raise ValueError("which tokens are the same is read from `input_ids`, and a batch has none.")
+    tokens = token_ids(inputs)
     layers: dict[int, _Batch] = {}
     for together in _by_mask(seen.kernels):
-        layers |= _of_layers(seen, inputs["input_ids"], together)
+        layers |= _of_layers(seen, tokens, together)
     return _Batch(*(torch.stack(each, 2) for each in zip(*(layers[i] for i in sorted(layers)), strict=True)))
 
 

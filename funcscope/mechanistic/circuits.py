@@ -38,6 +38,7 @@ class HeadCircuits(Result):
     v_composition_z: Float[Tensor, "n n"] = quantity("V-composition, z", per=("reader", "writer"), shown=False)
     random_composition: float = quantity("composition under random rotations")
     fold: bool
+    centred: bool
     distance: int | None
     rotates: bool
     normed_heads: bool
@@ -59,9 +60,7 @@ class HeadCircuits(Result):
         notes = []
         if self.rotates:
             where = (
-                "without rotation, as of a token with itself"
-                if self.distance is None
-                else f"at distance {self.distance}"
+                "at distance 0, as of a token with itself" if self.distance is None else f"at distance {self.distance}"
             )
             notes.append(f"queries and keys are rotated, so that W_QK depends on their distance: it is {where}.")
         if self.normed_heads:
@@ -74,7 +73,9 @@ class HeadCircuits(Result):
         return notes
 
 
-def qk_ov_circuits(net: Functional, params: Params, *, fold: bool = True, distance: int | None = None) -> HeadCircuits:
+def qk_ov_circuits(
+    net: Functional, params: Params, *, fold: bool = True, centred: bool = True, distance: int | None = None
+) -> HeadCircuits:
     r"""Sizes, ranks, copying scores and compositions of all heads' QK and OV circuits, from the weights alone.
 
     For column vectors, with s the scaling of scores and R(n) the family's rotation at a distance n of query and key,
@@ -99,8 +100,10 @@ def qk_ov_circuits(net: Functional, params: Params, *, fold: bool = True, distan
 
     fold: with what stands between a head and the residual stream at a scale of 1: gains of the norms (and the centring of a
     layer norm) in W_Q, W_K, W_V and W_U, that of a norm behind attention in W_O. Scales are positive and of a token: they
-    change neither copying nor composition of it. False: the bare matrices, as published formulas have them.
-    distance: n, for families that rotate; None: without rotation (`notes` say so).
+    change neither copying nor composition of it. False: the bare matrices, as published formulas have them. centred: W_U less
+    its mean row, for the copying score: no softmax sees what is added to all logits alike, before a cap. False: W_U as it
+    is.
+    distance: n, for families that rotate; None: 0, as of a token with itself (`notes` say so).
 
     Elhage et al. (2021), A mathematical framework for transformer circuits. Moments of rotations: proofs/composition.py.
 
@@ -122,9 +125,10 @@ def qk_ov_circuits(net: Functional, params: Params, *, fold: bool = True, distan
         for kind in KINDS:
             excess, z = _composition(layers, kind)
             found |= {f"{kind}_composition": excess, f"{kind}_composition_z": z}
-        copying = _copying(w, layers, fold)
+        copying = _copying(w, layers, fold, centred)
     return HeadCircuits(
-        **found, copying_score=copying, random_composition=layers[0].k.shape[-1] ** -0.5, fold=fold, distance=distance,
+        **found, copying_score=copying, random_composition=layers[0].k.shape[-1] ** -0.5, fold=fold, centred=centred,
+        distance=distance,
         rotates=w.rotates, normed_heads=w.head_norms(0)[0] is not None, linear_head=_is_linear(w),
     )  # fmt: skip
 
@@ -149,7 +153,7 @@ def full_circuit(
     positions instead of tokens with of="positions", for families that have them. Scales of norms are 1; fold, distance: as in
     `qk_ov_circuits`. targets: all of them for None.
 
-    Raises ValueError for a head that is not there, and for positions that have no embedding.
+    Raises ValueError for a head, sources or targets that are not there, and for positions that have no embedding.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -166,6 +170,8 @@ def full_circuit(
     table = w.embedding if of == "tokens" else w.positions
     if table is None:
         raise ValueError('`of` must be "tokens": this family has no embedding of positions.')
+    _check_rows("sources", sources, len(table))
+    _check_rows("targets", targets or (), len(table if circuit == "qk" else w.unembedding[0]))
     table = table.double()
     everything = slice(None) if targets is None else list(targets)
     rows = table[list(sources)]
@@ -174,6 +180,11 @@ def full_circuit(
     out = w.unembedding[0].double()[everything]
     out = w.final.folded(out) if fold else out
     return (rows @ each.v[head].T) @ (out @ each.o[head]).T
+
+
+def _check_rows(name: str, rows: Sequence[int], num: int) -> None:
+    if bad := [row for row in rows if not 0 <= row < num]:
+        raise ValueError(f"`{name}` must be from 0 to {num - 1}, got {bad[0]}.")
 
 
 class Circuits(NamedTuple):
@@ -233,10 +244,11 @@ def _is_linear(w: Weights) -> bool:
     return True
 
 
-def _copying(w: Weights, layers: Sequence[Circuits], fold: bool) -> Float[Tensor, "L H"]:
+def _copying(w: Weights, layers: Sequence[Circuits], fold: bool, centred: bool) -> Float[Tensor, "L H"]:
     if not _is_linear(w):
         return torch.full((len(layers), len(layers[0].q)), math.nan, dtype=torch.float64)
     out = w.unembedding[0].double()
+    out = out - out.mean(0) if centred else out
     between = w.embedding.double().T @ (w.final.folded(out) if fold else out)  # D x D, for all heads
     eigenvalues = torch.stack([torch.linalg.eigvals(each.v @ between @ each.o) for each in layers])
     return eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..core.checks import check_count
 from ..core.estimate import Estimate
 from ..core.forward import Inputs
 from ..core.keys import Key, check_key, fold_in, uniform
@@ -147,8 +148,7 @@ def edge_attribution(
     >>> found.scores.shape                                                        # 2 (2 heads + MLP) + embedding
     torch.Size([7, 15])
     """
-    if num_nodes < 0:
-        raise ValueError(f"`num_nodes` must be at least 0, got {num_nodes}.")
+    check_count("num_nodes", num_nodes, 0)
     graph = graph_of(net, params)
     task = patching_task(net, params, clean, corrupt, metric, "noise")
     edges = graph.edges.to(net.device)
@@ -183,8 +183,10 @@ def edge_patching(
     """Exactly: per edge and sequence, the change of the metric where one edge alone carries what its sender writes in the
     corrupt pass; chunk of them side by side.
 
-    edges: as `EdgeAttribution.names` has them. Raises ValueError for others, and as `edge_attribution`.
+    edges: as `EdgeAttribution.names` has them. Raises ValueError for others and for none, and as `edge_attribution`.
     """
+    if not edges:
+        raise ValueError("`edges` must name an edge at least, as `EdgeAttribution.names` has them.")
     graph, task = graph_of(net, params), patching_task(net, params, clean, corrupt, metric, "noise")
     names = names_of_edges(graph)
     if unknown := [each for each in edges if each not in names]:
@@ -219,8 +221,9 @@ def circuit_faithfulness(
     the circuit are over sequences, those of the random mean over draws. The circuit was chosen on these sequences: give
     others for a fair value.
 
-    The `num_exact` largest edges are patched one by one: the correlation of estimated and exact shares (of these edges, which
-    were chosen for large estimates; jackknife error over sequences), and how many have the wrong sign.
+    The `num_exact` largest edges (all, where there are fewer) are patched one by one: the correlation of estimated and exact
+    shares (of these edges, which were chosen for large estimates; jackknife error over sequences), and how many have the
+    wrong sign.
 
     attribution: of the same model. sizes: how many edges circuits have; powers of 2, and all, where none are given.
 
@@ -232,10 +235,9 @@ def circuit_faithfulness(
     num = int(graph.edges.sum())
     if attribution.senders != graph.senders or not torch.equal(attribution.edges, graph.edges):
         raise ValueError("`attribution` is of another model: it has other edges.")
-    if num_random < 1 or not 2 <= num_exact <= num:
-        raise ValueError(
-            f"`num_random` must be at least 1 and `num_exact` from 2 to {num}, got {num_random} and {num_exact}."
-        )
+    check_count("num_random", num_random)
+    check_count("num_exact", num_exact, 2)
+    num_exact = min(num_exact, num)
     made = list(sizes) or [*takewhile(lambda size: size < num, (2**i for i in range(num))), num]
     if bad := [size for size in made if not 0 <= size <= num]:
         raise ValueError(f"`sizes` must be from 0 to the {num} edges, got {bad[0]}.")

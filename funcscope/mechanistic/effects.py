@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..core.checks import check_count
 from ..core.model import Functional
 from ..core.result import Derived, Result, internal
 from ..core.standard_errors import ratio_stderr
@@ -92,8 +93,7 @@ def one_by_one(
     f: Callable[[Selection], Float[Tensor, "..."]], chosen: Sequence[Tensor] | Tensor, chunk: int
 ) -> Float[Tensor, "s ..."]:
     """f of every selection, `chunk` of them side by side by `vmap`; one at a time with a chunk of 1."""
-    if chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    check_count("chunk", chunk)
     rows = chosen if isinstance(chosen, Tensor) else torch.stack(list(chosen))
     with torch.no_grad():
         if chunk == 1:

@@ -126,7 +126,9 @@ def induction_heads(
 
     On two copies of P random tokens (`repeated_tokens`, after the model's BOS where its configuration names one), per head
 
-    - `induction`: the mean over the queries q of the second copy of $A_{q,q-P+1}$: 1 for a perfect induction head;
+    - `induction`: the mean over the queries q of the second copy of $A_{q,q-P+1}$: 1 for a perfect induction head where no
+      token repeats within a copy; one that looks evenly at all that followed the token has 0.97 in the mean for 1,000 ids
+      and P = 50, and 0.69 for 23 ids and P = 16;
     - `duplicate`: that of $A_{q,q-P}$; `previous`: the mean of $A_{q,q-1}$ over all queries that have one,
 
     beside what uniform attention gives, for `induction` $\tfrac1P \sum_{q=P+1}^{2P} \tfrac1{q+1} \approx \ln 2 / P$ after BOS

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..core.anatomy import body_of
+from ..core.checks import check_count
 from ..core.estimate import wide
 from ..core.forward import Inputs
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
 from ..core.trace import apply_with
+from .passes import attributed_ids, token_ids
 
 Rows = Float[Tensor, " n"]
 
@@ -109,7 +112,7 @@ def integrated_gradients(
     Memory is that of one forward and backward pass, whatever the nodes. Sums in float64.
 
     Raises ValueError where f does not give one number per row, for a baseline of another shape, a tolerance that is not
-    above 0, and less than one node.
+    above 0, x that does not hold floating-point numbers, and less than one node.
 
     Sundararajan, Taly, Yan (2017), arXiv:1703.01365.
 
@@ -119,6 +122,10 @@ def integrated_gradients(
     (tensor([[2., 1.]], dtype=torch.float64), True)
     """
     _check_request(tol, num, most)
+    if not x.is_floating_point():
+        raise ValueError(
+            f"`x` must hold floating-point numbers, got {x.dtype}: take `x.float()`, or embeddings of tokens."
+        )
     start = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
     try:
         start = start.expand(x.shape)
@@ -166,7 +173,7 @@ def token_attribution(
     nodes see that; it is not resolved then.
 
     Raises ValueError as `integrated_gradients` and `trace` do, for a sequence without a token, and for targets that are
-    not one token per sequence.
+    not one token per sequence; for inputs without `input_ids`, or with `token_type_ids` for models other than BERT.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -176,6 +183,8 @@ def token_attribution(
     >>> found.attributions.shape, bool(found.resolved.all())
     (torch.Size([1, 3]), True)
     """
+    body = body_of(net._skeleton)
+    tokens = token_ids(inputs) if body is None else attributed_ids(body, inputs)
     with torch.no_grad():
         out, seen = apply_with(net, params, inputs, {}, ["tok_embed"])
     x, mask = seen["tok_embed"], seen.mask
@@ -191,7 +200,6 @@ def token_attribution(
     start = torch.where(mask[..., None], _baseline(baseline, x, mask), x)
     found = integrated_gradients(output, x, start, tol=tol, num=num, most=most)
     per_token = found.attributions.view(x.shape).sum(-1).masked_fill(~mask, math.nan)
-    tokens: Any = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
     return TokenAttribution(
         found.output, found.baseline_output, found.completeness_error, found.num_nodes, found.num_forwards + 1, found.tol,
         per_token, tokens, targets, against, baseline if isinstance(baseline, str) else "given",
@@ -255,5 +263,5 @@ def _checked(name: str, tokens: Tensor, out: Tensor) -> Tensor:
 def _check_request(tol: float, num: int, most: int) -> None:
     if not tol > 0:
         raise ValueError(f"`tol` must be above 0, got {tol}.")
-    if not 1 <= num <= most:
-        raise ValueError(f"`num` must be at least 1 and at most `most`, got {num} and {most}.")
+    check_count("num", num)
+    check_count("most", most, num)

@@ -22,6 +22,7 @@ from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Edit, Kernel, apply_with, trace
 from .logit_attribution import check_labels
+from .passes import attributed_ids
 from .weights import Weights
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
@@ -59,6 +60,7 @@ def mean_jacobians(
     check_choice("method", method, ("exact", "probes"))
     check_key(key)
     check_count("num", num)
+    check_count("chunk_size", chunk_size)
     w = Weights(loss.net, params)
     w.check_linear_head()
     rows, weights = 0, []
@@ -154,7 +156,8 @@ def position_jacobian(
     Frobenius norm. $S = \sqrt{\text{mean}}$, with the standard error of the mean square over $2 S$: a little low by that
     error's square; nan for a single probe. layer: -1 is the last. chunk_size: products that are made together.
 
-    Raises ValueError for a family that is not described, and for a layer that is not there.
+    Raises ValueError for a family that is not described, for a layer that is not there, and for inputs without `input_ids` or
+    (but for BERT) with `token_type_ids`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -166,7 +169,9 @@ def position_jacobian(
     check_choice("method", method, ("exact", "probes"))
     check_key(key)
     check_count("num", num)
+    check_count("chunk_size", chunk_size)
     w = Weights(net, params, "embeddings")
+    attributed_ids(w.body, inputs)
     if not -w.num_layers <= layer < w.num_layers:
         raise ValueError(f"`layer` must be one of 0 to {w.num_layers - 1}, or -1 for the last, got {layer}.")
     layer %= w.num_layers

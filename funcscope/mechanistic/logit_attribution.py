@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.checks import check_choice
+from ..core.checks import check_choice, check_count
 from ..core.estimate import Estimate, wide
 from ..core.layout import Params
 from ..core.model import Functional, Inputs
@@ -19,6 +19,7 @@ from ..core.softmax import Labels
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Trace, trace
+from .passes import attributed_ids
 from .weights import Weights
 
 
@@ -47,9 +48,9 @@ def logit_contributions(
     net: Functional,
     params: Params,
     inputs: Inputs,
-    tokens: Int[Tensor, "b t"],
+    tokens: Int[Tensor, "b t"] | int,
     *,
-    minus: Int[Tensor, "b t"] | None = None,
+    minus: Int[Tensor, "b t"] | int | None = None,
     centred: bool = False,
 ) -> Contributions:
     r"""What embeddings, every head, biases and every MLP add to the logit of a token at each position.
@@ -62,12 +63,14 @@ def logit_contributions(
     less its mean over D for a layer norm: exact, over all that is written to the residual stream. Norms behind attention and
     MLP (Gemma 2) are held fixed as well. Logits that are capped are attributed before the cap.
 
-    minus: tokens whose logits are subtracted. centred: less the mean over the vocabulary, which the softmax does not see; the
-    sum is then $\mathrm{logit}_y - \overline{\mathrm{logit}}$. Padding has values, too: mask it.
+    tokens: one per position, or one for all. minus: tokens whose logits are subtracted. centred: less the mean over the
+    vocabulary, which the softmax does not see; the sum is then $\mathrm{logit}_y - \overline{\mathrm{logit}}$. Padding has
+    values, too: mask it.
 
     Elhage et al. (2021), A mathematical framework for transformer circuits. proofs/logit_attribution.py.
 
-    Raises ValueError for a family that is not described, and where logits are not linear in a final norm.
+    Raises ValueError for a family that is not described, where logits are not linear in a final norm, for tokens that are not
+    one per position, and for inputs without `input_ids` or with `token_type_ids`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -79,6 +82,9 @@ def logit_contributions(
     """
     w = Weights(net, params)
     weight, offset = w.unembedding
+    ids = attributed_ids(w.body, inputs)
+    tokens = _per_position("tokens", tokens, ids)
+    minus = None if minus is None else _per_position("minus", minus, ids)
     rows = weight[tokens] if minus is None else weight[tokens] - weight[minus]
     own = torch.zeros((), dtype=weight.dtype, device=weight.device)
     if offset is not None:
@@ -184,6 +190,18 @@ def last_only(weight: Float[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """The weights of the last position of each sequence that has one."""
     later = (weight != 0).flip(1).cumsum(1).flip(1)
     return torch.where(later == 1, weight, 0.0)
+
+
+def _per_position(name: str, tokens: Tensor | int, ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    if not isinstance(tokens, Tensor):
+        check_count(name, tokens, 0)
+        return torch.full_like(ids, tokens)
+    if tokens.shape != ids.shape:
+        raise ValueError(
+            f"`{name}` must be one token per position, of shape {tuple(ids.shape)}, or an integer for all of them, got "
+            f"{tuple(tokens.shape)}: one per sequence is `tokens[:, None].expand(...)`."
+        )
+    return tokens
 
 
 def _of_layer(

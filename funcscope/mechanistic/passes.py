@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..core.anatomy import Body
 from ..core.forward import Inputs
 from ..core.layout import Params
 from ..core.model import Functional
@@ -13,6 +16,22 @@ from ..core.trace import Trace, pattern_blocks, sites_of, trace
 
 MOST_ENTRIES = 2**21
 """Of a block of patterns."""
+
+
+def token_ids(inputs: Inputs) -> Int[Tensor, "b t"]:
+    """Of a batch. Raises ValueError for one that has embeddings alone."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs[0] if isinstance(inputs, tuple) else inputs
+    if ids is None:
+        raise ValueError("`inputs` must have `input_ids`: `inputs_embeds` do not say which tokens they are.")
+    return ids  # type: ignore[no-any-return]
+
+
+def attributed_ids(body: Body, inputs: Inputs) -> Int[Tensor, "b t"]:
+    """Token ids whose embedding is all that `tok_embed` adds to the stream. Raises ValueError for other inputs."""
+    types = inputs.get("token_type_ids") if isinstance(inputs, Mapping) else None
+    if types is not None and body.kind != "bert":
+        raise ValueError(f"`token_type_ids` of {body.kind!r} are no part that is attributed to: leave them out.")
+    return token_ids(inputs)
 
 
 def traced(net: Functional, params: Params, inputs: Inputs, *sites: str) -> Trace:

@@ -13,6 +13,7 @@ from ..core.layout import Params
 from ..core.model import Functional, Inputs
 from ..core.result import Result, internal, quantity
 from ..core.trace import Trace, trace
+from .passes import attributed_ids
 from .weights import Norm, Weights
 
 
@@ -54,7 +55,7 @@ def qk_attribution(
     row: of the batch. query, key: positions, counted as in the inputs.
 
     Raises ValueError for a family that is not described, or with norms behind its parts (BERT), and for places that are
-    not there or hold no token.
+    not there or hold no token, and for inputs without `input_ids` or with `token_type_ids`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -66,6 +67,7 @@ def qk_attribution(
     w = Weights(net, params)
     if w.body.norm == "post":
         raise ValueError("norms stand behind the parts of this model: what attention reads is no sum of them.")
+    attributed_ids(w.body, inputs)
     weights = w.heads(layer)
     _check_place("head", head, len(weights.q))
     names = ["tok_embed", "z", "mlp_out", f"resid_pre.{layer}", *(["pos_embed"] if w.positions is not None else [])]

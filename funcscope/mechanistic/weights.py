@@ -70,14 +70,14 @@ class HeadWeights(NamedTuple):
         return x.repeat_interleave(len(self.q) // len(x), 0)
 
     def rotated_k(self, distance: int | None) -> Float[Tensor, "h d D"]:
-        """W_K of every head of queries, turned as a query `distance` behind it meets it; as it is for None."""
+        """W_K of every head of queries, turned as a query `distance` behind it meets it; None: 0, where R is the identity,
+        times the square of its attention factor for what a rotation with one turns (YaRN).
+        """
         k = self.shared(self.k)
-        if distance is None or self.rotation is None:
-            return k
-        return self.rotation(distance).to(k) @ k
+        return k if self.rotation is None else self.rotation(distance or 0).to(k) @ k
 
     def qk(self, distance: int | None = None) -> Float[Tensor, "h D D"]:
-        r"""$W_Q^\top R(n) W_K$ times the scaling; for None without rotation, as where a token meets itself."""
+        r"""$W_Q^\top R(n) W_K$ times the scaling; None: n = 0, as where a token meets itself."""
         return self.scaling * self.q.mT @ self.rotated_k(distance)
 
     def ov(self) -> Float[Tensor, "h D D"]:
