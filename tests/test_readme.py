@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from folders import folder, texts
+from folders import TEXTS, folder, texts
 from problems import problem
 
 import funcscope as fs
@@ -45,8 +45,8 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
 def test_the_code_about_two_tasks_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "my-model")
-    for name in ("prose", "code"):
-        texts(tmp_path / f"{name}.jsonl")
+    texts(tmp_path / "prose.jsonl")
+    texts(tmp_path / "code.jsonl", [" ".join(text.split()[::-1]) for text in TEXTS[1:]])
     (block,) = [block for block in BLOCKS if "cross_task_conflicts" in block]
     few = "num_samples=4, verbose=False, max_seq_length=8, compute_fisher_eigenvalues=False, settings=few, fisher_n_samples=4"
     short = block.replace("num_samples=64, fisher_n_samples=64", few)
