@@ -107,6 +107,7 @@ def sites_of(model: nn.Module) -> list[str]:
 
 
 def edited(name: str, value: Tensor, edit: Edit) -> Tensor:
+    """What stands in the place of a site's value. Raises ValueError for another shape."""
     if isinstance(edit, Patch):
         new = edit.of(value, AXES.get(name.partition(".")[0], ()))
     else:
@@ -137,6 +138,7 @@ def check_sites(sites: object) -> None:
 
 
 def check_known(name: str, known: Sequence[str]) -> None:
+    """Raises ValueError for a site that is not there, with the nearest that is."""
     if name in known or name.startswith("module:"):
         return
     if not any(each in known for each in ONCE):
