@@ -87,6 +87,7 @@ def test_every_shown_quantity_is_in_a_figure_or_a_table_and_its_axes_say_the_uni
         assert any(axis.title.text for axis in axes(each.figure))
 
 
+@pytest.mark.slow
 @every
 def test_figures_are_the_same_twice_and_leave_the_result_as_it_was(name):
     result = example(name)
@@ -97,6 +98,7 @@ def test_figures_are_the_same_twice_and_leave_the_result_as_it_was(name):
         np.testing.assert_array_equal(np.asarray(value), np.asarray(before[key]))
 
 
+@pytest.mark.slow
 @every
 def test_names_of_models_stay_text_in_every_figure(name):
     result = example(name)

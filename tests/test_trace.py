@@ -17,10 +17,7 @@ import funcscope as fs
 from funcscope.core.anatomy import ANATOMIES
 from funcscope.core.trace import MADE, Patch, apply_with, pattern_blocks, sites_of, trace
 
-FAMILIES = [
-    name if name in ("gpt2", "gpt_neox", "llama", "bert") else pytest.param(name, marks=pytest.mark.slow)
-    for name in ANATOMIES
-]
+FAMILIES = [name if name in ("gpt2", "llama") else pytest.param(name, marks=pytest.mark.slow) for name in ANATOMIES]
 
 
 def netted(name: str, dtype: torch.dtype = torch.float32, **options) -> fs.Functional:
