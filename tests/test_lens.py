@@ -10,6 +10,7 @@ from torch.func import jacrev
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope import mechanistic
 from funcscope.mechanistic import jacobian_lens, logit_lens, mean_jacobians, position_jacobian
 from funcscope.mechanistic.weights import Weights
 
@@ -180,3 +181,26 @@ def test_what_has_no_lens_says_so():
     net = net_of("gpt2")
     one = logit_lens(fs.objective(net, [tokens(1, 1, 5)], fs.causal_lm), net.params)
     assert one.kl_stderr.isnan().all()
+
+
+def test_weights_that_are_not_finite_have_no_rank_no_agreement_and_a_note():
+    """nan is above nothing: its rank would be 1, and its first token the last layer's own."""
+    net = net_of("gpt2")
+    loss = fs.objective(net, [batch()], fs.causal_lm)
+    params = {name: value.clone() for name, value in net.params.items()}
+    params["transformer.h.1.mlp.c_proj.bias"][0] = torch.nan
+    found = logit_lens(loss, params)
+    assert found.rank[:2].isfinite().all()
+    for name in ("kl", "log_prob", "rank", "agreement", "entropy"):
+        assert getattr(found, name)[2].isnan()
+    assert found.agreement.isnan().all()  # with what the last layer says
+    results = [
+        found, jacobian_lens(loss, params, key=fs.key(0), method="probes"), mechanistic.logit_attribution(loss, params),
+        mechanistic.ablation_effects(loss, params), mechanistic.induction_heads(net, params, key=fs.key(0), num=4, period=3),
+    ]  # fmt: skip
+    for each in results:
+        assert any("not finite" in note for note in each.notes), type(each)
+    assert results[2].discrepancy != results[2].discrepancy
+    assert not any("not finite" in note for note in logit_lens(loss, net.params).notes)
+    params["transformer.h.0.attn.c_attn.bias"][0] = torch.nan
+    assert any("patterns are not finite" in note for note in mechanistic.attention_patterns(loss, params).notes)

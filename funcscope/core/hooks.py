@@ -55,6 +55,8 @@ Seen = Callable[[Pass, Tensor], Tensor]
 
 
 def on_output(module: nn.Module, seen: Seen) -> None:
+    """What a module gives, the first of several, goes through `seen`."""
+
     def show(_: nn.Module, __: Any, out: Any) -> Any:
         one = PASS.get()
         if one is None:
@@ -195,6 +197,7 @@ def _attention(
 def scores_of(
     query: Float[Tensor, "b h q d"], key: Float[Tensor, "b g k d"], kernel: Kernel
 ) -> Float[Tensor, "b h q k"]:
+    """Scaled, capped and masked, as the softmax takes them."""
     scores = torch.matmul(query, _repeated(key, query).transpose(2, 3)) * kernel.scaling
     if kernel.softcap is not None:
         scores = torch.tanh(scores / kernel.softcap) * kernel.softcap

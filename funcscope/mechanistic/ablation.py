@@ -19,6 +19,7 @@ from ..core.result import internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.trace import Trace, apply_with, trace
 from .effects import PLACES, _SiteEffects, edits_where, effect_per, every_place, one_by_one, site_names
+from .passes import not_finite
 
 Mode = Literal["zero", "mean", "resample"]
 
@@ -50,6 +51,10 @@ class AblationEffects(_SiteEffects):
     @property
     def coords(self) -> dict[str, Sequence[Any]]:
         return {"neuron": self.units} if self.units else super().coords
+
+    @property
+    def notes(self) -> list[str]:
+        return not_finite("the loss is", self.loss)
 
     @property
     def head(self) -> str:

@@ -18,7 +18,7 @@ from ..core.result import Derived, Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Kernel, Trace
-from .passes import blocks_of, pattern_at, token_ids, traced, visible_to
+from .passes import blocks_of, not_finite, pattern_at, token_ids, traced, visible_to
 from .scores import SCORES, Sight, queries_of, sums_of, uniform_of
 from .scores import counted as num_of
 
@@ -89,6 +89,7 @@ class AttentionPatterns(Result):
         return [
             *([f"no query has such a key, in a layer at least: {', '.join(none)}."] if none else []),
             *(["one sequence: there is no error over sequences."] if self.num_sequences < 2 else []),
+            *not_finite("patterns are", self.values[self.num_queries > 0]),
         ]
 
 

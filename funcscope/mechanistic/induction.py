@@ -19,7 +19,7 @@ from ..core.result import Result, derived, quantity
 from ..core.tables import counted
 from ..core.trace import Trace
 from .attention import ratios
-from .passes import blocks_of, pattern_at, traced, visible_to
+from .passes import blocks_of, not_finite, pattern_at, traced, visible_to
 
 LONGEST_PERIOD = 50
 """Of what is chosen by itself."""
@@ -90,6 +90,8 @@ class InductionHeads(Result):
 
     @property
     def notes(self) -> list[str]:
+        if lost := not_finite("the loss is", self.gain.value):
+            return lost
         none = self.induction.isnan().any(1).nonzero().flatten().tolist()
         where = "a period is longer than the window of layers " + ", ".join(map(str, none))
         return [f"{where}: they see no token of the first copy."] if none else []

@@ -20,6 +20,7 @@ from ..core.tables import counted
 from ..core.trace import trace
 from .jacobians import mean_jacobians
 from .logit_attribution import check_labels
+from .passes import not_finite
 from .weights import Weights
 
 NUMBERS = ("kl", "log_prob", "rank", "agreement", "entropy")
@@ -55,6 +56,10 @@ class LogitLens(Result):
     def head(self) -> str:
         return f"predictions of the residual stream by layer, over {counted(self.num_sequences, 'sequence')}"
 
+    @property
+    def notes(self) -> list[str]:
+        return not_finite("logits of a layer are", self.log_prob)
+
 
 class JacobianLens(LogitLens):
     """The logit lens through the mean derivative of the last residual stream by that of each layer."""
@@ -70,7 +75,7 @@ class JacobianLens(LogitLens):
         text = "the Jacobians are means over these same sequences, and the errors of the lens take them as they are"
         if self.method == "probes":
             text += "; their sampling error (`jacobian_error`) adds to the divergences"
-        return [f"{text}."]
+        return [f"{text}.", *super().notes]
 
 
 def logit_lens(loss: Loss, params: Params, *, chunk: int = 64) -> LogitLens:
@@ -211,11 +216,12 @@ def _shares(logits: Float[Tensor, "n V"]) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _compared(logits: Float[Tensor, "n V"], last: _Last, target: Int[Tensor, " n"]) -> Float[Tensor, "numbers n"]:
     """A few passes over the logits: no array of log-probabilities is made of them."""
     shares, total, best, normaliser = _shares(logits)
+    known, both = normaliser.isfinite(), normaliser.isfinite() & last.entropy.isfinite()
     chosen, dot = logits.gather(1, target[:, None]), torch.linalg.vecdot
     return torch.stack([
         normaliser - dot(last.p, logits) - last.entropy,
         chosen[:, 0] - normaliser,
-        1 + (logits > chosen).sum(1).to(logits),
-        (best == last.best).to(logits),
+        torch.where(known, 1 + (logits > chosen).sum(1), torch.nan),  # nan is above nothing, and would have rank 1
+        torch.where(both, (best == last.best).to(logits), torch.nan),
         normaliser - dot(shares, logits) / total,
     ])  # fmt: skip

@@ -19,7 +19,7 @@ from ..core.softmax import Labels
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Trace, trace
-from .passes import attributed_ids
+from .passes import attributed_ids, not_finite
 from .weights import Weights
 
 
@@ -138,7 +138,8 @@ class LogitAttribution(Result):
 
     @property
     def notes(self) -> list[str]:
-        return ["logits are capped: these are parts of what the cap is put on."] if self.capped else []
+        capped = ["logits are capped: these are parts of what the cap is put on."] if self.capped else []
+        return [*capped, *not_finite("logits are", self.logit.value)]
 
 
 def logit_attribution(
@@ -164,7 +165,7 @@ def logit_attribution(
     """
     check_choice("at", at, ("all", "last"))
     w = Weights(loss.net, params)
-    sums, weights, discrepancy = [], [], 0.0
+    sums, weights, largest = [], [], []
     with torch.no_grad():
         for inputs, targets in loss.batches:
             index, weight = check_labels(targets)
@@ -172,10 +173,11 @@ def logit_attribution(
             made = logit_contributions(loss.net, params, inputs, index, centred=centred)
             parts, scored = made.parts.to(wide(weight.device)), weight != 0
             off = ((parts.sum(0) - made.logit).abs() / parts.abs().sum(0))[scored]
-            discrepancy = max(discrepancy, float(off.max()) if off.numel() else 0.0)
+            largest += [off.max()] if off.numel() else []
             every = torch.cat([made.logit[None].to(parts), parts])
             sums.append(torch.where(scored, every * weight, 0.0).sum(-1).cpu())
             weights.append(weight.sum(-1).to(parts).cpu())
+    discrepancy = float(torch.stack(largest).max())  # nan where one is
     return _averaged(torch.cat(sums, 1), torch.cat(weights), w, at, centred, discrepancy)
 
 

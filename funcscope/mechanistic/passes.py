@@ -18,6 +18,12 @@ MOST_ENTRIES = 2**21
 """Of a block of patterns."""
 
 
+def not_finite(what: str, *values: Tensor | float) -> list[str]:
+    """The note of a result in which a number is nan or infinite that data and weights as they should be do not make so."""
+    bad = any(not bool(torch.as_tensor(each).isfinite().all()) for each in values)
+    return [f"{what} not finite, and what is made of it undefined: check the weights."] if bad else []
+
+
 def token_ids(inputs: Inputs) -> Int[Tensor, "b t"]:
     """Of a batch. Raises ValueError for one that has embeddings alone."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs[0] if isinstance(inputs, tuple) else inputs
