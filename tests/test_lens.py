@@ -202,5 +202,11 @@ def test_weights_that_are_not_finite_have_no_rank_no_agreement_and_a_note():
         assert any("not finite" in note for note in each.notes), type(each)
     assert results[2].discrepancy != results[2].discrepancy
     assert not any("not finite" in note for note in logit_lens(loss, net.params).notes)
+    pairs = (net, params, batch(), tokens(9, 3, 8, pad=3), lambda logits: logits[:, -1, 3])
+    assert "not finite" in mechanistic.edge_attribution(*pairs).notes[0]
+    with pytest.raises(
+        ValueError, match=r"`transformer\.h\.1\.mlp\.c_proj\.bias` is not finite, where circuits are not defined"
+    ):
+        mechanistic.qk_ov_circuits(net, params)
     params["transformer.h.0.attn.c_attn.bias"][0] = torch.nan
     assert any("patterns are not finite" in note for note in mechanistic.attention_patterns(loss, params).notes)

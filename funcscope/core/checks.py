@@ -55,6 +55,13 @@ def check_names(given: Mapping[str, Any], expected: Iterable[str], what: str) ->
     )
 
 
+def check_finite_params(params: Mapping[str, Tensor], what: str) -> None:
+    """No entry is nan or infinite: `what` is not defined there."""
+    for name, value in params.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"`{name}` is not finite, where {what} not defined: look at the weights.")
+
+
 def check_params(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """`given` has exactly these names and shapes: a wrong shape might broadcast."""
     check_names(given, shapes, what)

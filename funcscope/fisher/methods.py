@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_finite_params
 from ..core.keys import Key, check_key, fold_in
 from ..core.memory import peak_growth
 from ..core.objective import Loss, Theta
@@ -122,8 +122,7 @@ def compare_methods(
     for method in methods:
         check_choice("methods", method, METHODS)
     theta = Loss.vector(loss, theta)
-    if bad := [leaf.name for leaf in loss.layout.leaves if not bool(theta[leaf.slice].isfinite().all())]:
-        raise ValueError(f"`{bad[0]}` is not finite: the Fisher information is not defined there.")
+    check_finite_params(loss.params(theta), "the Fisher information is")
     directions = _held_out(loss, theta, fold_in(key, "held out"), num_directions)
     product = exact_fisher(loss, theta)
     exact = torch.stack([v @ product(v) for v in directions])

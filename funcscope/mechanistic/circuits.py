@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice
+from ..core.checks import check_choice, check_finite_params
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.result import Result, quantity
@@ -107,7 +107,7 @@ def qk_ov_circuits(
 
     Elhage et al. (2021), A mathematical framework for transformer circuits. Moments of rotations: proofs/composition.py.
 
-    Raises ValueError for a family that is not described.
+    Raises ValueError for a family that is not described, and for a weight that is not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -117,6 +117,7 @@ def qk_ov_circuits(
     (torch.Size([2, 2]), torch.Size([4, 4]), 0.5)
     """
     with torch.no_grad():
+        check_finite_params(params, "circuits are")
         w = Weights(net, params)
         layers = [_circuits(w, layer, fold, distance) for layer in range(w.num_layers)]
         found: dict[str, Any] = {

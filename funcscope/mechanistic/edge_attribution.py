@@ -22,6 +22,7 @@ from ..core.standard_errors import jackknife_stderr, ratio_stderr
 from ..core.statistics import mean
 from .edges import Graph, graph_of, names_of_edges, pass_with_edges, writes_of
 from .effects import one_by_one
+from .passes import not_finite
 from .patching import Metric, Task, patching_task, scored
 
 
@@ -77,6 +78,8 @@ class EdgeAttribution(Result):
 
     @property
     def notes(self) -> tuple[str, ...]:
+        if lost := not_finite("effects of edges are", self.samples, self.reference):
+            return tuple(lost)
         return (f"Largest: {', '.join(self.circuit(5))}. Errors are over sequences, not those of the first order.",)
 
     def _placed(self, values: Tensor) -> Tensor:
