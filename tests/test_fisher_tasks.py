@@ -183,12 +183,12 @@ def test_every_second_sequence_of_both_is_held_out(texts):
 def test_what_cannot_be_halved_is_refused(net, texts):
     first, second = texts
     one = fs.objective(net, [(torch.ones(1, 8), torch.tensor([0]))], fs.classification)
-    with pytest.raises(ValueError, match="the second task must have 2 scored sequences, got 1"):
+    with pytest.raises(ValueError, match="the second task must have 2 different scored sequences, got 1"):
         fisher_overlap(classes(1, 9, slice(0, 4), net), one, net.theta, key=fs.key(0))
     with pytest.raises(ValueError, match="heads are those of a Hugging Face model"):
         qkov_interference(one, one, net.theta, key=fs.key(0))
     few = fs.objective(first.net, [tokens(1, 3, 6)], first.criterion)
-    with pytest.raises(ValueError, match="the first task must have 4 scored sequences, got 3"):
+    with pytest.raises(ValueError, match="the first task must have 4 different scored sequences, got 3"):
         qkov_interference(few, second, first.net.theta, key=fs.key(0))
 
 
@@ -253,10 +253,30 @@ def test_copies_stay_together_and_what_both_tasks_have_is_left_out(texts):
     assert (found.num_shared, found.num_first, found.num_second) == (4, 4, 6)
     assert any("4 sequences in both tasks" in note for note in found.notes)
     torch.testing.assert_close(found.inner, oracle.inner, rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match="two scored sequences that the other one has not, got 0"):
+    with pytest.raises(ValueError, match="two different scored sequences that the other one has not, got 0"):
         fs.fisher.task_conflicts(first, first, theta, key=fs.key(0))
     heads = qkov_interference(doubled(first, [0, 1, 2, 0, 3, 1]), second, theta, key=fs.key(0), num=9)
-    assert heads.directed.shape[1:] == (3, 3)
+    assert heads.directed.shape[1:] == (2, 3)
+    again, once = doubled(first, [0, 1, 2, 0, 3, 1]), doubled(first, [0, 1, 2, 3])
+    copied, oracle = (fs.fisher.task_conflicts(loss, second, theta, key=fs.key(0), num=19) for loss in (again, once))
+    assert (copied.num_first, copied.num_copies) == (4, 2)
+    assert any("2 copies of other sequences" in note for note in copied.notes)
+    torch.testing.assert_close(copied.square_first, oracle.square_first, rtol=1e-5, atol=0)
+
+
+def test_identical_sequences_are_one(texts):
+    loss, other = texts
+    theta, alike = loss.net.theta, doubled(loss, [0] * 8)
+    for call, least in (
+        (fisher_overlap, "2 different"),
+        (qkov_interference, "two different"),
+        (fs.fisher.task_conflicts, "two"),
+    ):
+        with pytest.raises(ValueError, match=f"the first task must have {least}.* got 1"):
+            call(alike, other, theta, key=fs.key(0))
+    three = fisher_overlap(doubled(loss, [0] * 6 + [1, 2]), other, theta, key=fs.key(0), num=1)
+    assert three.halves.shape[1] == 3
+    assert fisher_importance(alike, theta, key=fs.key(0)).share_stderr.isnan().all()
 
 
 def test_weights_that_are_not_finite_are_named(net):

@@ -44,6 +44,16 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, **_positions(family, inputs), "attention_mask": masks}
 
 
+def tokens_there(mask: Tensor | Mapping[str, Tensor]) -> Bool[Tensor, "b t"]:
+    """Where a mask of any form, or those of layers of several types, leaves a token: one that may be seen."""
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()))
+    if mask.ndim == 2:
+        return mask != 0
+    seen = mask == 0 if mask.is_floating_point() else mask != 0
+    return seen.any(-2).any(1)
+
+
 def _check_given(config: Config, inputs: Mapping[str, Any]) -> None:
     """A mask that says all can be used as it is."""
     mask = inputs.get("attention_mask")

@@ -23,7 +23,7 @@ from .doors import running
 from .forward import Inputs
 from .hooks import PASS, Kernel, Pass, hook, on_output, scores_of
 from .layout import Params
-from .masks import with_float_mask
+from .masks import tokens_there, with_float_mask
 from .model import Functional
 from .progress import tick
 from .sites import AXES, MADE, Edit, Patch, check_known, nearest, spread
@@ -172,14 +172,9 @@ def _named(inputs: Inputs) -> Mapping[str, Any]:
 def _real(inputs: Any, out: Tensor) -> Bool[Tensor, "b t"]:
     """Positions with a token: those that may be seen by one at least."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if isinstance(mask, Mapping):
-        mask = next(iter(mask.values()))
     if mask is None:
         return torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
-    if mask.ndim == 2:
-        return mask.bool()
-    seen = mask == 0 if mask.is_floating_point() else mask.bool()
-    return seen.any(-2).any(1).expand(len(out), -1)
+    return tokens_there(mask).expand(len(out), -1)
 
 
 _COPIES: WeakKeyDictionary[Functional, dict[Any, tuple[tuple[str, ...], nn.Module]]] = WeakKeyDictionary()

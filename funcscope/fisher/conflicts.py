@@ -43,6 +43,7 @@ class TaskConflicts(Result):
     num: int
     num_unscored: int
     num_shared: int
+    num_copies: int
     unit_length: bool
     key: Key
     inner_stderr: Values = internal()
@@ -79,6 +80,8 @@ class TaskConflicts(Result):
             )
         if self.num_shared:
             notes.append(f"{counted(self.num_shared, 'sequence')} in both tasks: no independent samples, and left out.")
+        if self.num_copies:
+            notes.append(f"{counted(self.num_copies, 'copy', 'copies')} of other sequences: no samples, and left out.")
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:
@@ -111,14 +114,14 @@ def task_conflicts(
     Raises ValueError for tasks of different parameters, and as `gram` and `gram_conflicts` do.
     """
     check_tasks(first, second)
-    first, second, num_unscored, num_shared = apart(first, second, theta)
+    first, second, lost = apart(first, second, theta)
     if whitened:
         three = whitened_grams(first, second, theta, by=by, chunk_size=min(chunk_size, 8))
     else:
         own = [gram(loss, theta, by=by, chunk_size=chunk_size) for loss in (first, second)]
         three = own[0], gram(first, theta, other=second, by=by, chunk_size=chunk_size), own[1]
     result = gram_conflicts(*three, key=key, unit_length=unit_length, num=num)
-    return replace(result, num_unscored=num_unscored, num_shared=num_shared)
+    return replace(result, num_unscored=lost.unscored, num_shared=lost.shared, num_copies=lost.copies)
 
 
 def gram_conflicts(
@@ -194,7 +197,7 @@ def gram_conflicts(
     n, m = ab.shape[1:]
     return TaskConflicts(
         value.inner, value.first, value.second, cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
-        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, 0, unit_length, key,
+        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, 0, 0, unit_length, key,
         errors.inner, errors.first, errors.second, error, list(between.blocks),
     )  # fmt: skip
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,6 +16,7 @@ from ..core.batches import rows as rows_of
 from ..core.checks import check_count
 from ..core.criterion import Labels
 from ..core.layout import Layout, View
+from ..core.masks import tokens_there
 from ..core.objective import Loss, Theta
 from ..curvature.gram import Blocks, block_views
 from ..curvature.leafwise import terms_at
@@ -86,24 +89,46 @@ def dealt(loss: Loss, theta: Theta, num: int) -> list[Loss]:
     return [chosen(loss, group == i) for i in range(min(num, len(places)))]
 
 
-def apart(first: Loss, second: Loss, theta: Theta) -> tuple[Loss, Loss, int, int]:
-    """Both tasks without sequences of which nothing is scored and those that both have, and how many each of these are.
+class LeftOut(NamedTuple):
+    """Sequences that are no independent samples of two tasks."""
+
+    unscored: int
+    """Nothing of them is."""
+    shared: int
+    """Both tasks have them."""
+    copies: int
+    """Of others of their task."""
+
+
+def apart(first: Loss, second: Loss, theta: Theta) -> tuple[Loss, Loss, LeftOut]:
+    """Both tasks on sequences that are scored, that the other one has not, and that differ from each other.
 
     Raises ValueError where fewer than two are left of one.
     """
-    parts, keys = [first, second], [contents(first), contents(second)]
-    scored = [are_scored(loss, theta) for loss in parts]
-    both = {*keys[0]} & {*keys[1]}
-    own = [torch.tensor([key not in both for key in each], device=first.net.device) for each in keys]
-    shared = sum(int((real & ~mine).sum()) for real, mine in zip(scored, own, strict=True))
-    for name, real, mine in zip(("first", "second"), scored, own, strict=True):
-        if (num := int((real.to(mine.device) & mine).sum())) < 2:
+    keys = [contents(first), contents(second)]
+    both, kept, counts = {*keys[0]} & {*keys[1]}, [], [0, 0, 0]
+    for name, loss, own in zip(("first", "second"), (first, second), keys, strict=True):
+        scored, known = are_scored(loss, theta).tolist(), set[bytes]()
+        there = []
+        for real, key in zip(scored, own, strict=True):
+            reasons = (not real, key in both, key in known)
+            there.append(not any(reasons))
+            if any(reasons):
+                counts[reasons.index(True)] += 1
+            else:
+                known.add(key)
+        if sum(there) < 2:
             raise ValueError(
-                f"the {name} task must have two scored sequences that the other one has not, got {num}: tests and errors are "
-                "over independent sequences."
+                f"the {name} task must have two different scored sequences that the other one has not, got {sum(there)}: "
+                "tests and errors are over independent sequences."
             )
-    kept = [chosen(loss, real & mine.to(real.device)) for loss, real, mine in zip(parts, scored, own, strict=True)]
-    return kept[0], kept[1], sum(int((~real).sum()) for real in scored), shared
+        kept.append(chosen(loss, torch.tensor(there)))
+    return kept[0], kept[1], LeftOut(*counts)
+
+
+def num_different(loss: Loss, theta: Theta) -> int:
+    """Scored sequences, copies once."""
+    return len({key for key, real in zip(contents(loss), are_scored(loss, theta), strict=True) if real})
 
 
 def contents(loss: Loss) -> list[bytes]:
@@ -113,15 +138,19 @@ def contents(loss: Loss) -> list[bytes]:
         size = rows_of((inputs, targets)) or 1
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(targets, Labels):
-            real = (mask != 0 if mask.ndim == 2 else (mask == 0).any(-2).any(1)).expand(ids.shape)
-            scored = targets.weight != 0
+        if isinstance(ids, Tensor) and mask is not None and isinstance(targets, Labels):
+            real, scored = tokens_there(mask).expand(ids.shape), targets.weight != 0
             rows = [[ids[r][real[r]], targets.index[r][scored[r]]] for r in range(size)]
         else:
             leaves = [x for x in tensors((inputs, targets)) if x.ndim and len(x) == size]
             rows = [[x[r] for x in leaves] for r in range(size)]
-        made += [b"".join(repr(x.tolist()).encode() for x in row) for row in rows]
+        made += [blake2b(b"".join(map(_bytes, row))).digest() for row in rows]
     return made
+
+
+def _bytes(x: Tensor) -> bytes:
+    flat = x.detach().cpu().contiguous().flatten()
+    return f"{tuple(x.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
 def are_scored(loss: Loss, theta: Theta) -> Bool[Tensor, " n"]:

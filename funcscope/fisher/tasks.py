@@ -25,7 +25,7 @@ from .importance import Importance
 from .interference import HeadInterference, head_interference
 from .masks import obd_saliency, pruning_mask
 from .overlap import MaskOverlap, overlaps
-from .samples import apart, are_scored, dealt
+from .samples import apart, dealt, num_different
 from .whitening import check_tasks, cut_views
 
 GROUPS = 8
@@ -184,8 +184,8 @@ def qkov_interference(
 ) -> HeadInterference:
     """Interference of two tasks in the queries, keys, values and outputs of every head; see `head_interference`.
 
-    Every second sequence of both tasks is held out for the Fisher information that weighs it, a copy where its first is.
-    Sequences that both tasks have are left out.
+    Every second sequence of both tasks is held out for the Fisher information that weighs it. Sequences that both tasks
+    have, and copies, are left out.
 
     Raises ValueError for no Hugging Face model with attention heads, for fewer than four scored sequences of a task, and as
     `head_views` and `head_interference` do.
@@ -195,7 +195,7 @@ def qkov_interference(
         raise ValueError("heads are those of a Hugging Face model, and this is none: take `head_interference`.")
     views = head_views(first.layout, first.layout.heads)
     theta = Loss.vector(first, theta)
-    first, second, *_ = apart(first, second, theta)
+    first, second, _ = apart(first, second, theta)
     (a, held), (b, also) = (_groups(loss, theta, i, 2, least=4) for i, loss in enumerate((first, second)))
     return head_interference(
         a, b, replace(held, batches=held.batches + also.batches), theta, views=views, key=key,
@@ -204,10 +204,10 @@ def qkov_interference(
 
 
 def _groups(loss: Loss, theta: Theta, task: int, num: int, least: int = 2) -> list[Loss]:
-    if (there := int(are_scored(loss, theta).sum())) < least:
+    if (there := num_different(loss, theta)) < least:
         which = ("first", "second")[task]
         raise ValueError(
-            f"the {which} task must have {least} scored sequences, got {there}: half of them are set apart."
+            f"the {which} task must have {least} different scored sequences, got {there}: half of them are set apart."
         )
     return dealt(loss, theta, min(num, 1 << there.bit_length() - 1))
 

@@ -12,6 +12,7 @@ from ..core.checks import check_choice
 from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.layout import Params
+from ..core.masks import tokens_there
 from ..core.objective import Loss
 from ..core.result import Result, internal, quantity
 from ..core.standard_errors import ratio_stderr
@@ -71,10 +72,8 @@ def _scored(loss: Loss) -> list[Tensor]:
     for inputs, targets in loss.batches:
         named = dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
         mask = named.get("attention_mask")
-        if isinstance(ids := named.get("input_ids"), Tensor) and isinstance(mask, Tensor):
-            # 1 where a token is; or as it is added to scores, 0 where a token may be seen by any other
-            real = mask != 0 if mask.ndim == 2 else (mask == 0).any(-2).any(1)
-            named["input_ids"] = ids.masked_fill(~real, 0)
+        if isinstance(ids := named.get("input_ids"), Tensor) and isinstance(mask, (Tensor, Mapping)):
+            named["input_ids"] = ids.masked_fill(~tokens_there(mask), 0)
         tensors += [value for _, value in sorted(named.items()) if isinstance(value, Tensor)]
         tensors += [value for value in torch.utils._pytree.tree_leaves(targets) if isinstance(value, Tensor)]
     return tensors
