@@ -1,0 +1,1 @@
+"""How activations are laid out: units, superposition, similarity, dimension, what moves through the layers."""
