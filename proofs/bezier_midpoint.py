@@ -13,6 +13,7 @@ Not covered: rounding; what training finds for other losses; other curves than q
 from fractions import Fraction
 from itertools import product
 
+import pytest
 import sympy as sp
 import torch
 
@@ -65,6 +66,7 @@ def test_shipped_point_is_the_theorem_in_exact_arithmetic():
         assert offset == 2 * at * (1 - at) * (middle - (start + end) / 2)
 
 
+@pytest.mark.slow
 def test_shipped_training_finds_the_best_midpoint_of_a_quadratic_loss():
     net = functional(torch.nn.Linear(2, 1, bias=False).double())
     square = custom(lambda out, y: (out - y) ** 2 / 2)

@@ -63,6 +63,7 @@ def better(model, other, length, shift, step=STEP):
     return prod(r.numerator**n for r, n in powers) > prod(r.denominator**n for r, n in powers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_shifted_loss_has_its_only_minimum_at_the_true_conditional(length):
     prefixes = [prefix for t in range(1, length) for prefix in sequences(t)]

@@ -132,6 +132,7 @@ def formula(H, theta, normalize):
     return sum(theta[f].square().sum() / len(theta[f]) * H[f, f].trace() for f in blocks(normalize))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 @pytest.mark.parametrize("normalize", GROUPS)
 def test_shipped_directions_have_the_norms_and_the_mean_curvature(normalize, distribution):
@@ -154,6 +155,7 @@ def test_shipped_directions_have_the_norms_and_the_mean_curvature(normalize, dis
         assert exact.std() > 0.01 * exact.mean()  # negative control: normal draws scatter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["filter", "global"])
 def test_shipped_mean_curvature_is_the_formula_on_a_linear_model(normalize):
     net = functional(nn.Linear(2, 1).double())

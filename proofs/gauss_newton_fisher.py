@@ -97,6 +97,7 @@ def test_hessian_is_gauss_newton_plus_residuals_times_curvatures_of_the_logits(n
     assert same(mean, newton(p, J))
 
 
+@pytest.mark.slow
 @SIZES
 def test_empirical_fisher_is_another_matrix_whose_mean_over_all_labels_is_the_fisher(n):
     tokens = [token(t, n) for t in range(2)]

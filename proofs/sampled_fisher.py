@@ -142,6 +142,7 @@ def test_unequal_weights_enter_by_their_roots_and_labels_of_another_position_are
 # Bridge: the shipped estimate by a z-test on its own standard errors, against the sum over all labels.
 
 
+@pytest.mark.slow
 def test_shipped_estimate_is_the_diagonal_up_to_its_own_standard_errors():
     net = functional(nn.Sequential(nn.Embedding(3, 1), nn.Tanh(), nn.Linear(1, 3, bias=False)).double())
     loss = objective(net, [torch.tensor([[0, 2, 1, 1], [1, 1, 0, 2]]), torch.tensor([[2, 2, 0]])], causal_lm)

@@ -88,6 +88,7 @@ def test_the_variance_of_unequal_weights_is_unbiased(n):
     assert scatter / (W - 1) != truth  # negative control: weights that count values
 
 
+@pytest.mark.slow
 @SIZES
 def test_squares_with_squared_weights_around_another_mean(n):
     x, w = data(n)

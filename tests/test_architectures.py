@@ -156,6 +156,7 @@ def tolerance(line: str) -> float:
     return 2e-5 if computes_in_float32(model_of(line, torch.float64).config) else 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LINES)
 def test_loss_and_gradient_are_the_untouched_models(line):
     _, loss, _, value, slope = studied(line)
@@ -170,6 +171,7 @@ def _without_padding_rows(loss, theirs, ours):
     return torch.where((theirs == 0) & (ours != 0), ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", HEAVY)
 def test_hessian_products_are_those_of_double_backward(line):
     _, loss, params, _, slope = studied(line)
@@ -195,6 +197,7 @@ def test_the_dtype_that_it_computes_in(line):
     assert (loss.net.unit_roundoff > 1e-8) == noisy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", HEAVY)
 def test_a_head_that_is_known_is_one_linear_map(line):
     """Against the model with an output of its own, whose logits exist as a whole."""

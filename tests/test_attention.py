@@ -252,7 +252,7 @@ def test_chunks_blocks_and_kernels_change_nothing(monkeypatch):
     monkeypatch.setattr("funcscope.mechanistic.passes.MOST_ENTRIES", 60)
     for kernel in ("eager", "keep"):
         other = loss_of("gpt2", attention=kernel)
-        parts = attention_patterns(other, other.net.params, chunk=2)
+        parts = attention_patterns(other.split(2), other.net.params)
         for name in ("values", "errors", "uniform", "head_specialisation", "num_queries"):
             assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=1e-9, equal_nan=True)
 
@@ -298,10 +298,6 @@ def test_what_has_no_patterns_is_said():
     short = fs.objective(net, [{"input_ids": torch.tensor([[1]]), "labels": torch.tensor([[1]])}], fs.masked_lm)
     with pytest.raises(ValueError, match="no token sees another one"):
         attention_patterns(short, net.params)
-    with pytest.raises(TypeError, match="`loss` must be a Loss"):
-        attention_patterns.__wrapped__(net, net.params)
-    with pytest.raises(ValueError, match="`chunk` must be an integer"):
-        attention_patterns(short, net.params, chunk=0)
     one = attention_patterns(fs.objective(net, [{"input_ids": torch.tensor([[1, 2, 3]])}], fs.causal_lm), net.params)
     assert "one sequence: there is no error over sequences." in one.notes
     assert any("duplicate, induction" in note for note in one.notes)

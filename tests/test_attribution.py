@@ -72,6 +72,7 @@ def test_a_mean_of_logits_is_no_scalar_that_matters():
     assert not theirs[:, 1:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("left", [False, True])
 def test_tokens_add_up_to_the_log_probability_of_the_last_one_whatever_side_is_padded(line, left):

@@ -64,6 +64,7 @@ def audited(loss, **options):
     return fs.audit(loss, loss.net.theta, key=fs.key(5), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("middle", [nn.Tanh(), nn.ReLU(), nn.LayerNorm(6)])
 def test_ordinary_models_have_every_derivative(middle, dtype):
@@ -220,6 +221,7 @@ def test_the_result_is_plain_and_the_same_twice():
     assert all(isinstance(way["deviation"], float) for way in audited(loss).asdict()["ways"])
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_function_says(tmp_path, capsys):
     from folders import folder, texts
 

@@ -65,6 +65,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda one: one.name)
 def test_every_command_measures_its_list_and_writes_a_page(command, models, tmp_path, capsys):
     paths, data = models

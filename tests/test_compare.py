@@ -146,6 +146,7 @@ def test_effect_sizes_are_the_closed_forms_and_their_errors_leave_out_one_pair(p
         assert_close(got.cohen_dz.stderr, expected)
 
 
+@pytest.mark.slow
 @given(num=st.integers(2, 9), seed=st.integers(0, 10**6), coarse=st.booleans())
 def test_the_p_value_is_that_of_all_assignments_of_signs(num, seed, coarse):
     """Exact: the signed rank sum over all 2^n signs, zeros ranked and left out of the sums (Pratt)."""
@@ -162,6 +163,7 @@ def test_the_p_value_is_that_of_all_assignments_of_signs(num, seed, coarse):
     assert got.wilcoxon == min(observed, ranks.sum() - observed)
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_the_jackknife_of_spreads_leaves_a_direction_out_of_both(pair):
     """Brute force."""
@@ -191,6 +193,7 @@ def test_a_large_common_level_costs_no_digits():
 # Laws
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_swapping_the_two_flips_every_sign(pair):
     first, second = synthetic(*pair)
@@ -236,6 +239,7 @@ def test_the_order_of_the_pairs_says_nothing(pair):
     assert apart["loss_mean_difference_stderr"] != plain["loss_mean_difference_stderr"]  # its error does
 
 
+@pytest.mark.slow
 @given(PAIRS, st.floats(0.1, 10), st.floats(-3, 3))
 def test_units_and_levels_of_the_loss_act_as_they_should(pair, scale, level):
     first, second = synthetic(*pair)

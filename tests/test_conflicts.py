@@ -288,6 +288,7 @@ def test_the_label_test_counts_as_by_hand():
     assert float(found.p_value) == pytest.approx((1 + count) / 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whitened", [False, True], ids=["plain", "whitened"])
 def test_sequences_without_a_label_are_no_samples(whitened):
     """As gradients of 0 they would make both tasks longer, and every task more like itself."""

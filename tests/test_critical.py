@@ -62,6 +62,7 @@ def first_crossing(loss, theta, u, last):
     return brentq(rise, scan[above - 1], scan[above], xtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("gpt2", torch.float64), ("llama", torch.float32), ("mlp", torch.float32), ("cnn", torch.float64)],

@@ -285,6 +285,7 @@ def test_a_float64_model_that_takes_norms_in_float32_is_held_to_float32():
         fs.eigenvalue_errors(loss, theta, dataclasses.replace(exact, values=pairs.values * 1.01))
 
 
+@pytest.mark.slow
 def test_noise_of_float32_in_a_float64_model_makes_no_negative_eigenvalues():
     loss = loss_of("llama")
     theta = loss.net.theta + 0.3 * seeded(1, lambda: torch.randn(loss.layout.num, dtype=torch.float64))

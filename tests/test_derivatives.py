@@ -197,6 +197,7 @@ def wrong(f, x, name, only=None):
     return bad
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(REPLACED))
 def test_functions_that_torch_has_wrong_are_right_while_a_model_runs(name):
@@ -343,6 +344,7 @@ def dense(loss, theta, h=1e-5):
     return torch.stack(columns, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_networks_have_everything_that_others_have(kind):
     loss, single = reading(kind), reading(kind, torch.float32)
@@ -361,6 +363,7 @@ def test_recurrent_networks_have_everything_that_others_have(kind):
     assert sharpness.curvature == pytest.approx(float(g @ H @ g / g.square().sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_a_difference_hessian_is_right_where_one_step_is_not(kind):
     """Large weights: the default step leaves the range of the second derivative."""

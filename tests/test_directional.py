@@ -40,6 +40,7 @@ class Vector(nn.Module):
         return x * self.theta[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 def test_losses_slopes_and_curvatures_are_those_of_the_dense_directions(name, normalize):
@@ -267,6 +268,7 @@ def test_the_note_says_why_the_correlation_is_low():
     assert result.note in " ".join(str(result).split())
 
 
+@pytest.mark.slow
 def test_rounding_moves_a_float32_curvature_by_the_order_of_its_noise_floor():
     """Oracle: the same model and directions in float64."""
     narrow, wide = loss_of("gpt2", torch.float32), loss_of("gpt2", torch.float64)

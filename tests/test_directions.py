@@ -82,6 +82,7 @@ class Long(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 def test_long_leaves_have_the_same_bits_whole_in_parts_and_in_any_chunk(normalize, dtype):
@@ -121,6 +122,7 @@ def test_no_bit_depends_on_where_in_memory_the_numbers_lie(monkeypatch, dtype):
         assert torch.equal(*pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("normalize", ["filter", "layer", "global"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])

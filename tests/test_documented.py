@@ -77,6 +77,7 @@ RECOMMENDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECOMMENDED)
 def test_recommended_configurations(name):
     options, extra = RECOMMENDED[name]
@@ -137,6 +138,7 @@ def the_same(first, second):
         assert np.array_equal(value, second[name], equal_nan=isinstance(value, float)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_it_is_the_direct_call(name):
     model, batches, criterion = problem(name, torch.float32)
@@ -280,6 +282,7 @@ def own_loss(model, batch):
     return model(**batch, labels=labels).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "lazy"), [(gpt2, True), (llama, False), (qwen2, False)])  # llama's head is not tied
 def test_a_loss_function_that_is_the_default_gives_the_same_losses_and_slopes(make, lazy, monkeypatch):
     """Same names, same directions; the fused kernels against the eager ones; in both plans."""

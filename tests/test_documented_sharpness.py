@@ -78,6 +78,7 @@ def test_two_models_that_disagree_raise_no_assertion():
     assert (found["sharper_model"], found["sharper_by_eigenvalue"], found["hessian_confirms"]) == ("A", "B", False)
 
 
+@pytest.mark.slow
 def test_language_models_are_compared_on_tokenised_batches():
     batches = [tokens(1, 2, 6), tokens(2, 1, 5)]
     models = [seeded(seed, gpt2) for seed in (1, 2)]

@@ -89,6 +89,7 @@ EVALUATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", EVALUATED)
 @pytest.mark.parametrize("model", ["mask", "nonzero", "unique", "list", "item", "branch", "numpy"])
 def test_where_vmap_is_a_matter_of_speed_a_loop_takes_its_place(model, function):

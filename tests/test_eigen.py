@@ -78,6 +78,7 @@ def test_whole_spectrum_of_every_small_matrix(n, block, which, seed):
     assert found.converged.all()
 
 
+@pytest.mark.slow
 @given(n=st.integers(6, 30), rank=st.integers(0, 3), copies=st.integers(1, 4), seed=st.integers(0, 99))
 def test_laws_of_shift_and_sign_and_low_rank(n, rank, copies, seed):
     values = torch.zeros(n, dtype=torch.float64)
@@ -177,6 +178,7 @@ def test_a_restarted_basis_keeps_its_limit(monkeypatch):
     assert 11 <= max(seen) <= 14  # and one for every fresh start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("num", [1, 5, 10])
 @pytest.mark.parametrize("tol", [1e-3, 1e-6])
@@ -330,6 +332,7 @@ def wrong(index: int) -> bool:
     return bool((away & found.converged).any())
 
 
+@pytest.mark.slow
 def test_converged_values_have_the_right_rank():
     assert not any(wrong(index) for index in range(24))
 

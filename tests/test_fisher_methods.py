@@ -14,6 +14,7 @@ from funcscope.fisher.methods import METHODS
 from funcscope.linalg import dense
 
 
+@pytest.mark.slow
 def test_every_method_approximates_the_fisher_information():
     loss = loss_of("mlp")
     theta = loss.net.theta
@@ -63,6 +64,7 @@ def test_the_grams_errors_are_over_draws_at_these_data_and_over_sequences_by_loo
     assert "over draws of labels or probes at these data" in alone.notes[0]
 
 
+@pytest.mark.slow
 def test_the_trace_of_kfac_has_a_bias_that_more_draws_do_not_remove_and_that_of_ekfac_has_none():
     """Inputs that say how sure the model is."""
     net = fs.functional(seeded(0, lambda: nn.Linear(2, 2)).double())
@@ -90,6 +92,7 @@ def test_errors_of_all_traces_are_what_other_draws_at_these_data_have():
     assert abs(over_data / spread[2] - 1) > 0.25  # negative control: another error
 
 
+@pytest.mark.slow
 def test_one_matrix_that_kfac_has_exactly():
     """One linear layer and one datum: F is x x' (x) (diag p - p p')."""
     net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())

@@ -37,6 +37,7 @@ def blocks_of(loss, by):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize(("name", "by"), [("mlp", "tensor"), ("mlp", "none"), ("gpt2", "layer"), ("gpt2", "module")])
 def test_every_number_is_that_of_the_matrix_of_gradients(name, by, centered):

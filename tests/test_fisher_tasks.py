@@ -81,6 +81,7 @@ def test_every_group_has_draws_of_its_own_and_counts_by_its_tokens(texts):
         assert float(share) == pytest.approx(float(sum(total[each].sum() for each in places) / total.sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["fisher", "obd"])
 def test_tasks_that_use_other_columns_share_nothing_and_each_is_like_itself(net, score):
     first, second = classes(1, 20, slice(0, 4), net), classes(3, 20, slice(4, 8), net)
@@ -238,6 +239,7 @@ def doubled(loss: fs.Loss, rows: list[int], pad: int = 0) -> fs.Loss:
     return fs.objective(loss.net, [{"input_ids": ids, "attention_mask": mask.long()}], loss.criterion)
 
 
+@pytest.mark.slow
 def test_copies_stay_together_and_what_both_tasks_have_is_left_out(texts):
     first, second = (
         fs.objective(loss.net, [tokens(seed, 6, 6)], loss.criterion) for loss, seed in zip(texts, (41, 42), strict=True)

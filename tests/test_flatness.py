@@ -141,6 +141,7 @@ def test_a_smooth_network_at_a_small_step_has_its_dense_trace():
     assert z(far.second_order, trace) > 5  # negative control: at epsilon 4 other orders are seen
 
 
+@pytest.mark.slow
 def test_a_relu_network_parts_from_the_trace_of_autodiff_once_steps_reach_kinks():
     loss, reach = relu_net()
     theta = loss.net.theta
@@ -174,6 +175,7 @@ def test_losses_in_float64_resolve_what_float32_cannot():
 # What pairs and common directions save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, 4.0])
 def test_pairs_win_exactly_where_the_gradient_is_large(share):
     """Both sides of ||g||^2 = eps^2 (||H||_F^2 - tr(H)^2/P) / (2 (P+2)), by the scatter over repeated draws."""
@@ -202,6 +204,7 @@ def test_at_zero_gradient_a_pair_is_one_evaluation_twice():
     assert float(result.pair_variance_ratio.stderr) < 1e-9
 
 
+@pytest.mark.slow
 def test_common_directions_save_the_scatter_of_the_draw_between_neighbours():
     loss = loss_of("mlp")
     one, two = loss.net.theta, loss.net.theta - 0.05 * torch.func.grad(loss)(loss.net.theta)
@@ -288,6 +291,7 @@ def test_one_side_of_two_is_the_side_alone():
     assert not {"pair_mean", "second_order", "pair_variance_ratio", "delta_losses_negative"} & one.asdict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "cnn"])
 def test_every_plan_gives_the_same_samples(name, monkeypatch):
     loss = loss_of(name)
@@ -330,6 +334,7 @@ def test_a_profile_is_its_single_results():
         assert str(result) == str(alone)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.floats(0.1, 10), st.floats(-3, 3))
 def test_laws_scaling_and_blindness_of_pairs_to_linear_terms(seed, scale, slope):
     hessian, gradient = symmetric(4, seed), torch.linspace(-1, 1, 4, dtype=torch.float64)

@@ -29,6 +29,7 @@ def rows_by_loop(loss, theta):
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("chunk_size", [64, 2])
 def test_the_gram_is_that_of_the_gradients_in_every_block(name, chunk_size):
@@ -45,6 +46,7 @@ def test_the_gram_is_that_of_the_gradients_in_every_block(name, chunk_size):
     assert all("relative_attention_bias" in name for name in grams.by_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "math", "keep"])
 def test_float32_and_every_kernel_of_attention(attention):
     model, batches, criterion = problem("gpt2", torch.float32)
@@ -54,6 +56,7 @@ def test_float32_and_every_kernel_of_attention(attention):
     assert float((total - rows @ rows.T).norm() / (rows @ rows.T).norm()) < 1e-5
 
 
+@pytest.mark.slow
 def test_chunks_and_batches_change_nothing_but_the_passes():
     loss = loss_of("gpt2")
     whole, cut_up = (gram(loss, loss.net.theta, by="layer", chunk_size=size) for size in (64, 1))
@@ -79,6 +82,7 @@ def test_every_scored_position_is_a_sample_of_its_own(name):
     torch.testing.assert_close(gram(loss, loss.net.theta, unit="token").total, rows @ rows.T, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_data_sets_and_the_product_with_a_vector():
     loss = loss_of("gpt2")
     other = fs.objective(loss.net, [tokens(7, 2, 6)], fs.causal_lm)

@@ -788,6 +788,7 @@ LENGTHS = st.lists(st.integers(0, 25), min_size=1, max_size=7).filter(lambda len
 IN_FLOAT32 = {"rtol": 1e-6, "atol": 0}  # where transformers computes in float32 whatever the model's dtype
 
 
+@pytest.mark.slow
 @given(lengths=LENGTHS, batch_size=st.integers(1, 8), length=st.integers(2, 40), make=st.sampled_from([gpt2, llama]))
 def test_the_causal_objective_is_the_token_mean_over_single_texts(lengths, batch_size, length, make):
     model, examples = make().double(), texts_of(lengths)

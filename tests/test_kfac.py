@@ -42,6 +42,7 @@ def indices(block):
     return block.matrix(torch.arange(num).double()).flatten().long()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_linear_layer_and_one_datum_are_exact(bias):
     loss = classifier(1, bias=bias)

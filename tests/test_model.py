@@ -344,6 +344,7 @@ def test_parameters_that_cannot_be_coordinates_are_refused():
         inspect.unwrap(fs.functional)(seeded(0, lambda: nn.Linear(2, 2)), attention="flash")
 
 
+@pytest.mark.slow
 def test_the_dense_hessian_of_a_small_gpt2_is_the_difference_of_its_gradient():
     model = seeded(0, gpt2).double()
     net = fs.functional(model, trainable=lambda name: "h.0.ln" in name or "ln_f" in name)

@@ -40,6 +40,7 @@ def test_masked_lm_is_the_models_own_loss():
     assert_close(fs.objective(net, batches[0], criterion)(net.theta), theirs.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.integers(1, 5), max_size=3), seed=st.integers(0, 99))
 def test_the_mean_is_the_same_however_the_data_are_batched(cuts, seed):
     model, _, _ = problem("gpt2")

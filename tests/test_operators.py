@@ -171,6 +171,7 @@ def test_empirical_fisher_is_the_dense_one(name, unit):
             assert relative(matvec(v), dense @ v) < 1e-9
 
 
+@pytest.mark.slow
 def test_per_sample_gradients_add_up_to_the_gradient_in_any_chunks():
     for name in CATALOGUE:
         loss = loss_of(name)
@@ -231,6 +232,7 @@ def test_draws_do_not_depend_on_the_batches():
         assert relative(make(two)(v), make(one)(v)) < 1e-12
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32), a=st.floats(-3, 3), b=st.floats(-3, 3))
 def test_operators_are_linear_and_symmetric(seed, a, b):
     u, v = (fs.normal(fs.fold_in(fs.key(seed), name), MLP.net.theta) for name in "uv")
@@ -250,6 +252,7 @@ MATVECS = [
 ]
 
 
+@pytest.mark.slow
 def test_matvecs_can_be_mapped_over_vectors():
     loss = loss_of("gpt2")
     theta = loss.net.theta

@@ -39,6 +39,7 @@ def hooked():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [halved, hooked])
 def test_a_head_that_is_more_than_a_linear_map_is_not_taken_apart(make):
     loss = fs.objective(fs.functional(make().double()), CATALOGUE["gpt2"][1], fs.causal_lm)

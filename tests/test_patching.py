@@ -61,6 +61,7 @@ def linear_net():
 # sites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["gpt2", "llama"])
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("sites", KINDS)
@@ -86,6 +87,7 @@ def test_every_site_is_a_pass_of_its_own_with_values_of_the_other(line, directio
     assert found.asdict()["effects"].shape == found.effects.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["gpt2", "gemma2"])
 def test_a_sites_own_value_changes_no_bit_and_leaves_shares_undefined(line):
     net, (clean, _) = net_of(line), inputs_of(1)
@@ -206,6 +208,7 @@ def test_edges_of_a_query_alone_change_that_query_alone():
     assert_close(logits, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [0, 2])
 def test_of_a_linear_model_edges_are_exact(num_nodes):
     net, (clean, corrupt) = linear_net(), inputs_of(2)

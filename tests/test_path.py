@@ -165,6 +165,7 @@ def test_swapping_the_ends_mirrors_everything_exactly(seed, num):
     assert there.argmax == num - 1 - back.argmax or there.barrier_linear.value == 0
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32), shift=st.floats(-5, 5), num=st.integers(3, 9))
 def test_order_and_invariance_of_the_barriers(seed, shift, num):
     """0 <= barrier_max <= barrier_linear; a constant moves neither, a slope along the path not the second."""

@@ -73,6 +73,7 @@ def test_both_plans_are_direct_evaluation(name):
     assert_close(loop.grid_stderr, mapped.grid_stderr, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "mlp", "cnn"])
 def test_in_float32_the_plans_agree_to_1e_6_and_the_centre_of_the_loop_is_the_baseline(name):
     loss = loss_of(name, torch.float32)
@@ -229,6 +230,7 @@ def test_errors_are_those_of_a_hand_made_paired_sample(chunk):
     assert_close(lines.delta_losses[1], plane.grid_losses[1] - plane.baseline_loss)
 
 
+@pytest.mark.slow
 def test_paired_errors_cover_the_loss_change_of_the_population():
     """95 % intervals, 200 samples of 40 rows from a population of 4,000: two-sided binomial at 4 standard deviations."""
     whole = classifier(4000)

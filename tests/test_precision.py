@@ -49,6 +49,7 @@ def sampled(loss, span, **options):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_a_compute_dtype_is_the_model_with_its_weights_cast(name):
     model, batches, criterion = problem(name, torch.bfloat16)

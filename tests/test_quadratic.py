@@ -59,6 +59,7 @@ def test_stencils_are_exact_to_their_degree():
     assert sum(c * k**8 for c, k in zip(STENCIL[2], points, strict=True)) / 40320 != pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_recommended_step_is_near_the_best_of_many(dtype):
     loss = loss_of("gpt2", dtype)

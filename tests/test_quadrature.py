@@ -144,6 +144,7 @@ def test_one_step_resolves_the_trace_alone():
     assert of(torch.ones(1), num_probes=3, steps=1).resolution("effective_rank").resolved  # one number, one step
 
 
+@pytest.mark.slow
 def test_no_more_steps_are_advised_than_there_are_eigenvalues():
     d = torch.cat([torch.linspace(-1e-3, 1e-3, 29), torch.tensor([100.0])]).double()
     found = of(d, num_probes=400, steps=6)
@@ -304,6 +305,7 @@ def test_the_negative_share_of_a_probe_is_within_the_bound(reorthogonalize):
         assert abs(float(found.negative_fraction().value) - exact) <= found.negative_resolution().bound + 1e-9
 
 
+@pytest.mark.slow
 def test_a_fraction_that_few_steps_miss_is_not_resolved():
     d = torch.cat([torch.linspace(5, 50, 10), 0.3 * normal(key(1), torch.zeros(600)) + 0.2]).double()
     few, many = of(d, steps=8, reorthogonalize=True), of(d, steps=300, num_probes=3, reorthogonalize=True)

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     """With folders of those names, and then the code that shows the page in a notebook."""
     monkeypatch.chdir(tmp_path)
@@ -42,6 +43,7 @@ def test_the_commands_about_ones_own_model_run(tmp_path, monkeypatch, capsys):
     assert "<iframe" in scope["page"]._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_code_about_two_tasks_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "my-model")
@@ -58,6 +60,7 @@ def test_the_code_about_two_tasks_runs(tmp_path, monkeypatch):
     assert set(made) == {"fisher_overlap", "cross_task_conflicts", "qkov_interference"}
 
 
+@pytest.mark.slow
 def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
     """On two checkpoints, and then the same from Python, with a metric of one's own."""
     monkeypatch.chdir(tmp_path)
@@ -88,6 +91,7 @@ def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
         CATALOGUE.pop("sparsity", None)
 
 
+@pytest.mark.slow
 def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     """With a smaller variant of that name."""
     monkeypatch.chdir(tmp_path)
@@ -110,6 +114,7 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     assert all(outcome.settings["epsilon"] == 0.05 for outcome in flat)
 
 
+@pytest.mark.slow
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # it saves a result
     blocks = [

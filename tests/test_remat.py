@@ -72,6 +72,7 @@ def _pulled(f, t):
     return pull(y.sin())[0] + pull(torch.ones_like(y))[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(FUNCTIONS)),

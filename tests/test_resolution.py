@@ -114,6 +114,7 @@ def test_a_comparison_along_one_direction_has_an_error_over_sequences_and_none_o
     assert not compare_directional(*single).differences["delta_mean"].has_data_error
 
 
+@pytest.mark.slow
 def test_forms_of_some_directions_give_the_error_of_a_mean_over_all():
     """Crossed effects of known variances: mean squares over 300 tables are the closed forms."""
     num, few, size, (sd, ss, both) = 20, 4, 15, (1.0, 1.5, 4.0)

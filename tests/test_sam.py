@@ -522,6 +522,7 @@ def test_the_interval_of_the_relative_sharpness_covers_where_two_standard_errors
     assert naive < 0.88 * 600
 
 
+@pytest.mark.slow
 def test_the_larger_eigenvalue_on_these_data_may_not_be_larger_on_others():
     model, batches, criterion = problem("gpt2")
     loss = fs.objective(fs.functional(model), batches, criterion)

@@ -29,6 +29,7 @@ def made(study):
     return out
 
 
+@pytest.mark.slow
 def test_a_study_prints_its_outcomes_and_writes_a_page(study, made, capsys):
     command, out, models = study
     assert cli.main(command) == 0
@@ -120,6 +121,7 @@ def test_what_hangs_on_the_batches_is_measured_anew_for_others(study, tmp_path):
     assert sharpness(4, "a") == sharpness(4, "b") != whole == sharpness(8, "a")
 
 
+@pytest.mark.slow
 def test_one_of_a_thing_is_called_by_its_singular(study, tmp_path, capsys):
     command, _, models = study
     metrics = ["mean_loss", "hessian_largest_eigenvalues", "hessian_eigenvalues", "directional_losses", "loss_lines"]

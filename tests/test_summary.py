@@ -85,6 +85,7 @@ def test_a_budget_that_is_too_small_is_said():
     assert "NOT all converged" in str(found)
 
 
+@pytest.mark.slow
 def test_hessian_summary_is_that_of_the_dense_hessian():
     loss = loss_of("mlp")
     theta = loss.net.theta
@@ -98,6 +99,7 @@ def test_hessian_summary_is_that_of_the_dense_hessian():
         hessian_summary(loss, theta, key=fs.key(0), num=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["tensor", "layer", "module"])
 def test_block_traces_are_those_of_the_dense_blocks(by):
     loss = loss_of("mlp")
@@ -113,6 +115,7 @@ def test_block_traces_are_those_of_the_dense_blocks(by):
     assert float(total) == pytest.approx(float(found.total.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
 def test_block_eigenvalues_are_those_of_the_dense_blocks(name, matrix):

@@ -91,6 +91,7 @@ def test_pieces_of_code_are_whole_lines_and_lose_nothing():
     assert all(64 <= len(piece.encode()) <= 1024 for piece in pieces)
 
 
+@pytest.mark.slow
 def test_texts_are_of_the_standard_library_and_no_module_is_in_both_splits(whole):
     folder, _ = whole
     rows = {
@@ -243,6 +244,7 @@ def test_importing_the_family_imports_no_transformers():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_path, capsys, monkeypatch):
     with_texts(whole, tmp_path / "new" / TINY.name)
     monkeypatch.setattr(text_demo, "QUICK", SETTINGS)

@@ -61,6 +61,7 @@ def test_which_metric_looks_at_which_subject(sources):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pairs_and_series_give_what_their_functions_give(sources, tmp_path):
     few = {"directional_losses": {"n_samples": 4}, "linear_path": {"num": 5}, "barrier_matrix": {"num": 3},
            "trajectory_plane": {"num": 3}, "bezier_connection": {"steps": 2, "num": 3}}  # fmt: skip

@@ -153,6 +153,7 @@ def test_a_patch_is_of_chosen_rows_positions_heads_and_units():
     assert torch.equal(after[:, 2:], before[:, 2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("site", ["z.0", "pattern.0", "resid_mid.1", "q.0", "mlp_post.1", "tok_embed"])
 def test_edits_have_the_derivatives_of_their_values(name, site):

@@ -83,6 +83,7 @@ def by_hand(loss, key, num, span):
     return *sides, at, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [{"chunk": 3}, {"chunk": 1}, {"lazy": True}])
 def test_errors_over_sequences_are_those_of_terms_made_by_hand(plan):
     """Oracle: linearised errors of token-weighted means (one sequence of the batch is shorter than the others)."""
@@ -310,6 +311,7 @@ def test_the_bias_of_a_second_difference_is_seen_and_the_exact_way_has_none():
     assert values["num_forwards"] == 9 + 40 + 4 * num
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [0.1, 0.03, 0.01])
 def test_jumps_are_not_taken_for_curvature(span):
     """Oracle: the derivative of the smooth pieces, factors away from the differences."""
@@ -450,6 +452,7 @@ def test_the_weights_of_a_percentile_add_up():
     assert weights.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"curvature": "exact", "chunk": 2}, {"lazy": True}])
 def test_going_on_gives_the_same_bits_as_going_through(options):
     loss = loss_of("mlp")

@@ -82,6 +82,7 @@ def _short_script(request, monkeypatch):
         monkeypatch.setattr(page, "get_plotlyjs", lambda: "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_number_that_tables_show_is_in_a_table_of_its_section(name):
     result = made.example(name)

@@ -29,8 +29,8 @@ class Kernel(NamedTuple):
 class Pass:
     """What one forward pass replaces and shows."""
 
-    def __init__(self, wanted: set[str], edits: Mapping[str, Edit]):
-        self.wanted, self.edits = wanted, edits
+    def __init__(self, wanted: set[str], edits: Mapping[str, Edit], *, headless: bool = False):
+        self.wanted, self.edits, self.headless = wanted, edits, headless
         self.reached: set[str] = set()
         self.seen: dict[str, Tensor] = {}
         self.kernels: dict[int, Kernel] = {}
@@ -90,6 +90,8 @@ def hook(module: Any, body: Body, *, fused: bool) -> None:
             on_output(model.get_submodule(path), lambda one, x, name=name: one.at(name, x))
     if a.final:
         _on_input(model.get_submodule(a.final), _scale)
+    if isinstance(last := module.get_output_embeddings(), nn.Linear):
+        _on_input(last, lambda one, x, _: x[:, :0] if one.headless else x)
     for layer, block in enumerate(body.blocks):
         _hook_block(layer, block, body)
         attention = block.get_submodule(a.attention)

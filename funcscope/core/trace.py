@@ -20,7 +20,7 @@ from . import sites as names_of
 from .anatomy import body_of
 from .checks import check_instance
 from .doors import running
-from .forward import Inputs
+from .forward import Inputs, logits_of
 from .hooks import PASS, Kernel, Pass, hook, on_output, scores_of
 from .layout import Params
 from .masks import tokens_there, with_float_mask
@@ -81,7 +81,7 @@ def trace(net: Functional, params: Params, inputs: Inputs, sites: Iterable[str])
     >>> seen["pattern"].shape, seen.axes("resid_post.1")
     (torch.Size([2, 1, 2, 3, 3]), ('batch', 'position', 'unit'))
     """
-    return _run(net, params, inputs, {}, sites)[1]
+    return _run(net, params, inputs, {}, sites, whole=False)[1]
 
 
 def apply_with(
@@ -126,8 +126,15 @@ def pattern_blocks(
 
 
 def _run(
-    net: Functional, params: Params, inputs: Inputs, edits: Mapping[str, Edit], sites: Iterable[str]
+    net: Functional,
+    params: Params,
+    inputs: Inputs,
+    edits: Mapping[str, Edit],
+    sites: Iterable[str],
+    *,
+    whole: bool = True,
 ) -> tuple[Tensor, Trace]:
+    """whole: with logits; else without them where none is asked for, the last matrix being a large part of a pass."""
     check_instance("net", net, Functional, "`functional(model)`")
     check_instance("params", params, Mapping, "`net.params`, or `net.layout.unravel(theta)`")
     body = body_of(net._skeleton)
@@ -139,7 +146,8 @@ def _run(
             raise ValueError(
                 f"`{name}` is made of other sites and read by none: replace `z`, `attn_out` or `resid_post`."
             )
-    one = Pass(names, edits)
+    headless = not whole and "logits" not in names and net._output is logits_of and body is not None
+    one = Pass(names, edits, headless=headless and not any(name.startswith("module:") for name in names))
     if body is not None:  # the kernel takes the mask that it is given, and makes none
         inputs = _named(inputs)
     made = with_float_mask(net._skeleton, inputs) if isinstance(inputs, Mapping) and body is not None else inputs
@@ -156,7 +164,8 @@ def _run(
             "(`inputs_embeds`) leave sites out."
         )
     num = 0 if body is None else len(body.blocks)
-    return out, Trace(one.seen, _real(inputs, out), one.kernels, num)
+    size = one.stream[0] if one.headless else out
+    return out, Trace(one.seen, _real(inputs, size), one.kernels, num)
 
 
 def _named(inputs: Inputs) -> Mapping[str, Any]:

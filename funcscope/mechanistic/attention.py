@@ -9,16 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_instance
-from ..core.forward import Inputs
 from ..core.layout import Params
-from ..core.model import Functional
 from ..core.objective import Loss
+from ..core.reading import Batch, Reading, one_pass
 from ..core.result import Derived, Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from ..core.trace import Kernel, Trace
-from .passes import blocks_of, not_finite, pattern_at, token_ids, traced, visible_to
+from .passes import blocks_of, not_finite, pattern_at, pattern_sites, token_ids, visible_to
 from .scores import SCORES, Sight, queries_of, sums_of, uniform_of
 from .scores import counted as num_of
 
@@ -93,7 +91,8 @@ class AttentionPatterns(Result):
         ]
 
 
-def attention_patterns(loss: Loss, params: Params, *, chunk: int | None = None) -> AttentionPatterns:
+@one_pass
+def attention_patterns(loss: Loss, params: Params) -> Reading[AttentionPatterns]:  # noqa: ARG001
     r"""What every head looks at: seven scores of its patterns A, each beside that of uniform attention over the same keys.
 
     Means over queries q that see two keys or more (of one alone A = 1, whatever the head does), weighted alike, of
@@ -113,8 +112,6 @@ def attention_patterns(loss: Loss, params: Params, *, chunk: int | None = None) 
     has one. Patterns are made of queries and keys a block of queries at a time, whichever kernel the model uses: one forward
     pass, in the memory of the queries and keys of all layers.
 
-    chunk: sequences in a pass; None: those of a batch.
-
     Raises ValueError for a model whose attention is not described, for batches without `input_ids`, and where no token sees
     another one.
 
@@ -129,16 +126,7 @@ def attention_patterns(loss: Loss, params: Params, *, chunk: int | None = None) 
     >>> made.entropy.shape, made.uniform[:, 0].round(decimals=3).tolist()
     (torch.Size([1, 2]), [1.0, 0.75, 0.417, 0.417, 0.417, 0.333, 0.333])
     """
-    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
-    if chunk is not None:
-        check_count("chunk", chunk)
-        loss = loss.split(chunk)
-    with torch.no_grad():
-        parts = [_of_batch(loss.net, params, inputs) for inputs, _ in loss.batches]
-    sums, uniform, num = (torch.cat(each, 1).cpu() for each in zip(*parts, strict=True))
-    if not bool(num.any()):
-        raise ValueError("no token sees another one: give texts of two tokens or more, that are no padding.")
-    return _summary(sums, uniform, num)
+    return Reading(pattern_sites(loss.net), _of_batch, _summary)
 
 
 class _Batch(NamedTuple):
@@ -149,13 +137,12 @@ class _Batch(NamedTuple):
     num: Float[Tensor, "s b l"]
 
 
-def _of_batch(net: Functional, params: Params, inputs: Inputs) -> _Batch:
-    seen = traced(net, params, inputs)
-    tokens = token_ids(inputs)
+def _of_batch(batch: Batch) -> _Batch:
+    seen, tokens = batch.seen, token_ids(batch.inputs)
     layers: dict[int, _Batch] = {}
     for together in _by_mask(seen.kernels):
         layers |= _of_layers(seen, tokens, together)
-    return _Batch(*(torch.stack(each, 2) for each in zip(*(layers[i] for i in sorted(layers)), strict=True)))
+    return _Batch(*(torch.stack(each, 2).cpu() for each in zip(*(layers[i] for i in sorted(layers)), strict=True)))
 
 
 def _by_mask(kernels: Mapping[int, Kernel]) -> list[list[int]]:
@@ -182,10 +169,11 @@ def _of_layers(seen: Trace, tokens: Tensor, layers: list[int]) -> dict[int, _Bat
     return {layer: _Batch(sums[layer], uniform, num) for layer in layers}  # type: ignore[arg-type]
 
 
-def _summary(
-    sums: Float[Tensor, "s n l h"], uniform: Float[Tensor, "s n l"], num: Float[Tensor, "s n l"]
-) -> AttentionPatterns:
+def _summary(parts: list[_Batch]) -> AttentionPatterns:
     """Ratios of sums over sequences, with their errors."""
+    sums, uniform, num = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    if not bool(num.any()):
+        raise ValueError("no token sees another one: give texts of two tokens or more, that are no padding.")
     extreme = torch.tensor(EXTREMES, dtype=num.dtype)[:, None, None] * num
     share = ratios(sums - uniform[..., None], extreme - uniform)
     values, even = ratios(sums, num), ratios(uniform[..., None], num)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,15 +14,16 @@ from ..core.estimate import wide
 from ..core.keys import Key, check_key
 from ..core.layout import Params
 from ..core.objective import Loss
+from ..core.reading import Batch, Reading, one_pass, read
 from ..core.result import Result, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
-from ..core.trace import trace
 from .jacobians import mean_jacobians
 from .logit_attribution import check_labels
 from .passes import not_finite
 from .weights import Weights
 
+R = TypeVar("R")
 NUMBERS = ("kl", "log_prob", "rank", "agreement", "entropy")
 
 
@@ -78,7 +79,8 @@ class JacobianLens(LogitLens):
         return [f"{text}.", *super().notes]
 
 
-def logit_lens(loss: Loss, params: Params, *, chunk: int = 64) -> LogitLens:
+@one_pass
+def logit_lens(loss: Loss, params: Params, *, chunk: int = 64) -> Reading[LogitLens]:
     r"""At which layer the prediction is there: the logit lens, with errors over sequences.
 
     With $h_l$ the residual stream before block l, $h_L$ the last, N the final norm (and c the cap of logits, where one is),
@@ -100,7 +102,7 @@ def logit_lens(loss: Loss, params: Params, *, chunk: int = 64) -> LogitLens:
     >>> len(found.kl), float(found.kl[-1]), float(found.agreement[-1])
     (3, 0.0, 1.0)
     """
-    return LogitLens(**_numbers(loss, params, lambda _, h: h, chunk))
+    return _reading(loss, params, lambda _, h: h, chunk, lambda parts: LogitLens(**_numbers(parts)))
 
 
 def jacobian_lens(
@@ -136,28 +138,44 @@ def jacobian_lens(
         matrix = turned[layer]
         return h if matrix is None else h @ matrix.to(h).T
 
-    numbers = _numbers(loss, params, through, chunk)
     last = torch.eye(mean.jacobians.shape[-1], dtype=torch.float64).norm()
     norms = torch.cat([mean.jacobians.flatten(1).norm(dim=1).cpu(), last[None]])
     errors = torch.cat([mean.stderr_norm.cpu() / norms[:-1], torch.zeros(1, dtype=torch.float64)])
     num_probes = num if method == "probes" else 0
-    return JacobianLens(**numbers, jacobian_norm=norms, jacobian_error=errors, method=method, num_probes=num_probes)
+
+    def result(parts: list[_Part]) -> JacobianLens:
+        numbers = _numbers(parts)
+        return JacobianLens(**numbers, jacobian_norm=norms, jacobian_error=errors, method=method, num_probes=num_probes)
+
+    return read(loss, params, {"lens": _reading(loss, params, through, chunk, result)})["lens"]
 
 
-def _numbers(loss: Loss, params: Params, through: Callable[[int, Tensor], Tensor], chunk: int) -> dict[str, Any]:
-    """Fields of a `LogitLens`."""
+class _Part(NamedTuple):
+    """Of a batch: weighted sums of `NUMBERS` and weights, per sequence."""
+
+    sums: Float[Tensor, "numbers l b"]
+    weights: Float[Tensor, " b"]
+
+
+def _reading(
+    loss: Loss, params: Params, through: Callable[[int, Tensor], Tensor], chunk: int, result: Callable[[list[_Part]], R]
+) -> Reading[R]:
     check_count("chunk", chunk)
     w = Weights(loss.net, params)
     w.check_linear_head()
-    sums, weights = [], []
-    with torch.no_grad():
-        for inputs, targets in loss.batches:
-            index, weight = check_labels(targets)
-            seen = trace(loss.net, params, inputs, ["resid_pre.0", "resid_post"])
-            streams = [seen["resid_pre.0"], *(seen[f"resid_post.{i}"] for i in range(w.num_layers))]
-            sums.append(_of_batch(w, streams, index, weight, through, chunk).cpu())
-            weights.append(weight.sum(1, dtype=wide(weight.device)).cpu())
-    total, per = torch.cat(sums, -1), torch.cat(weights)
+
+    def of_batch(batch: Batch) -> _Part:
+        index, weight = check_labels(batch.targets)
+        streams = [batch.seen["resid_pre.0"], *(batch.seen[f"resid_post.{i}"] for i in range(w.num_layers))]
+        sums = _of_batch(w, streams, index, weight, through, chunk)
+        return _Part(sums.cpu(), weight.sum(1, dtype=wide(weight.device)).cpu())
+
+    return Reading(("resid_pre.0", "resid_post"), of_batch, result)
+
+
+def _numbers(parts: list[_Part]) -> dict[str, Any]:
+    """Fields of a `LogitLens`."""
+    total, per = torch.cat([part.sums for part in parts], -1), torch.cat([part.weights for part in parts])
     means, errors = total.sum(-1) / per.sum(), ratio_stderr(total, per)
     made = dict(zip(NUMBERS, means, strict=True)) | {
         f"{name}_stderr": x for name, x in zip(NUMBERS, errors, strict=True)

@@ -14,6 +14,7 @@ from ..core.estimate import Estimate, wide
 from ..core.layout import Params
 from ..core.model import Functional, Inputs
 from ..core.objective import Loss
+from ..core.reading import Batch, Reading, one_pass
 from ..core.result import Result, internal, quantity
 from ..core.softmax import Labels
 from ..core.standard_errors import ratio_stderr
@@ -81,18 +82,28 @@ def logit_contributions(
     True
     """
     w = Weights(net, params)
-    weight, offset = w.unembedding
+    w.check_linear_head()
     ids = attributed_ids(w.body, inputs)
     tokens = _per_position("tokens", tokens, ids)
     minus = None if minus is None else _per_position("minus", minus, ids)
+    return _contributions(w, trace(net, params, inputs, _sites(w)), tokens, minus, centred)
+
+
+def _sites(w: Weights) -> tuple[str, ...]:
+    names = "tok_embed", "z", "mlp_out", "final_scale", "final"
+    return names if w.positions is None else (*names, "pos_embed")
+
+
+def _contributions(
+    w: Weights, seen: Trace, tokens: Int[Tensor, "b t"], minus: Int[Tensor, "b t"] | None, centred: bool
+) -> Contributions:
+    weight, offset = w.unembedding
     rows = weight[tokens] if minus is None else weight[tokens] - weight[minus]
     own = torch.zeros((), dtype=weight.dtype, device=weight.device)
     if offset is not None:
         own = offset[tokens] if minus is None else offset[tokens] - offset[minus]
     if centred and minus is None:
         rows, own = rows - weight.mean(0), own if offset is None else own - offset.mean()
-    names = ["tok_embed", "z", "mlp_out", "final_scale", "final", *(["pos_embed"] if w.positions is not None else [])]
-    seen = trace(net, params, inputs, names)
     read = w.final.folded(rows) / seen["final_scale"][..., None]
     layers = [_of_layer(w, seen, layer, read) for layer in range(w.num_layers)]
     heads, attention_bias, mlp = (torch.stack(each) for each in zip(*layers, strict=True))
@@ -142,9 +153,10 @@ class LogitAttribution(Result):
         return [*capped, *not_finite("logits are", self.logit.value)]
 
 
+@one_pass
 def logit_attribution(
     loss: Loss, params: Params, *, at: Literal["all", "last"] = "all", centred: bool = True
-) -> LogitAttribution:
+) -> Reading[LogitAttribution]:
     r"""Which heads, MLPs and embeddings raise the logits of the targets: direct logit attribution over the data.
 
     Parts of `logit_contributions` to the logit of each scored position's target, averaged with the weights of the loss; they
@@ -165,20 +177,28 @@ def logit_attribution(
     """
     check_choice("at", at, ("all", "last"))
     w = Weights(loss.net, params)
-    sums, weights, largest = [], [], []
-    with torch.no_grad():
-        for inputs, targets in loss.batches:
-            index, weight = check_labels(targets)
-            weight = last_only(weight) if at == "last" else weight
-            made = logit_contributions(loss.net, params, inputs, index, centred=centred)
-            parts, scored = made.parts.to(wide(weight.device)), weight != 0
-            off = ((parts.sum(0) - made.logit).abs() / parts.abs().sum(0))[scored]
-            largest += [off.max()] if off.numel() else []
-            every = torch.cat([made.logit[None].to(parts), parts])
-            sums.append(torch.where(scored, every * weight, 0.0).sum(-1).cpu())
-            weights.append(weight.sum(-1).to(parts).cpu())
-    discrepancy = float(torch.stack(largest).max())  # nan where one is
-    return _averaged(torch.cat(sums, 1), torch.cat(weights), w, at, centred, discrepancy)
+    w.check_linear_head()
+
+    def of_batch(batch: Batch) -> _Part:
+        attributed_ids(w.body, batch.inputs)
+        index, weight = check_labels(batch.targets)
+        weight = last_only(weight) if at == "last" else weight
+        made = _contributions(w, batch.seen, index, None, centred)
+        parts, scored = made.parts.to(wide(weight.device)), weight != 0
+        off = ((parts.sum(0) - made.logit).abs() / parts.abs().sum(0))[scored]
+        every = torch.cat([made.logit[None].to(parts), parts])
+        sums = torch.where(scored, every * weight, 0.0).sum(-1)
+        return _Part(sums.cpu(), weight.sum(-1).to(parts).cpu(), off.max()[None].cpu() if off.numel() else off.cpu())
+
+    return Reading(_sites(w), of_batch, lambda parts: _averaged(parts, w, at, centred))
+
+
+class _Part(NamedTuple):
+    """Of a batch: weighted sums of the logit and its parts, and weights, per sequence; the largest discrepancy."""
+
+    sums: Float[Tensor, "c b"]
+    weights: Float[Tensor, " b"]
+    largest: Float[Tensor, " #any"]
 
 
 def check_labels(targets: object) -> Labels:
@@ -220,9 +240,9 @@ def _of_layer(
     return (back * z.movedim(2, 0)).sum(-1), read @ own, mlp
 
 
-def _averaged(
-    sums: Float[Tensor, "c n"], weights: Float[Tensor, " n"], w: Weights, at: str, centred: bool, discrepancy: float
-) -> LogitAttribution:
+def _averaged(each: list[_Part], w: Weights, at: str, centred: bool) -> LogitAttribution:
+    sums, weights = torch.cat([part.sums for part in each], 1), torch.cat([part.weights for part in each])
+    discrepancy = float(torch.cat([part.largest for part in each]).max())  # nan where one is
     num, layers = int((weights != 0).sum()), w.num_layers
     means, errors = sums.sum(1) / weights.sum(), ratio_stderr(sums, weights)
     single = [Estimate(mean, error, num) for mean, error in zip(means[:4], errors[:4], strict=True)]

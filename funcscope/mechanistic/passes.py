@@ -40,10 +40,15 @@ def attributed_ids(body: Body, inputs: Inputs) -> Int[Tensor, "b t"]:
     return token_ids(inputs)
 
 
+def pattern_sites(net: Functional) -> tuple[str, str]:
+    """The queries and keys that patterns are made of."""
+    kind = "rot_" if "rot_q.0" in sites_of(net) else ""
+    return f"{kind}q", f"{kind}k"
+
+
 def traced(net: Functional, params: Params, inputs: Inputs, *sites: str) -> Trace:
     """A pass with the queries and keys that patterns are made of, and other sites."""
-    kind = "rot_" if "rot_q.0" in sites_of(net) else ""
-    return trace(net, params, inputs, [f"{kind}q", f"{kind}k", *sites])
+    return trace(net, params, inputs, [*pattern_sites(net), *sites])
 
 
 def blocks_of(seen: Trace) -> list[slice]:
@@ -69,5 +74,5 @@ def visible_to(seen: Trace, layer: int) -> Bool[Tensor, "b t t"]:
 
 
 def _queries_and_keys(seen: Trace, layer: int) -> tuple[Tensor, Tensor]:
-    kind = "rot_" if f"rot_q.{layer}" in seen.values else ""
+    kind = "rot_" if f"rot_q.{layer}" in seen.values and f"rot_k.{layer}" in seen.values else ""
     return seen.values[f"{kind}q.{layer}"], seen.values[f"{kind}k.{layer}"]

@@ -22,6 +22,7 @@ from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memo
 from .metric import KEY, Metric, check_result
 from .quiet import TURNS
 from .rows import resumed
+from .sharing import Shared, is_shared
 from .subject import Subject
 
 Needed = Mapping[str, tuple[Outcome, ...]]
@@ -45,8 +46,11 @@ class Call:
     plan: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
     """Of the batches, where memory ran out."""
+    shared: Shared = field(default_factory=Shared)
     edited: bool = False
     """Whether it wrote into what it was given."""
+    elsewhere: float = 0.0
+    """Seconds of its work that another call took, less those that this one took for others."""
 
     def outcome(self, empty: Outcome) -> Outcome:
         """The result, or the reason why there is none. Raises what the metric raises, without `skip_on_error`."""
@@ -73,7 +77,8 @@ class Call:
             outcome = replace(empty, **said | {"error": self._named(said["error"])})
         plan = {"batch_size": self.size, "timeout": held or None}
         told = self.plan | {name: value for name, value in plan.items() if value is not None}
-        cost = {"seconds": time.perf_counter() - started, "forwards": meter.forwards, "products": meter.products}
+        seconds = max(0.0, time.perf_counter() - started + self.elsewhere)
+        cost = {"seconds": seconds, "forwards": meter.forwards, "products": meter.products}
         return replace(outcome, plan=spoken(told), cost=cost)
 
     def _result(self) -> Result:
@@ -85,14 +90,21 @@ class Call:
             try:
                 needs = [self._need(name) for name in one.needs if name != KEY]
                 with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
-                    value = one.call(*needs, **drawn, **one.settings, **self.plan)
+                    value = self._called(needs, drawn)
                 if not isinstance(value, Result) and hasattr(value, "rows"):
                     value = value.result(list(resumed(value, self.path)))
                 return check_result(one, value)
             except (RuntimeError, MemoryError) as err:
-                if not is_full(err) or isinstance(err, Full) or not self._shrunk():
+                if not is_full(err) or not self._shrunk(halved=not isinstance(err, Full)):
                     raise
             cleanup_memory()
+
+    def _called(self, needs: list[Any], drawn: dict[str, Any]) -> Any:
+        one = self.one
+        if not is_shared(one):
+            return one.call(*needs, **drawn, **one.settings, **self.plan)
+        value, self.elsewhere = self.shared.result(one, needs[0], needs[1], self.plan)
+        return value
 
     def _unit(self, other: str) -> str:
         """Of its loss; without one, of the results that it is made of, or of what its subject says."""
@@ -117,8 +129,13 @@ class Call:
                 error = error.replace(f"`{argument}`", name)
         return error
 
-    def _shrunk(self) -> bool:
-        """Whether there is a smaller chunk, or there are smaller batches, that are tried next."""
+    def _shrunk(self, *, halved: bool) -> bool:
+        """Whether a pass of its own, a smaller chunk, or smaller batches (both if `halved`) are tried next."""
+        if is_shared(self.one) and not self.shared.alone:
+            self.shared.alone = True
+            return True
+        if not halved:
+            return False
         for name in ("chunk", "chunk_size"):
             chunk = self.plan.get(name, 1) or FIRST_CHUNK
             if chunk > 1:

@@ -20,6 +20,7 @@ from .calling import Call, Needed, lost, spoken
 from .meter import Options
 from .metric import KEY, Metric, with_members, with_needs
 from .record import versions
+from .sharing import Shared, is_shared
 from .subject import Source, Subject, batch_size
 from .together import Together, arranged
 
@@ -170,6 +171,7 @@ class Bench:
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self.packages = PACKAGES()
+        self.shared = Shared(self._beside, alone=job.options.timeout_seconds is not None)
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
@@ -257,11 +259,18 @@ class Bench:
         except Exception as err:  # noqa: BLE001
             self._broken = err if "subject" not in vars(self) else self._broken
             return self._unbegun(one, err)
-        call = Call(one, subject, loss, task, needed, self.options, self.cache.path(cell))
+        call = Call(one, subject, loss, task, needed, self.options, self.cache.path(cell), shared=self.shared)
         outcome = call.outcome(empty)
         if call.edited:
             self._reopen(one, subject)
         return outcome
+
+    def _beside(self, one: Metric) -> list[Metric]:
+        """Those that come later in this job and would make the same pass."""
+        later = self.job.metrics[self.job.metrics.index(one) + 1 :]
+        task = self.job.task(one)
+        alike = (each for each in later if is_shared(each) and self.job.task(each) == task)
+        return [each for each in alike if not self._stored(self._cell(each, {}))]
 
     def _reopen(self, one: Metric, before: Subject) -> None:
         """What a metric has written into is not used again."""
