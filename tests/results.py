@@ -37,6 +37,7 @@ from funcscope.mechanistic import (
     attention_patterns,
     circuit_faithfulness,
     edge_attribution,
+    induction_circuit,
     induction_heads,
     integrated_gradients,
     jacobian_lens,
@@ -244,6 +245,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "AttentionPatterns": lambda: attention_patterns(language(), language().net.params),
     "TextAttention": lambda: attention_on_text(language(), language().net.params),
     "InductionHeads": lambda: induction_heads(language().net, language().net.params, key=fs.key(0), num=4),
+    "InductionCircuit": lambda: induction_circuit(
+        language().net, language().net.params, key=fs.key(0), num=3, num_nodes=2, num_random=2
+    ),
     "IntegratedGradients": lambda: integrated_gradients(lambda x: x.square().sum(1), torch.ones(2, 3)),
     "TokenAttribution": lambda: token_attribution(*two_inputs()[:3]),
     "AblationEffects": lambda: ablation_effects(

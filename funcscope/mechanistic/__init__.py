@@ -11,6 +11,7 @@ from .edge_attribution import (
     edge_patching,
 )
 from .induction import InductionHeads, induction_heads, repeated_tokens
+from .induction_circuit import InductionCircuit, induction_circuit
 from .integrated_gradients import IntegratedGradients, TokenAttribution, integrated_gradients, token_attribution
 from .jacobians import MeanJacobians, PositionJacobian, mean_jacobians, position_jacobian
 from .lens import JacobianLens, LogitLens, jacobian_lens, logit_lens
@@ -36,6 +37,7 @@ __all__ = [
     "EdgeAttribution",
     "HeadCircuits",
     "HeadWeights",
+    "InductionCircuit",
     "InductionHeads",
     "IntegratedGradients",
     "JacobianLens",
@@ -59,6 +61,7 @@ __all__ = [
     "edge_patching",
     "full_circuit",
     "head_weights",
+    "induction_circuit",
     "induction_heads",
     "integrated_gradients",
     "jacobian_lens",

@@ -162,8 +162,8 @@ def induction_heads(
     check_key(key)
     for name, value, least in (("num", num, 1), ("chunk", chunk, 1), ("period", 2 if period is None else period, 2)):
         check_count(name, value, least)
-    ids, bos = _vocabulary(net)
-    period = _period(net, period, bos is not None)
+    ids, bos = vocabulary_of(net)
+    period = period_of(net, period, bos is not None)
     tokens = repeated_tokens(key, num, period, ids, bos)
     with torch.no_grad():
         parts = [_of_copies(net, params, part.to(net.device), period) for part in tokens.split(chunk)]
@@ -227,7 +227,7 @@ def copy_losses(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], peri
     return torch.stack([of_token[:, at : at + period - 1].mean(1) for at in (first, first + period)])
 
 
-def _vocabulary(net: Functional) -> tuple[Int[Tensor, " v"], int | None]:
+def vocabulary_of(net: Functional) -> tuple[Int[Tensor, " v"], int | None]:
     """Token ids that are not special, and that of BOS."""
     config = net.config
     if config is None:
@@ -239,7 +239,7 @@ def _vocabulary(net: Functional) -> tuple[Int[Tensor, " v"], int | None]:
     return ids, bos if isinstance(bos, int) and bos < config.vocab_size else None
 
 
-def _period(net: Functional, period: int | None, after_bos: bool) -> int:
+def period_of(net: Functional, period: int | None, after_bos: bool) -> int:
     """The period, which two copies of have positions for."""
     longest = (getattr(net.config, "max_position_embeddings", 2 * LONGEST_PERIOD + 1) - after_bos) // 2
     if longest < 2:

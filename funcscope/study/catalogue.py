@@ -23,6 +23,7 @@ from ..mechanistic.ablation import ablation_effects
 from ..mechanistic.attention import attention_patterns
 from ..mechanistic.circuits import qk_ov_circuits
 from ..mechanistic.induction import induction_heads
+from ..mechanistic.induction_circuit import induction_circuit
 from ..mechanistic.lens import jacobian_lens, logit_lens
 from ..mechanistic.logit_attribution import logit_attribution
 from ..mechanistic.text_attention import attention_on_text
@@ -240,6 +241,11 @@ for _one in (
         "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
         drawn=("induction", "z", "duplicate", "previous"), reference="Olsson et al. (2022), arXiv:2209.11895",
         sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
+    ),
+    of_function(
+        "induction_circuit", induction_circuit, ("net", "params", KEY), category="mechanistic",
+        drawn=("scores", "through_keys", "faithfulness", "random_faithfulness", "gain_without", "gain_without_random"),
+        cost=lambda s: 20 + 10 * (1 + s["num_random"]), reference="Hanna, Pezzelle, Belinkov (2024), arXiv:2403.17806",
     ),
     of_function(
         "ablation_effects", ablation_effects, ("loss", "params", KEY), category="mechanistic", by_batch=True,

@@ -58,6 +58,7 @@ INDUCTION: Preset = {
     "induction_curves": {},
     "mean_loss": {},
     "induction_heads": {},
+    "induction_circuit": {"at": "phases"},
     "attention_patterns": {},
     "attention_on_text": {"at": "phases"},
     "directional_losses": {},

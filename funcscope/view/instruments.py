@@ -177,6 +177,7 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("FisherOverlap", "halves"): _halves,
     ("TextAttention", "patterns"): _attention,
     ("EdgeAttribution", "scores"): _circuit,
+    ("InductionCircuit", "scores"): _circuit,
     ("TrainingCurves", "train_loss"): _training,
     ("TrainingCurves", "test_loss"): None,
     ("TrainingCurves", "train_accuracy"): None,
