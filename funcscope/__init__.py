@@ -10,7 +10,7 @@ import os
 # operation then takes a hundred times as long as on one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from . import curvature, fisher, landscape, linalg, mechanistic
+from . import curvature, fisher, information, landscape, linalg, mechanistic, representation
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
@@ -19,6 +19,7 @@ from .core.layout import Layout
 from .core.losses import binary_cross_entropy, cross_entropy, mse
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
+from .core.reading import read
 from .core.remat import remat
 from .core.restrict import grid, restrict
 from .core.result import Result, derived, internal, quantity
@@ -197,6 +198,7 @@ __all__ = [
     "hessian_summary",
     "hutchinson_trace",
     "hutchpp_trace",
+    "information",
     "internal",
     "key",
     "landscape",
@@ -218,9 +220,11 @@ __all__ = [
     "project",
     "quantity",
     "rademacher",
+    "read",
     "register",
     "relative_critical_sharpness",
     "remat",
+    "representation",
     "reservoir",
     "restrict",
     "running_statistics",
