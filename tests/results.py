@@ -35,12 +35,14 @@ from funcscope.mechanistic import (
     activation_patching,
     attention_on_text,
     attention_patterns,
+    attribution_on_text,
     circuit_faithfulness,
     edge_attribution,
     induction_circuit,
     induction_heads,
     integrated_gradients,
     jacobian_lens,
+    lens_on_text,
     logit_attribution,
     logit_lens,
     position_jacobian,
@@ -243,6 +245,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         language().net, language().net.params, words(), key=fs.key(0), method="probes", num=4
     ),
     "AttentionPatterns": lambda: attention_patterns(language(), language().net.params),
+    "TextLens": lambda: lens_on_text(language(), language().net.params),
+    "TextAttribution": lambda: attribution_on_text(language(), language().net.params),
     "TextAttention": lambda: attention_on_text(language(), language().net.params),
     "InductionHeads": lambda: induction_heads(language().net, language().net.params, key=fs.key(0), num=4),
     "InductionCircuit": lambda: induction_circuit(

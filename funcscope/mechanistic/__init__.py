@@ -26,6 +26,7 @@ from .rollout import attention_flow, attention_rollout
 from .score_attribution import ScoreAttribution, qk_attribution
 from .scores import SCORES, pattern_scores
 from .text_attention import TextAttention, attention_on_text
+from .text_predictions import TextAttribution, TextLens, attribution_on_text, lens_on_text
 from .weights import HeadWeights, head_weights
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "PositionJacobian",
     "ScoreAttribution",
     "TextAttention",
+    "TextAttribution",
+    "TextLens",
     "TokenAttribution",
     "ablation_effects",
     "activation_patching",
@@ -55,6 +58,7 @@ __all__ = [
     "attention_on_text",
     "attention_patterns",
     "attention_rollout",
+    "attribution_on_text",
     "attribution_patching",
     "circuit_faithfulness",
     "edge_attribution",
@@ -65,6 +69,7 @@ __all__ = [
     "induction_heads",
     "integrated_gradients",
     "jacobian_lens",
+    "lens_on_text",
     "logit_attribution",
     "logit_contributions",
     "logit_lens",

@@ -9,9 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.anatomy import Body
+from ..core.checks import check_instance
 from ..core.forward import Inputs
 from ..core.layout import Params
 from ..core.model import Functional
+from ..core.objective import Loss
 from ..core.trace import Trace, pattern_blocks, sites_of, trace
 
 MOST_ENTRIES = 2**21
@@ -38,6 +40,15 @@ def attributed_ids(body: Body, inputs: Inputs) -> Int[Tensor, "b t"]:
     if types is not None and body.kind != "bert":
         raise ValueError(f"`token_type_ids` of {body.kind!r} are no part that is attributed to: leave them out.")
     return token_ids(inputs)
+
+
+def sequence_at(loss: Loss, sequence: int) -> Inputs:
+    """One sequence of the data, with its padding. Raises ValueError for one that is not there."""
+    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
+    batches = loss.split(1).batches
+    if not 0 <= sequence < len(batches):
+        raise ValueError(f"`sequence` must be one of the {len(batches)} of the data, from 0 on, got {sequence}.")
+    return batches[sequence][0]
 
 
 def pattern_sites(net: Functional) -> tuple[str, str]:

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_instance
+from ..core.checks import check_count
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, internal, quantity
-from .passes import pattern_at, traced
+from .passes import pattern_at, sequence_at, traced
 
 
 class TextAttention(Result):
@@ -69,12 +69,8 @@ def attention_on_text(
     >>> made.patterns.shape, made.tokens, made.patterns[0, 0, 0].tolist()
     (torch.Size([1, 2, 3, 3]), ['1', '2', '1'], [1.0, 0.0, 0.0])
     """
-    check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
     check_count("num", num)
-    batches = loss.split(1).batches
-    if not 0 <= sequence < len(batches):
-        raise ValueError(f"`sequence` must be one of the {len(batches)} of the data, from 0 on, got {sequence}.")
-    inputs, _ = batches[sequence]
+    inputs = sequence_at(loss, sequence)
     with torch.no_grad():
         seen = traced(loss.net, params, inputs)
         if not isinstance(inputs, Mapping) or (tokens := inputs.get("input_ids")) is None:

@@ -27,6 +27,7 @@ from ..mechanistic.induction_circuit import induction_circuit
 from ..mechanistic.lens import jacobian_lens, logit_lens
 from ..mechanistic.logit_attribution import logit_attribution
 from ..mechanistic.text_attention import attention_on_text
+from ..mechanistic.text_predictions import attribution_on_text, lens_on_text
 from . import landscapes, measures, trajectories
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
@@ -236,6 +237,14 @@ for _one in (
     of_function(
         "attention_on_text", attention_on_text, ("loss", "params", "token_names"), category="mechanistic",
         drawn=("patterns",),
+    ),
+    of_function(
+        "lens_on_text", lens_on_text, ("loss", "params", "token_names"), category="mechanistic", drawn=("probability",),
+        reference="nostalgebraist (2020), Interpreting GPT: the logit lens",
+    ),
+    of_function(
+        "attribution_on_text", attribution_on_text, ("loss", "params", "token_names"), category="mechanistic",
+        cost=lambda _: 20, drawn=("attribution",), reference="Sundararajan, Taly, Yan (2017), arXiv:1703.01365",
     ),
     of_function(
         "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",

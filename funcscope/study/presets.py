@@ -61,6 +61,8 @@ INDUCTION: Preset = {
     "induction_circuit": {"at": "phases"},
     "attention_patterns": {},
     "attention_on_text": {"at": "phases"},
+    "lens_on_text": {"at": "phases"},
+    "attribution_on_text": {"at": "phases"},
     "directional_losses": {},
     "landscape_flatness": {},
     "sam_sharpness": {"norm_threshold": 0.0},

@@ -18,7 +18,7 @@ from .drawing import lost, titled
 from .path_figures import barrier
 from .reading import Drawn, Look, named, titles_of
 from .spectrum_figures import spectrum
-from .token_figures import attention_viewer
+from .token_figures import attention_viewer, attribution_text, lens_table, visible
 
 MOST_EDGES = 40
 """Of a circuit that is drawn."""
@@ -146,6 +146,33 @@ def _attention(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         yield Drawn(fig, f"{caption}what followed the same token before.")
 
 
+def _lens(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        fig = lens_table(
+            result.probability.numpy(),
+            result.predictions,
+            result.tokens,
+            result.target_probability.numpy(),
+            result.entropy.numpy(),
+        )
+        caption = "What each residual stream holds to be the next token, the model's own prediction on top; "
+        yield Drawn(titled(fig, f"Logit lens on a text{_of(whose, outcomes)}"), f"{caption}as dark as it is probable.")
+
+
+def _attribution(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        result: Any = outcome.result
+        fig = attribution_text(result.tokens, result.attribution.numpy(), unit="nats")
+        caption = (
+            f"What each token adds to the log-probability of “{visible(result.predicted)}” behind the text (vermilion) "
+        )
+        yield Drawn(
+            titled(fig, f"Attribution on a text{_of(whose, outcomes)}"),
+            f"{caption}or takes from it (blue), beside the mean embedding in its place.",
+        )
+
+
 def _circuit(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         result: Any = outcome.result
@@ -176,6 +203,10 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("FisherOverlap", "jaccard"): _shared,
     ("FisherOverlap", "halves"): _halves,
     ("TextAttention", "patterns"): _attention,
+    ("TextLens", "probability"): _lens,
+    ("TextLens", "target_probability"): None,
+    ("TextLens", "entropy"): None,
+    ("TextAttribution", "attribution"): _attribution,
     ("EdgeAttribution", "scores"): _circuit,
     ("InductionCircuit", "scores"): _circuit,
     ("TrainingCurves", "train_loss"): _training,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from .names import plain
 from .plane_figures import COLOURS, HOLE, SIGNED
-from .theme import INK, MUTED, blank
+from .theme import BLUE, INK, MUTED, blank
 
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "Ġ": "␣", "▁": "␣", "Ċ": "↵"})
 """Signs for what cannot be seen, in texts and in vocabularies."""
@@ -89,6 +89,45 @@ def attention_viewer(
         "bgcolor": "white", "font": {"size": 12, "color": INK}, "showactive": True,
     }  # fmt: skip
     return fig.update_layout(updatemenus=[menu])
+
+
+def lens_table(
+    probability: Float[np.ndarray, "l t"],
+    predictions: Sequence[Sequence[str]],
+    tokens: Sequence[str],
+    target: Float[np.ndarray, "l t"],
+    entropy: Float[np.ndarray, "l t"],
+) -> go.Figure:
+    """The most probable next token of every layer (upward) at every position, as dark as it is probable; numbers on hover.
+
+    probability: of that token. target: of the token that is next. entropy: in nats.
+    """
+    layers, num = probability.shape
+    texts = [[visible(token)[:10] for token in row] for row in predictions]
+    hover = [
+        [
+            f"after {t} {visible(tokens[t])}<br>{visible(predictions[i][t])}: {probability[i, t]:.3f}"
+            f"<br>the next token: {target[i, t]:.3f}<br>entropy {entropy[i, t]:.2f} nats"
+            for t in range(num)
+        ]
+        for i in range(layers)
+    ]
+    fig = blank(130 + 34 * layers, "").update_layout(margin={"l": 60, "r": 20, "b": 90, "t": 30})
+    fig.add_trace(
+        go.Heatmap(
+            z=probability, zmin=0, zmax=1, colorscale=[[0, "white"], [1, BLUE]],
+            text=texts, texttemplate="%{text}", textfont={"size": 10}, hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>", name="logit lens", xgap=1, ygap=1,
+            colorbar={"title": {"text": "probability", "font": {"size": 13, "color": MUTED}}, "thickness": 13},
+        )
+    )  # fmt: skip
+    ticks = {"showgrid": False, "tickfont": {"size": 10}}
+    fig.layout.xaxis.update(
+        ticks, tickvals=[*range(num)], ticktext=[visible(token) for token in tokens], tickangle=-90, automargin=True,
+        title={"text": "token that is read"},
+    )  # fmt: skip
+    fig.layout.yaxis.update(ticks, title={"text": "layer"}, tickvals=[*range(layers)])
+    return fig
 
 
 def attribution_text(
