@@ -112,7 +112,7 @@ def lens_table(
         ]
         for i in range(layers)
     ]
-    fig = blank(130 + 34 * layers, "").update_layout(margin={"l": 60, "r": 20, "b": 90, "t": 30})
+    fig = blank(130 + 34 * max(layers, 4), "").update_layout(margin={"l": 60, "r": 20, "b": 90, "t": 30})
     fig.add_trace(
         go.Heatmap(
             z=probability, zmin=0, zmax=1, colorscale=[[0, "white"], [1, BLUE]],
