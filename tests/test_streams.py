@@ -7,10 +7,12 @@ import textwrap
 import pytest
 import torch
 from problems import problem, tokens
+from test_architectures import model_of
 from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.standard_errors import ratio_stderr
+from funcscope.core.streams import sampled, summed
 
 SITES = ["resid_post", "mlp_out.1"]
 
@@ -175,3 +177,35 @@ def test_memory_is_flat_in_the_number_of_batches():
 
     assert growth(30, "streamed") - growth(6, "streamed") < 60
     assert growth(30, "kept") - growth(6, "kept") > 400  # negative control
+
+
+def test_readings_are_what_streaming_gives_whatever_the_batches_are():
+    net = fs.functional(model_of("gpt2", torch.float64))
+    batch = tokens(7, 6, 9, pad=4)
+    whole = fs.objective(net, [batch], fs.causal_lm)
+    sites, key = ("resid_post", "mlp_post.1"), fs.key(2)
+    oracle = fs.streamed(net, net.params, [inputs for inputs, _ in whole.batches], sites, key=key, size=11)
+    for loss in (whole, whole.split(2), whole.split(1)):
+        made = fs.read(loss, net.params, {
+            "sample": sampled(sites, lambda kept: kept, key=key, size=11), "sums": summed(sites, lambda kept: kept),
+            "scored": sampled(sites, lambda kept: kept, key=key, size=1000, scored=True),
+            "other": summed(("tok_embed",), lambda kept: kept, diagonal=True),
+        })  # fmt: skip
+        for name, moments in oracle.moments.items():
+            own = made["sums"][name]
+            torch.testing.assert_close(
+                (own.mean, own.scatter, own.mean_stderr), (moments.mean, moments.scatter, moments.mean_stderr)
+            )
+            assert (own.num, own.num_sequences) == (moments.num, moments.num_sequences)
+            assert torch.equal(made["sample"].rows[name], oracle.sample.rows[name])
+        assert set(made["sums"]) == set(oracle.moments)
+        assert set(made["other"]) == {"tok_embed"}
+        targets = made["scored"].rows["target"]
+        assert len(targets) == int(sum((each.weight != 0).sum() for _, each in loss.batches))
+        order = made["scored"].sequence * 100 + made["scored"].position
+        real = whole.batches[0][1]
+        assert sorted(zip(order.tolist(), targets.tolist(), strict=True)) == [
+            (row * 100 + int(whole_mask[row, : at + 1].sum()) - 1, int(real.index[row, at]))
+            for whole_mask in [batch["attention_mask"]]
+            for row, at in (real.weight != 0).nonzero().tolist()
+        ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,9 +16,11 @@ from .forward import Inputs
 from .keys import Key, check_key, fold_in, uniform
 from .layout import Params
 from .model import Functional
+from .reading import Batch, Reading
 from .sites import check_sites
 from .trace import trace
 
+R = TypeVar("R")
 Rows = Float[Tensor, "n d"]
 
 
@@ -131,6 +133,51 @@ class Moments(NamedTuple):
         return (self.num_sequences / (self.num_sequences - 1) * beside).sqrt() / self.num
 
 
+def sampled(
+    sites: Sequence[str], result: Callable[[Reservoir], R], *, key: Key, size: int, scored: bool = False
+) -> Reading[R]:
+    """A reading that keeps a uniform sample of positions of some sites, and makes its result of that.
+
+    scored: of positions that the loss scores, with their targets among the rows (`target`); else of all tokens.
+    """
+    check_key(key)
+    check_count("size", size)
+
+    def of_batch(batch: Batch) -> Reservoir:
+        mask = batch.seen.mask
+        rows = {name: value for name, value in batch.seen.values.items() if is_at(name, sites)}
+        for name, value in rows.items():
+            _check_site(name, value, mask)
+        place = mask.cumsum(1) - 1
+        if scored:
+            mask = mask & (batch.targets.weight != 0)
+            rows["target"] = batch.targets.index
+        sequence = mask.nonzero()[:, 0] + batch.start
+        return reservoir(key, size).update({name: x[mask] for name, x in rows.items()}, sequence, place[mask])
+
+    return Reading(tuple(sites), of_batch, result, lambda before, part: part if before is None else before.merge(part))
+
+
+def summed(sites: Sequence[str], result: Callable[[dict[str, Moments]], R], *, diagonal: bool = False) -> Reading[R]:
+    """A reading of the moments of some sites over all tokens, and what is made of them; see `streamed`."""
+
+    def of_batch(batch: Batch) -> dict[str, Moments]:
+        chosen = {name: value for name, value in batch.seen.values.items() if is_at(name, sites)}
+        for name, value in chosen.items():
+            _check_site(name, value, batch.seen.mask)
+        return {name: _of_batch(value, batch.seen.mask, diagonal) for name, value in chosen.items()}
+
+    def merge(before: dict[str, Moments] | None, part: dict[str, Moments]) -> dict[str, Moments]:
+        return part if before is None else {name: _merged(before[name], each) for name, each in part.items()}
+
+    return Reading(tuple(sites), of_batch, result, merge)
+
+
+def is_at(name: str, sites: Sequence[str]) -> bool:
+    """Whether a site is one of these, or of their kinds."""
+    return name in sites or (name.partition(".")[0] in sites and not name.startswith("module:"))
+
+
 class Streamed(NamedTuple):
     """What is known of a corpus after it has passed."""
 
@@ -182,7 +229,7 @@ def _with_batch(
     seen, moments = trace(net, params, inputs, sites), dict(before.moments)
     for name, value in seen.values.items():
         _check_site(name, value, seen.mask)
-        part = _of_batch(value, seen.mask, moments[name].origin if name in moments else None, diagonal)
+        part = _of_batch(value, seen.mask, diagonal)
         moments[name] = _merged(moments[name], part) if name in moments else part
     sample = before.sample
     if sample is not None:
@@ -193,9 +240,11 @@ def _with_batch(
 
 
 def _merged(a: Moments, b: Moments) -> Moments:
-    """Of the rows of both, which have one origin."""
+    """Of the rows of both."""
     if not a.num or not b.num:
         return a if a.num else b
+    (aa, an, nn), step = b.squares, b.origin - a.origin
+    b = b._replace(squares=torch.stack([aa + 2 * step * an + step.square() * nn, an + step * nn, nn]))
     num, apart = a.num + b.num, b.mean - a.mean
     between = torch.outer(apart, apart) if a.scatter.ndim == 2 else apart.square()
     return Moments(
@@ -204,19 +253,16 @@ def _merged(a: Moments, b: Moments) -> Moments:
     )  # fmt: skip
 
 
-def _of_batch(
-    value: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], origin: Float[Tensor, " d"] | None, diagonal: bool
-) -> Moments:
+def _of_batch(value: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], diagonal: bool) -> Moments:
     rows = value[mask].to(wide(value.device))
     counts = mask.sum(1)
     mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
     centred = rows - mean
-    origin = mean if origin is None else origin
-    beside = torch.where(mask[..., None], value.to(rows.dtype) - origin, 0.0).sum(1)
+    beside = torch.where(mask[..., None], value.to(rows.dtype) - mean, 0.0).sum(1)
     num = counts[:, None].to(rows.dtype)
     squares = torch.stack([beside.square().sum(0), (beside * num).sum(0), num.square().sum(0).expand_as(mean)])
     scatter = centred.square().sum(0) if diagonal else centred.T @ centred
-    return Moments(len(rows), int((counts > 0).sum()), mean, scatter, squares, origin)
+    return Moments(len(rows), int((counts > 0).sum()), mean, scatter, squares, mean)
 
 
 def _priorities(key: Key, sequence: Int[Tensor, " n"], position: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
