@@ -2,14 +2,9 @@
 
 from .ablation import AblationEffects, ablation_effects
 from .attention import AttentionPatterns, attention_patterns
+from .circuit_faithfulness import CircuitFaithfulness, circuit_faithfulness
 from .circuits import HeadCircuits, full_circuit, qk_ov_circuits
-from .edge_attribution import (
-    CircuitFaithfulness,
-    EdgeAttribution,
-    circuit_faithfulness,
-    edge_attribution,
-    edge_patching,
-)
+from .edge_attribution import EdgeAttribution, edge_attribution, edge_patching
 from .induction import InductionHeads, induction_heads, repeated_tokens
 from .induction_circuit import InductionCircuit, induction_circuit
 from .integrated_gradients import IntegratedGradients, TokenAttribution, integrated_gradients, token_attribution

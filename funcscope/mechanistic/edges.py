@@ -128,59 +128,68 @@ def pass_with_edges(
     each receiver behind its own norm; what a sender writes is what it makes of such inputs. Nothing changes where nothing is
     cut, bit for bit. embedding: in the place of the first residual stream. fixed: in the place of given - current.
     """
-    at: dict[str, Tensor] = {}
-    writes: list[Tensor] = []
+    one = _Pass(graph, cut, given, embedding, fixed)
+    return apply_with(graph.net, graph.params, inputs, one.edits())[0]
 
-    def shown(name: str) -> Edit:
+
+class _Pass:
+    """What a pass with edges replaced has read and written so far."""
+
+    def __init__(self, graph: Graph, cut: Tensor, given: Writes, embedding: Tensor | None, fixed: Writes | None):
+        self.graph, self.cut, self.given, self.embedding, self.fixed = graph, cut, given, embedding, fixed
+        self.streams: dict[str, Tensor] = {}
+        self.writes: list[Tensor] = []
+
+    def edits(self) -> dict[str, Edit]:
+        """At every site where something is read or written."""
+        graph, made = self.graph, dict[str, Edit]()
+        for i in range(graph.num_layers):
+            before = f"resid_pre.{i}"
+            made[before] = self._shown(before) if i else self._first
+            for kind in "qkv":
+                read = _reader(graph, i, kind)
+                made[f"{kind}.{i}"] = self._received(before, read, graph.columns(i, kind), graph.before(i, kind))
+            made[f"z.{i}"] = self._sent(lambda z, i=i: heads_write(graph, i, z))  # type: ignore[misc]
+            middle = f"resid_mid.{i}" if graph.body.norm == "pre" else before
+            made.setdefault(middle, self._shown(middle))
+            made[f"mlp_in.{i}"] = self._received(
+                middle, _reader(graph, i, "m"), graph.columns(i, "m"), graph.before(i, "m")
+            )
+            made[f"mlp_out.{i}"] = self._sent(lambda x: x[None])
+        last, num, final = f"resid_post.{graph.num_layers - 1}", self.cut.shape[-1], graph.body.anatomy.final
+        made[last] = self._shown(last)
+        made["final"] = self._received(last, lambda x: _norm(graph, final, x), slice(num - 1, num), len(graph.senders))
+        return made
+
+    def _shown(self, name: str) -> Edit:
         def keep(x: Tensor) -> Tensor:
-            at[name] = x
+            self.streams[name] = x
             return x
 
         return keep
 
-    def first(x: Tensor) -> Tensor:
-        at["resid_pre.0"] = x if embedding is None else embedding
-        writes.append(at["resid_pre.0"][None])
-        return at["resid_pre.0"]
+    def _first(self, x: Tensor) -> Tensor:
+        x = x if self.embedding is None else self.embedding
+        self.streams["resid_pre.0"] = x
+        self.writes.append(x[None])
+        return x
 
-    def sent(write: Callable[[Tensor], Tensor]) -> Edit:
+    def _sent(self, write: Callable[[Tensor], Tensor]) -> Edit:
         def keep(x: Tensor) -> Tensor:
-            writes.append(write(x))
+            self.writes.append(write(x))
             return x
 
         return keep
 
-    def received(stream: str, read: Callable[[Tensor], Tensor], columns: slice, num: int) -> Edit:
+    def _received(self, stream: str, read: Callable[[Tensor], Tensor], columns: slice, num: int) -> Edit:
         def edit(x: Tensor) -> Tensor:
-            steps = given[:num] - torch.cat(writes)[:num] if fixed is None else fixed[:num]
-            old = at[stream][:, :, None]
-            new = old + torch.einsum("bsr,sbtd->btrd", cut[:, :num, columns].expand(old.shape[0], -1, -1), steps)
+            steps = self.given[:num] - torch.cat(self.writes)[:num] if self.fixed is None else self.fixed[:num]
+            old = self.streams[stream][:, :, None]
+            cut = self.cut[:, :num, columns].expand(old.shape[0], -1, -1)
+            new = old + torch.einsum("bsr,sbtd->btrd", cut, steps)
             return x + (read(new.contiguous()) - read(old.expand_as(new).contiguous())).view(x.shape)
 
         return edit
-
-    edits: dict[str, Edit] = {}
-    num_layers = graph.num_layers
-    for i in range(num_layers):
-        edits[f"resid_pre.{i}"] = shown(f"resid_pre.{i}") if i else first
-        for kind in "qkv":
-            read = _reader(graph, i, kind)
-            edits[f"{kind}.{i}"] = received(f"resid_pre.{i}", read, graph.columns(i, kind), graph.before(i, kind))
-        edits[f"z.{i}"] = sent(lambda z, i=i: heads_write(graph, i, z))
-        stream = f"resid_mid.{i}" if graph.body.norm == "pre" else f"resid_pre.{i}"
-        edits.setdefault(stream, shown(stream))
-        edits[f"mlp_in.{i}"] = received(stream, _reader(graph, i, "m"), graph.columns(i, "m"), graph.before(i, "m"))
-        edits[f"mlp_out.{i}"] = sent(lambda x: x[None])
-    last = f"resid_post.{num_layers - 1}"
-    edits[last] = shown(last)
-    num_receivers = cut.shape[-1]
-    edits["final"] = received(
-        last,
-        lambda x: _norm(graph, graph.body.anatomy.final, x),
-        slice(num_receivers - 1, num_receivers),
-        len(graph.senders),
-    )
-    return apply_with(graph.net, graph.params, inputs, edits)[0]
 
 
 def names_of_edges(graph: Graph) -> list[str]:

@@ -18,7 +18,8 @@ from ..core.model import Functional
 from ..core.result import quantity
 from ..core.sites import Edit, Patch
 from ..core.trace import apply_with, trace
-from .edge_attribution import EdgeAttribution, circuit_faithfulness, edge_attribution
+from .circuit_faithfulness import circuit_faithfulness
+from .edge_attribution import EdgeAttribution, edge_attribution
 from .induction import copy_losses, induction_heads, period_of, repeated_tokens, vocabulary_of
 
 MOST_REMOVED = 8
