@@ -148,7 +148,8 @@ def test_gradients_of_units_are_the_dense_ones():
         for kind, most in largest.items():
             for layer in range(2):
                 site = f"{kind}.{layer}"
-                value = fs.trace(net, net.params, inputs, [site])[site].detach().requires_grad_()
+                seen = fs.trace(net, net.params, inputs, [site])
+                value = seen[site].detach().requires_grad_()
                 out, _ = fs.apply_with(net, net.params, inputs, {site: value})
                 each, weight = loss.criterion.token_loss(out, targets)
                 (each * weight).sum().backward()
