@@ -51,7 +51,9 @@ def test_mistake_26_a_change_is_no_gain_and_a_failure_is_no_critical_one():
     for layer in range(4):
         h[layer, ..., layer] = 1.0
     for layer in range(1, 4):  # orthogonal to all that was there
-        h[layer] = h[layer - 1] + 0.2 * h[layer - 1].norm(dim=-1, keepdim=True) * torch.eye(4, dtype=torch.float64)[layer]
+        h[layer] = (
+            h[layer - 1] + 0.2 * h[layer - 1].norm(dim=-1, keepdim=True) * torch.eye(4, dtype=torch.float64)[layer]
+        )
     sums = gain_sums(h, torch.ones(2, 5, dtype=torch.bool))
     gain, _, change = sums.ratios.value
     assert (change < 0.9).all()  # documented: the change, judged by gains below 0.9, calls every layer "ordered"
@@ -98,13 +100,13 @@ def test_gains_of_perturbations_are_frobenius_norms_of_dense_jacobians(line):
     squares = frobenius(net, batches[0])
     count = squares[0].sum()
     exact = (squares.sum(1) / count).sqrt()
-    found = perturbation_gains(net, net.params, batches, key=fs.key(0), num=60)
-    assert_close(found.gain, exact, rtol=0.08, atol=0)
+    found = perturbation_gains(net, net.params, batches, key=fs.key(0), num=30)
+    assert_close(found.gain, exact, rtol=0.1, atol=0)
     assert (exact[1:] - 1).abs().max() > 0.01
     h, mask = streams_of(net, batches[0])
     own = torch.stack([(h[:, i, mask[i]].double()).square().sum((1, 2)) for i in range(3)], 1)
     relative = ((squares * own[0] / own).sum(1) / count).sqrt()
-    assert_close(found.relative_gain, relative, rtol=0.08, atol=0)
+    assert_close(found.relative_gain, relative, rtol=0.1, atol=0)
 
 
 def test_padding_and_batches_decide_nothing_of_a_perturbation():

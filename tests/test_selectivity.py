@@ -93,16 +93,16 @@ def test_noise_has_a_selectivity_above_zero_and_the_null_has_it_too():
 
 
 def test_permutations_over_sequences_keep_what_tokens_of_one_have_in_common():
-    """Activations of a sequence are one number, and unrelated to its class: over tokens, labels would look as if they told."""
+    """Activations of a sequence are one number, and unrelated to its class: over tokens, labels would seem to tell."""
     hits = {"sequences": 0, "tokens": 0}
-    for seed in range(20):
+    for seed in range(10):
         groups = torch.arange(240) // 20
         x = normal(seed, 12, 30)[groups].abs()
         labels = (uniform(fold_in(fs.key(seed), 1), torch.zeros(12)).argsort() % 2)[groups]
         hits["sequences"] += bool(selectivity({"a": x}, labels, key=fs.key(seed), groups=groups).p_value <= 0.05)
         hits["tokens"] += bool(selectivity({"a": x}, labels, key=fs.key(seed)).p_value <= 0.05)
-    assert hits["sequences"] <= 4  # 1 in 20
-    assert hits["tokens"] == 20
+    assert hits["sequences"] <= 3  # 1 in 20
+    assert hits["tokens"] == 10
 
 
 def test_labels_within_sequences_go_to_others_of_the_same_length():

@@ -159,7 +159,9 @@ def test_repeated_rows_count_as_effective_features_and_not_in_the_dimensionality
 def test_tight_frames_reach_the_rank_and_others_do_not():
     angles = torch.arange(5, dtype=torch.float64) * math.pi / 5
     frame = torch.stack([angles.cos(), angles.sin()], 1)  # five lines of the plane
-    both = torch.block_diag(frame, torch.full((3, 1), 0.3, dtype=torch.float64))  # and three copies of a third direction
+    both = torch.block_diag(
+        frame, torch.full((3, 1), 0.3, dtype=torch.float64)
+    )  # and three copies of a third direction
     assert_close(feature_dimensionality(both).sum(), torch.tensor(3.0, dtype=torch.float64))
     assert_close(feature_dimensionality(both)[:5], torch.full((5,), 0.4, dtype=torch.float64))
     assert feature_dimensionality(random(8, 3)).sum() < 2.99

@@ -89,7 +89,8 @@ def test_activity_is_its_definition_over_real_tokens(rule):
 @pytest.mark.parametrize("rule", ["positive", "relative"])
 def test_the_split_into_batches_decides_nothing(rule):
     net = relu_model()
-    single = [{name: value[i : i + 1] for name, value in inputs.items()} for inputs in data() for i in range(len(inputs["input_ids"]))]  # fmt: skip
+    rows = [(inputs, i) for inputs in data() for i in range(len(inputs["input_ids"]))]
+    single = [{name: value[i : i + 1] for name, value in inputs.items()} for inputs, i in rows]
     one, other = (unit_activity(net, net.params, each, rule=rule) for each in (data(), single))
     for name in ("frequency", "frequency_stderr", "rms", "dead", "dead_stderr", "once", "always_stderr", "unit_rms"):
         assert_close(getattr(one, name), getattr(other, name), rtol=1e-7, atol=1e-9, equal_nan=True)
@@ -208,8 +209,8 @@ def test_sums_of_parts_are_the_sums_of_the_whole(seed, num, cut):
     assert_close(whole.stderr, ratio_stderr(a, b), rtol=1e-6, atol=1e-9, equal_nan=True)
     hit = a.T > 0.5
     one, other = Reached.of(hit), Reached.of(hit[:cut]).merge(Reached.of(hit[cut:]))
-    assert torch.equal(one.count, other.count)
-    assert torch.equal(one.last[one.count > 0], other.last[other.count > 0])
+    assert torch.equal(one.hits, other.hits)
+    assert torch.equal(one.last[one.hits > 0], other.last[other.hits > 0])
     never = [(~hit[torch.arange(num) != s].any(0)).double().mean() for s in range(num)]
     spread = (num - 1) / num * (torch.stack(never) - torch.stack(never).mean()).square().sum()
     assert_close(other.never.stderr, spread.sqrt())

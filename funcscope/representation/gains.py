@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from ..core.trace import apply_with, sites_of, trace
-from .sequence_sums import Ratios
+from .sequence_sums import Ratios, batches_of
 
 
 class ResidualGains(Result):
@@ -93,7 +93,7 @@ def gain_sums(streams: Float[Tensor, "l b t d"], mask: Bool[Tensor, "b t"]) -> G
 
 
 @torch.no_grad()
-def residual_gains(net: Functional, params: Params, batches: Iterable[Inputs]) -> ResidualGains:
+def residual_gains(net: Functional, params: Params, batches: Inputs | Iterable[Inputs]) -> ResidualGains:
     r"""How the residual stream's norm changes from layer to layer, as means over tokens with errors over sequences.
 
     $$g_l = \overline{\|h_{l+1}\| / \|h_l\|}, \qquad \overline{\log (\|h_{l+1}\| / \|h_l\|)}, \qquad
@@ -104,7 +104,9 @@ def residual_gains(net: Functional, params: Params, batches: Iterable[Inputs]) -
     logarithms add up over layers to that of the whole stack. No order or chaos follows from a norm: for that see how
     perturbations grow (`perturbation_gains`).
 
-    Streamed: one forward pass a batch. Raises ValueError for models that are not described, and without a token.
+    batches: inputs, of one batch or of each. Streamed: one forward pass a batch.
+
+    Raises ValueError for models that are not described, and without a token.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -113,15 +115,17 @@ def residual_gains(net: Functional, params: Params, batches: Iterable[Inputs]) -
     torch.Size([2])
     """
     names, sums = _streams(net), None
-    for inputs in _listed(batches):
+    for inputs in batches_of(batches):
         seen = trace(net, params, inputs, names)
         part = gain_sums(torch.stack([seen[name] for name in names]), seen.mask)
         sums = part if sums is None else sums.merge(part)
     if sums is None or not sums.num:
         raise ValueError("`batches` hold no token whose stream has a norm: there is nothing to be known of them.")
-    pairs = zip(sums.ratios.value.cpu(), sums.ratios.stderr.cpu(), strict=True)
-    columns = [each for pair in pairs for each in pair]
-    return ResidualGains(*columns, sums.num_zero, sums.num, int(sums.ratios.num.max()))
+    (gain, log_gain, change), errors = sums.ratios.value.cpu(), sums.ratios.stderr.cpu()
+    return ResidualGains(
+        gain=gain, gain_stderr=errors[0], log_gain=log_gain, log_gain_stderr=errors[1], change=change,
+        change_stderr=errors[2], num_zero=sums.num_zero, num_tokens=sums.num, num_sequences=int(sums.ratios.num.max()),
+    )  # fmt: skip
 
 
 class PerturbationGains(Result):
@@ -158,7 +162,7 @@ class PerturbationGains(Result):
 
 @torch.no_grad()
 def perturbation_gains(
-    net: Functional, params: Params, batches: Iterable[Inputs], *, key: Key, num: int = 4
+    net: Functional, params: Params, batches: Inputs | Iterable[Inputs], *, key: Key, num: int = 4
 ) -> PerturbationGains:
     r"""How much a small random perturbation of the first residual stream has grown at every layer behind it.
 
@@ -167,11 +171,12 @@ def perturbation_gains(
 
     for normal v, drawn anew for every sequence (T tokens) and direction, at all its positions at once and read at all: exact
     derivatives by jvp, not differences. The mean is over directions (`num` of them) and sequences, which weigh by their
-    tokens. `relative_gain` divides the squares of a sequence by the growth of its stream, $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above
-    1, what is small grows faster than the whole. Entry 0 is the perturbation itself, which scatters about 1.
+    tokens. `relative_gain` divides the squares of a sequence by the growth of its stream,
+    $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole.
+    Entry 0 is the perturbation itself, which scatters about 1.
 
     The error is over sequences: as each has directions of its own, it holds what these add. In a causal model the result for
-    a sequence does not depend on its padding, which is not perturbed.
+    a sequence does not depend on its padding, which is not perturbed. batches: inputs, of one batch or of each.
 
     Raises ValueError for models that are not described, and without a token.
 
@@ -186,22 +191,23 @@ def perturbation_gains(
     check_key(key)
     check_count("num", num)
     names, start, sums = _streams(net), 0, None
-    for inputs in _listed(batches):
+    for inputs in batches_of(batches):
         seen = trace(net, params, inputs, names)
         h, mask = torch.stack([seen[name] for name in names]), seen.mask[..., None]
-        squares = torch.stack([
-            _norms(_pushed(net, params, inputs, names, _direction(fold_in(key, i), start, h[0], mask)), mask)
-            for i in range(num)
-        ])  # direction, layer, sequence
+        draws = (_direction(fold_in(key, i), start, h[0], mask) for i in range(num))
+        squares = torch.stack([_norms(_pushed(net, params, inputs, names, each), mask) for each in draws]).mean(0)
         own, count = _norms(h, mask), seen.mask.sum(1) * h.shape[-1]
-        part = Ratios.of(torch.cat([squares.mean(0), squares.mean(0) * _growth(own)]), count.to(own))
+        part = Ratios.of(torch.cat([squares, squares * _growth(own)]), count.to(own))
         sums, start = part if sums is None else sums.merge(part), start + len(seen.mask)
     if sums is None or not int(sums.num.max()):
         raise ValueError("`batches` hold no token: there is nothing to be perturbed.")
     value, error = sums.value.cpu().sqrt(), sums.stderr.cpu()
     error = torch.where(value == 0, 0.0, error / (2 * value))
-    both = [each for pair in zip(value.chunk(2), error.chunk(2), strict=True) for each in pair]
-    return PerturbationGains(*both, num, int(sums.num.max()), key, num * start)
+    (gain, relative), (gain_stderr, relative_stderr) = value.chunk(2), error.chunk(2)
+    return PerturbationGains(
+        gain=gain, gain_stderr=gain_stderr, relative_gain=relative, relative_gain_stderr=relative_stderr, num=num,
+        num_sequences=int(sums.num.max()), key=key, num_products=num * start,
+    )  # fmt: skip
 
 
 def _growth(own: Float[Tensor, "l b"]) -> Float[Tensor, "l b"]:
@@ -209,7 +215,9 @@ def _growth(own: Float[Tensor, "l b"]) -> Float[Tensor, "l b"]:
     return torch.where(own == 0, 0.0, own[0] / own)
 
 
-def _direction(key: Key, start: int, like: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "b t d"]:
+def _direction(
+    key: Key, start: int, like: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t 1"]
+) -> Float[Tensor, "b t d"]:
     """Normal numbers at tokens, the k-th of which has the same whatever its padding."""
     made = torch.zeros_like(like)
     rows = []
@@ -240,9 +248,7 @@ def _streams(net: Functional) -> list[str]:
     """The residual stream before every layer and behind the last."""
     behind = [name for name in sites_of(net) if name.startswith("resid_post.")]
     if not behind:
-        raise ValueError(f"the layers of {type(net._skeleton).__name__} are not described: there is no residual stream.")
+        raise ValueError(
+            f"the layers of {type(net._skeleton).__name__} are not described: there is no residual stream."
+        )
     return ["resid_pre.0", *behind]
-
-
-def _listed(batches: Iterable[Inputs]) -> Iterable[Inputs]:
-    return [batches] if isinstance(batches, (Mapping, Tensor)) else batches

@@ -94,4 +94,5 @@ def gradient_dead(loss: Loss, params: Params) -> GradientDead:
     shares = [[reached[name].never for name in each] for each in (post, pre)]
     values, errors = ([torch.stack([x[i] for x in each]) for each in shares] for i in (0, 1))
     sizes = [torch.stack([largest[name] for name in each]) for each in (post, pre)]
-    return GradientDead(values[0], errors[0], values[1], errors[1], *sizes, num_sequences=reached[post[0]].num)
+    num = reached[post[0]].num
+    return GradientDead(values[0], errors[0], values[1], errors[1], sizes[0], sizes[1], num_sequences=num)

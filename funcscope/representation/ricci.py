@@ -50,7 +50,9 @@ class RicciCurvature(Result):
 
     @property
     def notes(self) -> list[str]:
-        made = ["Curvature is of the points with these distances and neighbours: it changes with their number and with k."]
+        made = [
+            "Curvature is of the points with these distances and neighbours: it changes with their number and with k."
+        ]
         if bool(self.mean_stderr.isnan()):
             made.append("The edges are of too few sequences for an error.")
         return made
@@ -90,8 +92,8 @@ def ollivier_ricci(
       \mu_x = \alpha\, \delta_x + (1 - \alpha)\, \mathrm{uniform}(\mathrm{kNN}(x)),$$
 
     for every pair of which one is among the k nearest of the other, with the exact optimal transport $W_1$ on at most 2 k + 2
-    points. Above 0 the neighbours of x and y are nearer to each other than x and y; 0 is flat, below 0 they lie apart, as in a
-    tree. 1 would mean that both have one measure.
+    points. Above 0 the neighbours of x and y are nearer to each other than x and y; 0 is flat, below 0 they lie apart, as in
+    a tree. 1 would mean that both have one measure.
 
     num, key: a random sample of so many edges (None: all of them). groups: which sequence each point is of (None: every one
     its own). With r the residuals of the curvatures, the error counts every pair of edges that share a sequence,
@@ -159,7 +161,11 @@ def graph_ricci(
     from scipy.sparse.csgraph import shortest_path
 
     check_number("alpha", alpha, 0.0, 1.0)
-    if adjacency.shape[0] != adjacency.shape[1] or not torch.equal(adjacency, adjacency.T) or adjacency.diagonal().any():
+    if (
+        adjacency.shape[0] != adjacency.shape[1]
+        or not torch.equal(adjacency, adjacency.T)
+        or adjacency.diagonal().any()
+    ):
         raise ValueError("`adjacency` must be a symmetric matrix without loops: `adjacency | adjacency.T`.")
     edges = adjacency.triu().nonzero() if edges is None else edges
     if not bool(adjacency[edges[:, 0], edges[:, 1]].all()):

@@ -160,8 +160,8 @@ def selectivity(
     From means of activations by class, $m_{jc}$: the numbers of `unit_numbers`, and their means over units. The classes are
     those of the labels (parts of speech, topics, tokens): a unit may be selective for what they do not name.
 
-    layers: activations by name, rows being the same tokens (a reservoir's, say). labels: classes from 0, of every row. groups:
-    which sequence each row is of (None: every row its own). Errors are by the jackknife over folds of sequences.
+    layers: activations by name, rows being the same tokens (a reservoir's, say). labels: classes from 0, of every row.
+    groups: which sequence each row is of (None: every row its own). Errors are by the jackknife over folds of sequences.
 
     Means of few rows scatter, so that no unit has a selectivity of 0 by them. `num` permutations of labels over sequences say
     what they give: where a sequence has one label, all orders of sequences; else the labels of a sequence as they are, on
@@ -187,20 +187,25 @@ def selectivity(
     orders = _orders(labels.cpu(), groups, key, num)
     columns: dict[str, list[Tensor]] = {}
     for x in layers.values():
-        options = {"groups": groups.to(x.device), "strength": strength}
-        sums = class_sums(x, labels.to(x.device), num_classes, **options)
-        null = [_means(class_sums(x, each.to(x.device), num_classes, **options)) for each in orders]
-        for name, value in _of_layer(sums, null).items():
+        of = groups.to(x.device)
+        sums, *null = (
+            class_sums(x, each.to(x.device), num_classes, groups=of, strength=strength) for each in (labels, *orders)
+        )
+        for name, value in _of_layer(sums, [_means(each) for each in null]).items():
             columns.setdefault(name, []).append(value.cpu())
-    made = {
-        name: torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=-1 if name == "unit_class" else math.nan)
-        if x[0].ndim else torch.stack(x)
-        for name, x in columns.items()
-    }
+    made = {name: _stacked(x) for name, x in columns.items()}
     return Selectivity(
         **made, num_classes=num_classes, num_rows=len(labels), num_sequences=int(groups.max()) + 1, strength=strength,
         num_permutations=len(orders), key=key, layers=list(layers),
     )  # fmt: skip
+
+
+def _stacked(x: list[Tensor]) -> Tensor:
+    """Of layers; behind the shorter ones nan, or -1 for classes."""
+    if not x[0].ndim:
+        return torch.stack(x)
+    pad = math.nan if x[0].is_floating_point() else -1
+    return torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=pad)
 
 
 def _means(sums: ClassSums) -> UnitNumbers:

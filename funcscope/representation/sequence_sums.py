@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.estimate import wide
+from ..core.forward import Inputs
 from ..core.standard_errors import jackknife_stderr
+
+
+def batches_of(batches: Inputs | Iterable[Inputs]) -> Iterable[Inputs]:
+    """One mapping or tensor is one batch."""
+    return [batches] if isinstance(batches, (Mapping, Tensor)) else batches  # type: ignore[return-value]
 
 
 class Ratios(NamedTuple):
@@ -71,9 +78,10 @@ class Reached(NamedTuple):
 
     num: int
     """Sequences that were looked at."""
-    count: Int[Tensor, " d"]
+    hits: Int[Tensor, " d"]
+    """Of the sequences, those that reached it."""
     last: Int[Tensor, " d"]
-    """The number of the last of them; it is the only one where the count is 1."""
+    """The number of the last of them; it is the only one where that is 1."""
 
     @classmethod
     def of(cls, reached: Bool[Tensor, "s d"]) -> Reached:
@@ -84,17 +92,17 @@ class Reached(NamedTuple):
 
     def merge(self, other: Reached) -> Reached:
         """Of the sequences of both, those of the other behind."""
-        last = torch.where(other.count > 0, other.last + self.num, self.last)
-        return Reached(self.num + other.num, self.count + other.count, last)
+        last = torch.where(other.hits > 0, other.last + self.num, self.last)
+        return Reached(self.num + other.num, self.hits + other.hits, last)
 
     @property
     def never(self) -> Share:
         """The share of units that no sequence has reached, with its jackknife error; nan below two sequences.
 
-        Without sequence s the units that it alone has reached are among them: as many as have a count of 1 and s for last.
+        Without sequence s the units that it alone has reached are among them: as many as have one hit and s for last.
         """
-        units, once = len(self.count), self.last[self.count == 1]
-        value = (self.count == 0).double().mean().cpu()
+        units, once = len(self.hits), self.last[self.hits == 1]
+        value = (self.hits == 0).double().mean().cpu()
         if self.num < 2:
             return Share(value, torch.full_like(value, math.nan))
         alone = torch.bincount(once.cpu(), minlength=self.num).double() / units
@@ -103,4 +111,4 @@ class Reached(NamedTuple):
     @property
     def once(self) -> float:
         """The share of units that a single sequence has reached: of them, one more or fewer sequence decides."""
-        return float((self.count == 1).double().mean())
+        return float((self.hits == 1).double().mean())

@@ -169,14 +169,12 @@ def sparsity_of(sums: Mapping[str, SparsitySums], *, tau: float = 1e-2) -> Spars
     )  # fmt: skip
 
 
-def sparsity(
-    layers: Mapping[str, Float[Tensor, "b t _"]], mask: Bool[Tensor, "b t"], *, tau: float = 1e-2
-) -> Sparsity:
+def sparsity(layers: Mapping[str, Float[Tensor, "b t _"]], mask: Bool[Tensor, "b t"], *, tau: float = 1e-2) -> Sparsity:
     r"""How few units carry the activations of a token, for every layer: Hoyer, Gini, and L0 / d.
 
-    Means over tokens of `hoyer`, `gini` and the share of units with $|a_j| > \tau \sqrt{\overline{a^2}}$ (the root mean square
-    of that token), with errors over sequences, and what a vector of independent normal numbers has. A corpus streams by
-    `sparsity_sums` of its batches, merged, and `sparsity_of`.
+    Means over tokens of `hoyer`, `gini` and the share of units with $|a_j| > \tau \sqrt{\overline{a^2}}$ (the root mean
+    square of that token), with errors over sequences, and what a vector of independent normal numbers has. A corpus streams
+    by `sparsity_sums` of its batches, merged, and `sparsity_of`.
 
     layers: activations by name. mask: which positions hold a token. Raises ValueError as `sparsity_sums`.
 

@@ -18,7 +18,7 @@ from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from ..core.trace import sites_of, trace
-from .sequence_sums import Ratios, Reached
+from .sequence_sums import Ratios, Reached, batches_of
 
 Rule = Literal["positive", "relative"]
 Values = Float[Tensor, "b t d"]
@@ -48,8 +48,10 @@ class UnitSums(NamedTuple):
                 f"sums of different thresholds ({self.threshold:g}, {other.threshold:g}) count different things: make "
                 "both with one."
             )
-        merged = (getattr(self, name).merge(getattr(other, name)) for name in self._fields[1:-1])
-        return UnitSums(self.num + other.num, *merged, self.threshold)
+        return UnitSums(
+            self.num + other.num, self.of_layer.merge(other.of_layer), self.of_units.merge(other.of_units),
+            self.fired.merge(other.fired), self.paused.merge(other.paused), self.threshold,
+        )  # fmt: skip
 
 
 class UnitActivity(Result):
@@ -162,7 +164,7 @@ def unit_sums(
 
 
 def unit_activity(
-    net: Functional, params: Params, batches: Iterable[Inputs], *, rule: Rule = "positive", tau: float = 1e-2,
+    net: Functional, params: Params, batches: Inputs | Iterable[Inputs], *, rule: Rule = "positive", tau: float = 1e-2,
     bounds: tuple[float, float] | None = None, flat: float = 0.01,
 ) -> UnitActivity:  # fmt: skip
     r"""How often each unit of every MLP is active, and which units are dead: never active on these tokens.
@@ -180,11 +182,11 @@ def unit_activity(
     frequency where sequences are of like length (`bound_sequences`). Errors are over sequences; those of shares of units by
     the jackknife, for these units. More sequences can only lower the share of dead units.
 
-    bounds, flat: as for `unit_sums`. batches: inputs, which are kept.
+    bounds, flat: as for `unit_sums`. batches: inputs, of one batch or of each; they are kept.
 
     Raises ValueError for models whose parts are not described, and where there is no token.
 
-    Lu et al. (2019), arXiv:1903.06733 (dying ReLU); Hanley, Lippman-Hand (1983), doi:10.1001/jama.1983.03330370053031 (3 / N).
+    Lu et al. (2019), arXiv:1903.06733 (dying ReLU); Hanley, Lippman-Hand (1983), doi:10.1001/jama.1983.03330370053031.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -195,13 +197,15 @@ def unit_activity(
     """
     check_choice("rule", rule, ("positive", "relative"))
     check_positive("tau", tau)
-    batches = [batches] if isinstance(batches, (Mapping, Tensor)) else list(batches)
+    batches = list(batches_of(batches))
     thresholds: dict[str, float] = {}
     if rule == "relative":
         first = _streamed(net, params, batches, "positive", {})
         thresholds = {name: tau * float(sums.of_layer.value[1].sqrt()) for name, sums in first.items()}
         if bad := [name for name, each in thresholds.items() if not math.isfinite(each)]:
-            raise ValueError(f"activations of `{bad[0]}` are not finite and have no root mean square: check the weights.")
+            raise ValueError(
+                f"activations of `{bad[0]}` are not finite and have no root mean square: check the weights."
+            )
     sums = _streamed(net, params, batches, rule, thresholds, bounds, flat)
     return activity_of(sums, rule=rule, tau=tau, flat=bounds is not None)
 
@@ -219,10 +223,10 @@ def activity_of(sums: Mapping[str, UnitSums], *, rule: Rule, tau: float = 1e-2, 
     units = [_padded([x.of_units.value[i] for x in layers]) for i in range(4)]
     frequency_errors = _padded([x.of_units.stderr[0] for x in layers])
     return UnitActivity(
-        num_units=torch.tensor([len(x.fired.count) for x in layers]),
+        num_units=torch.tensor([len(x.fired.hits) for x in layers]),
         frequency=values[:, 0], frequency_stderr=errors[:, 0],
         rms=rms, rms_stderr=torch.where(rms == 0, 0.0, errors[:, 1] / (2 * rms)),
-        num_dead=torch.tensor([int((x.fired.count == 0).sum()) for x in layers]),
+        num_dead=torch.tensor([int((x.fired.hits == 0).sum()) for x in layers]),
         dead=torch.stack([x.value for x in never]), dead_stderr=torch.stack([x.stderr for x in never]),
         once=torch.tensor([x.fired.once for x in layers], dtype=torch.float64),
         always=torch.stack([x.value for x in always]), always_stderr=torch.stack([x.stderr for x in always]),

@@ -47,8 +47,8 @@ class VolumeGrowth(Result):
 
     @property
     def head(self) -> str:
-        over = f"{counted(len(self.centres), 'point')} among {self.num_points:,} of {counted(self.num_groups, 'sequence')}"
-        return f"growth of volume around {over}"
+        points = f"{counted(len(self.centres), 'point')} among {self.num_points:,}"
+        return f"growth of volume around {points} of {counted(self.num_groups, 'sequence')}"
 
     @property
     def notes(self) -> list[str]:
@@ -75,9 +75,9 @@ def volume_growth(
 
     radii: `num_radii`, in equal ratios, from the distance of the `least`-th neighbour to that of the middle one. Slopes are
     least squares over `window` radii. Errors are by `num` resamples of sequences around the same centres. With $\hat\sigma$
-    these errors of a rise, c the 95th percentile of the largest of $(\text{rise}^* - \text{rise}) / \hat\sigma$ over all pairs
-    of scales, and the same statistic resampled as reported, `increase_low` is the largest of $\text{rise} - c \hat\sigma$: it
-    holds for all pairs at once, so that choosing the largest costs nothing. Each centre has its own 5 %.
+    these errors of a rise, c the 95th percentile of the largest of $(\text{rise}^* - \text{rise}) / \hat\sigma$ over all
+    pairs of scales, `increase_low` is the largest of $\text{rise} - c \hat\sigma$: it holds for all pairs at once, so that
+    choosing the largest costs nothing. What is resampled is what is reported. Each centre has its own 5 %.
 
     x: points, repeated ones left out. centres: their rows. groups: which sequence each point is of (None: every one its own).
 
@@ -109,8 +109,10 @@ def volume_growth(
     rows = [_around(x, int(i), group, weights, num_radii, least, window) for i in centres]
     radii, counts, at, slopes, errors, rise, low = (torch.stack(each) for each in zip(*rows, strict=True))
     return VolumeGrowth(
-        radii, counts, at, slopes, errors, rise, low, slopes.mean(0), num, len(x), weights.shape[1], key, centres.tolist()
-    )
+        radii=radii, counts=counts, slope_radii=at, slopes=slopes, slopes_stderr=errors, increase=rise, increase_low=low,
+        mean_slopes=slopes.mean(0), num=num, num_points=len(x), num_groups=weights.shape[1], key=key,
+        centres=centres.tolist(),
+    )  # fmt: skip
 
 
 def _around(
