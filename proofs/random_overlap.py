@@ -3,8 +3,8 @@
 Claim: Let u be uniform on the unit sphere of R^m and v any unit vector. Then E (u.v)^2 = 1 / m and E |u.v| =
     Gamma(m/2) / (sqrt(pi) Gamma((m+1)/2)), which is sqrt(2 / (pi m)) (1 + O(1/m)) and below it for no m. The law of u does
     not change under permutations of coordinates and signs; the mean of the square of a coordinate over these alone is
-    |x|^2 / m for every x. The density of t = u.v is proportional to (1 - t^2)^((m-3)/2), that of the angle to sin^(m-2): the angle is
-    uniform for m = 2 only.
+    |x|^2 / m for every x. The density of t = u.v is proportional to (1 - t^2)^((m-3)/2), that of the angle to
+    sin^(m-2): the angle is uniform for m = 2 only.
 Function: funcscope.representation.overlap_moments.mean_abs_coordinate
 Size: the square for m = 2, 3, 4 over all 2^m m! signed permutations of a vector of symbols; both moments from the density for
     m = 2 to 7.
