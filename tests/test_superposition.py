@@ -219,7 +219,7 @@ def test_matrices_of_a_transformer_are_those_of_its_sites(line):
 
 
 @cache
-def toy_model(density, n=20, m=5, steps=1500):
+def toy_model(density, n=20, m=5, steps=1000):
     """W (n, m) of the toy model: x in [0, 1] with probability `density`, else 0; loss |x - relu(W W' x + b)|^2."""
     w = (0.3 * fs.normal(fs.key(0), torch.zeros(n, m))).requires_grad_()
     b = torch.zeros(n, requires_grad=True)
@@ -273,11 +273,11 @@ def test_gini_is_the_mean_difference_of_pairs_and_hoyer_a_ratio_of_norms(num, se
 
 def test_gaussian_vectors_have_the_references():
     for num in (5, 50, 1000):
-        x = fs.normal(fold_in(fs.key(0), num), torch.zeros(4000, num, dtype=torch.float64))
-        stderr = float(hoyer(x).std()) / 4000**0.5
+        x = fs.normal(fold_in(fs.key(0), num), torch.zeros(1500, num, dtype=torch.float64))
+        stderr = float(hoyer(x).std()) / 1500**0.5
         assert abs(float(hoyer(x).mean()) - hoyer_reference(num)) < 4 * stderr
-        assert abs(float(gini(x).mean()) - gini_reference(num)) < 4 * float(gini(x).std()) / 4000**0.5 + 0.1 / num
-    assert abs(float(gini(x).mean()) - (math.sqrt(2) - 1)) < 1e-3
+        assert abs(float(gini(x).mean()) - gini_reference(num)) < 4 * float(gini(x).std()) / 1500**0.5 + 0.1 / num
+    assert abs(float(gini(x).mean()) - (math.sqrt(2) - 1)) < 2e-3
     assert gini_reference(1000) > 0.3  # "above 0.3 is concentrated" calls noise so
 
 

@@ -103,8 +103,8 @@ def test_mistake_33_angles_of_random_directions_are_not_uniform():
 
 def test_sequences_are_resampled_and_not_their_tokens():
     rows = cube(0, 200, 2)
-    x = torch.cat([rows + 1e-6 * normal(i, 200, 2) for i in range(5)])  # each point five times, nearly
-    groups = torch.arange(200).repeat(5)
+    x = rows.repeat_interleave(5, 0) + 1e-6 * normal(1, 1000, 2)  # each point five times, nearly
+    groups = torch.arange(200).repeat_interleave(5)
     centre = middle(x)
     by_token, by_sequence = (
         volume_growth(x, centre, key=fs.key(0), groups=each, least=50, num=200) for each in (None, groups)

@@ -87,7 +87,7 @@ def gradient_dead(loss: Loss, params: Params) -> GradientDead:
         mask = seen.mask[..., None]
         for name, slope in zip(names, pull(torch.ones_like(value)), strict=True):
             size = torch.where(mask, slope.abs(), 0.0).amax(1)[seen.mask.any(1)]  # of sequences, units
-            part, most = Reached.of(size != 0), size.amax(0).double().cpu()
+            part, most = Reached.of(size != 0), size.amax(0).cpu().double()
             reached[name] = reached[name].merge(part) if name in reached else part
             largest[name] = torch.maximum(largest[name], most) if name in largest else most
     post, pre = ([name for name in names if name.startswith(f"{kind}.")] for kind in kinds)

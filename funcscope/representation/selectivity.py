@@ -137,7 +137,8 @@ def unit_numbers(means: Float[Tensor, "*f c d"]) -> UnitNumbers:
     $$\frac{\max_c m_c - \overline{m_{c'}}}{\max_c m_c + \overline{m_{c'}}} \ (c' \ne \arg\max), \qquad
       -\textstyle\sum_c p_c \log p_c / \log C, \quad p = m / \sum m, \qquad (\sum_c m_c)^2 / \sum_c m_c^2.$$
 
-    A unit of one class alone has 1, 0, 1; one that answers to all alike 0, 1, C.
+    A unit of one class alone has 1, 0, 1; one that answers to all alike 0, 1, C. Of squared weights, features by units, the
+    last says with how many features a unit has to do.
 
     Morcos et al. (2018), arXiv:1803.06959 (selectivity).
 
@@ -228,7 +229,7 @@ def _of_layer(sums: ClassSums, null: list[UnitNumbers]) -> dict[str, Tensor]:
         each = [getattr(x, name).nanmean() for x in null]
         made[f"{name}_null"] = torch.stack(each).mean() if each else made[name] * math.nan
         if name == "selectivity":
-            above = sum((x >= made[name]).double() for x in each)
+            above = sum((x >= made[name]).to(x) for x in each)
             made["p_value"] = (1 + above) / (1 + len(each)) if each else made[name] * math.nan
     best = (totals / counts[:, None]).argmax(0)
     silent = whole.selectivity.isnan()

@@ -102,7 +102,7 @@ class Reached(NamedTuple):
         Without sequence s the units that it alone has reached are among them: as many as have one hit and s for last.
         """
         units, once = len(self.hits), self.last[self.hits == 1]
-        value = (self.hits == 0).double().mean().cpu()
+        value = (self.hits == 0).cpu().double().mean()
         if self.num < 2:
             return Share(value, torch.full_like(value, math.nan))
         alone = torch.bincount(once.cpu(), minlength=self.num).double() / units
@@ -111,4 +111,4 @@ class Reached(NamedTuple):
     @property
     def once(self) -> float:
         """The share of units that a single sequence has reached: of them, one more or fewer sequence decides."""
-        return float((self.hits == 1).double().mean())
+        return float((self.hits == 1).cpu().double().mean())

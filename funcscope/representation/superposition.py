@@ -207,7 +207,7 @@ def _of_matrix(w: Rows, norm_scale: float | None, chunk: int) -> dict[str, Any]:
         "features_per_dim": float((norms / scale).square().sum()) / m,
         "mean_overlap": overlap.mean, "random_overlap": mean_abs_coordinate(m), "square_ratio": m * overlap.mean_square,
         "largest_overlap": overlap.largest, "welch": welch_bound(overlap.num, m), "norm_scale": scale,
-        "phi_half": float((norms > scale / 2).double().mean()), "phi_one": float((norms > scale).double().mean()),
+        "phi_half": float((norms > scale / 2).to(norms).mean()), "phi_one": float((norms > scale).to(norms).mean()),
         "feature_dimensionality": each.cpu(), "feature_norm": norms.cpu(),
     }  # fmt: skip
 
