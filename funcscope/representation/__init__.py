@@ -1,10 +1,10 @@
 """How activations are laid out: units, superposition, similarity, dimension, what moves through the layers."""
 
-from .gains import PerturbationGains, ResidualGains, gain_sums, perturbation_gains, residual_gains
+from .gains import PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, residual_gains
 from .gradient_dead import GradientDead, gradient_dead
 from .overlap_moments import mean_abs_coordinate, welch_bound
 from .ricci import RicciCurvature, graph_ricci, ollivier_ricci, wasserstein_1
-from .selectivity import Selectivity, class_sums, selectivity, unit_numbers
+from .selectivity import Selectivity, class_numbers, class_sums, selectivity, selectivity_of, unit_numbers
 from .sparsity import Sparsity, gini, gini_reference, hoyer, hoyer_reference, sparsity, sparsity_of, sparsity_sums
 from .superposition import (
     Superposition,
@@ -28,12 +28,14 @@ __all__ = [
     "UnitActivity",
     "VolumeGrowth",
     "activity_of",
+    "class_numbers",
     "class_sums",
     "effective_features",
     "feature_dimensionality",
     "feature_matrices",
     "feature_overlap",
     "gain_sums",
+    "gains_of",
     "gini",
     "gini_reference",
     "gradient_dead",
@@ -45,6 +47,7 @@ __all__ = [
     "perturbation_gains",
     "residual_gains",
     "selectivity",
+    "selectivity_of",
     "sparsity",
     "sparsity_of",
     "sparsity_sums",

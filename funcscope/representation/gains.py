@@ -119,8 +119,15 @@ def residual_gains(net: Functional, params: Params, batches: Inputs | Iterable[I
         seen = trace(net, params, inputs, names)
         part = gain_sums(torch.stack([seen[name] for name in names]), seen.mask)
         sums = part if sums is None else sums.merge(part)
-    if sums is None or not sums.num:
-        raise ValueError("`batches` hold no token whose stream has a norm: there is nothing to be known of them.")
+    if sums is None:
+        raise ValueError("`batches` hold no token: there is nothing to be known of them.")
+    return gains_of(sums)
+
+
+def gains_of(sums: GainSums) -> ResidualGains:
+    """The result of the sums of a corpus. Raises ValueError where no token has a stream with a norm."""
+    if not sums.num:
+        raise ValueError("there is no token whose stream has a norm: nothing can be said of its gains.")
     (gain, log_gain, change), errors = sums.ratios.value.cpu(), sums.ratios.stderr.cpu()
     return ResidualGains(
         gain=gain, gain_stderr=errors[0], log_gain=log_gain, log_gain_stderr=errors[1], change=change,
@@ -169,11 +176,11 @@ def perturbation_gains(
     $$G_l^2 = \frac{\mathbb E \|J_l v\|^2}{\mathbb E \|v\|^2} = \overline{\|J_l\|_F^2} / (T D), \qquad
       J_l = \partial h_l / \partial h_0,$$
 
-    for normal v, drawn anew for every sequence (T tokens) and direction, at all its positions at once and read at all: exact
-    derivatives by jvp, not differences. The mean is over directions (`num` of them) and sequences, which weigh by their
-    tokens. `relative_gain` divides the squares of a sequence by the growth of its stream,
-    $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole.
-    Entry 0 is the perturbation itself, which scatters about 1.
+    for v uniform on the sphere of a sequence's T tokens together, drawn anew for every sequence and direction, so that it
+    enters at all positions at once and is read at all: exact derivatives by jvp, not differences. The mean is over directions
+    (`num` of them) and sequences, which weigh by their tokens. `relative_gain` divides the squares of a sequence by the
+    growth of its stream, $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole. Entry 0 is
+    the perturbation itself: 1.
 
     The error is over sequences: as each has directions of its own, it holds what these add. In a causal model the result for
     a sequence does not depend on its padding, which is not perturbed. batches: inputs, of one batch or of each.
@@ -218,12 +225,12 @@ def _growth(own: Float[Tensor, "l b"]) -> Float[Tensor, "l b"]:
 def _direction(
     key: Key, start: int, like: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t 1"]
 ) -> Float[Tensor, "b t d"]:
-    """Normal numbers at tokens, the k-th of which has the same whatever its padding."""
+    """Of a mean square of 1 over the tokens of a sequence, the k-th of which has the same whatever the padding."""
     made = torch.zeros_like(like)
     rows = []
     for row, there in enumerate(mask[..., 0]):
         drawn = normal(fold_in(key, start + row), like[row, : int(there.sum())])
-        rows.append(made[row].index_put((there,), drawn))
+        rows.append(made[row].index_put((there,), drawn / drawn.square().mean().sqrt()))
     return torch.stack(rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,7 +90,9 @@ class Selectivity(Result):
             "permuted labels give."
         ]
         if not self.num_permutations:
-            made.append("Labels were not permuted: they differ within sequences, no two of which are of one length.")
+            made.append(
+                "There is no null: labels were not permuted, or differ within sequences of unlike lengths."
+            )
         if not bool(self.selectivity_stderr.isfinite().all()):
             made.append("A class is in one fold of sequences only, and there is no error.")
         return made
@@ -186,19 +188,49 @@ def selectivity(
         raise ValueError(f"class {int(missing.nonzero()[0])} of `labels` has no row: number those that are there.")
     groups = torch.arange(len(labels)) if groups is None else groups.cpu().unique(return_inverse=True)[1]
     orders = _orders(labels.cpu(), groups, key, num)
-    columns: dict[str, list[Tensor]] = {}
-    for x in layers.values():
+    sums: dict[str, ClassSums] = {}
+    null: dict[str, list[UnitNumbers]] = {}
+    for name, x in layers.items():
         of = groups.to(x.device)
-        sums, *null = (
+        sums[name], *permuted = (
             class_sums(x, each.to(x.device), num_classes, groups=of, strength=strength) for each in (labels, *orders)
         )
-        for name, value in _of_layer(sums, [_means(each) for each in null]).items():
-            columns.setdefault(name, []).append(value.cpu())
-    made = {name: _stacked(x) for name, x in columns.items()}
+        null[name] = [class_numbers(each) for each in permuted]
+    return selectivity_of(sums, num_sequences=int(groups.max()) + 1, strength=strength, null=null, key=key)
+
+
+def selectivity_of(
+    sums: Mapping[str, ClassSums], *, num_sequences: int, strength: Strength = "magnitude",
+    null: Mapping[str, Sequence[UnitNumbers]] | None = None, key: Key | None = None,
+) -> Selectivity:  # fmt: skip
+    """The result of the sums of every layer, by name.
+
+    num_sequences, strength: of what they were made. null, key: `class_numbers` of the sums under labels that were permuted,
+    and by what.
+
+    Raises ValueError where there is no layer.
+
+    >>> x, labels = torch.tensor([[1.0], [3.0], [-2.0], [0.0]]), torch.tensor([0, 0, 1, 1])
+    >>> selectivity_of({"a": class_sums(x, labels, 2)}, num_sequences=4).unit_selectivity      # means of 2 and 1
+    tensor([[0.3333]], dtype=torch.float64)
+    """
+    if not sums:
+        raise ValueError("`sums` must be of a layer, got none.")
+    columns: dict[str, list[Tensor]] = {}
+    for name, each in sums.items():
+        for field, value in _of_layer(each, null[name] if null else ()).items():
+            columns.setdefault(field, []).append(value.cpu())
+    made, first = {name: _stacked(x) for name, x in columns.items()}, next(iter(sums))
     return Selectivity(
-        **made, num_classes=num_classes, num_rows=len(labels), num_sequences=int(groups.max()) + 1, strength=strength,
-        num_permutations=len(orders), key=key, layers=list(layers),
+        **made, num_classes=sums[first].counts.shape[1], num_rows=int(sums[first].counts.sum()),
+        num_sequences=num_sequences, strength=strength, num_permutations=len(null[first]) if null else 0, key=key,
+        layers=list(sums),
     )  # fmt: skip
+
+
+def class_numbers(sums: ClassSums) -> UnitNumbers:
+    """`unit_numbers` of the means over all folds together."""
+    return unit_numbers(sums.totals.sum(0) / sums.counts.sum(0)[:, None])
 
 
 def _stacked(x: list[Tensor]) -> Tensor:
@@ -209,14 +241,9 @@ def _stacked(x: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=pad)
 
 
-def _means(sums: ClassSums) -> UnitNumbers:
-    """Of all folds together."""
-    return unit_numbers(sums.totals.sum(0) / sums.counts.sum(0)[:, None])
-
-
-def _of_layer(sums: ClassSums, null: list[UnitNumbers]) -> dict[str, Tensor]:
+def _of_layer(sums: ClassSums, null: Sequence[UnitNumbers]) -> dict[str, Tensor]:
     """Fields of the result."""
-    whole = _means(sums)
+    whole = class_numbers(sums)
     some = sums.counts.sum(1) > 0  # folds
     totals, counts = sums.totals.sum(0), sums.counts.sum(0)
     left_out = unit_numbers((totals - sums.totals[some]) / (counts - sums.counts[some])[..., None])
