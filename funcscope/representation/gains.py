@@ -179,8 +179,8 @@ def perturbation_gains(
     for v uniform on the sphere of a sequence's T tokens together, drawn anew for every sequence and direction, so that it
     enters at all positions at once and is read at all: exact derivatives by jvp, not differences. The mean is over directions
     (`num` of them) and sequences, which weigh by their tokens. `relative_gain` divides the squares of a sequence by the
-    growth of its stream, $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole. Entry 0 is
-    the perturbation itself: 1.
+    growth of its stream, $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole. Entry 0
+    is the perturbation itself: 1.
 
     The error is over sequences: as each has directions of its own, it holds what these add. In a causal model the result for
     a sequence does not depend on its padding, which is not perturbed. batches: inputs, of one batch or of each.

@@ -90,9 +90,7 @@ class Selectivity(Result):
             "permuted labels give."
         ]
         if not self.num_permutations:
-            made.append(
-                "There is no null: labels were not permuted, or differ within sequences of unlike lengths."
-            )
+            made.append("There is no null: labels were not permuted, or differ within sequences of unlike lengths.")
         if not bool(self.selectivity_stderr.isfinite().all()):
             made.append("A class is in one fold of sequences only, and there is no error.")
         return made
