@@ -50,6 +50,17 @@ from funcscope.mechanistic import (
     qk_ov_circuits,
     token_attribution,
 )
+from funcscope.representation import (
+    gradient_dead,
+    ollivier_ricci,
+    perturbation_gains,
+    residual_gains,
+    selectivity,
+    sparsity,
+    superposition,
+    unit_activity,
+    volume_growth,
+)
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
@@ -149,6 +160,10 @@ def two_inputs() -> tuple:
 def faithfulness() -> Result:
     options = {"sizes": [1, 4], "num_random": 2, "num_exact": 3}
     return circuit_faithfulness(*two_inputs(), edge_attribution(*two_inputs()), key=fs.key(0), **options)
+
+
+def cloud() -> torch.Tensor:
+    return fs.normal(fs.key(0), torch.zeros(60, 3, dtype=torch.float64))
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -260,6 +275,17 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PatchingEffects": lambda: activation_patching(*two_inputs()),
     "EdgeAttribution": lambda: edge_attribution(*two_inputs()),
     "CircuitFaithfulness": faithfulness,
+    "UnitActivity": lambda: unit_activity(language().net, language().net.params, [words()], rule="relative"),
+    "GradientDead": lambda: gradient_dead(language(), language().net.params),
+    "Sparsity": lambda: sparsity({"a": cloud().view(4, 15, 3)}, torch.ones(4, 15, dtype=torch.bool)),
+    "Superposition": lambda: superposition({"a": cloud(), "b": cloud()[:5]}),
+    "Selectivity": lambda: selectivity({"a": cloud()}, torch.arange(60) % 3, key=fs.key(0)),
+    "ResidualGains": lambda: residual_gains(language().net, language().net.params, language().batches[0][0]),
+    "PerturbationGains": lambda: perturbation_gains(
+        language().net, language().net.params, language().batches[0][0], key=fs.key(0), num=2
+    ),
+    "VolumeGrowth": lambda: volume_growth(cloud(), torch.tensor([0, 3]), key=fs.key(0), num=20, num_radii=6, window=3),
+    "RicciCurvature": lambda: ollivier_ricci(cloud(), k=3, num=9, key=fs.key(0)),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
