@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from tqdm.auto import tqdm
 
+from ..core.keys import key
 from . import digest
 from .apart import apart
 from .asked import check_metrics, check_names, cost
@@ -171,7 +172,7 @@ class Bench:
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self.packages = PACKAGES()
-        self.shared = Shared(self._beside, alone=job.options.timeout_seconds is not None)
+        self.shared = Shared(self._beside, key(job.options.seed), alone=job.options.timeout_seconds is not None)
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
