@@ -2,6 +2,7 @@
 
 from .gains import PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, residual_gains
 from .gradient_dead import GradientDead, gradient_dead
+from .of_units import activation_sparsity, dead_neurons, stream_gains, weight_superposition
 from .overlap_moments import mean_abs_coordinate, welch_bound
 from .ricci import RicciCurvature, graph_ricci, ollivier_ricci, wasserstein_1
 from .selectivity import Selectivity, class_numbers, class_sums, selectivity, selectivity_of, unit_numbers
@@ -27,9 +28,11 @@ __all__ = [
     "Superposition",
     "UnitActivity",
     "VolumeGrowth",
+    "activation_sparsity",
     "activity_of",
     "class_numbers",
     "class_sums",
+    "dead_neurons",
     "effective_features",
     "feature_dimensionality",
     "feature_matrices",
@@ -51,11 +54,13 @@ __all__ = [
     "sparsity",
     "sparsity_of",
     "sparsity_sums",
+    "stream_gains",
     "superposition",
     "unit_activity",
     "unit_numbers",
     "unit_sums",
     "volume_growth",
     "wasserstein_1",
+    "weight_superposition",
     "welch_bound",
 ]

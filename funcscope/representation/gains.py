@@ -114,7 +114,7 @@ def residual_gains(net: Functional, params: Params, batches: Inputs | Iterable[I
     >>> residual_gains(net, net.params, [torch.tensor([[1, 2, 3], [4, 5, 6]])]).gain.shape
     torch.Size([2])
     """
-    names, sums = _streams(net), None
+    names, sums = streams_of(net), None
     for inputs in batches_of(batches):
         seen = trace(net, params, inputs, names)
         part = gain_sums(torch.stack([seen[name] for name in names]), seen.mask)
@@ -197,7 +197,7 @@ def perturbation_gains(
     """
     check_key(key)
     check_count("num", num)
-    names, start, sums = _streams(net), 0, None
+    names, start, sums = streams_of(net), 0, None
     for inputs in batches_of(batches):
         seen = trace(net, params, inputs, names)
         h, mask = torch.stack([seen[name] for name in names]), seen.mask[..., None]
@@ -251,7 +251,7 @@ def _norms(x: Float[Tensor, "l b t d"], mask: Bool[Tensor, "b t 1"]) -> Float[Te
     return torch.where(mask, x.to(wide(x.device)), 0.0).square().sum((-2, -1))
 
 
-def _streams(net: Functional) -> list[str]:
+def streams_of(net: Functional) -> list[str]:
     """The residual stream before every layer and behind the last."""
     behind = [name for name in sites_of(net) if name.startswith("resid_post.")]
     if not behind:
