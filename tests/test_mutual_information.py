@@ -1,4 +1,4 @@
-"""Mutual information: closed forms, scikit-learn, plain numpy; what copies, dependence and the documented formulas do."""
+"""Mutual information of labels and Gaussian sides, and of all estimators: closed forms, scikit-learn, copies, constants."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from known_information import KEY, draws, information, labels_of, pair
 from sklearn.covariance import ledoit_wolf_shrinkage
-from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 from sklearn.metrics import mutual_info_score
 from torch.testing import assert_close
 
@@ -26,7 +26,6 @@ from funcscope.information import (
 from funcscope.information.gaussian_information import ledoit_wolf
 from funcscope.information.groups import check_pairs, grouping
 
-KEY = fs.key(0)
 CONTINUOUS = pytest.mark.parametrize(
     "estimate",
     [
@@ -36,23 +35,6 @@ CONTINUOUS = pytest.mark.parametrize(
     ],
     ids=["KSG", "Gaussian", "InfoNCE"],
 )
-
-
-def draws(seed, *shape):
-    return fs.normal(fs.key(seed), torch.zeros(shape, dtype=torch.float64))
-
-
-def pair(seed, num, dims, rho):
-    x = draws(seed, num, dims)
-    return x, rho * x + math.sqrt(1 - rho**2) * draws(seed + 10_000, num, dims)
-
-
-def information(rho, dims=1):
-    return -dims / 2 * math.log1p(-(rho**2))
-
-
-def labels_of(seed, num, size):
-    return (fs.core.keys.uniform(fs.key(seed), torch.zeros(num, dtype=torch.float64)) * size).long()
 
 
 # Labels.
@@ -136,121 +118,6 @@ def test_labels_of_one_class_and_single_sequences():
     assert "no row has a neighbour" in own.notes[0]
 
 
-# Nearest neighbours.
-
-
-@pytest.mark.parametrize("num_neighbors", [3, 5])
-def test_one_dimension_is_scikit_learns(num_neighbors):
-    x, y = pair(0, 400, 1, 0.7)
-    made = mutual_information_ksg(x, y, key=KEY, num_neighbors=num_neighbors)
-    theirs = mutual_info_regression(x.numpy(), y[:, 0].numpy(), n_neighbors=num_neighbors, random_state=0)[0]
-    assert float(made.value) == pytest.approx(theirs, abs=1e-9)
-    labels = (y[:, 0] > 0).long() + (y[:, 0] > 1).long()
-    made = mutual_information_ross(x, labels, key=KEY, num_neighbors=num_neighbors)
-    theirs = mutual_info_classif(x.numpy(), labels.numpy(), n_neighbors=num_neighbors, random_state=0)[0]
-    assert float(made.value) == pytest.approx(theirs, abs=1e-9)
-
-
-def by_hand(x, y, groups, k):
-    """Kraskov's first estimator among rows of other sequences, from whole matrices of distances."""
-    from scipy.special import digamma
-
-    scaled = [(side - side.mean(0)) / side.std(0) for side in (x.numpy(), y.numpy())]
-    apart = [abs(side[:, None] - side).max(-1) for side in scaled]
-    other, terms = groups[:, None] != groups, []
-    for i in range(len(x)):
-        near = np.sort(np.maximum(*apart)[i][other[i]])[k - 1]
-        counts = [(each[i][other[i]] < near).sum() for each in apart]
-        terms.append(digamma(k) + digamma(other[i].sum() + 1) - sum(digamma(n + 1) for n in counts))
-    return np.mean(terms)
-
-
-@pytest.mark.parametrize("size", [1, 3])
-def test_several_dimensions_and_sequences_are_those_by_hand(size):
-    x, y = draws(3, 90, 2), draws(3, 90, 2) + draws(4, 90, 2)
-    y = torch.cat([y, draws(5, 90, 1)], 1)
-    groups = torch.arange(90) // size
-    made = mutual_information_ksg(x, y, key=KEY, groups=groups, num_neighbors=4)
-    assert float(made.value) == pytest.approx(by_hand(x, y, groups.numpy(), 4), abs=1e-9)
-    assert (made.dims, made.num_groups) == ((2, 3), 90 // size)
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
-def test_ksg_of_a_gaussian_pair_and_of_monotone_maps_of_it(rho):
-    x, y = pair(1, 2000, 1, rho)
-    made = mutual_information_ksg(x, y, key=KEY)
-    assert float(made.value) == pytest.approx(information(rho), abs=0.05)
-    scores = mutual_information_ksg(x, y, key=KEY, marginals="normal")
-    assert float(scores.value) == pytest.approx(information(rho), abs=0.05)
-    for through in (lambda z: z**3, torch.arcsinh) if rho else ():
-        mapped = mutual_information_ksg(through(x), through(y), key=KEY)
-        assert float(mapped.value) == pytest.approx(float(made.value), abs=0.1)
-        again = mutual_information_ksg(through(x), through(y), key=KEY, marginals="normal")
-        assert float(again.value) == pytest.approx(float(scores.value), abs=1e-9)
-
-
-def test_tokens_of_one_sequence_are_near_and_that_is_no_information():
-    """Slow walks, x and y independent: neighbours in time are neighbours on both sides."""
-    steps = draws(0, 40, 50, 2).cumsum(1)
-    x, y = (steps[..., i : i + 1].flatten(0, 1) for i in range(2))
-    groups = torch.arange(40).repeat_interleave(50)
-    documented = mutual_information_ksg(x, y, key=KEY)
-    assert float(documented.value) > 0.1
-    made = mutual_information_ksg(x, y, key=KEY, groups=groups)
-    assert abs(float(made.value)) < 3 * float(made.stderr)
-    assert float(documented.value) > 5 * float(documented.stderr)
-
-
-def test_sums_of_univariate_informations_are_not_that_of_the_sides():
-    """mistakes.md B 20: sum over the dimensions of x, mean over those of y, and the first component of y."""
-    x = draws(2, 2000, 2)
-    y = torch.stack([x[:, 0] * x[:, 1].sign(), x[:, 1].abs()], 1) + 0.3 * draws(7, 2000, 2)
-    twin = torch.cat([x[:, :1], x[:, :1]], 1) + 0.05 * draws(8, 2000, 2)  # two views of one number
-    target = x[:, :1] + 0.75 * draws(9, 2000, 1)
-    truth = math.log(1 + 1 / 0.75**2) / 2
-
-    def documented(side, other):
-        each = [
-            mutual_info_regression(side.numpy(), column.numpy(), n_neighbors=3, random_state=0) for column in other.T
-        ]
-        return np.sum(each, 1).mean()
-
-    assert documented(twin, target) > 1.8 * truth  # the same information, counted twice
-    assert float(mutual_information_ksg(twin, target, key=KEY).value) == pytest.approx(truth, abs=0.08)
-    assert documented(x, y) < 0.75 * float(mutual_information_ksg(x, y, key=KEY).value)  # and a joint one left out
-    first = torch.linalg.svd(y - y.mean(0), full_matrices=False)[2][:1].T
-    by_component = np.mean(mutual_info_regression(x.numpy(), (y @ first)[:, 0].numpy(), random_state=0))
-    assert by_component < 0.75 * float(mutual_information_ksg(x, y, key=KEY).value)
-
-
-def test_equal_rows_are_parted_by_the_key_and_named():
-    x, y = pair(0, 300, 1, 0.5)
-    x = x.round(decimals=1)
-    made = mutual_information_ksg(x, y, key=KEY)
-    assert "equal others" in made.notes[-1]
-    assert made == mutual_information_ksg(x, y, key=KEY)
-    assert math.isfinite(made.value)
-    assert not any("equal" in note for note in mutual_information_ksg(*pair(0, 300, 1, 0.5), key=KEY).notes)
-
-
-def test_many_dimensions_and_few_rows_are_named():
-    notes = mutual_information_ksg(draws(0, 100, 6), draws(1, 100, 6), key=KEY).notes
-    assert any("12 dimensions" in note for note in notes)
-    assert any("100 rows" in note for note in notes)
-    assert math.isnan(mutual_information_ksg(draws(0, 4, 1), draws(1, 4, 1), key=KEY).value)
-    wide = mutual_information_ksg(draws(0, 400, 5), pair(0, 400, 5, 0.9)[1], key=KEY)
-    assert float(wide.value) < 0.6 * information(0.9, 5)  # and it is as low as the notes say
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rho", [0.0, 0.6])
-def test_error_of_the_ksg_estimate_covers(rho):
-    made = [mutual_information_ksg(*pair(i, 600, 1, rho), key=fs.key(i)) for i in range(150)]
-    values, errors = (np.array([float(getattr(m, name)) for m in made]) for name in ("value", "stderr"))
-    assert 0.85 < (abs(values - information(rho)) <= 1.96 * errors).mean() < 0.99
-    assert errors.mean() == pytest.approx(values.std(), rel=0.2)
-
-
 # Gaussian.
 
 
@@ -308,62 +175,6 @@ def test_a_side_that_is_a_map_of_the_other_has_no_finite_information():
     made = mutual_information_gaussian(x, x @ draws(1, 2, 2))
     assert math.isnan(made.value)
     assert "linear relations" in made.notes[0]
-
-
-# InfoNCE.
-
-
-def test_infonce_is_a_lower_bound_near_the_truth_and_nothing_for_independent_sides():
-    x, y = pair(0, 600, 1, 0.8)
-    made = mutual_information_infonce(x, y, key=KEY, num_candidates=60, steps=100)
-    assert 0.7 * information(0.8) < float(made.value) < information(0.8) + 2 * float(made.stderr)
-    assert float(made.ceiling) == math.log(60)
-    assert not made.saturated
-    none = mutual_information_infonce(x, y.flip(0), key=KEY, num_candidates=60, steps=40)
-    assert float(none.value) < 2 * float(none.stderr) + 1e-3
-    assert float(none.value) > -0.05
-    short = [mutual_information_infonce(x, y, key=fs.key(i), num_candidates=60, steps=5) for i in (0, 0, 1)]
-    assert short[0] == short[1] != short[2]
-
-
-def test_on_the_pairs_that_train_it_a_critic_finds_information_where_there_is_none():
-    """mistakes.md B 21: the best epoch on the training pairs is no bound; independent sides get more than a nat."""
-    x, y = draws(0, 128, 30), draws(1, 128, 30)
-    W = torch.zeros(30, 30, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([W], lr=0.02)
-    for _ in range(60):
-        scores = x @ W @ y.T
-        loss = (scores.logsumexp(1) - scores.diagonal()).mean()
-        (W.grad,) = torch.autograd.grad(loss, [W])
-        adam.step()
-    documented = math.log(128) - float(loss.detach())
-    assert documented > 1
-    made = mutual_information_infonce(x, y, key=KEY, critic="bilinear", steps=60)
-    assert abs(float(made.value)) < 0.1
-
-
-def test_deterministic_layers_saturate_and_say_so():
-    """mistakes.md B 22: between layers of a deterministic network the value is log K, whatever they share."""
-    x = draws(0, 200, 6)
-    layers = {width: torch.tanh(x @ draws(width, 6, width)) for width in (6, 12)}
-    made = [mutual_information_infonce(x, h, key=KEY, num_candidates=16, steps=120) for h in layers.values()]
-    for each in made:
-        assert each.saturated
-        assert "ceiling" in each.notes[-1]
-        assert float(each.value) <= math.log(16)
-    assert abs(float(made[0].value - made[1].value)) < 0.1
-
-
-def test_candidates_are_of_other_sequences():
-    """Rows that are alike within a sequence would be told from their own, were they candidates."""
-    groups = torch.arange(60).repeat_interleave(5)
-    x = draws(0, 60, 3)[groups] + 0.01 * draws(1, 300, 3)
-    made = mutual_information_infonce(x, x, key=KEY, groups=groups, num_candidates=20, steps=100)
-    assert float(made.ceiling) == math.log(20)
-    assert float(made.value) > 0.9 * math.log(20)  # five alike among the candidates would cost up to log 5
-    few = mutual_information_infonce(x, x, key=KEY, groups=groups, steps=5)
-    assert float(few.ceiling) == math.log(30)  # of a half of the sequences
-    assert math.isnan(mutual_information_infonce(x[:40], x[:40], key=KEY, groups=groups[:40]).value)
 
 
 # All.
