@@ -53,7 +53,7 @@ def test_several_dimensions_and_sequences_are_those_by_hand(size):
     assert (made.dims, made.num_groups) == ((2, 3), 90 // size)
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize("rho", [0.0, 0.6, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_ksg_of_a_gaussian_pair_and_of_monotone_maps_of_it(rho):
     x, y = pair(1, 2000, 1, rho)
     made = mutual_information_ksg(x, y, key=KEY)
