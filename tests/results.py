@@ -29,6 +29,8 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
+from funcscope.information import mutual_information_infonce, output_entropy, spectral_entropy
+from funcscope.information.entropy import SequenceSums
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
     ablation_effects,
@@ -286,6 +288,11 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "VolumeGrowth": lambda: volume_growth(cloud(), torch.tensor([0, 3]), key=fs.key(0), num=20, num_radii=6, window=3),
     "RicciCurvature": lambda: ollivier_ricci(cloud(), k=3, num=9, key=fs.key(0)),
+    "Entropy": lambda: output_entropy(SequenceSums(*torch.tensor([[3.0, 1.0], [2.0, 1.0]], dtype=torch.float64))),
+    "SpectralEntropy": lambda: spectral_entropy(theta().view(13, 2)),
+    "MutualInformation": lambda: mutual_information_infonce(
+        theta().view(13, 2), other().view(13, 2), key=fs.key(0), num_candidates=4, steps=2
+    ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

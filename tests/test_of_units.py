@@ -1,0 +1,76 @@
+"""Units of models on texts, by readings: the numbers of the functions over arrays, whatever the batches are."""
+
+import pytest
+import torch
+from problems import seeded, tokens
+from test_architectures import model_of
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import funcscope as fs
+from funcscope.representation import (
+    activation_sparsity,
+    dead_neurons,
+    feature_matrices,
+    residual_gains,
+    sparsity,
+    stream_gains,
+    superposition,
+    unit_activity,
+    weight_superposition,
+)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def loss(request):
+    net = fs.functional(model_of(request.param, torch.float64))
+    return fs.objective(net, [tokens(7, 6, 9, pad=4)], fs.causal_lm)
+
+
+def test_one_pass_gives_what_the_functions_give_whatever_the_batches_are(loss):
+    params, batches = loss.net.params, [inputs for inputs, _ in loss.batches]
+    for each in (loss, loss.split(2)):
+        found = dead_neurons(each, params)
+        oracle = unit_activity(loss.net, params, batches, rule="relative")
+        assert found.rule == "relative"
+        for name in ("frequency", "frequency_stderr", "rms", "dead", "dead_stderr", "unit_frequency", "threshold"):
+            assert_close(getattr(found, name), getattr(oracle, name), rtol=1e-9, atol=1e-12, equal_nan=True)
+        gains, theirs = stream_gains(each, params), residual_gains(loss.net, params, batches)
+        assert_close((gains.gain, gains.gain_stderr, gains.change), (theirs.gain, theirs.gain_stderr, theirs.change))
+        seen = fs.trace(loss.net, params, batches[0], ["mlp_post"])
+        spread, alone = activation_sparsity(each, params), sparsity(seen.values, seen.mask)
+        assert_close((spread.hoyer, spread.gini_stderr), (alone.hoyer, alone.gini_stderr))
+    assert weight_superposition(loss.net, params) == superposition(feature_matrices(loss.net, params))
+
+
+def test_all_of_them_share_a_pass(loss):
+    params = loss.net.params
+    readings = {each.__name__: each.reading(loss, params) for each in (dead_neurons, activation_sparsity, stream_gains)}
+    together = fs.read(loss, params, readings)
+    assert together["dead_neurons"] == dead_neurons(loss, params)
+    assert together["stream_gains"] == stream_gains(loss, params)
+
+
+def test_relu_without_a_gate_counts_what_is_positive():
+    config = GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=8, activation_function="relu")
+    net = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config)))
+    loss = fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6]])], fs.causal_lm)
+    assert dead_neurons(loss, net.params).rule == "positive"
+    assert dead_neurons(loss, net.params, rule="relative").rule == "relative"
+    gated = LlamaConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=12, vocab_size=9, hidden_act="relu"
+    )
+    net = fs.functional(seeded(0, lambda: LlamaForCausalLM(gated)))
+    loss = fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6]])], fs.causal_lm)
+    assert dead_neurons(loss, net.params).rule == "relative"
+
+
+def test_models_that_are_not_described_are_refused():
+    config = OPTConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, ffn_dim=12, vocab_size=9, word_embed_proj_dim=8
+    )
+    net = fs.functional(seeded(0, lambda: OPTForCausalLM(config)))
+    loss = fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6]])], fs.causal_lm)
+    for call in (dead_neurons, activation_sparsity, stream_gains):
+        with pytest.raises(ValueError, match="not described"):
+            call(loss, net.params)
