@@ -5,10 +5,13 @@ from .gaussian_information import mutual_information_gaussian
 from .infonce import mutual_information_infonce
 from .mutual_information import MutualInformation, mutual_information_discrete
 from .neighbor_information import mutual_information_ksg, mutual_information_ross
+from .of_layers import LayerEntropy, LayerInformation, layer_entropy, layer_information
 from .spectral_entropy import SpectralEntropy, covariance_entropy, spectral_entropy
 
 __all__ = [
     "Entropy",
+    "LayerEntropy",
+    "LayerInformation",
     "MutualInformation",
     "SequenceSums",
     "SpectralEntropy",
@@ -16,6 +19,8 @@ __all__ = [
     "discrete_entropy",
     "entropy_of_counts",
     "entropy_sums",
+    "layer_entropy",
+    "layer_information",
     "mutual_information_discrete",
     "mutual_information_gaussian",
     "mutual_information_infonce",
