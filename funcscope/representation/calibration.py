@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.keys import Key, check_key, fold_in, uniform
+from ..core.tables import counted
 from .measures import Measure, Rows, compact
 from .sequences import block_stderr, equal_rows, sequence_index
 
@@ -58,7 +59,7 @@ def calibrate(
 
     stderr = block_stderr(without, sequence, values)
     orders = [_order(fold_in(key, i), few, rows).to(places.device) for i in range(num if few > 1 else 0)]
-    null = torch.stack([measure.values(x, y, order) for order in orders]) if orders else values[None][:0]
+    null = torch.stack(list(measure.permuted(x, y, orders))) if orders else values[None][:0]
     return Calibrated(values, stderr, null, few, few * rows, int(index.max()) + 1 - few)
 
 
@@ -111,7 +112,7 @@ def calibration_notes(num_sequences: int, rows: int, num_left_out: int, undefine
             "what all sequences share at a place is in the null, too."
         )
     if num_left_out:
-        notes.append(f"{num_left_out} sequences have fewer rows than are drawn of each, and are left out.")
+        notes.append(f"{counted(num_left_out, 'sequence')} with fewer rows than are drawn of each: left out.")
     if undefined:
         notes.append(
             "nan is undefined: a representation that does not vary, too few samples for the measure, or as many "

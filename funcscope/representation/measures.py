@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +35,12 @@ class Measure(ABC):
         """What is compared, of every layer."""
 
     @abstractmethod
-    def values(self, x: Form, y: Form, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "a b"]:
-        """Of every pair of layers, with sample i of x beside sample order[i] of y."""
+    def values(self, x: Form, y: Form) -> Float[Tensor, "a b"]:
+        """Of every pair of layers."""
+
+    @abstractmethod
+    def permuted(self, x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+        """The same with sample i of x beside sample order[i] of y, for each order."""
 
     def without(self, form: Form, rows: Sequence[Rows], sequence: Int[Tensor, " n"], keep: Bool[Tensor, " n"]) -> Form:
         """The form of the samples that stay."""
@@ -60,14 +64,25 @@ def kernel_form(factors: list[Rows], kernels: bool) -> Form:
     return Form(factors, whole, diagonals, torch.stack([each.square().sum() for each in small]))
 
 
-def cross(x: Form, y: Form, order: Int[Tensor, " n"] | None) -> Float[Tensor, "a b"]:
-    r"""$\mathrm{tr}(K_x P K_y P^\top)$ of every pair: by kernels, or by factors where both have few columns."""
+def cross(x: Form, y: Form) -> Float[Tensor, "a b"]:
+    r"""$\mathrm{tr}(K_x K_y)$ of every pair: by kernels, or by factors where both have few columns."""
     if x.kernels is not None and y.kernels is not None:
-        kernels = y.kernels if order is None else y.kernels[:, order][:, :, order]
-        return x.kernels.flatten(1) @ kernels.flatten(1).T
-    return torch.stack([
-        torch.stack([(a.T @ (b if order is None else b[order])).square().sum() for b in y.rows]) for a in x.rows
-    ])  # fmt: skip
+        return x.kernels.flatten(1) @ y.kernels.flatten(1).T
+    return torch.stack([torch.stack([(a.T @ b).square().sum() for b in y.rows]) for a in x.rows])
+
+
+def permuted_cross(x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+    """The same for permuted samples of y: each entry above the diagonal is picked once, as kernels are symmetric."""
+    if x.kernels is None or y.kernels is None:
+        for order in orders:
+            yield cross(x, Form([each[order] for each in y.rows], None, y.diagonals, y.squares))
+        return
+    size = len(x.rows[0])
+    rows, columns = torch.triu_indices(size, size, 1, device=x.diagonals.device)
+    above, entries = x.kernels[:, rows, columns], y.kernels.flatten(1)
+    for order in orders:
+        picked = entries[:, order[rows] * size + order[columns]]
+        yield 2 * above @ picked.T + x.diagonals @ y.diagonals[:, order].T
 
 
 def _is_wide(rows: Sequence[Rows]) -> bool:
@@ -84,11 +99,17 @@ class LinearKernels(Measure):
     def form(self, rows: Sequence[Rows], sequence: Int[Tensor, " n"]) -> Form:  # noqa: ARG002
         return kernel_form([centred(x) for x in rows], _is_wide(rows))
 
-    def values(self, x: Form, y: Form, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "a b"]:
-        diagonals = y.diagonals if order is None else y.diagonals[:, order]
-        both = self._hsic(
-            cross(x, y, order), x.diagonals @ diagonals.T, _outer(x.diagonals, y.diagonals), len(x.rows[0])
-        )
+    def values(self, x: Form, y: Form) -> Float[Tensor, "a b"]:
+        return self._ratio(x, y, cross(x, y), y.diagonals)
+
+    def permuted(self, x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+        orders = list(orders)
+        for order, both in zip(orders, permuted_cross(x, y, orders), strict=True):
+            yield self._ratio(x, y, both, y.diagonals[:, order])
+
+    def _ratio(self, x: Form, y: Form, both: Tensor, diagonals: Tensor) -> Tensor:
+        traces = torch.outer(x.diagonals.sum(1), y.diagonals.sum(1))
+        both = self._hsic(both, x.diagonals @ diagonals.T, traces, len(x.rows[0]))
         return both / torch.outer(self.own(x), self.own(y)).sqrt()
 
     def own(self, form: Form) -> Float[Tensor, " l"]:
@@ -116,10 +137,6 @@ class LinearKernels(Measure):
         return (cross + traces / ((num - 1) * (num - 2)) - num / (num - 2) * diagonals) / (num * (num - 3))
 
 
-def _outer(x: Float[Tensor, "a n"], y: Float[Tensor, "b n"]) -> Float[Tensor, "a b"]:
-    return torch.outer(x.sum(1), y.sum(1))
-
-
 @dataclass(frozen=True)
 class Projections(Measure):
     """Squared canonical correlations of the leading principal components."""
@@ -129,11 +146,17 @@ class Projections(Measure):
     def form(self, rows: Sequence[Rows], sequence: Int[Tensor, " n"]) -> Form:  # noqa: ARG002
         return kernel_form([self._whitened(centred(x)) for x in rows], _is_wide(rows))
 
-    def values(self, x: Form, y: Form, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "a b"]:
+    def values(self, x: Form, y: Form) -> Float[Tensor, "a b"]:
+        return self._mean(x, y, cross(x, y))
+
+    def permuted(self, x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+        return (self._mean(x, y, both) for both in permuted_cross(x, y, orders))
+
+    def _mean(self, x: Form, y: Form, both: Tensor) -> Tensor:
         ranks = [each.diagonals.sum(1).round() for each in (x, y)]
         few = torch.minimum(ranks[0][:, None], ranks[1])
         all_of_it = torch.maximum(ranks[0][:, None], ranks[1]) >= len(x.rows[0]) - 1
-        return (cross(x, y, order) / few).where((few > 0) & ~all_of_it, torch.nan)
+        return (both / few).where((few > 0) & ~all_of_it, torch.nan)
 
     def _whitened(self, x: Rows) -> Rows:
         """Left singular vectors of the components that hold the share of the variance."""
@@ -150,16 +173,36 @@ class Neighbours(Measure):
     k: int
 
     def form(self, rows: Sequence[Rows], sequence: Int[Tensor, " n"]) -> Form:
-        graphs = torch.stack([self._graph(x, sequence) for x in rows])
-        return Form(list(rows), graphs, graphs.sum(2), graphs.sum((1, 2)))
+        return self._form([self._squared(centred(x)) for x in rows], sequence)
 
-    def values(self, x: Form, y: Form, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "a b"]:
-        return cross(x, y, order) / (len(x.rows[0]) * self.k)
+    def values(self, x: Form, y: Form) -> Float[Tensor, "a b"]:
+        return cross(x, y) / (len(x.rows[0]) * self.k)
 
-    def _graph(self, x: Rows, sequence: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
-        x = centred(x)
+    def permuted(self, x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+        """Of y only entries between a sample and its neighbours in x are picked."""
+        assert x.kernels is not None
+        assert y.kernels is not None
+        size, graphs = len(x.rows[0]), y.kernels.flatten(1)
+        pairs = [each.nonzero(as_tuple=True) for each in x.kernels]
+        undefined = x.kernels.sum((1, 2))[:, None] * y.kernels.sum((1, 2)) * 0
+        for order in orders:
+            shared = [graphs[:, order[i] * size + order[j]].sum(1) for i, j in pairs]
+            yield torch.stack(shared) / (size * self.k) + undefined
+
+    def without(self, form: Form, rows: Sequence[Rows], sequence: Int[Tensor, " n"], keep: Bool[Tensor, " n"]) -> Form:
+        """Distances are the same among fewer samples."""
+        del rows
+        return self._form([apart[keep][:, keep] for apart in form.rows], sequence[keep])
+
+    def _form(self, distances: list[Float[Tensor, "n n"]], sequence: Int[Tensor, " n"]) -> Form:
+        graphs = torch.stack([self._graph(apart, sequence) for apart in distances])
+        return Form(distances, graphs, graphs.sum(2), graphs.sum((1, 2)))
+
+    def _squared(self, x: Rows) -> Float[Tensor, "n n"]:
         norms = x.square().sum(1)
-        apart = norms[:, None] + norms - 2 * x @ x.T
+        return norms[:, None] + norms - 2 * x @ x.T
+
+    def _graph(self, apart: Float[Tensor, "n n"], sequence: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
         same = sequence[:, None] == sequence
         if int((~same).sum(1).min()) < self.k:
             return torch.full_like(apart, math.nan)
@@ -176,11 +219,10 @@ class Rotations(Measure):
         squares = torch.stack([x.square().sum() for x in shapes])
         return Form(shapes, None, squares[:, None], squares)
 
-    def values(self, x: Form, y: Form, order: Int[Tensor, " n"] | None = None) -> Float[Tensor, "a b"]:
-        def nuclear(a: Rows, b: Rows) -> Tensor:
-            return torch.linalg.svdvals(a.T @ (b if order is None else b[order])).sum()
-
+    def values(self, x: Form, y: Form) -> Float[Tensor, "a b"]:
         sizes = torch.outer(x.squares, y.squares).sqrt()
-        return torch.stack([torch.stack([nuclear(a, b) for b in y.rows]) for a in x.rows]) / sizes.where(
-            sizes > 0, torch.nan
-        )
+        nuclear = [torch.stack([torch.linalg.svdvals(a.T @ b).sum() for b in y.rows]) for a in x.rows]
+        return torch.stack(nuclear) / sizes.where(sizes > 0, torch.nan)
+
+    def permuted(self, x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
+        return (self.values(x, Form([b[order] for b in y.rows], None, y.diagonals, y.squares)) for order in orders)

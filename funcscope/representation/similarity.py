@@ -100,8 +100,9 @@ def cka(
     many, else one. A permutation moves whole sequences, so that all have as many rows. Debiased is exact for one row of
     each: rows of one sequence are not independent, and what they share counts as alike.
 
-    Over 200 keys, the 95 % interval S ± t SE (t of as many less one as are left out in turn) holds the truth in 90 to 99 % of
-    64 samples of 8 dimensions for the debiased value; the biased one is centred on its own mean, which few samples raise.
+    The 95 % interval S ± t SE (t of one degree of freedom less than are left out in turn) of the debiased value held the
+    truth for 95 % of 200 keys, with 64 samples of 8 and 5 dimensions; that of the biased one its own mean, which few samples
+    raise, for 93 %.
 
     Raises ValueError where rows, groups and numbers are not as said.
 
@@ -131,8 +132,8 @@ def canonical_correlation(
     scaling else. The null is large where p and q are no small share of n: for independent representations its mean is
     max(p, q) / (n - 1). nan where a representation has n - 1 components: every pairing is as similar there.
 
-    Arguments as of `cka`. The error lets the components change with the sequences that are left out; the interval is centred
-    on the mean at this number of samples, not on its limit.
+    Arguments as of `cka`. The error lets the components change with the sequences that are left out; the interval held the
+    mean at this number of samples, which is not its limit, for 97 % of 200 keys.
 
     Raises ValueError as `cka`, and where `variance` is not above 0 and at most 1.
 
@@ -161,7 +162,7 @@ def procrustes(
     representations of many dimensions and few samples: read it beside its null.
 
     Arguments as of `cka`. A singular value decomposition of d x e for every permutation: of wide layers, take fewer. The
-    interval is centred on the mean at this number of samples.
+    interval held the mean at this number of samples, which is not its limit, for 97 % of 200 keys.
 
     Raises ValueError as `cka`.
 
@@ -186,7 +187,8 @@ def mutual_neighbours(
     by Euclidean distance, among rows of other sequences: those of its own are near in every representation. Of unrelated
     representations k over the number of candidates, on average. It sees the close neighbourhood only, whatever the rest does.
 
-    Arguments as of `cka`. The interval is centred on the mean at this number of samples: with more, neighbours are nearer.
+    Arguments as of `cka`. The interval held the mean at this number of samples for 98 % of 200 keys; with more, neighbours
+    are nearer, and the mean is another.
 
     Raises ValueError as `cka`. nan where a sample has fewer than k rows of other sequences.
 
