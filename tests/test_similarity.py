@@ -121,6 +121,18 @@ def test_the_null_is_that_of_permuted_sequences(name):
     assert found.p_value == (1 + int((found.null >= found.similarity.value).sum())) / 31
 
 
+def test_what_sequences_share_at_a_place_is_in_the_null():
+    """Both have the same vector for each place in a sequence, and nothing else in common."""
+    groups = torch.arange(20).repeat_interleave(4)
+    x, y = (torch.tile(normal(0, 4, 5), (20, 1)) + 0.3 * normal(i + 2, 80, 5) for i in (0, 1))
+    found = cka(x, y, groups, key=fs.key(0), num=99)
+    assert found.null_mean > 0.95 * float(found.similarity.value) > 0.5
+    assert found.p_value > 0.01
+    apart = cka(x, y, key=fs.key(0), num=99)  # negative control: tokens are permuted one by one
+    assert apart.null_mean < 0.05
+    assert apart.p_value == 0.01
+
+
 def test_all_pairings_of_few_samples_are_drawn_and_no_others():
     x, y = related(5, 4, 2, 2)
     found = cka(x, y, key=fs.key(0), num=400)
