@@ -53,13 +53,20 @@ from funcscope.mechanistic import (
     token_attribution,
 )
 from funcscope.representation import (
+    activation_spectra,
+    cka,
     gradient_dead,
+    gride,
+    layer_dimensions,
+    layer_similarity,
+    linear_reconstruction,
     ollivier_ricci,
     perturbation_gains,
     residual_gains,
     selectivity,
     sparsity,
     superposition,
+    two_nn,
     unit_activity,
     volume_growth,
 )
@@ -99,6 +106,16 @@ def language() -> fs.Loss:
     config = GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8, bos_token_id=1, eos_token_id=1)
     net = fs.functional(seeded(0, lambda: GPT2LMHeadModel(config).double()))
     return fs.objective(net, [{"input_ids": seeded(1, lambda: torch.randint(1, 9, (NUM, 5)))}], fs.causal_lm)
+
+
+def activations() -> dict[str, torch.Tensor]:
+    """Of two layers, four tokens of each of eight sequences."""
+    x = fs.normal(fs.key(4), torch.zeros(32, 3, dtype=torch.float64))
+    return {"0": x, "1": torch.cat([x[:, :2].tanh(), x[:, :1] * x[:, 1:2]], 1)}
+
+
+def sequences() -> torch.Tensor:
+    return torch.arange(8).repeat_interleave(4)
 
 
 def words() -> dict[str, torch.Tensor]:
@@ -293,6 +310,13 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "MutualInformation": lambda: mutual_information_infonce(
         theta().view(13, 2), other().view(13, 2), key=fs.key(0), num_candidates=4, steps=2
     ),
+    "Similarity": lambda: cka(*activations().values(), sequences(), key=fs.key(5), num=19),
+    "LayerSimilarity": lambda: layer_similarity(activations(), groups=sequences(), key=fs.key(5), num=19),
+    "ActivationSpectra": lambda: activation_spectra(activations(), sequences()),
+    "TwoNN": lambda: two_nn(activations()["0"], sequences()),
+    "LayerDimensions": lambda: layer_dimensions(activations(), sequences()),
+    "DimensionByScale": lambda: gride(activations()["0"], sequences(), neighbours=[2, 4]),
+    "LinearReconstruction": lambda: linear_reconstruction(activations(), sequences(), key=fs.key(5), alphas=[0.1, 1.0]),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
