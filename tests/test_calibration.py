@@ -1,6 +1,7 @@
 """Calibration. Oracles: definitions in numpy loops, closed forms of the null value, models that are calibrated by design."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def by_definition(logits, targets, edges):
     """ECE and, per bin, weight, accuracy and confidence."""
     p = torch.softmax(logits, -1).numpy()
     ece, rows, total = 0.0, [], float(targets.weight.sum())
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         members = [
             (float(p[i, t].max()), float(p[i, t].argmax() == targets.index[i, t]), float(targets.weight[i, t]))
             for i in range(p.shape[0])

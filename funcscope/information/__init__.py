@@ -1,21 +1,22 @@
 """How much activations and outputs say: entropies, mutual and usable information, its decomposition, calibration."""
 
-from .calibration import (
-    Calibration,
-    CalibrationSums,
-    calibration,
-    calibration_sums,
-    confidence_of,
-    equal_mass_edges,
-    equal_width_edges,
-    expected_calibration_error,
-)
+from .calibration import Calibration, calibration, expected_calibration_error
+from .calibration_sums import CalibrationSums, calibration_sums, confidence_of, equal_mass_edges, equal_width_edges
+from .discrete_pid import pid
 from .divergence import OutputDivergence, divergence_sums, js_divergence, kl_divergence, output_divergence
+from .pid import PID, pid_broja, pid_min_mi, pid_williams_beer
+from .probe_pid import probe_pid
+from .probes import Selectivity, UsableInformation, probe_selectivity, usable_information
+from .profile import InformationProfile, information_profile
 
 __all__ = [
+    "PID",
     "Calibration",
     "CalibrationSums",
+    "InformationProfile",
     "OutputDivergence",
+    "Selectivity",
+    "UsableInformation",
     "calibration",
     "calibration_sums",
     "confidence_of",
@@ -23,7 +24,15 @@ __all__ = [
     "equal_mass_edges",
     "equal_width_edges",
     "expected_calibration_error",
+    "information_profile",
     "js_divergence",
     "kl_divergence",
     "output_divergence",
+    "pid",
+    "pid_broja",
+    "pid_min_mi",
+    "pid_williams_beer",
+    "probe_pid",
+    "probe_selectivity",
+    "usable_information",
 ]

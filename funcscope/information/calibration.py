@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count
-from ..core.estimate import wide
 from ..core.keys import Key, check_key, normal
 from ..core.result import Result, quantity
-from ..core.softmax import Labels, check_classes
+from ..core.softmax import Labels
 from ..core.tables import counted
+from .calibration_sums import (
+    BINS,
+    SCORES,
+    CalibrationSums,
+    calibration_sums,
+    confidence_of,
+    equal_mass_edges,
+    equal_width_edges,
+)
 from .sequence_sums import SequenceSums
-
-SCORES = ("weight", "correct", "confidence", "brier", "nll")
-BINS = 15
 
 
 class Calibration(Result):
@@ -57,7 +63,7 @@ class Calibration(Result):
     @property
     def coords(self) -> dict[str, list[str]]:
         ends = [f"{x:.4g}" for x in self.edges.tolist()]
-        return {"bin": [f"{a} to {b}" for a, b in zip(ends, ends[1:], strict=False)]}
+        return {"bin": [f"{a} to {b}" for a, b in pairwise(ends)]}
 
     @property
     def head(self) -> str:
@@ -75,90 +81,6 @@ class Calibration(Result):
         return made
 
 
-class CalibrationSums(NamedTuple):
-    """What `calibration` needs of a corpus, batch by batch; made by `calibration_sums`."""
-
-    edges: Float[Tensor, " m"]
-    sums: SequenceSums
-    """Of the scores, and by bin of weights, of what is right, and of confidences."""
-    variance: Float[Tensor, " k"]
-    r"""By bin, of the weighted number of right answers of a calibrated model: $\sum w^2 c (1 - c)$."""
-
-    def merge(self, other: CalibrationSums) -> CalibrationSums:
-        """Of the sequences of both, which must be different ones. Raises ValueError where bins differ."""
-        if not self.edges.equal(other.edges):
-            raise ValueError("sums over different bins cannot be merged: pass the same `edges` for every batch.")
-        return CalibrationSums(self.edges, self.sums.merge(other.sums), self.variance + other.variance)
-
-
-def equal_width_edges(bins: int = BINS) -> Float[Tensor, " m"]:
-    """Ends of `bins` intervals of equal width between 0 and 1.
-
-    >>> equal_width_edges(2).tolist()
-    [0.0, 0.5, 1.0]
-    """
-    check_count("bins", bins)
-    return torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-
-
-def equal_mass_edges(confidence: Float[Tensor, " n"], bins: int = BINS) -> Float[Tensor, " m"]:
-    """Ends of at most `bins` intervals that hold about equally many of these confidences: quantiles, between 0 and 1.
-
-    confidence: of all positions, or of a sample that came before the corpus passes (`confidence_of`). Where confidences
-    coincide there are fewer bins. Bins that are made of the same data as the error are a small part of its bias.
-
-    >>> import torch
-    >>> equal_mass_edges(torch.tensor([0.25, 0.5, 0.75, 0.875]), 2).tolist()
-    [0.0, 0.625, 1.0]
-    """
-    check_count("bins", bins)
-    if not confidence.numel() or not bool(((confidence >= 0) & (confidence <= 1)).all()):
-        raise ValueError("`confidence` must hold probabilities, at least one: `confidence_of(logits, targets)`.")
-    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    values = confidence.double().cpu().quantile(inner) if bins > 1 else inner
-    return torch.cat([inner.new_zeros(1), values, inner.new_ones(1)]).round(decimals=12).unique()
-
-
-@torch.no_grad()
-def confidence_of(logits: Float[Tensor, "*b V"], targets: Labels) -> Float[Tensor, " n"]:
-    """The largest probability at every scored position, in float64."""
-    at = logits[_scored(logits, targets)].to(wide(logits.device))
-    return (at.amax(-1) - at.logsumexp(-1)).exp()
-
-
-@torch.no_grad()
-def calibration_sums(
-    logits: Float[Tensor, "*b V"], targets: Labels, edges: Float[Tensor, " m"], *, chunk: int = 64
-) -> CalibrationSums:
-    """Sums of a batch for `calibration`, to be merged with those of others.
-
-    logits: of shape (sequence, position, class) or (row, class). targets: labels and weights at the same positions as the
-    logits, as a criterion's `prepare` makes them: for a causal model, token t + 1 at position t, and no padding. Each
-    sequence must be whole in one batch. edges: `equal_width_edges` or `equal_mass_edges`, the same for all batches. chunk:
-    positions whose probabilities are in memory at a time, in float64.
-
-    Raises ValueError where shapes do not fit, and for edges that do not rise from 0 to 1.
-    """
-    check_count("chunk", chunk)
-    _check_edges(edges)
-    scored = _scored(logits, targets)
-    bins, total = len(edges) - 1, wide(logits.device)
-    inner = edges[1:-1].to(logits.device, total)
-    columns = torch.zeros(len(SCORES) + 3 * bins, len(logits), dtype=total, device=logits.device)
-    variance = torch.zeros(bins, dtype=total, device=logits.device)
-    for at in scored.nonzero().split(chunk):
-        place = tuple(at.T)
-        weight = targets.weight[place].to(total)
-        scores = _scores(logits[place].to(total), targets.index[place])
-        where = torch.bucketize(scores[2], inner)
-        columns[: len(SCORES)].index_add_(1, place[0], scores * weight)
-        for i in range(3):
-            first = len(SCORES) + i * bins
-            columns.index_put_((first + where, place[0]), scores[i] * weight, accumulate=True)
-        variance.index_add_(0, where, weight.square() * scores[2] * (1 - scores[2]))
-    return CalibrationSums(edges.double().cpu(), SequenceSums.of(columns), variance.cpu())
-
-
 def calibration(sums: CalibrationSums, *, key: Key, num: int = 1000) -> Calibration:
     r"""How far confidence is from accuracy: expected calibration error over bins of confidence, with its null value.
 
@@ -170,9 +92,9 @@ def calibration(sums: CalibrationSums, *, key: Key, num: int = 1000) -> Calibrat
     Errors are over sequences; that of ECE to first order, with the sign of each bin as it is. ECE is biased upward, the more
     the fewer positions a bin has: `ece_null` is its mean for a calibrated model with the same confidences, by `num` draws
     of normal deviations of variance $\sum w^2 c (1 - c)$ in each bin. These are the exact variances of a causal model's
-    successive predictions, too: if it is calibrated given the text so far, deviations are uncorrelated. `p_value` is the share
-    of draws that are as large. `squared_error` is $\sum_b \frac{W_b}{W} [(\bar a_b - \bar c_b)^2 - \mathrm{SE}_b^2]$, from
-    which the bias is taken off. Within a bin over- and underconfidence cancel: ECE is a lower bound of the error.
+    successive predictions, too: if it is calibrated given the text so far, deviations are uncorrelated. `p_value` is the
+    share of draws that are as large. `squared_error` is $\sum_b \frac{W_b}{W} [(\bar a_b - \bar c_b)^2 - \mathrm{SE}_b^2]$:
+    the bias is taken off. Within a bin over- and underconfidence cancel: ECE is a lower bound of the error.
 
     The interval of a bin's accuracy is Wilson's for as many independent positions as have its standard error, at most
     those there are; as many as there are sequences where all answers are alike.
@@ -238,19 +160,11 @@ def expected_calibration_error(
     return calibration(calibration_sums(logits, targets, edges), key=key, num=num)
 
 
-def _scores(logits: Float[Tensor, "n V"], label: Tensor) -> Float[Tensor, "scores n"]:
-    log_p = logits.log_softmax(-1)
-    chosen = log_p.gather(-1, label[:, None])[:, 0]
-    confidence, best = log_p.max(-1)
-    p = log_p.exp()
-    brier = p.square().sum(-1) - 2 * chosen.exp() + 1
-    return torch.stack([torch.ones_like(chosen), (best == label).to(chosen), confidence.exp(), brier, -chosen])
-
-
-def _scalars(sums: SequenceSums, gaps: Float[Tensor, " k"]) -> dict[str, float]:
+def _scalars(sums: SequenceSums, gaps: Float[Tensor, " k"]) -> dict[str, Any]:
     bins, rest = len(gaps), len(SCORES)
     mix = torch.zeros(5, len(sums.totals), dtype=torch.float64)
-    mix[0, rest + bins : rest + 2 * bins], mix[0, rest + 2 * bins :] = gaps.sign(), -gaps.sign()
+    sign = torch.where(gaps.isnan(), gaps, gaps.sign())  # `sign` has none for nan
+    mix[0, rest + bins : rest + 2 * bins], mix[0, rest + 2 * bins :] = sign, -sign
     mix[1, 1], mix[1, 2] = -1.0, 1.0
     mix[2, 1], mix[3, 3], mix[4, 4] = 1.0, 1.0, 1.0
     values, errors = sums.ratios(mix, 0)
@@ -259,7 +173,7 @@ def _scalars(sums: SequenceSums, gaps: Float[Tensor, " k"]) -> dict[str, float]:
     return {key: x for name, value, error in pairs for key, x in ((name, value), (f"{name}_stderr", error))}
 
 
-def _table(sums: SequenceSums, bins: int) -> tuple[dict[str, Tensor], Float[Tensor, " k"]]:
+def _table(sums: SequenceSums, bins: int) -> tuple[dict[str, Any], Float[Tensor, " k"]]:
     """Fields per bin, and the standard errors of accuracy less confidence."""
     made, first = [], len(SCORES)
     for b in range(bins):
@@ -282,19 +196,3 @@ def _wilson(p: Tensor, stderr: Tensor, weight: Tensor, sequences: Tensor, z: flo
     centre = (p + z**2 / (2 * num)) / (1 + z**2 / num)
     half = z / (1 + z**2 / num) * (p * (1 - p) / num + z**2 / (4 * num**2)).clamp_min(0).sqrt()
     return (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)
-
-
-def _scored(logits: Tensor, targets: Labels) -> Tensor:
-    if logits.ndim not in (2, 3) or targets.index.shape != logits.shape[:-1] or targets.weight.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"`targets` must hold labels and weights of shape {tuple(logits.shape[:-1])}, one per row of `logits`, got "
-            f"{tuple(targets.index.shape)} and {tuple(targets.weight.shape)}: they are made by a criterion's `prepare`."
-        )
-    check_classes(targets, logits.shape[-1])
-    return targets.weight != 0
-
-
-def _check_edges(edges: Tensor) -> None:
-    ends = len(edges) > 1 and float(edges[0]) == 0 and float(edges[-1]) == 1
-    if not ends or not bool((edges.diff() > 0).all()):
-        raise ValueError(f"`edges` must rise from 0 to 1, got {edges.tolist()}: `equal_width_edges(bins)`.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -112,7 +113,7 @@ def divergence_sums(
     if first.shape != second.shape or first.ndim != 3:
         raise ValueError(
             "`second` must be logits of shape (sequence, position, token) as `first`, of the same positions, got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}: divergences of unrelated positions say how unlike the texts are."
+            f"{tuple(first.shape)} and {tuple(second.shape)}: divergences of unrelated positions say how unlike texts are."
         )
     if weight.shape != first.shape[:2]:
         raise ValueError(f"`weight` must have the shape {tuple(first.shape[:2])}, got {tuple(weight.shape)}.")
