@@ -7,6 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 
+ROUNDING = 1e-13
+"""Of the merit: a smaller gain cannot be seen."""
+
 
 class Coupling(NamedTuple):
     """A joint distribution with the given pairs of margins whose conditional entropy of the target is the largest."""
@@ -17,7 +20,7 @@ class Coupling(NamedTuple):
     """Nats by which the conditional entropy may be below the largest one, at most: by a bound, whatever the solver did."""
 
 
-def least_informative(p: np.ndarray, *, tolerance: float = 1e-9, most: int = 200) -> Coupling:
+def least_informative(p: np.ndarray, *, tolerance: float = 1e-8, most: int = 100) -> Coupling:
     r"""The joint distribution q with the margins (x, z) and (y, z) of p that has the least I(X, Y; Z).
 
     Minimises the convex $f(q) = \sum q_{xyz} \log (q_{xyz} / q_{xy})$, the negative conditional entropy of z, over cells
@@ -31,17 +34,16 @@ def least_informative(p: np.ndarray, *, tolerance: float = 1e-9, most: int = 200
     Vicente (2017), doi:10.3390/e19100530.
     """
     cells = _Cells.of(p)
-    q, t, best = cells.start, 0.1 / max(len(cells.start), 1), None
+    q, num, best = cells.start, len(cells.start), None
+    t = 0.1 / num
     for _ in range(most):
-        q, multipliers, done = cells.newton(q, t)
+        q, multipliers, decrement = cells.newton(q, t)
         gap = cells.value(q) - cells.bound(multipliers)
         if best is None or gap < best[1]:
             best = (q, gap)
-        if best[1] <= tolerance:
+        if best[1] <= tolerance or t < tolerance / (1000 * num):  # further down there is rounding
             break
-        t *= 0.2 if done else 1.0
-        if t < 1e-16:
-            break
+        t *= 0.2 if decrement < num * t else 1.0
     assert best is not None
     whole = np.zeros(p.shape)
     whole[cells.x, cells.y, cells.z] = best[0]
@@ -86,8 +88,8 @@ class _Cells(NamedTuple):
         over = np.log(self.pairs(np.exp(np.minimum(terms, 700))).max())
         return float(multipliers @ self.sums - over)
 
-    def newton(self, q: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray, bool]:
-        """One step towards the centre of t; the multipliers there; whether it is reached."""
+    def newton(self, q: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """One step towards the centre of t; the multipliers there; twice what is left to gain, to second order."""
         total = self.pairs(q)
         gradient = np.log(q / total[self.pair]) - t / q
         inverse = q * q / (q + t)  # of the diagonal 1 / q + t / q^2; the Hessian has -1 / total beside it in each pair
@@ -107,15 +109,22 @@ class _Cells(NamedTuple):
         falling = step < 0
         size = min(1.0, 0.95 * float(np.min(q[falling] / -step[falling]))) if falling.any() else 1.0
         at = self._merit(q, t)
-        while size > 1e-10 and self._merit(q + size * step, t) > at - 1e-4 * size * decrement:
+        while decrement > ROUNDING and self._merit(q + size * step, t) > at - 1e-4 * size * decrement:
             size /= 2
-        return (self.fitted(q + size * step) if size > 1e-10 else q), multipliers, decrement < 0.1 * t or size <= 1e-10
+            if size < 1e-10:
+                return q, multipliers, 0.0
+        return self.fitted(q + size * step), multipliers, decrement
 
     def fitted(self, q: np.ndarray) -> np.ndarray:
         """With the margins that rounding took it away from, each cell moved in proportion to itself."""
         for _ in range(3):
             missing = self.sums - self.margins @ q
-            q = q * (1 + self.margins.T @ np.linalg.lstsq((self.margins * q) @ self.margins.T, missing, rcond=1e-13)[0])
+            moved = q * (
+                1 + self.margins.T @ np.linalg.lstsq((self.margins * q) @ self.margins.T, missing, rcond=1e-13)[0]
+            )
+            if not (moved > 0).all():
+                return q
+            q = moved
         return q
 
     def _merit(self, q: np.ndarray, t: float) -> float:

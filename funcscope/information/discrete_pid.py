@@ -73,7 +73,7 @@ def pid(
         return torch.tensor(list(decompose(table.reshape(shape), 1e-6)[0].values()), dtype=torch.float64)
 
     whole = np.bincount(codes, minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
-    values, gap = decompose(whole, 1e-9)
+    values, gap = decompose(whole, 1e-8)
     errors = bootstrap_stderr(parts, len(counts), key=fold_in(key, "resamples"), num=num)
     named = {f"{name}_stderr": float(each) for name, each in zip(ATOMS, errors, strict=True)}
     return PID(

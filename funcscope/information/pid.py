@@ -124,7 +124,7 @@ def pid_williams_beer(p: Float[Tensor, "..."]) -> PID:
     return PID(**williams_beer_atoms(table), method="williams_beer", terms="distribution")
 
 
-def pid_broja(p: Float[Tensor, "..."], *, tolerance: float = 1e-9) -> PID:
+def pid_broja(p: Float[Tensor, "..."], *, tolerance: float = 1e-8) -> PID:
     r"""The decomposition of Bertschinger et al. and of Griffith and Koch: what must be told by both together, at least.
 
     $$S = I_p(X, Y; Z) - \min_{q \in \Delta_p} I_q(X, Y; Z), \qquad
