@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
+from funcscope.core.softmax import Labels
 from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
@@ -28,6 +29,17 @@ from funcscope.fisher import (
     mask_overlap,
     pruning_mask,
     task_conflicts,
+)
+from funcscope.information import (
+    compressed_weights,
+    description_length,
+    divergence_sums,
+    expected_calibration_error,
+    information_profile,
+    output_divergence,
+    pid,
+    probe_selectivity,
+    usable_information,
 )
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
@@ -148,6 +160,20 @@ def faithfulness() -> Result:
     return circuit_faithfulness(*two_inputs(), edge_attribution(*two_inputs()), key=fs.key(0), **options)
 
 
+def activations() -> dict:
+    """Two layers at twelve rows, labels and sequences."""
+    x = fs.normal(fs.key(4), torch.zeros(12, 3))
+    return {"layers": {"a": x, "b": x.square()}, "labels": (x[:, 0] > 0).long(), "groups": torch.arange(12) // 2}
+
+
+def predictions(scale: float = 1.0) -> torch.Tensor:
+    return scale * fs.normal(fs.key(5), torch.zeros(NUM, 4, 9))
+
+
+def scored_labels() -> Labels:
+    return fs.causal_lm.prepare(language().batches[0][0]["input_ids"][:, :4])[1]
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -252,6 +278,18 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PatchingEffects": lambda: activation_patching(*two_inputs()),
     "EdgeAttribution": lambda: edge_attribution(*two_inputs()),
     "CircuitFaithfulness": faithfulness,
+    "UsableInformation": lambda: usable_information(
+        activations()["layers"]["a"], activations()["labels"], groups=activations()["groups"], key=fs.key(0), folds=3
+    ),
+    "Selectivity": lambda: probe_selectivity(
+        activations()["layers"]["a"], activations()["labels"], groups=activations()["groups"], key=fs.key(0), folds=3
+    ),
+    "InformationProfile": lambda: information_profile(**activations(), key=fs.key(0), folds=3),
+    "PID": lambda: pid(torch.arange(16) % 2, torch.arange(16) // 8, torch.arange(16) % 3, key=fs.key(0), num=5),
+    "OutputDivergence": lambda: output_divergence(divergence_sums(predictions(), predictions(2.0), torch.ones(NUM, 4))),
+    "Calibration": lambda: expected_calibration_error(predictions(), scored_labels(), key=fs.key(0), bins=3, num=50),
+    "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
+    "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
