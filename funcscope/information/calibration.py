@@ -97,7 +97,8 @@ def calibration(sums: CalibrationSums, *, key: Key, num: int = 1000) -> Calibrat
     the bias is taken off. Within a bin over- and underconfidence cancel: ECE is a lower bound of the error.
 
     The interval of a bin's accuracy is Wilson's for as many independent positions as have its standard error, at most
-    those there are; as many as there are sequences where all answers are alike.
+    those there are; as many as there are sequences where all answers are alike, which have no standard error. Nor have the
+    null values and `squared_error`: they are what the data are compared with.
 
     sums: of `calibration_sums`, merged over batches.
 
@@ -185,14 +186,16 @@ def _table(sums: SequenceSums, bins: int) -> tuple[dict[str, Any], Float[Tensor,
     weight, sequences = sums.totals[first : first + bins], sums.counts[first : first + bins]
     low, high = _wilson(accuracy, stderr, weight, sequences)
     return {
-        "bin_confidence": confidence, "bin_accuracy": accuracy, "bin_accuracy_stderr": stderr,
+        "bin_confidence": confidence, "bin_accuracy": accuracy,
+        "bin_accuracy_stderr": torch.where(accuracy * (1 - accuracy) > 1e-9, stderr, math.nan),
         "bin_low": low, "bin_high": high, "bin_weight": weight,
     }, gap_stderr  # fmt: skip
 
 
 def _wilson(p: Tensor, stderr: Tensor, weight: Tensor, sequences: Tensor, z: float = 1.959964) -> tuple[Tensor, Tensor]:
     """Wilson (1927), doi:10.1080/01621459.1927.10502953."""
-    num = torch.where(stderr > 0, torch.minimum(p * (1 - p) / stderr.square(), weight), sequences.to(weight))
+    alone = p * (1 - p)
+    num = torch.where(alone > 1e-9, torch.minimum(alone / stderr.square(), weight).clamp_min(1), sequences.to(weight))
     centre = (p + z**2 / (2 * num)) / (1 + z**2 / num)
     half = z / (1 + z**2 / num) * (p * (1 - p) / num + z**2 / (4 * num**2)).clamp_min(0).sqrt()
     return (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)

@@ -74,6 +74,10 @@ class CompressedWeights(Result):
     step: float
     num_parameters: int
 
+    @property
+    def head(self) -> str:
+        return f"{counted(self.num_parameters, 'parameter')} through lzma"
+
 
 class Quantised(NamedTuple):
     """One tensor as multiples of a step."""
@@ -122,8 +126,8 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
 
     a complete code once K is known: nothing is left out, and no entropy stands in for a code. The labels are coded by the
     quantised model, which is what the receiver has: `distortion_bits` is what that costs over the full weights, with its
-    error over sequences. Compare totals on the same data only; where the step is chosen among several by its total, the
-    choice takes bits, too.
+    error over sequences; the other bits are lengths, and have none. Compare totals on the same data only; where
+    the step is chosen among several by its total, the choice takes bits, too.
 
     Raises ValueError for losses that are no log-likelihood, and for a step that is not above 0.
 

@@ -66,6 +66,10 @@ class Selectivity(Result):
     key: Key
 
     @property
+    def head(self) -> str:
+        return f"a linear probe beside a control task over {self.control}, {counted(self.accuracy.num, 'group')}"
+
+    @property
     def notes(self) -> list[str]:
         if math.isnan(float(self.information.value)):
             return [ONE_LABEL]

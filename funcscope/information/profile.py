@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, quantity
+from ..core.tables import counted
 from .held_out import (
     ONE_LABEL,
     check_probe,
@@ -44,6 +45,7 @@ class InformationProfile(Result):
     reconstruction_stderr: Float[Tensor, " l"]
     entropy: float = quantity("entropy of the labels", unit="nats")
     names: list[str]
+    num_groups: int
     num_absent: int
     num_unconverged: int
     key: Key
@@ -51,6 +53,10 @@ class InformationProfile(Result):
     @property
     def coords(self) -> dict[str, list[str]]:
         return {"layer": self.names}
+
+    @property
+    def head(self) -> str:
+        return f"usable information by layer over {counted(self.num_groups, 'group')}"
 
     @property
     def notes(self) -> list[str]:
@@ -115,6 +121,7 @@ def information_profile(
         **vectors,
         entropy=-float(frequency.log().mean()),
         names=list(layers),
+        num_groups=len(groups.unique()),
         num_absent=sum(each.num_absent for each in made),
         num_unconverged=sum(each.num_unconverged for each in made),
         key=key,
