@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +107,19 @@ def test_chunks_batches_and_padding_change_nothing(kind):
     assert_close(merged.bin_accuracy, whole.bin_accuracy, equal_nan=True)
     with pytest.raises(ValueError, match="the same `edges`"):
         parts[0].merge(calibration_sums(logits, targets, equal_width_edges(5)))
+
+
+@pytest.mark.parametrize(("right", "num"), [(0, 8), (3, 8), (8, 8), (17, 40)])
+def test_intervals_of_independent_rows_are_wilsons(right, num):
+    """Rows of their own: the error of the accuracy is that of a binomial, but for n - 1."""
+    logits = torch.tensor([[0.0, 1.0]]).repeat(num, 1).double()
+    targets = Labels((torch.arange(num) < right).long(), torch.ones(num))
+    found = expected_calibration_error(logits, targets, key=KEY, bins=1, kind="equal_width", num=2)
+    size = num if right in (0, num) else num - 1
+    p, z = right / num, scipy.stats.norm.ppf(0.975)
+    root = np.roots([1 + z**2 / size, -(2 * p + z**2 / size), p**2])  # (p - r)^2 = z^2 r (1 - r) / n
+    assert [float(found.bin_low[0]), float(found.bin_high[0])] == pytest.approx(sorted(root.real), abs=1e-6)
+    assert bool(found.bin_accuracy_stderr.isnan()) == (right in (0, num))
 
 
 def test_bins_of_equal_mass_are():

@@ -213,7 +213,7 @@ def test_control_labels_keep_types_or_sequences():
 def test_profile_is_each_layer_alone_and_ridge_by_hand():
     x, labels, groups = rows(noise=0.3)
     mix = normal(key(20), torch.zeros(4, 6, dtype=torch.float64))
-    layers = {"a": x, "b": x @ mix, "c": (x @ mix)[:, :2] + 5 * normal(key(21), x[:, :2])}
+    layers = {"a": x, "b": x @ mix, "c": 20 + (x @ mix)[:, :2] + 5 * normal(key(21), x[:, :2])}
     found = information_profile(layers, labels, key=KEY, groups=groups)
     for i, each in enumerate(layers.values()):
         alone = usable_information(each, labels, key=KEY, groups=groups)
