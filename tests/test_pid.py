@@ -236,6 +236,8 @@ def test_miller_and_madow_take_off_the_bias_of_independent_samples():
     bias, stderr = sum(plain) / 40, float(torch.tensor(corrected).std()) / 40**0.5
     assert bias == pytest.approx((27 - 9 - 3 + 1) / 400, rel=0.25)
     assert abs(sum(corrected) / 40) < 4 * stderr + 0.1 * bias
+    pair, cells = (3 * x + y).unique(), (9 * x + 3 * y + z).unique()
+    assert plain[-1] - corrected[-1] == pytest.approx((len(cells) - len(pair) - 3 + 1) / 400, rel=1e-9)
     with pytest.raises(ValueError, match="no sums of entropies"):
         pid(x, y, z, key=key(0), correction="miller_madow")
 
