@@ -170,6 +170,7 @@ def test_other_keys_give_other_folds():
     assert first != other
 
 
+@pytest.mark.slow
 def test_errors_cover_what_fresh_samples_vary_by():
     values, errors = [], []
     for seed in range(30):
