@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
+from funcscope.core.softmax import Labels
 from funcscope.curvature import batch_dependence, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
@@ -29,8 +30,21 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
-from funcscope.information import mutual_information_infonce, output_entropy, spectral_entropy
-from funcscope.information.entropy import SequenceSums
+from funcscope.information import (
+    compressed_weights,
+    description_length,
+    divergence_sums,
+    expected_calibration_error,
+    information_profile,
+    mutual_information_infonce,
+    output_divergence,
+    output_entropy,
+    pid,
+    probe_selectivity,
+    spectral_entropy,
+    usable_information,
+)
+from funcscope.information.sequence_sums import SequenceSums
 from funcscope.linalg import block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
     ablation_effects,
@@ -185,6 +199,20 @@ def cloud() -> torch.Tensor:
     return fs.normal(fs.key(0), torch.zeros(60, 3, dtype=torch.float64))
 
 
+def labelled() -> dict:
+    """Two layers at twelve rows, labels and sequences."""
+    x = fs.normal(fs.key(4), torch.zeros(12, 3))
+    return {"layers": {"a": x, "b": x.square()}, "labels": (x[:, 0] > 0).long(), "groups": torch.arange(12) // 2}
+
+
+def predictions(scale: float = 1.0) -> torch.Tensor:
+    return scale * fs.normal(fs.key(5), torch.zeros(NUM, 4, 9))
+
+
+def scored_labels() -> Labels:
+    return fs.causal_lm.prepare(language().batches[0][0]["input_ids"][:, :4])[1]
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -305,7 +333,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "VolumeGrowth": lambda: volume_growth(cloud(), torch.tensor([0, 3]), key=fs.key(0), num=20, num_radii=6, window=3),
     "RicciCurvature": lambda: ollivier_ricci(cloud(), k=3, num=9, key=fs.key(0)),
-    "Entropy": lambda: output_entropy(SequenceSums(*torch.tensor([[3.0, 1.0], [2.0, 1.0]], dtype=torch.float64))),
+    "Entropy": lambda: output_entropy(SequenceSums.of(torch.tensor([[3.0, 1.0], [2.0, 1.0]]))),
+    "LayerEntropy": lambda: layer_entropy(language(), language().net.params, key=fs.key(0)),
+    "LayerInformation": lambda: layer_information(language(), language().net.params, key=fs.key(0), dims=1),
     "SpectralEntropy": lambda: spectral_entropy(theta().view(13, 2)),
     "MutualInformation": lambda: mutual_information_infonce(
         theta().view(13, 2), other().view(13, 2), key=fs.key(0), num_candidates=4, steps=2
@@ -317,6 +347,18 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "LayerDimensions": lambda: layer_dimensions(activations(), sequences()),
     "DimensionByScale": lambda: gride(activations()["0"], sequences(), neighbours=[2, 4]),
     "LinearReconstruction": lambda: linear_reconstruction(activations(), sequences(), key=fs.key(5), alphas=[0.1, 1.0]),
+    "UsableInformation": lambda: usable_information(
+        labelled()["layers"]["a"], labelled()["labels"], groups=labelled()["groups"], key=fs.key(0), folds=3
+    ),
+    "ProbeSelectivity": lambda: probe_selectivity(
+        labelled()["layers"]["a"], labelled()["labels"], groups=labelled()["groups"], key=fs.key(0), folds=3
+    ),
+    "InformationProfile": lambda: information_profile(**labelled(), key=fs.key(0), folds=3),
+    "PID": lambda: pid(torch.arange(16) % 2, torch.arange(16) // 8, torch.arange(16) % 3, key=fs.key(0), num=5),
+    "OutputDivergence": lambda: output_divergence(divergence_sums(predictions(), predictions(2.0), torch.ones(NUM, 4))),
+    "Calibration": lambda: expected_calibration_error(predictions(), scored_labels(), key=fs.key(0), bins=3, num=50),
+    "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
+    "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

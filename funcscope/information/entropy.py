@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.estimate import wide
 from ..core.result import Result, derived, internal, quantity
-from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
 from .groups import Grouping, Groups, check_labels, grouping, with_second_order
+from .sequence_sums import SequenceSums
 
 Correction = Literal["miller-madow", "plug-in"]
 
@@ -144,17 +143,6 @@ def occupancy(labels: Int[Tensor, " n"], rows: Grouping) -> Occupancy:
     return Occupancy(-share.log()[label], len(counts), (squares / share).sum() / (2 * num**2))
 
 
-class SequenceSums(NamedTuple):
-    """Sums over the positions of each sequence: two numbers for each, whatever its length."""
-
-    numerators: Float[Tensor, " n"]
-    counts: Float[Tensor, " n"]
-
-    def merge(self, other: SequenceSums) -> SequenceSums:
-        """Of the sequences of both."""
-        return SequenceSums(*(torch.cat(each) for each in zip(self, other, strict=True)))
-
-
 @torch.no_grad()
 def entropy_sums(logits: Float[Tensor, "b t v"], mask: Bool[Tensor, "b t"], *, chunk: int = 256) -> SequenceSums:
     r"""Of each sequence of a batch, the summed entropy of the outputs at valid positions, in nats, and how many they are.
@@ -166,8 +154,8 @@ def entropy_sums(logits: Float[Tensor, "b t v"], mask: Bool[Tensor, "b t"], *, c
 
     Raises ValueError for a mask that does not fit the logits.
 
-    >>> entropy_sums(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]]))          # 2 log 4
-    SequenceSums(numerators=tensor([2.7726], dtype=torch.float64), counts=tensor([2.], dtype=torch.float64))
+    >>> entropy_sums(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]])).totals          # 2 log 4, and 2
+    tensor([2.7726, 2.0000], dtype=torch.float64)
     """
     check_count("chunk", chunk)
     if logits.ndim != 3 or mask.shape != logits.shape[:2]:
@@ -183,34 +171,27 @@ def entropy_sums(logits: Float[Tensor, "b t v"], mask: Bool[Tensor, "b t"], *, c
     ]
     values = torch.cat(parts) if parts else torch.zeros(0, dtype=total, device=logits.device)
     summed = torch.zeros(len(mask), dtype=total, device=logits.device).index_add(0, sequence, values)
-    return SequenceSums(summed, mask.sum(1).to(total))
+    return SequenceSums.of(torch.stack([summed, mask.sum(1).to(total)]))
 
 
-def output_entropy(sums: SequenceSums | Sequence[SequenceSums]) -> Entropy:
+def output_entropy(sums: SequenceSums) -> Entropy:
     r"""Mean entropy of the outputs over valid positions, in nats, with its error over sequences.
 
     $$\bar H = \sum_s a_s \Big/ \sum_s n_s, \qquad
       \mathrm{SE}^2 = \tfrac{S}{S - 1} \textstyle\sum_s (a_s - \bar H n_s)^2 \big/ \big(\sum_s n_s\big)^2,$$
 
-    with $a_s$ the summed entropies of sequence s and $n_s$ its valid positions: what `entropy_sums` makes of each batch. It
-    is how undecided the model is, not how uncertain the next token is: that takes a model which is calibrated.
-
-    Raises ValueError where there is no batch.
+    with $a_s$ the summed entropies of sequence s and $n_s$ its valid positions: what `entropy_sums` makes of each batch,
+    merged. It is how undecided the model is, not how uncertain the next token is: that takes a model which is calibrated.
 
     >>> made = output_entropy(entropy_sums(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)))
     >>> round(float(made.perplexity), 6)
     4.0
     """
-    parts = [sums] if isinstance(sums, SequenceSums) else list(sums)
-    if not parts:
-        raise ValueError("`sums` must be those of one batch at least, got none.")
-    numerators, counts = (torch.cat(each) for each in zip(*parts, strict=True))
-    num, sequences = int(counts.sum()), int((counts > 0).sum())
-    value = numerators.sum() / counts.sum()
+    num, sequences = int(sums.totals[1]), int(sums.counts[1])
+    (value,), (stderr,) = sums.ratios(torch.tensor([[1.0, 0.0]]), 1)
     reason = one_sequence(sequences) if num else "no position is valid: there is no output whose entropy this could be."
     if num and not bool(value.isfinite()):
         reason = "logits are not finite: their softmax is undefined."
-    stderr = ratio_stderr(numerators[None], counts)[0]
     return Entropy(value, stderr, num, sequences, "output", reason)
 
 

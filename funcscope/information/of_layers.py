@@ -19,11 +19,12 @@ from ..core.result import Result, internal, quantity
 from ..core.streams import Reservoir, sampled
 from ..core.tables import counted
 from ..core.trace import sites_of
-from .entropy import SequenceSums, entropy_sums, output_entropy
+from .entropy import entropy_sums, output_entropy
 from .gaussian_information import mutual_information_gaussian
 from .infonce import mutual_information_infonce
 from .mutual_information import MutualInformation
 from .neighbor_information import mutual_information_ksg
+from .sequence_sums import SequenceSums
 from .spectral_entropy import spectral_entropy
 
 Estimator = Literal["gaussian", "ksg", "infonce"]
@@ -148,8 +149,7 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
     inner = sampled(names, lambda kept: kept, key=key, size=size)
 
     def of_batch(batch: Batch) -> tuple[Reservoir, SequenceSums]:
-        sums = entropy_sums(batch.seen["logits"], batch.seen.mask)
-        return inner.of_batch(batch), SequenceSums(*(each.cpu() for each in sums))
+        return inner.of_batch(batch), entropy_sums(batch.seen["logits"], batch.seen.mask)
 
     def merge(
         before: tuple[Reservoir, SequenceSums] | None, part: tuple[Reservoir, SequenceSums]

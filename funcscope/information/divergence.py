@@ -1,0 +1,156 @@
+"""How far the predictions of two models, or of one model on two inputs, are from each other at the same positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..core.checks import check_count
+from ..core.estimate import wide
+from ..core.result import Result, quantity
+from ..core.tables import counted
+from .sequence_sums import SequenceSums
+
+NAMES = ("kl", "kl_reverse", "js")
+
+
+def kl_divergence(log_p: Float[Tensor, "*m V"], log_q: Float[Tensor, "*m V"]) -> Float[Tensor, "*m"]:
+    r"""Kullback and Leibler's divergence $\mathrm{KL}(p \| q) = \sum_v p_v (\log p_v - \log q_v)$ in nats, in float64.
+
+    log_p, log_q: log-probabilities over the last dimension; -inf is probability 0. It is not symmetric, infinite where q is 0
+    and p is not, and 0 exactly for equal arguments.
+
+    Kullback, Leibler (1951), doi:10.1214/aoms/1177729694.
+
+    >>> import torch
+    >>> half, sure = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()
+    >>> round(float(kl_divergence(sure, half)), 4), float(kl_divergence(half, sure))
+    (0.6931, inf)
+    """
+    log_p, log_q = log_p.to(wide(log_p.device)), log_q.to(wide(log_q.device))
+    return _mean_under(log_p, log_p - log_q)
+
+
+def js_divergence(log_p: Float[Tensor, "*m V"], log_q: Float[Tensor, "*m V"]) -> Float[Tensor, "*m"]:
+    r"""Jensen and Shannon's divergence in nats, between 0 and ln 2, in float64.
+
+    $$\mathrm{JS} = \tfrac12 \mathrm{KL}(p \| m) + \tfrac12 \mathrm{KL}(q \| m), \qquad m = \tfrac12 (p + q).$$
+
+    Symmetric; finite for every p and q; its root is a metric. The mixture is never formed: $\log m_v - \log p_v$ follows
+    from the difference of the two log-probabilities, and is 0 exactly where that is.
+
+    Lin (1991), doi:10.1109/18.61115; Endres, Schindelin (2003), doi:10.1109/TIT.2003.813506.
+
+    >>> import torch
+    >>> one, other = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
+    >>> round(float(js_divergence(one, other)), 6)                                              # ln 2
+    0.693147
+    """
+    log_p, log_q = log_p.to(wide(log_p.device)), log_q.to(wide(log_q.device))
+    apart = log_q - log_p
+    return -(_mean_under(log_p, _half_rise(apart)) + _mean_under(log_q, _half_rise(-apart))) / 2
+
+
+def _half_rise(d: Tensor) -> Tensor:
+    """log((1 + exp(d)) / 2), to the last digits of a small d."""
+    return torch.log1p(torch.expm1(-d.abs()) / 2) + d.clamp_min(0)
+
+
+def _mean_under(log_p: Tensor, values: Tensor) -> Tensor:
+    """A value that p does not look at may be anything."""
+    return torch.where(log_p == -math.inf, 0.0, log_p.exp() * values).sum(-1)
+
+
+class OutputDivergence(Result):
+    """Divergences of two predictive distributions at the same positions, means over scored positions."""
+
+    kl: float = quantity("divergence of the second from the first", unit="nats", stderr="kl_stderr")
+    kl_reverse: float = quantity("divergence of the first from the second", unit="nats", stderr="kl_reverse_stderr")
+    js: float = quantity("Jensen-Shannon divergence", unit="nats", stderr="js_stderr")
+    kl_stderr: float
+    kl_reverse_stderr: float
+    js_stderr: float
+    num_positions: float
+    """Sum of the weights."""
+    num_sequences: int
+
+    @property
+    def head(self) -> str:
+        return f"divergence of predictions over {counted(self.num_sequences, 'sequence')}"
+
+    @property
+    def notes(self) -> list[str]:
+        made = []
+        if math.isnan(self.js):
+            made.append("divergences are nan: logits of a scored position are not numbers, or none is scored.")
+        elif math.inf in (self.kl, self.kl_reverse):
+            made.append("a divergence is infinite: one distribution gives probability 0 to what the other can say.")
+        if self.num_sequences == 1:
+            made.append("a single sequence has no standard error.")
+        return made
+
+
+@torch.no_grad()
+def divergence_sums(
+    first: Float[Tensor, "b t V"],
+    second: Float[Tensor, "..."],
+    weight: Bool[Tensor, "..."] | Float[Tensor, "..."],
+    *,
+    chunk: int = 64,
+) -> SequenceSums:
+    """Sums of a batch for `output_divergence`, to be merged with those of others.
+
+    first, second: logits, position by position of the same text. weight: a mask, or the weights of the criterion's targets
+    (`Labels.weight`); what lies where it is 0 is not looked at. Each sequence must be whole in one batch. chunk: positions
+    whose log-probabilities are in memory at a time, in float64.
+
+    Raises ValueError where shapes do not fit: of other lengths, the positions are not the same.
+    """
+    check_count("chunk", chunk)
+    if first.shape != second.shape or first.ndim != 3:
+        raise ValueError(
+            "`second` must be logits of shape (sequence, position, token) as `first`, of the same positions, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}: divergences of unrelated positions say how unlike texts are."
+        )
+    if weight.shape != first.shape[:2]:
+        raise ValueError(f"`weight` must have the shape {tuple(first.shape[:2])}, got {tuple(weight.shape)}.")
+    columns = torch.zeros(len(NAMES) + 1, len(first), dtype=wide(first.device), device=first.device)
+    for at in (weight != 0).nonzero().split(chunk):
+        rows, places = at.T
+        p, q = (each[rows, places].to(columns).log_softmax(-1) for each in (first, second))
+        numbers = torch.stack([kl_divergence(p, q), kl_divergence(q, p), js_divergence(p, q), torch.ones_like(p[:, 0])])
+        columns.index_add_(1, rows, numbers * weight[rows, places].to(columns))
+    return SequenceSums.of(columns)
+
+
+def output_divergence(sums: SequenceSums) -> OutputDivergence:
+    r"""How much two models' predictions differ on the same text, or one model's on two inputs of the same positions.
+
+    $$\mathrm{KL} = \frac{\sum_{it} w_{it}\, \mathrm{KL}(p_{it} \| q_{it})}{\sum_{it} w_{it}}, \qquad
+      \text{likewise } \mathrm{KL}(q \| p) \text{ and } \mathrm{JS},$$
+
+    in nats per scored position, p of the first logits; errors over sequences (`SequenceSums`), for which these are taken as a
+    random sample. What makes the two differ must be all that differs: position t of two unrelated prompts is no pair.
+
+    sums: of `divergence_sums`, merged over batches. All in log space and float64: no floor under probabilities.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[[0.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 0.0]], [[1.0, -1.0]]])
+    >>> print(output_divergence(divergence_sums(a, b, torch.ones(2, 1))))
+    divergence of predictions over 2 sequences
+    <BLANKLINE>
+    ----------  -------------
+    kl          0.22 ± 0.22
+    kl_reverse  0.16 ± 0.16
+    js          0.045 ± 0.045
+    ----------  -------------
+    """
+    means = sums.ratios(torch.eye(len(NAMES), len(NAMES) + 1), len(NAMES))
+    values = dict(zip(NAMES, means.value.tolist(), strict=True))
+    errors = {f"{name}_stderr": each for name, each in zip(NAMES, means.stderr.tolist(), strict=True)}
+    return OutputDivergence(
+        **values, **errors, num_positions=float(sums.totals[-1]), num_sequences=int(sums.counts[-1])
+    )
