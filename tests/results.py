@@ -36,6 +36,8 @@ from funcscope.information import (
     divergence_sums,
     expected_calibration_error,
     information_profile,
+    layer_entropy,
+    layer_information,
     mutual_information_infonce,
     output_divergence,
     output_entropy,
@@ -78,6 +80,7 @@ from funcscope.representation import (
     perturbation_gains,
     residual_gains,
     selectivity,
+    similarity_to_last,
     sparsity,
     superposition,
     two_nn,
@@ -336,6 +339,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Entropy": lambda: output_entropy(SequenceSums.of(torch.tensor([[3.0, 1.0], [2.0, 1.0]]))),
     "LayerEntropy": lambda: layer_entropy(language(), language().net.params, key=fs.key(0)),
     "LayerInformation": lambda: layer_information(language(), language().net.params, key=fs.key(0), dims=1),
+    "SimilarityToLast": lambda: similarity_to_last(
+        language(), [language().net.theta.flip(0), language().net.theta], [0, 5], key=fs.key(0), num=19
+    ),
     "SpectralEntropy": lambda: spectral_entropy(theta().view(13, 2)),
     "MutualInformation": lambda: mutual_information_infonce(
         theta().view(13, 2), other().view(13, 2), key=fs.key(0), num_candidates=4, steps=2

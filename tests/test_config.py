@@ -123,8 +123,7 @@ def test_compute_all_is_everything_that_is_there():
 
 
 REFUSED = {
-    "compute_gradients", "compute_information_theory", "compute_representations",
-    "compute_modularity", "compute_lottery", "compute_bombshell",
+    "compute_gradients", "compute_modularity", "compute_lottery", "compute_bombshell",
 }  # fmt: skip
 """Flags of which no metric is here yet."""
 BLOCKS = [
@@ -137,6 +136,7 @@ BLOCKS = [
     {"compute_gradients": True, "gradient_trajectory_steps": 100, "compute_gradient_flow": True,
      "compute_gradient_pathology": True},
     *({flag: True, "batch_size": 32} for flag in sorted(REFUSED - {"compute_gradients"})),
+    {"compute_information_theory": True, "batch_size": 32}, {"compute_representations": True, "batch_size": 32},
     {"batch_size": 32, "min_batch_size": 4, "adaptive_batch_sizing": True},
     {"enable_memory_tracking": True, "verbose": True}, {"max_memory_gb": 70.0, "skip_on_error": True},
     {"compute_all": True, "skip_on_error": True, "timeout_seconds": 300, "verbose": True},

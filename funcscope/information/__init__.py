@@ -17,6 +17,7 @@ from .infonce import mutual_information_infonce
 from .mutual_information import MutualInformation, mutual_information_discrete
 from .neighbor_information import mutual_information_ksg, mutual_information_ross
 from .of_layers import LayerEntropy, LayerInformation, layer_entropy, layer_information
+from .of_outputs import output_calibration, pid_analysis, prediction_divergence, usable_information_by_layer
 from .pid import PID, pid_broja, pid_min_mi, pid_williams_beer
 from .probe_pid import probe_pid
 from .probes import ProbeSelectivity, UsableInformation, probe_selectivity, usable_information
@@ -63,15 +64,19 @@ __all__ = [
     "mutual_information_infonce",
     "mutual_information_ksg",
     "mutual_information_ross",
+    "output_calibration",
     "output_divergence",
     "output_entropy",
     "pid",
+    "pid_analysis",
     "pid_broja",
     "pid_min_mi",
     "pid_williams_beer",
+    "prediction_divergence",
     "probe_pid",
     "probe_selectivity",
     "spectral_entropy",
     "universal_integer_bits",
     "usable_information",
+    "usable_information_by_layer",
 ]

@@ -1,18 +1,14 @@
-"""Usable information by layer, and what of each layer follows from the one before."""
+"""Usable information by layer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.estimate import Estimate
 from ..core.keys import Key
 from ..core.result import Result, quantity
 from ..core.tables import counted
@@ -20,17 +16,15 @@ from .held_out import (
     ONE_LABEL,
     check_probe,
     check_rows,
-    folds_of,
     frequencies,
     notes_of,
     over_groups,
-    ratio_over_groups,
     told,
 )
 
 
 class InformationProfile(Result):
-    """Usable information of layers, and how much of each the one before it determines linearly: `information_profile`."""
+    """Usable information of layers; made by `information_profile`."""
 
     information: Float[Tensor, " l"] = quantity(
         "usable information", unit="nats", per="layer", stderr="information_stderr"
@@ -38,11 +32,6 @@ class InformationProfile(Result):
     information_stderr: Float[Tensor, " l"]
     accuracy: Float[Tensor, " l"] = quantity("held-out accuracy", per="layer", stderr="accuracy_stderr")
     accuracy_stderr: Float[Tensor, " l"]
-    reconstruction: Float[Tensor, " l"] = quantity(
-        "held-out R² from the layer before", per="layer", stderr="reconstruction_stderr"
-    )
-    """nan for the first."""
-    reconstruction_stderr: Float[Tensor, " l"]
     entropy: float = quantity("entropy of the labels", unit="nats")
     names: list[str]
     num_groups: int
@@ -76,14 +65,9 @@ def information_profile(
     pca: int | None = None,
     regularisation: float = 1.0,
 ) -> InformationProfile:
-    r"""Usable information layer by layer, and how well each layer follows linearly from the one before it, out of fold.
+    r"""Usable information layer by layer: $I_V(h_l; Y)$ of `usable_information`, out of fold.
 
-    $I_V(h_l; Y)$ of `usable_information`, and
-
-    $$R^2_l = 1 - \frac{\sum_i \lVert h_l(i) - \hat h_l(i) \rVert^2}{\sum_i \lVert h_l(i) - \bar h_l \rVert^2}$$
-
-    of ridge regressions from $h_{l-1}$ and of the mean, both of the other folds' rows. Usable information may rise with
-    depth: a layer makes it easier to read, which is no contradiction to the data processing inequality.
+    It may rise with depth: a layer makes it easier to read, which is no contradiction to the data processing inequality.
 
     layers: by name, in order, values at the same rows. Errors are over groups; the rest, and what is raised, is as for
     `usable_information`, also where names have other numbers of rows.
@@ -91,8 +75,8 @@ def information_profile(
     >>> import torch, funcscope as fs
     >>> x = fs.normal(fs.key(0), torch.zeros(60, 2))
     >>> found = information_profile({"a": x, "b": 2 * x}, (x[:, 0] > 0).long(), key=fs.key(1))
-    >>> round(float(found.reconstruction[1]), 3)
-    1.0
+    >>> found.names, bool(found.information[0] > 0)
+    (['a', 'b'], True)
     """
     if not layers:
         raise ValueError("`layers` must hold a layer at least: a mapping from names to rows.")
@@ -104,15 +88,11 @@ def information_profile(
         told(x, labels, groups, key=key, folds=folds, pca=pca, regularisation=regularisation) for x in layers.values()
     ]
     frequency = frequencies(labels)
-    values = list(layers.values())
-    pairs = [_reconstructed(a, b, groups, folds, key) for a, b in pairwise(values)]
-    nothing = Estimate.of(torch.full((1,), math.nan))
     columns = (
         [over_groups(each.log_prob - frequency.log(), groups) for each in made],
         [over_groups(each.correct, groups) for each in made],
-        [nothing, *pairs],
     )
-    names = ("information", "accuracy", "reconstruction")
+    names = ("information", "accuracy")
     vectors: dict[str, Any] = {}
     for name, each in zip(names, columns, strict=True):
         vectors[name] = torch.stack([estimate.value for estimate in each]).double()
@@ -126,17 +106,3 @@ def information_profile(
         num_unconverged=sum(each.num_unconverged for each in made),
         key=key,
     )
-
-
-def _reconstructed(x: Tensor, y: Tensor, groups: Tensor, folds: int, key: Key) -> Estimate:
-    """Held-out R²."""
-    from sklearn.linear_model import RidgeCV
-
-    a, b = (each.detach().cpu().double().numpy() for each in (x, y))
-    rest, total = torch.empty(len(a), dtype=torch.float64), torch.empty(len(a), dtype=torch.float64)
-    for train, test in folds_of(groups, folds, key):
-        made = RidgeCV(np.logspace(-6, 6, 13)).fit(a[train], b[train]).predict(a[test])
-        rest[test] = torch.from_numpy(((b[test] - made.reshape(b[test].shape)) ** 2).sum(1))
-        total[test] = torch.from_numpy(((b[test] - b[train].mean(0)) ** 2).sum(1))
-    unexplained = ratio_over_groups(rest, total, groups)
-    return Estimate(1 - unexplained.value, unexplained.stderr, unexplained.num)

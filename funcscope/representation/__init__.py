@@ -4,7 +4,16 @@ from .dimension import LayerDimensions, TwoNN, layer_dimensions, two_nn
 from .gains import PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, residual_gains
 from .gradient_dead import GradientDead, gradient_dead
 from .layer_similarity import LayerSimilarity, layer_similarity
-from .of_units import activation_sparsity, dead_neurons, stream_gains, weight_superposition
+from .of_layers import (
+    curvature_of_stream,
+    dimension_by_scale,
+    feature_geometry,
+    intrinsic_dimension,
+    reconstruction_of_layers,
+    similarity_of_layers,
+)
+from .of_units import activation_sparsity, dead_neurons, perturbation_growth, stream_gains, weight_superposition
+from .over_training import SimilarityToLast, similarity_to_last
 from .overlap_moments import mean_abs_coordinate, welch_bound
 from .reconstruction import LinearReconstruction, linear_reconstruction
 from .ricci import RicciCurvature, graph_ricci, ollivier_ricci, wasserstein_1
@@ -36,6 +45,7 @@ __all__ = [
     "RicciCurvature",
     "Selectivity",
     "Similarity",
+    "SimilarityToLast",
     "Sparsity",
     "Superposition",
     "TwoNN",
@@ -48,9 +58,12 @@ __all__ = [
     "cka",
     "class_numbers",
     "class_sums",
+    "curvature_of_stream",
     "dead_neurons",
+    "dimension_by_scale",
     "effective_features",
     "feature_dimensionality",
+    "feature_geometry",
     "feature_matrices",
     "feature_overlap",
     "gain_sums",
@@ -62,6 +75,7 @@ __all__ = [
     "gride",
     "hoyer",
     "hoyer_reference",
+    "intrinsic_dimension",
     "layer_dimensions",
     "layer_similarity",
     "levina_bickel",
@@ -72,10 +86,14 @@ __all__ = [
     "mutual_neighbours",
     "ollivier_ricci",
     "perturbation_gains",
+    "perturbation_growth",
     "procrustes",
+    "reconstruction_of_layers",
     "residual_gains",
     "selectivity",
     "selectivity_of",
+    "similarity_of_layers",
+    "similarity_to_last",
     "sparsity",
     "sparsity_of",
     "sparsity_sums",

@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 
 from ..core.checks import check_choice, check_number, check_positive
+from ..core.keys import Key
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..core.reading import Batch, Reading, one_pass, read
-from .gains import GainSums, ResidualGains, gain_sums, gains_of, streams_of
+from .gains import GainSums, PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, streams_of
 from .sparsity import Sparsity, SparsitySums, sparsity_of, sparsity_sums
 from .superposition import Superposition, feature_matrices, superposition
 from .units import SITE, Rule, UnitActivity, UnitSums, activity_of, mlp_sites, unit_sums
@@ -91,6 +92,23 @@ def stream_gains(loss: Loss, params: Params) -> Reading[ResidualGains]:  # noqa:
         return gain_sums(torch.stack([batch.seen[name] for name in names]), batch.seen.mask)
 
     return Reading(tuple(names), of_batch, gains_of, lambda a, b: b if a is None else a.merge(b))
+
+
+def perturbation_growth(loss: Loss, params: Params, *, key: Key, num: int = 4) -> PerturbationGains:
+    """How much a small random perturbation of the first residual stream has grown at every layer, on the texts of a loss.
+
+    `perturbation_gains`: `num` directions for each sequence, by jvp.
+
+    Raises ValueError for models that are not described, and without a token.
+
+    >>> import torch, funcscope as fs
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> net = fs.functional(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8)))
+    >>> loss = fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6]])], fs.causal_lm)
+    >>> perturbation_growth(loss, net.params, key=fs.key(0)).gain.shape
+    torch.Size([3])
+    """
+    return perturbation_gains(loss.net, params, [inputs for inputs, _ in loss.batches], key=key, num=num)
 
 
 def weight_superposition(net: Functional, params: Params, *, chunk: int = 4096) -> Superposition:

@@ -19,16 +19,8 @@ from ..landscape.bezier import connect
 from ..landscape.flatness import flatness
 from ..landscape.path import linear_path
 from ..landscape.truncation import num_refined
-from ..mechanistic.ablation import ablation_effects
-from ..mechanistic.attention import attention_patterns
-from ..mechanistic.circuits import qk_ov_circuits
-from ..mechanistic.induction import induction_heads
-from ..mechanistic.induction_circuit import induction_circuit
-from ..mechanistic.lens import jacobian_lens, logit_lens
-from ..mechanistic.logit_attribution import logit_attribution
-from ..mechanistic.text_attention import attention_on_text
-from ..mechanistic.text_predictions import attribution_on_text, lens_on_text
 from . import landscapes, measures, trajectories
+from .activation_metrics import INFORMATION, MECHANISTIC, REPRESENTATION
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
 from .metric import metric as metric
@@ -205,61 +197,6 @@ for _one in (
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
     ),
-    of_function(
-        "qk_ov_circuits", qk_ov_circuits, ("net", "params"), category="mechanistic", cost=lambda _: 0,
-        drawn=("copying_score", "ov_norm", "qk_norm", "q_composition", "k_composition", "v_composition"),
-        reference="Elhage et al. (2021), A mathematical framework for transformer circuits",
-    ),
-    of_function(
-        "logit_attribution", logit_attribution, ("loss", "params"), category="mechanistic", cost=lambda _: 2,
-        drawn=("heads", "mlp"), reference="Elhage et al. (2021), A mathematical framework for transformer circuits",
-        sentence="The embedding alone adds {embedding} to the target's logit of {logit}.",
-    ),
-    of_function(
-        "logit_lens", logit_lens, ("loss", "params"), category="mechanistic", plan=("chunk",), cost=lambda _: 3,
-        drawn=("kl", "log_prob", "rank", "agreement", "entropy"),
-        reference="nostalgebraist (2020), Interpreting GPT: the logit lens",
-    ),
-    of_function(
-        "jacobian_lens", jacobian_lens, ("loss", "params", KEY), category="mechanistic", plan=("chunk", "chunk_size"),
-        more={"method": "probes", "num": 16}, drawn=("kl", "log_prob", "rank", "agreement", "jacobian_error"),
-        cost=lambda s: 4 + 3 * (s["num"] if s["method"] == "probes" else 768),
-    ),
-    Metric(
-        "induction_curves", trajectories.induction_curves, ("curves",), on="series", category="mechanistic",
-        cost=lambda _: 0, reference="Olsson et al. (2022), arXiv:2209.11895",
-    ),
-    of_function(
-        "attention_patterns", attention_patterns, ("loss", "params"), category="mechanistic", cost=lambda _: 1.5,
-        drawn=("entropy", "distance", "self_attention", "sink", "previous", "duplicate", "induction"),
-        reference="Olsson et al. (2022), arXiv:2209.11895",
-    ),
-    of_function(
-        "attention_on_text", attention_on_text, ("loss", "params", "token_names"), category="mechanistic",
-        drawn=("patterns",),
-    ),
-    of_function(
-        "lens_on_text", lens_on_text, ("loss", "params", "token_names"), category="mechanistic", drawn=("probability",),
-        reference="nostalgebraist (2020), Interpreting GPT: the logit lens",
-    ),
-    of_function(
-        "attribution_on_text", attribution_on_text, ("loss", "params", "token_names"), category="mechanistic",
-        cost=lambda _: 20, drawn=("attribution",), reference="Sundararajan, Taly, Yan (2017), arXiv:1703.01365",
-    ),
-    of_function(
-        "induction_heads", induction_heads, ("net", "params", KEY), category="mechanistic",
-        drawn=("induction", "z", "duplicate", "previous"), reference="Olsson et al. (2022), arXiv:2209.11895",
-        sentence="On random tokens, the second copy has a loss that is lower than that of the first by {gain}.",
-    ),
-    of_function(
-        "induction_circuit", induction_circuit, ("net", "params", KEY), category="mechanistic",
-        drawn=("scores", "through_keys", "faithfulness", "random_faithfulness", "gain_without", "gain_without_random"),
-        cost=lambda s: 20 + 10 * (1 + s["num_random"]), reference="Hanna, Pezzelle, Belinkov (2024), arXiv:2403.17806",
-    ),
-    of_function(
-        "ablation_effects", ablation_effects, ("loss", "params", KEY), category="mechanistic", by_batch=True,
-        plan=("chunk",), without=("units",), drawn=("effects",), cost=lambda _: 100,
-        sentence="The loss is {loss}: by how much it changes where one of the {sites} alone is ablated (mode {mode}).",
-    ),
+    *MECHANISTIC, *INFORMATION, *REPRESENTATION,
 ):  # fmt: skip
     register(_one)
