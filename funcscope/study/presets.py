@@ -40,6 +40,15 @@ RUN: Preset = {
     "directional_comparison": {},
 }
 """Of a training run: the curves, what is measured at every checkpoint, then at its phases, then of all together."""
+ACTIVATIONS: Preset = {
+    "entropy": {},
+    "feature_geometry": {},
+    "intrinsic_dimension": {},
+    "dead_neurons": {},
+    "superposition": {},
+    "layer_similarity": {"at": "phases", "num": 99},
+}
+"""How residual streams and units are laid out, at every checkpoint."""
 TEXT: Preset = {
     "mean_loss": {},
     "loss_comparison": {},
@@ -51,6 +60,9 @@ TEXT: Preset = {
     "cross_task_conflicts": {},
     "qkov_interference": {},
     "linear_path": {"num": 11},
+    **ACTIVATIONS,
+    "output_calibration": {},
+    "prediction_divergence": {},
 }
 """Of a base model and those fine-tuned from it, on the data of each: what the demonstration of the family `text` measures."""
 INDUCTION: Preset = {
@@ -66,5 +78,7 @@ INDUCTION: Preset = {
     "directional_losses": {},
     "landscape_flatness": {},
     "sam_sharpness": {"norm_threshold": 0.0},
+    **ACTIVATIONS,
+    "similarity_to_last": {},
 }
 """Of models that grow induction heads: the curves, then what is measured at every checkpoint on the probe."""

@@ -94,10 +94,7 @@ def draw(seen: Sequence[Seen], look: Look = Look()) -> Iterator[Drawn]:  # noqa:
 
 def _trajectory(seen: Sequence[Seen], look: Look) -> Drawn:
     """A number at every step, a line per training run."""
-    runs: dict[str, list[Seen]] = {}
-    for one in sorted(seen, key=lambda one: one.step or 0):
-        runs.setdefault(one.group, []).append(one)
-    each = []
+    runs, each = _runs(seen), []
     for name, run in zip(named(list(runs)), runs.values(), strict=True):
         numbers_at = ((one.step, float(one.value), float(one.half)) for one in run)
         each.append(Line(name, *map(np.array, zip(*numbers_at, strict=True))))
@@ -142,22 +139,14 @@ def _along(seen: Sequence[Seen], look: Look) -> Drawn:
 
 
 def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
-    """Bars by name; over many steps a line per name, or a cell per name and step."""
+    """Bars by name; over many steps of runs a line per name, or a cell per name and step, for each run."""
     one, axis = _few(seen)[-1], seen[0].entry.quantity.per[0]
-    places = one.places[0] or range(1, one.value.size + 1)
-    names = [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
-    if len(seen) > MOST_SUBJECTS and _has_steps(seen) and len({s.group for s in seen}) == 1 and _alike(seen):
-        steps, value, half = (np.array(x) for x in zip(*((s.step, s.value, s.half) for s in seen), strict=True))
-        holes, how = gone(seen, "values"), f"per {axis}, at every step"
-        if len(names) <= MOST_LINES:
-            each = [Line(name, steps, value[:, i], half[:, i]) for i, name in enumerate(named(names))]
-            fig, notes = curves.lines(each, name=one.label, unit=one.unit, current=look.current, height=420)
-            yield captioned(fig, one, how, holes, *notes)
-        elif len(names) <= MOST_BARS:
-            fig = heat(
-                value.T, steps.tolist(), names, ("step", axis), label=one.label, unit=one.unit, limits=look.limits
-            )
-            yield captioned(fig, one, how, holes)
+    names = _names_along(one)
+    runs = _runs(seen)
+    if _has_steps(seen) and len(runs) <= MOST_SUBJECTS and all(len(run) > MOST_SUBJECTS for run in runs.values()):
+        for title, run in zip(named(list(runs)), runs.values(), strict=True):
+            if _alike(run):
+                yield from _over_steps(run, look, title if len(runs) > 1 else "")
         return
     shown = [s for s in _few(seen) if s.places == one.places and s.value.shape == one.value.shape]
     if len(names) == 1 and len(seen) == 1:
@@ -171,6 +160,33 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
         each = [Line(s.title, s.along(0), s.value, s.half) for s in shown]
         fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=axis)
         yield captioned(fig, one, f"per {axis}{_whose(shown)}", *notes)
+
+
+def _over_steps(run: Sequence[Seen], look: Look, whose: str) -> Iterator[Drawn]:
+    """What has names along its axis, over the steps of one run."""
+    one, axis, names = run[-1], run[0].entry.quantity.per[0], _names_along(run[-1])
+    steps, value, half = (np.array(x) for x in zip(*((s.step, s.value, s.half) for s in run), strict=True))
+    holes, how = gone(run, "values"), f"per {axis}, at every step{f' of {whose}' if whose else ''}"
+    if len(names) <= MOST_LINES:
+        each = [Line(name, steps, value[:, i], half[:, i]) for i, name in enumerate(named(names))]
+        fig, notes = curves.lines(each, name=one.label, unit=one.unit, current=look.current, height=420)
+        yield captioned(fig, one, how, holes, *notes, whose=whose)
+    elif len(names) <= MOST_BARS:
+        fig = heat(value.T, steps.tolist(), names, ("step", axis), label=one.label, unit=one.unit, limits=look.limits)
+        yield captioned(fig, one, how, holes, whose=whose)
+
+
+def _names_along(one: Seen) -> list[str]:
+    axis, places = one.entry.quantity.per[0], one.places[0] or range(1, one.value.size + 1)
+    return [f"{axis} {place}" if isinstance(place, int) else str(place) for place in places]
+
+
+def _runs(seen: Sequence[Seen]) -> dict[str, list[Seen]]:
+    """By run, in the order of their steps."""
+    runs: dict[str, list[Seen]] = {}
+    for one in sorted(seen, key=lambda one: one.step or 0):
+        runs.setdefault(one.group, []).append(one)
+    return runs
 
 
 def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
