@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.store import to_json, write
+from ..families.family import SPLITS
 from ..study.cache import Outcome
 from ..study.catalogue import CATALOGUE
 from ..study.config import UnifiedConfig
@@ -98,6 +99,8 @@ def provenance(results: Results) -> Iterator[Section]:
     named = [data for each in results.studies if (data := each.get("config", {}).get("dataset_name"))]
     files = dict.fromkeys(file for data in named for file in (data.values() if isinstance(data, Mapping) else [data]))
     packages = {f"{k} {v}": None for o in results.outcomes for k, v in o.content.get("packages", {}).items()}
+    if all(outcome.task in SPLITS for outcome in results.outcomes):
+        files = {}  # runs have data of their own
     terms = [("Data", [", ".join(files)]), ("Versions", [", ".join(packages)])]
     calls = dict.fromkeys(each.get("command") or _call(results, each) for each in results.studies)
     made: list[Block | str] = ["The same numbers come from:", *map(Code, calls)]
