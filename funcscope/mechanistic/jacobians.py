@@ -281,7 +281,7 @@ def _probed(pull: Pull, shape: torch.Size, weight: Tensor, keys: list[Key], num:
     made = torch.cat([_pulled(pull, each) for each in signs.split(chunk_size)], 1)
     layers = []
     for layer in made:
-        rows = [torch.einsum("mti,mtj,t->ij", signs[:, i].to(made), layer[:, i], w.to(made)) / num
+        rows = [(signs[:, i].to(made) * w.to(made)[:, None]).flatten(0, 1).T @ layer[:, i].flatten(0, 1) / num
                 for i, w in enumerate(weight)]  # fmt: skip
         weighted = sum(w.sum() * row for w, row in zip(weight.to(made), rows, strict=True))
         layers.append(Sums(sum(rows), weighted, sum(row.square().sum() for row in rows)))  # type: ignore[arg-type]
