@@ -119,6 +119,7 @@ INFORMATION: tuple[Metric, ...] = (
     ),
     of_function(
         "output_calibration", output_calibration, ("loss", "params", KEY), category="information", cost=lambda _: 2,
+        drawn=("bin_accuracy",),
         reference="Guo et al. (2017), arXiv:1706.04599",
         sentence="The expected calibration error is {ece}, that of a calibrated model {ece_null}.",
     ),

@@ -17,6 +17,7 @@ from .curves import Line, bars, training
 from .drawing import lost, titled
 from .path_figures import barrier
 from .reading import Drawn, Look, named, titles_of
+from .reliability import reliability
 from .spectrum_figures import spectrum
 from .token_figures import attention_viewer, attribution_text, lens_table, visible
 
@@ -173,6 +174,16 @@ def _attribution(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         )
 
 
+def _reliability(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
+    fields = ("bin_confidence", "bin_accuracy", "bin_low", "bin_high", "bin_weight")
+    each = [tuple(getattr(outcome.result, name).double().numpy() for name in fields) for outcome in outcomes]
+    fig = reliability(dict(zip(titles_of(outcomes), each, strict=True)))  # type: ignore[arg-type]
+    caption = (
+        "Accuracy over confidence by bin, with 95 % intervals; dots are as large as their bins, and on the dotted line "
+    )
+    yield Drawn(titled(fig, "Reliability"), f"{caption}a model is right as often as it says.")
+
+
 def _circuit(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         result: Any = outcome.result
@@ -207,6 +218,8 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("TextLens", "target_probability"): None,
     ("TextLens", "entropy"): None,
     ("TextAttribution", "attribution"): _attribution,
+    ("Calibration", "bin_accuracy"): _reliability,
+    **{("Calibration", f"bin_{name}"): None for name in ("confidence", "low", "high", "weight")},
     ("EdgeAttribution", "scores"): _circuit,
     ("InductionCircuit", "scores"): _circuit,
     ("TrainingCurves", "train_loss"): _training,
