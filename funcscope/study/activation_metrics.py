@@ -149,7 +149,7 @@ REPRESENTATION: tuple[Metric, ...] = (
     ),
     of_function(
         "superposition", weight_superposition, ("net", "params"), category="representation", cost=lambda _: 1,
-        plan=("chunk",), drawn=("mean_overlap", "random_overlap", "largest_overlap", "welch", "index"),
+        plan=("chunk",), drawn=("square_ratio", "largest_overlap", "index"),
         reference="Elhage et al. (2022), arXiv:2209.10652",
     ),
     of_function(
