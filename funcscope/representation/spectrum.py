@@ -14,7 +14,7 @@ from ..core.checks import check_instance
 from ..core.result import Result, derived, internal, quantity
 from ..core.streams import Moments
 from ..core.tables import counted
-from .measures import LinearKernels, Rows, centred, compact
+from .measures import Rows, centred, compact
 from .sequences import block_stderr, check_layers, sequence_index
 
 RANKS = ("participation_ratio", "spectral_rank", "effective_rank", "stable_rank", "debiased_participation_ratio")
@@ -115,13 +115,15 @@ def activation_spectra(layers: Mapping[str, Tensor], groups: Tensor | None = Non
     sequence = sequence_index(groups, next(iter(rows.values())))
     values, errors, spectra = [], [], []
     for each in rows.values():
-        x = compact(each)
+        x = centred(compact(each))
+        whole = x.T @ x
 
-        def without(keep: Tensor, x: Tensor = x) -> Tensor:
-            return _with_debiased(x[keep], _fast_eigenvalues(x[keep]))
+        def without(keep: Tensor, x: Tensor = x, whole: Tensor = whole) -> Tensor:
+            left, out = x[keep], x[~keep]
+            return _with_debiased(left, whole - out.T @ out)
 
         spectra.append(_padded(_eigenvalues(x), each.shape[1]))
-        values.append(_with_debiased(x, spectra[-1]))
+        values.append(_with_debiased(x, whole, spectra[-1]))
         errors.append(block_stderr(without, sequence, values[-1]))
     num = len(next(iter(rows.values())))
     return _spectra(list(rows), spectra, values, errors, num, int(sequence.max()) + 1, has_rows=True)
@@ -177,12 +179,6 @@ def _eigenvalues(x: Rows) -> Float[Tensor, " r"]:
     return torch.linalg.svdvals(centred(x)).square() / ((len(x) - 1) or math.nan)
 
 
-def _fast_eigenvalues(x: Rows) -> Float[Tensor, " r"]:
-    """The same in a third of the time, exact to rounding of the largest: for errors."""
-    x = centred(x)
-    return torch.linalg.eigvalsh(x.T @ x).clamp_min(0) / ((len(x) - 1) or math.nan)
-
-
 def _ranks(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, "4"]:
     total = eigenvalues.sum()
     share, root = eigenvalues / total, eigenvalues.sqrt()
@@ -190,10 +186,28 @@ def _ranks(eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, "4"]:
     return torch.stack([1 / share.square().sum(), *entropy, 1 / share.max()])
 
 
-def _with_debiased(x: Rows, eigenvalues: Float[Tensor, " r"]) -> Float[Tensor, "5"]:
-    measure = LinearKernels(True)
-    square = measure.own(measure.form([x], torch.arange(len(x))))[0]
-    return torch.cat([_ranks(eigenvalues), (eigenvalues.sum().square() / square)[None]])
+def _with_debiased(
+    x: Rows, second: Float[Tensor, "d d"], eigenvalues: Float[Tensor, " r"] | None = None
+) -> Float[Tensor, "5"]:
+    """second: the sum of the rows' outer products, of which eigenvalues (of the covariance, exact to rounding of the
+    largest) are made in a third of the time of singular values, where none are given."""
+    num, total = len(x), x.sum(0)
+    if eigenvalues is None:
+        scatter = second - torch.outer(total, total) / num
+        eigenvalues = torch.linalg.eigvalsh(scatter).clamp_min(0) / ((num - 1) or math.nan)
+    return torch.cat([_ranks(eigenvalues), (eigenvalues.sum().square() / _debiased_square(x, second, total))[None]])
+
+
+def _debiased_square(x: Rows, second: Float[Tensor, "d d"], total: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+    """`debiased_hsic` of a linear kernel with itself, without the kernel: K has the trace of squares |second|^2."""
+    num, own = len(x), x.square().sum(1)
+    if num < 4:
+        return x.new_tensor(math.nan)
+    rows, every = x @ total - own, total.square().sum() - own.sum()
+    trace = second.square().sum() - own.square().sum()
+    beside = every.square() / ((num - 1) * (num - 2)) - 2 * rows.square().sum() / (num - 2)
+    square = (trace + beside) / (num * (num - 3))
+    return square.where(square > 0, math.nan)
 
 
 def _padded(x: Float[Tensor, " r"], num: int, value: float = 0.0) -> Float[Tensor, " n"]:
