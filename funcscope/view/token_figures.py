@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import unescape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -47,39 +48,21 @@ def attention_viewer(
     each = {(i, j): np.where(open_above, np.nan, patterns[i, j]) for i in range(layers) for j in range(heads)}
     texts = [f"{at} {visible(token)}" for at, token in enumerate(tokens)]
     fig = blank(560, "").update_layout(plot_bgcolor=HOLE, margin={"l": 90, "r": 20, "b": 80, "t": 70})
+    bar = {"title": {"text": "attention", "font": {"size": 13, "color": MUTED}}, "thickness": 13, "outlinewidth": 0}
     fig.add_trace(
         go.Heatmap(
-            z=each[start],
-            zmin=0,
-            zmax=1,
-            colorscale=COLOURS,
-            name="attention",
-            hoverongaps=False,
+            z=each[start], zmin=0, zmax=1, colorscale=COLOURS, name="attention", hoverongaps=False,
             text=[[f"from {query}<br>to {key}" for key in texts] for query in texts],
-            hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>",
-            colorbar={
-                "title": {"text": "attention", "font": {"size": 13, "color": MUTED}},
-                "thickness": 13,
-                "outlinewidth": 0,
-            },
+            hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>", colorbar=bar,
         )
-    )
+    )  # fmt: skip
     at = range(0, len(tokens), math.ceil(len(tokens) / MOST_LABELS))
     ticks = {
-        "tickvals": [*at],
-        "ticktext": [visible(tokens[i]) for i in at],
-        "showgrid": False,
-        "tickfont": {"size": 10},
-    }
-    fig.layout.xaxis.update(ticks, title={"text": "key: looked at"}, tickangle=-90, constrain="domain", automargin=True)
-    fig.layout.yaxis.update(
-        ticks,
-        title={"text": "query: looks"},
-        autorange="reversed",
-        scaleanchor="x",
-        constrain="domain",
-        automargin=True,
-    )
+        "tickvals": [*at], "ticktext": [visible(tokens[i]) for i in at], "showgrid": False, "tickfont": {"size": 10},
+        "constrain": "domain", "automargin": True,
+    }  # fmt: skip
+    fig.layout.xaxis.update(ticks, title={"text": "key: looked at"}, tickangle=-90)
+    fig.layout.yaxis.update(ticks, title={"text": "query: looks"}, autorange="reversed", scaleanchor="x")
     choices = [
         {"label": f"layer {i}, head {j}", "method": "restyle", "args": [{"z": [values]}, [0]]}
         for (i, j), values in each.items()
@@ -149,16 +132,10 @@ def attribution_text(
         raise ValueError(
             f"`attribution` must have a number for each of {len(tokens)} tokens, got shape {values.shape}."
         )
-    finite = np.abs(values[np.isfinite(values)])
-    most = float(finite.max(initial=0.0)) or 1.0
+    most = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
     boxes = placed([visible(token) for token in tokens], ["\n" in token or "Ċ" in token for token in tokens])
     num_lines = 1 + max(line for line, _, _ in boxes)
     fig = blank(150 + 30 * num_lines, "").update_layout(margin={"l": 14, "r": 14, "t": 20, "b": 70})
-    errors = [""] * len(tokens) if stderr is None else [f" ± {error:.2g}" for error in np.asarray(stderr, np.float64)]
-    hover = [
-        f"{at} {visible(token)}<br>{f'{value:+.3g}{error} {plain(unit)}' if np.isfinite(value) else 'undefined'}"
-        for at, (token, value, error) in enumerate(zip(tokens, values, errors, strict=True))
-    ]
     for (line, left, right), value in zip(boxes, values, strict=True):
         corners = {
             "x0": left,
@@ -169,45 +146,43 @@ def attribution_text(
             "layer": "below",
         }
         fig.add_shape(corners, type="rect", fillcolor=shade(value / most))
-    middle = [(left + right) / 2 for _, left, right in boxes]
     colours = ["white" if value < -0.7 * most else INK for value in values]  # black is read better on vermilion
+    font = {"family": "ui-monospace, Menlo, Consolas, monospace", "size": 12, "color": colours}
     fig.add_trace(
         go.Scatter(
-            x=middle,
-            y=[line for line, _, _ in boxes],
-            mode="markers+text",
-            text=[visible(token) for token in tokens],
-            textposition="middle center",
-            textfont={"family": "ui-monospace, Menlo, Consolas, monospace", "size": 12, "color": colours},
-            hovertext=hover,
-            hovertemplate="%{hovertext}<extra></extra>",
-            showlegend=False,
-            name="attribution",
-            marker={
-                "size": 18,
-                "opacity": 0,
-                "color": np.where(np.isfinite(values), values, 0.0),
-                "cmin": -most,
-                "cmax": most,
-                "colorscale": [list(stop) for stop in SIGNED],
-                "showscale": True,
-                "colorbar": {
-                    "orientation": "h",
-                    "thickness": 10,
-                    "len": 0.5,
-                    "y": 0,
-                    "yanchor": "top",
-                    "ypad": 20,
-                    "outlinewidth": 0,
-                    "title": {"text": plain(f"attribution ({unit})" if unit else "attribution"), "side": "bottom"},
-                },
-            },
+            x=[(left + right) / 2 for _, left, right in boxes], y=[line for line, _, _ in boxes], mode="markers+text",
+            text=[visible(token) for token in tokens], textposition="middle center", textfont=font,
+            hovertext=_attributed(tokens, values, stderr, unit), hovertemplate="%{hovertext}<extra></extra>",
+            showlegend=False, name="attribution", marker=_signed_scale(values, most, unit),
         )
-    )
+    )  # fmt: skip
     hidden = {"visible": False}
     fig.layout.xaxis.update(hidden, range=[-0.5, max(PER_LINE, max(right for _, _, right in boxes)) + 0.5])
     fig.layout.yaxis.update(hidden, range=[num_lines - 0.5, -0.5])
     return fig
+
+
+def _attributed(
+    tokens: Sequence[str], values: Float[np.ndarray, " t"], stderr: Float[np.ndarray, " t"] | None, unit: str
+) -> list[str]:
+    """What a hover says of each token."""
+    errors = [""] * len(tokens) if stderr is None else [f" ± {error:.2g}" for error in np.asarray(stderr, np.float64)]
+    return [
+        f"{at} {visible(token)}<br>{f'{value:+.3g}{error} {plain(unit)}' if np.isfinite(value) else 'undefined'}"
+        for at, (token, value, error) in enumerate(zip(tokens, values, errors, strict=True))
+    ]
+
+
+def _signed_scale(values: Float[np.ndarray, " t"], most: float, unit: str) -> dict[str, Any]:
+    """Markers that are not seen, for the sake of their scale of colours."""
+    bar = {
+        "orientation": "h", "thickness": 10, "len": 0.5, "y": 0, "yanchor": "top", "ypad": 20, "outlinewidth": 0,
+        "title": {"text": plain(f"attribution ({unit})" if unit else "attribution"), "side": "bottom"},
+    }  # fmt: skip
+    return {
+        "size": 18, "opacity": 0, "color": np.where(np.isfinite(values), values, 0.0), "cmin": -most, "cmax": most,
+        "colorscale": [list(stop) for stop in SIGNED], "showscale": True, "colorbar": bar,
+    }  # fmt: skip
 
 
 def visible(token: str) -> str:
