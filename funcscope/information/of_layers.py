@@ -57,8 +57,8 @@ class LayerEntropy(Result):
     @property
     def head(self) -> str:
         return (
-            f"entropies over {counted(self.num_tokens, 'token')} of {counted(self.num_sequences, 'sequence')}, spectra of "
-            f"{self.num_rows} of them"
+            f"entropies over {counted(self.num_tokens, 'output')} of {counted(self.num_sequences, 'sequence')}, spectra over "
+            f"{counted(self.num_rows, 'token')}"
         )
 
     @property
@@ -81,7 +81,8 @@ class LayerInformation(Result):
     with_first_stderr: Float[Tensor, " l"]
     variance_kept: Float[Tensor, " l"] = quantity("share of the variance in the directions kept", per="layer")
     ceiling: float | None = quantity("largest value that the estimator can give", unit="nats")
-    num_saturated: int = quantity("values within a tenth of the ceiling")
+    num_saturated: int | None = quantity("values within a tenth of the ceiling")
+    """None for estimators without one."""
     estimator: str
     dims: int
     num_rows: int
@@ -115,11 +116,11 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
 
     Of each stream $H = -\sum_j p_j \log p_j$ with p the eigenvalues of its centred covariance over their sum
     (`spectral_entropy`), over a uniform sample of `size` positions, and exp H as a number of directions; of the outputs the
-    mean of $-\sum_v p_v \log p_v$ over all tokens (`output_entropy`). Nats, with errors over sequences. Layer l is the stream
+    mean of $-\sum_v p_v \log p_v$ over all tokens, or over sequences where each has one output (`output_entropy`). Nats, with errors over sequences. Layer l is the stream
     before block l, the last is that behind all. Of fewer rows than ten times the directions a spectrum is too wide, and its
     entropy too low. For entropies of attention see `attention_patterns`.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, for activations that are not finite, and where there is no token.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -134,6 +135,7 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
 
     def result(kept: tuple[Reservoir, SequenceSums]) -> LayerEntropy:
         sample, sums = kept
+        check_finite_rows(sample, names)
         spectra = [spectral_entropy(sample.rows[name], groups=sample.sequence) for name in names]
         out, rows = output_entropy(sums), sample.sequence
         remarks = dict.fromkeys([*out.notes, *(note for each in spectra for note in each.notes)])
@@ -149,7 +151,7 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
     inner = sampled(names, lambda kept: kept, key=key, size=size)
 
     def of_batch(batch: Batch) -> tuple[Reservoir, SequenceSums]:
-        return inner.of_batch(batch), entropy_sums(batch.seen["logits"], batch.seen.mask)
+        return inner.of_batch(batch), _entropies(batch.seen["logits"], batch.seen.mask)
 
     def merge(
         before: tuple[Reservoir, SequenceSums] | None, part: tuple[Reservoir, SequenceSums]
@@ -179,8 +181,8 @@ def layer_information(
     A deterministic network has no finite information between layers as they are: what is said is said of these directions
     under the estimator's assumptions. See `usable_information` for what a probe can read.
 
-    Raises ValueError for models that are not described, where there is no token, for more directions than a stream has, and
-    as the estimators do.
+    Raises ValueError for models that are not described, for activations that are not finite, for more directions than a
+    stream or the sample has, and as the estimators do.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -196,6 +198,7 @@ def layer_information(
     names = streams_of(loss)
 
     def result(sample: Reservoir) -> LayerInformation:
+        check_finite_rows(sample, names)
         kept = [_leading(sample.rows[name], dims) for name in names]
         streams, last = [scores for scores, _ in kept], len(names) - 1
 
@@ -214,7 +217,7 @@ def layer_information(
             with_next=_column([*values[0], nan]), with_next_stderr=_column([*errors[0], nan]),
             with_first=_column([nan, *values[1]]), with_first_stderr=_column([nan, *errors[1]]),
             variance_kept=_column([share for _, share in kept]), ceiling=max(ceilings) if ceilings else None,
-            num_saturated=sum(bool(each.saturated) for each in every), estimator=estimator, dims=dims,
+            num_saturated=sum(bool(each.saturated) for each in every) if ceilings else None, estimator=estimator, dims=dims,
             num_rows=len(sample.sequence), num_sequences=len(sample.sequence.unique()), key=key,
             remarks=tuple(dict.fromkeys(note for each in every for note in each.notes)),
         )  # fmt: skip
@@ -238,6 +241,21 @@ def streams_of(loss: Loss) -> tuple[str, ...]:
             "the functions of `funcscope.information`."
         )
     return ("resid_pre.0", *last)
+
+
+def check_finite_rows(sample: Reservoir, names: Sequence[str]) -> None:
+    """Raises ValueError for activations that are nan or infinite: nothing can be said of what is around them."""
+    for name in names:
+        if num := int((~sample.rows[name].isfinite().all(-1)).sum()):
+            raise ValueError(
+                f"activations at `{name}` must be finite, and those of {counted(num, 'position')} are not: look at the "
+                "weights, and at the dtype, since float16 overflows beyond 65,504."
+            )
+
+
+def _entropies(logits: Tensor, mask: Tensor) -> SequenceSums:
+    """A classifier has one output per sequence."""
+    return entropy_sums(logits, mask) if logits.ndim == 3 else entropy_sums(logits[:, None], mask.any(1, keepdim=True))
 
 
 def _column(values: Sequence[Tensor | float]) -> Float[Tensor, " l"]:
