@@ -122,12 +122,13 @@ def pid_analysis(
 
 @one_pass
 def output_calibration(
-    loss: Loss, params: Params, *, key: Key, bins: int = 15, num: int = 1000  # noqa: ARG001
+    loss: Loss, params: Params, *, key: Key, bins: int = 15, num: int = 1000
 ) -> Reading[Calibration]:  # fmt: skip
     """Whether the model is right as often as it is sure: expected calibration error over bins of equal width.
 
     `calibration` at the scored positions, targets shifted as the criterion has them; see there for its null value, which
-    says what a calibrated model has with so few positions. num: draws of that.
+    says what a calibrated model has with so few positions. num: draws of that. Of a classifier, at its inputs. Any model
+    serves; one that is not described has a forward pass of its own.
 
     Raises ValueError for targets that are no labels.
 
@@ -140,13 +141,15 @@ def output_calibration(
     """
     check_key(key)
     edges = equal_width_edges(bins)
+    sites = ("logits",) if "logits" in sites_of(loss.net) else ()
 
     def of_batch(batch: Batch) -> CalibrationSums:
         _check_labels(batch.targets)
-        return calibration_sums(batch.seen["logits"], batch.targets, edges)
+        logits = batch.seen["logits"] if sites else loss.net.apply(params, batch.inputs)
+        return calibration_sums(logits, batch.targets, edges)
 
     return Reading(
-        ("logits",),
+        sites,
         of_batch,
         lambda sums: calibration(sums, key=key, num=num),
         lambda a, b: b if a is None else a.merge(b),
