@@ -240,3 +240,15 @@ def test_wrong_arrays_and_orders_are_refused():
     ):
         with pytest.raises(ValueError, match="covariance"):
             covariance_entropy(bad)
+
+
+def test_labels_that_are_seen_too_rarely_are_named_as_pairs_are():
+    assert "9 labels in 9 rows" in discrete_entropy(torch.arange(9)).notes[0]
+    assert "9 labels in 9 rows" in entropy_of_counts(torch.ones(9, dtype=torch.long)).notes[0]
+    assert not discrete_entropy(torch.arange(45) % 9).notes
+    assert not discrete_entropy(torch.zeros(2, dtype=torch.long)).notes
+
+
+def test_sequences_are_named_by_whole_numbers():
+    with pytest.raises(ValueError, match="`groups` must hold one whole number per row"):
+        grouping.__wrapped__(torch.zeros(4), 4, torch.device("cpu"))

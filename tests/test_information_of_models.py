@@ -22,7 +22,15 @@ from funcscope.information import (
 )
 
 KEY = fs.key(0)
-SMALL = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 8,
+    "n_head": 2,
+    "vocab_size": 9,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def gpt2():
@@ -54,13 +62,17 @@ def test_activations_that_are_not_finite_are_named_by_their_site(metric):
     model = gpt2()
     model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = math.nan
     loss = loss_of(model)
-    with pytest.raises(ValueError, match=r"activations at `(resid_post|mlp_out)\.1` must be finite, and those of \d+ pos"):
+    with pytest.raises(
+        ValueError, match=r"activations at `(resid_post|mlp_out)\.1` must be finite, and those of \d+ pos"
+    ):
         metric(loss, loss.net.params, key=KEY)
 
 
 @pytest.mark.parametrize("metric", [usable_information_by_layer, pid_analysis], ids=lambda f: f.__name__)
 def test_one_label_for_a_sequence_is_not_one_for_a_token(metric, classifier):
-    with pytest.raises(ValueError, match=r"must score a label at each token, shape \(6, 6\), got labels of shape \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"must score a label at each token, shape \(6, 6\), got labels of shape \(6,\)"
+    ):
         metric(classifier, classifier.net.params, key=KEY)
     with pytest.raises(ValueError, match="the loss must score labels"):
         loss = loss_of(gpt2(), [({"input_ids": tokens()}, torch.ones(12, 6, 9))], fs.mse)
@@ -82,7 +94,13 @@ def test_outputs_of_a_classifier_are_one_per_sequence(classifier):
 
 
 def test_calibration_needs_no_description():
-    small = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 8,
+        "word_embed_proj_dim": 8,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = seeded(0, lambda: OPTForCausalLM(OPTConfig(vocab_size=9, max_position_embeddings=16, **small)).eval())
     loss = loss_of(model, [tokens()[:5], tokens()[5:]])
     found = output_calibration(loss, loss.net.params, key=KEY, num=20)

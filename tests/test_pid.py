@@ -296,3 +296,24 @@ def test_parts_are_those_of_dit(name, seed):
             assert ours[3] == pytest.approx(values[3], abs=0.02)
         else:
             assert ours == pytest.approx(values, abs=2e-4 if method == "broja" else 1e-7), method
+
+
+def test_probes_that_miss_a_label_and_single_groups_are_said():
+    x = normal(key(0), torch.zeros(20, 2))
+    found = probe_pid(x, x.flip(0), torch.arange(20) // 2, key=key(1), groups=torch.arange(20) // 2, num=5)
+    assert any("absent from the training folds" in note for note in found.notes)
+    assert any("take the fitted probes as they are" in note for note in found.notes)
+    bits = torch.arange(12) % 2
+    alone = pid(bits, bits, bits, key=key(0), groups=torch.zeros(12, dtype=torch.long), num=5)
+    assert math.isnan(alone.synergy_stderr)
+    assert any("One group alone" in note for note in alone.notes)
+
+
+def test_what_is_no_label_no_number_or_of_other_rows_is_named():
+    bits, x = torch.arange(12) % 2, normal(key(0), torch.zeros(12, 2))
+    with pytest.raises(ValueError, match="`y` must hold one whole number per row"):
+        pid.__wrapped__(bits, x[:, 0], bits, key=key(0))
+    with pytest.raises(ValueError, match="`i_x` must be a finite number"):
+        pid_min_mi(math.inf, 1.0, 2.0)
+    with pytest.raises(ValueError, match="`y` must have a row for each of the 12 of `x`, got 11"):
+        probe_pid(x, x[1:], bits, key=key(0))

@@ -129,7 +129,8 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
     error over sequences; the other bits are lengths, and have none. Compare totals on the same data only; where
     the step is chosen among several by its total, the choice takes bits, too.
 
-    Raises ValueError for losses that are no log-likelihood, and for a step that is not above 0.
+    Raises ValueError for losses that are no log-likelihood, for weights that are not finite, and for a step that is not
+    above 0 or out of the range of float32.
 
     Rissanen (1978), doi:10.1016/0005-1098(78)90005-5; Grünwald (2007), The minimum description length principle.
 
@@ -147,7 +148,7 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
             "no length of a code."
         )
     leaves = loss.wide_leaves(theta)
-    made = {name: quantised(value, step) for name, value in leaves.items()}
+    made = {name: quantised(value, step, name) for name, value in leaves.items()}
     books, places = zip(*(integer_bits(each.integers) for each in made.values()), strict=True)
     with torch.no_grad():
         at, weights = loss.terms({name: each.values for name, each in made.items()})
@@ -184,7 +185,7 @@ def compressed_weights(params: Mapping[str, Tensor], *, step: float) -> Compress
     check_positive("step", step)
     if not params or not sum(value.numel() for value in params.values()):
         raise ValueError("`params` must hold a weight at least.")
-    made = [quantised(value, step) for value in params.values()]
+    made = [quantised(value, step, name) for name, value in params.items()]
     num = sum(each.integers.size for each in made)
     counts = [np.unique(each.integers, return_counts=True)[1] for each in made]
     entropy = sum(float(scipy.stats.entropy(each, base=2)) * each.sum() for each in counts)
@@ -199,13 +200,20 @@ def compressed_weights(params: Mapping[str, Tensor], *, step: float) -> Compress
     )
 
 
-def quantised(value: Float[Tensor, "..."], step: float) -> Quantised:
-    """Rounded to multiples of `step` times its root mean square; raises ValueError for what is not finite."""
+def quantised(value: Float[Tensor, "..."], step: float, name: str = "weights") -> Quantised:
+    """Rounded to multiples of `step` times its root mean square; raises ValueError for what is not finite, and for a step
+    that is no float32 or by which there are more levels than integers of 53 bits."""
     if not bool(value.isfinite().all()):
-        raise ValueError("weights must be finite: those that are not have no code.")
+        raise ValueError(f"`{name}` must be finite: weights that are nan or infinite have no code, look at the model.")
     x = value.detach().cpu().double()
     size = float(x.square().mean().sqrt()) if x.numel() else 0.0
-    width = float(np.float32(step * size if size > 0 else step))
+    width = step * size if size > 0 else step
+    width = float(np.float32(width)) if width <= float(np.finfo(np.float32).max) else math.inf
+    if not (0 < width < math.inf and (not x.numel() or float(x.abs().max()) / width < 2**53)):
+        raise ValueError(
+            f"`step` must give a float32 above 0, and integers below 2**53, got {step:g}, which makes {width:g} of "
+            f"`{name}`, whose root mean square is {size:.3g}: a step from 1e-4 to 1 serves."
+        )
     integers = torch.round(x / width).long()
     return Quantised(integers.numpy().ravel(), width, (integers.double() * width).to(value))
 

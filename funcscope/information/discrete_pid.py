@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.keys import Key, check_key, fold_in
 from ..core.statistics import bootstrap_stderr
+from .groups import check_labels
 from .pid import ATOMS, PID, atoms, broja_atoms, informations, williams_beer_atoms
 
 Method = Literal["min_mi", "williams_beer", "broja"]
@@ -43,7 +44,7 @@ def pid(
     x, y, target: integers, one per row; clusters or bins of what is continuous. groups: the sequence of each row (None: every
     row its own).
 
-    Raises ValueError where lengths differ, for a correction with another method, and for tables of more than 10,000 cells.
+    Raises ValueError for what is no whole number per row, where lengths differ, for a correction with another method, and for tables of more than 10,000 cells.
 
     Efron (1979), doi:10.1214/aos/1176344552.
 
@@ -61,6 +62,8 @@ def pid(
         raise ValueError(f"`correction` must be 'none' for the method {method!r}: its parts are no sums of entropies.")
     groups = torch.arange(len(x)) if groups is None else groups
     _check_same(x, {"y": y, "target": target, "groups": groups})
+    for name, each in (("x", x), ("y", y), ("target", target), ("groups", groups)):
+        check_labels(name, each)
     codes, shape, owner = _codes((x, y, target), groups)
     occupied, cell = np.unique(codes, return_inverse=True)
     counts = np.zeros((int(owner.max()) + 1, len(occupied)))

@@ -111,7 +111,9 @@ def divergence_sums(
     """
     check_count("chunk", chunk)
     if first.ndim not in (2, 3):
-        raise ValueError(f"`first` must have the shape (sequence, position, token) or (row, class), got {tuple(first.shape)}.")
+        raise ValueError(
+            f"`first` must have the shape (sequence, position, token) or (row, class), got {tuple(first.shape)}."
+        )
     if first.shape != second.shape:
         raise ValueError(
             f"`second` must be logits of the same positions and tokens as `first`, of shape {tuple(first.shape)}, got "

@@ -42,7 +42,7 @@ class Grouping(NamedTuple):
 def grouping(groups: Groups | None, num: int, device: torch.device) -> Grouping:
     """Of `num` rows, by the numbers of their sequences; every row a sequence of its own without.
 
-    Raises ValueError where there are not as many numbers as rows.
+    Raises ValueError where there are not as many whole numbers as rows.
 
     >>> grouping(torch.tensor([7, 7, 3]), 3, torch.device("cpu"))
     Grouping(sequence=tensor([1, 1, 0]), sizes=tensor([1, 2]))
@@ -54,6 +54,7 @@ def grouping(groups: Groups | None, num: int, device: torch.device) -> Grouping:
         raise ValueError(
             f"`groups` must name the sequence of each of the {num} rows, shape ({num},), got {tuple(groups.shape)}."
         )
+    check_labels("groups", groups)
     _, index, sizes = groups.to(device).unique(return_inverse=True, return_counts=True)
     return Grouping(index, sizes)
 
