@@ -22,15 +22,8 @@ from funcscope.information import (
 )
 
 KEY = fs.key(0)
-SMALL = {
-    "n_layer": 2,
-    "n_embd": 8,
-    "n_head": 2,
-    "vocab_size": 9,
-    "n_positions": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+SMALL = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 16, "bos_token_id": 0}
+SMALL["eos_token_id"] = 0
 
 
 def gpt2():

@@ -80,8 +80,8 @@ class Calibration(Result):
             made.append("the likelihood is infinite: a label has probability 0, and no standard error is known.")
         if self.num_alone and self.num_sequences > 1:
             made.append(
-                f"{counted(self.num_alone, 'bin')} with positions of one sequence alone, whose accuracy has no standard error: "
-                "nor is `squared_error` known, since that takes off what sampling adds. Fewer `bins` have more sequences."
+                f"{counted(self.num_alone, 'bin')} with positions of one sequence alone: no standard error of accuracy there. "
+                "`squared_error`, which takes off what sampling adds, is not known, either. Fewer `bins` have more sequences."
             )
         if empty := int((self.bin_weight == 0).sum()):
             made.append(f"{counted(empty, 'bin')} without a position: no accuracy there.")
@@ -99,11 +99,12 @@ def calibration(sums: CalibrationSums, *, key: Key, num: int = 1000) -> Calibrat
       \mathrm{Brier} = \overline{\textstyle\sum_v (p_v - [v = y])^2}.$$
 
     Errors are over sequences; that of ECE to first order, with the sign of each bin as it is. ECE is biased upward, the more
-    the fewer positions a bin has: `ece_null` is its mean for a calibrated model with the same confidences, by `num` draws
-    of normal deviations of variance $\sum w^2 c (1 - c)$ in each bin. These are the exact variances of a causal model's
+    the fewer positions a bin has: `ece_null` is its mean for a calibrated model with the same confidences, by `num` draws of
+    normal deviations of variance $\sum w^2 c (1 - c)$ in each bin. These are the exact variances of a causal model's
     successive predictions, too: if it is calibrated given the text so far, deviations are uncorrelated. `p_value` is the
     share of draws that are as large. `squared_error` is $\sum_b \frac{W_b}{W} [(\bar a_b - \bar c_b)^2 - \mathrm{SE}_b^2]$:
-    the bias is taken off; nan where a bin has positions of one sequence only. Within a bin over- and underconfidence cancel: ECE is a lower bound of the error.
+    the bias is taken off; nan where a bin has positions of one sequence only. Within a bin over- and underconfidence cancel:
+    ECE is a lower bound of the error.
 
     The interval of a bin's accuracy is Wilson's for as many independent positions as have its standard error, at most
     those there are; as many as there are sequences where all answers are alike, which have no standard error. Nor have the

@@ -44,7 +44,8 @@ def pid(
     x, y, target: integers, one per row; clusters or bins of what is continuous. groups: the sequence of each row (None: every
     row its own).
 
-    Raises ValueError for what is no whole number per row, where lengths differ, for a correction with another method, and for tables of more than 10,000 cells.
+    Raises ValueError for what is no whole number per row, where lengths differ, for a correction with another method, and for
+    tables of more than 10,000 cells.
 
     Efron (1979), doi:10.1214/aos/1176344552.
 

@@ -103,9 +103,9 @@ def divergence_sums(
 ) -> SequenceSums:
     """Sums of a batch for `output_divergence`, to be merged with those of others.
 
-    first, second: logits, position by position of the same text, or row by row of a classifier's same inputs. weight: a mask, or the weights of the criterion's targets
-    (`Labels.weight`); what lies where it is 0 is not looked at. Each sequence must be whole in one batch. chunk: positions
-    whose log-probabilities are in memory at a time, in float64.
+    first, second: logits, position by position of the same text, or row by row of a classifier's same inputs. weight: a mask,
+    or the weights of the criterion's targets (`Labels.weight`); what lies where it is 0 is not looked at. Each sequence must
+    be whole in one batch. chunk: positions whose log-probabilities are in memory at a time, in float64.
 
     Raises ValueError where shapes do not fit: of other lengths, the positions are not the same.
     """

@@ -204,7 +204,8 @@ def one_sequence(num: int) -> str:
 
 def _seen_too_rarely(num: int, num_labels: int) -> str:
     """Below five of each, as in `mutual_information_discrete`."""
-    text = f"{counted(num_labels, 'label')} in {counted(num, 'row')}: each must be seen five times, or the entropy is too low."
+    seen = f"{counted(num_labels, 'label')} in {counted(num, 'row')}"
+    text = f"{seen}: each must be seen five times, or the entropy is too low."
     return text if num_labels > 1 and num < 5 * num_labels else ""
 
 

@@ -46,8 +46,9 @@ def mutual_information_gaussian(
     $$N_{\mathrm{eff}} = N\, \frac{\sum_i \|u_i v_i^\top - C\|^2}{\sum_g \|\sum_{i \in g} (u_i v_i^\top - C)\|^2}, \qquad
       C = \tfrac1N \textstyle\sum_i u_i v_i^\top,$$
 
-    with u and v the whitened sides (never above N; one sequence alone does not say how many, and gives nan). For sides that are not Gaussian this is the information of their linear
-    relation: not a bound in general, and 0 where a relation is not linear. Unchanged by linear maps of either side.
+    with u and v the whitened sides (never above N; one sequence alone does not say how many, and gives nan). For sides that
+    are not Gaussian this is the information of their linear relation: not a bound in general, and 0 where a relation is not
+    linear. Unchanged by linear maps of either side.
 
     shrinkage: S becomes (1 - a) S + a I, of columns at unit variance, with a number from 0 to 1 or Ledoit and Wolf's a (their
     error of S over sequences): the way where there are not several times as many rows as columns. All correlations shrink,

@@ -113,8 +113,8 @@ def check_rows(
     check_labels("groups", groups)
     if (num := len(groups.unique())) < folds:
         raise ValueError(
-            f"`folds` must be at most the number of groups, {num}, got {folds}: a fold has whole sequences, so that there must "
-            "be more of these, or fewer folds (two at least)."
+            f"`folds` must be at most the number of groups, {num}, got {folds}: a fold has whole sequences; give more of "
+            "these, or fewer folds (two at least)."
         )
     return groups
 

@@ -54,8 +54,8 @@ def mutual_information_ksg(
     Where rows are equal, a jitter of 1e-10 standard deviations makes them different: labels belong in
     `mutual_information_ross` or `mutual_information_discrete` instead. A side that is constant has 0.
 
-    No value is above $\langle \psi(N_i) \rangle - \psi(k)$, where either side's neighbours are the other's: see `ceiling`
-    and `saturated`. Sides that are maps of each other have that and no more, whatever the map, and an error that says nothing.
+    No value is above $\langle \psi(N_i) \rangle - \psi(k)$, where either side's neighbours are the other's: see `ceiling` and
+    `saturated`. Sides that are maps of each other have that and no more, whatever the map, and an error that says nothing.
 
     The error is over sequences, from the differences of random halves of them.
     Believed in 1 + 1 dimensions from 1,000 rows: of Gaussian pairs the bias was at most 0.02 nats, up to 0.83 nats, and the

@@ -116,9 +116,9 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
 
     Of each stream $H = -\sum_j p_j \log p_j$ with p the eigenvalues of its centred covariance over their sum
     (`spectral_entropy`), over a uniform sample of `size` positions, and exp H as a number of directions; of the outputs the
-    mean of $-\sum_v p_v \log p_v$ over all tokens, or over sequences where each has one output (`output_entropy`). Nats, with errors over sequences. Layer l is the stream
-    before block l, the last is that behind all. Of fewer rows than ten times the directions a spectrum is too wide, and its
-    entropy too low. For entropies of attention see `attention_patterns`.
+    mean of $-\sum_v p_v \log p_v$ over all tokens, or over sequences where each has one output (`output_entropy`). Nats, with
+    errors over sequences. Layer l is the stream before block l, the last is that behind all. Of fewer rows than ten times the
+    directions a spectrum is too wide, and its entropy too low. For entropies of attention see `attention_patterns`.
 
     Raises ValueError for models that are not described, for activations that are not finite, and where there is no token.
 
