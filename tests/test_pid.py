@@ -165,7 +165,7 @@ def test_documented_residual_tests_nothing():
     made = pid_min_mi(0.3, 0.5, 0.4)
     assert made.synergy == pytest.approx(-0.1)
     assert "under-fits" in " ".join(made.notes)
-    assert "redundancy is not between" in " ".join(pid_min_mi(-0.1, 0.5, 0.6).notes)
+    assert "redundancy is below 0" in " ".join(pid_min_mi(-0.1, 0.5, 0.6).notes)
     assert not any("residual" in name for name in made.asdict())
     assert "under-fits" not in " ".join(pid_min_mi(0.3, 0.5, 0.6).notes)
 
@@ -317,3 +317,10 @@ def test_what_is_no_label_no_number_or_of_other_rows_is_named():
         pid_min_mi(math.inf, 1.0, 2.0)
     with pytest.raises(ValueError, match="`y` must have a row for each of the 12 of `x`, got 11"):
         probe_pid(x, x[1:], bits, key=key(0))
+
+
+def test_what_is_below_zero_makes_the_other_unique_part_too_large_and_that_is_said():
+    found = pid_min_mi(-0.025, 0.074, 0.08)
+    assert found.unique_y > found.information_y
+    assert any("unique part of the other is too large" in note for note in found.notes)
+    assert not any("redundancy" in note for note in pid_min_mi(0.02, 0.07, 0.08).notes)

@@ -80,7 +80,7 @@ class Calibration(Result):
             made.append("the likelihood is infinite: a label has probability 0, and no standard error is known.")
         if self.num_alone and self.num_sequences > 1:
             made.append(
-                f"{counted(self.num_alone, 'bin')} with positions of one sequence alone: no standard error of accuracy there. "
+                f"{counted(self.num_alone, 'bin')} with positions of one sequence alone: no standard error of accuracy. "
                 "`squared_error`, which takes off what sampling adds, is not known, either. Fewer `bins` have more sequences."
             )
         if empty := int((self.bin_weight == 0).sum()):

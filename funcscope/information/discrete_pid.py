@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,10 +79,8 @@ def pid(
     whole = np.bincount(codes, minlength=int(np.prod(shape))).reshape(shape).astype(np.float64)
     values, gap = decompose(whole, 1e-8)
     errors = bootstrap_stderr(parts, len(counts), key=fold_in(key, "resamples"), num=num)
-    named = {f"{name}_stderr": float(each) for name, each in zip(ATOMS, errors, strict=True)}
-    return PID(
-        **values, method=method, terms=correction, gap=gap, **named, num_groups=len(counts), num=num, key=key
-    )  # fmt: skip
+    fields: dict[str, Any] = values | {f"{name}_stderr": float(each) for name, each in zip(ATOMS, errors, strict=True)}
+    return PID(**fields, method=method, terms=correction, gap=gap, num_groups=len(counts), num=num, key=key)
 
 
 def _decomposition(

@@ -71,10 +71,15 @@ class PID(Result):
             made.append("One group alone gives no standard error.")
         if self.synergy < -ROUNDING:
             made.append(
-                "The synergy is negative: both together tell less than one alone, so the joint probe under-fits."
+                "The synergy is negative: both together tell less than one alone, so the joint estimate under-fits."
             )
-        if not -ROUNDING <= self.redundancy <= min(self.information_x, self.information_y) + ROUNDING:
-            made.append("The redundancy is not between 0 and the smaller information: an estimate is below 0 or wrong.")
+        if self.redundancy < -ROUNDING:
+            made.append(
+                "The redundancy is below 0, where no information is: that of one source was estimated too low, and the "
+                "unique part of the other is too large by as much."
+            )
+        if self.redundancy > min(self.information_x, self.information_y) + ROUNDING:
+            made.append("The redundancy is above the smaller information: an estimate is wrong.")
         if self.gap is not None and self.gap > 1e-5:
             made.append(f"The programme was stopped {self.gap:.2g} nats from a bound at most.")
         return [*made, *self.remarks]
