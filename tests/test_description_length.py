@@ -177,3 +177,9 @@ def test_weights_without_a_code_are_named():
     name = loss.net.layout.names[0]
     with pytest.raises(ValueError, match=f"`{name}` must be finite"):
         description_length(loss, theta * math.nan, step=0.1)
+
+
+def test_lengths_are_of_integers():
+    with pytest.raises(ValueError, match=r"`n` must be an integer of at least 1, got 1\.5"):
+        universal_integer_bits.__wrapped__(1.5)
+    assert universal_integer_bits(10**400) == pytest.approx(math.log2(10) * 400, rel=0.02)

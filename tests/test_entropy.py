@@ -252,3 +252,28 @@ def test_labels_that_are_seen_too_rarely_are_named_as_pairs_are():
 def test_sequences_are_named_by_whole_numbers():
     with pytest.raises(ValueError, match="`groups` must hold one whole number per row"):
         grouping.__wrapped__(torch.zeros(4), 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("order", [1 - 1e-6, 1 + 1e-10, 1 + 1e-13])
+def test_orders_next_to_one_do_not_cancel(order):
+    x = draws(0, 500, 3)
+    near, one = spectral_entropy(x, order=order), spectral_entropy(x)
+    assert float(near.entropy) == pytest.approx(float(one.entropy), rel=1e-8)
+    assert float(near.stderr) == pytest.approx(float(one.stderr), rel=1e-5)
+
+
+def test_both_ways_to_an_entropy_of_order_alpha_agree_where_they_meet():
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    for order in (0.91, 1.09):
+        made = covariance_entropy(torch.diag(p), order=order)
+        assert float(made.entropy) == pytest.approx(float(p.pow(order).sum().log() / (1 - order)), rel=1e-12)
+
+
+def test_what_is_no_covariance_has_no_spectral_entropy():
+    with pytest.raises(ValueError, match="must be symmetric"):
+        covariance_entropy(torch.tensor([[1.0, 5.0], [0.0, 1.0]]))
+    for matrix in (-torch.eye(3), torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
+        with pytest.raises(ValueError, match="no eigenvalue below 0, got -1"):
+            covariance_entropy(matrix)
+    x = draws(0, 5, 9).float()
+    assert covariance_entropy(x.T @ x).spectral_rank < 5  # of rank 5, with rounding on both sides of 0

@@ -254,3 +254,10 @@ def test_a_remedy_is_one_that_a_reader_can_follow():
     """The layers' metric has no shrinkage of its own."""
     x = draws(0, 50, 2)
     assert "of `mutual_information_gaussian`" in mutual_information_gaussian(x, 2 * x).notes[0]
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("scale", [2.0**600, 2.0**-600])
+def test_the_unit_of_a_side_changes_nothing_however_large_it_is(estimate, scale):
+    x, y = pair(0, 60, 2, 0.5)
+    assert float(estimate(scale * x, y).value) == pytest.approx(float(estimate(x, y).value), rel=1e-9)

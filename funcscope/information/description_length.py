@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,14 +97,14 @@ def universal_integer_bits(n: int) -> float:
     positive terms only. With the constant the lengths satisfy Kraft's inequality, $\sum_n 2^{-L^*(n)} \le 1$, so that a
     prefix code of these lengths (rounded up) exists; without it, the sum over n up to 300,000 alone is 2.35.
 
-    Raises ValueError for n below 1.
+    Raises ValueError for n below 1, and for what is no integer.
 
     Rissanen (1983), doi:10.1214/aos/1176346150.
 
     >>> round(universal_integer_bits(1), 4), round(universal_integer_bits(16), 4)         # 16: + 4 + 2 + 1
     (1.5186, 8.5186)
     """
-    if n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"`n` must be an integer of at least 1, got {n}: add 1 to what may be 0.")
     bits, term = CONSTANT, math.log2(n)
     while term > 0:

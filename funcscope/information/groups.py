@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,18 @@ def wide_rows(name: str, x: Tensor) -> Float[Tensor, "n d"]:
     if not bool(x.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, and some of its values are not: leave those rows out.")
     return x.detach().to(wide(x.device))
+
+
+def unit_columns(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Columns by the power of 2 that brings their largest entry to between 1/2 and 1: their squares are numbers whatever
+    the unit is, and no bit changes that matters where they are standardised afterwards.
+
+    >>> unit_columns(torch.tensor([[3e200, 0.0], [-1e200, 0.0]], dtype=torch.float64)).abs().amax(0) < 1
+    tensor([True, True])
+    """
+    most = math.log2(torch.finfo(x.dtype).max) - 24
+    exponent = (x.abs().amax(0).log2().floor() + 1).clamp(-most, most)
+    return x * torch.full_like(exponent, 2.0) ** -exponent
 
 
 def check_pairs(x: Tensor, y: Tensor) -> None:

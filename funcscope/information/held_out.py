@@ -17,7 +17,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.standard_errors import means
 from ..core.tables import counted
-from .groups import check_labels
+from .groups import check_labels, unit_columns
 
 STEPS = 1000
 """Of the solver, at most."""
@@ -61,7 +61,7 @@ def held_out(
     """
     labels = labels.cpu().unique(return_inverse=True)[1]
     num_labels = int(labels.max()) + 1
-    values, label = _scaled(x.detach().cpu().double()).numpy(), labels.numpy()
+    values, label = unit_columns(x.detach().cpu().double()).numpy(), labels.numpy()
     log_prob, correct = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
     absent, unconverged = 0, 0
     for train, test in folds_of(groups, folds, key):
@@ -161,12 +161,6 @@ def notes_of(num_absent: int, num_unconverged: int) -> list[str]:
     if num_unconverged:
         made.append(f"{counted(num_unconverged, 'fit')} did not converge: information is less than a probe could use.")
     return made
-
-
-def _scaled(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Columns with 1 as their largest entry, whose squares are numbers: they are standardised afterwards."""
-    largest = x.abs().amax(0)
-    return x / torch.where(largest > 0, largest, 1.0)
 
 
 def _fitted(
