@@ -277,3 +277,14 @@ def test_what_is_no_covariance_has_no_spectral_entropy():
             covariance_entropy(matrix)
     x = draws(0, 5, 9).float()
     assert covariance_entropy(x.T @ x).spectral_rank < 5  # of rank 5, with rounding on both sides of 0
+
+
+@pytest.mark.parametrize("num", [3, 7, 49, 1001])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
+def test_a_constant_is_no_direction_however_its_mean_is_rounded(num, value):
+    x = torch.full((num, 4), value, dtype=torch.float64)
+    assert math.isnan(spectral_entropy(x).entropy)
+    beside = torch.cat([x, draws(0, num, 2)], 1)
+    assert float(spectral_entropy(beside).entropy) == pytest.approx(
+        float(spectral_entropy(beside[:, 4:]).entropy), rel=1e-9
+    )

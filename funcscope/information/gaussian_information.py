@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_number
-from .groups import Grouping, Groups, check_pairs, grouping, unit_columns, wide_rows, with_second_order
+from .groups import Grouping, Groups, centred_columns, check_pairs, grouping, unit_columns, wide_rows, with_second_order
 from .mutual_information import MutualInformation, constant, undefined, unresolved_error
 
 Shrinkage = Literal["ledoit-wolf"]
@@ -133,11 +133,9 @@ def _squares_of_sums(u: Float[Tensor, "n d"], v: Float[Tensor, "n e"], rows: Gro
 
 def _columns(side: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
     """Centred and at unit variance, without those that are constant."""
-    side = unit_columns(side)
-    centred = side - side.mean(0)
-    spread = centred.square().mean(0).sqrt()
-    varies = spread > 1e-12 * side.abs().amax(0)
-    return centred[:, varies] / spread[varies]
+    centred = centred_columns(unit_columns(side))
+    centred = centred[:, centred.any(0)]
+    return centred / centred.square().mean(0).sqrt()
 
 
 def _whitened(a: Tensor, b: Tensor, amount: float) -> _Whitened | None:

@@ -95,6 +95,16 @@ def unit_columns(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return x * torch.full_like(exponent, 2.0) ** -exponent
 
 
+def centred_columns(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Less their mean; 0 where what is left is rounding beside the column's size, so that a constant stays one.
+
+    >>> centred_columns(torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 3.0]], dtype=torch.float64)).tolist()
+    [[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    centred = x - x.mean(0)
+    return torch.where(centred.abs().amax(0) > 1e-12 * x.abs().amax(0), centred, 0.0)
+
+
 def check_pairs(x: Tensor, y: Tensor) -> None:
     """Row by row, two arrays are of the same tokens."""
     if len(x) != len(y):

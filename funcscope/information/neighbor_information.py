@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.keys import Key, check_key, fold_in, normal, uniform
 from ..core.tables import counted
-from .groups import Grouping, Groups, check_labels, check_pairs, grouping, unit_columns, wide_rows
+from .groups import Grouping, Groups, centred_columns, check_labels, check_pairs, grouping, unit_columns, wide_rows
 from .mutual_information import MutualInformation, constant, one_label, undefined
 
 JITTER = 1e-10
@@ -235,11 +235,9 @@ def _others_and_own(within: Rows) -> Rows:
 
 def _columns(side: Float[Tensor, "n d"], key: Key, marginals: Marginals) -> tuple[Points, int]:
     """Scaled, constant ones 0; with a jitter where rows are equal, and how many rows have an equal before them."""
-    side = unit_columns(side)
-    centred = side - side.mean(0)
-    spread = centred.square().mean(0).sqrt()
-    varies = spread > 1e-12 * side.abs().amax(0)
-    scaled = torch.where(varies, centred / torch.where(varies, spread, 1.0), 0.0)
+    centred = centred_columns(unit_columns(side))
+    varies = centred.any(0)
+    scaled = centred / torch.where(varies, centred.square().mean(0).sqrt(), 1.0)
     equal = len(scaled) - len(scaled.unique(dim=0))
     if equal:
         scaled = scaled + JITTER * normal(key, scaled) * varies

@@ -21,6 +21,7 @@ from ..core.tables import counted
 from ..core.trace import sites_of
 from .entropy import entropy_sums, output_entropy
 from .gaussian_information import mutual_information_gaussian
+from .groups import centred_columns
 from .infonce import mutual_information_infonce
 from .mutual_information import MutualInformation
 from .neighbor_information import mutual_information_ksg
@@ -267,5 +268,5 @@ def _leading(x: Float[Tensor, "n d"], dims: int) -> tuple[Float[Tensor, "n k"], 
     if dims > min(x.shape):
         raise ValueError(f"`dims` must be at most the {min(x.shape)} that {len(x)} rows of {x.shape[1]} units have.")
     wide = x.double() if x.device.type != "mps" else x.float()
-    u, s, _ = torch.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    u, s, _ = torch.linalg.svd(centred_columns(wide), full_matrices=False)
     return (u * s)[:, :dims], float(s[:dims].square().sum() / s.square().sum())

@@ -15,7 +15,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.streams import Moments
 from ..core.tables import counted
-from .groups import Grouping, Groups, grouping, wide_rows
+from .groups import Grouping, Groups, centred_columns, grouping, wide_rows
 
 
 class SpectralEntropy(Result):
@@ -90,7 +90,7 @@ def spectral_entropy(x: Float[Tensor, "n d"], *, groups: Groups | None = None, o
     rows = wide_rows("x", x)
     check_positive("order", order)
     of = grouping(groups, len(rows), rows.device)
-    spectrum = _spectrum(rows - rows.mean(0))
+    spectrum = _spectrum(centred_columns(rows))
     value = _entropy(spectrum.shares, order)
     stderr, reason = value.new_tensor(math.nan), _reason(value, of)
     if not reason:
