@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 import funcscope as fs
 from funcscope.information import (
+    description_length,
     expected_calibration_error,
     layer_entropy,
     layer_information,
@@ -20,6 +21,7 @@ from funcscope.information import (
     prediction_divergence,
     usable_information_by_layer,
 )
+from funcscope.information.of_layers import streams_of
 
 KEY = fs.key(0)
 SMALL = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 16, "bos_token_id": 0}
@@ -130,3 +132,29 @@ def test_few_rows_are_probed_in_the_components_that_were_asked_for(monkeypatch):
         with pytest.raises(StopIteration):
             usable_information_by_layer(loss, loss.net.params, key=KEY, pca=pca)
     assert asked == [6, None, None]
+
+
+def test_what_is_no_loss_no_layer_and_no_model_of_the_vocabulary_is_named():
+    loss = loss_of(gpt2())
+    net, params = loss.net, loss.net.params
+    for call in (
+        lambda: streams_of.__wrapped__(net),
+        lambda: output_calibration.reading.__wrapped__(net, params, key=KEY),
+        lambda: description_length.__wrapped__(net, net.theta, step=0.1),
+        lambda: divergence(net, net, net),
+    ):
+        with pytest.raises(TypeError, match="`loss` must be a Loss, got a Functional"):
+            call()
+    for layer in ("a", 1.0, 2):
+        with pytest.raises(ValueError, match="`layer` must be one of 0 to 1, or -1 for the last"):
+            pid_analysis.reading.__wrapped__(loss, params, key=KEY, layer=layer)
+    wider = seeded(0, lambda: GPT2LMHeadModel(GPT2Config(**SMALL | {"vocab_size": 12})))
+    with pytest.raises(ValueError, match=r"`end` must have outputs of the same shape as `start`, \(12, 6, 9\)"):
+        prediction_divergence(loss, net, fs.functional(wider))
+    with pytest.raises(ValueError, match="`start` must be a flat vector"):
+        prediction_divergence(loss, net.theta[1:], net)
+
+
+def divergence(*args):
+    """Without the check of types that the tests have."""
+    return prediction_divergence.__wrapped__.__wrapped__(*args)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_positive
+from ..core.checks import check_instance, check_positive
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.standard_errors import means
@@ -143,6 +143,7 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
     (4.0, 4.0, True)
     """
     check_positive("step", step)
+    check_instance("loss", loss, Loss, "`fs.objective(fs.functional(model), batches, criterion)`")
     if loss.criterion.unit != "nats":
         raise ValueError(
             f"`loss` must be a cross-entropy in nats, got {loss.criterion.name} in {loss.criterion.unit}: other losses are "

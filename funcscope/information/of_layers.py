@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_instance
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
@@ -235,6 +235,7 @@ _ESTIMATORS: dict[str, Callable[..., MutualInformation]] = {
 
 def streams_of(loss: Loss) -> tuple[str, ...]:
     """The residual stream before the first block and behind each. Raises ValueError for models that are not described."""
+    check_loss(loss)
     last = [name for name in sites_of(loss.net) if name.startswith("resid_post.")]
     if not last:
         raise ValueError(
@@ -242,6 +243,11 @@ def streams_of(loss: Loss) -> tuple[str, ...]:
             "the functions of `funcscope.information`."
         )
     return ("resid_pre.0", *last)
+
+
+def check_loss(loss: object) -> None:
+    """Raises TypeError for a model or a function in its place."""
+    check_instance("loss", loss, Loss, "`fs.objective(fs.functional(model), batches, criterion)`")
 
 
 def check_finite_rows(sample: Reservoir, names: Sequence[str]) -> None:

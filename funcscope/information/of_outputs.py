@@ -10,20 +10,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import check_count, check_flat
 from ..core.criterion import Labels
 from ..core.forward import Inputs
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.model import Functional
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss
 from ..core.reading import Batch, Reading, one_pass
 from ..core.streams import Reservoir, sampled
 from ..core.trace import sites_of
 from .calibration import Calibration, calibration
 from .calibration_sums import CalibrationSums, calibration_sums, equal_width_edges
 from .divergence import OutputDivergence, divergence_sums, output_divergence
-from .of_layers import check_finite_rows, streams_of
+from .of_layers import check_finite_rows, check_loss, streams_of
 from .pid import PID
 from .probe_pid import probe_pid
 from .profile import InformationProfile, information_profile
@@ -104,10 +104,9 @@ def pid_analysis(
     """
     check_key(key)
     check_count("num_classes", num_classes, 2)
-    num = sum(name.startswith("resid_post.") for name in sites_of(loss.net))
-    streams_of(loss)
-    if not -num <= layer < num:
-        raise ValueError(f"`layer` must be one of 0 to {num - 1}, or -1 for the last, got {layer}.")
+    num = len(streams_of(loss)) - 1
+    if not isinstance(layer, int) or not -num <= layer < num:
+        raise ValueError(f"`layer` must be one of 0 to {num - 1}, or -1 for the last, got {layer!r}.")
     first, second = f"attn_out.{layer % num}", f"mlp_out.{layer % num}"
 
     def result(sample: Reservoir) -> PID:
@@ -140,6 +139,7 @@ def output_calibration(
     10
     """
     check_key(key)
+    check_loss(loss)
     edges = equal_width_edges(bins)
     sites = ("logits",) if "logits" in sites_of(loss.net) else ()
 
@@ -171,10 +171,16 @@ def prediction_divergence(loss: Loss, start: Functional | Tensor, end: Functiona
     >>> prediction_divergence(loss, net, net).js, prediction_divergence(loss, net, 2 * net.theta).js > 0
     (0.0, True)
     """
+    check_loss(loss)
     sums: SequenceSums | None = None
     for inputs, targets in loss.batches:
         _check_labels(targets)
-        first, second = (_outputs(loss, end, inputs) for end in (start, end))
+        first, second = _outputs(loss, "start", start, inputs), _outputs(loss, "end", end, inputs)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"`end` must have outputs of the same shape as `start`, {tuple(first.shape)}, got {tuple(second.shape)}: "
+                "only models of one vocabulary predict the same tokens."
+            )
         part = divergence_sums(first, second, targets.weight)
         sums = part if sums is None else sums.merge(part)
     assert sums is not None  # a loss has a batch
@@ -223,7 +229,8 @@ def _components(sample: Reservoir, name: str, pca: int | None) -> int | None:
     return pca if pca is not None and pca < sample.rows[name].shape[1] else None
 
 
-def _outputs(loss: Loss, end: Functional | Tensor, inputs: Inputs) -> Tensor:
-    theta: Theta
-    net, theta = (end, end.theta) if isinstance(end, Functional) else (loss.net, end)
-    return net.apply(net.layout.unravel(theta), inputs)
+def _outputs(loss: Loss, name: str, end: Functional | Tensor, inputs: Inputs) -> Tensor:
+    if isinstance(end, Functional):
+        return end.apply(end.params, inputs)
+    check_flat(name, end, loss.net.layout.num)
+    return loss.net.apply(loss.net.layout.unravel(end), inputs)
