@@ -158,3 +158,41 @@ def test_what_is_no_loss_no_layer_and_no_model_of_the_vocabulary_is_named():
 def divergence(*args):
     """Without the check of types that the tests have."""
     return prediction_divergence.__wrapped__.__wrapped__(*args)
+
+
+def padded(rows):
+    """A batch of sequences of unequal lengths, as wide as its longest."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_batches_and_company_change_no_number(size):
+    """One pass over one batch is one over many, padded to other widths; alone is together."""
+    rows = [row[: 3 + i % 6] for i, row in enumerate(tokens(12, 8))]
+    whole = loss_of(gpt2(), [padded(rows)])
+    parts = loss_of(gpt2(), [padded(rows[i : i + size]) for i in range(0, 12, size)])
+    options = {"key": KEY}
+    metrics = {
+        layer_entropy: options,
+        layer_information: options | {"dims": 2},
+        usable_information_by_layer: options | {"num_classes": 2, "folds": 2},
+        pid_analysis: options | {"num_classes": 2, "folds": 2},
+        output_calibration: options | {"num": 20},
+    }
+    readings = {metric.__name__: metric.reading(whole, whole.net.params, **more) for metric, more in metrics.items()}
+    together = fs.read(whole, whole.net.params, readings)
+    for metric, more in metrics.items():
+        alone = metric(whole, whole.net.params, **more)
+        assert alone == together[metric.__name__]
+        split = numbers(metric(parts, parts.net.params, **more))
+        assert len(split) > 3
+        for name, value in numbers(alone).items():
+            np.testing.assert_allclose(split[name], value, rtol=1e-4, atol=1e-6, err_msg=f"{metric.__name__} {name}")
+
+
+def numbers(result):
+    """All that are not whole."""
+    floats = {name: value for name, value in vars(result).items() if isinstance(value, float)}
+    return floats | {name: value.numpy() for name, value in result.arrays().items() if value.is_floating_point()}
