@@ -234,3 +234,32 @@ def test_doors():
         equal_mass_edges(torch.tensor([0.5, torch.nan]))
     with pytest.raises(ValueError, match="`labels` hold 9"):
         calibration_sums(logits, targets._replace(index=targets.index + 9 - targets.index.max()), equal_width_edges())
+
+
+def test_a_label_that_cannot_occur_is_said():
+    logits, targets = data(3)
+    logits = logits.index_put((torch.tensor(0), torch.tensor(0), targets.index[0, 0]), torch.tensor(-math.inf).double())
+    found = expected_calibration_error(logits, Labels(targets.index, torch.ones_like(targets.weight)), key=KEY, bins=2)
+    assert math.isinf(found.nll)
+    assert math.isnan(found.nll_stderr)
+    assert any("probability 0" in note for note in found.notes)
+    assert math.isfinite(found.ece)
+
+
+def test_outputs_that_are_no_numbers_are_neither_right_nor_wrong():
+    logits, targets = data(3)
+    found = expected_calibration_error(logits * torch.nan, targets, key=KEY, kind="equal_width")
+    assert math.isnan(found.accuracy)
+    assert found.bin_accuracy.isnan().all()
+
+
+def test_bins_of_a_single_sequence_leave_the_squared_error_unknown_and_say_so():
+    """One sequence is sure at a position, all others are not anywhere."""
+    logits = torch.zeros(4, 3, 2)
+    logits[0, 0, 0] = 9.0
+    found = expected_calibration_error(
+        logits, Labels(torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3)), key=KEY, bins=3, kind="equal_width"
+    )
+    assert math.isnan(found.squared_error)
+    assert found.num_alone == 1
+    assert any("of one sequence alone" in note and "squared_error" in note for note in found.notes)

@@ -151,7 +151,7 @@ def test_doors():
     loss, theta = problem()
     with pytest.raises(ValueError, match="`step` must be a finite number above 0"):
         description_length(loss, theta, step=0.0)
-    with pytest.raises(ValueError, match="weights must be finite"):
+    with pytest.raises(ValueError, match="`a` must be finite"):
         compressed_weights({"a": torch.tensor([math.nan])}, step=1.0)
     with pytest.raises(ValueError, match="a weight at least"):
         compressed_weights({}, step=1.0)
@@ -159,3 +159,27 @@ def test_doors():
     other = fs.objective(loss.net, [(torch.ones(2, 3).double(), torch.ones(2).double())], squares)
     with pytest.raises(ValueError, match="cross-entropy in nats"):
         description_length(other, theta, step=1.0)
+
+
+@pytest.mark.parametrize("step", [1e-50, 1e-18, 1e39])
+def test_steps_that_no_float32_or_no_integer_can_hold_are_refused(step):
+    """Divided by 0, and rounded to the largest integer, weights have a code of nonsense."""
+    loss, theta = problem()
+    with pytest.raises(ValueError, match=r"`step` must give a float32 above 0"):
+        description_length(loss, theta, step=step)
+    with pytest.raises(ValueError, match=r"of `w`"):
+        compressed_weights({"w": torch.tensor([1.0, 2.0])}, step=step)
+    assert math.isfinite(compressed_weights({"w": torch.tensor([1.0, 2.0])}, step=1e-14).bits_per_parameter)
+
+
+def test_weights_without_a_code_are_named():
+    loss, theta = problem()
+    name = loss.net.layout.names[0]
+    with pytest.raises(ValueError, match=f"`{name}` must be finite"):
+        description_length(loss, theta * math.nan, step=0.1)
+
+
+def test_lengths_are_of_integers():
+    with pytest.raises(ValueError, match=r"`n` must be an integer of at least 1, got 1\.5"):
+        universal_integer_bits.__wrapped__(1.5)
+    assert universal_integer_bits(10**400) == pytest.approx(math.log2(10) * 400, rel=0.02)

@@ -240,3 +240,51 @@ def test_wrong_arrays_and_orders_are_refused():
     ):
         with pytest.raises(ValueError, match="covariance"):
             covariance_entropy(bad)
+
+
+def test_labels_that_are_seen_too_rarely_are_named_as_pairs_are():
+    assert "9 labels in 9 rows" in discrete_entropy(torch.arange(9)).notes[0]
+    assert "9 labels in 9 rows" in entropy_of_counts(torch.ones(9, dtype=torch.long)).notes[0]
+    assert not discrete_entropy(torch.arange(45) % 9).notes
+    assert not discrete_entropy(torch.zeros(2, dtype=torch.long)).notes
+
+
+def test_sequences_are_named_by_whole_numbers():
+    with pytest.raises(ValueError, match="`groups` must hold one whole number per row"):
+        grouping.__wrapped__(torch.zeros(4), 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("order", [1 - 1e-6, 1 + 1e-10, 1 + 1e-13])
+def test_orders_next_to_one_do_not_cancel(order):
+    x = draws(0, 500, 3)
+    near, one = spectral_entropy(x, order=order), spectral_entropy(x)
+    assert float(near.entropy) == pytest.approx(float(one.entropy), rel=1e-8)
+    assert float(near.stderr) == pytest.approx(float(one.stderr), rel=1e-5)
+
+
+def test_both_ways_to_an_entropy_of_order_alpha_agree_where_they_meet():
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    for order in (0.91, 1.09):
+        made = covariance_entropy(torch.diag(p), order=order)
+        assert float(made.entropy) == pytest.approx(float(p.pow(order).sum().log() / (1 - order)), rel=1e-12)
+
+
+def test_what_is_no_covariance_has_no_spectral_entropy():
+    with pytest.raises(ValueError, match="must be symmetric"):
+        covariance_entropy(torch.tensor([[1.0, 5.0], [0.0, 1.0]]))
+    for matrix in (-torch.eye(3), torch.tensor([[1.0, 2.0], [2.0, 1.0]])):
+        with pytest.raises(ValueError, match="no eigenvalue below 0, got -1"):
+            covariance_entropy(matrix)
+    x = draws(0, 5, 9).float()
+    assert covariance_entropy(x.T @ x).spectral_rank < 5  # of rank 5, with rounding on both sides of 0
+
+
+@pytest.mark.parametrize("num", [3, 7, 49, 1001])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1])
+def test_a_constant_is_no_direction_however_its_mean_is_rounded(num, value):
+    x = torch.full((num, 4), value, dtype=torch.float64)
+    assert math.isnan(spectral_entropy(x).entropy)
+    beside = torch.cat([x, draws(0, num, 2)], 1)
+    assert float(spectral_entropy(beside).entropy) == pytest.approx(
+        float(spectral_entropy(beside[:, 4:]).entropy), rel=1e-9
+    )

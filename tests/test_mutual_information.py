@@ -221,3 +221,43 @@ def test_wrong_arguments_are_refused():
         mutual_information_infonce(x, x, key=KEY, num_candidates=1)
     with pytest.raises(ValueError, match="`y` must be finite"):
         mutual_information_gaussian(x, x / 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_sequence_does_not_say_what_its_rows_are_worth(seed):
+    """The residuals of a single sequence add up to 0, and what is left of them is rounding of either sign."""
+    x, y = pair(seed, 100, 2, 0.5)
+    made = mutual_information_gaussian(x, y, groups=torch.zeros(100, dtype=torch.long))
+    assert math.isnan(made.value)
+    assert "independent rows" in made.notes[0]
+    copies = mutual_information_gaussian(x.repeat(3, 1), y.repeat(3, 1), groups=torch.arange(300) // 100)
+    assert float(copies.value) == pytest.approx(float(mutual_information_gaussian(x, y).value), abs=0.03)
+
+
+@pytest.mark.parametrize("which", ["x", "y", "both"])
+def test_neighbours_and_critics_know_a_constant_side(which):
+    varying, still = draws(0, 40, 2), torch.full((40, 2), 0.1)
+    x, y = (still if which in (name, "both") else varying for name in "xy")
+    labels = torch.arange(40) % 2
+    made = [
+        mutual_information_gaussian(x, y),
+        mutual_information_ksg(x, y, key=KEY),
+        mutual_information_infonce(x, y, key=KEY, num_candidates=4, steps=2),
+        mutual_information_ross(still, labels, key=KEY),
+    ]
+    for each in made:
+        assert float(each.value) == 0
+        assert list(each.notes) == ["one side is constant, and has no information about anything."]
+
+
+def test_a_remedy_is_one_that_a_reader_can_follow():
+    """The layers' metric has no shrinkage of its own."""
+    x = draws(0, 50, 2)
+    assert "of `mutual_information_gaussian`" in mutual_information_gaussian(x, 2 * x).notes[0]
+
+
+@CONTINUOUS
+@pytest.mark.parametrize("scale", [2.0**600, 2.0**-600])
+def test_the_unit_of_a_side_changes_nothing_however_large_it_is(estimate, scale):
+    x, y = pair(0, 60, 2, 0.5)
+    assert float(estimate(scale * x, y).value) == pytest.approx(float(estimate(x, y).value), rel=1e-9)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from known_information import KEY, draws, information, pair
+from scipy.special import digamma
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
 
 import funcscope as fs
@@ -31,8 +32,6 @@ def test_one_dimension_is_scikit_learns(num_neighbors):
 
 def by_hand(x, y, groups, k):
     """Kraskov's first estimator among rows of other sequences, from whole matrices of distances."""
-    from scipy.special import digamma
-
     scaled = [(side - side.mean(0)) / side.std(0) for side in (x.numpy(), y.numpy())]
     apart = [abs(side[:, None] - side).max(-1) for side in scaled]
     other, terms = groups[:, None] != groups, []
@@ -127,3 +126,16 @@ def test_error_of_the_ksg_estimate_covers(rho):
     values, errors = (np.array([float(getattr(m, name)) for m in made]) for name in ("value", "stderr"))
     assert 0.85 < (abs(values - information(rho)) <= 1.96 * errors).mean() < 0.99
     assert errors.mean() == pytest.approx(values.std(), rel=0.2)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_sides_that_are_maps_of_each_other_reach_the_ceiling_and_say_so(size):
+    """Without it the same number, whatever the map, and an error of 0."""
+    x, groups = draws(0, 200, 1), torch.arange(200) // size
+    made = mutual_information_ksg(x, 2 * x, key=KEY, groups=groups)
+    assert float(made.ceiling) == pytest.approx(digamma(200 - size + 1) - digamma(5))
+    assert float(made.value) == pytest.approx(float(made.ceiling))
+    assert made.saturated
+    assert "near the ceiling" in made.notes[-1]
+    assert mutual_information_ksg(x, 3 * x, key=KEY, groups=groups).saturated  # but for rounding of distances
+    assert not mutual_information_ksg(*pair(0, 200, 1, 0.8), key=KEY).saturated

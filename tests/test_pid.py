@@ -165,7 +165,7 @@ def test_documented_residual_tests_nothing():
     made = pid_min_mi(0.3, 0.5, 0.4)
     assert made.synergy == pytest.approx(-0.1)
     assert "under-fits" in " ".join(made.notes)
-    assert "redundancy is not between" in " ".join(pid_min_mi(-0.1, 0.5, 0.6).notes)
+    assert "redundancy is below 0" in " ".join(pid_min_mi(-0.1, 0.5, 0.6).notes)
     assert not any("residual" in name for name in made.asdict())
     assert "under-fits" not in " ".join(pid_min_mi(0.3, 0.5, 0.6).notes)
 
@@ -296,3 +296,31 @@ def test_parts_are_those_of_dit(name, seed):
             assert ours[3] == pytest.approx(values[3], abs=0.02)
         else:
             assert ours == pytest.approx(values, abs=2e-4 if method == "broja" else 1e-7), method
+
+
+def test_probes_that_miss_a_label_and_single_groups_are_said():
+    x = normal(key(0), torch.zeros(20, 2))
+    found = probe_pid(x, x.flip(0), torch.arange(20) // 2, key=key(1), groups=torch.arange(20) // 2, num=5)
+    assert any("absent from the training folds" in note for note in found.notes)
+    assert any("take the fitted probes as they are" in note for note in found.notes)
+    bits = torch.arange(12) % 2
+    alone = pid(bits, bits, bits, key=key(0), groups=torch.zeros(12, dtype=torch.long), num=5)
+    assert math.isnan(alone.synergy_stderr)
+    assert any("One group alone" in note for note in alone.notes)
+
+
+def test_what_is_no_label_no_number_or_of_other_rows_is_named():
+    bits, x = torch.arange(12) % 2, normal(key(0), torch.zeros(12, 2))
+    with pytest.raises(ValueError, match="`y` must hold one whole number per row"):
+        pid.__wrapped__(bits, x[:, 0], bits, key=key(0))
+    with pytest.raises(ValueError, match="`i_x` must be a finite number"):
+        pid_min_mi(math.inf, 1.0, 2.0)
+    with pytest.raises(ValueError, match="`y` must have a row for each of the 12 of `x`, got 11"):
+        probe_pid(x, x[1:], bits, key=key(0))
+
+
+def test_what_is_below_zero_makes_the_other_unique_part_too_large_and_that_is_said():
+    found = pid_min_mi(-0.025, 0.074, 0.08)
+    assert found.unique_y > found.information_y
+    assert any("unique part of the other is too large" in note for note in found.notes)
+    assert not any("redundancy" in note for note in pid_min_mi(0.02, 0.07, 0.08).notes)

@@ -251,3 +251,26 @@ def test_doors():
         information_profile({"a": x, "b": x[:-1]}, labels, key=KEY)
     with pytest.raises(ValueError, match="a layer at least"):
         information_profile({}, labels, key=KEY)
+
+
+def test_a_control_task_of_one_label_is_undefined_and_says_so():
+    x, labels, _ = rows(20)
+    found = probe_selectivity(x, labels, key=KEY, types=torch.zeros(20, dtype=torch.long))
+    assert math.isnan(float(found.selectivity.value))
+    assert "one label for all rows" in found.notes[0]
+
+
+def test_rows_of_any_size_are_probed_alike():
+    x, labels, _ = rows(40)
+    plain = usable_information(x, labels, key=KEY)
+    for scale in (1e200, 1e-200):
+        found = usable_information(scale * x, labels, key=KEY)
+        assert float(found.information.value) == pytest.approx(float(plain.information.value), abs=1e-6)
+
+
+def test_rows_without_units_and_sequences_without_numbers_are_refused():
+    x, labels, _ = rows(20)
+    with pytest.raises(ValueError, match="`x` must have the shape"):
+        usable_information(x[:, :0], labels, key=KEY)
+    with pytest.raises(ValueError, match="`groups` must hold one whole number per row"):
+        usable_information.__wrapped__(x, labels, key=KEY, groups=torch.zeros(20))

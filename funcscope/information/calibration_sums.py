@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -107,7 +108,8 @@ def _scores(logits: Float[Tensor, "n V"], label: Tensor) -> Float[Tensor, "score
     confidence, best = log_p.max(-1)
     p = log_p.exp()
     brier = p.square().sum(-1) - 2 * chosen.exp() + 1
-    return torch.stack([torch.ones_like(chosen), (best == label).to(chosen), confidence.exp(), brier, -chosen])
+    right = torch.where(confidence.isnan(), math.nan, (best == label).to(chosen))
+    return torch.stack([torch.ones_like(chosen), right, confidence.exp(), brier, -chosen])
 
 
 def _scored(logits: Tensor, targets: Labels) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_positive
+from ..core.checks import check_instance, check_positive
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.standard_errors import means
@@ -96,14 +97,14 @@ def universal_integer_bits(n: int) -> float:
     positive terms only. With the constant the lengths satisfy Kraft's inequality, $\sum_n 2^{-L^*(n)} \le 1$, so that a
     prefix code of these lengths (rounded up) exists; without it, the sum over n up to 300,000 alone is 2.35.
 
-    Raises ValueError for n below 1.
+    Raises ValueError for n below 1, and for what is no integer.
 
     Rissanen (1983), doi:10.1214/aos/1176346150.
 
     >>> round(universal_integer_bits(1), 4), round(universal_integer_bits(16), 4)         # 16: + 4 + 2 + 1
     (1.5186, 8.5186)
     """
-    if n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"`n` must be an integer of at least 1, got {n}: add 1 to what may be 0.")
     bits, term = CONSTANT, math.log2(n)
     while term > 0:
@@ -129,7 +130,8 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
     error over sequences; the other bits are lengths, and have none. Compare totals on the same data only; where
     the step is chosen among several by its total, the choice takes bits, too.
 
-    Raises ValueError for losses that are no log-likelihood, and for a step that is not above 0.
+    Raises ValueError for losses that are no log-likelihood, for weights that are not finite, and for a step that is not
+    above 0 or out of the range of float32.
 
     Rissanen (1978), doi:10.1016/0005-1098(78)90005-5; Grünwald (2007), The minimum description length principle.
 
@@ -141,13 +143,14 @@ def description_length(loss: Loss, theta: Theta, *, step: float) -> DescriptionL
     (4.0, 4.0, True)
     """
     check_positive("step", step)
+    check_instance("loss", loss, Loss, "`fs.objective(fs.functional(model), batches, criterion)`")
     if loss.criterion.unit != "nats":
         raise ValueError(
             f"`loss` must be a cross-entropy in nats, got {loss.criterion.name} in {loss.criterion.unit}: other losses are "
             "no length of a code."
         )
     leaves = loss.wide_leaves(theta)
-    made = {name: quantised(value, step) for name, value in leaves.items()}
+    made = {name: quantised(value, step, name) for name, value in leaves.items()}
     books, places = zip(*(integer_bits(each.integers) for each in made.values()), strict=True)
     with torch.no_grad():
         at, weights = loss.terms({name: each.values for name, each in made.items()})
@@ -184,7 +187,7 @@ def compressed_weights(params: Mapping[str, Tensor], *, step: float) -> Compress
     check_positive("step", step)
     if not params or not sum(value.numel() for value in params.values()):
         raise ValueError("`params` must hold a weight at least.")
-    made = [quantised(value, step) for value in params.values()]
+    made = [quantised(value, step, name) for name, value in params.items()]
     num = sum(each.integers.size for each in made)
     counts = [np.unique(each.integers, return_counts=True)[1] for each in made]
     entropy = sum(float(scipy.stats.entropy(each, base=2)) * each.sum() for each in counts)
@@ -199,13 +202,20 @@ def compressed_weights(params: Mapping[str, Tensor], *, step: float) -> Compress
     )
 
 
-def quantised(value: Float[Tensor, "..."], step: float) -> Quantised:
-    """Rounded to multiples of `step` times its root mean square; raises ValueError for what is not finite."""
+def quantised(value: Float[Tensor, "..."], step: float, name: str = "weights") -> Quantised:
+    """Rounded to multiples of `step` times its root mean square; raises ValueError for what is not finite, and for a step
+    that is no float32 or by which there are more levels than integers of 53 bits."""
     if not bool(value.isfinite().all()):
-        raise ValueError("weights must be finite: those that are not have no code.")
+        raise ValueError(f"`{name}` must be finite: weights that are nan or infinite have no code, look at the model.")
     x = value.detach().cpu().double()
     size = float(x.square().mean().sqrt()) if x.numel() else 0.0
-    width = float(np.float32(step * size if size > 0 else step))
+    width = step * size if size > 0 else step
+    width = float(np.float32(width)) if width <= float(np.finfo(np.float32).max) else math.inf
+    if not (0 < width < math.inf and (not x.numel() or float(x.abs().max()) / width < 2**53)):
+        raise ValueError(
+            f"`step` must give a float32 above 0, and integers below 2**53, got {step:g}, which makes {width:g} of "
+            f"`{name}`, whose root mean square is {size:.3g}: a step from 1e-4 to 1 serves."
+        )
     integers = torch.round(x / width).long()
     return Quantised(integers.numpy().ravel(), width, (integers.double() * width).to(value))
 

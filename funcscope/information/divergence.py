@@ -95,7 +95,7 @@ class OutputDivergence(Result):
 
 @torch.no_grad()
 def divergence_sums(
-    first: Float[Tensor, "b t V"],
+    first: Float[Tensor, "*b V"],
     second: Float[Tensor, "..."],
     weight: Bool[Tensor, "..."] | Float[Tensor, "..."],
     *,
@@ -103,26 +103,30 @@ def divergence_sums(
 ) -> SequenceSums:
     """Sums of a batch for `output_divergence`, to be merged with those of others.
 
-    first, second: logits, position by position of the same text. weight: a mask, or the weights of the criterion's targets
-    (`Labels.weight`); what lies where it is 0 is not looked at. Each sequence must be whole in one batch. chunk: positions
-    whose log-probabilities are in memory at a time, in float64.
+    first, second: logits, position by position of the same text, or row by row of a classifier's same inputs. weight: a mask,
+    or the weights of the criterion's targets (`Labels.weight`); what lies where it is 0 is not looked at. Each sequence must
+    be whole in one batch. chunk: positions whose log-probabilities are in memory at a time, in float64.
 
     Raises ValueError where shapes do not fit: of other lengths, the positions are not the same.
     """
     check_count("chunk", chunk)
-    if first.shape != second.shape or first.ndim != 3:
+    if first.ndim not in (2, 3):
         raise ValueError(
-            "`second` must be logits of shape (sequence, position, token) as `first`, of the same positions, got "
-            f"{tuple(first.shape)} and {tuple(second.shape)}: divergences of unrelated positions say how unlike texts are."
+            f"`first` must have the shape (sequence, position, token) or (row, class), got {tuple(first.shape)}."
         )
-    if weight.shape != first.shape[:2]:
-        raise ValueError(f"`weight` must have the shape {tuple(first.shape[:2])}, got {tuple(weight.shape)}.")
+    if first.shape != second.shape:
+        raise ValueError(
+            f"`second` must be logits of the same positions and tokens as `first`, of shape {tuple(first.shape)}, got "
+            f"{tuple(second.shape)}: divergences of unrelated positions say how unlike texts are."
+        )
+    if weight.shape != first.shape[:-1]:
+        raise ValueError(f"`weight` must have the shape {tuple(first.shape[:-1])}, got {tuple(weight.shape)}.")
     columns = torch.zeros(len(NAMES) + 1, len(first), dtype=wide(first.device), device=first.device)
     for at in (weight != 0).nonzero().split(chunk):
-        rows, places = at.T
-        p, q = (each[rows, places].to(columns).log_softmax(-1) for each in (first, second))
+        place = tuple(at.T)
+        p, q = (each[place].to(columns).log_softmax(-1) for each in (first, second))
         numbers = torch.stack([kl_divergence(p, q), kl_divergence(q, p), js_divergence(p, q), torch.ones_like(p[:, 0])])
-        columns.index_add_(1, rows, numbers * weight[rows, places].to(columns))
+        columns.index_add_(1, place[0], numbers * weight[place].to(columns))
     return SequenceSums.of(columns)
 
 

@@ -30,7 +30,7 @@ class Entropy(Result):
     """Sequences."""
     estimator: str
     reason: str = internal(default="")
-    """Why a number is nan."""
+    """Why a number is nan, or not to be believed."""
 
     @derived("perplexity", stderr="perplexity_stderr")
     def perplexity(self) -> Float[Tensor, ""]:
@@ -82,21 +82,22 @@ def discrete_entropy(
 
     Miller (1955), Note on the bias of information estimates.
 
-    >>> print(discrete_entropy(torch.tensor([0, 0, 1, 1])))                      # log 2 + 1 / 8
-    miller-madow entropy of 4 rows of 4 sequences
+    >>> print(discrete_entropy(torch.arange(16) % 2))                                           # log 2 + 1 / 32
+    miller-madow entropy of 16 rows of 16 sequences
     <BLANKLINE>
-    ----------  -----------
-    entropy     0.82 ± 0.18
-    perplexity  2.27 ± 0.40
-    ----------  -----------
+    ----------  -------------
+    entropy     0.724 ± 0.044
+    perplexity  2.063 ± 0.091
+    ----------  -------------
     """
     check_labels("labels", labels)
     check_choice("correction", correction, ("miller-madow", "plug-in"))
     rows = grouping(groups, len(labels), labels.device)
     seen = occupancy(labels, rows)
+    reason = one_sequence(rows.num) or _seen_too_rarely(len(labels), seen.num_labels)
     value = seen.surprisal.mean() + (seen.missing if correction == "miller-madow" else 0.0)
     stderr = with_second_order(rows.mean_stderr(seen.surprisal), seen.missing, seen.num_labels - 1)
-    return Entropy(value, stderr, len(labels), rows.num, correction, one_sequence(rows.num))
+    return Entropy(value, stderr, len(labels), rows.num, correction, reason)
 
 
 def entropy_of_counts(counts: Int[Tensor, " k"], *, correction: Correction = "miller-madow") -> Entropy:
@@ -127,7 +128,8 @@ def entropy_of_counts(counts: Int[Tensor, " k"], *, correction: Correction = "mi
     missing = (len(weights) - 1) / (2 * num)
     stderr = with_second_order(stderr, missing, len(weights) - 1)
     value = plain + (missing if correction == "miller-madow" else 0.0)
-    return Entropy(value, stderr, num, num, correction, one_sequence(num))
+    reason = one_sequence(num) or _seen_too_rarely(num, len(weights))
+    return Entropy(value, stderr, num, num, correction, reason)
 
 
 def occupancy(labels: Int[Tensor, " n"], rows: Grouping) -> Occupancy:
@@ -198,6 +200,13 @@ def output_entropy(sums: SequenceSums) -> Entropy:
 def one_sequence(num: int) -> str:
     """Why there is no error, where there is none."""
     return "" if num > 1 else "one sequence alone gives no standard error."
+
+
+def _seen_too_rarely(num: int, num_labels: int) -> str:
+    """Below five of each, as in `mutual_information_discrete`."""
+    seen = f"{counted(num_labels, 'label')} in {counted(num, 'row')}"
+    text = f"{seen}: each must be seen five times, or the entropy is too low."
+    return text if num_labels > 1 and num < 5 * num_labels else ""
 
 
 def _row_entropies(logits: Float[Tensor, "m v"]) -> Float[Tensor, " m"]:

@@ -9,10 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_number
-from .groups import Grouping, Groups, check_pairs, grouping, wide_rows, with_second_order
-from .mutual_information import MutualInformation, undefined, unresolved_error
+from .groups import Grouping, Groups, centred_columns, check_pairs, grouping, unit_columns, wide_rows, with_second_order
+from .mutual_information import MutualInformation, constant, undefined, unresolved_error
 
 Shrinkage = Literal["ledoit-wolf"]
+_ALONE = (
+    "one sequence alone gives no standard error, and does not say how many independent rows it is worth: the bias, and with "
+    "it the value, is not known."
+)
 
 
 class _Whitened(NamedTuple):
@@ -39,11 +43,12 @@ def mutual_information_gaussian(
     with b the exact bias of N independent Gaussian rows, from the mean log-determinant of a Wishart matrix: about $de / 2N$.
     Rows of one sequence count for fewer,
 
-    $$N_{\mathrm{eff}} = N\, \frac{\sum_i \|u_i v_i^\top\|^2}{\sum_g \|\sum_{i \in g} (u_i v_i^\top - C)\|^2}, \qquad
+    $$N_{\mathrm{eff}} = N\, \frac{\sum_i \|u_i v_i^\top - C\|^2}{\sum_g \|\sum_{i \in g} (u_i v_i^\top - C)\|^2}, \qquad
       C = \tfrac1N \textstyle\sum_i u_i v_i^\top,$$
 
-    with u and v the whitened sides (never above N). For sides that are not Gaussian this is the information of their linear
-    relation: not a bound in general, and 0 where a relation is not linear. Unchanged by linear maps of either side.
+    with u and v the whitened sides (never above N; one sequence alone does not say how many, and gives nan). For sides that
+    are not Gaussian this is the information of their linear relation: not a bound in general, and 0 where a relation is not
+    linear. Unchanged by linear maps of either side.
 
     shrinkage: S becomes (1 - a) S + a I, of columns at unit variance, with a number from 0 to 1 or Ledoit and Wolf's a (their
     error of S over sequences): the way where there are not several times as many rows as columns. All correlations shrink,
@@ -75,17 +80,19 @@ def mutual_information_gaussian(
     rows, dims = grouping(groups, len(x), sides[0].device), (sides[0].shape[1], sides[1].shape[1])
     a, b = (_columns(side) for side in sides)
     if not a.shape[1] or not b.shape[1]:
-        return _constant(rows, dims, a)
+        return constant(rows, dims, "Gaussian", a)
     z = torch.cat([a, b], 1)
     amount = ledoit_wolf(z, rows) if isinstance(shrinkage, str) else float(shrinkage)
     white = _whitened(a, b, amount)
     if white is None:
         return undefined(_singular(len(z), z.shape[1]), rows, dims, "Gaussian", a)
-    value, remarks = -torch.log1p(-white.correlations.square()).sum() / 2, unresolved_error(rows)
+    value, remarks = torch.log1p(-white.correlations.square()).sum().abs() / 2, unresolved_error(rows)
     stderr = rows.mean_stderr(_derivatives(white, amount))
     if amount:
         remarks += (f"covariances are shrunk by {amount:.2g}: the value is too low by an amount that is not known.",)
     else:
+        if rows.num == 1:
+            return undefined(_ALONE, rows, dims, "Gaussian", a)
         bias = _bias(a.shape[1], b.shape[1], _num_effective(white, rows) - 1)
         if bias is None:
             return undefined(_singular(len(z), z.shape[1]), rows, dims, "Gaussian", a)
@@ -126,10 +133,9 @@ def _squares_of_sums(u: Float[Tensor, "n d"], v: Float[Tensor, "n e"], rows: Gro
 
 def _columns(side: Float[Tensor, "n d"]) -> Float[Tensor, "n e"]:
     """Centred and at unit variance, without those that are constant."""
-    centred = side - side.mean(0)
-    spread = centred.square().mean(0).sqrt()
-    varies = spread > 1e-12 * side.abs().amax(0)
-    return centred[:, varies] / spread[varies]
+    centred = centred_columns(unit_columns(side))
+    centred = centred[:, centred.any(0)]
+    return centred / centred.square().mean(0).sqrt()
 
 
 def _whitened(a: Tensor, b: Tensor, amount: float) -> _Whitened | None:
@@ -164,7 +170,7 @@ def _num_effective(white: _Whitened, rows: Grouping) -> float:
     inner = rows.sums(((white.x @ cross) * white.y).sum(1))
     grouped = _squares_of_sums(white.x, white.y, rows) - 2 * sizes * inner + sizes.square() * cross.square().sum()
     single = (white.x.square().sum(1) * white.y.square().sum(1)).sum() - num * cross.square().sum()
-    return num * min(1.0, float(single / grouped.sum()))
+    return num * min(1.0, float(single / grouped.sum().clamp_min(0)))
 
 
 def _bias(d: int, e: int, freedom: float) -> float | None:
@@ -175,13 +181,8 @@ def _bias(d: int, e: int, freedom: float) -> float | None:
     return float(means[:d].sum() + means[:e].sum() - means.sum()) / 2
 
 
-def _constant(rows: Grouping, dims: tuple[int, int], like: Tensor) -> MutualInformation:
-    zero, why = like.new_zeros(()), "one side is constant, and has no information about anything."
-    return MutualInformation(zero, zero, len(rows.sequence), rows.num, dims, "Gaussian", remarks=(why,))
-
-
 def _singular(num: int, dims: int) -> str:
     return (
         f"{num} rows of {dims} columns, in sequences or with linear relations that leave no inverse of their covariance: "
-        "`shrinkage='ledoit-wolf'` gives one."
+        "take more sequences or fewer columns, or `shrinkage='ledoit-wolf'` of `mutual_information_gaussian`."
     )

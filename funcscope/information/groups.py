@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Grouping(NamedTuple):
 def grouping(groups: Groups | None, num: int, device: torch.device) -> Grouping:
     """Of `num` rows, by the numbers of their sequences; every row a sequence of its own without.
 
-    Raises ValueError where there are not as many numbers as rows.
+    Raises ValueError where there are not as many whole numbers as rows.
 
     >>> grouping(torch.tensor([7, 7, 3]), 3, torch.device("cpu"))
     Grouping(sequence=tensor([1, 1, 0]), sizes=tensor([1, 2]))
@@ -54,6 +55,7 @@ def grouping(groups: Groups | None, num: int, device: torch.device) -> Grouping:
         raise ValueError(
             f"`groups` must name the sequence of each of the {num} rows, shape ({num},), got {tuple(groups.shape)}."
         )
+    check_labels("groups", groups)
     _, index, sizes = groups.to(device).unique(return_inverse=True, return_counts=True)
     return Grouping(index, sizes)
 
@@ -79,6 +81,28 @@ def wide_rows(name: str, x: Tensor) -> Float[Tensor, "n d"]:
     if not bool(x.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, and some of its values are not: leave those rows out.")
     return x.detach().to(wide(x.device))
+
+
+def unit_columns(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Columns by the power of 2 that brings their largest entry to between 1/2 and 1: their squares are numbers whatever
+    the unit is, and no bit changes that matters where they are standardised afterwards.
+
+    >>> unit_columns(torch.tensor([[3e200, 0.0], [-1e200, 0.0]], dtype=torch.float64)).abs().amax(0) < 1
+    tensor([True, True])
+    """
+    most = math.log2(torch.finfo(x.dtype).max) - 24
+    exponent = (x.abs().amax(0).log2().floor() + 1).clamp(-most, most)
+    return x * torch.full_like(exponent, 2.0) ** -exponent
+
+
+def centred_columns(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Less their mean; 0 where what is left is rounding beside the column's size, so that a constant stays one.
+
+    >>> centred_columns(torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 3.0]], dtype=torch.float64)).tolist()
+    [[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    centred = x - x.mean(0)
+    return torch.where(centred.abs().amax(0) > 1e-12 * x.abs().amax(0), centred, 0.0)
 
 
 def check_pairs(x: Tensor, y: Tensor) -> None:

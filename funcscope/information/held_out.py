@@ -17,6 +17,7 @@ from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.standard_errors import means
 from ..core.tables import counted
+from .groups import check_labels, unit_columns
 
 STEPS = 1000
 """Of the solver, at most."""
@@ -60,7 +61,7 @@ def held_out(
     """
     labels = labels.cpu().unique(return_inverse=True)[1]
     num_labels = int(labels.max()) + 1
-    values, label = x.detach().cpu().double().numpy(), labels.numpy()
+    values, label = unit_columns(x.detach().cpu().double()).numpy(), labels.numpy()
     log_prob, correct = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
     absent, unconverged = 0, 0
     for train, test in folds_of(groups, folds, key):
@@ -96,11 +97,11 @@ def check_rows(
     """The groups of the rows; raises ValueError where arrays do not fit, are not finite, or folds have no group each."""
     check_key(key)
     check_count("folds", folds, 2)
-    if x.ndim != 2 or not len(x):
-        raise ValueError(f"`{name}` must have the shape (row, unit) and a row, got {tuple(x.shape)}.")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"`{name}` must have the shape (row, unit), a row and a unit at least, got {tuple(x.shape)}.")
     if not bool(x.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, got nan or infinity: leave such rows out.")
-    if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
+    if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point() or labels.is_complex()):
         raise ValueError(
             f"`labels` must be {len(x)} integers, one per row of `{name}`, got {labels.dtype} {tuple(labels.shape)}."
         )
@@ -109,9 +110,11 @@ def check_rows(
         raise ValueError(
             f"`groups` must say of each of {len(x)} rows which sequence it is of, got {tuple(groups.shape)}."
         )
+    check_labels("groups", groups)
     if (num := len(groups.unique())) < folds:
         raise ValueError(
-            f"`folds` must be at most the number of groups, {num}, got {folds}: a fold has whole sequences."
+            f"`folds` must be at most the number of groups, {num}, got {folds}: a fold has whole sequences; give more of "
+            "these, or fewer folds (two at least)."
         )
     return groups
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count, check_number, check_positive
 from ..core.keys import Key, check_key, fold_in, normal, uniform
 from ..core.standard_errors import ratio_stderr
-from .groups import Grouping, Groups, check_pairs, grouping, wide_rows
-from .mutual_information import MutualInformation, undefined, unresolved_error
+from .groups import Grouping, Groups, check_pairs, grouping, unit_columns, wide_rows
+from .mutual_information import MutualInformation, constant, undefined, unresolved_error
 
 Critic = Literal["separable", "bilinear"]
 Weights = dict[str, Tensor]
@@ -100,11 +100,13 @@ def mutual_information_infonce(
     name = f"InfoNCE ({critic})"
     if rows.num < 10:
         return undefined("fewer than 10 sequences cannot train, stop and score a critic.", rows, dims, name, sides[0])
+    if not all(bool((side != side[0]).any()) for side in sides):
+        return constant(rows, dims, name, sides[0])
     order = (
         uniform(fold_in(key, "folds"), torch.zeros(rows.num, dtype=torch.float64)).argsort().to(rows.sequence.device)
     )
     num = min(num_candidates, rows.num // FOLDS)
-    found = _Sides(sides[0], sides[1], rows)
+    found = _Sides(unit_columns(sides[0]), unit_columns(sides[1]), rows)
     parts = []
     for fold in range(FOLDS):
         held_out = torch.arange(rows.num, device=order.device) % FOLDS == fold

@@ -117,6 +117,12 @@ def undefined(
     return MutualInformation(nan, nan, len(rows.sequence), rows.num, dims, estimator, ceiling, (why,))
 
 
+def constant(rows: Grouping, dims: tuple[int, int], estimator: str, like: Tensor) -> MutualInformation:
+    """The information of a side that does not vary."""
+    zero, why = like.new_zeros(()), "one side is constant, and has no information about anything."
+    return MutualInformation(zero, zero, len(rows.sequence), rows.num, dims, estimator, remarks=(why,))
+
+
 def unresolved_error(rows: Grouping) -> tuple[str, ...]:
     """Why there is no error, where there is none."""
     return () if rows.num > 1 else ("one sequence alone gives no standard error.",)

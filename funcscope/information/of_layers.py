@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count
+from ..core.checks import check_choice, check_count, check_instance
 from ..core.estimate import Estimate
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
@@ -21,6 +21,7 @@ from ..core.tables import counted
 from ..core.trace import sites_of
 from .entropy import entropy_sums, output_entropy
 from .gaussian_information import mutual_information_gaussian
+from .groups import centred_columns
 from .infonce import mutual_information_infonce
 from .mutual_information import MutualInformation
 from .neighbor_information import mutual_information_ksg
@@ -57,8 +58,8 @@ class LayerEntropy(Result):
     @property
     def head(self) -> str:
         return (
-            f"entropies over {counted(self.num_tokens, 'token')} of {counted(self.num_sequences, 'sequence')}, spectra of "
-            f"{self.num_rows} of them"
+            f"entropies over {counted(self.num_tokens, 'output')} of {counted(self.num_sequences, 'sequence')}, spectra over "
+            f"{counted(self.num_rows, 'token')}"
         )
 
     @property
@@ -81,7 +82,8 @@ class LayerInformation(Result):
     with_first_stderr: Float[Tensor, " l"]
     variance_kept: Float[Tensor, " l"] = quantity("share of the variance in the directions kept", per="layer")
     ceiling: float | None = quantity("largest value that the estimator can give", unit="nats")
-    num_saturated: int = quantity("values within a tenth of the ceiling")
+    num_saturated: int | None = quantity("values within a tenth of the ceiling")
+    """None for estimators without one."""
     estimator: str
     dims: int
     num_rows: int
@@ -115,11 +117,11 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
 
     Of each stream $H = -\sum_j p_j \log p_j$ with p the eigenvalues of its centred covariance over their sum
     (`spectral_entropy`), over a uniform sample of `size` positions, and exp H as a number of directions; of the outputs the
-    mean of $-\sum_v p_v \log p_v$ over all tokens (`output_entropy`). Nats, with errors over sequences. Layer l is the stream
-    before block l, the last is that behind all. Of fewer rows than ten times the directions a spectrum is too wide, and its
-    entropy too low. For entropies of attention see `attention_patterns`.
+    mean of $-\sum_v p_v \log p_v$ over all tokens, or over sequences where each has one output (`output_entropy`). Nats, with
+    errors over sequences. Layer l is the stream before block l, the last is that behind all. Of fewer rows than ten times the
+    directions a spectrum is too wide, and its entropy too low. For entropies of attention see `attention_patterns`.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, for activations that are not finite, and where there is no token.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -134,6 +136,7 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
 
     def result(kept: tuple[Reservoir, SequenceSums]) -> LayerEntropy:
         sample, sums = kept
+        check_finite_rows(sample, names)
         spectra = [spectral_entropy(sample.rows[name], groups=sample.sequence) for name in names]
         out, rows = output_entropy(sums), sample.sequence
         remarks = dict.fromkeys([*out.notes, *(note for each in spectra for note in each.notes)])
@@ -149,7 +152,7 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
     inner = sampled(names, lambda kept: kept, key=key, size=size)
 
     def of_batch(batch: Batch) -> tuple[Reservoir, SequenceSums]:
-        return inner.of_batch(batch), entropy_sums(batch.seen["logits"], batch.seen.mask)
+        return inner.of_batch(batch), _entropies(batch.seen["logits"], batch.seen.mask)
 
     def merge(
         before: tuple[Reservoir, SequenceSums] | None, part: tuple[Reservoir, SequenceSums]
@@ -179,8 +182,8 @@ def layer_information(
     A deterministic network has no finite information between layers as they are: what is said is said of these directions
     under the estimator's assumptions. See `usable_information` for what a probe can read.
 
-    Raises ValueError for models that are not described, where there is no token, for more directions than a stream has, and
-    as the estimators do.
+    Raises ValueError for models that are not described, for activations that are not finite, for more directions than a
+    stream or the sample has, and as the estimators do.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -196,6 +199,7 @@ def layer_information(
     names = streams_of(loss)
 
     def result(sample: Reservoir) -> LayerInformation:
+        check_finite_rows(sample, names)
         kept = [_leading(sample.rows[name], dims) for name in names]
         streams, last = [scores for scores, _ in kept], len(names) - 1
 
@@ -214,7 +218,7 @@ def layer_information(
             with_next=_column([*values[0], nan]), with_next_stderr=_column([*errors[0], nan]),
             with_first=_column([nan, *values[1]]), with_first_stderr=_column([nan, *errors[1]]),
             variance_kept=_column([share for _, share in kept]), ceiling=max(ceilings) if ceilings else None,
-            num_saturated=sum(bool(each.saturated) for each in every), estimator=estimator, dims=dims,
+            num_saturated=sum(bool(each.saturated) for each in every) if ceilings else None, estimator=estimator, dims=dims,
             num_rows=len(sample.sequence), num_sequences=len(sample.sequence.unique()), key=key,
             remarks=tuple(dict.fromkeys(note for each in every for note in each.notes)),
         )  # fmt: skip
@@ -231,6 +235,7 @@ _ESTIMATORS: dict[str, Callable[..., MutualInformation]] = {
 
 def streams_of(loss: Loss) -> tuple[str, ...]:
     """The residual stream before the first block and behind each. Raises ValueError for models that are not described."""
+    check_loss(loss)
     last = [name for name in sites_of(loss.net) if name.startswith("resid_post.")]
     if not last:
         raise ValueError(
@@ -238,6 +243,26 @@ def streams_of(loss: Loss) -> tuple[str, ...]:
             "the functions of `funcscope.information`."
         )
     return ("resid_pre.0", *last)
+
+
+def check_loss(loss: object) -> None:
+    """Raises TypeError for a model or a function in its place."""
+    check_instance("loss", loss, Loss, "`fs.objective(fs.functional(model), batches, criterion)`")
+
+
+def check_finite_rows(sample: Reservoir, names: Sequence[str]) -> None:
+    """Raises ValueError for activations that are nan or infinite: nothing can be said of what is around them."""
+    for name in names:
+        if num := int((~sample.rows[name].isfinite().all(-1)).sum()):
+            raise ValueError(
+                f"activations at `{name}` must be finite, and those of {counted(num, 'position')} are not: look at the "
+                "weights, and at the dtype, since float16 overflows beyond 65,504."
+            )
+
+
+def _entropies(logits: Tensor, mask: Tensor) -> SequenceSums:
+    """A classifier has one output per sequence."""
+    return entropy_sums(logits, mask) if logits.ndim == 3 else entropy_sums(logits[:, None], mask.any(1, keepdim=True))
 
 
 def _column(values: Sequence[Tensor | float]) -> Float[Tensor, " l"]:
@@ -249,5 +274,5 @@ def _leading(x: Float[Tensor, "n d"], dims: int) -> tuple[Float[Tensor, "n k"], 
     if dims > min(x.shape):
         raise ValueError(f"`dims` must be at most the {min(x.shape)} that {len(x)} rows of {x.shape[1]} units have.")
     wide = x.double() if x.device.type != "mps" else x.float()
-    u, s, _ = torch.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    u, s, _ = torch.linalg.svd(centred_columns(wide), full_matrices=False)
     return (u * s)[:, :dims], float(s[:dims].square().sum() / s.square().sum())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.checks import check_number, check_positive
 from ..core.keys import Key
-from ..core.result import Result, quantity
+from ..core.result import Result, internal, quantity
 from ..core.tables import counted
 from .broja import least_informative
 
@@ -52,6 +52,7 @@ class PID(Result):
     num: int | None = None
     """Resamples of the groups."""
     key: Key | None = None
+    remarks: tuple[str, ...] = internal(default=())
 
     @property
     def head(self) -> str:
@@ -66,15 +67,22 @@ class PID(Result):
         made = []
         if self.num_groups is None:
             made.append("Parts of a given distribution or of given numbers have no sampling error here.")
+        if self.num_groups == 1:
+            made.append("One group alone gives no standard error.")
         if self.synergy < -ROUNDING:
             made.append(
-                "The synergy is negative: both together tell less than one alone, so the joint probe under-fits."
+                "The synergy is negative: both together tell less than one alone, so the joint estimate under-fits."
             )
-        if not -ROUNDING <= self.redundancy <= min(self.information_x, self.information_y) + ROUNDING:
-            made.append("The redundancy is not between 0 and the smaller information: an estimate is below 0 or wrong.")
+        if self.redundancy < -ROUNDING:
+            made.append(
+                "The redundancy is below 0, where no information is: that of one source was estimated too low, and the "
+                "unique part of the other is too large by as much."
+            )
+        if self.redundancy > min(self.information_x, self.information_y) + ROUNDING:
+            made.append("The redundancy is above the smaller information: an estimate is wrong.")
         if self.gap is not None and self.gap > 1e-5:
             made.append(f"The programme was stopped {self.gap:.2g} nats from a bound at most.")
-        return made
+        return [*made, *self.remarks]
 
 
 def pid_min_mi(i_x: float, i_y: float, i_xy: float) -> PID:
@@ -96,7 +104,7 @@ def pid_min_mi(i_x: float, i_y: float, i_xy: float) -> PID:
     [0.3, 0.0, 0.2, 0.1]
     """
     for name, value in (("i_x", i_x), ("i_y", i_y), ("i_xy", i_xy)):
-        if not math.isnan(value):
+        if not (isinstance(value, float) and math.isnan(value)):
             check_number(name, value)
     return PID(**atoms(min(i_x, i_y), i_x, i_y, i_xy), method="min_mi", terms="given")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.checks import check_count
 from ..core.keys import Key, fold_in
 from ..core.statistics import bootstrap_stderr
-from .held_out import check_probe, check_rows, frequencies, told
+from .held_out import check_probe, check_rows, frequencies, notes_of, told
 from .pid import ATOMS, PID, pid_min_mi
 
 
@@ -45,16 +45,21 @@ def probe_pid(
     """
     check_count("num", num, 2)
     groups = check_rows(x, labels, groups, folds, key)
+    if len(y) != len(x):
+        raise ValueError(
+            f"`y` must have a row for each of the {len(x)} of `x`, got {len(y)}: both are of the same tokens."
+        )
     check_rows(y, labels, groups, folds, key, "y")
     for each in (x, y):
         check_probe(each, pca, regularisation)
     frequency = frequencies(labels).log()
     both = torch.cat([x.double(), y.double()], 1)
     sources = ((x, pca), (y, pca), (both, None if pca is None else 2 * pca))
-    gains = torch.stack([
-        told(each, labels, groups, key=key, folds=folds, pca=size, regularisation=regularisation).log_prob - frequency
+    probes = [
+        told(each, labels, groups, key=key, folds=folds, pca=size, regularisation=regularisation)
         for each, size in sources
-    ])  # fmt: skip
+    ]
+    gains = torch.stack([each.log_prob - frequency for each in probes])
     index, counts = groups.cpu().unique(return_inverse=True, return_counts=True)[1:]
     sums = gains.new_zeros(3, len(counts)).index_add(1, index, gains)
 
@@ -65,4 +70,7 @@ def probe_pid(
     errors = bootstrap_stderr(parts, len(counts), key=fold_in(key, "resamples"), num=num).tolist()
     named = {f"{name}_stderr": each for name, each in zip(ATOMS, errors, strict=True)}
     values = dict(zip(ATOMS, parts(torch.arange(len(counts))).tolist(), strict=True))
-    return PID(**values, method="min_mi", terms="probes", **named, num_groups=len(counts), num=num, key=key)
+    remarks = notes_of(probes[0].num_absent, sum(each.num_unconverged for each in probes))
+    return PID(
+        **values, method="min_mi", terms="probes", **named, num_groups=len(counts), num=num, key=key, remarks=tuple(remarks)
+    )  # fmt: skip

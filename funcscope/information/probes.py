@@ -73,6 +73,9 @@ class ProbeSelectivity(Result):
     def notes(self) -> list[str]:
         if math.isnan(float(self.information.value)):
             return [ONE_LABEL]
+        if math.isnan(float(self.control_information.value)):
+            return ["The control task drew one label for all rows, which tells nothing: another key draws others.",
+                    *notes_of(self.num_absent, self.num_unconverged)]  # fmt: skip
         return ["One draw of the control task; its own scatter is not in the errors.",
                 *notes_of(self.num_absent, self.num_unconverged)]  # fmt: skip
 

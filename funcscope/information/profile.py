@@ -99,7 +99,7 @@ def information_profile(
         vectors[f"{name}_stderr"] = torch.stack([estimate.stderr for estimate in each]).double()
     return InformationProfile(
         **vectors,
-        entropy=-float(frequency.log().mean()),
+        entropy=abs(float(frequency.log().mean())),
         names=list(layers),
         num_groups=len(groups.unique()),
         num_absent=sum(each.num_absent for each in made),

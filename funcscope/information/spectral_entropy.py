@@ -15,7 +15,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.streams import Moments
 from ..core.tables import counted
-from .groups import Grouping, Groups, grouping, wide_rows
+from .groups import Grouping, Groups, centred_columns, grouping, wide_rows
 
 
 class SpectralEntropy(Result):
@@ -90,7 +90,7 @@ def spectral_entropy(x: Float[Tensor, "n d"], *, groups: Groups | None = None, o
     rows = wide_rows("x", x)
     check_positive("order", order)
     of = grouping(groups, len(rows), rows.device)
-    spectrum = _spectrum(rows - rows.mean(0))
+    spectrum = _spectrum(centred_columns(rows))
     value = _entropy(spectrum.shares, order)
     stderr, reason = value.new_tensor(math.nan), _reason(value, of)
     if not reason:
@@ -103,7 +103,8 @@ def covariance_entropy(covariance: Float[Tensor, "d d"] | Moments, *, order: flo
 
     A covariance does not say how it would have differed on other sequences; rows of a sample do.
 
-    Raises ValueError for a matrix that is not square and finite, and for moments of single units.
+    Raises ValueError for a matrix that is not square, finite and symmetric, for one with an eigenvalue below 0, which is no
+    covariance, and for moments of single units.
 
     >>> print(covariance_entropy(torch.eye(4)))
     spectral entropy of order 1 in 4 dimensions
@@ -123,11 +124,26 @@ def covariance_entropy(covariance: Float[Tensor, "d d"] | Moments, *, order: flo
         raise ValueError(f"`covariance` must be a matrix of shape (d, d), or such moments, got {tuple(matrix.shape)}.")
     if not bool(matrix.isfinite().all()):
         raise ValueError("`covariance` must be finite, and some of its values are not.")
-    value = _entropy(_positive(torch.linalg.eigvalsh(matrix.detach().to(wide(matrix.device))))[0], order)
+    value = _entropy(_positive(_eigenvalues(matrix.detach()))[0], order)
     reason = "a covariance alone has no standard error: rows and the sequences that they are of give one."
     if bool(value.isnan()):
         reason = "nothing varies: there is no spectrum."
     return SpectralEntropy(value, value.new_tensor(math.nan), num, sequences, len(matrix), float(order), reason)
+
+
+def _eigenvalues(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:
+    """Of a covariance, within the rounding of its dtype."""
+    rounding = 100 * len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
+    if bool(((matrix - matrix.T).abs() > rounding).any()):
+        raise ValueError(
+            "`covariance` must be symmetric: `x.T @ x` of centred rows, or `(x + x.T) / 2` of what is nearly so."
+        )
+    values = torch.linalg.eigvalsh(matrix.to(wide(matrix.device)))
+    if float(values[0]) < -rounding:
+        raise ValueError(
+            f"`covariance` must have no eigenvalue below 0, got {float(values[0]):.3g}: it is no covariance."
+        )
+    return values
 
 
 def _spectrum(centred: Float[Tensor, "n d"]) -> _Spectrum:
@@ -153,16 +169,21 @@ def _entropy(shares: Float[Tensor, " r"], order: float) -> Float[Tensor, ""]:
         return shares.new_tensor(math.nan)
     if order == 1:
         return torch.special.entr(shares).sum()
+    if abs(order - 1) < 0.1:  # the sum of powers is 1 but for a little
+        return (shares * ((order - 1) * shares.log()).expm1()).sum().log1p() / (1 - order)
     return (order * shares.log()).logsumexp(0) / (1 - order)
 
 
 def _stderr(spectrum: _Spectrum, of: Grouping, order: float) -> Float[Tensor, ""]:
-    """Of the ratio of what each sequence adds to the entropy's derivative and to the trace."""
+    """Of the ratio of what each sequence adds to the entropy's derivative and to the trace.
+
+    A constant in all slopes changes nothing: it adds to the ratio what it is.
+    """
     log_shares = spectrum.shares.log()
     if order == 1:
         slopes = -log_shares
     else:
-        slopes = order / (1 - order) * ((order - 1) * log_shares - (order * log_shares).logsumexp(0)).exp()
+        slopes = order / (1 - order) * ((order - 1) * log_shares - (order * log_shares).logsumexp(0)).expm1()
     squares = spectrum.scores.square()
     return ratio_stderr(of.sums(squares @ slopes)[None], of.sums(squares.sum(1)))[0]
 

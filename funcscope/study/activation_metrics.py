@@ -101,12 +101,13 @@ MECHANISTIC: tuple[Metric, ...] = (
 INFORMATION: tuple[Metric, ...] = (
     of_function(
         "entropy", layer_entropy, ("loss", "params", KEY), category="information", cost=lambda _: 2,
-        drawn=("spectral_rank",), reference="Roy, Vetterli (2007), The effective rank",
+        drawn=("spectral_rank",), reference="Giraldo, Rao, Principe (2015), doi:10.1109/TIT.2014.2370058",
         sentence="The outputs have an entropy of {output_entropy}.",
     ),
     of_function(
         "mutual_information", layer_information, ("loss", "params", KEY), category="information", cost=lambda _: 2,
-        drawn=("with_next", "with_first"), reference="Kraskov et al. (2004), doi:10.1103/PhysRevE.69.066138",
+        drawn=("with_next", "with_first"),
+        reference="Misra et al. (2005), doi:10.1016/j.jmva.2003.10.003; Kraskov et al. (2004), arXiv:cond-mat/0305641",
     ),
     of_function(
         "usable_information", usable_information_by_layer, ("loss", "params", KEY), category="information", cost=lambda _: 5,
@@ -125,7 +126,8 @@ INFORMATION: tuple[Metric, ...] = (
     ),
     of_function(
         "prediction_divergence", prediction_divergence, ("loss", "start", "end"), on="pair", category="information",
-        cost=lambda _: 4, sentence="Predictions differ by {js} (Jensen-Shannon).",
+        cost=lambda _: 4, reference="Lin (1991), doi:10.1109/18.61115",
+        sentence="Predictions differ by {js} (Jensen-Shannon).",
     ),
     of_function(
         "description_length", description_length, ("loss", "theta"), category="information", more={"step": 0.05},
