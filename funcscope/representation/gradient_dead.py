@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -94,5 +96,8 @@ def gradient_dead(loss: Loss, params: Params) -> GradientDead:
     shares = [[reached[name].never for name in each] for each in (post, pre)]
     values, errors = ([torch.stack([x[i] for x in each]) for each in shares] for i in (0, 1))
     sizes = [torch.stack([largest[name] for name in each]) for each in (post, pre)]
-    num = reached[post[0]].num
+    num, known = reached[post[0]].num, [each.isfinite().all(1) for each in sizes]
+    values, errors = (
+        [x.where(there, math.nan) for x, there in zip(each, known, strict=True)] for each in (values, errors)
+    )
     return GradientDead(values[0], errors[0], values[1], errors[1], sizes[0], sizes[1], num_sequences=num)

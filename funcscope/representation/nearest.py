@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.tables import counted
 from .measures import Rows, centred, compact
 
 LEAST = 20
@@ -94,15 +95,19 @@ def dimension_notes(
     """What a reader must know beside a dimension."""
     notes = []
     if num_points < LEAST:
-        notes.append(f"{num_points} distinct rows resolve no dimension: it takes {LEAST} at least.")
+        notes.append(f"{counted(num_points, 'distinct row')} resolve no dimension: it takes {LEAST} at least.")
     elif bool(dimension.isnan().any()):
         notes.append("nan is undefined: rows have too few neighbours among those of other sequences.")
     if num_sequences < 2:
-        notes.append("one sequence has no error over sequences.")
+        notes.append("rows of one sequence have no error over sequences.")
     if within:
         notes.append("neighbours may be of the same sequence, and tokens beside each other are near for that reason.")
     if num_duplicates:
-        notes.append(f"{num_duplicates:,} rows that equal another one (repeated tokens) are left out.")
+        one = num_duplicates == 1
+        notes.append(
+            f"{counted(num_duplicates, 'row')} that {'equals' if one else 'equal'} another one (repeated tokens) "
+            f"{'is' if one else 'are'} left out."
+        )
     known = dimension[dimension.isfinite()]
     if len(known) and float(known.max()) > 2 * math.log10(max(num_points, 1)):
         notes.append(

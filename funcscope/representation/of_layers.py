@@ -33,7 +33,7 @@ def feature_geometry(loss: Loss, params: Params, *, key: Key, size: int = 2048) 
     ranks but the debiased one are too small. For dimensions of curved clouds see `intrinsic_dimension`, for how layers are
     alike `similarity_of_layers`.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -51,7 +51,7 @@ def intrinsic_dimension(loss: Loss, params: Params, *, key: Key, size: int = 204
 
     `layer_dimensions`: neighbours are positions of other sequences, equal rows (the same token at the same place) count once.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -72,7 +72,8 @@ def dimension_by_scale(
 
     `gride` over a uniform sample of `size` positions. layer: behind which layer, -1 is the last.
 
-    Raises ValueError for models that are not described, a layer that is not there, and as `gride`.
+    Raises ValueError for models that are not described, a layer that is not there, a stream that is not finite, and as
+    `gride`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -84,7 +85,7 @@ def dimension_by_scale(
     check_key(key)
     name = _behind(loss, layer)
     return sampled(
-        [name], lambda sample: gride(sample.rows[name], sample.sequence, neighbours=neighbours), key=key, size=size
+        [name], lambda sample: gride(_finite(sample, name), sample.sequence, neighbours=neighbours), key=key, size=size
     )
 
 
@@ -103,7 +104,7 @@ def similarity_of_layers(
     `layer_similarity` over a uniform sample of `size` positions, of which each sequence gives one: pairings are of
     independent samples. num: permutations. With one sequence there is no null.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -130,7 +131,7 @@ def reconstruction_of_layers(
 
     `linear_reconstruction` over a uniform sample of `size` positions.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -157,7 +158,8 @@ def curvature_of_stream(
     `ollivier_ricci` over `num` edges of the graph of k nearest neighbours of a uniform sample of `size` positions, equal
     rows counted once. It grows with the width and falls with the number of points: compare like with like.
 
-    Raises ValueError for models that are not described, a layer that is not there, and as `ollivier_ricci`.
+    Raises ValueError for models that are not described, a layer that is not there, a stream that is not finite, and as
+    `ollivier_ricci`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -170,7 +172,7 @@ def curvature_of_stream(
     name = _behind(loss, layer)
 
     def made(sample: Reservoir) -> RicciCurvature:
-        rows = sample.rows[name]
+        rows = _finite(sample, name)
         _, index = rows.unique(dim=0, return_inverse=True)
         first = torch.full((int(index.max()) + 1,), len(rows)).scatter_reduce(
             0, index.cpu(), torch.arange(len(rows)), "amin"
@@ -190,7 +192,22 @@ def curvature_of_stream(
 
 def stream_sample(loss: Loss, params: Params, *, key: Key, size: int) -> Reservoir:
     """A uniform sample of positions of every residual stream: the same positions for every model of the same texts."""
-    return read(loss, params, {"rows": sampled(streams_of(loss.net), lambda kept: kept, key=key, size=size)})["rows"]
+    names = streams_of(loss.net)
+
+    def made(kept: Reservoir) -> Reservoir:
+        return kept._replace(rows={name: _finite(kept, name) for name in names})
+
+    return read(loss, params, {"rows": sampled(names, made, key=key, size=size)})["rows"]
+
+
+def _finite(sample: Reservoir, name: str) -> Tensor:
+    """The sampled rows of a stream. Raises ValueError where they are not finite."""
+    rows = sample.rows[name]
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"the stream `{name}` is not finite, and has no geometry: check the weights, and whether {rows.dtype} holds it."
+        )
+    return rows
 
 
 def _behind(loss: Loss, layer: int) -> str:
@@ -206,5 +223,5 @@ def _of_streams(loss: Loss, key: Key, size: int, result: Callable[[dict[str, Ten
     check_key(key)
     names = streams_of(loss.net)
     return sampled(
-        names, lambda sample: result({name: sample.rows[name] for name in names}, sample), key=key, size=size
+        names, lambda sample: result({name: _finite(sample, name) for name in names}, sample), key=key, size=size
     )

@@ -45,7 +45,8 @@ class LinearReconstruction(Result):
 
     @property
     def head(self) -> str:
-        return f"linear maps between layers, held out by {counted(self.num_folds, 'fold')} of {self.num_sequences} sequences"
+        over = f"{counted(self.num_folds, 'fold')} of {counted(self.num_sequences, 'sequence')}"
+        return f"linear maps between layers, held out by {over}"
 
     @property
     def notes(self) -> list[str]:
