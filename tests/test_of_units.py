@@ -130,3 +130,24 @@ def test_streams_that_are_not_finite_are_named_with_a_remedy_that_there_is(call)
     loss = broken()
     with pytest.raises(ValueError, match=r"the stream `resid_post.[12]` is not finite.*check the weights"):
         call(loss, loss.net.params, key=fs.key(0))
+
+
+@pytest.mark.parametrize(
+    ("reading", "settings", "says"),
+    [
+        (dimension_by_scale, {"neighbours": []}, r"`neighbours` must have numbers of neighbours in a list.*got \[\]"),
+        (dimension_by_scale, {"neighbours": [3]}, r"`neighbours` must be even"),
+        (similarity_of_layers, {"num": 5}, r"`num` must be an integer of at least 19, got 5"),
+        (curvature_of_stream, {"k": 0}, r"`k` must be"),
+        (curvature_of_stream, {"alpha": 2.0}, r"`alpha` must be"),
+        (curvature_of_stream, {"num": 0}, r"`num` must be"),
+    ],
+)
+def test_settings_are_refused_before_a_forward_pass_is_made(loss, reading, settings, says):
+    with pytest.raises(ValueError, match=says):
+        reading.reading(loss, loss.net.params, key=fs.key(0), **settings)
+
+
+def test_settings_of_checkpoints_are_refused_before_they_are_read(loss):
+    with pytest.raises(ValueError, match="`num` must be"):
+        similarity_to_last(loss, iter(()), [], key=fs.key(0), num=5)

@@ -338,3 +338,15 @@ def test_the_rank_of_many_rows_is_that_of_the_weights_and_not_of_their_rounding(
 def test_the_median_of_an_even_number_of_norms_is_between_the_middle_ones():
     found = superposition({"four": torch.diag(torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64))})
     assert (float(found.norm_scale), float(found.phi_one)) == (3.0, 0.5)
+
+
+def test_dimensions_and_matrices_that_there_are_none_of_are_named():
+    for call, name in (
+        (lambda: mean_abs_coordinate(0), "m"),
+        (lambda: welch_bound(3, 0), "m"),
+        (lambda: welch_bound(0, 2), "n"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
+            call()
+    with pytest.raises(ValueError, match=r"must be a matrix of feature vectors, got the shape .0, 3."):
+        superposition({"none": torch.zeros(0, 3)})

@@ -257,3 +257,11 @@ def test_points_and_groups_that_are_not_as_said_are_named(bad):
             call(broken)
         with pytest.raises(ValueError, match="`groups` must name a sequence by an integer for each of the 60 rows"):
             call(x, groups=torch.arange(59))
+
+
+def test_a_transport_refuses_other_shapes_and_what_is_not_finite():
+    one, nan = torch.ones(2), torch.tensor([math.nan, 1.0])
+    with pytest.raises(ValueError, match="`cost` must be a finite matrix of 2 by 2, got nan or infinite entries"):
+        wasserstein_1(one, one, torch.full((2, 2), math.nan))
+    with pytest.raises(ValueError, match="`a` and `b` must be finite masses"):
+        wasserstein_1(nan, one, torch.ones(2, 2))

@@ -54,7 +54,9 @@ class GradientDead(Result):
 
 
 def gradient_dead(loss: Loss, params: Params) -> GradientDead:
-    r"""Units whose derivatives are 0 at every token: $\max_t |\partial L / \partial a_{tj}| = 0$, exactly.
+    r"""Units of the MLPs that no gradient comes to: the derivative of the loss by them is exactly 0 at every token.
+
+    $$\max_t |\partial L / \partial a_{tj}| = 0.$$
 
     Behind the nonlinearity (the site `mlp_post`) this says that nothing reads the unit: it does *not* follow from a unit that
     never fires, whose output would matter if there were one. Before it (`mlp_pre`; of a gated MLP, the gate) it says that the

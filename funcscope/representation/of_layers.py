@@ -8,18 +8,19 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import check_choice, check_count, check_number
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.reading import Reading, one_pass, read
 from ..core.streams import Reservoir, sampled
+from .calibration import LEAST
 from .dimension import LayerDimensions, layer_dimensions
 from .gains import streams_of
-from .layer_similarity import LayerSimilarity, layer_similarity
+from .layer_similarity import MEASURES, LayerSimilarity, layer_similarity
 from .reconstruction import LinearReconstruction, linear_reconstruction
 from .ricci import RicciCurvature, ollivier_ricci
-from .scales import DimensionByScale, gride
+from .scales import DimensionByScale, check_even, gride
 from .spectrum import ActivationSpectra, activation_spectra
 
 R = TypeVar("R")
@@ -83,6 +84,7 @@ def dimension_by_scale(
     torch.Size([2])
     """
     check_key(key)
+    check_even(neighbours)
     name = _behind(loss, layer)
     return sampled(
         [name], lambda sample: gride(_finite(sample, name), sample.sequence, neighbours=neighbours), key=key, size=size
@@ -113,7 +115,8 @@ def similarity_of_layers(
     >>> similarity_of_layers(loss, net.params, key=fs.key(0), num=19).similarity.shape
     torch.Size([2, 2])
     """
-    check_count("num", num)
+    check_choice("measure", measure, MEASURES)
+    check_count("num", num, LEAST)
 
     def made(layers: dict[str, Tensor], sample: Reservoir) -> LayerSimilarity:
         return layer_similarity(
@@ -169,6 +172,9 @@ def curvature_of_stream(
     2
     """
     check_key(key)
+    check_count("k", k)
+    check_number("alpha", alpha, 0.0, 1.0)
+    check_count("num", num)
     name = _behind(loss, layer)
 
     def made(sample: Reservoir) -> RicciCurvature:
@@ -213,6 +219,8 @@ def _finite(sample: Reservoir, name: str) -> Tensor:
 def _behind(loss: Loss, layer: int) -> str:
     """The stream behind a layer."""
     names = streams_of(loss.net)[1:]
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(f"`layer` must be an integer, got {layer!r}.")
     if not -len(names) <= layer < len(names):
         raise ValueError(f"`layer` must be one of 0 to {len(names) - 1}, or -1 for the last, got {layer}.")
     return names[layer]

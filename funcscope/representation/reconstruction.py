@@ -119,8 +119,8 @@ def linear_reconstruction(
         raise ValueError(
             f"`layers` must be two at least, the first of which the second is predicted from, got {len(rows)}."
         )
-    if not len(alphas):
-        raise ValueError("`alphas` must have a penalty, got none.")
+    if not isinstance(alphas, Sequence) or isinstance(alphas, str) or not alphas:
+        raise ValueError(f"`alphas` must have penalties in a list, one at least, got {alphas!r}.")
     for alpha in alphas:
         check_positive("alphas", alpha)
     names, values = list(rows), [x.cpu() for x in rows.values()]

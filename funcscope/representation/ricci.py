@@ -64,7 +64,7 @@ def wasserstein_1(a: Float[Tensor, " n"], b: Float[Tensor, " m"], cost: Float[Te
 
     $\pi \ge 0$ with the sums a along rows and b along columns. No entropy is added, and nothing has to converge.
 
-    Raises ValueError for masses that do not add up to the same, or are negative.
+    Raises ValueError for masses that do not add up to the same, are negative or not finite, and for another shape of `cost`.
 
     >>> wasserstein_1(torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75]), torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
     1.5
@@ -72,6 +72,11 @@ def wasserstein_1(a: Float[Tensor, " n"], b: Float[Tensor, " m"], cost: Float[Te
     from scipy.optimize import linprog
 
     rows, columns, costs = (each.double().cpu().numpy() for each in (a, b, cost))
+    if costs.shape != (len(rows), len(columns)) or not np.isfinite(costs).all():
+        got = "nan or infinite entries" if costs.shape == (len(rows), len(columns)) else f"the shape {costs.shape}"
+        raise ValueError(f"`cost` must be a finite matrix of {len(rows)} by {len(columns)}, got {got}.")
+    if not (np.isfinite(rows).all() and np.isfinite(columns).all()):
+        raise ValueError("`a` and `b` must be finite masses, got nan or infinite ones.")
     if rows.min() < 0 or columns.min() < 0 or abs(rows.sum() - columns.sum()) > 1e-9 * rows.sum():
         raise ValueError(f"`a` and `b` must be masses of one sum, got {rows.sum():g} and {columns.sum():g}.")
     n, m = costs.shape

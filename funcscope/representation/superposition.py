@@ -171,7 +171,7 @@ def superposition(
 
     Elhage et al. (2022), arXiv:2209.10652; Liu, Liu, Gore (2025), arXiv:2505.10465 (phi); Welch (1974).
 
-    Raises ValueError for what is no matrix, or has entries that are not finite.
+    Raises ValueError for what is no matrix of floating-point numbers, is empty, or has entries that are not finite.
 
     >>> found = superposition({"antipodal": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])})
     >>> found.dimensionality, found.index, found.feature_dimensionality
@@ -184,9 +184,11 @@ def superposition(
         raise ValueError("`weights` must have a matrix by name, got none.")
     columns: dict[str, list[Any]] = {}
     for name, w in weights.items():
-        if w.ndim != 2 or not bool(w.isfinite().all()):
-            got = f"the shape {tuple(w.shape)}" if w.ndim != 2 else "nan or infinite entries: check the weights"
-            raise ValueError(f"`weights[{name!r}]` must be a finite matrix of feature vectors, got {got}.")
+        if w.ndim != 2 or not w.numel() or not w.is_floating_point():
+            got = f"the shape {tuple(w.shape)} of {w.dtype}"
+            raise ValueError(f"`weights[{name!r}]` must be a matrix of feature vectors, got {got}.")
+        if not bool(w.isfinite().all()):
+            raise ValueError(f"`weights[{name!r}]` must be finite, got nan or infinite entries: check the weights.")
         for field, value in _of_matrix(w, norm_scale, chunk).items():
             columns.setdefault(field, []).append(value)
     made = {name: nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=math.nan) if isinstance(x[0], Tensor)
