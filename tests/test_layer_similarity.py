@@ -76,3 +76,13 @@ def test_an_error_is_that_of_kernels_made_afresh_without_each_block_even_of_one_
             ]  # fmt: skip
             expected = jackknife_stderr(torch.stack(without, -1))
             assert_close(found.similarity_stderr, expected, rtol=1e-7, atol=1e-12)
+
+
+@every
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+@pytest.mark.parametrize("width", [2, 50])
+def test_a_layer_that_does_not_vary_is_like_no_other_and_not_like_itself(name, value, width):
+    """The mean of equal numbers is off by its rounding, and what is left of them is no representation."""
+    layers = {"x": normal(0, 33, 5), "still": torch.full((33, width), value, dtype=torch.float64)}
+    found = layer_similarity(layers, key=fs.key(0), num=19, measure=name)
+    assert found.similarity.isnan().tolist() == [[False, True], [True, True]]

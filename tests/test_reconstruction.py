@@ -187,3 +187,11 @@ def test_a_penalty_is_chosen_where_errors_are_below_the_rounding_of_their_sums()
     alphas = [1e-9, 1e-8, 1e-7]
     found = linear_reconstruction({"a": x, "b": x @ normal(4, 6, 4)}, GROUPS, key=fs.key(0), alphas=alphas)
     assert found.alpha.tolist() == [[1e-9] * 5]
+
+
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+def test_a_layer_that_does_not_vary_has_no_share_of_its_rounding(value):
+    layers = {"x": normal(0, 33, 5), "still": torch.full((33, 2), value, dtype=torch.float64)}
+    found = linear_reconstruction(layers, key=fs.key(0))
+    assert found.r2.isnan().all()
+    assert any("does not vary" in note for note in found.notes)

@@ -341,12 +341,8 @@ def test_the_median_of_an_even_number_of_norms_is_between_the_middle_ones():
 
 
 def test_dimensions_and_matrices_that_there_are_none_of_are_named():
-    for call, name in (
-        (lambda: mean_abs_coordinate(0), "m"),
-        (lambda: welch_bound(3, 0), "m"),
-        (lambda: welch_bound(0, 2), "n"),
-    ):
-        with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1, got 0"):
+    for call in (lambda: mean_abs_coordinate(0), lambda: welch_bound(3, 0)):
+        with pytest.raises(ValueError, match="`m` must be an integer of at least 1, got 0"):
             call()
     with pytest.raises(ValueError, match=r"must be a matrix of feature vectors, got the shape .0, 3."):
         superposition({"none": torch.zeros(0, 3)})

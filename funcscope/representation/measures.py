@@ -246,6 +246,8 @@ class Neighbours(Measure):
         same = sequence[:, None] == sequence
         if int((~same).sum(1).min()) < self.k:
             return torch.full_like(apart, math.nan)
+        if not bool(apart.any()):  # all at one place
+            return torch.full_like(apart, math.nan)
         nearest = apart.masked_fill(same, math.inf).topk(self.k, largest=False).indices
         return torch.zeros_like(apart).scatter(1, nearest, 1.0)
 
