@@ -151,3 +151,11 @@ def test_settings_are_refused_before_a_forward_pass_is_made(loss, reading, setti
 def test_settings_of_checkpoints_are_refused_before_they_are_read(loss):
     with pytest.raises(ValueError, match="`num` must be"):
         similarity_to_last(loss, iter(()), [], key=fs.key(0), num=5)
+
+
+def test_a_checkpoint_whose_streams_do_not_vary_is_noted(loss):
+    theta = loss.net.theta
+    found = similarity_to_last(loss, [theta * 0, theta], [0, 1], key=fs.key(0), num=19)
+    assert found.similarity[0].isnan().all()
+    assert not found.similarity[1].isnan().any()
+    assert "nan is undefined" in " ".join(found.notes)

@@ -51,6 +51,8 @@ def intrinsic_dimension(loss: Loss, params: Params, *, key: Key, size: int = 204
     """The intrinsic dimension of each residual stream by TwoNN, over a uniform sample of `size` positions.
 
     `layer_dimensions`: neighbours are positions of other sequences, equal rows (the same token at the same place) count once.
+    Behind the first layer such rows are no longer equal but near, which makes the dimension of nearest neighbours small where
+    sequences begin alike: `dimension_by_scale` shows it.
 
     Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 

@@ -15,7 +15,7 @@ from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, quantity
 from ..core.tables import counted
-from .calibration import LEAST
+from .calibration import LEAST, calibration_notes
 from .layer_similarity import MEASURES, layer_similarity
 from .of_layers import stream_sample
 
@@ -50,7 +50,7 @@ class SimilarityToLast(Result):
 
     @property
     def notes(self) -> list[str]:
-        return ["one sequence has no other to be paired with: there is no null."] if self.num_sequences < 2 else []
+        return calibration_notes(self.num_sequences, 1, 0, not bool(self.similarity.isfinite().all()))
 
 
 def similarity_to_last(

@@ -41,7 +41,8 @@ class DimensionByScale(Result):
 
     @property
     def notes(self) -> list[str]:
-        return dimension_notes(self.num_points, self.num_duplicates, self.num_sequences, self.within, self.dimension)
+        num_rows = self.num_points + self.num_duplicates
+        return dimension_notes(self.num_points, num_rows, self.num_sequences, self.within, self.dimension)
 
 
 def gride(
