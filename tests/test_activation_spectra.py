@@ -129,3 +129,19 @@ def test_what_does_not_vary_has_no_ranks():
     assert any("one sequence" in note for note in found.notes)
     with pytest.raises(ValueError, match=r"`layers\['y'\]` must have a row"):
         activation_spectra({"x": torch.ones(5, 3), "y": torch.ones(4, 3)})
+
+
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+@pytest.mark.parametrize("width", [3, 50])
+def test_a_layer_that_does_not_vary_has_no_ranks_of_its_rounding(value, width):
+    found = activation_spectra({"still": torch.full((33, width), value, dtype=torch.float64)})
+    for name in (
+        "participation_ratio",
+        "spectral_rank",
+        "effective_rank",
+        "stable_rank",
+        "debiased_participation_ratio",
+    ):
+        assert getattr(found, name).isnan().all()
+    assert float(found.total_variance) == 0
+    assert any("does not vary" in note for note in found.notes)

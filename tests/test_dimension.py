@@ -273,3 +273,16 @@ def test_scikit_dimension_finds_the_same():
     theirs = skdim.id.TwoNN(discard_fraction=0.1).fit(x.numpy()).dimension_
     assert float(two_nn(x).fit.value) == pytest.approx(theirs, rel=0.02)
     assert r.shape == (500, 500)
+
+
+def test_notes_of_layers_are_true_of_the_layers_that_they_are_about():
+    wide, line = normal(0, 400, 40), normal(1, 25, 1).repeat(16, 1)
+    found = layer_dimensions({"wide": wide, "line": line})
+    assert found.num_points.tolist() == [400, 25]
+    notes = " ".join(found.notes)
+    assert "up to 375 rows that equal another one" in notes
+    assert (
+        "400 points resolve dimensions up to about 5.2" in notes
+    )  # not the 25 of the line, whose dimension is resolved
+    one = layer_dimensions({"line": torch.cat([line[:25], line[:1]])})
+    assert "1 row that equals another one (repeated tokens) is left out." in one.notes

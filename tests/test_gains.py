@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from problems import seeded, tokens
+from test_architectures import model_of
 from test_circuits import net_of
 from torch.func import jacrev
 from torch.testing import assert_close
@@ -146,3 +147,10 @@ def test_gains_refuse_models_that_are_not_described_and_no_token():
             call(net, net.params, [])
     with pytest.raises(ValueError, match="no token"):
         gains_of(gain_sums(torch.zeros(3, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_perturbation_is_as_long_as_it_is_in_the_dtype_of_the_stream(dtype):
+    net = fs.functional(model_of("llama", dtype))
+    found = perturbation_gains(net, net.params, [tokens(1, 3, 4, pad=1)], key=fs.key(0))
+    assert (float(found.gain[0]), float(found.gain_stderr[0]), float(found.relative_gain[0])) == (1.0, 0.0, 1.0)

@@ -8,6 +8,7 @@ from test_similarity import MEASURES, every, normal, related
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope.core.standard_errors import jackknife_stderr
 from funcscope.representation import layer_similarity
 
 
@@ -56,3 +57,32 @@ def test_kernels_and_the_space_of_units_give_the_same():
         assert float(one.similarity.stderr) == pytest.approx(float(other.similarity.stderr), rel=1e-9)
         assert_close(one.null, other.null, rtol=1e-9, atol=1e-12)
         assert_close(pair[0].largest_null, pair[1].largest_null, rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_is_that_of_kernels_made_afresh_without_each_block_even_of_one_that_is_nearly_all_of_them():
+    x, y = related(4, 40, 9, 8)
+    groups = torch.arange(20).repeat_interleave(2)
+    for scale in (1.0, 1e7):  # of a sequence: without it, nothing is left of the whole's digits
+        factor = torch.where(groups == 3, scale, 1.0)[:, None]
+        layers = {"x": x * factor, "y": y * factor}
+        for name in ("debiased_cka", "cka"):
+            found = layer_similarity(layers, groups=groups, key=fs.key(0), num=19, measure=name)
+            without = [
+                layer_similarity(
+                    {each: rows[groups != i] for each, rows in layers.items()}, groups=groups[groups != i], key=fs.key(0),
+                    num=19, measure=name,
+                ).similarity
+                for i in range(20)
+            ]  # fmt: skip
+            expected = jackknife_stderr(torch.stack(without, -1))
+            assert_close(found.similarity_stderr, expected, rtol=1e-7, atol=1e-12)
+
+
+@every
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+@pytest.mark.parametrize("width", [2, 50])
+def test_a_layer_that_does_not_vary_is_like_no_other_and_not_like_itself(name, value, width):
+    """The mean of equal numbers is off by its rounding, and what is left of them is no representation."""
+    layers = {"x": normal(0, 33, 5), "still": torch.full((33, width), value, dtype=torch.float64)}
+    found = layer_similarity(layers, key=fs.key(0), num=19, measure=name)
+    assert found.similarity.isnan().tolist() == [[False, True], [True, True]]

@@ -10,9 +10,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import funcscope as fs
 from funcscope.representation import (
     activation_sparsity,
+    curvature_of_stream,
     dead_neurons,
+    dimension_by_scale,
+    feature_geometry,
     feature_matrices,
+    gradient_dead,
+    intrinsic_dimension,
+    reconstruction_of_layers,
     residual_gains,
+    similarity_of_layers,
+    similarity_to_last,
     sparsity,
     stream_gains,
     superposition,
@@ -74,3 +82,80 @@ def test_models_that_are_not_described_are_refused():
     for call in (dead_neurons, activation_sparsity, stream_gains):
         with pytest.raises(ValueError, match="not described"):
             call(loss, net.params)
+
+
+def broken(**changes):
+    """A loss whose second layer has a unit that is nan."""
+    config = GPT2Config(n_layer=3, n_embd=4, n_head=2, vocab_size=9, n_positions=8, **changes)
+    model = seeded(0, lambda: GPT2LMHeadModel(config))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    net = fs.functional(model)
+    return fs.objective(net, [torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0]])], fs.causal_lm)
+
+
+def test_units_that_are_no_numbers_are_neither_dead_nor_sparse_nor_read():
+    loss = broken(activation_function="relu")
+    params = loss.net.params
+    activity = dead_neurons(loss, params)
+    for name in ("frequency", "frequency_stderr", "dead", "dead_stderr", "once", "always"):
+        assert getattr(activity, name).isnan().tolist() == [False, True, True], name
+    assert activity.num_dead[2] == 0
+    assert activity.unit_frequency[1].isnan().sum() == 1
+    assert activity.unit_frequency_stderr[2].isnan().all()
+    assert "not finite" in " ".join(activity.notes)
+    spread = activation_sparsity(loss, params)
+    assert spread.active.isnan().tolist() == spread.hoyer.isnan().tolist() == [False, True, True]
+    assert "not finite" in " ".join(spread.notes)
+    slopes = gradient_dead(loss, params)
+    assert slopes.unread.isnan().all()
+    assert slopes.untaught_stderr.isnan().all()
+    assert "not finite" in " ".join(slopes.notes)
+
+
+def test_a_layer_without_a_root_mean_square_is_named_by_the_relative_rule():
+    loss = broken()
+    with pytest.raises(ValueError, match=r"activations of `mlp_post.1` are not finite"):
+        dead_neurons(loss, loss.net.params)
+    with pytest.raises(ValueError, match=r"activations of `mlp_post.1` are not finite"):
+        unit_activity(loss.net, loss.net.params, [loss.batches[0][0]], rule="relative")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [feature_geometry, intrinsic_dimension, dimension_by_scale, similarity_of_layers, reconstruction_of_layers,
+     curvature_of_stream, lambda loss, params, key: similarity_to_last(loss, [loss.net.theta] * 2, [0, 1], key=key)],
+)  # fmt: skip
+def test_streams_that_are_not_finite_are_named_with_a_remedy_that_there_is(call):
+    loss = broken()
+    with pytest.raises(ValueError, match=r"the stream `resid_post.[12]` is not finite.*check the weights"):
+        call(loss, loss.net.params, key=fs.key(0))
+
+
+@pytest.mark.parametrize(
+    ("reading", "settings", "says"),
+    [
+        (dimension_by_scale, {"neighbours": []}, r"`neighbours` must have numbers of neighbours in a list.*got \[\]"),
+        (dimension_by_scale, {"neighbours": [3]}, r"`neighbours` must be even"),
+        (similarity_of_layers, {"num": 5}, r"`num` must be an integer of at least 19, got 5"),
+        (curvature_of_stream, {"k": 0}, r"`k` must be"),
+        (curvature_of_stream, {"alpha": 2.0}, r"`alpha` must be"),
+        (curvature_of_stream, {"num": 0}, r"`num` must be"),
+    ],
+)
+def test_settings_are_refused_before_a_forward_pass_is_made(loss, reading, settings, says):
+    with pytest.raises(ValueError, match=says):
+        reading.reading(loss, loss.net.params, key=fs.key(0), **settings)
+
+
+def test_settings_of_checkpoints_are_refused_before_they_are_read(loss):
+    with pytest.raises(ValueError, match="`num` must be"):
+        similarity_to_last(loss, iter(()), [], key=fs.key(0), num=5)
+
+
+def test_a_checkpoint_whose_streams_do_not_vary_is_noted(loss):
+    theta = loss.net.theta
+    found = similarity_to_last(loss, [theta * 0, theta], [0, 1], key=fs.key(0), num=19)
+    assert found.similarity[0].isnan().all()
+    assert not found.similarity[1].isnan().any()
+    assert "nan is undefined" in " ".join(found.notes)

@@ -158,3 +158,8 @@ def test_what_is_no_loss_is_named(loss):
     with pytest.raises(Exception, match="Loss"):
         passed(loss.net, loss.net.params, {"largest": largest.reading(loss, loss.net.params)})
     assert replace(loss).net is loss.net
+
+
+def test_what_is_no_reading_is_named_with_what_makes_one(loss):
+    with pytest.raises(TypeError, match=r"`readings\['lens'\]` must be a Reading.*metric.reading"):
+        read(loss, loss.net.params, {"largest": largest.reading(loss, loss.net.params), "lens": mechanistic.logit_lens})

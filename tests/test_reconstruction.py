@@ -161,3 +161,37 @@ def test_few_sequences_have_no_held_out_share():
 def test_invalid_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*related(), fs.key(0))
+
+
+@pytest.mark.parametrize(
+    "d", [6, 45, 70, 100]
+)  # units: fewer than rows of each inner fold, of each fold, than all, more
+def test_maps_of_all_penalties_from_one_decomposition_are_scikit_learns(d):
+    x = normal(0, 90, d)
+    y = x[:, :5].tanh() + 0.5 * normal(1, 90, 5)
+    key, alphas = fs.key(2), [1e-3, 0.1, 1.0, 10.0, 100.0]
+    found = linear_reconstruction({"a": x, "b": y}, GROUPS, key=key, alphas=alphas)
+    fold, left = folds(key), 0.0
+    for i in range(5):
+        train = fold != i
+        inputs = ((x - x[train].mean(0)) / x[train].var(0, correction=0).mean().sqrt()).numpy()
+        inside = list(GroupKFold(3).split(inputs[train], groups=GROUPS.numpy()[train]))
+        model = RidgeCV(alphas, scoring="neg_mean_squared_error", cv=inside).fit(inputs[train], y.numpy()[train])
+        assert model.alpha_ == float(found.alpha[0, i])
+        left += np.square(y.numpy()[~train] - model.predict(inputs[~train])).sum()
+    assert float(found.mse) == pytest.approx(left / (90 * 5), rel=1e-9)
+
+
+def test_a_penalty_is_chosen_where_errors_are_below_the_rounding_of_their_sums():
+    x = normal(3, 90, 6)
+    alphas = [1e-9, 1e-8, 1e-7]
+    found = linear_reconstruction({"a": x, "b": x @ normal(4, 6, 4)}, GROUPS, key=fs.key(0), alphas=alphas)
+    assert found.alpha.tolist() == [[1e-9] * 5]
+
+
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+def test_a_layer_that_does_not_vary_has_no_share_of_its_rounding(value):
+    layers = {"x": normal(0, 33, 5), "still": torch.full((33, 2), value, dtype=torch.float64)}
+    found = linear_reconstruction(layers, key=fs.key(0))
+    assert found.r2.isnan().all()
+    assert any("does not vary" in note for note in found.notes)

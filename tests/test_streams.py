@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.standard_errors import ratio_stderr
-from funcscope.core.streams import sampled, summed
+from funcscope.core.streams import _merged, _of_batch, sampled, summed
+from funcscope.representation import moments_spectra
 
 SITES = ["resid_post", "mlp_out.1"]
 
@@ -209,3 +210,15 @@ def test_readings_are_what_streaming_gives_whatever_the_batches_are():
             for whole_mask in [batch["attention_mask"]]
             for row, at in (real.weight != 0).nonzero().tolist()
         ]
+
+
+@pytest.mark.parametrize("value", [0.1, 2.7, 1 / 3])
+def test_rows_that_do_not_vary_have_no_scatter_of_their_rounding(value):
+    parts = [
+        _of_batch(torch.full((2, num, 3), value, dtype=torch.float64), torch.ones(2, num, dtype=torch.bool), False)
+        for num in (7, 11)
+    ]
+    for each in (*parts, _merged(*parts)):
+        assert not each.scatter.any()
+        assert not each.mean_stderr.any()
+    assert moments_spectra({"still": _merged(*parts)}).participation_ratio.isnan().all()

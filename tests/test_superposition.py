@@ -323,3 +323,26 @@ def test_class_means_stream():
     assert_close(both.counts, whole.counts)
     dense = torch.stack([x[labels == c].abs().sum(0) for c in range(3)])
     assert_close(whole.totals.sum(0), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_rank_of_many_rows_is_that_of_the_weights_and_not_of_their_rounding(dtype):
+    """The number of rows times eps is above 1 for a vocabulary in half precision: by that no singular value counts."""
+    many = fs.normal(fs.key(0), torch.zeros(4000, 12, dtype=torch.float64))
+    low = many[:, :5] @ fs.normal(fs.key(1), torch.zeros(5, 12, dtype=torch.float64))
+    found = superposition({"many": many.to(dtype), "low": low.to(dtype)})
+    assert found.rank.tolist() == [12, 5]
+    assert (found.dimensionality <= 12 + 1e-9).all()
+
+
+def test_the_median_of_an_even_number_of_norms_is_between_the_middle_ones():
+    found = superposition({"four": torch.diag(torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64))})
+    assert (float(found.norm_scale), float(found.phi_one)) == (3.0, 0.5)
+
+
+def test_dimensions_and_matrices_that_there_are_none_of_are_named():
+    for call in (lambda: mean_abs_coordinate(0), lambda: welch_bound(3, 0)):
+        with pytest.raises(ValueError, match="`m` must be an integer of at least 1, got 0"):
+            call()
+    with pytest.raises(ValueError, match=r"must be a matrix of feature vectors, got the shape .0, 3."):
+        superposition({"none": torch.zeros(0, 3)})

@@ -244,3 +244,24 @@ def test_ricci_refuses_repeated_points_and_half_a_sample():
         graph_ricci(torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="`edges`"):
         graph_ricci(grid(3), edges=torch.tensor([[0, 8]]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_points_and_groups_that_are_not_as_said_are_named(bad):
+    x = normal(0, 60, 2)
+    broken = x.clone()
+    broken[3, 0] = bad
+    for call in (lambda x, **more: ollivier_ricci(x, **more),
+                 lambda x, **more: volume_growth(x, torch.tensor([0]), key=fs.key(1), **more)):  # fmt: skip
+        with pytest.raises(ValueError, match="`x` must be finite"):
+            call(broken)
+        with pytest.raises(ValueError, match="`groups` must name a sequence by an integer for each of the 60 rows"):
+            call(x, groups=torch.arange(59))
+
+
+def test_a_transport_refuses_other_shapes_and_what_is_not_finite():
+    one, nan = torch.ones(2), torch.tensor([math.nan, 1.0])
+    with pytest.raises(ValueError, match="`cost` must be a finite matrix of 2 by 2, got nan or infinite entries"):
+        wasserstein_1(one, one, torch.full((2, 2), math.nan))
+    with pytest.raises(ValueError, match="`a` and `b` must be finite masses"):
+        wasserstein_1(nan, one, torch.ones(2, 2))

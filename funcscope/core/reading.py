@@ -109,7 +109,7 @@ def read(loss: Loss, params: Params, readings: Mapping[str, Reading[Any]]) -> di
     readings: by names of your own, made by `METRIC.reading(loss, params, ...)` of metrics that need one pass. Each result
     is the same as that of its metric alone.
 
-    Raises ValueError where there is none, and what a reading raises.
+    Raises ValueError where there is none, TypeError for what is no reading, and what a reading raises.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -123,6 +123,8 @@ def read(loss: Loss, params: Params, readings: Mapping[str, Reading[Any]]) -> di
     """
     if not readings:
         raise ValueError("`readings` must have one at least: `metric.reading(loss, params)` makes it.")
+    for name, each in readings.items():
+        check_instance(f"readings[{name!r}]", each, Reading, "`metric.reading(loss, params)` makes it")
     made = passed(loss, params, readings)
     for one in made.of.values():
         if one.error is not None:

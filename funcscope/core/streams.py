@@ -256,7 +256,8 @@ def _merged(a: Moments, b: Moments) -> Moments:
 def _of_batch(value: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], diagonal: bool) -> Moments:
     rows = value[mask].to(wide(value.device))
     counts = mask.sum(1)
-    mean = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
+    first = rows[0] if len(rows) else rows.new_zeros(rows.shape[1])
+    mean = first + (rows - first).sum(0) / max(len(rows), 1)  # of equal rows exactly these: nothing is left to scatter
     centred = rows - mean
     beside = torch.where(mask[..., None], value.to(rows.dtype) - mean, 0.0).sum(1)
     num = counts[:, None].to(rows.dtype)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.keys import Key, check_key, fold_in, uniform
+from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
 from .measures import Measure, Rows, compact
-from .sequences import block_stderr, equal_rows, sequence_index
+from .sequences import equal_rows, sequence_index
 
 LEVEL = 0.95
 """Of the null's point that a calibrated similarity is counted from."""
@@ -52,12 +53,8 @@ def calibrate(
     ys = xs if ys is None else [compact(y[places.flatten()]) for y in ys]
     y = x if ys is xs else measure.form(ys, sequence)
     values = measure.values(x, y)
-
-    def without(keep: Tensor) -> Tensor:
-        part = measure.without(x, xs, sequence, keep)
-        return measure.values(part, part if ys is xs else measure.without(y, ys, sequence, keep))
-
-    stderr = block_stderr(without, sequence, values)
+    left_out = measure.left_out(x, y, xs, ys, sequence)
+    stderr = jackknife_stderr(torch.stack(left_out, -1)) if left_out else torch.full_like(values, math.nan)
     orders = [_order(fold_in(key, i), few, rows).to(places.device) for i in range(num if few > 1 else 0)]
     null = torch.stack(list(measure.permuted(x, y, orders))) if orders else values[None][:0]
     return Calibrated(values, stderr, null, few, few * rows, int(index.max()) + 1 - few)

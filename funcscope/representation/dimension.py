@@ -37,7 +37,8 @@ class TwoNN(Result):
 
     @property
     def notes(self) -> list[str]:
-        return dimension_notes(self.num_points, self.num_duplicates, self.mle.num, self.within, self.mle.value[None])
+        num_rows = self.num_points + self.num_duplicates
+        return dimension_notes(self.num_points, num_rows, self.mle.num, self.within, self.mle.value[None])
 
 
 class LayerDimensions(Result):
@@ -68,8 +69,7 @@ class LayerDimensions(Result):
 
     @property
     def notes(self) -> list[str]:
-        least = int(self.num_points.min())
-        return dimension_notes(least, self.num_rows - least, self.num_sequences, self.within, self.mle)
+        return dimension_notes(self.num_points, self.num_rows, self.num_sequences, self.within, self.mle)
 
 
 def two_nn(

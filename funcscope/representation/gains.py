@@ -180,7 +180,7 @@ def perturbation_gains(
     enters at all positions at once and is read at all: exact derivatives by jvp, not differences. The mean is over directions
     (`num` of them) and sequences, which weigh by their tokens. `relative_gain` divides the squares of a sequence by the
     growth of its stream, $\sum_t \|h_l\|^2 / \sum_t \|h_0\|^2$: above 1, what is small grows faster than the whole. Entry 0
-    is the perturbation itself: 1.
+    is the perturbation itself: 1. Each direction is taken as long as it is in the dtype of the stream.
 
     The error is over sequences: as each has directions of its own, it holds what these add. In a causal model the result for
     a sequence does not depend on its padding, which is not perturbed. batches: inputs, of one batch or of each.
@@ -202,8 +202,9 @@ def perturbation_gains(
         seen = trace(net, params, inputs, names)
         h, mask = torch.stack([seen[name] for name in names]), seen.mask[..., None]
         draws = (_direction(fold_in(key, i), start, h[0], mask) for i in range(num))
-        squares = torch.stack([_norms(_pushed(net, params, inputs, names, each), mask) for each in draws]).mean(0)
+        grown = torch.stack([_norms(_pushed(net, params, inputs, names, each), mask) for each in draws])
         own, count = _norms(h, mask), seen.mask.sum(1) * h.shape[-1]
+        squares = torch.where(count > 0, grown / grown[:, :1], 0.0).mean(0) * count
         part = Ratios.of(torch.cat([squares, squares * _growth(own)]), count.to(own))
         sums, start = part if sums is None else sums.merge(part), start + len(seen.mask)
     if sums is None or not int(sums.num.max()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -52,7 +54,9 @@ class GradientDead(Result):
 
 
 def gradient_dead(loss: Loss, params: Params) -> GradientDead:
-    r"""Units whose derivatives are 0 at every token: $\max_t |\partial L / \partial a_{tj}| = 0$, exactly.
+    r"""Units of the MLPs that no gradient comes to: the derivative of the loss by them is exactly 0 at every token.
+
+    $$\max_t |\partial L / \partial a_{tj}| = 0.$$
 
     Behind the nonlinearity (the site `mlp_post`) this says that nothing reads the unit: it does *not* follow from a unit that
     never fires, whose output would matter if there were one. Before it (`mlp_pre`; of a gated MLP, the gate) it says that the
@@ -94,5 +98,8 @@ def gradient_dead(loss: Loss, params: Params) -> GradientDead:
     shares = [[reached[name].never for name in each] for each in (post, pre)]
     values, errors = ([torch.stack([x[i] for x in each]) for each in shares] for i in (0, 1))
     sizes = [torch.stack([largest[name] for name in each]) for each in (post, pre)]
-    num = reached[post[0]].num
+    num, known = reached[post[0]].num, [each.isfinite().all(1) for each in sizes]
+    values, errors = (
+        [x.where(there, math.nan) for x, there in zip(each, known, strict=True)] for each in (values, errors)
+    )
     return GradientDead(values[0], errors[0], values[1], errors[1], sizes[0], sizes[1], num_sequences=num)

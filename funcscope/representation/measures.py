@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .block_sums import block_sums, left_out_cross
+from .sequences import blocks
+
 Rows = Float[Tensor, "n _"]
+ENTRIES = 2**16
+"""Of a kernel that are picked at a time."""
 
 
 class Form(NamedTuple):
@@ -47,6 +52,18 @@ class Measure(ABC):
         del form
         return self.form([x[keep] for x in rows], sequence[keep])
 
+    def left_out(
+        self, x: Form, y: Form, xs: Sequence[Rows], ys: Sequence[Rows], sequence: Int[Tensor, " n"]
+    ) -> list[Float[Tensor, "a b"]]:
+        """The values without each block of sequences (`sequences.blocks`), of the rows xs and ys of the forms."""
+        return [self._without(keep, x, y, xs, ys, sequence) for keep in blocks(sequence)]
+
+    def _without(
+        self, keep: Bool[Tensor, " n"], x: Form, y: Form, xs: Sequence[Rows], ys: Sequence[Rows], sequence: Int[Tensor, " n"]
+    ) -> Float[Tensor, "a b"]:  # fmt: skip
+        part = self.without(x, xs, sequence, keep)
+        return self.values(part, part if y is x else self.without(y, ys, sequence, keep))
+
 
 def centred(x: Rows) -> Rows:
     return x - x.mean(0)
@@ -72,17 +89,25 @@ def cross(x: Form, y: Form) -> Float[Tensor, "a b"]:
 
 
 def permuted_cross(x: Form, y: Form, orders: Iterable[Int[Tensor, " n"]]) -> Iterator[Float[Tensor, "a b"]]:
-    """The same for permuted samples of y: each entry above the diagonal is picked once, as kernels are symmetric."""
+    """The same for permuted samples of y: each entry above the diagonal is picked once, as kernels are symmetric.
+
+    Entries of all layers lie side by side, and few of them are picked at a time: what is read and made stays in the cache.
+    """
     if x.kernels is None or y.kernels is None:
         for order in orders:
             yield cross(x, Form([each[order] for each in y.rows], None, y.diagonals, y.squares))
         return
     size = len(x.rows[0])
     rows, columns = torch.triu_indices(size, size, 1, device=x.diagonals.device)
-    above, entries = x.kernels[:, rows, columns], y.kernels.flatten(1)
+    entries = y.kernels.flatten(1).T.contiguous()
+    above = x.kernels.flatten(1).T.index_select(0, rows * size + columns)
+    parts = list(zip(*(each.split(ENTRIES) for each in (above, rows, columns)), strict=True))
     for order in orders:
-        picked = entries[:, order[rows] * size + order[columns]]
-        yield 2 * above @ picked.T + x.diagonals @ y.diagonals[:, order].T
+        both = x.diagonals @ y.diagonals[:, order].T
+        for part, i, j in parts:
+            picked = order.index_select(0, i).mul_(size).add_(order.index_select(0, j))
+            both = both + 2 * part.T @ entries.index_select(0, picked)
+        yield both
 
 
 def _is_wide(rows: Sequence[Rows]) -> bool:
@@ -118,15 +143,30 @@ class LinearKernels(Measure):
         own = self._hsic(form.squares, diagonals.square().sum(1), diagonals.sum(1).square(), len(form.rows[0]))
         return own.where(own > 0, torch.nan)
 
-    def without(self, form: Form, rows: Sequence[Rows], sequence: Int[Tensor, " n"], keep: Bool[Tensor, " n"]) -> Form:
-        """Kernels of fewer samples are parts of the kernel, centred again."""
-        if form.kernels is None:
-            return self.form([x[keep] for x in rows], sequence[keep])
-        part = form.kernels[:, keep][:, :, keep]
-        part = part - part.mean(1, keepdim=True)
-        part = part - part.mean(2, keepdim=True)
-        factors = [x[keep] for x in rows]
-        return Form(factors, part, part.diagonal(dim1=1, dim2=2), part.square().sum((1, 2)))
+    def left_out(
+        self, x: Form, y: Form, xs: Sequence[Rows], ys: Sequence[Rows], sequence: Int[Tensor, " n"]
+    ) -> list[Float[Tensor, "a b"]]:
+        """By taking the block's entries off the sums of the whole; afresh where these are nearly all of a kernel."""
+        keeps = blocks(sequence)
+        if x.kernels is None or y.kernels is None or not keeps:
+            return super().left_out(x, y, xs, ys, sequence)
+        stay = torch.stack(keeps, 1)
+        first = block_sums(x.kernels, x.diagonals, stay)
+        second = first if y is x else block_sums(y.kernels, y.diagonals, stay)
+        both = left_out_cross(first, second, stay)
+        own_x = (both if y is x else left_out_cross(first, first, stay)).diagonal(dim1=1, dim2=2)
+        own_y = own_x if y is x else left_out_cross(second, second, stay).diagonal(dim1=1, dim2=2)
+        made = []
+        for i, keep in enumerate(keeps):
+            if bool((own_x[i] < 1e-8 * x.squares).any()) or bool((own_y[i] < 1e-8 * y.squares).any()):
+                made.append(self._without(keep, x, y, xs, ys, sequence))
+                continue
+            a, b = (
+                Form([each[keep] for each in rows], None, sums.diagonals[:, keep, i], own[i])
+                for rows, sums, own in ((xs, first, own_x), (ys, second, own_y))
+            )
+            made.append(self._ratio(a, b, both[i], b.diagonals))
+        return made
 
     def _hsic(self, cross: Tensor, diagonals: Tensor, traces: Tensor, num: int) -> Tensor:
         """With kernels that are centred, the sums over their rows without the diagonal are what the diagonal is."""
@@ -205,6 +245,8 @@ class Neighbours(Measure):
     def _graph(self, apart: Float[Tensor, "n n"], sequence: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
         same = sequence[:, None] == sequence
         if int((~same).sum(1).min()) < self.k:
+            return torch.full_like(apart, math.nan)
+        if not bool(apart.any()):  # all at one place
             return torch.full_like(apart, math.nan)
         nearest = apart.masked_fill(same, math.inf).topk(self.k, largest=False).indices
         return torch.zeros_like(apart).scatter(1, nearest, 1.0)

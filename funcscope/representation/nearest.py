@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core.tables import counted
 from .measures import Rows, centred, compact
 
 LEAST = 20
@@ -89,24 +90,35 @@ def overlap_stderr(moves: Float[Tensor, "n *m"], points: Cloud, near: Nearest, k
 
 
 def dimension_notes(
-    num_points: int, num_duplicates: int, num_sequences: int, within: bool, dimension: Float[Tensor, "*m"]
+    num_points: int | Float[Tensor, "*m"],
+    num_rows: int,
+    num_sequences: int,
+    within: bool,
+    dimension: Float[Tensor, "*m"],
 ) -> list[str]:
-    """What a reader must know beside a dimension."""
-    notes = []
-    if num_points < LEAST:
-        notes.append(f"{num_points} distinct rows resolve no dimension: it takes {LEAST} at least.")
+    """What a reader must know beside dimensions of num_rows rows. num_points: distinct ones, of all or of each."""
+    notes, points = [], torch.as_tensor(num_points).expand(dimension.shape)
+    least = int(points.min())
+    num_duplicates = num_rows - least
+    if least < LEAST:
+        notes.append(f"{counted(least, 'distinct row')} resolve no dimension: it takes {LEAST} at least.")
     elif bool(dimension.isnan().any()):
         notes.append("nan is undefined: rows have too few neighbours among those of other sequences.")
     if num_sequences < 2:
-        notes.append("one sequence has no error over sequences.")
+        notes.append("rows of one sequence have no error over sequences.")
     if within:
         notes.append("neighbours may be of the same sequence, and tokens beside each other are near for that reason.")
     if num_duplicates:
-        notes.append(f"{num_duplicates:,} rows that equal another one (repeated tokens) are left out.")
-    known = dimension[dimension.isfinite()]
-    if len(known) and float(known.max()) > 2 * math.log10(max(num_points, 1)):
+        one, some = num_duplicates == 1, "up to " if bool((points != least).any()) else ""
         notes.append(
-            f"{num_points:,} points resolve dimensions up to about {2 * math.log10(num_points):.1f} (2 log10 N): in more, "
+            f"{some}{counted(num_duplicates, 'row')} that {'equals' if one else 'equal'} another one (repeated tokens) "
+            f"{'is' if one else 'are'} left out."
+        )
+    beyond = dimension.isfinite() & (dimension > 2 * points.to(dimension).log10())
+    if bool(beyond.any()):
+        few = int(points[beyond].min())
+        notes.append(
+            f"{few:,} points resolve dimensions up to about {2 * math.log10(few):.1f} (2 log10 N): in more, "
             "neighbours are nearly as far as all points, and the estimate is far too small; it is no sign of compression."
         )
     return notes

@@ -8,18 +8,19 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.checks import check_count
+from ..core.checks import check_choice, check_count, check_number
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.reading import Reading, one_pass, read
 from ..core.streams import Reservoir, sampled
+from .calibration import LEAST
 from .dimension import LayerDimensions, layer_dimensions
 from .gains import streams_of
-from .layer_similarity import LayerSimilarity, layer_similarity
+from .layer_similarity import MEASURES, LayerSimilarity, layer_similarity
 from .reconstruction import LinearReconstruction, linear_reconstruction
 from .ricci import RicciCurvature, ollivier_ricci
-from .scales import DimensionByScale, gride
+from .scales import DimensionByScale, check_even, gride
 from .spectrum import ActivationSpectra, activation_spectra
 
 R = TypeVar("R")
@@ -33,7 +34,7 @@ def feature_geometry(loss: Loss, params: Params, *, key: Key, size: int = 2048) 
     ranks but the debiased one are too small. For dimensions of curved clouds see `intrinsic_dimension`, for how layers are
     alike `similarity_of_layers`.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -50,8 +51,10 @@ def intrinsic_dimension(loss: Loss, params: Params, *, key: Key, size: int = 204
     """The intrinsic dimension of each residual stream by TwoNN, over a uniform sample of `size` positions.
 
     `layer_dimensions`: neighbours are positions of other sequences, equal rows (the same token at the same place) count once.
+    Behind the first layer such rows are no longer equal but near, which makes the dimension of nearest neighbours small where
+    sequences begin alike: `dimension_by_scale` shows it.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -72,7 +75,8 @@ def dimension_by_scale(
 
     `gride` over a uniform sample of `size` positions. layer: behind which layer, -1 is the last.
 
-    Raises ValueError for models that are not described, a layer that is not there, and as `gride`.
+    Raises ValueError for models that are not described, a layer that is not there, a stream that is not finite, and as
+    `gride`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -82,9 +86,10 @@ def dimension_by_scale(
     torch.Size([2])
     """
     check_key(key)
+    check_even(neighbours)
     name = _behind(loss, layer)
     return sampled(
-        [name], lambda sample: gride(sample.rows[name], sample.sequence, neighbours=neighbours), key=key, size=size
+        [name], lambda sample: gride(_finite(sample, name), sample.sequence, neighbours=neighbours), key=key, size=size
     )
 
 
@@ -103,7 +108,7 @@ def similarity_of_layers(
     `layer_similarity` over a uniform sample of `size` positions, of which each sequence gives one: pairings are of
     independent samples. num: permutations. With one sequence there is no null.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -112,7 +117,8 @@ def similarity_of_layers(
     >>> similarity_of_layers(loss, net.params, key=fs.key(0), num=19).similarity.shape
     torch.Size([2, 2])
     """
-    check_count("num", num)
+    check_choice("measure", measure, MEASURES)
+    check_count("num", num, LEAST)
 
     def made(layers: dict[str, Tensor], sample: Reservoir) -> LayerSimilarity:
         return layer_similarity(
@@ -130,7 +136,7 @@ def reconstruction_of_layers(
 
     `linear_reconstruction` over a uniform sample of `size` positions.
 
-    Raises ValueError for models that are not described, and where there is no token.
+    Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -157,7 +163,8 @@ def curvature_of_stream(
     `ollivier_ricci` over `num` edges of the graph of k nearest neighbours of a uniform sample of `size` positions, equal
     rows counted once. It grows with the width and falls with the number of points: compare like with like.
 
-    Raises ValueError for models that are not described, a layer that is not there, and as `ollivier_ricci`.
+    Raises ValueError for models that are not described, a layer that is not there, a stream that is not finite, and as
+    `ollivier_ricci`.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -167,10 +174,13 @@ def curvature_of_stream(
     2
     """
     check_key(key)
+    check_count("k", k)
+    check_number("alpha", alpha, 0.0, 1.0)
+    check_count("num", num)
     name = _behind(loss, layer)
 
     def made(sample: Reservoir) -> RicciCurvature:
-        rows = sample.rows[name]
+        rows = _finite(sample, name)
         _, index = rows.unique(dim=0, return_inverse=True)
         first = torch.full((int(index.max()) + 1,), len(rows)).scatter_reduce(
             0, index.cpu(), torch.arange(len(rows)), "amin"
@@ -190,12 +200,29 @@ def curvature_of_stream(
 
 def stream_sample(loss: Loss, params: Params, *, key: Key, size: int) -> Reservoir:
     """A uniform sample of positions of every residual stream: the same positions for every model of the same texts."""
-    return read(loss, params, {"rows": sampled(streams_of(loss.net), lambda kept: kept, key=key, size=size)})["rows"]
+    names = streams_of(loss.net)
+
+    def made(kept: Reservoir) -> Reservoir:
+        return kept._replace(rows={name: _finite(kept, name) for name in names})
+
+    return read(loss, params, {"rows": sampled(names, made, key=key, size=size)})["rows"]
+
+
+def _finite(sample: Reservoir, name: str) -> Tensor:
+    """The sampled rows of a stream. Raises ValueError where they are not finite."""
+    rows = sample.rows[name]
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"the stream `{name}` is not finite, and has no geometry: check the weights, and whether {rows.dtype} holds it."
+        )
+    return rows
 
 
 def _behind(loss: Loss, layer: int) -> str:
     """The stream behind a layer."""
     names = streams_of(loss.net)[1:]
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(f"`layer` must be an integer, got {layer!r}.")
     if not -len(names) <= layer < len(names):
         raise ValueError(f"`layer` must be one of 0 to {len(names) - 1}, or -1 for the last, got {layer}.")
     return names[layer]
@@ -206,5 +233,5 @@ def _of_streams(loss: Loss, key: Key, size: int, result: Callable[[dict[str, Ten
     check_key(key)
     names = streams_of(loss.net)
     return sampled(
-        names, lambda sample: result({name: sample.rows[name] for name in names}, sample), key=key, size=size
+        names, lambda sample: result({name: _finite(sample, name) for name in names}, sample), key=key, size=size
     )

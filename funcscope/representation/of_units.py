@@ -15,7 +15,7 @@ from ..core.reading import Batch, Reading, one_pass, read
 from .gains import GainSums, PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, streams_of
 from .sparsity import Sparsity, SparsitySums, sparsity_of, sparsity_sums
 from .superposition import Superposition, feature_matrices, superposition
-from .units import SITE, Rule, UnitActivity, UnitSums, activity_of, mlp_sites, unit_sums
+from .units import SITE, Rule, UnitActivity, UnitSums, activity_of, mlp_sites, relative_thresholds, unit_sums
 
 RECTIFIED = ("relu", "relu2", "relu6")
 """Nonlinearities that are 0 for all below 0."""
@@ -33,7 +33,8 @@ def dead_neurons(
     A unit that was never active is below 3 / tokens with 95 % if tokens were independent, below 3 / sequences in any case.
     The document's "zero activation" is taken behind the nonlinearity: before it a dead ReLU unit has large values.
 
-    Raises ValueError for models whose parts are not described, and where there is no token.
+    Raises ValueError for models whose parts are not described, where there is no token, and by the relative rule for
+    activations that are not finite.
 
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -49,7 +50,7 @@ def dead_neurons(
     thresholds = dict.fromkeys(names, 0.0)
     if chosen == "relative":
         first = read(loss, params, {"rms": _of_layers(names, lambda _, x, mask: unit_sums(x, mask))})["rms"]
-        thresholds = {name: tau * float(sums.of_layer.value[1].sqrt()) for name, sums in first.items()}
+        thresholds = relative_thresholds(first, tau)
     made = _of_layers(names, lambda name, x, mask: unit_sums(x, mask, rule=chosen, threshold=thresholds[name]))
     return Reading(made.sites, made.of_batch, lambda sums: activity_of(sums, rule=chosen, tau=tau), made.merge)
 

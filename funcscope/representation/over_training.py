@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.checks import check_choice, check_count
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.result import Result, quantity
 from ..core.tables import counted
-from .layer_similarity import layer_similarity
+from .calibration import LEAST, calibration_notes
+from .layer_similarity import MEASURES, layer_similarity
 from .of_layers import stream_sample
 
 
@@ -48,7 +50,7 @@ class SimilarityToLast(Result):
 
     @property
     def notes(self) -> list[str]:
-        return ["one sequence has no other to be paired with: there is no null."] if self.num_sequences < 2 else []
+        return calibration_notes(self.num_sequences, 1, 0, not bool(self.similarity.isfinite().all()))
 
 
 def similarity_to_last(
@@ -74,6 +76,8 @@ def similarity_to_last(
     (torch.Size([2, 2]), 1.0)
     """
     check_key(key)
+    check_choice("measure", measure, MEASURES)
+    check_count("num", num, LEAST)
     points = list(thetas)
     if len(points) < 2 or len(points) != len(steps):
         raise ValueError(

@@ -45,7 +45,8 @@ class LinearReconstruction(Result):
 
     @property
     def head(self) -> str:
-        return f"linear maps between layers, held out by {counted(self.num_folds, 'fold')} of {self.num_sequences} sequences"
+        over = f"{counted(self.num_folds, 'fold')} of {counted(self.num_sequences, 'sequence')}"
+        return f"linear maps between layers, held out by {over}"
 
     @property
     def notes(self) -> list[str]:
@@ -92,8 +93,9 @@ def linear_reconstruction(
     over all units together: those of large variance count most. The penalty of a map (of squared weights, inputs centred
     and divided by the root of their mean variance, so that it has no units) is chosen among `alphas` on its training
     sequences alone, by the squared error with these held out in three folds in turn; the held-out fold has no part in that.
-    The R² of training data is that of the same maps on what they were made from. A ridge regression is solved 3 x `folds`
-    times for each penalty and pair of layers.
+    The R² of training data is that of the same maps on what they were made from. A matrix of as many rows as a layer has
+    units, or as there are training rows where these are fewer, is decomposed 4 x `folds` times for each pair of layers, once
+    for all penalties.
 
     layers: by name, values (n, d) of the same n tokens, two layers at least; groups: the sequence of each row; without, every
     row is one. Errors are over sequences and take the maps as they are (the 95 % interval held the mean at this
@@ -102,7 +104,7 @@ def linear_reconstruction(
 
     Raises ValueError where rows, groups and numbers are not as said.
 
-    Hoerl, Kennard (1970), doi:10.1080/00401706.1970.10488634; the maps are scikit-learn's.
+    Hoerl, Kennard (1970), doi:10.1080/00401706.1970.10488634.
 
     >>> import torch, funcscope as fs
     >>> x = fs.normal(fs.key(0), torch.zeros(60, 3))
@@ -117,8 +119,8 @@ def linear_reconstruction(
         raise ValueError(
             f"`layers` must be two at least, the first of which the second is predicted from, got {len(rows)}."
         )
-    if not len(alphas):
-        raise ValueError("`alphas` must have a penalty, got none.")
+    if not isinstance(alphas, Sequence) or isinstance(alphas, str) or not alphas:
+        raise ValueError(f"`alphas` must have penalties in a list, one at least, got {alphas!r}.")
     for alpha in alphas:
         check_positive("alphas", alpha)
     names, values = list(rows), [x.cpu() for x in rows.values()]
@@ -164,16 +166,67 @@ def _held_out(
 
 def _fitted(x: Rows, y: Rows, sequence: Tensor, train: Tensor, alphas: list[float]) -> _Fold:
     """The map of training rows, its penalty chosen with sequences of these held out in turn."""
-    from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
 
     groups = sequence[train].numpy()
     scale = x[train].var(0, correction=0).mean().sqrt()
     inputs = (x - x[train].mean(0)) / (scale if scale > 0 else 1.0)
-    inside = list(GroupKFold(min(INNER_FOLDS, len(set(groups)))).split(inputs[train], groups=groups))
-    model = RidgeCV(alphas=alphas, scoring="neg_mean_squared_error", cv=inside)
-    model.fit(inputs[train].numpy(), y[train].numpy())
-    predicted = torch.from_numpy(model.predict(inputs.numpy())).reshape(y.shape)
-    errors, squares = (y - predicted).square().sum(1), (y - y[train].mean(0)).square().sum(1)
+    rows, outputs, penalties = inputs[train], y[train], torch.tensor(alphas, dtype=x.dtype)
+    inside = GroupKFold(min(INNER_FOLDS, len(set(groups)))).split(groups, groups=groups)
+    checked = [
+        _squared_errors(rows, outputs, torch.from_numpy(fit), torch.from_numpy(check), penalties)
+        for fit, check in inside
+    ]
+    alpha = alphas[int(torch.stack(checked).mean(0).numpy().argmin())]
+    ridge = _decomposed(rows, outputs)
+    errors = (y - ridge.predicted(inputs, alpha)).square().sum(1)
+    squares = (y - outputs.mean(0)).square().sum(1)
     totals = (float(errors[train].sum()), float(squares[train].sum()))
-    return _Fold(float(model.alpha_), totals, errors[~train], squares[~train])
+    return _Fold(alpha, totals, errors[~train], squares[~train])
+
+
+class _Ridge(NamedTuple):
+    r"""All penalties from one decomposition: $\hat y = \bar y + (x - \bar x) A (\Lambda + \alpha)^{-1} C$."""
+
+    mean: Float[Tensor, " d"]
+    output_mean: Float[Tensor, " e"]
+    basis: Float[Tensor, "d r"]
+    """A: eigenvectors of the inputs' Gram matrix; where rows are fewer, the inputs by those of their kernel."""
+    eigenvalues: Float[Tensor, " r"]
+    coordinates: Float[Tensor, "r e"]
+    """C: the outputs in the same terms."""
+
+    def predicted(self, x: Rows, alpha: float) -> Float[Tensor, "n e"]:
+        weights = self.basis @ (self.coordinates / (self.eigenvalues + alpha)[:, None])
+        return (x - self.mean) @ weights + self.output_mean
+
+
+def _decomposed(x: Rows, y: Rows) -> _Ridge:
+    mean, output_mean = x.mean(0), y.mean(0)
+    a, b = x - mean, y - output_mean
+    if a.shape[1] <= len(a):
+        values, basis = torch.linalg.eigh(a.T @ a)
+        return _Ridge(mean, output_mean, basis, values.clamp_min(0), basis.T @ (a.T @ b))
+    values, vectors = torch.linalg.eigh(a @ a.T)
+    return _Ridge(mean, output_mean, a.T @ vectors, values.clamp_min(0), vectors.T @ b)
+
+
+def _squared_errors(
+    x: Rows, y: Rows, fit: Tensor, check: Tensor, penalties: Float[Tensor, " p"]
+) -> Float[Tensor, " p"]:
+    r"""The mean squared error on rows `check` of the map of rows `fit`, for every penalty.
+
+    With P the centred inputs by the basis, T the centred outputs and w the inverses of $\lambda + \alpha$, it is
+    $\|T\|^2 - 2\, w^\top u + w^\top M w$ by u = the row sums of $P^\top T \odot C$ and $M = P^\top P \odot C C^\top$.
+    """
+    ridge = _decomposed(x[fit], y[fit])
+    inputs, outputs = (x[check] - ridge.mean) @ ridge.basis, y[check] - ridge.output_mean
+    weights = 1 / (ridge.eigenvalues + penalties[:, None])
+    linear = ((inputs.T @ outputs) * ridge.coordinates).sum(1)
+    square = (inputs.T @ inputs) * (ridge.coordinates @ ridge.coordinates.T)
+    total = outputs.square().sum()
+    errors = total - 2 * weights @ linear + ((weights @ square) * weights).sum(1)
+    if bool((errors < 1e-8 * total).any()):  # what is left of the difference would be rounding
+        apart = [y[check] - ridge.predicted(x[check], alpha) for alpha in penalties.tolist()]
+        errors = torch.stack([each.square().sum() for each in apart])
+    return errors / outputs.numel()

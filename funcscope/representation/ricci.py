@@ -14,6 +14,7 @@ from ..core.checks import check_count, check_number
 from ..core.keys import Key, check_key, uniform
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
+from .sequences import check_rows, sequence_index
 
 
 class RicciCurvature(Result):
@@ -63,7 +64,7 @@ def wasserstein_1(a: Float[Tensor, " n"], b: Float[Tensor, " m"], cost: Float[Te
 
     $\pi \ge 0$ with the sums a along rows and b along columns. No entropy is added, and nothing has to converge.
 
-    Raises ValueError for masses that do not add up to the same, or are negative.
+    Raises ValueError for masses that do not add up to the same, are negative or not finite, and for another shape of `cost`.
 
     >>> wasserstein_1(torch.tensor([1.0, 0.0]), torch.tensor([0.25, 0.75]), torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
     1.5
@@ -71,6 +72,11 @@ def wasserstein_1(a: Float[Tensor, " n"], b: Float[Tensor, " m"], cost: Float[Te
     from scipy.optimize import linprog
 
     rows, columns, costs = (each.double().cpu().numpy() for each in (a, b, cost))
+    if costs.shape != (len(rows), len(columns)) or not np.isfinite(costs).all():
+        got = "nan or infinite entries" if costs.shape == (len(rows), len(columns)) else f"the shape {costs.shape}"
+        raise ValueError(f"`cost` must be a finite matrix of {len(rows)} by {len(columns)}, got {got}.")
+    if not (np.isfinite(rows).all() and np.isfinite(columns).all()):
+        raise ValueError("`a` and `b` must be finite masses, got nan or infinite ones.")
     if rows.min() < 0 or columns.min() < 0 or abs(rows.sum() - columns.sum()) > 1e-9 * rows.sum():
         raise ValueError(f"`a` and `b` must be masses of one sum, got {rows.sum():g} and {columns.sum():g}.")
     n, m = costs.shape
@@ -83,7 +89,7 @@ def wasserstein_1(a: Float[Tensor, " n"], b: Float[Tensor, " m"], cost: Float[Te
 
 
 def ollivier_ricci(
-    x: Float[Tensor, "n d"], *, k: int = 5, alpha: float = 0.5, groups: Int[Tensor, " n"] | None = None,
+    x: Float[Tensor, "n d"], *, k: int = 5, alpha: float = 0.5, groups: Tensor | None = None,
     num: int | None = None, key: Key | None = None,
 ) -> RicciCurvature:  # fmt: skip
     r"""Ollivier-Ricci curvature of the edges between nearest neighbours of a cloud of points, with Euclidean distances.
@@ -102,8 +108,8 @@ def ollivier_ricci(
 
     Ollivier (2009), doi:10.1016/j.jfa.2008.11.001; Aronow, Samii, Assenova (2015), doi:10.1093/pan/mpv018 (the error).
 
-    Raises ValueError for repeated points, for k that is not below the number of points, for alpha outside 0 to 1, and for one
-    of `num` and `key` alone.
+    Raises ValueError where rows or groups are not as said, for repeated points, for k that is not below the number
+    of points, for alpha outside 0 to 1, and for one of `num` and `key` alone.
 
     >>> angle = torch.arange(12.0, dtype=torch.float64) * (2 * torch.pi / 12)
     >>> circle = torch.stack([angle.cos(), angle.sin()], 1)
@@ -115,9 +121,10 @@ def ollivier_ricci(
     check_number("alpha", alpha, 0.0, 1.0)
     if (num is None) != (key is None):
         raise ValueError("`num` and `key` go together: both for a sample of edges, neither for all.")
+    x = check_rows("x", x).cpu().double()
     if k >= len(x):
         raise ValueError(f"`k` must be below the number of points, {len(x)}, got {k}.")
-    x = x.double().cpu()
+    group = sequence_index(groups, x)
     near = _nearest(x, k)
     edges = torch.stack([torch.arange(len(x)).repeat_interleave(k), near.flatten()], 1).sort(1).values.unique(dim=0)
     chosen = edges
@@ -133,7 +140,6 @@ def ollivier_ricci(
         lengths.append(float(cost[0, 0]))
         curvatures.append(1 - wasserstein_1(mass, mass, cost) / lengths[-1])
     curvature = torch.tensor(curvatures, dtype=torch.float64)
-    group = torch.arange(len(x)) if groups is None else groups.cpu().unique(return_inverse=True)[1]
     return RicciCurvature(
         curvature.mean(), _dyadic_stderr(curvature, group[chosen]), curvature,
         torch.tensor(lengths, dtype=torch.float64), chosen, k, alpha, len(x), int(group.max()) + 1, len(edges), key,

@@ -41,7 +41,8 @@ class DimensionByScale(Result):
 
     @property
     def notes(self) -> list[str]:
-        return dimension_notes(self.num_points, self.num_duplicates, self.num_sequences, self.within, self.dimension)
+        num_rows = self.num_points + self.num_duplicates
+        return dimension_notes(self.num_points, num_rows, self.num_sequences, self.within, self.dimension)
 
 
 def gride(
@@ -68,9 +69,7 @@ def gride(
     >>> gride(fs.normal(fs.key(0), torch.zeros(400, 2)), neighbours=[4, 8]).dimension.round()
     tensor([2., 2.], dtype=torch.float64)
     """
-    neighbours = _checked(neighbours)
-    if odd := [n for n in neighbours if n % 2]:
-        raise ValueError(f"`neighbours` must be even, twice the nearer neighbour, got {odd[0]}.")
+    neighbours = check_even(neighbours)
     return _by_scale("Gride", x, groups, neighbours, within, lambda _, near, n: _gride_mle(near.distances, n))
 
 
@@ -198,9 +197,17 @@ def _components(points: Cloud, near: Nearest, k: int, variance: float) -> Float[
     return torch.cat(counts)
 
 
+def check_even(neighbours: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of neighbours for `gride`. Raises ValueError for others."""
+    neighbours = _checked(neighbours)
+    if odd := [n for n in neighbours if n % 2]:
+        raise ValueError(f"`neighbours` must be even, twice the nearer neighbour, got {odd[0]}.")
+    return neighbours
+
+
 def _checked(neighbours: Sequence[int]) -> tuple[int, ...]:
-    if not len(neighbours):
-        raise ValueError("`neighbours` must have a number of neighbours, got none.")
+    if not isinstance(neighbours, Sequence) or isinstance(neighbours, str) or not neighbours:
+        raise ValueError(f"`neighbours` must have numbers of neighbours in a list, one at least, got {neighbours!r}.")
     for each in neighbours:
         check_count("neighbours", each, 2)
     return tuple(neighbours)

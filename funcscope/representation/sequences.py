@@ -20,7 +20,12 @@ BLOCKS = 32
 
 
 def check_rows(name: str, x: Tensor, num: int | None = None) -> Rows:
-    """The rows in the dtype of sums, detached. Raises ValueError where they are none, are not finite, or not `num`."""
+    """The rows in the dtype of sums, detached, less the first of them: those that do not vary are exactly 0.
+
+    Nothing that is made of rows depends on where they lie, and what a mean leaves of equal rows is its rounding.
+
+    Raises ValueError where they are none, are not finite, or not `num`.
+    """
     if not isinstance(x, Tensor) or x.ndim != 2 or not x.numel():
         got = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"`{name}` must be a tensor of rows by units, neither of them 0, got {got}.")
@@ -34,7 +39,8 @@ def check_rows(name: str, x: Tensor, num: int | None = None) -> Rows:
         raise ValueError(
             f"`{name}` must be finite, got nan or infinite values: leave such rows out, in all arrays alike."
         )
-    return x.detach().to(wide(x.device))
+    rows = x.detach().to(wide(x.device))
+    return rows - rows[0]
 
 
 def check_layers(name: str, layers: Mapping[str, Tensor], num: int | None = None) -> dict[str, Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -122,6 +123,8 @@ class Sparsity(Result):
         made = ["There is one sequence, and no error over sequences."] if self.num_sequences < 2 else []
         if bool((self.num_zero > 0).any()):
             made.append("Hoyer and Gini are over the tokens with an activation that is not 0.")
+        if not bool(self.active.isfinite().all()):
+            made.append("Activations of a layer are not finite, and what is made of them undefined: check the weights.")
         return made
 
 
@@ -140,9 +143,10 @@ def sparsity_sums(values: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], *, 
     a = torch.where(mask[..., None], values.to(wide(values.device)), 0.0)
     some = mask & (a != 0).any(-1)
     rms = a.square().mean(-1, keepdim=True).sqrt()
+    active = ((a.abs() > tau * rms) & mask[..., None]).to(a).mean(-1)
     each = torch.stack([
         torch.where(some, hoyer(a), 0.0), torch.where(some, gini(a), 0.0),
-        ((a.abs() > tau * rms) & mask[..., None]).to(a).mean(-1),
+        torch.where(a.isfinite().all(-1), active, math.nan),  # what is no number is not above any threshold
     ])  # fmt: skip
     counts = torch.stack([some, some, mask]).to(a)
     return SparsitySums(Ratios.of(each.sum(-1), counts.sum(-1)), int((mask & ~some).sum()), values.shape[-1])

@@ -40,6 +40,7 @@ class Superposition(Result):
     """Rows that are not 0."""
     num_dims: Int[Tensor, " w"] = quantity("dimensions", per="matrix")
     rank: Int[Tensor, " w"] = quantity("rank", per="matrix")
+    """Singular values above eps times the Frobenius norm, eps that of the weights' dtype: rounding makes none of these."""
     dimensionality: Float[Tensor, " w"] = quantity("sum of feature dimensionalities", per="matrix")
     """At most the rank."""
     effective_features: Float[Tensor, " w"] = quantity("effective features", per="matrix")
@@ -170,7 +171,7 @@ def superposition(
 
     Elhage et al. (2022), arXiv:2209.10652; Liu, Liu, Gore (2025), arXiv:2505.10465 (phi); Welch (1974).
 
-    Raises ValueError for what is no matrix, or has entries that are not finite.
+    Raises ValueError for what is no matrix of floating-point numbers, is empty, or has entries that are not finite.
 
     >>> found = superposition({"antipodal": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])})
     >>> found.dimensionality, found.index, found.feature_dimensionality
@@ -183,8 +184,11 @@ def superposition(
         raise ValueError("`weights` must have a matrix by name, got none.")
     columns: dict[str, list[Any]] = {}
     for name, w in weights.items():
-        if w.ndim != 2 or not bool(w.isfinite().all()):
-            raise ValueError(f"`weights[{name!r}]` must be a finite matrix of feature vectors, got {tuple(w.shape)}.")
+        if w.ndim != 2 or not w.numel() or not w.is_floating_point():
+            got = f"the shape {tuple(w.shape)} of {w.dtype}"
+            raise ValueError(f"`weights[{name!r}]` must be a matrix of feature vectors, got {got}.")
+        if not bool(w.isfinite().all()):
+            raise ValueError(f"`weights[{name!r}]` must be finite, got nan or infinite entries: check the weights.")
         for field, value in _of_matrix(w, norm_scale, chunk).items():
             columns.setdefault(field, []).append(value)
     made = {name: nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=math.nan) if isinstance(x[0], Tensor)
@@ -198,9 +202,11 @@ def _of_matrix(w: Rows, norm_scale: float | None, chunk: int) -> dict[str, Any]:
     """Fields of the result."""
     overlap, each, norms = feature_overlap(w, chunk=chunk), feature_dimensionality(w), w.to(wide(w.device)).norm(dim=1)
     there, m = norms[norms > 0], w.shape[1]
-    scale = norm_scale or (float(there.median()) if len(there) else math.nan)
-    digits = max(w.shape) * torch.finfo(w.dtype).eps  # of the weights as they are: float64 would count their rounding
-    rank = int(torch.linalg.matrix_rank(w.to(wide(w.device)), rtol=digits))
+    scale = norm_scale or (float(there.quantile(0.5)) if len(there) else math.nan)
+    of_weights, of_sums = (torch.finfo(each).eps for each in (w.dtype, wide(w.device)))
+    rank = int(torch.linalg.matrix_rank(  # rounding of the weights has at most their norm times eps / 2
+        w.to(wide(w.device)), atol=of_weights * float(norms.norm()), rtol=max(w.shape) * of_sums,
+    ))  # fmt: skip
     return {
         "num_features": overlap.num, "num_dims": m, "rank": rank,
         "dimensionality": float(each.sum()), "effective_features": effective_features(w),

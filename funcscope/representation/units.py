@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -201,13 +201,17 @@ def unit_activity(
     thresholds: dict[str, float] = {}
     if rule == "relative":
         first = _streamed(net, params, batches, "positive", {})
-        thresholds = {name: tau * float(sums.of_layer.value[1].sqrt()) for name, sums in first.items()}
-        if bad := [name for name, each in thresholds.items() if not math.isfinite(each)]:
-            raise ValueError(
-                f"activations of `{bad[0]}` are not finite and have no root mean square: check the weights."
-            )
+        thresholds = relative_thresholds(first, tau)
     sums = _streamed(net, params, batches, rule, thresholds, bounds, flat)
     return activity_of(sums, rule=rule, tau=tau, flat=bounds is not None)
+
+
+def relative_thresholds(sums: Mapping[str, UnitSums], tau: float) -> dict[str, float]:
+    """tau times the root mean square of each layer. Raises ValueError where that is not finite."""
+    thresholds = {name: tau * float(each.of_layer.value[1].sqrt()) for name, each in sums.items()}
+    if bad := [name for name, each in thresholds.items() if not math.isfinite(each)]:
+        raise ValueError(f"activations of `{bad[0]}` are not finite and have no root mean square: check the weights.")
+    return thresholds
 
 
 def activity_of(sums: Mapping[str, UnitSums], *, rule: Rule, tau: float = 1e-2, flat: bool = False) -> UnitActivity:
@@ -222,17 +226,25 @@ def activity_of(sums: Mapping[str, UnitSums], *, rule: Rule, tau: float = 1e-2, 
     rms, never, always = values[:, 1].sqrt(), [x.fired.never for x in layers], [x.paused.never for x in layers]
     units = [_padded([x.of_units.value[i] for x in layers]) for i in range(4)]
     frequency_errors = _padded([x.of_units.stderr[0] for x in layers])
+    known, unit_known = rms.isfinite(), units[1].isfinite()  # what is no number is not above any threshold
+
+    def of_layer(each: Sequence[Tensor | float] | Tensor) -> Float[Tensor, " l"]:
+        return torch.as_tensor(each, dtype=torch.float64).where(known, math.nan)
+
     return UnitActivity(
         num_units=torch.tensor([len(x.fired.hits) for x in layers]),
-        frequency=values[:, 0], frequency_stderr=errors[:, 0],
+        frequency=of_layer(values[:, 0]), frequency_stderr=of_layer(errors[:, 0]),
         rms=rms, rms_stderr=torch.where(rms == 0, 0.0, errors[:, 1] / (2 * rms)),
-        num_dead=torch.tensor([int((x.fired.hits == 0).sum()) for x in layers]),
-        dead=torch.stack([x.value for x in never]), dead_stderr=torch.stack([x.stderr for x in never]),
-        once=torch.tensor([x.fired.once for x in layers], dtype=torch.float64),
-        always=torch.stack([x.value for x in always]), always_stderr=torch.stack([x.stderr for x in always]),
-        flat=values[:, 2] if flat else None, flat_stderr=errors[:, 2] if flat else None,
-        unit_frequency=units[0], unit_frequency_stderr=frequency_errors, unit_mean=units[3], unit_rms=units[1].sqrt(),
-        unit_flat=units[2] if flat else None,
+        num_dead=torch.tensor(
+            [int(((x.fired.hits == 0) & x.of_units.value[1].isfinite()).sum()) for x in layers]
+        ),
+        dead=of_layer([x.value for x in never]), dead_stderr=of_layer([x.stderr for x in never]),
+        once=of_layer([x.fired.once for x in layers]),
+        always=of_layer([x.value for x in always]), always_stderr=of_layer([x.stderr for x in always]),
+        flat=of_layer(values[:, 2]) if flat else None, flat_stderr=of_layer(errors[:, 2]) if flat else None,
+        unit_frequency=units[0].where(unit_known, math.nan),
+        unit_frequency_stderr=frequency_errors.where(unit_known, math.nan), unit_mean=units[3], unit_rms=units[1].sqrt(),
+        unit_flat=units[2].where(unit_known, math.nan) if flat else None,
         threshold=torch.tensor([x.threshold for x in layers], dtype=torch.float64), rule=rule, tau=tau,
         num_tokens=layers[0].num, num_sequences=layers[0].fired.num, layers=list(sums),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from ..core.checks import check_count
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
+from .sequences import check_rows, sequence_index
 
 
 class VolumeGrowth(Result):
@@ -61,7 +62,7 @@ class VolumeGrowth(Result):
 
 
 def volume_growth(
-    x: Float[Tensor, "n d"], centres: Int[Tensor, " c"], *, key: Key, groups: Int[Tensor, " n"] | None = None,
+    x: Float[Tensor, "n d"], centres: Int[Tensor, " c"], *, key: Key, groups: Tensor | None = None,
     num_radii: int = 32, least: int = 10, window: int = 5, num: int = 200,
 ) -> VolumeGrowth:  # fmt: skip
     r"""The growth of the number of points within r of a point, and its local slope: the dimension at the scale r.
@@ -83,7 +84,8 @@ def volume_growth(
 
     Robinson, Dey, Chiang (2025), arXiv:2504.01002.
 
-    Raises ValueError for centres that are not there, repeated points around a centre, and fewer than 4 `least` points.
+    Raises ValueError where rows or groups are not as said, for centres that are not there, repeated points around a
+    centre, and fewer than 4 `least` points.
 
     >>> from funcscope.core.keys import key, uniform
     >>> square = uniform(key(0), torch.zeros(2000, 2, dtype=torch.float64))
@@ -99,12 +101,12 @@ def volume_growth(
         check_count(name, value, at_least)
     if window >= num_radii:
         raise ValueError(f"`window` must be below `num_radii`, {num_radii}, got {window}.")
+    x = check_rows("x", x).cpu().double()
     if len(x) < 4 * least:
         raise ValueError(f"`x` must have at least {4 * least} points, four times `least`, got {len(x)}.")
     if len(centres) == 0 or not 0 <= int(centres.min()) <= int(centres.max()) < len(x):
         raise ValueError(f"`centres` must be rows of `x`, 0 to {len(x) - 1}, got {centres.tolist()}.")
-    x = x.double().cpu()
-    group = torch.arange(len(x)) if groups is None else groups.cpu().unique(return_inverse=True)[1]
+    group = sequence_index(groups, x)
     weights = _resampled(int(group.max()) + 1, key, num)
     rows = [_around(x, int(i), group, weights, num_radii, least, window) for i in centres]
     radii, counts, at, slopes, errors, rise, low = (torch.stack(each) for each in zip(*rows, strict=True))
