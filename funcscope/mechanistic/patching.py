@@ -102,7 +102,7 @@ def activation_patching(
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8))
     >>> net, clean, corrupt = fs.functional(model), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
     >>> found = activation_patching(net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5], sites="residual")
-    >>> found.effects.shape, round(float(found.effects[1, 2]), 4)          # all that the last logit reads
+    >>> found.effects.shape, round(float(found.effects[1, 2]), 3)          # all that the last logit reads
     (torch.Size([2, 3]), 1.0)
     """
     task = patching_task(net, params, clean, corrupt, metric, direction)
