@@ -21,7 +21,6 @@ from funcscope.information import (
     prediction_divergence,
     usable_information_by_layer,
 )
-from funcscope.information.of_layers import streams_of
 
 KEY = fs.key(0)
 SMALL = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 16, "bos_token_id": 0}
@@ -138,7 +137,7 @@ def test_what_is_no_loss_no_layer_and_no_model_of_the_vocabulary_is_named():
     loss = loss_of(gpt2())
     net, params = loss.net, loss.net.params
     for call in (
-        lambda: streams_of.__wrapped__(net),
+        lambda: layer_entropy.reading.__wrapped__(net, params, key=KEY),
         lambda: output_calibration.reading.__wrapped__(net, params, key=KEY),
         lambda: description_length.__wrapped__(net, net.theta, step=0.1),
         lambda: divergence(net, net, net),

@@ -18,7 +18,7 @@ from .layout import Params
 from .model import Functional
 from .reading import Batch, Reading
 from .sites import check_sites
-from .trace import trace
+from .trace import sites_of, trace
 
 R = TypeVar("R")
 Rows = Float[Tensor, "n d"]
@@ -131,6 +131,17 @@ class Moments(NamedTuple):
         (aa, an, nn), shift = self.squares, self.mean - self.origin
         beside = (aa - 2 * shift * an + shift.square() * nn).clamp_min(0)
         return (self.num_sequences / (self.num_sequences - 1) * beside).sqrt() / self.num
+
+
+def streams_of(net: Functional) -> tuple[str, ...]:
+    """The residual stream before the first block and behind each. Raises ValueError for models that are not described."""
+    behind = [name for name in sites_of(net) if name.startswith("resid_post.")]
+    if not behind:
+        raise ValueError(
+            f"the layers of {type(net._skeleton).__name__} are not described, nor is a residual stream: give arrays of "
+            "your own to the functions that take these."
+        )
+    return ("resid_pre.0", *behind)
 
 
 def sampled(

@@ -16,9 +16,8 @@ from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.reading import Batch, Reading, one_pass
 from ..core.result import Result, internal, quantity
-from ..core.streams import Reservoir, sampled
+from ..core.streams import Reservoir, sampled, streams_of
 from ..core.tables import counted
-from ..core.trace import sites_of
 from .entropy import entropy_sums, output_entropy
 from .gaussian_information import mutual_information_gaussian
 from .groups import centred_columns
@@ -132,7 +131,8 @@ def layer_entropy(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> 
     (torch.Size([3]), 6)
     """
     check_key(key)
-    names = streams_of(loss)
+    check_loss(loss)
+    names = streams_of(loss.net)
 
     def result(kept: tuple[Reservoir, SequenceSums]) -> LayerEntropy:
         sample, sums = kept
@@ -196,7 +196,8 @@ def layer_information(
     check_key(key)
     check_choice("estimator", estimator, tuple(_ESTIMATORS))
     check_count("dims", dims)
-    names = streams_of(loss)
+    check_loss(loss)
+    names = streams_of(loss.net)
 
     def result(sample: Reservoir) -> LayerInformation:
         check_finite_rows(sample, names)
@@ -231,18 +232,6 @@ _ESTIMATORS: dict[str, Callable[..., MutualInformation]] = {
     "ksg": mutual_information_ksg,
     "infonce": mutual_information_infonce,
 }
-
-
-def streams_of(loss: Loss) -> tuple[str, ...]:
-    """The residual stream before the first block and behind each. Raises ValueError for models that are not described."""
-    check_loss(loss)
-    last = [name for name in sites_of(loss.net) if name.startswith("resid_post.")]
-    if not last:
-        raise ValueError(
-            f"the residual stream of {type(loss.net._skeleton).__name__} is not described: give arrays of your own to "
-            "the functions of `funcscope.information`."
-        )
-    return ("resid_pre.0", *last)
 
 
 def check_loss(loss: object) -> None:

@@ -18,12 +18,12 @@ from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..core.reading import Batch, Reading, one_pass
-from ..core.streams import Reservoir, sampled
+from ..core.streams import Reservoir, sampled, streams_of
 from ..core.trace import sites_of
 from .calibration import Calibration, calibration
 from .calibration_sums import CalibrationSums, calibration_sums, equal_width_edges
 from .divergence import OutputDivergence, divergence_sums, output_divergence
-from .of_layers import check_finite_rows, check_loss, streams_of
+from .of_layers import check_finite_rows, check_loss
 from .pid import PID
 from .probe_pid import probe_pid
 from .profile import InformationProfile, information_profile
@@ -61,7 +61,8 @@ def usable_information_by_layer(
     """
     check_key(key)
     check_count("num_classes", num_classes, 2)
-    names = streams_of(loss)
+    check_loss(loss)
+    names = streams_of(loss.net)
 
     def result(sample: Reservoir) -> InformationProfile:
         layers = {name: sample.rows[name] for name in names}
@@ -104,7 +105,8 @@ def pid_analysis(
     """
     check_key(key)
     check_count("num_classes", num_classes, 2)
-    num = len(streams_of(loss)) - 1
+    check_loss(loss)
+    num = len(streams_of(loss.net)) - 1
     if not isinstance(layer, int) or not -num <= layer < num:
         raise ValueError(f"`layer` must be one of 0 to {num - 1}, or -1 for the last, got {layer!r}.")
     first, second = f"attn_out.{layer % num}", f"mlp_out.{layer % num}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from ..core.keys import Key, check_key, fold_in, normal
 from ..core.layout import Params
 from ..core.model import Functional
 from ..core.result import Result, derived, internal, quantity
+from ..core.streams import streams_of
 from ..core.tables import counted
-from ..core.trace import apply_with, sites_of, trace
+from ..core.trace import apply_with, trace
 from .sequence_sums import Ratios, batches_of
 
 
@@ -236,7 +237,7 @@ def _direction(
 
 
 def _pushed(
-    net: Functional, params: Params, inputs: Inputs, names: list[str], direction: Float[Tensor, "b t d"]
+    net: Functional, params: Params, inputs: Inputs, names: Sequence[str], direction: Float[Tensor, "b t d"]
 ) -> Float[Tensor, "l b t d"]:
     """The derivatives of the streams along a perturbation of the first."""
 
@@ -250,13 +251,3 @@ def _pushed(
 def _norms(x: Float[Tensor, "l b t d"], mask: Bool[Tensor, "b t 1"]) -> Float[Tensor, "l b"]:
     """Squares of sequences, over their tokens."""
     return torch.where(mask, x.to(wide(x.device)), 0.0).square().sum((-2, -1))
-
-
-def streams_of(net: Functional) -> list[str]:
-    """The residual stream before every layer and behind the last."""
-    behind = [name for name in sites_of(net) if name.startswith("resid_post.")]
-    if not behind:
-        raise ValueError(
-            f"the layers of {type(net._skeleton).__name__} are not described: there is no residual stream."
-        )
-    return ["resid_pre.0", *behind]

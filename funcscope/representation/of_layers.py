@@ -13,10 +13,9 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.reading import Reading, one_pass, read
-from ..core.streams import Reservoir, sampled
+from ..core.streams import Reservoir, sampled, streams_of
 from .calibration import LEAST
 from .dimension import LayerDimensions, layer_dimensions
-from .gains import streams_of
 from .layer_similarity import MEASURES, LayerSimilarity, layer_similarity
 from .reconstruction import LinearReconstruction, linear_reconstruction
 from .ricci import RicciCurvature, ollivier_ricci

@@ -12,7 +12,8 @@ from ..core.layout import Params
 from ..core.model import Functional
 from ..core.objective import Loss
 from ..core.reading import Batch, Reading, one_pass, read
-from .gains import GainSums, PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains, streams_of
+from ..core.streams import streams_of
+from .gains import GainSums, PerturbationGains, ResidualGains, gain_sums, gains_of, perturbation_gains
 from .sparsity import Sparsity, SparsitySums, sparsity_of, sparsity_sums
 from .superposition import Superposition, feature_matrices, superposition
 from .units import SITE, Rule, UnitActivity, UnitSums, activity_of, mlp_sites, relative_thresholds, unit_sums
