@@ -159,3 +159,26 @@ def test_a_checkpoint_whose_streams_do_not_vary_is_noted(loss):
     assert found.similarity[0].isnan().all()
     assert not found.similarity[1].isnan().any()
     assert "nan is undefined" in " ".join(found.notes)
+
+
+def test_modules_of_any_network_have_a_geometry_and_a_past():
+    layers = (torch.nn.Linear, torch.nn.Tanh)
+    hidden = seeded(0, lambda: torch.nn.Sequential(layers[0](3, 5), layers[1](), layers[0](5, 2)).double())
+    net = fs.functional(hidden)
+    x = fs.normal(fs.key(1), torch.zeros(60, 3, dtype=torch.float64))
+    loss = fs.objective(net, [(x, (x[:, 0] > 0).long())], fs.classification)
+    inside = torch.tanh(hidden[0](x)).detach()
+    for each in (loss, loss.split(7)):
+        found = feature_geometry(each, net.params, key=fs.key(2), sites=["module:1", "module:2"])
+        assert found.layers == ("module:1", "module:2")
+        assert found.num_rows == found.num_sequences == 60
+        spectrum = torch.linalg.eigvalsh(inside.T.cov())
+        oracle = spectrum.sum().square() / spectrum.square().sum()
+        assert float(found.participation_ratio[0]) == pytest.approx(float(oracle))
+    ahead = similarity_to_last(loss, [0.5 * net.theta, net.theta], [0, 9], key=fs.key(3), num=19, sites=["module:1"])
+    assert ahead.layers == ("module:1",)
+    assert float(ahead.similarity[1, 0]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="not described"):
+        feature_geometry(loss, net.params, key=fs.key(2))
+    with pytest.raises(ValueError, match="there is no module 'nine'"):
+        feature_geometry(loss, net.params, key=fs.key(2), sites=["module:nine"])

@@ -345,3 +345,15 @@ def test_names_of_transformer_lens_and_kinds_without_a_layer_are_understood():
     with pytest.raises(KeyError, match="was not asked for"):
         trace(net, net.params, batch, ["z.0"])["pattern"]
     assert repr(trace(net, net.params, batch, ["z.0"])) == "Trace(z.0 (3, 9, 2, 8))"
+
+
+def test_what_a_module_gives_is_seen_before_an_activation_in_place():
+    net = seeded(
+        0, lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 2))
+    )
+    x = fs.normal(fs.key(0), torch.zeros(5, 3))
+    made = fs.functional(net)
+    seen = fs.trace(made, made.params, x, ["module:0", "module:1"])
+    assert_close(seen["module:0"], torch.nn.functional.linear(x, net[0].weight, net[0].bias))
+    assert_close(seen["module:1"], seen["module:0"].relu())
+    assert float(seen["module:0"].min()) < 0

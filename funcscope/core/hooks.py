@@ -44,8 +44,10 @@ class Pass:
         self.reached.add(name)
         if name in self.edits:
             value = edited(name, value, self.edits[name])
-        if name in self.wanted:
-            self.seen[name] = value
+        if (
+            name in self.wanted
+        ):  # what a module gives may be written over by what comes behind it, an activation in place
+            self.seen[name] = value.clone() if name.startswith("module:") else value
         return value
 
 

@@ -149,14 +149,18 @@ def sampled(
 ) -> Reading[R]:
     """A reading that keeps a uniform sample of positions of some sites, and makes its result of that.
 
-    scored: of positions that the loss scores, with their targets among the rows (`target`); else of all tokens.
+    A module's output of one vector per input (`module:NAME`, of a network that is no transformer) has one position. scored:
+    of positions that the loss scores, with their targets among the rows (`target`); else of all tokens.
     """
     check_key(key)
     check_count("size", size)
 
     def of_batch(batch: Batch) -> Reservoir:
-        mask = batch.seen.mask
-        rows = {name: value for name, value in batch.seen.values.items() if is_at(name, sites)}
+        chosen = {name: value for name, value in batch.seen.values.items() if is_at(name, sites)}
+        single = all(value.ndim == 2 and name.startswith("module:") for name, value in chosen.items())
+        rows = {name: value[:, None] for name, value in chosen.items()} if single else chosen
+        first = next(iter(rows.values()))
+        mask = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device) if single else batch.seen.mask
         for name, value in rows.items():
             _check_site(name, value, mask)
         place = mask.cumsum(1) - 1

@@ -13,7 +13,9 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.layout import Params
 from ..core.objective import Loss
 from ..core.reading import Reading, one_pass, read
+from ..core.sites import spread
 from ..core.streams import Reservoir, sampled, streams_of
+from ..core.trace import sites_of
 from .calibration import LEAST
 from .dimension import LayerDimensions, layer_dimensions
 from .layer_similarity import MEASURES, LayerSimilarity, layer_similarity
@@ -26,12 +28,14 @@ R = TypeVar("R")
 
 
 @one_pass
-def feature_geometry(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> Reading[ActivationSpectra]:  # noqa: ARG001
+def feature_geometry(
+    loss: Loss, params: Params, *, key: Key, size: int = 2048, sites: Sequence[str] | None = None  # noqa: ARG001
+) -> Reading[ActivationSpectra]:  # fmt: skip
     """In how many directions each residual stream varies: participation ratio, effective, spectral and stable rank.
 
     `activation_spectra` over a uniform sample of `size` positions, with errors over sequences. Of fewer rows than units all
     ranks but the debiased one are too small. For dimensions of curved clouds see `intrinsic_dimension`, for how layers are
-    alike `similarity_of_layers`.
+    alike `similarity_of_layers`. sites: others than the residual streams, `module:NAME` of any network among them.
 
     Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
@@ -42,16 +46,18 @@ def feature_geometry(loss: Loss, params: Params, *, key: Key, size: int = 2048) 
     >>> feature_geometry(loss, net.params, key=fs.key(0)).layers
     ('resid_pre.0', 'resid_post.0', 'resid_post.1')
     """
-    return _of_streams(loss, key, size, lambda layers, sample: activation_spectra(layers, sample.sequence))
+    return _of_streams(loss, key, size, lambda layers, sample: activation_spectra(layers, sample.sequence), sites)
 
 
 @one_pass
-def intrinsic_dimension(loss: Loss, params: Params, *, key: Key, size: int = 2048) -> Reading[LayerDimensions]:  # noqa: ARG001
+def intrinsic_dimension(
+    loss: Loss, params: Params, *, key: Key, size: int = 2048, sites: Sequence[str] | None = None  # noqa: ARG001
+) -> Reading[LayerDimensions]:  # fmt: skip
     """The intrinsic dimension of each residual stream by TwoNN, over a uniform sample of `size` positions.
 
     `layer_dimensions`: neighbours are positions of other sequences, equal rows (the same token at the same place) count once.
     Behind the first layer such rows are no longer equal but near, which makes the dimension of nearest neighbours small where
-    sequences begin alike: `dimension_by_scale` shows it.
+    sequences begin alike: `dimension_by_scale` shows it. sites: as of `feature_geometry`.
 
     Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
@@ -62,7 +68,7 @@ def intrinsic_dimension(loss: Loss, params: Params, *, key: Key, size: int = 204
     >>> intrinsic_dimension(loss, net.params, key=fs.key(0)).mle.shape
     torch.Size([2])
     """
-    return _of_streams(loss, key, size, lambda layers, sample: layer_dimensions(layers, sample.sequence))
+    return _of_streams(loss, key, size, lambda layers, sample: layer_dimensions(layers, sample.sequence), sites)
 
 
 @one_pass
@@ -101,11 +107,12 @@ def similarity_of_layers(
     measure: Literal["debiased_cka", "cka", "cca", "procrustes", "neighbours"] = "debiased_cka",
     size: int = 2048,
     num: int = 199,
+    sites: Sequence[str] | None = None,
 ) -> Reading[LayerSimilarity]:
     """How alike the residual streams of all layers are, each pair beside the null of permuted sequences.
 
     `layer_similarity` over a uniform sample of `size` positions, of which each sequence gives one: pairings are of
-    independent samples. num: permutations. With one sequence there is no null.
+    independent samples. num: permutations. sites: as of `feature_geometry`. With one sequence there is no null.
 
     Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
@@ -124,16 +131,17 @@ def similarity_of_layers(
             layers, groups=sample.sequence, key=fold_in(key, "null"), measure=measure, num=num, per_sequence=1
         )
 
-    return _of_streams(loss, key, size, made)
+    return _of_streams(loss, key, size, made, sites)
 
 
 @one_pass
 def reconstruction_of_layers(
-    loss: Loss, params: Params, *, key: Key, size: int = 2048, folds: int = 5  # noqa: ARG001
+    loss: Loss, params: Params, *, key: Key, size: int = 2048, folds: int = 5,  # noqa: ARG001
+    sites: Sequence[str] | None = None,
 ) -> Reading[LinearReconstruction]:  # fmt: skip
     """How well each residual stream follows from the one before by a linear map, held out by sequences.
 
-    `linear_reconstruction` over a uniform sample of `size` positions.
+    `linear_reconstruction` over a uniform sample of `size` positions. sites: as of `feature_geometry`, in their order.
 
     Raises ValueError for models that are not described, where there is no token, and for streams that are not finite.
 
@@ -149,7 +157,7 @@ def reconstruction_of_layers(
     def made(layers: dict[str, Tensor], sample: Reservoir) -> LinearReconstruction:
         return linear_reconstruction(layers, sample.sequence, key=fold_in(key, "folds"), folds=folds)
 
-    return _of_streams(loss, key, size, made)
+    return _of_streams(loss, key, size, made, sites)
 
 
 @one_pass
@@ -197,9 +205,9 @@ def curvature_of_stream(
     return sampled([name], made, key=key, size=size)
 
 
-def stream_sample(loss: Loss, params: Params, *, key: Key, size: int) -> Reservoir:
-    """A uniform sample of positions of every residual stream: the same positions for every model of the same texts."""
-    names = streams_of(loss.net)
+def stream_sample(loss: Loss, params: Params, *, key: Key, size: int, sites: Sequence[str] | None = None) -> Reservoir:
+    """A uniform sample of positions of all residual streams, or of other sites: the same for all models of the same texts."""
+    names = _names(loss, sites)
 
     def made(kept: Reservoir) -> Reservoir:
         return kept._replace(rows={name: _finite(kept, name) for name in names})
@@ -217,6 +225,11 @@ def _finite(sample: Reservoir, name: str) -> Tensor:
     return rows
 
 
+def _names(loss: Loss, sites: Sequence[str] | None) -> tuple[str, ...]:
+    """Of all residual streams, or of single sites."""
+    return streams_of(loss.net) if sites is None else tuple(spread(sites, sites_of(loss.net)))
+
+
 def _behind(loss: Loss, layer: int) -> str:
     """The stream behind a layer."""
     names = streams_of(loss.net)[1:]
@@ -227,10 +240,16 @@ def _behind(loss: Loss, layer: int) -> str:
     return names[layer]
 
 
-def _of_streams(loss: Loss, key: Key, size: int, result: Callable[[dict[str, Tensor], Reservoir], R]) -> Reading[R]:
-    """What is made of a sample of all residual streams, by their names in the order of the pass."""
+def _of_streams(
+    loss: Loss,
+    key: Key,
+    size: int,
+    result: Callable[[dict[str, Tensor], Reservoir], R],
+    sites: Sequence[str] | None = None,
+) -> Reading[R]:
+    """What is made of a sample of all residual streams, or of other sites, by their names in the order of the pass."""
     check_key(key)
-    names = streams_of(loss.net)
+    names = _names(loss, sites)
     return sampled(
         names, lambda sample: result({name: _finite(sample, name) for name in names}, sample), key=key, size=size
     )

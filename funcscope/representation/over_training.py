@@ -56,6 +56,7 @@ class SimilarityToLast(Result):
 def similarity_to_last(
     loss: Loss, thetas: Iterable[Float[Tensor, " p"]], steps: Sequence[int], *, key: Key, size: int = 1024, num: int = 199,
     measure: Literal["debiased_cka", "cka", "cca", "procrustes", "neighbours"] = "debiased_cka",
+    sites: Sequence[str] | None = None,
 ) -> SimilarityToLast:  # fmt: skip
     """How alike each checkpoint's residual streams are to those of the last one: at which step a layer is what it will be.
 
@@ -64,6 +65,7 @@ def similarity_to_last(
     sequences.
 
     loss: of the network that all have. thetas: parameters by step. size: positions that are sampled. num: permutations.
+    sites: others than the residual streams, `module:NAME` of any network among them.
 
     Raises ValueError for models that are not described, for fewer than two checkpoints, and as `layer_similarity`.
 
@@ -86,7 +88,7 @@ def similarity_to_last(
 
     def streams(theta: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         params: Params = loss.net.layout.unravel(theta)
-        kept = stream_sample(loss, params, key=fold_in(key, "positions"), size=size)
+        kept = stream_sample(loss, params, key=fold_in(key, "positions"), size=size, sites=sites)
         return dict(kept.rows), kept.sequence
 
     last, groups = streams(points[-1])

@@ -32,6 +32,14 @@ class Settings:
         return f"modular-addition-p{self.config.p}"
 
 
+MODULES = ("module:o_proj", "module:mlp_in", "module:mlp_out")
+"""Of the network: what attention writes, its units before the nonlinearity, and what these write."""
+GEOMETRY: dict[str, dict[str, Any]] = {
+    "feature_geometry": {"sites": MODULES, "size": 512},
+    "intrinsic_dimension": {"sites": MODULES, "size": 512},
+    "similarity_to_last": {"sites": MODULES, "size": 256},
+}
+"""Metrics of activations, which take modules of a network that is no described transformer."""
 FULL = Settings(modular.Config(), num_checkpoints=30)
 QUICK = Settings(modular.QUICK, n_samples=20)
 
@@ -52,8 +60,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Results:
         "trajectory_plane": {"num": settings.plane_points},
     }
     config = UnifiedConfig(
-        metrics=tuple(RUN),
-        settings={name: {**changes, **own.get(name, {})} for name, changes in RUN.items()},
+        metrics=(*RUN, *GEOMETRY),
+        settings={name: {**changes, **own.get(name, {})} for name, changes in {**RUN, **GEOMETRY}.items()},
         seed=settings.seed,
         output_dir=str(out),
         verbose=not quiet,
