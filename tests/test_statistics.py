@@ -112,3 +112,14 @@ def test_a_permutation_whose_statistic_is_nan_proves_nothing():
 def test_one_datum_has_no_bootstrap_error():
     x = torch.tensor([3.0])
     assert statistics.bootstrap_stderr(lambda at: x[at].mean(), 1, key=fs.key(0), num=5).isnan()
+
+
+def test_two_samples_have_no_correlation_and_an_effect_size_divides_by_n_minus_1():
+    """The documented ones: Pearson's of two points, which is 1 or -1 whatever they are, and a deviation over n."""
+    x, y = sample(2, 1), sample(2, 2)
+    assert abs(float(torch.corrcoef(torch.stack([x, y]))[0, 1])) == pytest.approx(1)
+    assert statistics.correlation(x, y).value.isnan()
+    d = sample(5, 3) + 1
+    documented = float(d.mean() / d.std(correction=0))
+    assert float(statistics.standardised_mean(d).value) == pytest.approx(documented * (4 / 5) ** 0.5)
+    assert abs(float(statistics.standardised_mean(d).value) - documented) > 0.05
