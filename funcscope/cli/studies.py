@@ -67,8 +67,8 @@ def add_analyze(commands: Any) -> None:
 
 _FOLDER = "a local folder as `save_pretrained` writes it"
 _KEPT = (
-    "Prints what came of every metric, writes a page with the numbers and keeps each result: what is there with the same settings "
-    "is not computed again, and an interrupted call goes on where it was."
+    "Prints what came of every metric, writes a page with the numbers and keeps each result: what is there with the same "
+    "settings is not computed again, and an interrupted call goes on where it was."
 )
 
 
