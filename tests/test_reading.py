@@ -89,9 +89,9 @@ def test_one_that_fails_leaves_the_others(loss):
     params = loss.net.params
     bad = largest.reading(loss, params, fails=ZeroDivisionError("of nothing"))
     both = passed(loss, params, {"bad": bad, "good": largest.reading(loss, params)})
-    assert isinstance(both.of["bad"].error, ZeroDivisionError)
-    assert both.of["bad"].kept is None
-    assert len(both.of["good"].kept) == len(loss.batches)
+    assert isinstance(both["bad"].error, ZeroDivisionError)
+    assert both["bad"].kept is None
+    assert len(both["good"].kept) == len(loss.batches)
     with pytest.raises(ZeroDivisionError, match="of nothing"):
         read(loss, params, {"good": largest.reading(loss, params), "bad": bad})
     with pytest.raises(ValueError, match="`readings` must have one at least"):

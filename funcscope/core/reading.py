@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -65,30 +65,18 @@ class Passed:
     error: Exception | None = None
 
 
-@dataclass
-class Pass:
-    """All readings after it."""
-
-    of: dict[str, Passed] = field(default_factory=dict)
-    seconds: float = 0.0
-    """Of the forward passes alone."""
-
-
 @torch.no_grad()
-def passed(loss: Loss, params: Params, readings: Mapping[str, Reading[Any]]) -> Pass:
+def passed(loss: Loss, params: Params, readings: Mapping[str, Reading[Any]]) -> dict[str, Passed]:
     """One pass over the data for several readings; one that fails is left out of what follows, with its error."""
     check_instance("loss", loss, Loss, "`objective(functional(model), batches, criterion)`")
-    made, start = Pass({name: Passed() for name in readings}), 0
+    made, start = {name: Passed() for name in readings}, 0
     sites = list(dict.fromkeys(site for each in readings.values() for site in each.sites))
     for inputs, targets in loss.batches:
-        began = time.perf_counter()
-        seen = trace(loss.net, params, inputs, sites)
-        made.seconds += time.perf_counter() - began
-        batch = Batch(seen, inputs, targets, start)
+        batch = Batch(trace(loss.net, params, inputs, sites), inputs, targets, start)
         for name, each in readings.items():
-            _one_more(made.of[name], each, batch)
-        start += len(seen.mask)
-        del seen, batch  # before the next ones are made
+            _one_more(made[name], each, batch)
+        start += len(batch.seen.mask)
+        del batch  # before the next one is made
     return made
 
 
@@ -126,10 +114,10 @@ def read(loss: Loss, params: Params, readings: Mapping[str, Reading[Any]]) -> di
     for name, each in readings.items():
         check_instance(f"readings[{name!r}]", each, Reading, "`metric.reading(loss, params)` makes it")
     made = passed(loss, params, readings)
-    for one in made.of.values():
+    for one in made.values():
         if one.error is not None:
             raise one.error
-    return {name: each.result(made.of[name].kept) for name, each in readings.items()}
+    return {name: each.result(made[name].kept) for name, each in readings.items()}
 
 
 @runtime_checkable

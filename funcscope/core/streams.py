@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -227,31 +227,19 @@ def streamed(
     check_sites(sites)
     if isinstance(batches, (Mapping, Tensor)):
         batches = [batches]
-    sample = reservoir(key, size) if key is not None and size is not None else None
-    seen, sites, start = Streamed({}, sample), list(sites), 0
+    sites, start = list(sites), 0
+    readings: list[Reading[Any]] = [summed(sites, lambda moments: moments, diagonal=diagonal)]
+    if key is not None and size is not None:
+        readings.append(sampled(sites, lambda sample: sample, key=key, size=size))
+    kept: list[Any] = [None] * len(readings)
     for inputs in batches:
-        seen, num = _with_batch(seen, net, params, inputs, sites, start, diagonal)
-        start += num
-    if not seen.moments or any(each.num == 0 for each in seen.moments.values()):
+        batch = Batch(trace(net, params, inputs, sites), inputs, None, start)
+        kept = [each.merge(before, each.of_batch(batch)) for each, before in zip(readings, kept, strict=True)]
+        start += len(batch.seen.mask)
+        del batch  # before the next one is made
+    if not kept[0] or any(each.num == 0 for each in kept[0].values()):
         raise ValueError("`batches` hold no token: there is nothing to be known of them.")
-    return seen
-
-
-def _with_batch(
-    before: Streamed, net: Functional, params: Params, inputs: Inputs, sites: list[str], start: int, diagonal: bool
-) -> tuple[Streamed, int]:
-    """After one more batch, and how many sequences that has; the trace ends with the call."""
-    seen, moments = trace(net, params, inputs, sites), dict(before.moments)
-    for name, value in seen.values.items():
-        _check_site(name, value, seen.mask)
-        part = _of_batch(value, seen.mask, diagonal)
-        moments[name] = _merged(moments[name], part) if name in moments else part
-    sample = before.sample
-    if sample is not None:
-        sequence, _ = seen.mask.nonzero(as_tuple=True)
-        rows = {name: value[seen.mask] for name, value in seen.values.items()}
-        sample = sample.update(rows, sequence + start, (seen.mask.cumsum(1) - 1)[seen.mask])
-    return Streamed(moments, sample), len(seen.mask)
+    return Streamed(kept[0], kept[1] if len(kept) > 1 else None)
 
 
 def _merged(a: Moments, b: Moments) -> Moments:

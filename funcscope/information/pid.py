@@ -168,6 +168,7 @@ def atoms(redundancy: float, i_x: float, i_y: float, i_xy: float) -> dict[str, A
 
 
 def williams_beer_atoms(p: np.ndarray) -> dict[str, Any]:
+    """All parts, the redundancy being the least of what the two say of each z, on average."""
     pz = p.sum((0, 1))
 
     def specific(joint: np.ndarray) -> np.ndarray:
@@ -179,6 +180,7 @@ def williams_beer_atoms(p: np.ndarray) -> dict[str, Any]:
 
 
 def broja_atoms(p: np.ndarray, tolerance: float) -> tuple[dict[str, Any], float]:
+    """All parts, the total less the synergy being the least that a distribution with these marginals has, and the gap."""
     q, gap = least_informative(p, tolerance=tolerance)
     i_x, i_y, i_xy = informations(p)
     least = mutual_information(q.reshape(-1, q.shape[2]))

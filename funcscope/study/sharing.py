@@ -54,7 +54,7 @@ class Shared:
                 readings[other.name] = self._reading(other, loss, params, dict(other.plan))
             except Exception:  # it raises again when its turn comes  # noqa: BLE001
                 continue
-        made = passed(loss, params, readings).of
+        made = passed(loss, params, readings)
         for each in made.values():
             if each.error is not None and is_full(each.error):
                 raise each.error
