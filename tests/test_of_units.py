@@ -1,5 +1,6 @@
 """Units of models on texts, by readings: the numbers of the functions over arrays, whatever the batches are."""
 
+import numpy as np
 import pytest
 import torch
 from problems import seeded, tokens
@@ -182,3 +183,30 @@ def test_modules_of_any_network_have_a_geometry_and_a_past():
         feature_geometry(loss, net.params, key=fs.key(2))
     with pytest.raises(ValueError, match="there is no module 'nine'"):
         feature_geometry(loss, net.params, key=fs.key(2), sites=["module:nine"])
+
+
+def unbiased_hsic(k, other):
+    """Song et al. (2012), by its sums over different samples."""
+    n = len(k)
+    k, other = k - np.diag(np.diag(k)), other - np.diag(np.diag(other))
+    sums = (k @ other).trace() + k.sum() * other.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ other).sum()
+    return sums / (n * (n - 3))
+
+
+def test_similarity_to_the_last_checkpoint_is_debiased_cka_of_the_same_positions():
+    net = fs.functional(model_of("gpt2", torch.float64))
+    ids = torch.arange(30)[:, None]  # a token each, so that the sample has every position
+    loss = fs.objective(net, [{"input_ids": ids, "labels": ids}], fs.masked_lm)
+    thetas = [net.theta + 0.3 * fs.normal(fs.key(i), net.theta) for i in (1, 2)] + [net.theta]
+    found = similarity_to_last(loss, thetas, [0, 3, 9], key=fs.key(4), num=39)
+    kernels = []
+    for theta in thetas:
+        x = fs.trace(net, net.layout.unravel(theta), loss.batches[0][0], ["resid_post.1"])["resid_post.1"]
+        x = x[:, 0].detach().numpy()
+        kernels.append((x - x.mean(0)) @ (x - x.mean(0)).T)
+    own = [unbiased_hsic(k, k) for k in kernels]
+    oracle = [unbiased_hsic(k, kernels[-1]) / np.sqrt(o * own[-1]) for k, o in zip(kernels, own, strict=True)]
+    assert_close(found.similarity[:, -1], torch.tensor(oracle), rtol=1e-9, atol=1e-12)
+    assert found.num_sequences == 30
+    above = (found.similarity - found.null_quantile) / (1 - found.null_quantile)
+    assert_close(found.calibrated, above.clamp(min=0))
