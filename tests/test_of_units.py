@@ -210,3 +210,36 @@ def test_similarity_to_the_last_checkpoint_is_debiased_cka_of_the_same_positions
     assert found.num_sequences == 30
     above = (found.similarity - found.null_quantile) / (1 - found.null_quantile)
     assert_close(found.calibrated, above.clamp(min=0))
+
+
+class Recurrent(torch.nn.Module):
+    """Reads a sequence, and gives two numbers for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.norm, self.out = (
+            torch.nn.GRU(3, 6, batch_first=True),
+            torch.nn.BatchNorm1d(6),
+            torch.nn.Linear(6, 2),
+        )
+
+    def forward(self, x):
+        return self.out(self.norm(self.gru(x)[0][:, -1]))
+
+
+def test_networks_of_ones_own_with_sequences_batch_norm_and_a_squared_error():
+    model = seeded(0, lambda: Recurrent().double().eval())
+    net, x = fs.functional(model), fs.normal(fs.key(5), torch.zeros(20, 7, 3, dtype=torch.float64))
+    loss = fs.objective(net, [(x, fs.normal(fs.key(6), torch.zeros(20, 2, dtype=torch.float64)))], fs.mse)
+    states = model.gru(x)[0].detach()
+    for each in (loss, loss.split(6)):
+        of_states = feature_geometry(each, net.params, key=fs.key(7), sites=["module:gru"])
+        assert (of_states.num_rows, of_states.num_sequences) == (140, 20)
+        spectrum = torch.linalg.eigvalsh(states.flatten(0, 1).T.cov())
+        assert float(of_states.participation_ratio[0]) == pytest.approx(
+            float(spectrum.sum() ** 2 / (spectrum**2).sum())
+        )
+        last = feature_geometry(each, net.params, key=fs.key(7), sites=["module:norm"])
+        assert last.num_rows == 20
+    with pytest.raises(ValueError, match="`module:norm` has the shape"):
+        feature_geometry(loss, net.params, key=fs.key(7), sites=["module:gru", "module:norm"])

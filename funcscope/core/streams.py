@@ -159,8 +159,7 @@ def sampled(
         chosen = {name: value for name, value in batch.seen.values.items() if is_at(name, sites)}
         single = all(value.ndim == 2 and name.startswith("module:") for name, value in chosen.items())
         rows = {name: value[:, None] for name, value in chosen.items()} if single else chosen
-        first = next(iter(rows.values()))
-        mask = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device) if single else batch.seen.mask
+        mask = _positions(batch, next(iter(rows.values())), single)
         for name, value in rows.items():
             _check_site(name, value, mask)
         place = mask.cumsum(1) - 1
@@ -171,6 +170,15 @@ def sampled(
         return reservoir(key, size).update({name: x[mask] for name, x in rows.items()}, sequence, place[mask])
 
     return Reading(tuple(sites), of_batch, result, lambda before, part: part if before is None else before.merge(part))
+
+
+def _positions(batch: Batch, value: Tensor, single: bool) -> Bool[Tensor, "b t"]:
+    """Which positions hold a token. Of a network whose outputs do not say how many there are, and no mask: all."""
+    mask, inputs = batch.seen.mask, batch.inputs
+    is_masked = isinstance(inputs, Mapping) and inputs.get("attention_mask") is not None
+    if single or (not batch.seen.num_layers and not is_masked):
+        return torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+    return mask
 
 
 def summed(sites: Sequence[str], result: Callable[[dict[str, Moments]], R], *, diagonal: bool = False) -> Reading[R]:
