@@ -91,16 +91,13 @@ def circuit_faithfulness(
     fewer than one random circuit or two exact patches.
     """
     check_key(key)
+    check_count("num_random", num_random)
+    check_count("num_exact", num_exact, 2)
     graph, task = graph_of(net, params), patching_task(net, params, clean, corrupt, metric, "noise")
     num = int(graph.edges.sum())
     if attribution.senders != graph.senders or not torch.equal(attribution.edges, graph.edges):
         raise ValueError("`attribution` is of another model: it has other edges.")
-    check_count("num_random", num_random)
-    check_count("num_exact", num_exact, 2)
-    num_exact = min(num_exact, num)
-    made = list(sizes) or [*takewhile(lambda size: size < num, (2**i for i in range(num))), num]
-    if bad := [size for size in made if not 0 <= size <= num]:
-        raise ValueError(f"`sizes` must be from 0 to the {num} edges, got {bad[0]}.")
+    num_exact, made = min(num_exact, num), _sizes(sizes, num)
     orders = [attribution.order] + [
         uniform(fold_in(key, i), torch.zeros(num, dtype=torch.float64)).argsort().tolist() for i in range(num_random)
     ]
@@ -123,6 +120,14 @@ def circuit_faithfulness(
         int((resolved & (one.sign() != two.sign())).sum()), int(resolved.sum()), ratio_stderr(best, reference), spread,
         one_error, two_error, made, top, num_random, key,
     )  # fmt: skip
+
+
+def _sizes(sizes: Sequence[int], num: int) -> list[int]:
+    """Those that are asked for, or powers of 2 and all edges."""
+    made = list(sizes) or [*takewhile(lambda size: size < num, (2**i for i in range(num))), num]
+    if bad := [size for size in made if not 0 <= size <= num]:
+        raise ValueError(f"`sizes` must be from 0 to the {num} edges, got {bad[0]}.")
+    return made
 
 
 def _all_but(graph: Graph, circuit: Sequence[int]) -> Bool[Tensor, "s r"]:
