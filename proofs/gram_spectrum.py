@@ -26,7 +26,7 @@ from torch import nn
 
 from funcscope.core.keys import key
 from funcscope.core.layout import Layout
-from funcscope.fisher import gram_errors
+from funcscope.curvature import gram_errors
 from funcscope.fisher.precomputed import gradient_gram
 from funcscope.fisher.spectrum import gram_spectrum
 

@@ -4,7 +4,7 @@ Claim: For a quadratic loss with gradient g and Hessian H at theta, setting thet
     theta_k^2 / 2: at a minimum by H_kk theta_k^2 / 2, the saliency with F_kk for H_kk. Setting all k in S changes it by the
     sum of these and sum_{k < l in S} H_kl theta_k theta_l. In units c theta_k the diagonal is F_kk / c^2, and F_kk theta_k^2
     is what it was: the order by F alone can be made any other by a choice of units.
-Function: funcscope.fisher.masks.obd_saliency
+Function: funcscope.curvature.pruning_masks.obd_saliency
 Size: P = 2, 3, 4 parameters, all symbols, every set S; an entry of H meets two parameters at most.
 Assumptions: a quadratic loss (else to second order in theta_k, which is no small step); F for H.
 Not covered: how far F is from H; parameters that are trained on after the others were set to 0 (Optimal brain surgeon).
@@ -16,7 +16,7 @@ import pytest
 import sympy as sp
 import torch
 
-from funcscope.fisher.masks import obd_saliency
+from funcscope.curvature.pruning_masks import obd_saliency
 
 SIZES = pytest.mark.parametrize("P", [2, 3, 4])
 

@@ -5,7 +5,7 @@ Claim: With U the mean of h over pairs of different samples of n, e = h - U, r_i
     2 zeta_2 / (n (n - 1)); V_J, the jackknife's, has both, the second 2 (n - 1) / (n - 2) times. With M the mean of h over
     all pairs of n and m samples of two populations, var(row means)/n + var(column means)/m - residual / (nm) has the mean
     Var M.
-Function: funcscope.fisher.pair_errors.pair_stderr, funcscope.fisher.pair_errors.crossed_stderr
+Function: funcscope.curvature.pair_errors.pair_stderr, funcscope.curvature.pair_errors.crossed_stderr
 Size: all samples of n = 4 and 5 from populations of three and two, all of n, m = 2, 3 from two and three, for kernels h
     with and without an effect of single samples, of fractions.
 Assumptions: samples are independent and equally distributed; exact arithmetic.
@@ -19,7 +19,7 @@ from math import prod
 import pytest
 import torch
 
-from funcscope.fisher.pair_errors import crossed_stderr, pair_stderr
+from funcscope.curvature.pair_errors import crossed_stderr, pair_stderr
 
 THREE = ((1, Q(1, 2)), (-2, Q(1, 3)), (4, Q(1, 6)))
 TWO = ((3, Q(2, 3)), (-1, Q(1, 3)))

@@ -15,10 +15,10 @@ import funcscope as fs
 from funcscope.core.keys import uniform
 from funcscope.core.layout import View
 from funcscope.curvature.gram import Grams
+from funcscope.curvature.mean_gradients import bootstrapped, bounds, counts_drawn
 from funcscope.curvature.rows import per_sample_gradients
+from funcscope.curvature.scored_sequences import scored_sequences
 from funcscope.fisher import gram_conflicts, label_test, task_conflicts, whitened_grams
-from funcscope.fisher.mean_gradients import bootstrapped, bounds, counts_drawn
-from funcscope.fisher.samples import scored_sequences
 
 
 def grams(a: torch.Tensor, b: torch.Tensor) -> list[Grams]:

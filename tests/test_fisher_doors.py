@@ -13,9 +13,9 @@ from torch import nn
 import funcscope as fs
 from funcscope.core.layout import View
 from funcscope.curvature import ekfac_factors, gradient_norms, gram, gram_matvec, kfac_factors, natural_gradient
+from funcscope.curvature.scored_sequences import sizes
 from funcscope.documented import FisherSpectral, SpectralConfig
 from funcscope.fisher import fisher_spectrum, head_part, head_views, mask_overlap, obd_saliency, pruning_mask
-from funcscope.fisher.samples import sizes
 from funcscope.linalg import Kronecker
 from funcscope.linalg.low_rank import SecondMoment
 

@@ -10,10 +10,11 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.layout import Layout, Leaf, View
+from funcscope.curvature import gram_errors, gram_statistics
 from funcscope.curvature.gram import Grams
-from funcscope.fisher import fisher_spectrum, gradient_gram, gram_errors, gram_spectrum, gram_statistics
-from funcscope.fisher.gram_errors import free_errors, trace_stderr
-from funcscope.fisher.gram_statistics import Data, eigenvalues, left_out
+from funcscope.curvature.gram_errors import free_errors, trace_stderr
+from funcscope.curvature.gram_statistics import Data, eigenvalues, left_out
+from funcscope.fisher import fisher_spectrum, gradient_gram, gram_spectrum
 from funcscope.linalg.ranks import matrix_ranks
 
 KEY = fs.key(0)

@@ -13,6 +13,7 @@ import funcscope as fs
 from funcscope.core.keys import fold_in
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.curvature.outputs import total_weight
+from funcscope.curvature.scored_sequences import dealt
 from funcscope.fisher import (
     fisher_diagonal,
     fisher_importance,
@@ -23,7 +24,6 @@ from funcscope.fisher import (
     pruning_mask,
     qkov_interference,
 )
-from funcscope.fisher.samples import dealt
 from funcscope.fisher.tasks import _splits
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric

@@ -7,7 +7,7 @@ import torch
 from problems import seeded
 from torch.testing import assert_close
 
-from funcscope.fisher.pair_errors import crossed_stderr, pair_stderr
+from funcscope.curvature.pair_errors import crossed_stderr, pair_stderr
 
 
 def normals(seed, *shape):

@@ -15,8 +15,8 @@ from ..core.checks import check_count, check_flag, check_instance
 from ..core.keys import key
 from ..core.model import functional
 from ..curvature.gram import Blocks, Unit
+from ..curvature.scored_sequences import sizes
 from ..fisher.precomputed import Gradients, gradient_gram
-from ..fisher.samples import sizes
 from ..fisher.spectrum import Device, fisher_spectrum, gram_spectrum
 from ..fisher.spectrum_result import GramSpectrum
 from .scoring import loss_of

@@ -18,8 +18,8 @@ from ..curvature.fisher import fisher_diagonal_mc
 from ..curvature.gram import Unit
 from ..curvature.outputs import total_weight
 from ..curvature.rows import coupled, gradient_chunks, micro_batches, sizes_of, tolerance
+from ..curvature.whitening import check_finite
 from .accumulators import Welford
-from .whitening import check_finite
 
 Method = Literal["exact", "monte_carlo", "empirical"]
 

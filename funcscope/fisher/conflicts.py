@@ -16,11 +16,11 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
 from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
-from .gram_errors import LEAST
-from .label_permutation import label_test
-from .mean_gradients import bootstrapped, bounds, jackknifed, unbiased
-from .samples import apart
-from .whitening import check_tasks, whitened_grams
+from ..curvature.gram_errors import LEAST
+from ..curvature.label_permutation import label_test
+from ..curvature.mean_gradients import bootstrapped, bounds, jackknifed, unbiased
+from ..curvature.scored_sequences import apart
+from ..curvature.whitening import check_tasks, whitened_grams
 
 Values = Float[Tensor, " b"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.layout import Layout
 from ..core.result import Result, derived, internal, quantity
 from ..curvature.gram import Blocks, block_views
+from ..curvature.whitening import cut_views
 from .importance import check_diagonal
-from .whitening import cut_views
 
 
 class GroupedFisher(Result):

@@ -11,7 +11,7 @@ from ..core.layout import Layout
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..curvature.gram import Blocks, block_views
-from .whitening import cut_views
+from ..curvature.whitening import cut_views
 
 
 class Importance(Result):

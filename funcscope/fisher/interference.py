@@ -16,10 +16,10 @@ from ..core.layout import View
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
+from ..curvature.label_permutation import label_test
 from ..curvature.rows import tolerance
-from .label_permutation import label_test
-from .samples import scored_sequences
-from .whitening import block_rows, check_tasks, damped
+from ..curvature.scored_sequences import scored_sequences
+from ..curvature.whitening import block_rows, check_tasks, damped
 
 Pairs = Float[Tensor, "b n m"]
 Values = Float[Tensor, " b"]

@@ -16,9 +16,9 @@ from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta
 from ..core.standard_errors import jackknife_stderr
 from ..curvature.gram import Blocks, Grams, Unit, gram
-from .gram_errors import FreeErrors, free_errors, trace_stderr
-from .gram_statistics import Data, Statistics, left_out
-from .samples import first, scored_sequences, sequences, sizes
+from ..curvature.gram_errors import FreeErrors, free_errors, trace_stderr
+from ..curvature.gram_statistics import Data, Statistics, left_out
+from ..curvature.scored_sequences import first, scored_sequences, sequences, sizes
 from .spectrum_result import GramSpectrum
 
 Device = Literal["auto", "cpu", "cuda"]

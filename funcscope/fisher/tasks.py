@@ -20,13 +20,13 @@ from ..core.result import derived, internal, quantity
 from ..core.standard_errors import ratio_stderr
 from ..curvature.fisher import fisher_diagonal_mc
 from ..curvature.gram import Blocks, block_views
+from ..curvature.mask_overlap import MaskOverlap, overlaps
 from ..curvature.outputs import total_weight
+from ..curvature.pruning_masks import obd_saliency, pruning_mask
+from ..curvature.scored_sequences import apart, dealt, num_different
+from ..curvature.whitening import check_tasks, cut_views
 from .importance import Importance
 from .interference import HeadInterference, head_interference
-from .masks import obd_saliency, pruning_mask
-from .overlap import MaskOverlap, overlaps
-from .samples import apart, dealt, num_different
-from .whitening import check_tasks, cut_views
 
 GROUPS = 8
 """Of sequences, of which halves are made; a power of 2."""

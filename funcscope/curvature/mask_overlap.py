@@ -13,8 +13,8 @@ from torch import Tensor
 from ..core.checks import check_instance, check_mask
 from ..core.layout import Layout
 from ..core.result import Result, derived, internal, quantity
-from ..curvature.gram import Blocks, block_views
-from .masks import places_of
+from .gram import Blocks, block_views
+from .pruning_masks import places_of
 
 Counts = Float[Tensor, " b"]
 

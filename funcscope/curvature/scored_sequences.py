@@ -18,9 +18,9 @@ from ..core.criterion import Labels
 from ..core.layout import Layout, View
 from ..core.masks import tokens_there
 from ..core.objective import Loss, Theta
-from ..curvature.gram import Blocks, block_views
-from ..curvature.leafwise import terms_at
-from ..curvature.rows import cut
+from .gram import Blocks, block_views
+from .leafwise import terms_at
+from .rows import cut
 
 
 def first(loss: Loss, num: int) -> Loss:

@@ -13,8 +13,8 @@ from ..core.checks import check_flat
 from ..core.estimate import wide
 from ..core.layout import Layout, View
 from ..core.objective import Loss, Theta
-from ..curvature.gram import Blocks, Grams, block_views
-from ..curvature.rows import per_sample_gradients
+from .gram import Blocks, Grams, block_views
+from .rows import per_sample_gradients
 
 
 def whitened_grams(

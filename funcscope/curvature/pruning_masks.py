@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.checks import check_flat, check_instance, check_number
 from ..core.layout import Layout, View
 from ..core.result import Result, derived, internal, quantity
-from ..curvature.gram import Blocks, block_views
+from .gram import Blocks, block_views
 
 
 class PruningMask(Result):
