@@ -100,7 +100,7 @@ def activation_patching(
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8))
-    >>> net, clean, corrupt = fs.functional(model), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
+    >>> net, clean, corrupt = fs.functional(model.double()), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
     >>> found = activation_patching(net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5], sites="residual")
     >>> found.effects.shape, round(float(found.effects[1, 2]), 3)          # all that the last logit reads
     (torch.Size([2, 3]), 1.0)
@@ -145,7 +145,7 @@ def attribution_patching(
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=4, n_head=2, vocab_size=9, n_positions=8))
-    >>> net, clean, corrupt = fs.functional(model), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
+    >>> net, clean, corrupt = fs.functional(model.double()), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 2, 3]])
     >>> attribution_patching(net, net.params, clean, corrupt, lambda logits: logits[:, -1, 5]).effects.shape
     torch.Size([2, 2])
     """
