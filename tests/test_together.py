@@ -306,3 +306,48 @@ def test_numbers_that_are_not_resolved_have_no_mean_over_seeds(tmp_path):
         assert over.loc["other", "num"] == 4
     finally:
         CATALOGUE.pop("perhaps_of_mine", None)
+
+
+class Merged(fs.Result):
+    """What a metric of experts sees."""
+
+    losses: torch.Tensor = fs.quantity("loss", per=("task", "other task"))
+    base: float = fs.quantity("norm of the base")
+
+
+def merged(losses, experts, theta):
+    values = [[loss(each).double() for each in experts.values()] for loss in losses.values()]
+    assert [*losses] == [*experts] == ["prose", "code"]
+    return Merged(torch.tensor(values, dtype=torch.float64), float(theta.norm()))
+
+
+def of_two(name, scale):
+    half = fs.objective(
+        made.loss().net, [(torch.ones(2, 3).double(), torch.zeros(2, dtype=torch.long))], made.loss().criterion
+    )
+    losses = {"prose": made.loss(), "code": half}
+    return InMemory(losses, name, theta=scale * made.theta(), content="1")
+
+
+@pytest.mark.parametrize(
+    "names", [("prose", "base", "code"), ("base", "one", "two"), ("runs/base", "runs/code", "runs/prose")]
+)
+def test_models_that_were_fine_tuned_are_with_their_base_and_every_data_set(names, tmp_path):
+    one = Metric("merged", merged, ("task_losses", "experts", "theta"), on="experts")
+    scales = dict(zip(names, (1.0, 2.0, 3.0), strict=True))
+    sources = [of_two(name, scale) for name, scale in scales.items()]
+    base = next(each for each in sources if each.id.endswith("base"))
+    outcomes = run([one], sources, tasks=("prose", "code"), bases=[base], cache=Cache(tmp_path))
+    assert [o.error for o in outcomes] == [""]
+    first, second = (sources[[n.endswith(x) for n in names].index(True)] if any(n.endswith(x) for n in names) else y
+                     for x, y in (("prose", sources[1]), ("code", sources[2])))  # fmt: skip
+    expected = [[float(loss(each.theta)) for each in (first, second)] for loss in sources[0].losses.values()]
+    torch.testing.assert_close(outcomes[0].result.losses, torch.tensor(expected, dtype=torch.float64))
+    assert outcomes[0].result.base == float(base.theta.norm())
+    assert run([one], sources, tasks=("prose", "code"), bases=[base], cache=Cache(tmp_path))[0].reused
+
+
+def test_a_model_without_experts_is_named():
+    one = Metric("merged", merged, ("task_losses", "experts", "theta"), on="experts")
+    with pytest.warns(UserWarning, match="fine-tuned from one base"):
+        assert run([one], [of_two("base", 1.0), of_two("one", 2.0)], tasks=("prose", "code")) == []

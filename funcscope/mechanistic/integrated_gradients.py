@@ -178,7 +178,7 @@ def token_attribution(
     >>> import torch, funcscope as fs
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, vocab_size=9, n_positions=8))
-    >>> net = fs.functional(model)
+    >>> net = fs.functional(model.double())
     >>> found = token_attribution(net, net.params, {"input_ids": torch.tensor([[1, 2, 3]])})
     >>> found.attributions.shape, bool(found.resolved.all())
     (torch.Size([1, 3]), True)

@@ -20,6 +20,8 @@ from .meter import Options
 from .metric import Metric, nearest
 from .texts import DataSpec, Usual
 
+OF_TASKS = ("tasks", "experts")
+"""What metrics look at that needs several data sets."""
 PREFIX = "FUNCSCOPE_"
 """Of environment variables that are fields."""
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -183,7 +185,7 @@ class UnifiedConfig:
         names = list(self.metrics)
         if self.compute_all:
             names += [
-                name for name, one in CATALOGUE.items() if one.on == "model" or (one.on == "tasks" and self._has_tasks)
+                name for name, one in CATALOGUE.items() if one.on == "model" or (one.on in OF_TASKS and self._has_tasks)
             ]
         for flag in FLAGS:
             if getattr(self, flag):
@@ -213,7 +215,7 @@ class UnifiedConfig:
             "qkov_interference": not self.enable_qkov_interference,
             "fisher_methods": not self.compute_fisher_eigenvalues,
         }
-        needs_two = {name for name, one in CATALOGUE.items() if one.on == "tasks" and not self._has_tasks}
+        needs_two = {name for name, one in CATALOGUE.items() if one.on in OF_TASKS and not self._has_tasks}
         wanted = [name for name in FLAGS[flag] if not off.get(name) and name not in needs_two]
         there = [name for name in wanted if name in CATALOGUE]
         if not there:

@@ -86,6 +86,12 @@ def run(
             warnings.warn(
                 f"{one.name} looks at one model on two data sets, and there is one: give several by name.", stacklevel=2
             )
+        if one.on == "experts" and not any(one in each for _, each in plan):
+            warnings.warn(
+                f"{one.name} looks at models that were fine-tuned from one base, each on data of its own: give two data sets "
+                "or more by the names of the models' folders, or as many models as data sets in their order, and the base.",
+                stacklevel=2,
+            )
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))

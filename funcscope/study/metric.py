@@ -49,9 +49,10 @@ class Metric:
     """Forward passes over the data that it will take, from its settings."""
     version: int = 1
     """To be raised when the function changes: stored results of another version are not used."""
-    on: Literal["model", "tasks", "pair", "series"] = "model"
-    """What it looks at: one model, one on two data sets (`first_loss`, `second_loss`), two models, or the checkpoints of a
-    run. The results of other metrics that it needs are, of several models, those of all of these, in a tuple."""
+    on: Literal["model", "tasks", "experts", "pair", "series"] = "model"
+    """What it looks at: one model, one on two data sets (`first_loss`, `second_loss`), models that were fine-tuned from one
+    base with the data of each (`task_losses`, `experts`, `theta`), two models, or the checkpoints of a run. The results of
+    other metrics that it needs are, of several models, those of all of these, in a tuple."""
     at: Literal["every", "phases"] = "every"
     """Of a training run, every checkpoint, or the start, where it has memorised, and the end."""
     by_batch: bool = False

@@ -72,6 +72,8 @@ NEEDS: dict[str, Callable[[Subject, str], Any]] = {
     "loss": lambda subject, task: subject.loss(task),
     "first_loss": lambda subject, task: subject.loss(subject.need("names_of", task)(task)[0]),
     "second_loss": lambda subject, task: subject.loss(subject.need("names_of", task)(task)[1]),
+    "task_losses": lambda subject, task: dict(zip(*_tasks_of(subject, task), strict=True)),
+    "experts": lambda subject, task: dict(zip(_tasks_of(subject, task)[0], _thetas(subject), strict=True)),
     "theta": lambda subject, _: subject.theta,
     "net": lambda subject, _: subject.net,
     "params": lambda subject, _: subject.net.layout.unravel(subject.theta),
@@ -81,7 +83,27 @@ NEEDS: dict[str, Callable[[Subject, str], Any]] = {
 Of a pair or a series: `start` and `end` are the networks of the first and the last, `thetas` the parameters of all, `members`
 the subjects, opened one at a time, `steps` and `names` theirs, `loss` and the others those of the last; `curves` are those of
 the training run, where they are known. Of one model on two data sets: `first_loss` and `second_loss`, of the same parameters.
+Of a base with models that were fine-tuned from it: `task_losses` and `experts` (thetas) by the names of the data sets, and
+`theta`, that of the base.
 """
+
+
+def _tasks_of(subject: Subject, task: str) -> tuple[tuple[str, ...], list[Loss]]:
+    """The data sets of several models, and the losses on them."""
+    losses = [subject.loss(each) for each in subject.need("names_of", task)(task)]
+    return subject.need("task_names", task), losses
+
+
+def _thetas(subject: Subject) -> list[Tensor]:
+    """Of the models that were fine-tuned. Raises ValueError for one that has not the parameters of the base."""
+    thetas = []
+    for member in subject.own["members"]:
+        if member.net.layout.shapes != subject.net.layout.shapes:
+            raise ValueError(
+                "the models have parameters of other names or shapes than the base: compare those of one kind."
+            )
+        thetas.append(member.theta)
+    return thetas
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,21 +110,103 @@ class OnTasks:
         return replace(subject, own={**subject.own, "names_of": self.names_of})
 
 
-def on_tasks(sources: Sequence[Source], tasks: Sequence[str]) -> Iterator[OnTasks]:
-    """Every model on every two data sets: sources of one folder on several, and sources that have several tasks."""
+@dataclass(frozen=True)
+class Experts:
+    """Models that were fine-tuned from one base, each on a data set of its own, with the losses of all of these."""
+
+    source: Source
+    """The base, on all data sets."""
+    members: tuple[Source, ...]
+    names: tuple[str, ...]
+    """Of the data sets, in the order of the models that were fine-tuned on them."""
+    each: str = "{name}"
+    """How the base calls the task of one of them, where data sets have parts."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.source.id} with {', '.join(self.names)}"
+
+    @property
+    def step(self) -> int | None:
+        return None
+
+    @property
+    def group(self) -> str:
+        return self.id
+
+    def digest(self, sums: Sums) -> str | None:
+        every = [one.digest(sums) for one in (self.source, *self.members)]
+        return None if None in every else digest.of_json(every)
+
+    def data_digest(self, task: str, sums: Sums) -> str:
+        return digest.of_json([self.names, *(self.source.data_digest(each, sums) for each in self.names_of(task))])
+
+    def names_of(self, task: str) -> tuple[str, ...]:
+        """What the base calls this part of each data set."""
+        return tuple(self.each.format(name=name, task=task) for name in self.names)
+
+    def open(self) -> Subject:
+        subject = self.source.open()
+        about = {"names_of": self.names_of, "task_names": self.names, "members": Members(self.members)}
+        return replace(subject, own={**subject.own, **about})
+
+
+class Whole(NamedTuple):
+    """A model with all data sets that it is measured on."""
+
+    source: Source
+    names: tuple[str, ...]
+    each: str
+
+
+def wholes(sources: Sequence[Source], tasks: Sequence[str]) -> list[Whole]:
+    """Every model once: sources of one folder on several data sets are one, and so is a source that has several tasks."""
     folders: dict[tuple[Any, ...], list[Pretrained]] = {}
     for source in sources:
         if isinstance(source, Pretrained) and source.on:
             folders.setdefault((source.folder, source.at, source.length), []).append(source)
-            continue
-        known = getattr(source, "losses", getattr(source, "tasks", tasks))
-        for first, second in combinations([task for task in tasks if task in known and task not in PARTS], 2):
-            yield OnTasks(source, (first, second))
-    for members in folders.values():
-        for one, other in combinations(members, 2):
-            both = {f"{each.on}/{task}": spec for each in (one, other) for task, spec in each.tasks.items()}
-            model = replace(one, tasks=both, on="", name=one.id.removesuffix(f" on {one.on}"))
-            yield OnTasks(model, (one.on, other.on), "{name}/{task}")
+    made, seen = list[Whole](), set[tuple[Any, ...]]()
+    for source in sources:
+        if not (isinstance(source, Pretrained) and source.on):
+            known = getattr(source, "losses", getattr(source, "tasks", tasks))
+            made.append(Whole(source, tuple(task for task in tasks if task in known and task not in PARTS), "{name}"))
+        elif (folder := (source.folder, source.at, source.length)) not in seen:
+            seen.add(folder)
+            members = folders[folder]
+            every = {f"{each.on}/{task}": spec for each in members for task, spec in each.tasks.items()}
+            model = replace(source, tasks=every, on="", name=source.id.removesuffix(f" on {source.on}"))
+            made.append(Whole(model, tuple(each.on for each in members), "{name}/{task}"))
+    return made
+
+
+def on_tasks(sources: Sequence[Source], tasks: Sequence[str]) -> Iterator[OnTasks]:
+    """Every model on every two data sets."""
+    for one in wholes(sources, tasks):
+        for first, second in combinations(one.names, 2):
+            model = one.source
+            if isinstance(model, Pretrained) and one.each != "{name}":
+                of_both = tuple(f"{name}/" for name in (first, second))
+                model = replace(model, tasks={task: s for task, s in model.tasks.items() if task.startswith(of_both)})
+            yield OnTasks(model, (first, second), one.each)
+
+
+def experts(sources: Sequence[Source], bases: Sequence[Source], tasks: Sequence[str]) -> Iterator[Experts]:
+    """The base (the first model where none is named) with those that were fine-tuned from it, one on each data set.
+
+    A model is of the data set that has the name of its folder; where that is not so of all, the models are in the order of
+    the data sets, one for each. Where neither holds, there are no experts.
+    """
+    named = {one.id for one in bases}
+    known = wholes([*bases, *(one for one in sources if one.id not in named)], tasks)
+    models = [one for one in known if one.source.step is None]
+    if not models or len(models[0].names) < 2:
+        return
+    base, *others = models
+    by_name = {Path(one.source.id).name: one.source for one in others}
+    if set(base.names) <= by_name.keys():
+        yield Experts(base.source, tuple(by_name[name] for name in base.names), base.names, base.each)
+    elif len(others) == len(base.names):
+        yield Experts(base.source, tuple(one.source for one in others), base.names, base.each)
 
 
 def curves_of(source: Source) -> Mapping[str, np.ndarray] | None:
@@ -166,8 +249,8 @@ def arranged(
         if chosen:
             yield source, chosen
     pairs = _with_bases(bases, sources) if bases else _pairs(groups)
-    several = on_tasks(sources, tasks)
-    for on, sets in (("tasks", several), ("pair", pairs), ("series", _series(groups))):
+    several, merged = on_tasks(sources, tasks), experts(sources, bases, tasks)
+    for on, sets in (("tasks", several), ("experts", merged), ("pair", pairs), ("series", _series(groups))):
         if about := [metric for metric in metrics if metric.on == on]:
             yield from ((one, about) for one in sets)
 

@@ -96,7 +96,7 @@ def body(group: Group, metric: str, step: int | None, followed: str | None) -> l
     shown = [one for one in ok if is_still or one.step == near]
     parts = [_failure(one) for one in outcomes if not one.ok and (is_still or one.step == step)]
     parts += [_elsewhere(metric, step or 0, ok)] if shown and near not in (None, step) else []
-    each = [[one] for one in shown] if on(outcomes[0]) in ("pair", "tasks") else [shown] if shown else []
+    each = [[one] for one in shown] if on(outcomes[0]) in ("pair", "tasks", "experts") else [shown] if shown else []
     charts = tried(lambda: _drawn(ok, [followed], step), metric) if followed and not is_still else []
     charts += [made for few in each for made in _charts(few, few if is_still else ok, step)]
     numbers = [one for few in each for one in tried(lambda few=few: tables(few), metric)]

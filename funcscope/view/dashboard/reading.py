@@ -20,7 +20,7 @@ MODELS = "all models"
 """The group of those that are no checkpoints, side by side."""
 
 
-ORDER = {"series": 0, "pair": 1, "tasks": 2, "model": 3}
+ORDER = {"series": 0, "experts": 1, "pair": 2, "tasks": 3, "model": 4}
 """Of cards, by what their metric looks at."""
 
 
