@@ -23,7 +23,7 @@ from funcscope.study.catalogue import CATALOGUE
 from funcscope.study.engine import run
 from funcscope.study.meter import Options
 from funcscope.study.sharing import is_shared
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 
 CATEGORIES = ("information", "representation")
 

@@ -22,7 +22,7 @@ from funcscope.study.cache import Cache
 from funcscope.study.catalogue import CATALOGUE, metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
-from funcscope.study.subject import Checkpoint, InMemory
+from funcscope.study.sources import Checkpoint, InMemory
 from funcscope.study.training import trained
 
 CHOSEN = {

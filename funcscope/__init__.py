@@ -103,7 +103,7 @@ from .study.meter import cleanup_memory
 from .study.metric import Metric, register
 from .study.progress import progress
 from .study.results import Results
-from .study.subject import InMemory, Pretrained
+from .study.sources import InMemory, Pretrained
 from .study.sweep import sweep
 from .study.unified import MetricRegistry, ResultCache, UnifiedModelAnalysis, UnifiedModelAnalyzer
 

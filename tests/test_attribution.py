@@ -14,7 +14,7 @@ from funcscope.mechanistic import ablation_effects, integrated_gradients, token_
 from funcscope.mechanistic.integrated_gradients import last_positions
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 from funcscope.view.quantities import figures
 
 WIDE = torch.float64

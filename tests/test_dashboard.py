@@ -17,7 +17,7 @@ from funcscope.study.catalogue import CATALOGUE, metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
 from funcscope.study.results import MANIFEST, Results
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 from funcscope.view import dashboard
 from funcscope.view.dashboard import callbacks, cards, reading
 

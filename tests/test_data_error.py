@@ -17,7 +17,7 @@ from funcscope.curvature.sequence_forms import SequenceForms
 from funcscope.study.analyze import analyze_models
 from funcscope.study.config import UnifiedConfig
 from funcscope.study.measures import fisher_information
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 
 OPERATORS = {"hessian": fs.hessian, "ggn": fs.ggn}
 

@@ -22,7 +22,7 @@ from funcscope.study.measures import mean_loss
 from funcscope.study.meter import Options, memory_gb
 from funcscope.study.metric import Metric, register
 from funcscope.study.results import Results
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 from funcscope.view.quantities import figures
 
 FEW = {
@@ -343,7 +343,7 @@ def files(cache):
     """Checkpoints of a small family run: they travel to other processes."""
     from funcscope.families import modular
     from funcscope.families.family import Setup
-    from funcscope.study.subject import Checkpoint
+    from funcscope.study.sources import Checkpoint
     from funcscope.study.training import trained
 
     config = modular.Config(p=5, d_model=8, d_mlp=8, steps=2)

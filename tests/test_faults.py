@@ -32,7 +32,7 @@ from funcscope.study.engine import run
 from funcscope.study.meter import Options, alarm, is_full
 from funcscope.study.metric import Metric
 from funcscope.study.results import Results
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 FORK = get_context("fork")
@@ -453,7 +453,7 @@ PEAK = """
 import sys, resource, torch, funcscope as fs
 from funcscope.study.engine import run
 from funcscope.study.catalogue import metric
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 class Made(InMemory):
     def open(self):
         model = torch.nn.Linear(2000, 2000)

@@ -29,7 +29,7 @@ from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
-from funcscope.study.subject import InMemory, Pretrained
+from funcscope.study.sources import InMemory, Pretrained
 from funcscope.study.texts import DataSpec
 from funcscope.study.together import arranged
 

@@ -17,7 +17,7 @@ from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
 from funcscope.study.meter import Options
 from funcscope.study.metric import Metric
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 
 SHARED = ("attention_patterns", "logit_lens", "logit_attribution")
 

@@ -15,7 +15,7 @@ from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
 from funcscope.study.engine import run
 from funcscope.study.results import Results
-from funcscope.study.subject import Pretrained
+from funcscope.study.sources import Pretrained
 from funcscope.study.texts import DataSpec
 
 

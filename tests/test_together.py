@@ -18,7 +18,7 @@ from funcscope.study.catalogue import CATALOGUE, metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
 from funcscope.study.results import Results
-from funcscope.study.subject import InMemory
+from funcscope.study.sources import InMemory
 from funcscope.study.together import arranged, groups_of, phases_of
 from funcscope.study.training import trained
 

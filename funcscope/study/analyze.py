@@ -16,7 +16,8 @@ from .engine import run
 from .metric import Metric
 from .results import Results
 from .runs import Runs, is_run
-from .subject import STEP, Checkpoint, InMemory, Pretrained, Source
+from .sources import STEP, Checkpoint, InMemory, Pretrained
+from .subject import Source
 from .texts import DataSpec
 from .together import PARTS, data_of
 

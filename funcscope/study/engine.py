@@ -22,7 +22,8 @@ from .meter import Options
 from .metric import KEY, Metric, with_members, with_needs
 from .record import versions
 from .sharing import Shared, is_shared
-from .subject import Source, Subject, batch_size
+from .sources import batch_size
+from .subject import Source, Subject
 from .together import Together, arranged
 
 PACKAGES = cache(versions)
@@ -81,17 +82,7 @@ def run(
     if any(one.on == "pair" for one in every):
         sources = [*(base for base in bases if base.id not in {one.id for one in sources}), *sources]
     plan = list(arranged(every, sources, bases, tasks))
-    for one in metrics:
-        if one.on == "tasks" and not any(one in each for _, each in plan):
-            warnings.warn(
-                f"{one.name} looks at one model on two data sets, and there is one: give several by name.", stacklevel=2
-            )
-        if one.on == "experts" and not any(one in each for _, each in plan):
-            warnings.warn(
-                f"{one.name} looks at models that were fine-tuned from one base, each on data of its own: give two data sets "
-                "or more by the names of the models' folders, or as many models as data sets in their order, and the base.",
-                stacklevel=2,
-            )
+    _warn_of_absent(metrics, plan)
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
@@ -114,6 +105,20 @@ def run(
             for job, made in _done(jobs, executor, announced):
                 outcomes[job.source.id] = {outcome.metric: outcome for outcome in made}
     return [outcome for source, _ in plan for outcome in outcomes[source.id].values()]
+
+
+ABSENT = {
+    "tasks": "looks at one model on two data sets, and there is one: give several by name.",
+    "experts": "looks at models that were fine-tuned from one base, each on data of its own: give two data sets or more by "
+    "the names of the models' folders, or as many models as data sets in their order, and the base.",
+}
+"""What is said of metrics whose kind of subject is not there."""
+
+
+def _warn_of_absent(metrics: Sequence[Metric], plan: Sequence[tuple[Source, list[Metric]]]) -> None:
+    for one in metrics:
+        if one.on in ABSENT and not any(one in each for _, each in plan):
+            warnings.warn(f"{one.name} {ABSENT[one.on]}", stacklevel=3)
 
 
 def _parts(source: Source, outcomes: Mapping[str, Mapping[str, Outcome]]) -> dict[str, tuple[Outcome, ...]]:

@@ -14,7 +14,8 @@ from ..families.phases import phases
 from . import digest
 from .digest import Sums
 from .metric import Metric
-from .subject import Pretrained, Source, Subject
+from .sources import Pretrained
+from .subject import Source, Subject
 
 
 @dataclass(frozen=True, eq=False)

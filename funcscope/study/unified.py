@@ -19,7 +19,7 @@ from .engine import run
 from .meter import Options
 from .metric import Metric, register
 from .results import Metrics, Values
-from .subject import InMemory
+from .sources import InMemory
 
 
 class ResultCache(Cache):
