@@ -30,6 +30,7 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
+from funcscope.gradients import gradient_noise
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -268,6 +269,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "Grams": lambda: gram(loss(), theta(), by="tensor"),
     "Norms": lambda: gradient_norms(loss(), theta(), by="tensor"),
+    "GradientNoise": lambda: gradient_noise(loss(), theta(), by="tensor"),
     "BatchDependence": lambda: batch_dependence(loss(), theta(), num=3),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
     "MeanLoss": lambda: mean_loss(loss(), loss().layout.unravel(theta())),

@@ -1,1 +1,11 @@
-"""Gradients of the loss: how they flow through the blocks, what of them is noise, which samples and tasks they come from."""
+"""What a gradient is like: how it flows through a model, how much of it is noise, how far it steps, how it is spread."""
+
+from .noise import GradientNoise, TwoBatchNoise, gradient_noise, gram_noise, two_batch_noise
+
+__all__ = [
+    "GradientNoise",
+    "TwoBatchNoise",
+    "gradient_noise",
+    "gram_noise",
+    "two_batch_noise",
+]
