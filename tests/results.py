@@ -30,7 +30,7 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
-from funcscope.gradients import gradient_noise
+from funcscope.gradients import gradient_dispersion, gradient_flow, gradient_noise, gradient_pathology
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -269,6 +269,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "Grams": lambda: gram(loss(), theta(), by="tensor"),
     "Norms": lambda: gradient_norms(loss(), theta(), by="tensor"),
+    "GradientFlow": lambda: gradient_flow(loss(), theta(), num_groups=3),
+    "GradientPathology": lambda: gradient_pathology(loss(), theta(), num_groups=3),
+    "GradientDispersion": lambda: gradient_dispersion(loss(), theta(), num_groups=3),
     "GradientNoise": lambda: gradient_noise(loss(), theta(), by="tensor"),
     "BatchDependence": lambda: batch_dependence(loss(), theta(), num=3),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
