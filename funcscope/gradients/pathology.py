@@ -98,7 +98,7 @@ def gradient_pathology(
 
     the documented effective learning rate, around $10^{-3}$ in a healthy training. A parameter's step is too small where
     $u < $ `vanishing`, too large where $u >$ `exploding` or the step is not finite. A parameter that is 0 has no u, nan, and
-    is neither unless its step is not finite. A document compares $\lVert g \rVert$ with $10^{-7} \eta$ instead: the larger the
+    is neither unless its step is not finite. A document compares $\lVert g \rVert$ with $10^{-7} \eta$: the larger the
     learning rate, the sooner it calls a gradient too small.
 
     step: what the learning rate multiplies, theta becoming theta - eta step: the gradient of the mean loss by default; a flat
