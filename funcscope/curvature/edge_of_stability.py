@@ -113,8 +113,8 @@ def edge_of_stability(
     $$\eta\, \lambda_{\max}(D^{-1/2} H D^{-1/2}) \quad \text{against} \quad 2,$$
 
     with D = 1 for gradient descent. On a quadratic loss the steps $\theta \leftarrow \theta - \eta D^{-1} g$ shrink along
-    every eigenvector while this is below 2 and grow along the first above it. Gradient descent on the whole training set raises
-    the sharpness until the product is about 2, and stays there (Cohen et al. 2021); Adam does so with the preconditioned
+    every eigenvector while this is below 2 and grow along the first above it. Gradient descent on the whole training set
+    raises the sharpness until the product is about 2, and stays there (Cohen et al. 2021); Adam does so with the preconditioned
     Hessian (2022). Of data that are a sample, and of steps by batches, neither is so: products stay below.
 
     preconditioner: D, a flat vector or a dict of positive numbers, which the gradient is divided by: for Adam
