@@ -114,8 +114,8 @@ def edge_of_stability(
 
     with D = 1 for gradient descent. On a quadratic loss the steps $\theta \leftarrow \theta - \eta D^{-1} g$ shrink along
     every eigenvector while this is below 2 and grow along the first above it. Gradient descent on the whole training set
-    raises the sharpness until the product is about 2, and stays there (Cohen et al. 2021); Adam does so with the preconditioned
-    Hessian (2022). Of data that are a sample, and of steps by batches, neither is so: products stay below.
+    raises the sharpness until the product is about 2, and stays there (Cohen et al. 2021); Adam does so with
+    the preconditioned Hessian (2022). Of data that are a sample, and of steps by batches, neither is so: products stay below.
 
     preconditioner: D, a flat vector or a dict of positive numbers, which the gradient is divided by: for Adam
     $\sqrt{\hat v} + \epsilon$ of the optimiser's state. threshold: 2, or `stability_threshold` of an optimiser with momentum.
