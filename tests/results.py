@@ -15,7 +15,7 @@ import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.core.softmax import Labels
-from funcscope.curvature import batch_dependence, gradient_norms, gram
+from funcscope.curvature import batch_dependence, edge_of_stability, gradient_norms, gram
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
     compare_methods,
@@ -30,6 +30,7 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
+from funcscope.gradients import gradient_dispersion, gradient_flow, gradient_noise, gradient_pathology
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -233,6 +234,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "GramSpectrum": lambda: fisher_spectrum(loss(), theta(), key=fs.key(0), by="tensor", folds=5),
     "Kfac": lambda: fs.curvature.ekfac_factors(loss(), theta(), key=fs.key(0), num=2),
     "CriticalSharpness": lambda: fs.critical_sharpness(loss(), theta()),
+    "EdgeOfStability": lambda: edge_of_stability(loss(), theta(), key=fs.key(0), learning_rate=0.1),
     "MSharpness": lambda: fs.m_sharpness(loss(), theta(), m=2),
     "SamSharpness": lambda: fs.sam_sharpness(loss(), theta()),
     "AverageSharpness": lambda: fs.average_sharpness(
@@ -268,6 +270,10 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "Grams": lambda: gram(loss(), theta(), by="tensor"),
     "Norms": lambda: gradient_norms(loss(), theta(), by="tensor"),
+    "GradientFlow": lambda: gradient_flow(loss(), theta(), num_groups=3),
+    "GradientPathology": lambda: gradient_pathology(loss(), theta(), num_groups=3),
+    "GradientDispersion": lambda: gradient_dispersion(loss(), theta(), num_groups=3),
+    "GradientNoise": lambda: gradient_noise(loss(), theta(), by="tensor"),
     "BatchDependence": lambda: batch_dependence(loss(), theta(), num=3),
     "Audit": lambda: fs.audit(loss(), theta(), key=fs.key(0)),
     "MeanLoss": lambda: mean_loss(loss(), loss().layout.unravel(theta())),

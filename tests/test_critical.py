@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core.objective import Loss
-from funcscope.curvature.critical import bracket, critical_sharpness, relative_critical_sharpness
+from funcscope.curvature.critical import critical_sharpness, relative_critical_sharpness
+from funcscope.curvature.crossing import bracket
 
 
 @pytest.fixture

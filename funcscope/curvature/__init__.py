@@ -8,6 +8,7 @@ from .critical import CriticalSharpness, critical_sharpness, relative_critical_s
 from .culprits import Culprit
 from .data_error import EigenvalueDifferences, EigenvalueErrors, compare_eigenvalues, eigenvalue_errors
 from .directional import DifferenceStep, DirectionalCurvatures, difference_step, directional_curvatures
+from .edge_of_stability import EdgeOfStability, edge_of_stability, stability_threshold
 from .fisher import FisherDiagonal, empirical_fisher, exact_fisher, fisher_diagonal_mc, fisher_mc
 from .gram import Grams, Norms, gradient_norms, gram, gram_matvec
 from .hessian import ggn, hessian, hessian_difference
@@ -28,6 +29,7 @@ __all__ = [
     "Culprit",
     "DifferenceStep",
     "DirectionalCurvatures",
+    "EdgeOfStability",
     "Eigenvalue",
     "EigenvalueDifferences",
     "EigenvalueErrors",
@@ -51,6 +53,7 @@ __all__ = [
     "critical_sharpness",
     "difference_step",
     "directional_curvatures",
+    "edge_of_stability",
     "eigenvalue_errors",
     "ekfac_factors",
     "empirical_fisher",
@@ -77,5 +80,6 @@ __all__ = [
     "relative_critical_sharpness",
     "sam_sharpness",
     "sequence_forms",
+    "stability_threshold",
     "trace_errors",
 ]

@@ -42,6 +42,14 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
 
     Raises ValueError where the loss or an entry of the gradient is not finite.
     """
+    total, terms = summed_gradient(loss, leaves)
+    _check_finite(total, terms.mean)
+    weight = float(terms.weights.sum())
+    return {k: v.div_(weight) for k, v in total.items()}, terms
+
+
+def summed_gradient(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
+    """The gradient of the weighted sum of all token losses, finite or not, and the terms of the same pass."""
     total: dict[str, Tensor] = {}
     parts = []
     for one in _one_by_one(loss):
@@ -54,10 +62,7 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
             part, terms = grad(summed, has_aux=True)(dict(leaves))
         total = {k: total[k].add_(v) for k, v in part.items()} if total else part
         parts.append(terms)
-    terms = Terms(*(torch.cat(each).detach().cpu().double() for each in zip(*parts, strict=True)))
-    _check_finite(total, terms.mean)
-    weight = float(terms.weights.sum())
-    return {k: v.div_(weight) for k, v in total.items()}, terms
+    return total, Terms(*(torch.cat(each).detach().cpu().double() for each in zip(*parts, strict=True)))
 
 
 def ascent_length(gradient: Leaves, norm_threshold: float) -> float:
