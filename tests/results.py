@@ -30,6 +30,7 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
+from funcscope.gradients import gradient_alignment
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -299,6 +300,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "GradientAlignment": lambda: gradient_alignment(
+        {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), by="tensor", num=19
+    ),
     "HeadCircuits": lambda: qk_ov_circuits(language().net, language().net.params),
     "LogitAttribution": lambda: logit_attribution(language(), language().net.params),
     "ScoreAttribution": lambda: qk_attribution(
