@@ -91,6 +91,7 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
+from funcscope.weights import separability, task_interference
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -303,6 +304,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "GradientAlignment": lambda: gradient_alignment(
         {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), by="tensor", num=19
     ),
+    "Separability": lambda: separability(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "TaskInterference": lambda: task_interference(loss(), second_loss(), theta(), by="tensor"),
     "HeadCircuits": lambda: qk_ov_circuits(language().net, language().net.params),
     "LogitAttribution": lambda: logit_attribution(language(), language().net.params),
     "ScoreAttribution": lambda: qk_attribution(
