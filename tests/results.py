@@ -91,7 +91,7 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
-from funcscope.weights import separability, task_interference
+from funcscope.weights import modularity_score, separability, task_interference, weight_modularity
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -306,6 +306,10 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     ),
     "Separability": lambda: separability(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "TaskInterference": lambda: task_interference(loss(), second_loss(), theta(), by="tensor"),
+    "Modularity": lambda: modularity_score(loss(), theta(), key=fs.key(0), by="tensor", num=3),
+    "WeightModularity": lambda: weight_modularity(
+        [loss().net.params["0.weight"], loss().net.params["2.weight"]], key=fs.key(0), num=3
+    ),
     "HeadCircuits": lambda: qk_ov_circuits(language().net, language().net.params),
     "LogitAttribution": lambda: logit_attribution(language(), language().net.params),
     "ScoreAttribution": lambda: qk_attribution(

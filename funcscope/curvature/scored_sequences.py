@@ -138,6 +138,15 @@ def all_apart(losses: Mapping[str, Loss], theta: Theta) -> tuple[dict[str, Loss]
     return kept, LeftOut(*counts)
 
 
+def apart_from_copies(loss: Loss, theta: Theta) -> tuple[Loss, int]:
+    """The loss on scored sequences that differ from each other, and how many are left out."""
+    there, known = [], set[bytes]()
+    for real, content in zip(are_scored(loss, theta).tolist(), contents(loss), strict=True):
+        there.append(real and content not in known)
+        known.add(content)
+    return chosen(loss, torch.tensor(there)), there.count(False)
+
+
 def num_different(loss: Loss, theta: Theta) -> int:
     """Scored sequences, copies once."""
     return len({key for key, real in zip(contents(loss), are_scored(loss, theta), strict=True) if real})
