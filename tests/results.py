@@ -30,7 +30,7 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
-from funcscope.gradients import gradient_alignment
+from funcscope.gradients import gradient_aggregation, gradient_alignment
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -303,6 +303,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "GradientAlignment": lambda: gradient_alignment(
         {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), by="tensor", num=19
+    ),
+    "Aggregation": lambda: gradient_aggregation(
+        {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), methods=["mean"]
     ),
     "Separability": lambda: separability(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "TaskInterference": lambda: task_interference(loss(), second_loss(), theta(), by="tensor"),

@@ -170,7 +170,7 @@ def gradient_alignment(
     [[0.0, 1.0], [1.0, 0.0]]
     """
     check_key(key)
-    _check_several(losses)
+    check_several(losses)
     tasks, lost = all_apart(losses, theta)
     result = gram_alignment(task_grams(tasks, theta, by=by, chunk_size=chunk_size), key=key, num=num)
     return replace(result, num_unscored=lost.unscored, num_shared=lost.shared, num_copies=lost.copies)
@@ -208,7 +208,8 @@ def gram_alignment(grams: Mapping[tuple[str, str], Grams], *, key: Key, num: int
     )  # fmt: skip
 
 
-def _check_several(losses: Mapping[str, Loss]) -> None:
+def check_several(losses: Mapping[str, Loss]) -> None:
+    """Two tasks or more, of the same parameters."""
     if len(losses) < 2:
         raise ValueError(f"`losses` must be of two tasks or more, by name, got {len(losses)}.")
     first, *rest = losses.values()
