@@ -30,7 +30,12 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
-from funcscope.gradients import gradient_aggregation, gradient_alignment
+from funcscope.gradients import (
+    alignment_trajectory,
+    gradient_aggregation,
+    gradient_alignment,
+    gradient_trajectory,
+)
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -307,6 +312,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Aggregation": lambda: gradient_aggregation(
         {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), methods=["mean"]
     ),
+    "AlignmentTrajectory": lambda: alignment_trajectory(loss(), [theta(), other(), -theta()], [0, 5, 10]),
+    "GradientTrajectory": lambda: gradient_trajectory(loss(), theta(), steps=3),
     "Separability": lambda: separability(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
     "TaskInterference": lambda: task_interference(loss(), second_loss(), theta(), by="tensor"),
     "Modularity": lambda: modularity_score(loss(), theta(), key=fs.key(0), by="tensor", num=3),
