@@ -31,6 +31,12 @@ from funcscope.fisher import (
     task_conflicts,
 )
 from funcscope.gradients import gradient_dispersion, gradient_flow, gradient_noise, gradient_pathology
+from funcscope.gradients import (
+    alignment_trajectory,
+    gradient_aggregation,
+    gradient_alignment,
+    gradient_trajectory,
+)
 from funcscope.information import (
     compressed_weights,
     description_length,
@@ -91,6 +97,7 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
+from funcscope.weights import modularity_score, separability, task_interference, weight_modularity
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -305,6 +312,20 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "PruningMask": lambda: pruning_mask(theta().square(), loss().layout, sparsity=0.5),
     "MaskOverlap": lambda: mask_overlap(theta() > 0, other() > 0, loss().layout),
     "TaskConflicts": lambda: task_conflicts(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "GradientAlignment": lambda: gradient_alignment(
+        {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), by="tensor", num=19
+    ),
+    "Aggregation": lambda: gradient_aggregation(
+        {"a": loss(), "b": second_loss()}, theta(), key=fs.key(0), methods=["mean"]
+    ),
+    "AlignmentTrajectory": lambda: alignment_trajectory(loss(), [theta(), other(), -theta()], [0, 5, 10]),
+    "GradientTrajectory": lambda: gradient_trajectory(loss(), theta(), steps=3),
+    "Separability": lambda: separability(loss(), second_loss(), theta(), key=fs.key(0), by="tensor", num=19),
+    "TaskInterference": lambda: task_interference(loss(), second_loss(), theta(), by="tensor"),
+    "Modularity": lambda: modularity_score(loss(), theta(), key=fs.key(0), by="tensor", num=3),
+    "WeightModularity": lambda: weight_modularity(
+        [loss().net.params["0.weight"], loss().net.params["2.weight"]], key=fs.key(0), num=3
+    ),
     "HeadCircuits": lambda: qk_ov_circuits(language().net, language().net.params),
     "LogitAttribution": lambda: logit_attribution(language(), language().net.params),
     "ScoreAttribution": lambda: qk_attribution(

@@ -87,7 +87,7 @@ def eigenvalues(matrices: Float[Tensor, "c n n"], jitter: float = 1e-10) -> tupl
         return torch.linalg.eigvalsh(moved).flip(-1) - step[:, None], [0]
 
 
-def with_total(values: Grid) -> Float[Tensor, "c n n"]:
+def with_total(values: Float[Tensor, "b n m"]) -> Float[Tensor, "c n m"]:
     """Blocks cover every coordinate once: their Grams add up to that of the whole."""
     return torch.cat([values, values.sum(0, keepdim=True)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -105,25 +106,45 @@ def apart(first: Loss, second: Loss, theta: Theta) -> tuple[Loss, Loss, LeftOut]
 
     Raises ValueError where fewer than two are left of one.
     """
-    keys = [contents(first), contents(second)]
-    both, kept, counts = {*keys[0]} & {*keys[1]}, [], [0, 0, 0]
-    for name, loss, own in zip(("first", "second"), (first, second), keys, strict=True):
+    tasks, lost = all_apart({"first": first, "second": second}, theta)
+    return tasks["first"], tasks["second"], lost
+
+
+def all_apart(losses: Mapping[str, Loss], theta: Theta) -> tuple[dict[str, Loss], LeftOut]:
+    """Every task on sequences that are scored, that no other one has, and that differ from each other.
+
+    Raises ValueError where fewer than two are left of one.
+    """
+    keys = {name: contents(loss) for name, loss in losses.items()}
+    times = Counter(key for own in keys.values() for key in {*own})
+    kept, counts = dict[str, Loss](), [0, 0, 0]
+    for name, loss in losses.items():
         scored, known = are_scored(loss, theta).tolist(), set[bytes]()
         there = []
-        for real, key in zip(scored, own, strict=True):
-            reasons = (not real, key in both, key in known)
+        for real, key in zip(scored, keys[name], strict=True):
+            reasons = (not real, times[key] > 1, key in known)
             there.append(not any(reasons))
             if any(reasons):
                 counts[reasons.index(True)] += 1
             else:
                 known.add(key)
         if sum(there) < 2:
+            other = "the other one has not" if len(losses) == 2 else "no other one has"
             raise ValueError(
-                f"the {name} task must have two different scored sequences that the other one has not, got {sum(there)}: "
-                "tests and errors are over independent sequences."
+                f"the {name} task must have two different scored sequences that {other}, got {sum(there)}: tests and errors "
+                "are over independent sequences."
             )
-        kept.append(chosen(loss, torch.tensor(there)))
-    return kept[0], kept[1], LeftOut(*counts)
+        kept[name] = chosen(loss, torch.tensor(there))
+    return kept, LeftOut(*counts)
+
+
+def apart_from_copies(loss: Loss, theta: Theta) -> tuple[Loss, int]:
+    """The loss on scored sequences that differ from each other, and how many are left out."""
+    there, known = [], set[bytes]()
+    for real, content in zip(are_scored(loss, theta).tolist(), contents(loss), strict=True):
+        there.append(real and content not in known)
+        known.add(content)
+    return chosen(loss, torch.tensor(there)), there.count(False)
 
 
 def num_different(loss: Loss, theta: Theta) -> int:

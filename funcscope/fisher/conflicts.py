@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,10 +15,9 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
 from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
-from ..curvature.gram_errors import LEAST
 from ..curvature.label_permutation import label_test
-from ..curvature.mean_gradients import bootstrapped, bounds, jackknifed, unbiased
 from ..curvature.scored_sequences import apart
+from ..curvature.task_pairs import check_grams, pair_statistics, pooled, unit_lengths
 from ..curvature.whitening import check_tasks, whitened_grams
 
 Values = Float[Tensor, " b"]
@@ -175,54 +173,13 @@ def gram_conflicts(
     """
     check_key(key)
     check_count("num", num)
-    _check_grams(first, between, second)
-    aa, ab, bb = (each.values.double() for each in (first, between, second))
-    if unit_length:
-        a, b = (_lengths(each, name) for each, name in ((aa, "first"), (bb, "second")))
-        aa, ab, bb = (
-            aa / (a[:, :, None] * a[:, None]),
-            ab / (a[:, :, None] * b[:, None]),
-            bb / (b[:, :, None] * b[:, None]),
-        )
-    pooled = torch.cat([torch.cat([aa, ab], 2), torch.cat([ab.mT, bb], 2)], 1)
-    labels = label_test(pooled, ab.shape[1], key=fold_in(key, "labels"), num=num)
-    drawn = bootstrapped(aa, ab, bb, fold_in(key, "samples"), num)
-    cosines = drawn.cosine
-    value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb)
-    resolved = (value.first > LEAST * errors.first) & (value.second > LEAST * errors.second)
-    cosine, low, high, error = (
-        torch.where(resolved, x, math.nan) for x in (value.cosine, *bounds(cosines, min(ab.shape[1:])), errors.cosine)
-    )
-    as_large = (1 + (~(drawn.inner < 0)).sum(1).double()) / (1 + num)
+    check_grams(first, between, second)
+    three = tuple(each.values.double() for each in (first, between, second))
+    aa, ab, bb = unit_lengths(*three) if unit_length else three
+    labels = label_test(pooled(aa, ab, bb), ab.shape[1], key=fold_in(key, "labels"), num=num)
+    of = pair_statistics(aa, ab, bb, key=fold_in(key, "samples"), num=num)
     n, m = ab.shape[1:]
     return TaskConflicts(
-        value.inner, value.first, value.second, cosine, low, high, cosines.isnan().double().mean(1), labels.statistic,
-        labels.p_value, torch.where(value.inner.isfinite(), as_large, math.nan), n, m, num, 0, 0, 0, unit_length, key,
-        errors.inner, errors.first, errors.second, error, list(between.blocks),
+        *of.value, of.cosine, of.low, of.high, of.undefined, labels.statistic, labels.p_value, of.p_conflict, n, m, num, 0, 0,
+        0, unit_length, key, *of.errors[:3], of.cosine_stderr, list(between.blocks),
     )  # fmt: skip
-
-
-def _lengths(gram: Tensor, name: str) -> Tensor:
-    squares = gram.diagonal(dim1=1, dim2=2)
-    if bool((squares <= 0).any()):
-        block, sample = (squares <= 0).nonzero()[0].tolist()
-        raise ValueError(
-            f"`unit_length` needs samples with gradients, and sample {sample} of the {name} task has none in block {block}: "
-            "leave it out."
-        )
-    return squares.sqrt()
-
-
-def _check_grams(first: Grams, between: Grams, second: Grams) -> None:
-    n, m = between.values.shape[1:]
-    shapes = [tuple(each.values.shape[1:]) for each in (first, between, second)]
-    if shapes != [(n, n), (n, m), (m, m)]:
-        raise ValueError(
-            f"the Grams must be of (n, n), (n, m) and (m, m) samples, got {shapes}: the second is `gram(other=)`."
-        )
-    if not first.blocks == between.blocks == second.blocks:
-        raise ValueError("the three Grams must have the same blocks: take them with equal `by`.")
-    if "token" in (first.unit, between.unit, second.unit):
-        raise ValueError(
-            "tokens of one sequence go together, and are no samples of a test: take Grams with `unit='sequence'`."
-        )
