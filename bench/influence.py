@@ -2,8 +2,9 @@
 
     python bench/influence.py [all|quick]
 
-A small language model of bytes is trained on texts of the standard library, and then fine-tuned on N short sequences to the
-minimum of their mean loss and lambda/2 times the squared distance to the base; so are models on M random halves of them.
+A small language model of bytes is trained on texts of the standard library, and then the matrices of its layers are fine-tuned
+on N short sequences to the minimum of their mean loss and lambda/2 times the squared distance to the base; so are models on M
+random halves of them. (With the embeddings, those of rare bytes pass near 0, where the norm behind them is not smooth.)
 What every method says of the losses of held-out sequences is compared with those: Spearman's correlation over the halves,
 mean over held-out sequences, with its 95 % interval. TracIn is over checkpoints of gradient descent on all N sequences.
 The table goes to bench/results/influence.json, too. All: 64 sequences, 60 halves; quick: 32 and 20.
@@ -33,7 +34,8 @@ from funcscope.gradients import checkpoint_rates, half_subsets, influence, linea
 
 RESULTS = Path(__file__).parent / "results" / "influence.json"
 LENGTH = 32
-LAMBDA = 3e-3
+LAMBDA = 1.0
+"""With 0.3, halves end where the Hessian has eigenvalues above 1,000, and their minima are not come to."""
 TINY = Config(
     hidden_size=32, intermediate_size=64, num_layers=2, length=LENGTH, train_bytes=200_000, heldout_bytes=20_000, steps=300,
     tuning_steps=1,
@@ -53,7 +55,7 @@ def task(num: int, num_test: int, folder: Path, damping: float = LAMBDA) -> Task
         pass
     model = make(TINY)
     place(model, load(folder / BASE))
-    net = fs.functional(model)
+    net = fs.functional(model, trainable=[name for name, _ in model.named_parameters() if "proj" in name])
     files = data(TINY, folder)
     losses = [
         fs.objective(net, [{"input_ids": sequences(files[split], size)}], fs.causal_lm)
@@ -74,14 +76,15 @@ def objective(loss: fs.Loss, case: Task) -> Callable[[Tensor], Tensor]:
     return lambda t: loss(t) + case.damping / 2 * (t - case.base).square().sum()
 
 
-def minimum(loss: fs.Loss, case: Task, tolerance: float = 1e-3, most: int = 400) -> Tensor:
-    """By L-BFGS from the base, until the gradient is `tolerance` of what it was."""
+def minimum(loss: fs.Loss, case: Task, tolerance: float = 3e-3, most: int = 120) -> Tensor:
+    """By L-BFGS from the base, until the largest entry of the gradient is `tolerance` of what it was."""
     value_and_gradient = grad_and_value(objective(loss, case))
     theta = case.base.clone().requires_grad_()
-    first = float(value_and_gradient(case.base)[0].norm())
+    first = float(value_and_gradient(case.base)[0].abs().max())
     optimiser = torch.optim.LBFGS(
-        [theta], max_iter=most, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=1e-9
-    )
+        [theta], max_iter=most, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=tolerance * first,
+        tolerance_change=0.0,
+    )  # fmt: skip
 
     def closure() -> Tensor:
         theta.grad, value = value_and_gradient(theta.detach())
@@ -89,8 +92,8 @@ def minimum(loss: fs.Loss, case: Task, tolerance: float = 1e-3, most: int = 400)
 
     optimiser.step(closure)
     found = theta.detach()
-    rest = float(value_and_gradient(found)[0].norm()) / first
-    if rest > tolerance:
+    rest = float(value_and_gradient(found)[0].abs().max()) / first
+    if rest > 1.01 * tolerance:
         print(f"  not at a minimum: the gradient is still {rest:.1e} of the first", file=sys.stderr)
     return found
 
@@ -117,17 +120,13 @@ def retrained(case: Task, subsets: Tensor) -> Tensor:
 def scores(case: Task) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """What every training sequence adds to the loss of every held-out one, by every method."""
     theta = minimum(case.train, case)
-    steps, rate, every = 200, 0.2, 20
+    steps, rate, every = 150, 0.03, 15
 
     def of_tracin(normalize: bool, last: bool) -> Tensor:
         at, points = zip(*descent(case, steps, rate, every), strict=True)
         rates = checkpoint_rates([rate] * steps, at, rule="trapezoid")
         part = slice(-1, None) if last else slice(None)
-        made = tracin(case.train, case.test, points[part], learning_rates=rates[part], normalize=normalize)
-        if not (normalize or last):
-            drop, said = made.mean_loss_drop, made.mean_predicted_drop
-            print(f"  gradient descent: the test losses fall by {drop}, by TracIn {said}", file=sys.stderr)
-        return -made.total
+        return -tracin(case.train, case.test, points[part], learning_rates=rates[part], normalize=normalize).total
 
     yield "TracIn, last checkpoint", lambda: of_tracin(False, True)
     yield "TracIn", lambda: of_tracin(False, False)
@@ -135,9 +134,9 @@ def scores(case: Task) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     for method in ("gram", "kfac", "ekfac", "cg"):
         yield (
             f"influence, {method}",
-            lambda method=method: influence(
-                case.train, case.test, theta, key=fs.key(1), method=method, damping=case.damping
-            ).values,
+            lambda method=method: (
+                influence(case.train, case.test, theta, key=fs.key(1), method=method, damping=case.damping).values
+            ),
         )
     yield (
         "influence, cg, 0.1 mean eigenvalue",
