@@ -104,7 +104,8 @@ def test_without_the_division_by_the_size_of_the_data_the_falls_are_that_many_ti
 def test_known_batches_give_each_sequence_the_steps_that_had_it():
     train, test, rate, steps = task(9, 1), task(5, 2), 0.01, 6
     batches = [[(3 * s + i) % 9 for i in range(3)] for s in range(steps)]
-    alone = [fs.objective(train.net, [(train.batches[0][0][b], train.batches[0][1].index[b])], fs.classification) for b in batches[:3]]  # fmt: skip
+    x, y = train.batches[0][0], train.batches[0][1].index
+    alone = [fs.objective(train.net, [(x[batch], y[batch])], fs.classification) for batch in batches[:3]]
     points = [train.net.theta]
     for step in range(steps):
         points.append(points[-1] - rate * grad(alone[step % 3])(points[-1]))

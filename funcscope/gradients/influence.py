@@ -92,9 +92,9 @@ def influence(
       L + \epsilon\, s_z + \tfrac\lambda2 \lVert \theta - \theta_0 \rVert^2\Big),$$
 
     $s_z$ the sum of the token losses of z, $g_z$ its gradient, $\ell_{z'} = s_{z'} / W_{z'}$ the mean loss of a test
-    sequence, and G the Gauss-Newton matrix of the mean training loss L in the place of its Hessian. Negative: the test loss falls when
-    z is weighted up. The derivative is that at a minimum of the damped objective, with G its curvature: exact for a linear
-    model with a loss that is quadratic, and else for the model made linear at theta.
+    sequence, and G the Gauss-Newton matrix of the mean training loss L in the place of its Hessian. Negative: the test loss
+    falls when z is weighted up. The derivative is that at a minimum of the damped objective, with G its curvature: exact for
+    a linear model with a loss that is quadratic, and else for the model made linear at theta.
 
     In L, z has $s_z / W$, W the weight of all training tokens. To leave z out is $\epsilon = -1/W$, and moves the loss by
     $-I/W$ (`left_out`) to first order in z's share; of N sequences of one length T, W = N T, and per mean loss of z, as many
@@ -103,8 +103,8 @@ def influence(
 
     method: `cg`: conjugate gradients on the exact G to the relative residual `tol`, one solve per test loss; `kfac`, `ekfac`:
     Kronecker factors of G, blocks of single weights; `gram`: $G \approx \sum_z g_z g_z^\top / W$, the empirical Fisher
-    matrix, by $-K_{z'z} (K_{zz}/W + \lambda I)^{-1}$, n x n. The last needs no model of the labels, and says something else: it
-    weighs sequences by their own errors. test: `each` test sequence has a column, or the `mean` test loss is one.
+    matrix, by $-K_{z'z} (K_{zz}/W + \lambda I)^{-1}$, n x n. The last needs no model of the labels, and says something else:
+    it weighs sequences by their own errors. test: `each` test sequence has a column, or the `mean` test loss is one.
     damping: $\lambda$, in the units of G per token; by default 0.1 of the mean eigenvalue of the matrix that the method has,
     tr G / P (for `cg` by `num` random probes). It decides how far influence reaches along flat directions: with weight decay
     or an early stop in the training, that of the training is right. num: draws of the labels, or probes.

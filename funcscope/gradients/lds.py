@@ -55,8 +55,8 @@ class DatamodelingScore(Result):
 
 def linear_datamodeling_score(
     scores: Float[Tensor, "n m"],
-    subsets: Bool[Tensor, "s n"],
-    retrained_losses: Float[Tensor, "s m"] | Float[Tensor, "r s m"],
+    subsets: Tensor,
+    retrained_losses: Float[Tensor, "..."],
     *,
     key: Key,
     num: int = 1000,
