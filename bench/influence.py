@@ -4,9 +4,10 @@
 
 A small language model of bytes is trained on texts of the standard library, and then the matrices of its layers are
 fine-tuned on N short sequences to the minimum of their mean loss and lambda/2 times the squared distance to the base; so are
-models on M random halves of them. (With the embeddings, those of rare bytes pass near 0, where the norm behind them is not smooth.)
-What every method says of the losses of held-out sequences is compared with those: Spearman's correlation over the halves,
-mean over held-out sequences, with its 95 % interval. TracIn is over checkpoints of gradient descent on all N sequences.
+models on M random halves of them. (With the embeddings, those of rare bytes pass near 0, where the norm behind them is not
+smooth.) What every method says of the losses of held-out sequences is compared with those: Spearman's correlation over the
+halves, mean over held-out sequences, with its 95 % interval. TracIn is over checkpoints of gradient descent on all N
+sequences.
 The table goes to bench/results/influence.json, too. All: 64 sequences, 60 halves; quick: 32 and 20.
 """
 
