@@ -140,8 +140,8 @@ def scores(case: Task) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             ),
         )
     yield (
-        "influence, cg, 0.1 mean eigenvalue",
-        lambda: influence(case.train, case.test, theta, key=fs.key(1), method="cg").values,
+        "influence, ekfac, 0.1 mean eigenvalue",
+        lambda: influence(case.train, case.test, theta, key=fs.key(1), method="ekfac").values,
     )
 
 

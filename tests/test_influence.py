@@ -162,6 +162,7 @@ def test_solves_that_stop_early_say_so():
     assert bool((off <= bound * (1 + 1e-9)).all())
 
 
+@pytest.mark.slow
 def test_a_test_sequence_that_is_not_scored_is_undefined_and_one_in_training_moves_nothing():
     ids, labels = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 2, 3], [-100, -100, -100]])
     half = fs.objective(language().net, [{"input_ids": ids, "labels": labels}], fs.causal_lm)

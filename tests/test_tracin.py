@@ -118,6 +118,7 @@ def test_known_batches_give_each_sequence_the_steps_that_had_it():
     assert_close(first.predicted_drop, (rate * grad(alone[0])(points[0]) @ rows(test, points[0]).T))
 
 
+@pytest.mark.slow
 def test_far_checkpoints_do_better_by_the_trapezoid():
     train, test, rate, steps = task(12, 1), task(5, 2), 0.02, 60
     points, at = trained(train, rate, steps)[::30], [0, 30, 60]
@@ -176,6 +177,7 @@ def test_sequences_without_anything_in_common_and_copies_have_the_extreme_shares
         assert float(found.self_share.value) == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_a_sequence_that_is_not_scored_is_undefined_as_a_test_and_owed_nothing_in_training():
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     labels = torch.tensor([[1, 2, 3], [-100, -100, -100]])
