@@ -36,6 +36,13 @@ from funcscope.gradients import (
     gradient_aggregation,
     gradient_alignment,
     gradient_trajectory,
+from funcscope.gradients import (
+    influence,
+    linear_datamodeling_score,
+    most_influential,
+    self_influence,
+    tracin,
+    tracin_self_influence,
 )
 from funcscope.information import (
     compressed_weights,
@@ -392,6 +399,14 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Calibration": lambda: expected_calibration_error(predictions(), scored_labels(), key=fs.key(0), bins=3, num=50),
     "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
     "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
+    "TracIn": lambda: tracin(loss(), second_loss(), [theta(), other()], learning_rates=[0.1, 0.2], by="tensor"),
+    "TracInSelfInfluence": lambda: tracin_self_influence(loss(), [theta(), other()], [0, 10], by="tensor"),
+    "Influence": lambda: influence(loss(), second_loss(), theta(), key=fs.key(0)),
+    "SelfInfluence": lambda: self_influence(loss(), theta(), key=fs.key(0)),
+    "MostInfluential": lambda: most_influential(loss(), second_loss(), theta(), key=fs.key(0), num_texts=2),
+    "DatamodelingScore": lambda: linear_datamodeling_score(
+        theta()[:12].view(4, 3), torch.eye(4) > 0, theta()[2:26].view(2, 4, 3), key=fs.key(0), num=50
+    ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
