@@ -90,6 +90,14 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
+from funcscope.weights import (
+    early_bird,
+    iterative_magnitude_pruning,
+    masked_training,
+    pruning_robustness,
+    ticket_overlap,
+    winning_tickets,
+)
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -365,6 +373,15 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Calibration": lambda: expected_calibration_error(predictions(), scored_labels(), key=fs.key(0), bins=3, num=50),
     "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
     "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
+    "PruningRobustness": lambda: pruning_robustness(
+        loss(), theta(), key=fs.key(0), sparsities=(0.0, 0.5, 1.0), num_random=2, num_draws=2
+    ),
+    "IterativePruning": lambda: iterative_magnitude_pruning(
+        masked_training(loss(), steps=2), theta(), loss().layout, key=fs.key(0), rounds=2, loss=loss()
+    ),
+    "WinningTickets": lambda: winning_tickets(loss(), theta(), key=fs.key(0), rounds=1, num=2, steps=2),
+    "EarlyBird": lambda: early_bird(loss(), [theta(), other(), -theta()], [0, 5, 10], window=2),
+    "TicketOverlap": lambda: ticket_overlap(loss(), [theta(), other(), -theta()], ["a", "b", "c"]),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

@@ -1,1 +1,40 @@
 """The weights themselves: their spectra and codes, what can be pruned, how models are merged, how modular they are."""
+
+from .early_bird import EarlyBird, early_bird
+from .linear_inputs import InputNorms, input_norms
+from .masked_training import masked_training
+from .prunable import prunable_leaves, sparse_mask
+from .pruning import pruning_robustness, structured_pruning
+from .pruning_result import PruningRobustness
+from .saliency import saliency, taylor_saliency, wanda_saliency
+from .ticket_overlap import TicketOverlap, ticket_overlap
+from .tickets import IterativePruning, iterative_magnitude_pruning
+from .units import Units, head_units, neuron_units, unit_mask, unit_saliency
+from .winning_tickets import WinningTickets, winning_tickets
+
+__all__ = [
+    "EarlyBird",
+    "InputNorms",
+    "IterativePruning",
+    "PruningRobustness",
+    "TicketOverlap",
+    "Units",
+    "WinningTickets",
+    "early_bird",
+    "head_units",
+    "input_norms",
+    "iterative_magnitude_pruning",
+    "masked_training",
+    "neuron_units",
+    "prunable_leaves",
+    "pruning_robustness",
+    "saliency",
+    "sparse_mask",
+    "structured_pruning",
+    "taylor_saliency",
+    "ticket_overlap",
+    "unit_mask",
+    "unit_saliency",
+    "wanda_saliency",
+    "winning_tickets",
+]
