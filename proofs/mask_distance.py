@@ -1,9 +1,9 @@
 """exhaustive and general: how far apart random masks of one density are, and where a limit on the distance says nothing
 
 Claim: For two masks that keep k of n parameters each, all pairs equally likely, the mean share of parameters in which they
-    differ is 2 rho (1 - rho) with rho = k / n, exactly, and whatever the first mask is. It is below a limit l < 1/2 exactly for
-    rho below (1 - sqrt(1 - 2 l)) / 2 and above one minus that: for l = .1 below 5.28 % and above 94.72 %. The
-    largest distance that is possible is 2 min(rho, 1 - rho): below l, every pair passes.
+    differ is 2 rho (1 - rho) with rho = k / n, exactly, and whatever the first mask is. It is below a limit l < 1/2 exactly
+    for rho below (1 - sqrt(1 - 2 l)) / 2 and above one minus that: for l = .1 below 5.28 % and above 94.72 %. The largest
+    distance that is possible is 2 min(rho, 1 - rho): where that is below l, every pair passes.
 Function: funcscope.weights.early_bird.early_bird
 Size: the mean over all masks for n = 1 to 7 and every k, in fractions; for every n and k by its formula: the expected number
     in common is k^2 / n, as each of k is in the other mask with probability k / n. The bounds for every l.

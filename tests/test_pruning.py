@@ -228,7 +228,7 @@ def test_whole_units_are_removed_the_least_important_first(units, num):
     assert made.delta_loss[:, 0].eq(0).all()
     gone = theta.clone()
     for name, leaf in loss.layout.by_name.items():
-        inside = name.endswith("weight") or (name.endswith("c_attn.bias") or name.endswith("c_fc.bias"))
+        inside = name.endswith(("weight", "c_attn.bias", "c_fc.bias"))
         if inside and (".attn." if units == "heads" else ".mlp.") in name:
             gone[leaf.slice] = 0
     assert float(made.loss[0, -1]) == pytest.approx(float(loss(gone)))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import gpt2, llama, seeded, tokens
 from torch import nn
+from torch.nn.utils import prune
 
 import funcscope as fs
 from funcscope.core.heads import head_views
@@ -182,6 +183,21 @@ def test_masks_are_exact_nested_and_keep_the_largest(seed, scope, shares):
             assert values[kept > 0].min() >= values[kept == 0].max()
     assert parts[1]["0.bias"].all()
     assert parts[1]["1.bias"].all()
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_masks_of_magnitudes_are_those_of_torch_prune(scope):
+    model = seeded(0, lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)))
+    net = fs.functional(model)
+    mask = net.layout.unravel(sparse_mask(net.theta.abs(), net.layout, sparsity=0.4, scope=scope).double(), cast=False)
+    pairs = [(model[0], "weight"), (model[1], "weight")]
+    if scope == "global":
+        prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=20)  # of 50
+    else:
+        for (module, name), amount in zip(pairs, (12, 8), strict=True):
+            prune.l1_unstructured(module, name, amount)
+    for i in range(2):
+        assert torch.equal(mask[f"{i}.weight"], model[i].weight_mask.double())
 
 
 def test_rows_are_output_units_in_either_orientation():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class EarlyBird(Result):
         made = []
         if self.limit >= self.chance_distance:
             made.append(
-                f"Random masks of this density are {self.chance_distance:.3g} apart, below the limit of {self.limit:g}, so that "
-                "the rule says nothing: take another density or a smaller limit."
+                f"Random masks of this density are {self.chance_distance:.3g} apart, below the limit of {self.limit:g}, so "
+                "that the rule says nothing: take another density or a smaller limit."
             )
         elif len(self.steps) <= self.window:
             made.append(
@@ -73,7 +74,7 @@ class EarlyBird(Result):
             )
         elif math.isnan(self.emergence_step):
             made.append(
-                f"The largest of {self.window} distances does not fall below {self.limit:g}: masks have not settled."
+                f"The largest of {self.window} distances does not fall below {self.limit:g}: the masks have not settled."
             )
         return made
 
@@ -125,7 +126,7 @@ def early_bird(
     points, steps = list(thetas), list(map(int, steps))
     if len(points) < 2 or len(points) != len(steps):
         raise ValueError(f"`thetas` must be of two checkpoints or more, got {len(points)}, and {len(steps)} steps.")
-    if not all(a < b for a, b in zip(steps, steps[1:], strict=False)):
+    if not all(a < b for a, b in pairwise(steps)):
         raise ValueError(f"`steps` must increase, got {steps}.")
     masks = torch.stack([magnitude_mask(theta, layout, density, scope, prunable) for theta in points])
     kept = masks.sum(1, dtype=torch.float64)

@@ -33,14 +33,14 @@ def masked_training(
 ) -> Train:
     r"""A pure function `train(theta, mask, key)`: so many steps of AdamW or SGD over the flat vector, under a mask.
 
-    The mask multiplies the weights that the loss is taken at, its gradient, and the weights behind every step, so that moments
-    and weight decay bring nothing back: $\theta_{t+1} = m \odot (\theta_t - \eta (u_t + \lambda \theta_t))$, where $u_t$ is
+    The mask multiplies the first weights, every gradient, and the weights behind every step, so that neither moments nor
+    weight decay bring anything back: $\theta_{t+1} = m \odot (\theta_t - \eta (u_t + \lambda \theta_t))$, where $u_t$ is
     Adam's step of decay .9 and .999 and epsilon 1e-8, or the momentum buffer of SGD, both as torch has them (decay is
     decoupled for AdamW; for SGD it is added to the gradient, as there).
 
-    batch_size: sequences of a step, drawn without repetition from one batch, which is drawn with a chance in proportion to its
-    sequences; the key decides. None: all data at every step, and the key is not looked at. A step costs about three forward
-    passes over these.
+    batch_size: sequences of a step, drawn without repetition from one batch, which is drawn by a chance in proportion to
+    its sequences; the key decides. None: all data at every step, and the key is not looked at. A step costs about three
+    forward passes over these.
 
     Raises ValueError for settings out of their range.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -43,15 +44,19 @@ def pruning_robustness(
     $$\Delta(s) = L(m_s \odot \theta) - L(\theta), \qquad
       A = \frac{1}{s_n - s_1} \int_{s_1}^{s_n} \Delta(s)\, ds, \qquad s^* = \min\{s : \Delta(s) = \text{threshold}\},$$
 
-    with $m_s$ exactly $n - \lfloor s n + 1/2 \rfloor$ of the n prunable weights of the largest scores, and both A and $s^*$ by
-    linear interpolation (trapezoids). A is a mean loss in the units of the loss, whatever range the sparsities have; $s^*$ is
-    the first crossing, nan with a note where the curve starts above the threshold or stays below it. At s = 0 the loss is that of
-    the model, at s = 1 all prunable weights are 0. Nothing is trained. `perplexity_ratio` is $e^\Delta$, `accuracy` the share of
-    labels that are the largest output at the position that predicts them.
+    with $m_s$ exactly $n - \lfloor s n + 1/2 \rfloor$ of the n prunable weights of the largest scores, and A and $s^*$ by
+    linear interpolation (trapezoids). A is a mean loss in the units of the loss, whatever range the sparsities have; $s^*$
+    is the first crossing, nan with a note where the curve starts above the threshold or stays below it. At s = 0 the loss is
+    that of the model, at s = 1 all prunable weights are 0. Nothing is trained. `perplexity_ratio` is $e^\Delta$, `accuracy`
+    the share of labels that are the largest output at the position that predicts them.
 
-    Errors are over sequences and paired: of the same sequences with and without the mask; that of $s^*$ is by the delta method.
-    The curve `random` is the mean over `num_random` masks from uniform scores; its errors over draws and over data are apart
-    in `random_area` and the two `random_stderr`, and `delta_loss_stderr` holds both.
+    Scores from derivatives are local. A row of an untied head whose class hardly occurs has next to no gradient and Fisher
+    information, is pruned first by `taylor`, `obd` and `fisher`, and costs what no second-order term sees: a logit that was
+    far below the others is 0. Name a prunable set without the head to leave that out.
+
+    Errors are over sequences and paired: of the same sequences with and without the mask; that of $s^*$ is by the delta
+    method. The curve `random` is the mean over `num_random` masks from uniform scores; its errors over draws and over data are
+    apart in `random_area` and the two `random_stderr`, and `delta_loss_stderr` holds both.
 
     scores: of `saliency`; `wanda` is compared inside output rows, the others in `scope`. prunable: as `prunable_leaves`; its
     default leaves biases, norms and embeddings alone. by: the blocks of `density`, what is left of each. num_draws: of the
@@ -65,7 +70,7 @@ def pruning_robustness(
 
     Frankle, Carbin (2019), arXiv:1803.03635; Gale, Elsen, Hooker (2019), arXiv:1902.09574.
 
-    >>> import funcscope as fs
+    >>> import torch, funcscope as fs
     >>> net = fs.functional(torch.nn.Linear(4, 1, bias=False))
     >>> loss = fs.objective(net, [(torch.eye(4), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))], fs.mse)
     >>> theta = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -111,7 +116,7 @@ def structured_pruning(
 ) -> PruningRobustness:
     r"""`pruning_robustness` with whole heads or neurons removed, by the sum of the scores of their parameters.
 
-    units: `heads`, all of q, k, v and o of a head, with the queries that share keys and values as one (`head_units`); `neurons`
+    units: `heads`, all of q, k, v and o of a head, queries that share keys and values being one (`head_units`); `neurons`
     of MLPs, rows into the hidden layer, biases, and columns out of it (`neuron_units`); or sets of your own. The sparsity is
     the share of units that are removed, of all layers together, rounded to whole ones. Sums of `obd` and of `taylor` are
     estimates of what removing a unit adds, without the terms of pairs of its parameters; sums favour units of many
@@ -121,7 +126,7 @@ def structured_pruning(
 
     Michel, Levy, Neubig (2019), arXiv:1905.10650; Molchanov et al. (2017), arXiv:1611.06440.
 
-    >>> import funcscope as fs
+    >>> import torch, funcscope as fs
     >>> mlp = torch.nn.Sequential()
     >>> mlp.add_module("fc1", torch.nn.Linear(2, 4))
     >>> mlp.add_module("fc2", torch.nn.Linear(4, 2))
@@ -194,7 +199,7 @@ def _check_settings(
         check_choice("scores", name, SCORES)
     for sparsity in sparsities:
         check_number("sparsities", sparsity, 0.0, 1.0)
-    if len(sparsities) < 2 or not all(a < b for a, b in zip(sparsities, sparsities[1:], strict=False)):
+    if len(sparsities) < 2 or not all(a < b for a, b in pairwise(sparsities)):
         raise ValueError(f"`sparsities` must be two numbers or more that increase, got {list(sparsities)}.")
     check_choice("by", by, ("tensor", "layer", "module"))
     check_number("threshold", threshold, 0.0)

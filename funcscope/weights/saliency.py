@@ -65,9 +65,10 @@ def saliency(
 def taylor_saliency(loss: Loss, theta: Theta, *, power: Literal[1, 2] = 1, chunk_size: int = 8) -> Float[Tensor, " p"]:
     r"""To first order, by how much the loss of single sequences moves when a parameter is set to 0: no signs cancel.
 
-    $$T^{(1)}_k = \frac1W \sum_i |g_{ik} \theta_k|, \qquad T^{(2)}_k = \frac1n \sum_i \Big(\frac{n}{W} g_{ik} \theta_k\Big)^2,$$
+    $$T^{(1)}_k = \frac1W \sum_i |g_{ik} \theta_k|, \qquad
+      T^{(2)}_k = \frac1n \sum_i \Big(\frac{n}{W} g_{ik} \theta_k\Big)^2,$$
 
-    with $g_i$ the gradient of the weighted sum of the losses of sequence i, W the sum of all weights and n the sequences that
+    with $g_i$ the gradient of the weighted sum of the losses of sequence i, W the sum of all weights, n the sequences that
     have any. $T^{(1)}$ is in the units of the loss, $T^{(2)}$ in their square. Signs across sequences would cancel:
     $|\theta_k \sum_i g_{ik}| / W$, as a document has it, is 0 for every parameter at a stationary point, and what is left of
     it near one is noise. $T^{(1)}$ is never below that.

@@ -101,7 +101,10 @@ def ticket_overlap(
         ).double()
     num = sum(leaf.numel for leaf in leaves)
     shares = [sum(int(mask[leaf.slice].sum()) for leaf in leaves) / num for mask in masks]
-    return TicketOverlap(*tables, torch.tensor(shares).double(), list(map(str, names)), num, scope)
+    return TicketOverlap(
+        kappa=tables[0], z=tables[1], jaccard=tables[2], chance_jaccard=tables[3], density=torch.tensor(shares).double(),
+        names=list(map(str, names)), num_prunable=num, scope=scope,
+    )  # fmt: skip
 
 
 def _mask(member: Tensor, layout: Layout, density: float, scope: Scope, prunable: Prunable) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -173,7 +173,7 @@ def _as_many(score: Tensor, ticket: Tensor, layout: Layout) -> Tensor:
     return mask
 
 
-def _losses(made: Contest, loss: Loss | None) -> dict[str, Tensor | Estimate | None]:
+def _losses(made: Contest, loss: Loss | None) -> dict[str, Any]:
     names = ("loss", "loss_stderr", "ticket_excess", "random_excess", "one_shot_excess")
     if loss is None:
         return dict.fromkeys(names)

@@ -91,8 +91,8 @@ def winning_tickets(
     num: draws, each with its own order of the data and random mask; the sequences that are held out are the same for all.
     Errors are over draws and over held-out sequences. held_out: their share, at least one; drawn by the key in every batch.
 
-    Cost: num (rounds + 3) trainings of `steps` steps, each about 3 `batch_size` / n forward passes over the n sequences: at the
-    default settings, 2,160 passes of 16 sequences.
+    Cost: num (rounds + 3) trainings of `steps` steps, each about 3 `batch_size` / n forward passes over the n sequences: at
+    the default settings, 2,160 passes of 16 sequences.
 
     Raises ValueError where there are fewer than two sequences, and as `iterative_magnitude_pruning`.
 
