@@ -254,3 +254,33 @@ def test_neurons_are_ranked_by_sums_over_rows_and_columns():
         expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0]))
         assert float(made.loss[0, k]) == pytest.approx(float(expected))
     assert made.density[0].tolist() == [[1.0, 1.0], [0.5, 0.5], [0.25, 0.25]]
+
+
+@pytest.mark.slow
+def test_scores_that_know_the_loss_cost_less_than_magnitudes_on_a_trained_model(tmp_path):
+    """A byte-level Llama on held-out texts, without its head: `taylor` and `obd` beside the largest weights and chance."""
+    from transformers import AutoModelForCausalLM
+
+    from funcscope.families import text
+
+    config = text.Config(
+        hidden_size=32, intermediate_size=88, num_layers=2, num_heads=2, num_kv_heads=2, length=64, train_bytes=300_000,
+        heldout_bytes=20_000, steps=300, tuning_steps=1,
+    )  # fmt: skip
+    for _ in text.train(config, tmp_path):
+        pass
+    net = fs.functional(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    encoded = [text.tokenizer().encode(each).ids[:64] for each in text.read(tmp_path / "heldout" / "prose.jsonl")]
+    rows = torch.tensor([ids for ids in encoded if len(ids) == 64][:24])
+    loss = fs.objective(net, [rows], fs.causal_lm)
+    body = [leaf.name for leaf in prunable_leaves(loss.layout) if not leaf.name.startswith("lm_head")]
+    made = pruning_robustness(
+        loss, net.theta, key=fs.key(0), scores=("magnitude", "taylor", "obd"), sparsities=(0.0, 0.5, 0.7, 0.8), prunable=body
+    )
+    magnitude, taylor, obd, random = made.delta_loss[:, 1:]
+    errors = made.delta_loss_stderr[:, 1:]
+    for better in (taylor, obd):
+        assert (better < magnitude).all()
+        assert (magnitude - better)[1:].min() > 2 * float(errors[0].max())
+    assert (random > 2 * magnitude)[0]
+    assert (random > magnitude + 2 * errors[3]).all()
