@@ -275,7 +275,12 @@ def test_scores_that_know_the_loss_cost_less_than_magnitudes_on_a_trained_model(
     loss = fs.objective(net, [rows], fs.causal_lm)
     body = [leaf.name for leaf in prunable_leaves(loss.layout) if not leaf.name.startswith("lm_head")]
     made = pruning_robustness(
-        loss, net.theta, key=fs.key(0), scores=("magnitude", "taylor", "obd"), sparsities=(0.0, 0.5, 0.7, 0.8), prunable=body
+        loss,
+        net.theta,
+        key=fs.key(0),
+        scores=("magnitude", "taylor", "obd"),
+        sparsities=(0.0, 0.5, 0.7, 0.8),
+        prunable=body,
     )
     magnitude, taylor, obd, random = made.delta_loss[:, 1:]
     errors = made.delta_loss_stderr[:, 1:]

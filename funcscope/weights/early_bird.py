@@ -18,6 +18,9 @@ from ..core.result import Result, derived, quantity
 from ..core.tables import counted
 from .prunable import Prunable, Scope, prunable_leaves, sparse_mask
 
+_COLUMNS = 2**16
+"""Weights whose masks are numbers at a time: float32 counts them exactly."""
+
 
 class EarlyBird(Result):
     """Normalised Hamming distances between the masks of checkpoints, and when the last few are small."""
@@ -123,15 +126,16 @@ def early_bird(
     check_number("density", density, 0.0, 1.0)
     check_count("window", window)
     check_positive("limit", limit)
-    points, steps = list(thetas), list(map(int, steps))
-    if len(points) < 2 or len(points) != len(steps):
-        raise ValueError(f"`thetas` must be of two checkpoints or more, got {len(points)}, and {len(steps)} steps.")
+    each, steps = [magnitude_mask(theta, layout, density, scope, prunable) for theta in thetas], list(map(int, steps))
+    if len(each) < 2 or len(each) != len(steps):
+        raise ValueError(f"`thetas` must be of two checkpoints or more, got {len(each)}, and {len(steps)} steps.")
     if not all(a < b for a, b in pairwise(steps)):
         raise ValueError(f"`steps` must increase, got {steps}.")
-    masks = torch.stack([magnitude_mask(theta, layout, density, scope, prunable) for theta in points])
-    kept = masks.sum(1, dtype=torch.float64)
-    both = masks.double() @ masks.double().T
-    distance = ((kept[:, None] + kept - 2 * both) / masks.shape[1]).cpu()
+    masks = torch.stack(each)
+    both = sum((part.float() @ part.float().T).double().cpu() for part in masks.split(_COLUMNS, dim=1))
+    assert isinstance(both, Tensor)
+    kept = both.diagonal()
+    distance = (kept[:, None] + kept - 2 * both) / masks.shape[1]
     share = float(kept[0]) / masks.shape[1]
     chance = 2 * share * (1 - share)
     moving = _largest_of_last(distance.diagonal(-1), window, len(steps))

@@ -35,7 +35,8 @@ def input_norms(loss: Loss, theta: Theta) -> dict[str, InputNorms]:
     $$\|X_j\|_2 = \Big(\textstyle\sum_u x_{uj}^2\Big)^{1/2},$$
 
     u over all uses of the matrix at all positions. Positions of padding do not count where the inputs have an attention mask
-    and the map one input per position. A weight that is used in another way than as a matrix is not in the result.
+    and the map one input per position; those of encoder-decoders, which have two kinds of positions, all do. A weight that is
+    used in another way than as a matrix is not in the result.
 
     Raises ValueError for a matrix that is used in both orientations.
 
@@ -49,7 +50,7 @@ def input_norms(loss: Loss, theta: Theta) -> dict[str, InputNorms]:
     params = {name: x.to(loss.net._dtypes[name]) for name, x in loss.params(theta).items()}
     seen = _Inputs(params)
     for inputs, _ in loss.batches:
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and not _has_decoder(inputs) else None
         seen.there = None if mask is None else tokens_there(mask)
         with seen:
             loss.net.apply(params, inputs)
@@ -88,6 +89,10 @@ class _Inputs(TorchFunctionMode):
             rows = rows[self.there.flatten()]
         squares = rows.to(wide(rows.device)).square().sum(0)
         self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+
+
+def _has_decoder(inputs: Mapping[str, Any]) -> bool:
+    return bool(inputs.keys() & {"labels", "decoder_input_ids"})
 
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, int]:

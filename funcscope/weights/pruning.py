@@ -55,7 +55,7 @@ def pruning_robustness(
     far below the others is 0. Name a prunable set without the head to leave that out.
 
     Errors are over sequences and paired: of the same sequences with and without the mask; that of $s^*$ is by the delta
-    method. The curve `random` is the mean over `num_random` masks from uniform scores; its errors over draws and over data are
+    method. The curve `random` is the mean over `num_random` masks from uniform scores; its errors over draws and data are
     apart in `random_area` and the two `random_stderr`, and `delta_loss_stderr` holds both.
 
     scores: of `saliency`; `wanda` is compared inside output rows, the others in `scope`. prunable: as `prunable_leaves`; its

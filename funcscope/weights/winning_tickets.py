@@ -111,6 +111,9 @@ def winning_tickets(
     check_number("sparsity", sparsity, 0.0, 1.0)
     theta = Loss.vector(loss, theta)
     train_on, score_on = split(loss, fold_in(key, "held out"), held_out)
+    before = sequence_scores(score_on, theta)
+    if not bool(before.weights.any()):
+        raise ValueError("`held_out` sequences must have a scored position, got none: hold out more of them.")
     train = masked_training(
         train_on, steps=steps, learning_rate=learning_rate, optimiser=optimiser, weight_decay=weight_decay,
         batch_size=batch_size,
@@ -120,7 +123,6 @@ def winning_tickets(
         made = contest(train, theta, loss.layout, fold_in(key, draw), sparsity, rounds, None, scope, prunable)
         networks = (made.trained[0], made.trained[-1], made.one_shot, made.random)
         draws.append([sequence_scores(score_on, each) for each in networks])
-    before = sequence_scores(score_on, theta)
     sums = torch.stack([torch.stack([each.sums for each in row]) for row in draws])
     of = before.weights
     return WinningTickets(
