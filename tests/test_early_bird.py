@@ -15,7 +15,7 @@ from torch import nn
 
 from funcscope.core.layout import Layout
 from funcscope.curvature.mask_overlap import mask_overlap
-from funcscope.weights import early_bird, sparse_mask, ticket_overlap
+from funcscope.weights import early_bird, prunable_leaves, sparse_mask, ticket_overlap
 
 LAYOUT = Layout.of(seeded(0, lambda: nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 20))))
 """Two matrices of 200 weights each."""
@@ -163,6 +163,9 @@ def test_what_is_not_prunable_does_not_count_as_overlap():
     made = ticket_overlap(layout, masks, ["a", "b"])
     assert abs(float(made.z[0, 1])) < 3.5
     assert mask_overlap(*masks, layout, by="none").total_z > 10  # they would be counted as common
+    inside = torch.cat([torch.arange(x.offset, x.offset + x.numel) for x in prunable_leaves(layout)])
+    first, second = (mask[inside] for mask in masks)
+    assert float(made.jaccard[0, 1]) == pytest.approx(int((first & second).sum()) / int((first | second).sum()))
     with pytest.raises(ValueError, match="`members` must be two or more"):
         ticket_overlap(layout, masks, ["a"])
     empty = ticket_overlap(layout, [torch.zeros_like(masks[0])] * 2, ["a", "b"])

@@ -221,6 +221,18 @@ def test_tickets_of_a_planted_problem_win_with_errors_over_draws_and_data():
     assert float(made.random_excess.value) > 2 * float(made.random_excess.stderr_total)
     assert float(ticket.max()) < float(random.min())
     assert (made.num_sequences, made.num_trained_on, made.num_trainings) == (32, 32, 16)
+    assert made.notes == []  # the dense network is better than it was
+
+
+def test_a_network_that_training_makes_worse_on_other_data_is_said_to_be():
+    x = seeded(1, lambda: torch.randn(8, 30, dtype=torch.float64))
+    net = fs.functional(seeded(2, lambda: nn.Linear(30, 1, bias=False)).double())
+    loss = fs.objective(net, [(x, seeded(3, lambda: torch.randn(8, 1)).double())], fs.mse)  # noise
+    zero = torch.zeros(30).double()
+    made = winning_tickets(loss, zero, key=fs.key(0), rounds=1, num=1, steps=30, learning_rate=0.1)
+    assert float(made.dense_loss.value) > made.initial_loss
+    assert "There is one draw, and no error over draws." in made.notes
+    assert any(note.startswith("On held-out sequences the dense network is worse") for note in made.notes)
 
 
 def test_no_difference_is_seen_where_all_weights_are_alike():
@@ -234,8 +246,8 @@ def test_no_difference_is_seen_where_all_weights_are_alike():
         key=fs.key(1),
         sparsity=0.5,
         rounds=1,
-        num=6,
-        steps=20,
+        num=4,
+        steps=14,
         learning_rate=0.2,
         batch_size=50,
     )

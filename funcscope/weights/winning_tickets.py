@@ -59,6 +59,11 @@ class WinningTickets(Result):
     @property
     def notes(self) -> list[str]:
         made = [] if self.num > 1 else ["There is one draw, and no error over draws."]
+        if float(self.dense_loss.value) > self.initial_loss:
+            made.append(
+                "On held-out sequences the dense network is worse after training than before: it has learnt those that it "
+                "was trained on. Take more sequences, fewer steps or a smaller rate to compare networks that generalise."
+            )
         return made if self.num_sequences > 1 else [*made, "There is one held-out sequence, and no error over data."]
 
 
