@@ -105,6 +105,14 @@ from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
 from funcscope.weights import modularity_score, separability, task_interference, weight_modularity
+from funcscope.weights import (
+    early_bird,
+    iterative_magnitude_pruning,
+    masked_training,
+    pruning_robustness,
+    ticket_overlap,
+    winning_tickets,
+)
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -407,6 +415,15 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "DatamodelingScore": lambda: linear_datamodeling_score(
         theta()[:12].view(4, 3), torch.eye(4) > 0, theta()[2:26].view(2, 4, 3), key=fs.key(0), num=50
     ),
+    "PruningRobustness": lambda: pruning_robustness(
+        loss(), theta(), key=fs.key(0), sparsities=(0.0, 0.5, 1.0), num_random=2, num_draws=2
+    ),
+    "IterativePruning": lambda: iterative_magnitude_pruning(
+        masked_training(loss(), steps=2), theta(), loss().layout, key=fs.key(0), rounds=2, loss=loss()
+    ),
+    "WinningTickets": lambda: winning_tickets(loss(), theta(), key=fs.key(0), rounds=1, num=2, steps=2),
+    "EarlyBird": lambda: early_bird(loss(), [theta(), other(), -theta()], [0, 5, 10], window=2),
+    "TicketOverlap": lambda: ticket_overlap(loss(), [theta(), other(), -theta()], ["a", "b", "c"]),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 
