@@ -260,6 +260,12 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Difference": lambda: comparison().differences["curvature_mean"],
     "Pairs": lambda: comparison().differences["delta_mean"].pairs,
     "Flatness": lambda: fs.flatness(loss(), theta(), key=fs.key(0), n_directions=4),
+    "LearningCoefficient": lambda: fs.landscape.learning_coefficient(
+        loss(), theta(), key=fs.key(0), num_chains=2, num_steps=7, burn_in=2, batch_size=3
+    ),
+    "LearningCoefficientSweep": lambda: fs.landscape.learning_coefficient_sweep(
+        loss(), theta(), key=fs.key(0), step_sizes=(1e-4, 1e-3, 1e-2), num_chains=2, num_steps=7, burn_in=2
+    ),
     "DirectionalCurvatures": lambda: fs.landscape.directional_curvatures(
         loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=3)
     ),
