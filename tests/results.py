@@ -90,6 +90,7 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
+from funcscope.weights import layer_spectra
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -371,6 +372,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Calibration": lambda: expected_calibration_error(predictions(), scored_labels(), key=fs.key(0), bins=3, num=50),
     "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
     "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
+    "LayerSpectra": lambda: layer_spectra(
+        {"flat": cloud().view(-1, 20), "wide": cloud().view(-1, 15).exp()}, key=fs.key(0), num_bootstrap=9, num_null=19
+    ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

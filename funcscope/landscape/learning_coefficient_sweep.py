@@ -60,8 +60,8 @@ class LearningCoefficientSweep(Result):
             return []
         return [
             f"no plateau in the step size at localisation {', '.join(none)}: nowhere do {LEAST_STEPS} neighbouring step "
-            f"sizes, with mixed chains that did not diverge, agree within {self.tolerance:.0%} beyond their errors. The estimates "
-            "are of the sampler as much as of the weights, and none is given as the learning coefficient."
+            f"sizes, with mixed chains that did not diverge, agree within {self.tolerance:.0%} beyond their errors. The "
+            "estimates are of the sampler as much as of the weights, and none is given as the learning coefficient."
         ]
 
 
