@@ -113,6 +113,7 @@ from funcscope.weights import (
     ticket_overlap,
     winning_tickets,
 )
+from funcscope.weights import layer_spectra
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -284,6 +285,12 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "Difference": lambda: comparison().differences["curvature_mean"],
     "Pairs": lambda: comparison().differences["delta_mean"].pairs,
     "Flatness": lambda: fs.flatness(loss(), theta(), key=fs.key(0), n_directions=4),
+    "LearningCoefficient": lambda: fs.landscape.learning_coefficient(
+        loss(), theta(), key=fs.key(0), num_chains=2, num_steps=7, burn_in=2, batch_size=3
+    ),
+    "LearningCoefficientSweep": lambda: fs.landscape.learning_coefficient_sweep(
+        loss(), theta(), key=fs.key(0), step_sizes=(1e-4, 1e-3, 1e-2), num_chains=2, num_steps=7, burn_in=2
+    ),
     "DirectionalCurvatures": lambda: fs.landscape.directional_curvatures(
         loss(), theta(), fs.directions(loss().net, key=fs.key(0), num=3)
     ),
@@ -424,6 +431,9 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "WinningTickets": lambda: winning_tickets(loss(), theta(), key=fs.key(0), rounds=1, num=2, steps=2),
     "EarlyBird": lambda: early_bird(loss(), [theta(), other(), -theta()], [0, 5, 10], window=2),
     "TicketOverlap": lambda: ticket_overlap(loss(), [theta(), other(), -theta()], ["a", "b", "c"]),
+    "LayerSpectra": lambda: layer_spectra(
+        {"flat": cloud().view(-1, 20), "wide": cloud().view(-1, 15).exp()}, key=fs.key(0), num_bootstrap=9, num_null=19
+    ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
 }
 

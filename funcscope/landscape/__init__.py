@@ -10,6 +10,8 @@ from .directional import directional_losses
 from .directional_result import DirectionalLosses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
+from .learning_coefficient import LearningCoefficient, learning_coefficient
+from .learning_coefficient_sweep import LearningCoefficientSweep, learning_coefficient_sweep
 from .path import barrier_matrix, linear_path
 from .planes import LossLines, LossPlane, loss_lines, loss_plane
 from .sampling import CommonDirections, common_directions
@@ -24,6 +26,8 @@ __all__ = [
     "DirectionalCurvatures",
     "DirectionalLosses",
     "Flatness",
+    "LearningCoefficient",
+    "LearningCoefficientSweep",
     "LossLines",
     "LossPath",
     "LossPlane",
@@ -40,6 +44,8 @@ __all__ = [
     "eigenvector_axes",
     "flatness",
     "flatness_profile",
+    "learning_coefficient",
+    "learning_coefficient_sweep",
     "linear_path",
     "loss_lines",
     "loss_plane",

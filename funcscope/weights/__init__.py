@@ -2,9 +2,11 @@
 
 from .early_bird import EarlyBird, early_bird
 from .interference import TaskInterference, task_interference
+from .layer_spectra import LayerSpectra, layer_spectra
 from .linear_inputs import InputNorms, input_norms
 from .masked_training import masked_training
 from .modularity import Modularity, block_coupling, modularity_score
+from .power_law import PowerLaw, fit_power_law, log_normal_ratio
 from .prunable import prunable_leaves, sparse_mask
 from .pruning import pruning_robustness, structured_pruning
 from .pruning_result import PruningRobustness
@@ -20,7 +22,9 @@ __all__ = [
     "EarlyBird",
     "InputNorms",
     "IterativePruning",
+    "LayerSpectra",
     "Modularity",
+    "PowerLaw",
     "PruningRobustness",
     "Separability",
     "TaskInterference",
@@ -30,10 +34,13 @@ __all__ = [
     "WinningTickets",
     "block_coupling",
     "early_bird",
+    "fit_power_law",
     "gram_separability",
     "head_units",
     "input_norms",
     "iterative_magnitude_pruning",
+    "layer_spectra",
+    "log_normal_ratio",
     "masked_training",
     "modularity_score",
     "neuron_units",
