@@ -30,13 +30,15 @@ from funcscope.fisher import (
     pruning_mask,
     task_conflicts,
 )
-from funcscope.gradients import gradient_dispersion, gradient_flow, gradient_noise, gradient_pathology
 from funcscope.gradients import (
     alignment_trajectory,
     gradient_aggregation,
     gradient_alignment,
+    gradient_dispersion,
+    gradient_flow,
+    gradient_noise,
+    gradient_pathology,
     gradient_trajectory,
-from funcscope.gradients import (
     influence,
     linear_datamodeling_score,
     most_influential,
@@ -104,16 +106,19 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
-from funcscope.weights import modularity_score, separability, task_interference, weight_modularity
 from funcscope.weights import (
     early_bird,
     iterative_magnitude_pruning,
+    layer_spectra,
     masked_training,
+    modularity_score,
     pruning_robustness,
+    separability,
+    task_interference,
     ticket_overlap,
+    weight_modularity,
     winning_tickets,
 )
-from funcscope.weights import layer_spectra
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}

@@ -118,7 +118,7 @@ def gradient_aggregation(
     (weights, inner, norm), errors = ([x[:, :num], x[:, num:-1], x[:, -1]] for x in (values, error))
     return Aggregation(
         weights.clone(), inner.clone(), norm.clone(), whole.diagonal().sqrt(), sizes, sum(lost), parts, float(c), key,
-        *(x.clone() for x in errors), list(methods),
+        errors[0].clone(), errors[1].clone(), errors[2].clone(), list(methods),
     )  # fmt: skip
 
 
@@ -165,9 +165,8 @@ def aggregation_weights(
         raise ImportError("aggregation of gradients needs torchjd 0.8 or later: pip install 'torchjd>=0.8'.") from err
     scaled = gram.double().cpu() / gram.double().cpu().trace()
     if method == "pcgrad":
-        check_key(key)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold_in(key, "order").bits % 2**63)
+            torch.manual_seed(fold_in(check_key(key), "order").bits % 2**63)
             return aggregation.PCGradWeighting()(scaled)
     made: dict[str, Any] = {
         "mgda": lambda: aggregation.MGDAWeighting(epsilon=1e-7, max_iters=1000),

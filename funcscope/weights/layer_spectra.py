@@ -149,7 +149,7 @@ def layer_spectra(
     rows = []
     for (name, each), far, own_q in zip(spectra.items(), against, q, strict=True):
         at = fold_in(key, name)
-        tail = {} if own_q > LEVEL else {"key": at, "num": num_bootstrap}
+        tail: dict[str, Any] = {} if own_q > LEVEL else {"key": at, "num": num_bootstrap}
         rows.append(_fitted(each, xmax, least, **tail) | far | {"random_q": own_q} | _sizes(matrices[name], each))
     columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     return LayerSpectra(**columns, matrices=[*spectra], num_bootstrap=num_bootstrap, num_null=num_null, key=key)
