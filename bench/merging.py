@@ -5,7 +5,7 @@
 FOLDER: of `funcscope.families.text`, one per seed: base, prose, code, train, heldout. Losses are over the first `LENGTH`
 bytes of each held-out text, so that sequences are independent; Fisher diagonals and second moments of inputs are those of
 training texts. Intervals are Student's t over seeds (95 %), of numbers that are means over both tasks, best coefficients
-cross-fitted. A JSON line per method follows the table.
+cross-fitted. A JSON line per seed goes to the standard error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from funcscope.families.text import texts
 from funcscope.weights.merge_curves import input_moments, merge_curves
 from funcscope.weights.task_vectors import task_vectors
 
-LENGTH, TEXTS, DRAWS = 128, 100, 16
+LENGTH, TEXTS, DRAWS = 128, 50, 6
 TASKS = ("prose", "code")
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare", "fisher", "regmean")
-COEFFICIENTS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5)
+COEFFICIENTS = (0.0, 0.5, 0.75, 1.0, 1.25)
 
 
 def rows(folder: Path, split: str, task: str, num: int) -> torch.Tensor:
@@ -41,6 +41,7 @@ def rows(folder: Path, split: str, task: str, num: int) -> torch.Tensor:
 
 
 def measured(folder: Path) -> tuple[Any, Any]:
+    """Curves of the held-out losses, and the task vectors."""
     models = {name: LlamaForCausalLM.from_pretrained(folder / name).eval() for name in ("base", *TASKS)}
     net = fs.functional(models["base"])
     at = {name: fs.functional(model).theta for name, model in models.items()}
@@ -68,36 +69,41 @@ def interval(values: list[float]) -> str:
     return f"{float(x.mean()):.4f} ± {half:.4f}"
 
 
+def numbers(curves: Any, vectors: Any) -> dict[str, Any]:
+    """What the table has of one seed."""
+    single, at_one = curves.single_losses, COEFFICIENTS.index(1.0)
+    columns = {
+        "mean loss": curves.best_loss, "above best single": curves.gain, "at 1": curves.mean_losses[:, at_one],
+        "coefficient": curves.best_coefficient, "increase": curves.increase.mean(1), "slope": curves.slope.mean(1),
+        "1/2 GGN": curves.quadratic.mean(1), "1/2 diagonal": curves.diagonal.mean(1),
+    }  # fmt: skip
+    return {
+        "methods": {name: dict(zip(METHODS, column.tolist(), strict=True)) for name, column in columns.items()},
+        "single": dict(zip(("base", *TASKS), single.mean(1).tolist(), strict=True)),
+        "own expert each": float((single[1, 0] + single[2, 1]) / 2),
+        "task vectors": {
+            name: float(getattr(vectors, name)[0, 1])
+            for name in ("total_cosines", "total_sign_conflicts", "overlap", "chance_overlap", "kappa")
+        }
+        | {"relative norm": float(vectors.total_relative_norms.mean())},
+    }
+
+
 def main(folders: list[str]) -> None:
     torch.set_num_threads(1)
-    everything = [measured(Path(folder)) for folder in folders]
-    curves = [each for each, _ in everything]
-    vectors = [each for _, each in everything]
-    single = [each.single_losses for each in curves]
-    names = ("base", *TASKS)
-    for i, name in enumerate(names):
-        print(
-            f"{name:16}{interval([float(x[i].mean()) for x in single]):>22}  (mean loss over both tasks, nats per byte)"
-        )
-    oracle = [float((x[1, 0] + x[2, 1]) / 2) for x in single]
-    print(f"{'own expert each':16}{interval(oracle):>22}")
-    for name in ("total_cosines", "total_sign_conflicts", "overlap", "chance_overlap", "kappa"):
-        print(f"{name:24}{interval([float(getattr(each, name)[0, 1]) for each in vectors])}")
-    print(f"{'relative norms':24}{interval([float(each.total_relative_norms.mean()) for each in vectors])}\n")
-    columns = ("mean loss", "above best single", "at 1", "coefficient", "increase", "slope", "1/2 GGN", "1/2 diagonal")
-    print(f"{'method':16}" + "".join(f"{name:>19}" for name in columns))
-    at_one = COEFFICIENTS.index(1.0)
-    for m, method in enumerate(METHODS):
-        numbers = {
-            "mean loss": [float(c.best_loss[m]) for c in curves], "above best single": [float(c.gain[m]) for c in curves],
-            "at 1": [float(c.mean_losses[m, at_one]) for c in curves],
-            "coefficient": [float(c.best_coefficient[m]) for c in curves],
-            "increase": [float(c.increase[m].mean()) for c in curves], "slope": [float(c.slope[m].mean()) for c in curves],
-            "1/2 GGN": [float(c.quadratic[m].mean()) for c in curves],
-            "1/2 diagonal": [float(c.diagonal[m].mean()) for c in curves],
-        }  # fmt: skip
-        print(f"{method:16}" + "".join(f"{interval(x):>19}" for x in numbers.values()))
-        print(json.dumps({"method": method} | numbers), file=sys.stderr)
+    rows = []
+    for folder in folders:
+        rows.append(numbers(*measured(Path(folder))))
+        print(json.dumps({"folder": folder} | rows[-1]), file=sys.stderr, flush=True)
+    for name in ("base", *TASKS):
+        print(f"{name:24}{interval([row['single'][name] for row in rows])}  (mean loss over both tasks, nats per byte)")
+    print(f"{'own expert each':24}{interval([row['own expert each'] for row in rows])}")
+    for name in rows[0]["task vectors"]:
+        print(f"{name:24}{interval([row['task vectors'][name] for row in rows])}")
+    print(f"\n{'method':16}" + "".join(f"{name:>19}" for name in rows[0]["methods"]))
+    for method in METHODS:
+        cells = [interval([row["methods"][name][method] for row in rows]) for name in rows[0]["methods"]]
+        print(f"{method:16}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,16 @@ from funcscope.representation import (
 from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
+from funcscope.weights import (
+    PermutationGroup,
+    elasticity,
+    function_distance,
+    merge_curves,
+    permutation_groups,
+    task_vectors,
+    weight_distance,
+    weight_matching,
+)
 
 NUM = 6
 BLOCKS = {"in": [slice(0, 16)], "out": [slice(16, 26)]}
@@ -214,6 +224,12 @@ def predictions(scale: float = 1.0) -> torch.Tensor:
 
 def scored_labels() -> Labels:
     return fs.causal_lm.prepare(language().batches[0][0]["input_ids"][:, :4])[1]
+
+
+def hidden() -> list[PermutationGroup]:
+    """The hidden units of the classifier."""
+    with torch.random.fork_rng():
+        return permutation_groups(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -366,6 +382,20 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "DescriptionLength": lambda: description_length(loss(), theta(), step=0.1),
     "CompressedWeights": lambda: compressed_weights(loss().net.params, step=0.1),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
+    "TaskVectors": lambda: task_vectors(theta(), [other(), -theta()], loss().layout, by="tensor", names=["a", "b"]),
+    "MergeCurves": lambda: merge_curves(
+        {"a": loss(), "b": second_loss()},
+        {"a": other(), "b": -theta()},
+        theta(),
+        key=fs.key(0),
+        methods=("ties", "fisher"),
+        coefficients=(0.0, 0.5),
+        num=1,
+    ),
+    "FunctionDistance": lambda: function_distance(loss(), theta(), other()),
+    "Elasticity": lambda: elasticity(loss(), theta(), other(), 0.5 * (theta() + other())),
+    "WeightDistance": lambda: weight_distance(theta(), other(), loss().layout),
+    "WeightMatching": lambda: weight_matching(theta(), other(), loss().layout, hidden(), key=fs.key(0)),
 }
 
 

@@ -64,7 +64,7 @@ def merge_curves(
       \approx g_k^\top \delta + \tfrac12 \textstyle\sum_i F_{ki} \delta_i^2,$$
 
     G the Gauss-Newton matrix, which is the Fisher information of a softmax, and F its diagonal (`num` draws of labels).
-    Fisher merging is the least of the sum of the last (without g, proofs/merging.py): where the diagonal is far from the
+    Fisher merging is the least of the sum of the last, without g (`merge_rules.fisher`): where the diagonal is far from the
     form, that is why it is not better.
 
     losses, experts: by task, with the same names; all losses of one architecture. methods: of `merging.METHODS`; `slerp` for
@@ -224,16 +224,16 @@ def _curves(
     deltas = [means((x - a[0]).flatten(0, 1), w) for x, a, w in zip(sums, alone, weights, strict=True)]
     table = torch.stack([each.value for each in whole], -1).view(*shape, -1)
     best = table.mean(-1).argmin(1)
-    fitted = [_cross_fitted(m, sums, weights, alone, best_single) for m in range(len(methods))]
+    rows = [_cross_fitted(m, sums, weights, alone, best_single) for m in range(len(methods))]
+    fitted = torch.tensor(rows, dtype=torch.float64).T.contiguous()
     return MergeCurves(
         losses=table, losses_stderr=torch.stack([each.stderr for each in whole], -1).view(*shape, -1),
         deltas=torch.stack([each.value for each in deltas], -1).view(*shape, -1),
         deltas_stderr=torch.stack([each.stderr for each in deltas], -1).view(*shape, -1),
         single_losses=values, single_losses_stderr=torch.stack([each.stderr for each in single], 1),
-        best_index=best.tolist(), best_loss=torch.tensor([x[0] for x in fitted]).double(),
-        best_loss_stderr=torch.tensor([x[1] for x in fitted]).double(),
-        gain=torch.tensor([x[2] for x in fitted]).double(), gain_stderr=torch.tensor([x[3] for x in fitted]).double(),
-        coefficients=torch.tensor(list(coefficients)).double(), methods=list(methods), tasks=tasks, best_single=best_single,
+        best_index=best.tolist(), best_loss=fitted[0], best_loss_stderr=fitted[1], gain=fitted[2], gain_stderr=fitted[3],
+        coefficients=torch.tensor(list(coefficients), dtype=torch.float64), methods=list(methods), tasks=tasks,
+        best_single=best_single,
         density=float(density), drop=float(drop), key=key,
     )  # fmt: skip
 

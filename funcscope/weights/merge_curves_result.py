@@ -71,7 +71,7 @@ class MergeCurves(Result):
     @derived("diagonal over Gauss-Newton form", per=("method", "task"))
     def diagonal_ratio(self) -> Forms | None:
         """1 where the diagonal is all that counts; below, parameters move together in directions that the loss feels."""
-        return None if self.diagonal is None else self.diagonal / self.quadratic
+        return None if self.diagonal is None or self.quadratic is None else self.diagonal / self.quadratic
 
     @property
     def coords(self) -> dict[str, list[object]]:
@@ -100,4 +100,4 @@ class MergeCurves(Result):
 
     def with_forms(self, forms: Mapping[str, Forms]) -> MergeCurves:
         """With increases and their quadratics."""
-        return replace(self, **forms)
+        return replace(self, **forms)  # type: ignore[arg-type]

@@ -147,14 +147,14 @@ def task_vectors(
     for members in views.values():
         places = places_of(layout, members).to(start.device)
         columns["products"].append(_products([tau[places] for tau in taus]))
-        columns["base"].append(torch.tensor(dot(start[places], start[places])).double())
+        columns["base"].append(torch.tensor(dot(start[places], start[places]), dtype=torch.float64))
         s = torch.stack([sign[places] for sign in signs]).to(wide(start.device))
         alike, both = s @ s.T, s.abs() @ s.abs().T
         columns["shared"].append(both.cpu().double())
         columns["kept"].append(both.diagonal().cpu().double())
         columns["opposed"].append(((both - alike) / 2).cpu().double())
     made = {name: torch.stack(each) for name, each in columns.items()}
-    sizes = torch.tensor([len(places_of(layout, each)) for each in views.values()]).double()
+    sizes = torch.tensor([len(places_of(layout, each)) for each in views.values()], dtype=torch.float64)
     whole = _products(taus)
     return TaskVectors(
         norms=made["products"].diagonal(dim1=1, dim2=2).sqrt().contiguous(),
@@ -174,10 +174,9 @@ def apply_task_vectors(base: Theta, taus: Sequence[Theta], scales: float | Seque
     """
     if isinstance(base, Tensor):
         factors = each_of("scales", scales, len(taus))
-        check_leaves("base, taus", (base, *taus))  # type: ignore[arg-type]
-        return by_parts(
-            lambda zero, *each: zero + sum(a * tau for a, tau in zip(factors, each, strict=True)), (base, *taus)
-        )  # type: ignore[arg-type]
+        both = [base, *(tau for tau in taus if isinstance(tau, Tensor))]
+        check_leaves("base, taus", both, least=1 + len(taus))
+        return by_parts(lambda zero, *each: zero + sum(a * x for a, x in zip(factors, each, strict=True)), both)
     for k, tau in enumerate(taus):
         if not isinstance(tau, Mapping):
             raise TypeError(f"`taus[{k}]` must be a dict of tensors as `base` is, got a {type(tau).__name__}.")
