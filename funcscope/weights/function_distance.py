@@ -59,7 +59,7 @@ class WeightDistance(Result):
     def notes(self) -> list[str]:
         zeros = [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if norm == 0]
         made = ["weights are given, not sampled: exact for these two; units that were permuted count as far apart."]
-        return made + [f"{zeros[0]} of the first model is 0: it has no relative distance."] * bool(zeros)
+        return made + [f"{name} of the first model is 0: it has no relative distance." for name in zeros[:1]]
 
 
 def weight_distance(first: Theta, second: Theta, layout: Layout) -> WeightDistance:
