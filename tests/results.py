@@ -118,6 +118,14 @@ from funcscope.weights import (
     ticket_overlap,
     weight_modularity,
     winning_tickets,
+    PermutationGroup,
+    elasticity,
+    function_distance,
+    merge_curves,
+    permutation_groups,
+    task_vectors,
+    weight_distance,
+    weight_matching,
 )
 
 NUM = 6
@@ -243,6 +251,12 @@ def predictions(scale: float = 1.0) -> torch.Tensor:
 
 def scored_labels() -> Labels:
     return fs.causal_lm.prepare(language().batches[0][0]["input_ids"][:, :4])[1]
+
+
+def hidden() -> list[PermutationGroup]:
+    """The hidden units of the classifier."""
+    with torch.random.fork_rng():
+        return permutation_groups(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
 
 
 EXAMPLES: dict[str, Callable[[], Result]] = {
@@ -440,6 +454,20 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         {"flat": cloud().view(-1, 20), "wide": cloud().view(-1, 15).exp()}, key=fs.key(0), num_bootstrap=9, num_null=19
     ),
     "MatrixRanks": lambda: effective_dimensionality(loss().layout.unravel(theta())),
+    "TaskVectors": lambda: task_vectors(theta(), [other(), -theta()], loss().layout, by="tensor", names=["a", "b"]),
+    "MergeCurves": lambda: merge_curves(
+        {"a": loss(), "b": second_loss()},
+        {"a": other(), "b": -theta()},
+        theta(),
+        key=fs.key(0),
+        methods=("ties", "fisher"),
+        coefficients=(0.0, 0.5),
+        num=1,
+    ),
+    "FunctionDistance": lambda: function_distance(loss(), theta(), other()),
+    "Elasticity": lambda: elasticity(loss(), theta(), other(), 0.5 * (theta() + other())),
+    "WeightDistance": lambda: weight_distance(theta(), other(), loss().layout),
+    "WeightMatching": lambda: weight_matching(theta(), other(), loss().layout, hidden(), key=fs.key(0)),
 }
 
 
