@@ -54,7 +54,10 @@ class TensorFile:
         self.path = path
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}.")
-        with one_line(f"{path} is damaged or no safetensors file: copy or make it again"), safe_open(path, "pt") as content:
+        with (
+            one_line(f"{path} is damaged or no safetensors file: copy or make it again"),
+            safe_open(path, "pt") as content,
+        ):
             self.metadata: dict[str, str] = content.metadata() or {}
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -108,7 +111,9 @@ class NewTensorFile:
         """Entries from `start` on, in the flat order of the tensor."""
         dtype, flat = self.tensors[name].dtype, value.detach().reshape(-1)
         if start + len(flat) > self.tensors[name].numel:
-            raise ValueError(f"`{name}` has {self.tensors[name].numel} entries, and {start + len(flat)} were to be written.")
+            raise ValueError(
+                f"`{name}` has {self.tensors[name].numel} entries, and {start + len(flat)} were to be written."
+            )
         if len(flat):
             raw = flat.to("cpu", dtype).contiguous().view(torch.uint8).numpy()
             _write(self._file, self._starts[name] + start * dtype.itemsize, raw)
@@ -172,7 +177,7 @@ def _read(file: BinaryIO, at: int, num: int, dtype: torch.dtype, path: Path) -> 
     flat = torch.empty(max(num, 0), dtype=dtype)
     if not len(flat):
         return flat
-    view = memoryview(flat.view(torch.uint8).numpy())
+    view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     file.seek(at)
     while view:
         got = file.readinto(view)  # type: ignore[attr-defined]  # of a raw file, which may give less than it is asked for
