@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from .. import __version__
 from .check import add_check
 from .commands import COMMANDS
+from .merging import add_fisher, add_merge
 from .options import with_flags
 from .runs import add_dashboard, add_demo, add_train
 from .studies import add_analyze, add_cache, add_command, add_metrics, add_report
@@ -36,7 +37,17 @@ def _parser() -> argparse.ArgumentParser:
     add_demo(commands)
     for one in COMMANDS:
         add_command(commands, one)
-    for add in (add_check, add_train, add_analyze, add_report, add_dashboard, add_metrics, add_cache):
+    for add in (
+        add_check,
+        add_merge,
+        add_fisher,
+        add_train,
+        add_analyze,
+        add_report,
+        add_dashboard,
+        add_metrics,
+        add_cache,
+    ):
         add(commands)
     return parser
 

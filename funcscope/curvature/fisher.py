@@ -156,7 +156,7 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     return out
 
 
-def _draws(loss: Loss, theta: Tensor, key: Key, num: int) -> list[list[Any]]:
+def _draws(loss: Loss, theta: Theta, key: Key, num: int) -> list[list[Any]]:
     """Per batch, `num` targets with drawn labels. Draw i of sequence r comes from the child (i, r) of the key."""
     first, drawn, sample = 0, [], loss.criterion.sample
     assert sample is not None

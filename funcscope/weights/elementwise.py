@@ -35,10 +35,19 @@ def check_leaves(name: str, leaves: Sequence[Tensor], least: int = 1, like: Tens
                 "of one architecture have a mean."
             )
         check_device(f"`{name}` at {k}", each.device, "the first", first.device)
-        if not bool(each.isfinite().all()):
+        if not all_finite(each):
             raise ValueError(
                 f"`{name}` must be finite, and the tensor at {k} has nan or infinity: look at the weights."
             )
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is nan or infinite: a finite sum says so at once, one that is not may have overflown.
+
+    >>> all_finite(torch.full((9,), 6e4, dtype=torch.float16)), all_finite(torch.tensor([0.0, torch.nan]))
+    (True, False)
+    """
+    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
 
 
 def each_of(name: str, values: float | Sequence[float], num: int) -> list[float]:

@@ -85,8 +85,8 @@ def global_cut(tensors: Callable[[], Iterable[Float[Tensor, "..."]]], density: f
         counts = torch.zeros(2**DIGIT, dtype=torch.int64)
         for each in tensors():
             codes = _codes(each, width)
-            codes = codes[codes >> (shift + DIGIT) == prefix] if rest else codes
-            counts += torch.bincount((codes >> shift) & (2**DIGIT - 1), minlength=2**DIGIT).cpu()
+            digits = (codes[codes >> (shift + DIGIT) == prefix] >> shift) & (2**DIGIT - 1) if rest else codes >> shift
+            counts += torch.bincount(digits, minlength=2**DIGIT).cpu()
         rest = rest or num_kept(int(counts.sum()), density)
         from_here = counts.flip(0).cumsum(0).flip(0)
         digit = int((from_here >= rest).nonzero().max())
@@ -101,4 +101,4 @@ _CODES = {32: torch.int32, 64: torch.int64}
 
 def _codes(x: Tensor, width: int) -> Tensor:
     """Magnitudes as integers of the same order."""
-    return x.abs().flatten().to(_FLOATS[width]).view(_CODES[width]).long()
+    return x.abs().flatten().to(_FLOATS[width]).view(_CODES[width])

@@ -8,7 +8,7 @@ is an argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -78,18 +78,39 @@ def slerp(a: Leaf, b: Leaf, t: float) -> Leaf:
     tensor([1.4142, 1.4142])
     """
     check_leaves("a, b", (a, b))
-    check_number("t", t, 0.0, 1.0)
-    one, other = (x.detach().to(wide(a.device)) for x in (a, b))
-    lengths = [math.sqrt(dot(x, x)) for x in (one, other)]
-    if not all(lengths):
+    shares = great_circle(lambda: [(a, b)], t)
+    if shares is None:
         return linear([a, b], [1 - t, t])
-    one, other = one / lengths[0], other / lengths[1]
-    apart, along = (math.sqrt(dot(x, x)) for x in (one - other, one + other))
+    return by_parts(lambda x, y: shares[0] * x + shares[1] * y, (a, b))
+
+
+def great_circle(parts: Callable[[], Iterable[tuple[Leaf, Leaf]]], t: float) -> tuple[float, float] | None:
+    """The two factors of `slerp` for a leaf that is never whole; None where it is the linear mean.
+
+    parts: called twice, always with the same parts of a and b.
+
+    >>> shares = great_circle(lambda: [(torch.ones(1), torch.zeros(1)), (torch.zeros(1), torch.ones(1))], 1 / 3)
+    >>> [round(share, 6) for share in shares]
+    [0.866025, 0.5]
+    """
+    check_number("t", t, 0.0, 1.0)
+
+    def wide_parts() -> Iterator[list[Tensor]]:
+        return ([x.detach().to(wide(x.device)) for x in pair] for pair in parts())
+
+    squares = [[dot(x, x) for x in pair] for pair in wide_parts()]
+    lengths = [math.sqrt(math.fsum(each)) for each in zip(*squares, strict=True)]
+    if not all(lengths):
+        return None
+    sums = [0.0, 0.0]
+    for pair in wide_parts():
+        one, other = (x / length for x, length in zip(pair, lengths, strict=True))
+        sums = [sums[0] + dot(one - other, one - other), sums[1] + dot(one + other, one + other)]
+    apart, along = map(math.sqrt, sums)
     angle = 2 * math.atan2(apart, along)
     if math.sin(angle) < (1e-8 if apart > along else 1e-150):
-        return linear([a, b], [1 - t, t])
-    first, second = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
-    return by_parts(lambda x, y: first * x + second * y, (a, b))
+        return None
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
 def task_arithmetic(base: Leaf, leaves: Sequence[Leaf], scales: float | Sequence[float]) -> Leaf:
