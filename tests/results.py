@@ -107,25 +107,25 @@ from funcscope.study.landscapes import flatness_profile
 from funcscope.study.measures import block_eigenvalues, effective_dimensionality, mean_loss
 from funcscope.study.trajectories import induction_curves, loss_comparison, training_curves, trajectory_plane
 from funcscope.weights import (
+    PermutationGroup,
     early_bird,
+    elasticity,
+    function_distance,
     iterative_magnitude_pruning,
     layer_spectra,
     masked_training,
+    merge_curves,
     modularity_score,
+    permutation_groups,
     pruning_robustness,
     separability,
     task_interference,
-    ticket_overlap,
-    weight_modularity,
-    winning_tickets,
-    PermutationGroup,
-    elasticity,
-    function_distance,
-    merge_curves,
-    permutation_groups,
     task_vectors,
+    ticket_overlap,
     weight_distance,
     weight_matching,
+    weight_modularity,
+    winning_tickets,
 )
 
 NUM = 6

@@ -248,7 +248,8 @@ def test_the_card_says_what_was_merged_and_how_without_places_of_this_machine(gp
     base, *models = gpt2
     out = merge_folders(models, base=base, method="ties", density=0.5, out=tmp_path / "out").path
     text = (out / "README.md").read_text()
-    assert str(tmp_path) not in text and str(models[0].parent) not in text
+    assert str(tmp_path) not in text
+    assert str(models[0].parent) not in text
     for words in ("ties", "density: 0.5", "scope: model", "`m0`", "`base`", "2306.01708", fs.__version__):
         assert words in text
     assert text.count("| `") == 4 + 4  # a name and a sum for each
@@ -325,7 +326,8 @@ def test_an_interrupted_merge_leaves_nothing(error, gpt2, tmp_path, monkeypatch)
     monkeypatch.setattr(merge_leaves.Merger, "merged", stopped)
     with pytest.raises(error):
         merge_folders(models, out=tmp_path / "out")
-    assert len(count) == 5 and list(tmp_path.iterdir()) == []
+    assert len(count) == 5
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     monkeypatch.undo()
     assert (merge_folders(models, out=tmp_path / "out").path / WEIGHTS).is_file()
@@ -406,7 +408,8 @@ def test_the_commands_make_fishers_and_merge_with_them(gpt2, tmp_path, capsys):
         call = ["fisher", str(model), "--data", data, "--out", file, "--num-samples", "4", "--draws", "2"]
         assert cli.main(call) == 0
     made = json.loads(TensorFile(Path(files[0])).metadata["made"])
-    assert (made["texts"], made["draws"], made["data"]) == (4, 2, "t.jsonl") and len(made["weights_sha256"]) == 64
+    assert (made["texts"], made["draws"], made["data"]) == (4, 2, "t.jsonl")
+    assert len(made["weights_sha256"]) == 64
     given = [str(model) for model in models[:2]]
     assert (
         cli.main(["merge", *given, "--method", "fisher", "--fisher", *files, "--out", str(tmp_path / "a"), "--quiet"])

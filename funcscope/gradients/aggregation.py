@@ -165,8 +165,10 @@ def aggregation_weights(
         raise ImportError("aggregation of gradients needs torchjd 0.8 or later: pip install 'torchjd>=0.8'.") from err
     scaled = gram.double().cpu() / gram.double().cpu().trace()
     if method == "pcgrad":
+        if key is None:
+            raise TypeError("`pcgrad` takes the tasks in random orders: write `key=fs.key(0)`.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold_in(check_key(key), "order").bits % 2**63)
+            torch.manual_seed(fold_in(key, "order").bits % 2**63)
             return aggregation.PCGradWeighting()(scaled)
     made: dict[str, Any] = {
         "mgda": lambda: aggregation.MGDAWeighting(epsilon=1e-7, max_iters=1000),
