@@ -242,8 +242,8 @@ def gradient_trajectory(
             nexts.append(_plain_cosine(before, gradient))
             length += learning_rate * norms[-2]
         before, last, at = gradient, at, at - learning_rate * gradient
-    made = (torch.tensor(each, dtype=torch.float64) for each in (losses, norms, [*nexts, math.nan], firsts))
-    return GradientTrajectory(*made, float(learning_rate), float((last - start).norm()), length)
+    a, b, c, d = (torch.tensor(each, dtype=torch.float64) for each in (losses, norms, [*nexts, math.nan], firsts))
+    return GradientTrajectory(a, b, c, d, float(learning_rate), float((last - start).norm()), length)
 
 
 def _plain_cosine(a: Tensor, b: Tensor) -> float:

@@ -20,7 +20,7 @@ class Communities(NamedTuple):
     p_value: float
 
 
-def communities(coupling: Matrix, *, key: Key, num: int) -> Communities:
+def communities(coupling: Float[Tensor, "b b"], *, key: Key, num: int) -> Communities:
     """Of the blocks that have a coupling, beside `num` graphs with the same couplings on permuted pairs."""
     there = ~coupling.diagonal().isnan()
     places = torch.full((len(coupling),), math.nan, dtype=torch.float64)
