@@ -24,9 +24,9 @@ def regression(num: int = 9, noise: float = 0.3, seed: int = 0, offset: float = 
 
 
 def test_cosines_are_those_of_pairs_of_different_sequences():
-    loss = regression(num=12, offset=2.0)
+    loss = regression(num=40, offset=3.0)
     thetas = [torch.zeros(3).double(), torch.tensor([0.5, 0.2, 0.0]).double(), torch.tensor([0.6, -0.4, 0.3]).double()]
-    result = alignment_trajectory(loss, thetas, [0, 10, 30])
+    result = alignment_trajectory(loss, thetas, [0, 10, 30], folds=40)
     (x, y) = loss.batches[0]
     rows = [(x @ theta - y[:, 0])[:, None] * x for theta in thetas]
     n = len(x)
@@ -43,7 +43,7 @@ def test_cosines_are_those_of_pairs_of_different_sequences():
     assert float(result.cosine_last[1]) == pytest.approx(cosine(1, 2))
     assert float(result.cosine_first[2]) == pytest.approx(cosine(0, 2))
     assert float(result.cosine_first[0]) == pytest.approx(1)
-    rest = torch.tensor([cosine(0, 1, [j for j in range(n) if j != i]) for i in range(n)])
+    rest = torch.tensor([cosine(0, 1, [j for j in range(n) if j != i]) for i in range(n)], dtype=torch.float64)
     stderr = ((n - 1) / n * (rest - rest.mean()).square().sum()).sqrt()
     assert float(result.cosine_next_stderr[0]) == pytest.approx(float(stderr))
     update = thetas[1] - thetas[0]

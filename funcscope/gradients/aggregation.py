@@ -127,7 +127,8 @@ def aggregation_weights(
 ) -> Float[Tensor, " k"]:
     r"""The weights of k tasks by a method of torchjd, from the inner products of their gradients.
 
-    `mean`: 1/k. `pcgrad`: every gradient without what is against another one, in random order, and added up. `mgda`: the
+    `mean`: 1/k. `pcgrad`: every gradient without what is against another one, in random order, and added up
+    (proofs/pcgrad_conflict.py). `mgda`: the
     shortest vector of the convex hull; for two, $w_1 = (K_{22} - K_{12}) / (K_{11} - 2 K_{12} + K_{22})$ in [0, 1]. `imtl_g`:
     equal projections on all unit gradients. `aligned_mtl`: their span with equal singular values. `upgrad`, `dualproj`: each,
     or their mean, projected on the cone of directions against nobody. `cagrad`: the direction within c of the mean's length
@@ -165,8 +166,8 @@ def aggregation_weights(
         raise ImportError("aggregation of gradients needs torchjd 0.8 or later: pip install 'torchjd>=0.8'.") from err
     scaled = gram.double().cpu() / gram.double().cpu().trace()
     if method == "pcgrad":
-        if key is None:
-            raise TypeError("`pcgrad` takes the tasks in random orders: write `key=fs.key(0)`.")
+        check_key(key)
+        assert key is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold_in(key, "order").bits % 2**63)
             return aggregation.PCGradWeighting()(scaled)
