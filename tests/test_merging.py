@@ -165,8 +165,8 @@ def test_dare_draws_the_masks_of_its_seed_whatever_else_is_merged(gpt2, tmp_path
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_fisher_file_is_the_diagonal_of_the_same_draws(name, tmp_path):
     loss = loss_of(name, torch.float32).split(1)
-    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(5), num=3)
-    want = loss.layout.unravel(fisher_diagonal_mc(loss, loss.net.theta, key=fs.key(5), num=3).value)
+    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(5), num=2)
+    want = loss.layout.unravel(fisher_diagonal_mc(loss, loss.net.theta, key=fs.key(5), num=2).value)
     got = load_file(tmp_path / "f.safetensors")
     assert got.keys() == want.keys()
     for leaf in want:
@@ -248,7 +248,8 @@ def test_the_card_says_what_was_merged_and_how_without_places_of_this_machine(gp
     base, *models = gpt2
     out = merge_folders(models, base=base, method="ties", density=0.5, out=tmp_path / "out").path
     text = (out / "README.md").read_text()
-    assert str(tmp_path) not in text and str(models[0].parent) not in text
+    assert str(tmp_path) not in text
+    assert str(models[0].parent) not in text
     for words in ("ties", "density: 0.5", "scope: model", "`m0`", "`base`", "2306.01708", fs.__version__):
         assert words in text
     assert text.count("| `") == 4 + 4  # a name and a sum for each
@@ -285,9 +286,9 @@ def test_models_of_several_dtypes_merge_into_the_widest(gpt2, tmp_path):
 
 def test_files_are_the_librarys_format_and_parts_are_those_of_the_whole(tmp_path):
     x = {
-        "a": torch.randn(3, 5),
+        "a": torch.linspace(-1, 1, 15).view(3, 5),
         "b": torch.arange(4, dtype=torch.uint8),
-        "c": torch.randn(7).bfloat16(),
+        "c": torch.linspace(0, 1, 7).bfloat16(),
         "d": torch.zeros(0, 2),
     }
     shapes = {name: Shape(value.dtype, tuple(value.shape)) for name, value in x.items()}
@@ -325,7 +326,8 @@ def test_an_interrupted_merge_leaves_nothing(error, gpt2, tmp_path, monkeypatch)
     monkeypatch.setattr(merge_leaves.Merger, "merged", stopped)
     with pytest.raises(error):
         merge_folders(models, out=tmp_path / "out")
-    assert len(count) == 5 and list(tmp_path.iterdir()) == []
+    assert len(count) == 5
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     monkeypatch.undo()
     assert (merge_folders(models, out=tmp_path / "out").path / WEIGHTS).is_file()
@@ -339,11 +341,11 @@ WRONG = {
     "a base too many": (lambda b, m, t: (m, {"base": b}), "has no base"),
     "its own base": (lambda b, m, t: (m, {"method": "ties", "base": m[1]}), "its own base"),
     "twice": (lambda b, m, t: ([m[0], m[0]], {}), "given twice"),
-    "density 0": (lambda b, m, t: (m, {"method": "ties", "base": b, "density": 0}), "`density` must be"),
+    "density 0": (lambda b, m, t: (m, {"method": "ties", "base": b, "density": 0.0}), "`density` must be"),
     "drop 1": (lambda b, m, t: (m, {"method": "dare", "base": b, "drop": 1.0}), "`drop` must be"),
-    "two weights": (lambda b, m, t: (m, {"weights": [1, 2]}), "each of the 3 models, got 2"),
-    "nan weight": (lambda b, m, t: (m, {"weights": [1, 2, float("nan")]}), "`weights` must be a finite number"),
-    "weights of 0": (lambda b, m, t: (m, {"weights": [1, -2, 1]}), "must not sum to 0"),
+    "two weights": (lambda b, m, t: (m, {"weights": [1.0, 2.0]}), "each of the 3 models, got 2"),
+    "nan weight": (lambda b, m, t: (m, {"weights": [1.0, 2.0, float("nan")]}), "`weights` must be a finite number"),
+    "weights of 0": (lambda b, m, t: (m, {"weights": [1.0, -2.0, 1.0]}), "must not sum to 0"),
     "no data": (lambda b, m, t: (m, {"method": "fisher"}), "or its texts"),
     "data of two": (lambda b, m, t: (m, {"method": "fisher", "data": [DataSpec("x")] * 2}), "each of the 3 models"),
     "no such data": (lambda b, m, t: (m, {"method": "fisher", "data": [DataSpec("no/x.jsonl")] * 3}), "no file"),
@@ -406,7 +408,8 @@ def test_the_commands_make_fishers_and_merge_with_them(gpt2, tmp_path, capsys):
         call = ["fisher", str(model), "--data", data, "--out", file, "--num-samples", "4", "--draws", "2"]
         assert cli.main(call) == 0
     made = json.loads(TensorFile(Path(files[0])).metadata["made"])
-    assert (made["texts"], made["draws"], made["data"]) == (4, 2, "t.jsonl") and len(made["weights_sha256"]) == 64
+    assert (made["texts"], made["draws"], made["data"]) == (4, 2, "t.jsonl")
+    assert len(made["weights_sha256"]) == 64
     given = [str(model) for model in models[:2]]
     assert (
         cli.main(["merge", *given, "--method", "fisher", "--fisher", *files, "--out", str(tmp_path / "a"), "--quiet"])
@@ -417,7 +420,7 @@ def test_the_commands_make_fishers_and_merge_with_them(gpt2, tmp_path, capsys):
     assert "parameters of 2 models" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "b") is not None
     assert cli.main([*call, "--out", str(tmp_path / "b")]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
     assert (
         cli.main(["merge", *given, "--density", "0", "--method", "ties", "--base", str(models[2]), "--out", "x"]) == 2
     )
