@@ -165,8 +165,8 @@ def test_dare_draws_the_masks_of_its_seed_whatever_else_is_merged(gpt2, tmp_path
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_fisher_file_is_the_diagonal_of_the_same_draws(name, tmp_path):
     loss = loss_of(name, torch.float32).split(1)
-    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(5), num=3)
-    want = loss.layout.unravel(fisher_diagonal_mc(loss, loss.net.theta, key=fs.key(5), num=3).value)
+    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(5), num=2)
+    want = loss.layout.unravel(fisher_diagonal_mc(loss, loss.net.theta, key=fs.key(5), num=2).value)
     got = load_file(tmp_path / "f.safetensors")
     assert got.keys() == want.keys()
     for leaf in want:
@@ -285,11 +285,10 @@ def test_models_of_several_dtypes_merge_into_the_widest(gpt2, tmp_path):
 
 
 def test_files_are_the_librarys_format_and_parts_are_those_of_the_whole(tmp_path):
-    draws = torch.Generator().manual_seed(0)
     x = {
-        "a": torch.randn(3, 5, generator=draws),
+        "a": torch.linspace(-1, 1, 15).view(3, 5),
         "b": torch.arange(4, dtype=torch.uint8),
-        "c": torch.randn(7, generator=draws).bfloat16(),
+        "c": torch.linspace(0, 1, 7).bfloat16(),
         "d": torch.zeros(0, 2),
     }
     shapes = {name: Shape(value.dtype, tuple(value.shape)) for name, value in x.items()}
@@ -342,11 +341,11 @@ WRONG = {
     "a base too many": (lambda b, m, t: (m, {"base": b}), "has no base"),
     "its own base": (lambda b, m, t: (m, {"method": "ties", "base": m[1]}), "its own base"),
     "twice": (lambda b, m, t: ([m[0], m[0]], {}), "given twice"),
-    "density 0": (lambda b, m, t: (m, {"method": "ties", "base": b, "density": 0}), "`density` must be"),
+    "density 0": (lambda b, m, t: (m, {"method": "ties", "base": b, "density": 0.0}), "`density` must be"),
     "drop 1": (lambda b, m, t: (m, {"method": "dare", "base": b, "drop": 1.0}), "`drop` must be"),
-    "two weights": (lambda b, m, t: (m, {"weights": [1, 2]}), "each of the 3 models, got 2"),
-    "nan weight": (lambda b, m, t: (m, {"weights": [1, 2, float("nan")]}), "`weights` must be a finite number"),
-    "weights of 0": (lambda b, m, t: (m, {"weights": [1, -2, 1]}), "must not sum to 0"),
+    "two weights": (lambda b, m, t: (m, {"weights": [1.0, 2.0]}), "each of the 3 models, got 2"),
+    "nan weight": (lambda b, m, t: (m, {"weights": [1.0, 2.0, float("nan")]}), "`weights` must be a finite number"),
+    "weights of 0": (lambda b, m, t: (m, {"weights": [1.0, -2.0, 1.0]}), "must not sum to 0"),
     "no data": (lambda b, m, t: (m, {"method": "fisher"}), "or its texts"),
     "data of two": (lambda b, m, t: (m, {"method": "fisher", "data": [DataSpec("x")] * 2}), "each of the 3 models"),
     "no such data": (lambda b, m, t: (m, {"method": "fisher", "data": [DataSpec("no/x.jsonl")] * 3}), "no file"),
@@ -421,7 +420,7 @@ def test_the_commands_make_fishers_and_merge_with_them(gpt2, tmp_path, capsys):
     assert "parameters of 2 models" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "b") is not None
     assert cli.main([*call, "--out", str(tmp_path / "b")]) == 2
-    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
     assert (
         cli.main(["merge", *given, "--density", "0", "--method", "ties", "--base", str(models[2]), "--out", "x"]) == 2
     )
