@@ -106,7 +106,7 @@ def layer_spectra(
     (`fit_power_law`), its error where xmin is known, its 95 % bootstrap interval that chooses xmin each time, and the
     likelihood ratio over a log-normal tail (`log_normal_ratio`). Eigenvalues of one matrix repel one another and are no
     independent draws: error, interval and p value are those of the field, and hold for independent ones. Of 300 draws from a
-    Pareto law with exponent 3 the interval held it in 93 of 100 repetitions.
+    Pareto law with exponent 3 the interval held it in 94 of 100 repetitions.
 
     A matrix of independent entries has no tail to have an exponent. `random_distance` is the Kolmogorov-Smirnov distance
     of the spectrum, over its mean, from Marchenko and Pastur's law for the shape; its p value is the share of `num_null`
