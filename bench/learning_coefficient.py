@@ -25,7 +25,7 @@ from funcscope.landscape import learning_coefficient
 
 
 def row(step: int, folder: Path, points: dict[int, modular.Point], options: argparse.Namespace) -> dict[str, float]:
-    params = modular.checkpoint(modular.QUICK, folder, step)
+    params = modular.checkpoint(modular.QUICK, folder, step).params
     net = fs.functional(modular.make(modular.QUICK))
     loss = fs.objective(net, [modular.data(modular.QUICK, "train")], modular.CRITERION)
     theta = net.layout.ravel(params)
