@@ -178,7 +178,7 @@ def learning_coefficient(
     (no learning coefficient is above P / 2), or whose mean square distance is above 10 times the $P / \gamma$ of the
     localisation alone. It is counted and left out; without half of the chains there is no estimate. Buffers, such as the
     running statistics of batch norms, stay those of $w^*$. Of 95 % intervals (Student's t over 4 chains, a quadratic, 200
-    repetitions) 95 % hold the value above.
+    repetitions) 96 % hold the exact mean of these finite chains.
 
     batch_size: sequences of a minibatch; None is the whole loss, whose gradients have no noise. Its noise adds to the spread
     of the chains, and so to the estimate. chunk_size: chains that are evaluated together.

@@ -130,7 +130,7 @@ def _swept(
     )
     valid = (diverged == 0) & (r_hat <= MIXED)
     runs = [plateau(*row, tolerance=tolerance) for row in zip(value, stderr, valid, strict=True)]
-    rows = [_on(run, one, error, sizes) for run, one, error in zip(runs, value, stderr, strict=True)]
+    rows = [_on(run, *row, sizes) for run, row in zip(runs, zip(value, stderr, strict=True), strict=True)]
     mean, error, low, high = torch.tensor(rows, dtype=torch.float64).T
     return LearningCoefficientSweep(
         estimates=value, estimates_stderr=stderr, r_hat=r_hat, num_diverged=diverged, learning_coefficient=mean,

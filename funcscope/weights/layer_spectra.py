@@ -148,9 +148,10 @@ def layer_spectra(
     q = q_values([each["random_p"] for each in against])
     rows = []
     for (name, each), far, own_q in zip(spectra.items(), against, q, strict=True):
-        at = fold_in(key, name)
-        tail: dict[str, Any] = {} if own_q > LEVEL else {"key": at, "num": num_bootstrap}
-        rows.append(_fitted(each, xmax, least, **tail) | far | {"random_q": own_q} | _sizes(matrices[name], each))
+        at = None if own_q > LEVEL else fold_in(key, name)
+        rows.append(
+            _fitted(each, xmax, least, at, num_bootstrap) | far | {"random_q": own_q} | _sizes(matrices[name], each)
+        )
     columns = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     return LayerSpectra(**columns, matrices=[*spectra], num_bootstrap=num_bootstrap, num_null=num_null, key=key)
 
@@ -172,9 +173,7 @@ def _against(spectrum: _Spectrum, null: Null) -> dict[str, float]:
     return {"random_distance": far, "random_p": p, "num_spikes": spikes}
 
 
-def _fitted(
-    spectrum: _Spectrum, xmax: float | None, least: int, key: Key | None = None, num: int = 0
-) -> dict[str, float]:
+def _fitted(spectrum: _Spectrum, xmax: float | None, least: int, key: Key | None, num: int) -> dict[str, float]:
     """The tail; nan without a key."""
     x = spectrum.positive if xmax is None else spectrum.positive[spectrum.positive <= xmax]
     fit, ends, ratio = NO_FIT, (math.nan, math.nan), LikelihoodRatio(math.nan, math.nan, math.nan)
