@@ -91,8 +91,14 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_do(made, tmp_path):
         analyze_models([], config(data, out))
     with pytest.raises(ValueError, match="no metric is asked for"):
         UnifiedConfig().selected()
-    with pytest.raises(ValueError, match=r"gradient_flow.* not here yet.*hessian_eigenvalues"):
-        UnifiedConfig(compute_gradients=True).selected()
+    with pytest.raises(ValueError, match=r"task_vectors.* look at several data sets"):
+        UnifiedConfig(compute_bombshell=True).selected()
+    gradients = UnifiedConfig(
+        compute_gradients=True, gradient_trajectory_steps=7, compute_gradient_flow=False
+    ).selected()
+    assert [(one.name, one.settings.get("steps")) for one in gradients] == [
+        ("gradient_pathology", None), ("gradient_trajectory", 7),
+    ]  # fmt: skip
     names = {"a": "a.jsonl", "b": "b.jsonl"}
     both = UnifiedConfig(compute_fisher=True, dataset_name=names, compute_qkov=False, compute_fisher_eigenvalues=False)
     one_task = ["fisher_information", "fisher_importance"]
@@ -122,10 +128,6 @@ def test_compute_all_is_everything_that_is_there():
     assert {each.name for each in fields(UnifiedConfig)} >= {"metrics", "settings"}
 
 
-REFUSED = {
-    "compute_gradients", "compute_modularity", "compute_lottery", "compute_bombshell",
-}  # fmt: skip
-"""Flags of which no metric is here yet."""
 BLOCKS = [
     {"compute_fisher": True, "compute_qkov": True, "fisher_batch_size": 128, "fisher_n_samples": 1000,
      "compute_fisher_eigenvalues": True, "enable_qkov_interference": True, "enable_cross_task_conflicts": True},
@@ -135,7 +137,8 @@ BLOCKS = [
      "loss_landscape_batches": 10},
     {"compute_gradients": True, "gradient_trajectory_steps": 100, "compute_gradient_flow": True,
      "compute_gradient_pathology": True},
-    *({flag: True, "batch_size": 32} for flag in sorted(REFUSED - {"compute_gradients"})),
+    *({flag: True, "batch_size": 32} for flag in ("compute_modularity", "compute_lottery")),
+    {"compute_bombshell": True, "batch_size": 32, "dataset_name": {"a": "a.jsonl", "b": "b.jsonl"}},
     {"compute_information_theory": True, "batch_size": 32}, {"compute_representations": True, "batch_size": 32},
     {"batch_size": 32, "min_batch_size": 4, "adaptive_batch_sizing": True},
     {"enable_memory_tracking": True, "verbose": True}, {"max_memory_gb": 70.0, "skip_on_error": True},
@@ -148,15 +151,11 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("fields", BLOCKS, ids=lambda fields: next(iter(fields)))
-@pytest.mark.filterwarnings("ignore:.*left out")
 def test_every_documented_configuration_is_accepted_and_selects_what_is_there(fields):
     chosen = UnifiedConfig(**fields)
     assert UnifiedConfig.of(json.loads(json.dumps(asdict(chosen)))) == chosen
     flags = {name for name in (*FLAGS, "compute_all") if fields.get(name)}
-    if refused := flags & REFUSED:
-        with pytest.raises(ValueError, match=f"`{refused.pop()}` asks for .* not here yet"):
-            chosen.selected()
-    elif flags:
+    if flags:
         assert {each for flag in flags - {"compute_all"} for each in chosen.asked_by(flag)} <= {
             one.name for one in chosen.selected()
         }
@@ -191,8 +190,8 @@ def test_the_documented_classes_work_by_hand(made):
     assert cache.get_stats()["total_size_mb"] > 0
     cache.clear_model_cache(paths[0])
     assert cache.get_stats()["num_entries"] == 0
-    with pytest.raises(ValueError, match=r"gradient_flow.* not here yet"):
-        analyzer.compute_gradient_analysis(model, tokenizer)
+    gradients = analyzer.compute_gradient_analysis(model, tokenizer)
+    assert {"gradient_flow", "gradient_pathology"} <= gradients.keys()
     fs.cleanup_memory(verbose=False, reason="after")
 
 

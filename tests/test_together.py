@@ -17,6 +17,7 @@ from funcscope.study.cache import Cache, Outcome
 from funcscope.study.catalogue import CATALOGUE, metric
 from funcscope.study.engine import run
 from funcscope.study.metric import Metric
+from funcscope.study.parameter_metrics import GRADIENTS, WEIGHTS
 from funcscope.study.results import Results
 from funcscope.study.sources import InMemory
 from funcscope.study.together import arranged, groups_of, phases_of
@@ -351,3 +352,65 @@ def test_a_model_without_experts_is_named():
     one = Metric("merged", merged, ("task_losses", "experts", "theta"), on="experts")
     with pytest.warns(UserWarning, match="fine-tuned from one base"):
         assert run([one], [of_two("base", 1.0), of_two("one", 2.0)], tasks=("prose", "code")) == []
+
+
+def fine_tuned(name, scale, run=""):
+    """A language model on two data sets, moved by `scale`."""
+    net = made.language().net
+    ids = {task: seeded(seed, lambda: torch.randint(1, 9, (6, 5))) for task, seed in (("prose", 1), ("code", 2))}
+    losses = {task: fs.objective(net, [{"input_ids": each}], fs.causal_lm) for task, each in ids.items()}
+    theta = net.theta + scale * fs.normal(fs.fold_in(fs.key(7), name), net.theta)
+    step = int(name.rpartition("@")[2]) if run else None
+    return InMemory(losses, name, theta=theta, at=step, run=run, content="1")
+
+
+SEVERAL = {
+    "gradient_aggregation": {"methods": ["mean"]},
+    "gradient_alignment": {"num": 19},
+    "influence": {"damping": 1.0},
+    "merge_curves": {"coefficients": [0.0, 1.0], "num": 2},
+    "most_influential": {"damping": 1.0},
+    "separability": {"num": 19},
+    "ties_merging": {"coefficients": [0.0, 1.0]},
+    "fisher_merging": {"coefficients": [0.0, 1.0], "num": 2},
+}
+"""Of metrics of several subjects, settings for small data."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(one.name, marks=pytest.mark.slow) if one.name == "merge_curves" else one.name
+        for one in (*GRADIENTS, *WEIGHTS)
+        if one.on != "model"
+    ],
+)
+def test_every_metric_of_several_gives_what_its_function_gives_and_comes_back_from_the_cache(name, tmp_path):
+    one = metric(name).configured(**SEVERAL.get(name, {}))
+    if one.on == "series":
+        sources = [fine_tuned(f"run@{step}", 0.1 * step, "run") for step in (0, 1, 2)]
+    else:
+        three = [fine_tuned(*each) for each in (("base", 0.0), ("prose", 0.1), ("code", 0.1))]
+        sources = three if one.on == "experts" else three[:1]
+    cache = Cache(tmp_path)
+    (first,) = run([one], sources, tasks=("prose", "code"), cache=cache)
+    assert first.ok, first.traceback
+    (again,) = run([one], sources, tasks=("prose", "code"), cache=cache)
+    assert again.reused
+    assert again.result == first.result
+    base, *others = sources
+    given = {
+        "first_loss": base.losses["prose"], "second_loss": base.losses["code"], "task_losses": base.losses,
+        "loss": sources[-1].losses["prose"], "theta": base.theta, "thetas": [each.theta for each in sources],
+        "experts": {each.id: each.theta for each in others}, "steps": [0, 1, 2], "names": [each.id for each in sources],
+        "token_names": lambda ids: [*map(str, ids)],
+    }  # fmt: skip
+    drawn = {"key": fs.key(42)} if "key" in one.needs else {}
+    direct = one.call(*(given[need] for need in one.needs if need != "key"), **drawn, **one.settings, **one.plan)
+    assert first.result == direct
+    for word in one.sentence.replace("}", "{").split("{")[1::2]:
+        assert word in first.result.asdict(), word
+    for quantity in one.drawn:
+        assert quantity in {each.name or key for key, each in first.result.quantities().items()} | {
+            *first.result.asdict()
+        }, quantity

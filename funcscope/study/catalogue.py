@@ -24,8 +24,8 @@ from .activation_metrics import INFORMATION, MECHANISTIC, REPRESENTATION
 from .metric import CATALOGUE as CATALOGUE
 from .metric import KEY, Metric, of_function, register
 from .metric import metric as metric
+from .parameter_metrics import GRADIENTS, TWO_TASKS, WEIGHTS
 
-TWO_TASKS = ("first_loss", "second_loss", "theta")
 PRODUCT = 6
 """Forward passes that one product with the Hessian costs, the graph being kept."""
 
@@ -197,6 +197,6 @@ for _one in (
         "directional_comparison", trajectories.directional_comparison, ("names", "mean_loss", "directional_losses"),
         on="pair", category="landscape", cost=lambda _: 0,
     ),
-    *MECHANISTIC, *INFORMATION, *REPRESENTATION,
+    *MECHANISTIC, *INFORMATION, *REPRESENTATION, *GRADIENTS, *WEIGHTS,
 ):  # fmt: skip
     register(_one)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from .meter import Options
 from .metric import Metric, nearest
 from .texts import DataSpec, Usual
 
+LONG = ("learning_coefficient_sweep",)
+"""Metrics that take hours on most models: measured where they are asked for by name."""
 OF_TASKS = ("tasks", "experts")
 """What metrics look at that needs several data sets."""
 PREFIX = "FUNCSCOPE_"
@@ -33,7 +34,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
         "qkov_interference",
         "fisher_methods",
     ),
-    "compute_gradients": ("gradient_flow", "gradient_pathology"),
+    "compute_gradients": ("gradient_flow", "gradient_pathology", "gradient_trajectory"),
     "compute_information_theory": ("mutual_information", "entropy", "pid_analysis"),
     "compute_representations": ("dead_neurons", "superposition", "feature_geometry"),
     "compute_mechanistic": ("attention_patterns", "induction_heads", "qk_ov_circuits"),
@@ -54,9 +55,9 @@ class UnifiedConfig:
     several by name: every model is then measured on each, as "MODEL on NAME", and on every two together, as "MODEL on ONE and
     OTHER" (`enable_qkov_interference`, also known as `compute_qkov`, and `enable_cross_task_conflicts` say whether heads and
     conflicts are among what `compute_fisher` asks for there, `compute_fisher_eigenvalues` whether methods are compared).
-    `model_name` is the model where no path is passed, `base_model` the one that pairs compare the others with. The fields of
-    metrics that are not here have no effect so far. Raises TypeError for an unknown field, ValueError for one of the wrong
-    kind.
+    `model_name` is the model where no path is passed, `base_model` the one that pairs compare the others with, and that the
+    models of `compute_bombshell` were fine-tuned from, each on the data set that has the name of its folder. Raises TypeError
+    for an unknown field, ValueError for one of the wrong kind.
     """
 
     model_name: str | None = None
@@ -184,9 +185,8 @@ class UnifiedConfig:
         """
         names = list(self.metrics)
         if self.compute_all:
-            names += [
-                name for name, one in CATALOGUE.items() if one.on == "model" or (one.on in OF_TASKS and self._has_tasks)
-            ]
+            kinds = ("model", *(OF_TASKS if self._has_tasks else ()))
+            names += [name for name, one in CATALOGUE.items() if one.on in kinds and name not in LONG]
         for flag in FLAGS:
             if getattr(self, flag):
                 names += self.asked_by(flag)
@@ -206,25 +206,24 @@ class UnifiedConfig:
         return isinstance(self.dataset_name, Mapping) and len(self.dataset_name) > 1
 
     def asked_by(self, flag: str) -> list[str]:
-        """The metrics of a flag that are there; those of two data sets where there are several.
+        """The metrics of a flag; those of several data sets where there are several.
 
-        Raises ValueError where none is, warns where some are not.
+        Raises ValueError where none is left.
         """
         off = {
             "cross_task_conflicts": not self.enable_cross_task_conflicts,
             "qkov_interference": not self.enable_qkov_interference,
             "fisher_methods": not self.compute_fisher_eigenvalues,
+            "gradient_flow": not self.compute_gradient_flow,
+            "gradient_pathology": not self.compute_gradient_pathology,
         }
-        needs_two = {name for name, one in CATALOGUE.items() if one.on in OF_TASKS and not self._has_tasks}
-        wanted = [name for name in FLAGS[flag] if not off.get(name) and name not in needs_two]
-        there = [name for name in wanted if name in CATALOGUE]
+        wanted = [name for name in FLAGS[flag] if not off.get(name)]
+        there = [name for name in wanted if self._has_tasks or metric(name).on not in OF_TASKS]
         if not there:
             raise ValueError(
-                f"`{flag}` asks for {', '.join(wanted)}, which are not here yet: "
-                f"there are {', '.join(sorted(CATALOGUE))}."
+                f"`{flag}` asks for {', '.join(wanted)}, which look at several data sets: give them by name, "
+                "`dataset_name={'prose': 'prose.jsonl', 'code': 'code.jsonl'}`."
             )
-        if absent := [name for name in wanted if name not in CATALOGUE]:
-            warnings.warn(f"`{flag}`: {', '.join(absent)} are not here yet, and left out.", stacklevel=4)
         return there
 
     def configured(self, name: str) -> Metric:
@@ -241,6 +240,7 @@ class UnifiedConfig:
                     "qkov_interference",
                 )
             },
+            "gradient_trajectory": (None, {"steps": self.gradient_trajectory_steps}),
             "loss_landscape_2d": (
                 "landscape",
                 {
