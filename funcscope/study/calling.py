@@ -110,6 +110,9 @@ class Call:
         """Of its loss; without one, of the results that it is made of, or of what its subject says."""
         if self.loss is not None:
             return self.loss.criterion.unit
+        units = {loss.criterion.unit for loss in self.subject.losses.values()}
+        if len(units) == 1 and {"first_loss", "task_losses"} & {*self.one.needs}:
+            return units.pop()
         known = self.subject.own.get("unit", other)
         return next((each.unit for parts in self.needed.values() for each in parts), known)
 

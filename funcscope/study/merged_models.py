@@ -11,10 +11,13 @@ from ..core.objective import Loss
 from ..curvature.gram import Blocks
 from ..weights import merge_curves as curves_of
 from ..weights import task_vectors as vectors_of
+from ..weights import ticket_overlap as overlap_of
 from ..weights.merge_curves import COEFFICIENTS, USUAL
 from ..weights.merge_curves_result import MergeCurves
 from ..weights.merging import Method
+from ..weights.prunable import Prunable, Scope
 from ..weights.task_vectors import TaskVectors
+from ..weights.ticket_overlap import TicketOverlap
 
 Losses = Mapping[str, Loss]
 Models = Mapping[str, Tensor]
@@ -26,6 +29,21 @@ def task_vectors(
     """Differences of fine-tuned models to their base: lengths, cosines, and signs that oppose each other after trimming."""
     layout = next(iter(losses.values())).layout
     return vectors_of(base, [*experts.values()], layout, by=by, density=density, names=[*experts])
+
+
+def ticket_overlap(
+    losses: Losses,
+    experts: Models,
+    base: Tensor,
+    *,
+    density: float = 0.5,
+    scope: Scope = "global",
+    prunable: Prunable = "linear",
+) -> TicketOverlap:
+    """How much the masks of the largest weights of fine-tuned models and their base overlap beyond chance."""
+    layout, names = next(iter(losses.values())).layout, ["base", *experts]
+    given = {"density": density, "scope": scope, "prunable": prunable}
+    return overlap_of(layout, [base, *experts.values()], names, **given)  # type: ignore[arg-type]
 
 
 def merge_curves(

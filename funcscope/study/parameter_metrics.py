@@ -21,7 +21,6 @@ from ..weights.layer_spectra import layer_spectra
 from ..weights.modularity import modularity_score
 from ..weights.pruning import pruning_robustness, structured_pruning
 from ..weights.separability import separability
-from ..weights.ticket_overlap import ticket_overlap
 from ..weights.winning_tickets import winning_tickets
 from . import merged_models
 from .metric import KEY, Metric, of_function
@@ -128,8 +127,8 @@ WEIGHTS: tuple[Metric, ...] = (
     ),
     of_function(
         "separability", separability, (*TWO_TASKS, KEY), on="tasks", category="weights", plan=("chunk_size",),
-        drawn=("separability", "p_differ"), cost=lambda _: 12,
-        sentence="The tasks are separable to {separability_of_all} (p {p_differ_of_all}).",
+        drawn=("separability",), cost=lambda _: 12,
+        sentence="The separability of the tasks is {separability_of_all} (p {p_differ_of_all}).",
     ),
     of_function(
         "task_interference", task_interference, TWO_TASKS, on="tasks", category="weights", plan=("chunk_size",),
@@ -161,8 +160,8 @@ WEIGHTS: tuple[Metric, ...] = (
         sentence="Masks settle at step {emergence_step}; random ones are {chance_distance} apart.",
     ),
     of_function(
-        "ticket_overlap", ticket_overlap, ("loss", "thetas", "names"), on="series", category="weights", cost=lambda _: 0,
-        drawn=("kappa", "z"),
+        "ticket_overlap", merged_models.ticket_overlap, EXPERTS, on="experts", category="weights", cost=lambda _: 0,
+        drawn=("kappa",), reference="Frankle, Carbin (2019), arXiv:1803.03635",
     ),
     of_function(
         "layer_spectra", layer_spectra, ("params", KEY), category="weights", cost=lambda _: 0,

@@ -24,7 +24,7 @@ from .reading import DRAWS, Drawn, Look, Seen, are_numbers, captioned, gone, nam
 MOST_SUBJECTS = 4
 """Subjects that are told apart by colour, or have a figure each; of more, some are drawn."""
 MOST_BARS, MOST_LINES = 60, 12
-RUNNING = ("step", "t", "epsilon")
+RUNNING = ("step", "t", "epsilon", "sparsity", "coefficient")
 """Axes along which a quantity that has another one is drawn as lines."""
 
 

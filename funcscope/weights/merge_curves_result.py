@@ -34,7 +34,7 @@ class MergeCurves(Result):
     )
     best_loss_stderr: Float[Tensor, " m"]
     gain: Float[Tensor, " m"] = quantity(
-        "the same above the best single model", unit="loss", per="method", stderr="gain_stderr"
+        "mean loss above the best single model", unit="loss", per="method", stderr="gain_stderr"
     )
     gain_stderr: Float[Tensor, " m"]
     coefficients: Float[Tensor, " c"] = internal()
