@@ -453,3 +453,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         (tmp_path / name / "config.json").write_text('{"model_type": "gpt2"}')
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 150
+
+
+def test_an_interrupted_command_says_so_and_leaves_nothing(gpt2, tmp_path, monkeypatch, capsys):
+    _, *models = gpt2
+
+    def stopped(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_leaves.Merger, "merged", stopped)
+    assert cli.main(["merge", str(models[0]), str(models[1]), "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

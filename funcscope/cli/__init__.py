@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError, MemoryError, RuntimeError) as err:
         print(f"funcscope: {with_flags(_one_line(err), vars(args))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a command that keeps something says so itself
+        print("\nfuncscope: interrupted; nothing was written.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
