@@ -463,5 +463,5 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(gpt2, tmp_path, monke
 
     monkeypatch.setattr(merge_leaves.Merger, "merged", stopped)
     assert cli.main(["merge", str(models[0]), str(models[1]), "--out", str(tmp_path / "out"), "--quiet"]) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "interrupted; nothing half-made is left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"funcscope: {with_flags(_one_line(err), vars(args))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a command that keeps something says so itself
-        print("\nfuncscope: interrupted; nothing was written.", file=sys.stderr)
+        print("\nfuncscope: interrupted; nothing half-made is left.", file=sys.stderr)
         return 130
 
 
