@@ -51,6 +51,7 @@ def u_statistic(x: torch.Tensor, y: torch.Tensor | None = None) -> float:
     return sum(float(x[i] @ x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
 
 
+@pytest.mark.slow
 def test_three_tasks_of_a_model_have_the_moments_of_the_gradients_of_their_losses():
     losses = language_tasks(5, 5, 4)
     theta = losses["t0"].net.theta

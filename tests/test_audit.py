@@ -100,6 +100,7 @@ def test_a_function_with_wrong_derivatives_is_named(reverse_is_wrong):
     assert ("hessian," in advice) != reverse_is_wrong
 
 
+@pytest.mark.slow
 def test_an_operation_of_torch_is_named_with_its_module():
     """weight_norm without what takes its place."""
     loss = model_of(weight_norm(seeded(1, lambda: nn.Linear(6, 6))), attention="keep")
@@ -215,6 +216,7 @@ def test_differences_along_a_line_have_an_error_that_covers():
     assert along_line(abs)[1].error > 1  # the control: no second derivative
 
 
+@pytest.mark.slow
 def test_the_result_is_plain_and_the_same_twice():
     loss = model_of(nn.Tanh())
     assert audited(loss).asdict() == audited(loss).asdict()

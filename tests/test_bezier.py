@@ -121,6 +121,7 @@ def test_training_is_adam_on_the_gradient_through_the_curve(pair, chunk):
     assert_close(found.line.sums, linear_path(loss, a, b, num=3).sums, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_trained_curve_lowers_a_real_barrier_between_two_trainings(pair):
     a, b, loss, other = pair
     found = connect(loss, a, b, key=fs.key(0))
@@ -133,6 +134,7 @@ def test_a_trained_curve_lowers_a_real_barrier_between_two_trainings(pair):
     assert float(around.barrier_max.value) < 0.5 * float(blocked.barrier_max.value)  # also on data not trained on
 
 
+@pytest.mark.slow
 def test_a_trained_curve_connects_permuted_copies_of_one_net(pair):
     """One function in two places: the barrier between them is of the permutation only."""
     a, _, loss, _ = pair

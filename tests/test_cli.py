@@ -222,6 +222,7 @@ def test_a_damaged_checkpoint_is_an_outcome_and_the_others_are_measured(tmp_path
     assert [(o.step, o.ok) for o in results.outcomes] == [(0, True), (50, False)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process_keeps_checkpoints_that_the_next_run_picks_up(tmp_path):
     code = f"""
         import signal, sys, time

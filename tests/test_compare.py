@@ -211,6 +211,7 @@ def test_swapping_the_two_flips_every_sign(pair):
             assert_close((a.pairs.wilcoxon, a.pairs.p_value), (b.pairs.wilcoxon, b.pairs.p_value))
 
 
+@pytest.mark.slow
 @given(PAIRS)
 def test_a_result_compared_with_itself_differs_by_nothing(pair):
     first, _ = synthetic(*pair)
@@ -448,6 +449,7 @@ def test_it_prints_itself_with_its_names_and_what_the_p_values_are():
     assert "<fine" not in page
 
 
+@pytest.mark.slow
 def test_results_that_are_not_paired_are_refused():
     first, raw = sampled(), inspect.unwrap(compare_directional)
     exact = sampled(curvature="exact")

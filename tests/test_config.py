@@ -46,6 +46,7 @@ def test_every_documented_field_is_there_with_its_documented_value():
     assert len(FLAGS) == 9
 
 
+@pytest.mark.slow
 def test_checkpoints_are_analysed_compared_and_stored(made):
     paths, data, out = made
     chosen = config(data, out, compute_loss_landscape=True, loss_landscape_n_points=3)
@@ -163,6 +164,7 @@ def test_every_documented_configuration_is_accepted_and_selects_what_is_there(fi
         assert not UnifiedConfig(compute_qkov=False).enable_qkov_interference
 
 
+@pytest.mark.slow
 def test_the_model_of_the_configuration_and_its_base(made):
     paths, data, out = made
     alone = analyze_models(config=config(data, out, model_name=paths[0]))
@@ -176,6 +178,7 @@ def test_the_model_of_the_configuration_and_its_base(made):
     assert first == second == alone.models[paths[0]].metrics["mean_loss"].result
 
 
+@pytest.mark.slow
 def test_the_documented_classes_work_by_hand(made):
     paths, data, out = made
     chosen = config(data, out, compute_loss_landscape=True, loss_landscape_n_points=3)

@@ -274,6 +274,7 @@ def test_the_joint_interval_covers_the_trace_of_the_population():
     assert alone < 170  # negative control: the error over probes alone does not cover
 
 
+@pytest.mark.slow
 def test_a_float64_model_that_takes_norms_in_float32_is_held_to_float32():
     loss = loss_of("llama")
     theta = loss.net.theta + 0.3 * seeded(1, lambda: torch.randn(loss.layout.num, dtype=torch.float64))
@@ -297,6 +298,7 @@ def test_noise_of_float32_in_a_float64_model_makes_no_negative_eigenvalues():
     assert float(same.negative_fraction.value) == 0
 
 
+@pytest.mark.slow
 def test_a_loss_in_memory_on_one_task_has_a_landscape_and_a_fisher_information(tmp_path):
     source = InMemory({"data": loss_of("mlp")}, name="one")
     sizes = {"loss_landscape_n_points": 3, "fisher_top_k": 2, "output_dir": str(tmp_path), "verbose": False}

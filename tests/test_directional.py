@@ -172,6 +172,7 @@ def test_global_renorm_changes_the_unit_of_the_step_only():
     assert_close(renormed.displacement, plain.displacement)
 
 
+@pytest.mark.slow
 @given(normalize=st.sampled_from(["filter", "layer", "global"]), span=st.floats(0.05, 1))
 def test_relative_span_is_a_displacement_of_span_times_the_norm_in_every_mode(normalize, span):
     """The documented one moved by span x ||theta||^2 under filter normalisation."""

@@ -193,6 +193,7 @@ def test_what_is_scored_follows_from_the_class_or_the_batch():
 # Seeds and generators
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_result_and_no_seed_a_fresh_one():
     model, batch = text_model(), text_batch()
     call = functools.partial(sample_directional_losses, model, batch, n_samples=3, compute_gradient=True)
@@ -467,6 +468,7 @@ def test_a_loss_function_that_uses_another_handle_on_the_model_is_refused():
 # Cutting the batch
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_same_however_the_batch_is_cut():
     model = seeded(0, gpt2).double()
     batch = {**tokens(2, 5, 8, pad=4), "position_ids": torch.arange(8)[None]}

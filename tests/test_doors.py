@@ -144,6 +144,7 @@ def test_backward_hooks_stay_with_the_caller():
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_checkpointing_of_transformers_is_one_of_training():
     model, batches, criterion = problem("gpt2")
     with warnings.catch_warnings():

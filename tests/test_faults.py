@@ -341,6 +341,7 @@ def test_names_rings_and_costs(cache):
         assert one(Metric("odd", size, ("theta",), cost=lambda s: s["none"])).ok
 
 
+@pytest.mark.slow
 def test_out_of_memory_at_chunk_eight_gives_the_numbers_of_chunk_four(cache):
     needs, plan = ("loss", "params", "key"), {"chunk": 8}
     tight = one(Metric("tight", Hungry(4, 99), needs, plan=plan), cache)

@@ -72,6 +72,7 @@ def test_every_number_is_that_of_the_matrix_of_gradients(name, by, centered):
     assert found.global_rank_bound == min(len(rows) - centered, loss.layout.num)
 
 
+@pytest.mark.slow
 def test_tokens_are_samples_of_their_own_and_their_matrix_is_the_empirical_fisher_per_token():
     """Oracle: the operator that never makes a gradient, by its largest eigenvalue."""
     loss = loss_of("gpt2")

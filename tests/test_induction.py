@@ -114,6 +114,7 @@ def stored(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "checkpoints").iterdir())}
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_the_uninterrupted_run_byte_for_byte(tmp_path):
     curves = list(induction.train(TINY, tmp_path / "whole", STEPS))
     assert [point.step for point in curves] == [0, 2, 6]

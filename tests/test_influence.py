@@ -120,6 +120,7 @@ def test_identity_in_the_place_of_the_curvature_gives_tracin_of_one_checkpoint_a
     assert per_sample_gradients(net, at).square().sum(1).tolist() == [81.0, 1.0]
 
 
+@pytest.mark.slow
 def test_tokens_count_by_their_weights():
     """Sequences of 4, 2 and 1 scored tokens: g is of sums in training and of means in tests, W = 7."""
     ids = torch.tensor([[1, 2, 3, 4, 5], [2, 2, 7, 0, 0], [8, 1, 0, 0, 0]])

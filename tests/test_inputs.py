@@ -823,6 +823,7 @@ def masked_one_by_one(model, data):
     return total / count
 
 
+@pytest.mark.slow
 @given(
     lengths=LENGTHS,
     batch_size=st.integers(1, 8),
@@ -864,6 +865,7 @@ def test_masks_are_determined_by_the_key_and_the_number_of_the_text():
 CLASSIFIERS = [(name, make) for name, (make, task) in MODELS.items() if task == "classification"]
 
 
+@pytest.mark.slow
 @given(lengths=LENGTHS, batch_size=st.integers(1, 8), which=st.sampled_from(CLASSIFIERS))
 def test_the_classifiers_objective_is_the_mean_over_single_texts(lengths, batch_size, which):
     name, make = which

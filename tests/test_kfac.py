@@ -94,6 +94,7 @@ def test_the_factors_are_those_of_a_plain_loop_over_positions():
         torch.testing.assert_close(product[f"{path}.bias"], expected[:, -1].contiguous())
 
 
+@pytest.mark.slow
 def test_independent_inputs_and_labels_bring_kfac_to_the_dense_block():
     off = []
     for times in (1, 30):  # the same data again, with labels of their own: as many draws
@@ -145,6 +146,7 @@ def test_ekfac_is_nearer_to_every_block_than_kfac(name):
         assert off[1] < off[0], each
 
 
+@pytest.mark.slow
 def test_ekfac_is_nearer_to_the_fisher_information_itself():
     net = fs.functional(seeded(0, CATALOGUE["mlp"][0]).double())
     x = seeded(1, lambda: torch.randn(7, 4).double()).repeat(100, 1)  # with labels of their own

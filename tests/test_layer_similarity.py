@@ -59,6 +59,7 @@ def test_kernels_and_the_space_of_units_give_the_same():
         assert_close(pair[0].largest_null, pair[1].largest_null, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_error_is_that_of_kernels_made_afresh_without_each_block_even_of_one_that_is_nearly_all_of_them():
     x, y = related(4, 40, 9, 8)
     groups = torch.arange(20).repeat_interleave(2)

@@ -55,6 +55,7 @@ def exact(curvatures, *, strength, localization, step_size, burn_in, num_steps, 
 RUN = {"num_steps": 160, "burn_in": 60, "step_size": 4e-3, "localization": 20.0}
 
 
+@pytest.mark.slow
 def test_estimate_on_a_quadratic_is_the_exact_one_of_finite_steps():
     h = [60.0, 5.0, 0.5]
     loss = quadratic([h] * 50)
@@ -126,6 +127,7 @@ def test_a_minibatch_of_all_sequences_is_the_whole_loss():
     assert whole.num_samples == 5
 
 
+@pytest.mark.slow
 def test_minibatches_of_several_shapes_have_the_gradient_of_the_loss_as_their_mean():
     """Over many draws, by a z-test of every coordinate; batches of 3, 1 and 2 sequences of two lengths."""
     loss = language([(3, 5), (1, 4), (2, 5)])

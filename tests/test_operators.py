@@ -205,6 +205,7 @@ def test_sampled_fisher_is_the_exact_one_in_expectation():
     assert float(((forms.mean(0) - data) / (forms.std(0) / 30**0.5)).abs().max()) > 6  # negative control
 
 
+@pytest.mark.slow
 def test_sampled_diagonal_is_the_exact_one_within_its_error():
     loss = loss_of("mlp")
     theta = loss.net.theta
@@ -217,6 +218,7 @@ def test_sampled_diagonal_is_the_exact_one_within_its_error():
     assert fisher_diagonal_mc(loss, theta, key=fs.key(3), num=1).stderr.isnan().all()
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_batches():
     model = seeded(0, CATALOGUE["gpt2"][0]).double()
     batch = tokens(1, 4, 8)
@@ -298,6 +300,7 @@ def test_a_kernel_without_second_derivative_is_named():
     assert relative(hessian_difference(loss, theta)(theta), hessian(eager, theta)(theta)) < 0.05
 
 
+@pytest.mark.slow
 def test_parameters_and_vector_are_left_alone_and_dict_is_vector():
     loss = loss_of("gpt2")
     theta, v = loss.net.theta, probes(loss.net.theta, 1)[0]

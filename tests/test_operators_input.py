@@ -49,6 +49,7 @@ def test_a_head_that_is_more_than_a_linear_map_is_not_taken_apart(make):
         assert relative(operator(loss, loss.net.theta)(v), operator(loss, loss.net.theta, keep=False)(v)) < 1e-9
 
 
+@pytest.mark.slow
 def test_weights_are_those_that_the_criterion_returns():
     """Targets that have a `weight` of their own shape, and weights that are made of it."""
     x, y = seeded(1, lambda: (torch.randn(5, 3).double(), torch.randn(5, 2).double()))

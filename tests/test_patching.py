@@ -224,6 +224,7 @@ def test_of_a_linear_model_edges_are_exact(num_nodes):
     assert judged.num_sign_errors == 0
 
 
+@pytest.mark.slow
 def test_edge_scores_are_slopes_of_exact_patches_and_their_mean_on_the_way():
     net, (clean, corrupt) = net_of("llama"), inputs_of(2)
     graph = graph_of(net, net.params)

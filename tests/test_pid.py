@@ -85,6 +85,7 @@ def test_two_copies_of_the_target_are_redundant(method):
     assert [getattr(made, part) / LN2 for part in PARTS] == pytest.approx((1, 0, 0, 0), abs=1e-8)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.4]), st.sampled_from([(2, 2, 2), (3, 2, 4), (1, 3, 2)]))
 def test_parts_are_not_negative_and_ordered_by_method(seed, sparse, shape):
     """Redundancy between 0 and the smaller information; that of BROJA is the least of those that hang on pairs alone."""

@@ -28,6 +28,7 @@ def test_curvatures_are_the_dense_forms(name):
     torch.testing.assert_close(alone.hessian, found.hessian)
 
 
+@pytest.mark.slow
 def test_curvatures_are_those_of_directional_losses():
     loss = loss_of("gpt2")
     options = {"key": fs.key(3), "normalize": "filter"}

@@ -111,6 +111,7 @@ def test_error_bars_cover():
         assert 0.87 < hit / 100 < 0.995, name  # sd .022 at .95
 
 
+@pytest.mark.slow
 def test_square_of_the_trace_has_no_bias_where_the_plain_square_has():
     d = torch.cat([torch.ones(60), -torch.ones(60)]).double()  # trace 0, ratio 0
     parts = groups(of(d, num_probes=450, steps=2, reorthogonalize=False), 3)

@@ -93,6 +93,7 @@ def test_flatness_is_not_resolved_where_weights_do_not_move(options):
     assert all(estimate.stderr.isfinite() for estimate in moved.estimates.values())
 
 
+@pytest.mark.slow
 def test_two_unresolved_results_are_not_tested_against_each_other_and_a_resolved_one_is():
     first, second = problem(), problem(seed=1)
     still = [sampled(loss, 1e-12, **BENT) for loss in (first, second)]

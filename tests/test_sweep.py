@@ -63,6 +63,7 @@ def test_a_grid_is_a_study_at_every_point_and_seeds_have_their_mean_and_error(tm
         fs.sweep([model("m", 1.0)], config(tmp_path, "directional_losses"), {"directional_losses.spam": [1]})
 
 
+@pytest.mark.slow
 def test_two_losses_on_the_same_sequences_are_paired_and_every_p_has_its_q(tmp_path):
     models = [model(name, scale) for name, scale in (("a", 1.0), ("b", 1.05), ("c", 3.0))]
     results = fs.analyze_models(
@@ -130,6 +131,7 @@ def test_the_pipeline_of_the_sharpness_document_checks_the_relation_that_holds()
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_a_figure_of_a_grid_has_every_mean_with_its_interval(tmp_path):
     from funcscope.view.ablation import sweep_figure
 

@@ -202,6 +202,7 @@ def test_held_out_sequences_are_the_others():
         winning_tickets(one, one.net.theta, key=fs.key(0))
 
 
+@pytest.mark.slow
 def test_tickets_of_a_planted_problem_win_with_errors_over_draws_and_data():
     loss = planted()
     made = winning_tickets(

@@ -150,6 +150,7 @@ def test_a_proponent_is_positive_and_no_reference_set_is_part_of_the_data():
     assert float(clean / biased[4:].mean()) < 1.3
 
 
+@pytest.mark.slow
 def test_self_influence_is_the_diagonal_and_its_share_does_not_hang_on_the_learning_rate():
     train, rate = padded(), 0.1
     points = [train.net.theta, 0.9 * train.net.theta]
