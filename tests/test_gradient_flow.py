@@ -231,6 +231,9 @@ def test_units_without_gradient_are_rows_that_no_sequence_reaches():
     assert math.isnan(dead["0.bias"])
     left = torch.tensor([0.75, 0.5, 0.5, 0.5], dtype=torch.float64)  # without the first sequence a third unit is dead
     assert_close(path.dead_stderr[path.parameters.index("0.weight")], jackknife_stderr(left))
+    broken = gradient_pathology(loss, {name: value.double() * math.nan for name, value in params.items()})
+    assert broken.dead.isnan().all()  # nan is not 0, and says nothing of units
+    assert broken.dead_stderr.isnan().all()
     tables = gradient_pathology(loss_of("gpt2"), loss_of("gpt2").net.theta, num_groups=2)
     assert tables.dead[tables.parameters.index("transformer.wte.weight")].isnan()
     assert tables.dead[tables.parameters.index("transformer.h.0.mlp.c_fc.weight")] == 0

@@ -114,3 +114,19 @@ def test_what_is_no_trajectory_is_refused():
         gradient_trajectory(loss, theta, learning_rate=-1.0)
     with pytest.raises(ValueError, match="`steps`"):
         gradient_trajectory(loss, theta, steps=0)
+
+
+def test_a_descent_that_leaves_float32_behind_has_its_cosines_as_long_as_it_is_finite():
+    """Squares of float32 gradients from 1e19 on are infinite in float32, and what is divided by them is 0."""
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(2, 1, bias=False)))
+    half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    loss = fs.objective(net, [(torch.ones(1, 2), torch.zeros(1, 1))], half_square)
+    found = gradient_trajectory(loss, torch.tensor([4.0, 0.0]), steps=25, learning_rate=11.0)
+    oracle = 4 * 2**0.5 * 21.0 ** torch.arange(26).double()
+    torch.testing.assert_close(found.norms, oracle, rtol=1e-4, atol=0)
+    assert float(found.norms[-1]) > 1e30
+    torch.testing.assert_close(found.cosine_next[:-1], -torch.ones(25).double())
+    assert found.straightness == pytest.approx(20 / 22, rel=1e-3)  # of a step after another, 21 times as long
+    assert any("diverged" in note for note in found.notes)
+    gone = gradient_trajectory(loss, torch.tensor([4.0, 0.0]), steps=40, learning_rate=11.0)
+    assert gone.cosine_next[-3:].isnan().all()

@@ -16,6 +16,7 @@ from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
+from ..core.vectors import dot, norm
 from ..curvature.gram_errors import LEAST
 from ..curvature.scored_sequences import dealt
 
@@ -159,7 +160,7 @@ def _cosine_with(a: Float[Tensor, "f p"], vector: Float[Tensor, " p"]) -> tuple[
     if not _resolved(squares) or not bool(vector.any()):
         return nan, nan
     means = torch.cat([inner.mean()[None], (inner.sum() - inner) / (len(inner) - 1)])
-    return _jackknifed(means / (squares.sqrt() * vector.double().norm().cpu()))
+    return _jackknifed(means / (squares.sqrt() * _length(vector)))
 
 
 class GradientTrajectory(Result):
@@ -236,16 +237,23 @@ def gradient_trajectory(
         gradient, value = grad_and_value(loss)(at)
         first = gradient if first is None else first
         losses.append(float(value))
-        norms.append(float(gradient.norm()))
+        norms.append(_length(gradient))
         firsts.append(_plain_cosine(first, gradient))
         if before is not None:
             nexts.append(_plain_cosine(before, gradient))
             length += learning_rate * norms[-2]
         before, last, at = gradient, at, at - learning_rate * gradient
     a, b, c, d = (torch.tensor(each, dtype=torch.float64) for each in (losses, norms, [*nexts, math.nan], firsts))
-    return GradientTrajectory(a, b, c, d, float(learning_rate), float((last - start).norm()), length)
+    return GradientTrajectory(a, b, c, d, float(learning_rate), _length(last - start), length)
+
+
+def _length(x: Tensor) -> float:
+    """In a wider dtype, as squares of what float32 holds may be beyond it."""
+    return norm(x.to(wide(x.device)))
 
 
 def _plain_cosine(a: Tensor, b: Tensor) -> float:
-    size = float(a.norm()) * float(b.norm())
-    return float(a.double() @ b.double()) / size if size > 0 else math.nan
+    """nan where a length is 0 or not finite."""
+    a, b = a.to(wide(a.device)), b.to(wide(b.device))
+    size = norm(a) * norm(b)
+    return dot(a, b) / size if 0 < size < math.inf else math.nan
