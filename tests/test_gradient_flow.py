@@ -299,3 +299,26 @@ def test_the_documented_entropy_exceeds_one_and_this_one_does_not():
     entropy = float(dispersion_of(x)[2])
     assert 0 < entropy < 0.2
     assert entropy == pytest.approx(math.log(4) / math.log(len(x)), rel=1e-4)
+
+
+class Sides(nn.Module):
+    """Two weights, each for its half of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x):
+        return self.first(x[:, :2]) + self.second(x[:, 2:])
+
+
+def test_a_number_without_an_error_says_why():
+    """All of the second weight's gradient is of one sequence: without it there is none."""
+    net = fs.functional(seeded(0, lambda: Sides().double()))
+    x = torch.tensor([[1.0, 2.0, 3.0, 1.0], [2.0, -1.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    loss = fs.objective(net, [(x, torch.ones(3, 1, dtype=torch.float64))], linear_loss)
+    without = {gradient_flow: "first", gradient_dispersion: "second", gradient_pathology: "second"}  # a ratio is of two
+    for function, name in without.items():
+        result = function(loss, net.theta, by="tensor")
+        note = f"no error, as a group of sequences has all there is of a gradient: {name}.weight."
+        assert note in result.notes, function

@@ -16,7 +16,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.vectors import Leaves, inner
 from .dispersion import dispersion_of
-from .left_out import GroupedGradients, block_norms, forward_blocks, joined, num_nonfinite, sampling_notes
+from .left_out import GroupedGradients, block_norms, error_notes, forward_blocks, joined, num_nonfinite, sampling_notes
 
 Values = Float[Tensor, " b"]
 Each = Float[Tensor, " t"]
@@ -78,6 +78,8 @@ class GradientPathology(Result):
             notes.append(f"Parameters that are 0 have no relative update: {', '.join(none)}.")
         if bad := [name for name, x in zip(self.parameters, self.num_nonfinite, strict=True) if x]:
             notes.append(f"The gradient is not finite in {', '.join(bad)}: look at the weights or the batch.")
+        if self.own_step:
+            notes += error_notes(self.parameters, self.radial, self.radial_stderr, self.num_groups)
         return notes + sampling_notes(self.num_groups, self.num_unscored)
 
 
