@@ -322,3 +322,10 @@ def test_a_number_without_an_error_says_why():
         result = function(loss, net.theta, by="tensor")
         note = f"no error, as a group of sequences has all there is of a gradient: {name}.weight."
         assert note in result.notes, function
+
+
+def test_long_vectors_are_summed_up_in_parts(monkeypatch):
+    x = drawn(5, 50)
+    whole = dispersion_of(x, (0.1, 0.5))
+    monkeypatch.setattr("funcscope.gradients.dispersion._AT_ONCE", 7)
+    assert_close(dispersion_of(x, (0.1, 0.5)), whole)

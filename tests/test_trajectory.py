@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from problems import seeded
+from problems import of_unlike_length, seeded
 
 import funcscope as fs
+from funcscope.curvature.rows import per_sample_gradients
 from funcscope.gradients import alignment_trajectory, gradient_trajectory
 
 
@@ -130,3 +131,23 @@ def test_a_descent_that_leaves_float32_behind_has_its_cosines_as_long_as_it_is_f
     assert any("diverged" in note for note in found.notes)
     gone = gradient_trajectory(loss, torch.tensor([4.0, 0.0]), steps=40, learning_rate=11.0)
     assert gone.cosine_next[-3:].isnan().all()
+
+
+def test_of_sequences_of_unlike_length_it_is_the_gradient_of_the_loss():
+    """One sequence to a fold: a plain mean of the folds' gradients would count short ones as much as long ones."""
+    loss = of_unlike_length(3, 12)
+    points = [torch.zeros(2).double(), torch.tensor([0.2, 0.5]).double()]
+    found = alignment_trajectory(loss, points, [0, 1], folds=12)
+    rows, weights, step = per_sample_gradients(loss, points[0]), loss.terms(points[0])[1], points[1] - points[0]
+
+    def numbers(kept):
+        x, share = rows[kept], weights[kept].mean()
+        off = (x @ x.T).masked_fill(torch.eye(len(x), dtype=torch.bool), 0).sum() / (len(x) * (len(x) - 1)) / share**2
+        return torch.stack([off, -(x.mean(0) / share) @ step / off.sqrt() / step.norm()])
+
+    every = torch.arange(12)
+    values = torch.stack([numbers(every[every != i]) for i in every])
+    errors = (11 / 12 * (values - values.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(torch.stack([found.square[0], found.cosine_update[0]]), numbers(every))
+    torch.testing.assert_close(torch.stack([found.square_stderr[0], found.cosine_update_stderr[0]]), errors)
+    torch.testing.assert_close((rows / weights.mean()).mean(0), torch.func.grad(loss)(points[0]))
