@@ -168,3 +168,17 @@ def test_a_gradient_without_a_fold_is_that_of_the_loss_without_it():
     values = torch.stack(left)
     oracle = (7 / 8 * (values - values.mean(0)).square().sum(0)).sqrt()
     torch.testing.assert_close(torch.cat([result.inner_stderr[0], result.norm_stderr]), oracle)
+
+
+def test_a_task_whose_gradient_is_of_one_sequence_has_no_errors():
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(1, 1, bias=False).double()))
+    half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    data = {"a": ([[1.0], [2.0]], [[1.0], [0.0]]), "b": ([[1.0], [3.0]], [[2.0], [1.0]])}
+    losses = {
+        name: fs.objective(net, [(torch.tensor(x).double(), torch.tensor(y).double())], half_square)
+        for name, (x, y) in data.items()
+    }
+    result = gradient_aggregation(losses, torch.zeros(1).double(), key=fs.key(0), methods=["mean"])
+    torch.testing.assert_close(result.lengths, torch.tensor([0.5, 2.5]).double())
+    assert result.norm_stderr.isnan().all()
+    assert "no errors: without one of the folds a task has no gradient." in result.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,10 @@ class Aggregation(Result):
     @property
     def notes(self) -> list[str]:
         lost = self.num_left_out
-        return [f"{counted(lost, 'sequence')} left out: not scored, shared, or a copy."] if lost else []
+        notes = [f"{counted(lost, 'sequence')} left out: not scored, shared, or a copy."] if lost else []
+        if bool(self.norm_stderr.isnan().any()):
+            notes.append("no errors: without one of the folds a task has no gradient.")
+        return notes
 
 
 def gradient_aggregation(
@@ -123,7 +127,9 @@ def gradient_aggregation(
         return torch.cat([weights, inner, (weights * inner).sum(1, keepdim=True).clamp(min=0).sqrt()], 1)
 
     whole = gram_of(-1)
-    values, error = numbers(whole), jackknife_stderr(torch.stack([numbers(gram_of(i)) for i in range(parts)], -1))
+    values, rest = numbers(whole), [gram_of(i) for i in range(parts)]
+    nan = torch.full_like(values, math.nan)  # a task may be all there is of one fold
+    error = jackknife_stderr(torch.stack([numbers(x) if bool((x.diagonal() > 0).all()) else nan for x in rest], -1))
     num = len(sizes)
     (weights, inner, norm), errors = ([x[:, :num], x[:, num:-1], x[:, -1]] for x in (values, error))
     return Aggregation(
