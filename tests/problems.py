@@ -209,3 +209,18 @@ def infinitesimal_jackknife(a, b):
     """Oracle of the error of sum(a) / sum(b): what the weight of each sequence moves it by, from autograd."""
     moves = torch.func.grad(lambda p: (p * a).sum() / (p * b).sum())(torch.ones_like(a))
     return float((len(a) / (len(a) - 1) * moves.square().sum()).sqrt())
+
+
+def of_unlike_length(seed: int, num: int) -> fs.Loss:
+    """A regression on sequences of 2 to 40 scored positions, whose gradients at 0 go with their lengths."""
+    steps = 40
+
+    def draw() -> tuple[torch.Tensor, ...]:
+        lengths, x = torch.randint(2, steps, (num, 1)), torch.randn(num, steps, dtype=torch.float64)
+        return lengths, x, torch.randn(num, steps, dtype=torch.float64) - 1
+
+    lengths, x, y = seeded(seed, draw)
+    there = (torch.arange(steps) < lengths).double()
+    criterion = fs.custom(lambda out, y: ((out[..., 0] - y[..., 0]) ** 2 / 2 * y[..., 1], y[..., 1]))
+    net = fs.functional(seeded(0, lambda: nn.Linear(2, 1, bias=False).double()))
+    return fs.objective(net, [(torch.stack([torch.ones_like(x), 0.3 * x], -1), torch.stack([y, there], -1))], criterion)

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from problems import problem, seeded
+from problems import of_unlike_length, problem, seeded
 
 import funcscope as fs
+from funcscope.curvature.scored_sequences import chosen
 from funcscope.gradients import aggregation_weights, gradient_aggregation
 
 
@@ -153,3 +154,31 @@ def test_what_cannot_be_aggregated_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd", None)
     with pytest.raises(ImportError, match=r"pip install 'torchjd>=0.8'"):
         aggregation_weights(torch.eye(2), method="mgda")
+
+
+def test_a_gradient_without_a_fold_is_that_of_the_loss_without_it():
+    """Sequences of unlike length: the mean over positions has another weight without each of them."""
+    losses, theta = {"a": of_unlike_length(1, 8), "b": of_unlike_length(2, 8)}, torch.zeros(2).double()
+    result = gradient_aggregation(losses, theta, key=fs.key(0), methods=["mean"], folds=8)
+    left = []
+    for i in range(8):
+        parts = [chosen(loss, torch.arange(8) != i) for loss in losses.values()]
+        g = torch.stack([torch.func.grad(part)(theta) for part in parts])
+        left.append(torch.cat([g @ g.mean(0), g.mean(0).norm()[None]]))
+    values = torch.stack(left)
+    oracle = (7 / 8 * (values - values.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(torch.cat([result.inner_stderr[0], result.norm_stderr]), oracle)
+
+
+def test_a_task_whose_gradient_is_of_one_sequence_has_no_errors():
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(1, 1, bias=False).double()))
+    half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    data = {"a": ([[1.0], [2.0]], [[1.0], [0.0]]), "b": ([[1.0], [3.0]], [[2.0], [1.0]])}
+    losses = {
+        name: fs.objective(net, [(torch.tensor(x).double(), torch.tensor(y).double())], half_square)
+        for name, (x, y) in data.items()
+    }
+    result = gradient_aggregation(losses, torch.zeros(1).double(), key=fs.key(0), methods=["mean"])
+    torch.testing.assert_close(result.lengths, torch.tensor([0.5, 2.5]).double())
+    assert result.norm_stderr.isnan().all()
+    assert "no errors: without one of the folds a task has no gradient." in result.notes

@@ -7,12 +7,13 @@ import math
 import pytest
 import scipy
 import torch
-from problems import problem, seeded, tokens
+from problems import of_unlike_length, problem, seeded, tokens
 
 import funcscope as fs
 from funcscope.curvature.gram import Grams
 from funcscope.curvature.rows import per_sample_gradients
 from funcscope.curvature.scored_sequences import all_apart
+from funcscope.curvature.task_pairs import task_grams
 from funcscope.fisher import task_conflicts
 from funcscope.gradients import gradient_alignment, gram_alignment
 
@@ -195,3 +196,38 @@ def test_what_are_no_tasks_is_refused():
         gradient_alignment(same, theta, key=fs.key(0))
     with pytest.raises(ValueError, match="two sequences at least"):
         gram_alignment(grams(a=normals(0, 1, 1, 3), b=normals(1, 1, 4, 3)), key=fs.key(0))
+
+
+def test_errors_of_ratios_and_inner_products_have_the_weights_of_sequences_in_them():
+    """Against each sequence left out in turn; of gradients that go with lengths, held weights would make them much larger."""
+    losses, theta = {"a": of_unlike_length(1, 15), "b": of_unlike_length(2, 12)}, torch.zeros(2).double()
+    result = gradient_alignment(losses, theta, key=fs.key(0), num=19)
+    rows = {name: per_sample_gradients(loss, theta) for name, loss in losses.items()}
+    weights = {name: loss.terms(theta)[1] for name, loss in losses.items()}
+
+    def numbers(**kept):
+        x = {name: rows[name][kept[name]] / weights[name][kept[name]].mean() for name in rows}
+        squares = {name: u_statistic(each) for name, each in x.items()}
+        return torch.tensor(
+            [u_statistic(x["a"], x["b"]), math.sqrt(squares["a"] / squares["b"]), squares["a"]]
+        ).double()
+
+    every = {name: torch.arange(len(each)) for name, each in rows.items()}
+    square = torch.zeros(3).double()
+    for name, at in every.items():
+        left = torch.stack([numbers(**{**every, name: at[at != i]}) for i in at])
+        square += (len(at) - 1) / len(at) * (left - left.mean(0)).square().sum(0)
+    inner, ratio, length = square.sqrt().tolist()
+    assert float(result.inner_of_all_stderr[0, 1]) == pytest.approx(inner, rel=0.15)
+    assert float(result.magnitude_ratio_of_all_stderr[0, 1]) == pytest.approx(ratio, rel=0.15)
+    assert float(result.inner_of_all_stderr[0, 0]) == pytest.approx(length, rel=0.15)
+    held = gram_alignment(task_grams(losses, theta), key=fs.key(0), num=19)
+    assert float(held.inner_of_all_stderr[0, 1]) > 2 * float(result.inner_of_all_stderr[0, 1])
+    torch.testing.assert_close(held.cosine_of_all, result.cosine_of_all)
+
+
+def test_conflicts_of_blocks_are_negative_cosines():
+    result = gram_alignment(grams(**planted()), key=fs.key(1), num=19)
+    assert result.conflict.shape == result.cosine.shape
+    torch.testing.assert_close(result.conflict[0], torch.tensor([0.0, 1.0, 0.5]).double(), atol=0.15, rtol=0)
+    torch.testing.assert_close(result.conflict, torch.where(result.cosine < 0, -result.cosine, 0.0))

@@ -231,6 +231,9 @@ def test_units_without_gradient_are_rows_that_no_sequence_reaches():
     assert math.isnan(dead["0.bias"])
     left = torch.tensor([0.75, 0.5, 0.5, 0.5], dtype=torch.float64)  # without the first sequence a third unit is dead
     assert_close(path.dead_stderr[path.parameters.index("0.weight")], jackknife_stderr(left))
+    broken = gradient_pathology(loss, {name: value.double() * math.nan for name, value in params.items()})
+    assert broken.dead.isnan().all()  # nan is not 0, and says nothing of units
+    assert broken.dead_stderr.isnan().all()
     tables = gradient_pathology(loss_of("gpt2"), loss_of("gpt2").net.theta, num_groups=2)
     assert tables.dead[tables.parameters.index("transformer.wte.weight")].isnan()
     assert tables.dead[tables.parameters.index("transformer.h.0.mlp.c_fc.weight")] == 0
@@ -296,3 +299,33 @@ def test_the_documented_entropy_exceeds_one_and_this_one_does_not():
     entropy = float(dispersion_of(x)[2])
     assert 0 < entropy < 0.2
     assert entropy == pytest.approx(math.log(4) / math.log(len(x)), rel=1e-4)
+
+
+class Sides(nn.Module):
+    """Two weights, each for its half of the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+
+    def forward(self, x):
+        return self.first(x[:, :2]) + self.second(x[:, 2:])
+
+
+def test_a_number_without_an_error_says_why():
+    """All of the second weight's gradient is of one sequence: without it there is none."""
+    net = fs.functional(seeded(0, lambda: Sides().double()))
+    x = torch.tensor([[1.0, 2.0, 3.0, 1.0], [2.0, -1.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    loss = fs.objective(net, [(x, torch.ones(3, 1, dtype=torch.float64))], linear_loss)
+    without = {gradient_flow: "first", gradient_dispersion: "second", gradient_pathology: "second"}  # a ratio is of two
+    for function, name in without.items():
+        result = function(loss, net.theta, by="tensor")
+        note = f"no error, as a group of sequences has all there is of a gradient: {name}.weight."
+        assert note in result.notes, function
+
+
+def test_long_vectors_are_summed_up_in_parts(monkeypatch):
+    x = drawn(5, 50)
+    whole = dispersion_of(x, (0.1, 0.5))
+    monkeypatch.setattr("funcscope.gradients.dispersion._AT_ONCE", 7)
+    assert_close(dispersion_of(x, (0.1, 0.5)), whole)

@@ -196,3 +196,12 @@ def test_doors_and_notes():
     views = {"one": [View("weight", 0, slice(None))], "two": [View("weight", 1, slice(0, 1))]}
     with pytest.raises(ValueError, match="earlier view"):
         gradient_noise(regression(x, x[:, :1]), torch.ones(2, dtype=torch.float64), by=views)
+
+
+def test_a_noise_scale_in_positions_is_that_in_sequences_times_their_mean_weight():
+    rows = 3 + fs.normal(fs.key(5), torch.zeros(12, 2, dtype=torch.float64))
+    noise = gram_noise(Grams((rows @ rows.T)[None], "sequence", 0, [], ["all"]), torch.full((12,), 4.0))
+    one, other = noise.total_noise_scale, noise.total_noise_scale_tokens
+    assert float(one.stderr) > 0
+    assert float(other.value) == pytest.approx(4 * float(one.value))
+    assert float(other.stderr) == pytest.approx(4 * float(one.stderr))

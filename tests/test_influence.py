@@ -267,3 +267,14 @@ def test_ekfac_influence_is_that_of_kronfluence(tmp_path):
         )  # fmt: skip
         theirs = analyzer.load_pairwise_scores("s")["all_modules"]
     assert_close(theirs.double().T, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_texts_at_the_helpful_end_that_do_not_help_are_counted():
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(1, 1, bias=False).double()))
+    half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    one = torch.ones(4, 1).double()
+    train = fs.objective(net, [(one, torch.tensor([[1.0], [2.0], [3.0], [4.0]]).double())], half_square)
+    test = fs.objective(net, [(one[:1], torch.tensor([[-9.0]]).double())], half_square)
+    found = most_influential(train, test, torch.zeros(1).double(), damping=0.1, key=fs.key(0), num_texts=2)
+    assert found.num_helpful == 0  # all pull away from it
+    assert found.notes == ["2 of the 2 texts at the helpful end do not lower the test loss."]

@@ -17,7 +17,7 @@ from torch import nn
 import funcscope as fs
 from funcscope.core.estimate import Estimate, interval
 from funcscope.core.keys import key, normal
-from funcscope.landscape import learning_coefficient, learning_coefficient_sweep
+from funcscope.landscape import LearningCoefficient, learning_coefficient, learning_coefficient_sweep
 from funcscope.landscape.chain_diagnostics import effective_samples, split_r_hat
 from funcscope.landscape.langevin import _parts, langevin_chains
 from funcscope.landscape.learning_coefficient_sweep import plateau
@@ -393,3 +393,17 @@ def test_doors():
         learning_coefficient_sweep(loss, theta, key=key(0), step_sizes=(1e-3, 1e-3))
     with pytest.raises(TypeError, match="no option `steps`"):
         learning_coefficient_sweep(loss, theta, key=key(0), steps=3)
+
+
+def test_what_no_learning_coefficient_is_may_be_chance():
+    traces = torch.tensor([[0.0, 0.9, 1.0, 1.1], [0.0, 1.1, 1.2, 1.3]]).double()
+    made = LearningCoefficient(
+        traces, 0 * traces, torch.zeros(2, dtype=torch.bool), 10, 2, 0.1, 1e-3, 1.0, 1, None, fs.key(0)
+    )
+    assert float(made.learning_coefficient.value) == pytest.approx(1.1)
+    assert float(made.learning_coefficient.stderr) == pytest.approx(0.1)
+    near, far = (" ".join(replace(made, num_parameters=num).notes) for num in (2, 1))
+    assert "above 1, half the number of weights" in near
+    assert "chance" in near
+    assert "above 0.5, half the number of weights" in far
+    assert "chance" not in far

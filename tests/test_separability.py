@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import seeded
+from problems import of_unlike_length, seeded
 
 import funcscope as fs
 from funcscope.curvature.gram import Grams
@@ -49,6 +49,8 @@ def test_the_alignment_is_that_of_second_moments_from_pairs_of_different_samples
     assert float(result.alignment) == pytest.approx(inner / math.sqrt(math.prod(squares)), rel=1e-10)
     assert float(result.alignment_of_all.value) == pytest.approx(float(result.alignment), rel=1e-12)
     torch.testing.assert_close(result.separability, 1 - result.alignment)
+    assert float(result.separability_of_all.value) == pytest.approx(1 - float(result.alignment), rel=1e-12)
+    assert float(result.separability_of_all.stderr) == float(result.alignment_of_all.stderr)
 
 
 def test_few_samples_of_one_distribution_are_not_separable():
@@ -197,7 +199,7 @@ def test_errors_of_second_orders_are_what_repetitions_have():
     root = torch.tensor([1.0, 2.0, 0.5, 1.0])
     for shift, most in ((0.0, 1.8), (1.0, 1.2)):
         a, b = 0.5 + normals(32, 400, 12, 4) * root, shift + normals(33, 400, 15, 4)
-        found = _second_orders(a @ b.mT, (1.0, 1.0), 1.0)
+        found = _second_orders(a @ b.mT, (torch.ones(12).double(), torch.ones(15).double()), 1.0)
         ratio = found.stderr.square().mean(0).sqrt() / found.values.std(0)
         assert ((ratio > 0.85) & (ratio < most)).all(), ratio
 
@@ -210,7 +212,9 @@ def test_errors_are_from_each_sequence_left_out_in_turn():
     for j in range(4):
         torch.testing.assert_close(columns[..., j], cross_forms(torch.cat([values[..., :j], values[..., j + 1 :]], 2)))
     squares = [(k - 1) / k * (x - x.mean(-1, keepdim=True)).square().sum(-1) for k, x in ((5, rows), (4, columns))]
-    torch.testing.assert_close(_second_orders(values, (1.0, 1.0), 2**0.5).stderr, sum(squares).sqrt())
+    torch.testing.assert_close(
+        _second_orders(values, (torch.ones(5).double(), torch.ones(4).double()), 2**0.5).stderr, sum(squares).sqrt()
+    )
 
 
 def documented_damage(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -280,3 +284,39 @@ def test_the_weights_of_sequences_are_in_the_losses(length):
     fisher = rows.T @ rows / losses[0].terms(theta)[1].sum()
     oracle = 0.125 * float(gradients[1] @ fisher @ gradients[1])
     assert float(result.predicted[1] - result.first_order.value) == pytest.approx(oracle, rel=1e-9)
+
+
+def test_weights_of_sequences_are_part_of_the_sample():
+    """Of texts of unlike length, gradients go with lengths: with mean weights held, errors are some three times too large."""
+    losses, theta, rate = [of_unlike_length(seed, num) for seed, num in ((1, 9), (2, 11))], torch.zeros(2).double(), 0.5
+    result = task_interference(*losses, theta, learning_rate=rate, by="none")
+    rows = [per_sample_gradients(loss, theta) for loss in losses]
+    weights = [loss.terms(theta)[1] for loss in losses]
+
+    def orders(kept):
+        a, b = (x[there] for x, there in zip(rows, kept, strict=True))
+        v, w = (x[there].mean() for x, there in zip(weights, kept, strict=True))
+        scale = rate**2 / 2 / torch.stack([w * v**2, v * w**2])
+        first = -rate * (a.mean(0) @ b.mean(0)) / (v * w)
+        return torch.cat([first[None], cross_forms((a @ b.T)[None])[0] * scale])
+
+    every = [torch.arange(len(x)) for x in rows]
+    oracle = orders(every)
+    torch.testing.assert_close(torch.cat([result.first_order.value[None], result.second_order]), oracle)
+    square = torch.zeros(3).double()
+    for side in range(2):
+        left = [orders([at[at != i] if k == side else at for k, at in enumerate(every)]) for i in every[side]]
+        values = torch.stack(left)
+        square += (len(left) - 1) / len(left) * (values - values.mean(0)).square().sum(0)
+    torch.testing.assert_close(result.second_order_stderr, square[1:].sqrt())
+    assert float(result.first_order.stderr) == pytest.approx(float(square[0].sqrt()), rel=0.15)  # to first order
+    held = [(x / w.mean()).mean(0) for x, w in zip(rows, weights, strict=True)]
+    naive = (
+        rate
+        * sum(
+            float(((x / w.mean()) @ other).var()) / len(x)
+            for x, w, other in zip(rows, weights, held[::-1], strict=True)
+        )
+        ** 0.5
+    )
+    assert naive > 2 * float(result.first_order.stderr)

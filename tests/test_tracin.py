@@ -220,3 +220,14 @@ def test_wrong_arguments_are_named(call, message):
 
 def test_the_rows_of_the_oracle_are_those_of_the_library():
     assert_close(rows(padded(), padded().net.theta), per_sample_gradients(padded(), padded().net.theta))
+
+
+def test_mean_falls_are_of_test_sequences_that_are_scored():
+    ids, labels = torch.tensor([[1, 2, 3], [4, 0, 2]]), torch.tensor([[1, 2, 3], [-100, -100, -100]])
+    net = language().net
+    both = fs.objective(net, [{"input_ids": ids, "labels": labels}], fs.causal_lm)
+    found = tracin(both, both, [net.theta, 0.9 * net.theta], learning_rates=[0.1, 0.1])
+    for mean, each in ((found.mean_loss_drop, found.loss_drop), (found.mean_predicted_drop, found.predicted_drop)):
+        assert mean.num == 1
+        assert float(mean.value) == float(each[0])
+        assert each[1].isnan()

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from problems import seeded
+from problems import of_unlike_length, seeded
 
 import funcscope as fs
+from funcscope.curvature.rows import per_sample_gradients
 from funcscope.gradients import alignment_trajectory, gradient_trajectory
 
 
@@ -114,3 +115,39 @@ def test_what_is_no_trajectory_is_refused():
         gradient_trajectory(loss, theta, learning_rate=-1.0)
     with pytest.raises(ValueError, match="`steps`"):
         gradient_trajectory(loss, theta, steps=0)
+
+
+def test_a_descent_that_leaves_float32_behind_has_its_cosines_as_long_as_it_is_finite():
+    """Squares of float32 gradients from 1e19 on are infinite in float32, and what is divided by them is 0."""
+    net = fs.functional(seeded(0, lambda: torch.nn.Linear(2, 1, bias=False)))
+    half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    loss = fs.objective(net, [(torch.ones(1, 2), torch.zeros(1, 1))], half_square)
+    found = gradient_trajectory(loss, torch.tensor([4.0, 0.0]), steps=25, learning_rate=11.0)
+    oracle = 4 * 2**0.5 * 21.0 ** torch.arange(26).double()
+    torch.testing.assert_close(found.norms, oracle, rtol=1e-4, atol=0)
+    assert float(found.norms[-1]) > 1e30
+    torch.testing.assert_close(found.cosine_next[:-1], -torch.ones(25).double())
+    assert found.straightness == pytest.approx(20 / 22, rel=1e-3)  # of a step after another, 21 times as long
+    assert any("diverged" in note for note in found.notes)
+    gone = gradient_trajectory(loss, torch.tensor([4.0, 0.0]), steps=40, learning_rate=11.0)
+    assert gone.cosine_next[-3:].isnan().all()
+
+
+def test_of_sequences_of_unlike_length_it_is_the_gradient_of_the_loss():
+    """One sequence to a fold: a plain mean of the folds' gradients would count short ones as much as long ones."""
+    loss = of_unlike_length(3, 12)
+    points = [torch.zeros(2).double(), torch.tensor([0.2, 0.5]).double()]
+    found = alignment_trajectory(loss, points, [0, 1], folds=12)
+    rows, weights, step = per_sample_gradients(loss, points[0]), loss.terms(points[0])[1], points[1] - points[0]
+
+    def numbers(kept):
+        x, share = rows[kept], weights[kept].mean()
+        off = (x @ x.T).masked_fill(torch.eye(len(x), dtype=torch.bool), 0).sum() / (len(x) * (len(x) - 1)) / share**2
+        return torch.stack([off, -(x.mean(0) / share) @ step / off.sqrt() / step.norm()])
+
+    every = torch.arange(12)
+    values = torch.stack([numbers(every[every != i]) for i in every])
+    errors = (11 / 12 * (values - values.mean(0)).square().sum(0)).sqrt()
+    torch.testing.assert_close(torch.stack([found.square[0], found.cosine_update[0]]), numbers(every))
+    torch.testing.assert_close(torch.stack([found.square_stderr[0], found.cosine_update_stderr[0]]), errors)
+    torch.testing.assert_close((rows / weights.mean()).mean(0), torch.func.grad(loss)(points[0]))

@@ -45,8 +45,11 @@ def unbiased(aa: Tensor, ab: Tensor, bb: Tensor) -> Moments:
     return Moments(ab.mean((1, 2)), _off(aa).sum((1, 2)) / (n * (n - 1)), _off(bb).sum((1, 2)) / (m * (m - 1)))
 
 
-def jackknifed(aa: Tensor, ab: Tensor, bb: Tensor) -> Errors:
-    """Of the cosine, from each sample left out in turn, nan where a task has two; of means over pairs, by their parts."""
+def jackknifed(aa: Tensor, ab: Tensor, bb: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Errors:
+    """Of the cosine, from each sample left out in turn, nan where a task has two; of means over pairs, by their parts.
+
+    weights: of the samples, in units of their mean, that the means are ratios to; no cosine depends on them.
+    """
     whole = unbiased(aa, ab, bb)
     squares = torch.zeros_like(whole.inner)
     for own, rows, other in ((aa, ab.mean(2), whole.second), (bb, ab.mean(1), whole.first)):
@@ -54,7 +57,9 @@ def jackknifed(aa: Tensor, ab: Tensor, bb: Tensor) -> Errors:
         inner = (count * whole.inner[:, None] - rows) / (count - 1)
         square = (off.sum((1, 2))[:, None] - 2 * off.sum(2)) / ((count - 1) * (count - 2) or math.nan)
         squares = squares + jackknife_stderr(Moments(inner, square, other[:, None].expand_as(square)).cosine).square()
-    return Errors(crossed_stderr(ab), pair_stderr(aa), pair_stderr(bb), squares.sqrt())
+    counts = (None, None) if weights is None else tuple(torch.outer(each, each) for each in weights)
+    first, second = (pair_stderr(*each) for each in zip((aa, bb), counts, strict=True))
+    return Errors(crossed_stderr(ab, weights), first, second, squares.sqrt())
 
 
 def bounds(draws: Tensor, num: int, level: float = 0.95) -> tuple[Tensor, Tensor]:

@@ -47,13 +47,17 @@ def pair_stderr(sums: Float[Tensor, "*b g g"], counts: Float[Tensor, "g g"] | No
     return torch.maximum(jackknife - num / (num - 2) * of_pairs, of_pairs / 2).sqrt()
 
 
-def crossed_stderr(values: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b"]:
+def crossed_stderr(
+    values: Float[Tensor, "*b n m"], weights: tuple[Float[Tensor, " n"], Float[Tensor, " m"]] | None = None
+) -> Float[Tensor, "*b"]:
     r"""Standard error of the mean of $h(x_i, y_j)$ over all pairs of two independent samples.
 
     $\mathrm{Var} = \zeta_{10} / n + \zeta_{01} / m + \zeta_{11} / (nm)$. The variances of the row means over n and of the
     column means over m, which are the jackknife, hold the last part once each; the mean square of what remains beside rows
     and columns, with $(n-1)(m-1)$ degrees of freedom, has $\zeta_{11}$ for its mean and takes it off once, exactly
     (proofs/pair_errors.py). Not below half of that part, as `pair_stderr`. nan for fewer than two samples of a side.
+
+    weights: v, w of the samples, for the error of $\sum h / (\sum_i v_i \sum_j w_j)$, of $h - U v_i w_j$, to first order.
 
     >>> x, y = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 3.0])
     >>> torch.allclose(crossed_stderr(x[:, None] + y), (x.var() / 3 + y.var() / 2).sqrt())
@@ -62,6 +66,9 @@ def crossed_stderr(values: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b"]:
     n, m = values.shape[-2:]
     if min(n, m) < 2:
         return values.new_full(values.shape[:-2], math.nan)
+    if weights is not None:
+        both = torch.outer(*(each.to(values) for each in weights))
+        values = (values - (values.mean((-2, -1)) / both.mean())[..., None, None] * both) / both.mean()
     rows, columns = values.mean(-1), values.mean(-2)
     beside = values - rows[..., :, None] - columns[..., None, :] + values.mean((-2, -1))[..., None, None]
     of_pairs = beside.square().sum((-2, -1)) / ((n - 1) * (m - 1) * n * m)

@@ -42,12 +42,21 @@ class PairStatistics(NamedTuple):
 
 
 def pair_statistics(
-    aa: Float[Tensor, "b n n"], ab: Float[Tensor, "b n m"], bb: Float[Tensor, "b m m"], *, key: Key, num: int
+    aa: Float[Tensor, "b n n"],
+    ab: Float[Tensor, "b n m"],
+    bb: Float[Tensor, "b m m"],
+    *,
+    key: Key,
+    num: int,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> PairStatistics:
-    """From the Grams of A, of A with B, and of B, with `num` resamples of both; what they are: `fisher.gram_conflicts`."""
+    """From the Grams of A, of A with B, and of B, with `num` resamples of both; what they are: `fisher.gram_conflicts`.
+
+    weights: of the samples of A and of B, in units of their means, where the Grams are over mean weights (`task_grams`).
+    """
     drawn = bootstrapped(aa, ab, bb, key, num)
     cosines = drawn.cosine
-    value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb)
+    value, errors = unbiased(aa, ab, bb), jackknifed(aa, ab, bb, weights)
     resolved = (value.first > LEAST * errors.first) & (value.second > LEAST * errors.second)
     cosine, error, low, high = (
         torch.where(resolved, x, math.nan) for x in (value.cosine, errors.cosine, *bounds(cosines, min(ab.shape[1:])))
@@ -105,8 +114,8 @@ def task_grams(
 ) -> dict[tuple[str, str], Grams]:
     r"""Grams of every task and of every pair of them, of gradients over the mean weight of the task's sequences.
 
-    Then the mean of a task's rows is the gradient of its loss, a mean over tokens, whatever the sequences' length. For tasks
-    of several lengths the mean weight is taken as it is.
+    Then the mean of a task's rows is the gradient of its loss, a mean over tokens, whatever the sequences' length. The mean
+    weight is of the sample, too: errors take it in (`relative_weights`).
     """
     weights = {name: float(terms_at(loss, theta).weights.mean()) for name, loss in losses.items()}
     made = {}
@@ -116,3 +125,9 @@ def task_grams(
         scaled = each.values / (weights[a] * weights[b])
         made[a, b] = Grams(scaled, each.unit, each.num_passes, each.by_rows, each.blocks)
     return made
+
+
+def relative_weights(losses: Mapping[str, Loss], theta: Theta) -> dict[str, Float[Tensor, " n"]]:
+    """Of every task, the weights of its sequences in units of their mean."""
+    weights = {name: terms_at(loss, theta).weights for name, loss in losses.items()}
+    return {name: each / each.mean() for name, each in weights.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
 from ..curvature.scored_sequences import all_apart
-from ..curvature.task_pairs import task_grams
+from ..curvature.task_pairs import relative_weights, task_grams
 from .alignment import check_several
 
 METHODS = ("mean", "pcgrad", "mgda", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "cagrad")
@@ -62,7 +63,10 @@ class Aggregation(Result):
     @property
     def notes(self) -> list[str]:
         lost = self.num_left_out
-        return [f"{counted(lost, 'sequence')} left out: not scored, shared, or a copy."] if lost else []
+        notes = [f"{counted(lost, 'sequence')} left out: not scored, shared, or a copy."] if lost else []
+        if bool(self.norm_stderr.isnan().any()):
+            notes.append("no errors: without one of the folds a task has no gradient.")
+        return notes
 
 
 def gradient_aggregation(
@@ -88,6 +92,14 @@ def gradient_aggregation(
 
     Raises ImportError without torchjd, ValueError for fewer than two tasks, an unknown method, tasks of different
     parameters, a gradient that is 0, and as `gram` does.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(1, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> targets = {"up": torch.tensor([[1.0], [2.0]]), "down": torch.tensor([[-4.0], [-2.0]])}         # -1.5 and 3
+    >>> losses = {name: fs.objective(net, [(torch.ones(2, 1), y)], half_square) for name, y in targets.items()}
+    >>> gradient_aggregation(losses, torch.zeros(1), key=fs.key(0), methods=["mean"]).inner.round(decimals=4)
+    tensor([[-1.1250,  2.2500]], dtype=torch.float64)
     """
     check_key(key)
     check_several(losses)
@@ -95,16 +107,18 @@ def gradient_aggregation(
     tasks, lost = all_apart(losses, theta)
     made = task_grams(tasks, theta, by="none", chunk_size=chunk_size)
     sizes = {name: made[name, name].values.shape[1] for name in tasks}
+    weights_of = relative_weights(tasks, theta)
     parts = min(folds, *sizes.values())
 
     def gram_of(fold: int) -> Float[Tensor, "k k"]:
         """Of the means, without a fold; of all for -1."""
         rows = {name: torch.arange(num) % parts != fold for name, num in sizes.items()}
+        mean = {name: weights_of[name][there].mean() for name, there in rows.items()}
         out = torch.zeros(len(sizes), len(sizes), dtype=torch.float64)
         for i, a in enumerate(sizes):
             for j, b in enumerate(list(sizes)[i:], i):
                 values = made[a, b].values.sum(0).cpu()[rows[a]][:, rows[b]]
-                out[i, j] = out[j, i] = values.mean()
+                out[i, j] = out[j, i] = values.mean() / (mean[a] * mean[b])
         return out
 
     def numbers(gram: Float[Tensor, "k k"]) -> Float[Tensor, "m e"]:
@@ -113,7 +127,9 @@ def gradient_aggregation(
         return torch.cat([weights, inner, (weights * inner).sum(1, keepdim=True).clamp(min=0).sqrt()], 1)
 
     whole = gram_of(-1)
-    values, error = numbers(whole), jackknife_stderr(torch.stack([numbers(gram_of(i)) for i in range(parts)], -1))
+    values, rest = numbers(whole), [gram_of(i) for i in range(parts)]
+    nan = torch.full_like(values, math.nan)  # a task may be all there is of one fold
+    error = jackknife_stderr(torch.stack([numbers(x) if bool((x.diagonal() > 0).all()) else nan for x in rest], -1))
     num = len(sizes)
     (weights, inner, norm), errors = ([x[:, :num], x[:, num:-1], x[:, -1]] for x in (values, error))
     return Aggregation(

@@ -22,7 +22,7 @@ from ..curvature.gram import Blocks, Grams
 from ..curvature.gram_errors import LEAST
 from ..curvature.gram_statistics import with_total
 from ..curvature.scored_sequences import all_apart
-from ..curvature.task_pairs import PairStatistics, check_grams, pair_statistics, task_grams
+from ..curvature.task_pairs import PairStatistics, check_grams, pair_statistics, relative_weights, task_grams
 from ..curvature.whitening import check_tasks
 
 Pairs = Float[Tensor, "b q"]
@@ -143,8 +143,9 @@ def gradient_alignment(
 
     each inner product and squared length without bias, from pairs of different sequences: a cosine of sample means is nearer
     to 0, as their lengths hold noise, and the mean of cosines of chunks, which a document reports, nearer still. Errors,
-    bounds and `p_conflict`: those of `fisher.gram_conflicts`, pair by pair; sequences are the samples. The error of a ratio
-    is to first order. `q_conflict`: over all pairs and blocks; those of the whole, over pairs of tasks. Where a squared
+    bounds and `p_conflict`: those of `fisher.gram_conflicts`, pair by pair; sequences are the samples, and their weights are
+    part of them: of texts of unlike length, errors with the weights held would be several times too large. The error of a
+    ratio is to first order. `q_conflict`: over all pairs and blocks; those of the whole, over pairs of tasks. Where a squared
     length is not two errors above 0, cosine, conflict and ratio are nan.
 
     A document calls $\Phi(\operatorname{atanh}(\cos) \sqrt{27})$ a p value, as if every cosine were a correlation of 30
@@ -172,14 +173,22 @@ def gradient_alignment(
     check_key(key)
     check_several(losses)
     tasks, lost = all_apart(losses, theta)
-    result = gram_alignment(task_grams(tasks, theta, by=by, chunk_size=chunk_size), key=key, num=num)
+    grams = task_grams(tasks, theta, by=by, chunk_size=chunk_size)
+    result = gram_alignment(grams, key=key, num=num, weights=relative_weights(tasks, theta))
     return replace(result, num_unscored=lost.unscored, num_shared=lost.shared, num_copies=lost.copies)
 
 
-def gram_alignment(grams: Mapping[tuple[str, str], Grams], *, key: Key, num: int = 999) -> GradientAlignment:
+def gram_alignment(
+    grams: Mapping[tuple[str, str], Grams],
+    *,
+    key: Key,
+    num: int = 999,
+    weights: Mapping[str, Float[Tensor, " n"]] | None = None,
+) -> GradientAlignment:
     """`gradient_alignment` of Grams: of every task with itself, (a, a), and of every pair, (a, b), as of `task_grams`.
 
-    Blocks must cover every parameter once, as their sum is taken for the whole.
+    Blocks must cover every parameter once, as their sum is taken for the whole. weights: of each task's sequences in units
+    of their mean (`relative_weights`), for errors of inner products and lengths; without, all sequences weigh the same.
 
     Raises ValueError for Grams that do not belong together, are of tokens, or are missing, and for fewer than two sequences.
     """
@@ -196,7 +205,8 @@ def gram_alignment(grams: Mapping[tuple[str, str], Grams], *, key: Key, num: int
         if min(three[1].values.shape[1:]) < 2:
             raise ValueError(f"each task must have two sequences at least, got {a!r} and {b!r} with fewer.")
         values = [with_total(each.values.double()) for each in three]
-        made.append(pair_statistics(*values, key=fold_in(fold_in(key, a), b), num=num))
+        both = None if weights is None else (weights[a].to(values[1]), weights[b].to(values[1]))
+        made.append(pair_statistics(*values, key=fold_in(fold_in(key, a), b), num=num, weights=both))
     columns = {name: torch.stack(each, 1) for name, each in _columns(made).items()}
     sizes = {name: grams[name, name].values.shape[1] for name in names}
     part = {name: each[:-1].contiguous() for name, each in columns.items()}

@@ -17,7 +17,7 @@ from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
-from .left_out import GroupedGradients, forward_blocks, joined, num_entries, sampling_notes
+from .left_out import GroupedGradients, error_notes, forward_blocks, joined, num_entries, sampling_notes
 
 Values = Float[Tensor, " b"]
 TOP = (0.01, 0.05, 0.1, 0.25)
@@ -63,6 +63,7 @@ class GradientDispersion(Result):
         notes = ["A normal vector has a Gini coefficient of 0.414 and a participation ratio of 0.333."]
         if none := [name for name, x in zip(self.blocks, self.gini, strict=True) if x.isnan()]:
             notes.append(f"Without a gradient, or with one that is not finite: {', '.join(none)}.")
+        notes += error_notes(self.blocks, self.gini, self.gini_stderr, self.num_groups)
         return notes + sampling_notes(self.num_groups, self.num_unscored)
 
 

@@ -18,7 +18,15 @@ from ..core.result import Result, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.statistics import left_out
 from ..core.tables import counted
-from .left_out import GroupedGradients, block_norms, forward_blocks, num_entries, num_nonfinite, sampling_notes
+from .left_out import (
+    GroupedGradients,
+    block_norms,
+    error_notes,
+    forward_blocks,
+    num_entries,
+    num_nonfinite,
+    sampling_notes,
+)
 
 Values = Float[Tensor, " b"]
 _TRANSFORMER_BLOCK = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.\d+$")
@@ -74,6 +82,7 @@ class GradientFlow(Result):
             notes.append(f"There is no gradient in {', '.join(zero)}.")
         if self.slope.value.isnan():
             notes.append("There is no slope: it needs two transformer blocks with a finite gradient that is not 0.")
+        notes += error_notes(self.blocks, self.log_ratio, self.log_ratio_stderr, self.num_groups)
         return notes + sampling_notes(self.num_groups, self.num_unscored)
 
 

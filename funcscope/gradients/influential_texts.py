@@ -57,6 +57,19 @@ class MostInfluential(Result):
         return {"text": [f"{kind} (#{at}): {_short(text)}" for kind, at, text in places]}
 
     @property
+    def notes(self) -> list[str]:
+        half, rises = len(self.passages) // 2, self.rise
+        wrong = [
+            ("helpful", "lower", int((rises[:half] <= 0).sum())),
+            ("harmful", "raise", int((rises[half:] >= 0).sum())),
+        ]
+        return [
+            f"{num} of the {half} texts at the {end} end do not {does} the test loss."
+            for end, does, num in wrong
+            if num
+        ]
+
+    @property
     def head(self) -> str:
         half = len(self.passages) // 2
         return f"the {half} most helpful and most harmful of {counted(self.num_sequences, 'training sequence')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,6 +92,15 @@ def num_nonfinite(leaves: Leaves, blocks: Mapping[str, list[str]]) -> Tensor:
 def joined(leaves: Leaves, names: list[str]) -> Tensor:
     """One flat vector."""
     return torch.cat([leaves[name].flatten() for name in names])
+
+
+def error_notes(blocks: Sequence[str], values: Tensor, errors: Tensor, num_groups: int) -> list[str]:
+    """Why a number of a block, by rows, has no error: it has no value without one of the groups."""
+    lost = values.isfinite() & errors.isnan()
+    names = [name for name, each in zip(blocks, lost.reshape(len(lost), -1), strict=True) if bool(each.any())]
+    if num_groups < 2 or not names:
+        return []
+    return [f"no error, as a group of sequences has all there is of a gradient: {', '.join(names)}."]
 
 
 def sampling_notes(num_groups: int, num_unscored: int) -> list[str]:

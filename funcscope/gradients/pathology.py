@@ -16,7 +16,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.vectors import Leaves, inner
 from .dispersion import dispersion_of
-from .left_out import GroupedGradients, block_norms, forward_blocks, joined, num_nonfinite, sampling_notes
+from .left_out import GroupedGradients, block_norms, error_notes, forward_blocks, joined, num_nonfinite, sampling_notes
 
 Values = Float[Tensor, " b"]
 Each = Float[Tensor, " t"]
@@ -78,6 +78,8 @@ class GradientPathology(Result):
             notes.append(f"Parameters that are 0 have no relative update: {', '.join(none)}.")
         if bad := [name for name, x in zip(self.parameters, self.num_nonfinite, strict=True) if x]:
             notes.append(f"The gradient is not finite in {', '.join(bad)}: look at the weights or the batch.")
+        if self.own_step:
+            notes += error_notes(self.parameters, self.radial, self.radial_stderr, self.num_groups)
         return notes + sampling_notes(self.num_groups, self.num_unscored)
 
 
@@ -107,8 +109,9 @@ def gradient_pathology(
     followed by a norm, so that its length does not matter. Of such a one the direction alone learns, at the rate
     `angular_rate`, $\eta / \lVert \theta \rVert^2$.
     dead: the share of rows of a weight (output units; columns of a Hugging Face Conv1D) whose gradient is exactly 0 in each
-    of the groups of sequences: nothing in these data moves the weights into the unit. nan for vectors, and for tables of
-    embeddings, whose rows are tokens. Units by their activations: `representation.gradient_dead`.
+    of the groups of sequences: nothing in these data moves the weights into the unit. nan for vectors, for tables of
+    embeddings, whose rows are tokens, and where the gradient is not finite. Units by their activations:
+    `representation.gradient_dead`.
     dispersion: see `gradient_dispersion`.
 
     Errors are the jackknife's over `num_groups` groups of sequences. Noise of the data is in every length; see
@@ -157,14 +160,14 @@ def gradient_pathology(
     for key, x in values.items():
         errors.setdefault(key, torch.full_like(x, math.nan))
     u, step_sizes = values["parameter_update"], block_norms(whole if given is None else given, single)
-    dead = torch.stack([_dead(reached.get(name, [])) for name in names], 1)
+    dead, nonfinite = torch.stack([_dead(reached.get(name, [])) for name in names], 1), num_nonfinite(whole, single)
     return GradientPathology(
         **values,
         vanishing=u < vanishing,
         exploding=(u > exploding) | ~step_sizes.isfinite(),
         angular_rate=learning_rate / lengths[1].square(),
-        dead=dead[0],
-        num_nonfinite=num_nonfinite(whole, single),
+        dead=torch.where(nonfinite > 0, math.nan, dead[0]),
+        num_nonfinite=nonfinite,
         learning_rate=learning_rate,
         vanishing_below=vanishing,
         exploding_above=exploding,
@@ -173,7 +176,7 @@ def gradient_pathology(
         num_unscored=made.num_unscored,
         own_step=given is None,
         **{f"{key}_stderr": x for key, x in errors.items()},
-        dead_stderr=dead[1],
+        dead_stderr=torch.where(nonfinite > 0, math.nan, dead[1]),
         blocks=list(blocks),
         parameters=names,
     )

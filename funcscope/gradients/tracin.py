@@ -51,11 +51,17 @@ class TracIn(Result):
 
     @derived("mean fall of the test losses", unit="loss")
     def mean_loss_drop(self) -> Estimate | None:
-        return None if self.loss_drop is None else Estimate.of(self.loss_drop)
+        """Over test sequences of which something is scored."""
+        return None if self.loss_drop is None else Estimate.of(self.loss_drop[self._there])
 
     @derived("mean fall of the test losses owed to all sequences", unit="loss")
     def mean_predicted_drop(self) -> Estimate | None:
-        return None if self.predicted_drop is None else Estimate.of(self.predicted_drop)
+        """Over the same test sequences."""
+        return None if self.predicted_drop is None else Estimate.of(self.predicted_drop[self._there])
+
+    @property
+    def _there(self) -> Tensor:
+        return self.total.isfinite().all(0)
 
     @property
     def coords(self) -> dict[str, list[str]]:

@@ -16,7 +16,9 @@ from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
+from ..core.vectors import dot, norm
 from ..curvature.gram_errors import LEAST
+from ..curvature.leafwise import terms_at
 from ..curvature.scored_sequences import dealt
 
 Steps = Float[Tensor, " s"]
@@ -64,8 +66,9 @@ def alignment_trajectory(
       \cos_k^\Delta = \frac{\langle -\mu_k, \theta_{k+1} - \theta_k \rangle}{\lVert \mu_k \rVert \lVert \theta_{k+1} -
       \theta_k \rVert},$$
 
-    from the gradients of the losses on `folds` folds of the sequences at every checkpoint: inner products and squared lengths
-    are means over pairs of different folds, as gradients of the same sequences share their noise. Errors are jackknifed over
+    from the gradients of the losses on `folds` folds of the sequences at every checkpoint, each times the fold's share of the
+    scored positions, so that their mean is the gradient of the loss: inner products and squared lengths are means over pairs
+    of different folds, as gradients of the same sequences share their noise. Errors are jackknifed over
     folds; a squared length that is not two errors above 0 has no cosine. Between far checkpoints, an update is the sum of
     many steps, of an optimiser that may precondition and of other data: the cosine says how much of it the gradient explains.
 
@@ -93,8 +96,12 @@ def alignment_trajectory(
     if len(parts) < 3:
         raise ValueError(f"`loss` must have three different scored sequences, got {len(parts)}: errors are over them.")
 
+    weights = torch.stack([terms_at(part, points[0]).weights.sum() for part in parts])
+    shares = weights / weights.mean()
+
     def gradients(theta: Tensor) -> Float[Tensor, "f p"]:
-        return torch.stack([grad(part)(theta) for part in parts])
+        """Whose mean is the gradient of the loss, however long the sequences of a fold are."""
+        return torch.stack([share * grad(part)(theta) for share, part in zip(shares.tolist(), parts, strict=True)])
 
     first, last = gradients(points[0]), gradients(points[-1])
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -104,11 +111,11 @@ def alignment_trajectory(
         after = here if end else (last if k + 2 == len(points) else gradients(points[k + 1]))
         nan = torch.full((), math.nan, dtype=torch.float64)
         made = {
-            "cosine_next": (nan, nan) if end else _cosine(here, after),
-            "cosine_update": (nan, nan) if end else _cosine_with(here, theta - points[k + 1]),
-            "cosine_first": _cosine(here, first),
-            "cosine_last": _cosine(here, last),
-            "square": _jackknifed(_squares(here)),
+            "cosine_next": (nan, nan) if end else _cosine(here, after, shares),
+            "cosine_update": (nan, nan) if end else _cosine_with(here, theta - points[k + 1], shares),
+            "cosine_first": _cosine(here, first, shares),
+            "cosine_last": _cosine(here, last, shares),
+            "square": _jackknifed(_squares(here, shares)),
         }
         for name, pair in made.items():
             columns.setdefault(name, []).append(pair)
@@ -118,12 +125,13 @@ def alignment_trajectory(
     return AlignmentTrajectory(**values, **errors, steps=list(steps), num_folds=len(parts))
 
 
-def _without(products: Float[Tensor, "f f"]) -> Float[Tensor, " e"]:
-    """Means over pairs of different folds: of all, and without each fold."""
+def _without(products: Float[Tensor, "f f"], shares: Float[Tensor, " f"]) -> Float[Tensor, " e"]:
+    """Means over pairs of different folds: of all, and without each fold, over the mean share of the others."""
     num = len(products)
     off = products - products.diagonal().diag()
     total = off.sum()
-    return torch.cat([total[None] / (num * (num - 1)), (total - off.sum(0) - off.sum(1)) / ((num - 1) * (num - 2))])
+    left = (total - off.sum(0) - off.sum(1)) / ((num - 1) * (num - 2))
+    return torch.cat([total[None] / (num * (num - 1)), left * ((num - 1) / (num - shares)).square()])
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -131,8 +139,8 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(kind) @ b.to(kind).T).cpu().double()
 
 
-def _squares(a: Tensor) -> Float[Tensor, " e"]:
-    return _without(_products(a, a))
+def _squares(a: Tensor, shares: Tensor) -> Float[Tensor, " e"]:
+    return _without(_products(a, a), shares)
 
 
 def _jackknifed(values: Float[Tensor, " e"]) -> tuple[Tensor, Tensor]:
@@ -144,22 +152,22 @@ def _resolved(squares: Float[Tensor, " e"]) -> bool:
     return bool(value > LEAST * error)
 
 
-def _cosine(a: Float[Tensor, "f p"], b: Float[Tensor, "f p"]) -> tuple[Tensor, Tensor]:
-    squares = _squares(a), _squares(b)
+def _cosine(a: Float[Tensor, "f p"], b: Float[Tensor, "f p"], shares: Tensor) -> tuple[Tensor, Tensor]:
+    squares = _squares(a, shares), _squares(b, shares)
     nan = torch.full((), math.nan, dtype=torch.float64)
     if not all(map(_resolved, squares)):
         return nan, nan
-    return _jackknifed(_without(_products(a, b)) / (squares[0] * squares[1]).sqrt())
+    return _jackknifed(_without(_products(a, b), shares) / (squares[0] * squares[1]).sqrt())
 
 
-def _cosine_with(a: Float[Tensor, "f p"], vector: Float[Tensor, " p"]) -> tuple[Tensor, Tensor]:
+def _cosine_with(a: Float[Tensor, "f p"], vector: Float[Tensor, " p"], shares: Tensor) -> tuple[Tensor, Tensor]:
     """With a vector that has no noise."""
-    squares, inner = _squares(a), _products(a, vector[None])[:, 0]
+    squares, inner = _squares(a, shares), _products(a, vector[None])[:, 0]
     nan = torch.full((), math.nan, dtype=torch.float64)
     if not _resolved(squares) or not bool(vector.any()):
         return nan, nan
-    means = torch.cat([inner.mean()[None], (inner.sum() - inner) / (len(inner) - 1)])
-    return _jackknifed(means / (squares.sqrt() * vector.double().norm().cpu()))
+    means = torch.cat([inner.mean()[None], (inner.sum() - inner) / (len(inner) - shares)])
+    return _jackknifed(means / (squares.sqrt() * _length(vector)))
 
 
 class GradientTrajectory(Result):
@@ -236,16 +244,23 @@ def gradient_trajectory(
         gradient, value = grad_and_value(loss)(at)
         first = gradient if first is None else first
         losses.append(float(value))
-        norms.append(float(gradient.norm()))
+        norms.append(_length(gradient))
         firsts.append(_plain_cosine(first, gradient))
         if before is not None:
             nexts.append(_plain_cosine(before, gradient))
             length += learning_rate * norms[-2]
         before, last, at = gradient, at, at - learning_rate * gradient
     a, b, c, d = (torch.tensor(each, dtype=torch.float64) for each in (losses, norms, [*nexts, math.nan], firsts))
-    return GradientTrajectory(a, b, c, d, float(learning_rate), float((last - start).norm()), length)
+    return GradientTrajectory(a, b, c, d, float(learning_rate), _length(last - start), length)
+
+
+def _length(x: Tensor) -> float:
+    """In a wider dtype, as squares of what float32 holds may be beyond it."""
+    return norm(x.to(wide(x.device)))
 
 
 def _plain_cosine(a: Tensor, b: Tensor) -> float:
-    size = float(a.norm()) * float(b.norm())
-    return float(a.double() @ b.double()) / size if size > 0 else math.nan
+    """nan where a length is 0 or not finite."""
+    a, b = a.to(wide(a.device)), b.to(wide(b.device))
+    size = norm(a) * norm(b)
+    return dot(a, b) / size if 0 < size < math.inf else math.nan

@@ -131,11 +131,14 @@ class LearningCoefficient(Result):
 
     @property
     def _on_size(self) -> str:
-        if not float(self.learning_coefficient.value) > self.num_parameters / 2:
+        made, most = self.learning_coefficient, self.num_parameters / 2
+        if not float(made.value) > most:
             return ""
+        chance = float(made.value - 2 * made.stderr) <= most
         return (
-            f"the estimate is above {self.num_parameters / 2:,g}, half the number of weights, which no learning coefficient "
-            "is: the steps are too large, or the gradients too noisy."
+            f"the estimate is above {most:,g}, half the number of weights, which no learning coefficient is: "
+            + ("by less than two of its errors, which may be chance; or " if chance else "")
+            + "the steps are too large, or the gradients too noisy."
         )
 
 

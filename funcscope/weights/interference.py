@@ -140,9 +140,10 @@ def task_interference(
     first, second, lost = apart(first_loss, second_loss, theta)
     between = gram(first, theta, other=second, by=by, chunk_size=chunk_size)
     at = [terms_at(loss, theta) for loss in (first, second)]
-    weights = float(at[0].weights.mean()), float(at[1].weights.mean())
+    weights = at[0].weights, at[1].weights
     values = with_total(between.values.double()).cpu()
-    inner, error = (-learning_rate / math.prod(weights) * x for x in (values.mean((1, 2)), -crossed_stderr(values)))
+    inner = -learning_rate * values.mean((1, 2)) / (weights[0].mean() * weights[1].mean())
+    error = learning_rate * crossed_stderr(values, weights)
     found = _second_orders(values, weights, learning_rate)
     changes = [
         means((terms_at(hurt, _moved(made, theta, learning_rate)).sums - before.sums)[None], before.weights)
@@ -171,11 +172,16 @@ class _SecondOrders(NamedTuple):
     log_ratio: tuple[Tensor, Tensor]
 
 
-def _second_orders(values: Float[Tensor, "c n m"], weights: tuple[float, float], rate: float) -> _SecondOrders:
-    """From inner products of gradients of both tasks, and the mean weights of their sequences."""
-    a, b = weights
-    scale = values.new_tensor([rate**2 / (2 * b * a**2), rate**2 / (2 * a * b**2)])
-    made, without = cross_forms(values) * scale, [each * scale[:, None] for each in _left_out(values)]
+def _second_orders(values: Float[Tensor, "c n m"], weights: tuple[Tensor, Tensor], rate: float) -> _SecondOrders:
+    """From inner products of gradients of both tasks, and the weights of their sequences."""
+
+    def scaled(a: Tensor, b: Tensor) -> Tensor:
+        """(2, ...) from mean weights."""
+        return rate**2 / 2 * torch.stack([1 / (b * a.square()), 1 / (a * b.square())])
+
+    (a, b), (fewer_a, fewer_b) = ([x.mean() for x in weights], [(x.sum() - x) / (len(x) - 1) for x in weights])
+    scale, scales = scaled(a, b), (scaled(fewer_a, b), scaled(a, fewer_b))
+    made, without = cross_forms(values) * scale, [x * y for x, y in zip(_left_out(values), scales, strict=True)]
     stderr = _over_both(without)
     nan = made.new_tensor(math.nan)
     log_ratio = nan, nan

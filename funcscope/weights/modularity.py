@@ -84,10 +84,18 @@ def modularity_score(
 ) -> Modularity:
     r"""How far the parameters fall into blocks whose gradients do not go together, by the blocks of the Fisher matrix.
 
-    `block_coupling` of the Gram of sequences. by, chunk_size: of `gram`; the couplings of more than three blocks have a
+    `block_coupling` of the Gram of sequences. by, chunk_size: of `gram`; the couplings of three blocks or more have a
     modularity. Copies of sequences, and what is not scored, are left out.
 
     Raises ValueError for fewer than three different sequences, and as `gram` does.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.ones(9, 1), 5 + 0.1 * torch.arange(9.0)[:, None])], half_square)
+    >>> modularity_score(loss, torch.tensor([0.5, 2.0]), key=fs.key(0), by="tensor").coupling.round(decimals=3)
+    tensor([[1., 1.],
+            [1., 1.]], dtype=torch.float64)
     """
     check_key(key)
     samples, num_left_out = apart_from_copies(loss, theta)
@@ -109,9 +117,9 @@ def block_coupling(grams: Grams, *, key: Key, num: int = 99) -> Modularity:
     parameters have the naive coupling .95, .83, .54, .13 at n = 8, 32, 128, 1024.
 
     `modularity`: Newman's Q of the graph of blocks, with the couplings between them, those below 0 taken for 0, for weights
-    A of sum 2m and the communities c that Louvain's search gives,
+    A of sum 2m, 0 on the diagonal, degrees $k_a = \sum_b A_{ab}$, and the communities c that Louvain's search gives,
 
-    $$Q = \frac{1}{2m} \sum_{a \ne b} \Big(A_{ab} - \frac{k_a k_b}{2m}\Big) [c_a = c_b].$$
+    $$Q = \frac{1}{2m} \sum_{a, b} \Big(A_{ab} - \frac{k_a k_b}{2m}\Big) [c_a = c_b].$$
 
     A search finds communities in any graph: `null_mean`, `null_quantile` and `p_value` are of `num` graphs with the same
     couplings on permuted pairs. Blocks that are not resolved are not in the graph. Needs networkx.

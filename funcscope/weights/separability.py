@@ -115,6 +115,15 @@ def separability(
     by, chunk_size: of `gram`. Sequences that both tasks have, copies, and what is not scored are left out.
 
     Raises ValueError for tasks of different parameters, and as `gram` and `gram_separability` do.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> sizes, x = torch.tensor([[1.0], [1.1], [1.2], [1.3]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    >>> losses = [fs.objective(net, [(sizes * each, torch.ones(4, 1))], half_square) for each in x]
+    >>> found = separability(*losses, torch.zeros(2), key=fs.key(0), num=19)          # gradients of one direction each
+    >>> round(float(found.alignment_of_all.value), 2), round(float(found.separability_of_all.value), 2)       # .6^2
+    (0.36, 0.64)
     """
     check_tasks(first_loss, second_loss)
     first, second, lost = apart(first_loss, second_loss, theta)
