@@ -305,7 +305,7 @@ def test_sequences_without_a_label_are_no_samples(whitened):
         task_conflicts(loss, other, net.theta, key=fs.key(0), whitened=whitened, num=19) for loss in (some, rest)
     )
     assert (found.num_first, found.num_unscored, oracle.num_unscored) == (4, 2, 0)
-    assert "2 sequences without a scored position" in found.notes[0]
+    assert found.notes[0] == "2 sequences left out: not scored: no samples."
     for name in ("inner", "square_first", "cosine", "p_differ", "inner_stderr"):
         torch.testing.assert_close(getattr(found, name), getattr(oracle, name), equal_nan=True)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral
@@ -118,6 +119,23 @@ def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None
     """Write the draw of `key` into a contiguous float32 vector on the CPU, on the calling thread."""
     for block in range(-(-len(out) // BLOCK)):
         _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
+
+
+@contextmanager
+def as_global_generator(key: Key) -> Iterator[None]:
+    """For a library that draws from torch's generator of the CPU: within, that is the key's; afterwards, what it was.
+
+    >>> with as_global_generator(key(0)):
+    ...     first = torch.rand(2)
+    >>> with as_global_generator(key(0)):
+    ...     torch.equal(torch.rand(2), first)
+    True
+    """
+    tools = _tools()
+    state = tools.seeded(tools.philox_at(key, 0).random_raw(312)).get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        yield
 
 
 def on_workers(job: Callable[[int], None], starts: Iterable[int]) -> None:

@@ -19,6 +19,7 @@ from ..core.criterion import Labels
 from ..core.layout import Layout, View
 from ..core.masks import tokens_there
 from ..core.objective import Loss, Theta
+from ..core.tables import counted
 from .gram import Blocks, block_views
 from .leafwise import terms_at
 from .rows import cut
@@ -99,6 +100,16 @@ class LeftOut(NamedTuple):
     """Both tasks have them."""
     copies: int
     """Of others of their task."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a result says of them."""
+        reasons = (
+            "not scored: no samples",
+            "in several tasks: no independent samples",
+            "a copy of another one: no sample",
+        )
+        return [f"{counted(num, 'sequence')} left out: {why}." for num, why in zip(self, reasons, strict=True) if num]
 
 
 def apart(first: Loss, second: Loss, theta: Theta) -> tuple[Loss, Loss, LeftOut]:

@@ -16,7 +16,7 @@ from ..core.statistics import q_values
 from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams, gram
 from ..curvature.label_permutation import label_test
-from ..curvature.scored_sequences import apart
+from ..curvature.scored_sequences import LeftOut, apart
 from ..curvature.task_pairs import check_grams, pair_statistics, pooled, unit_lengths
 from ..curvature.whitening import check_tasks, whitened_grams
 
@@ -71,15 +71,7 @@ class TaskConflicts(Result):
 
     @property
     def notes(self) -> list[str]:
-        notes = []
-        if self.num_unscored:
-            notes.append(
-                f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out."
-            )
-        if self.num_shared:
-            notes.append(f"{counted(self.num_shared, 'sequence')} in both tasks: no independent samples, and left out.")
-        if self.num_copies:
-            notes.append(f"{counted(self.num_copies, 'copy', 'copies')} of other sequences: no samples, and left out.")
+        notes = LeftOut(self.num_unscored, self.num_shared, self.num_copies).notes
         if none := [name for name, x in zip(self.blocks, self.cosine, strict=True) if x.isnan()]:
             notes.append(f"no cosine, as a mean gradient is not told from 0: {', '.join(none)}.")
         if 20 * len(self.blocks) > self.num + 1:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_number
-from ..core.keys import Key, check_key, fold_in
+from ..core.keys import Key, as_global_generator, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr
@@ -184,8 +184,7 @@ def aggregation_weights(
     if method == "pcgrad":
         check_key(key)
         assert key is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold_in(key, "order").bits % 2**63)
+        with as_global_generator(fold_in(key, "order")):
             return aggregation.PCGradWeighting()(scaled)
     made: dict[str, Any] = {
         "mgda": lambda: aggregation.MGDAWeighting(epsilon=1e-7, max_iters=1000),

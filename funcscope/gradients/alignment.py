@@ -21,7 +21,7 @@ from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams
 from ..curvature.gram_errors import LEAST
 from ..curvature.gram_statistics import with_total
-from ..curvature.scored_sequences import all_apart
+from ..curvature.scored_sequences import LeftOut, all_apart
 from ..curvature.task_pairs import PairStatistics, check_grams, pair_statistics, relative_weights, task_grams
 from ..curvature.whitening import check_tasks
 
@@ -111,12 +111,7 @@ class GradientAlignment(Result):
 
     @property
     def notes(self) -> list[str]:
-        lost = [
-            (self.num_unscored, "without a scored position"),
-            (self.num_shared, "in several tasks: no independent samples"),
-            (self.num_copies, "a copy of another one: no sample"),
-        ]
-        notes = [f"{counted(num, 'sequence')} left out: {why}." for num, why in lost if num]
+        notes = LeftOut(self.num_unscored, self.num_shared, self.num_copies).notes
         if missing := int(self.cosine.isnan().sum()):
             notes.append(
                 f"no cosine in {missing} of {self.cosine.numel()} cells, as a mean gradient is not told from 0."

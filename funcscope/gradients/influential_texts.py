@@ -75,6 +75,10 @@ class MostInfluential(Result):
         return f"the {half} most helpful and most harmful of {counted(self.num_sequences, 'training sequence')}"
 
 
+SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
+"""What tokenizers write for spaces, in names of tokens."""
+
+
 def most_influential(
     train_loss: Loss,
     test_loss: Loss,
@@ -132,7 +136,8 @@ def texts_of(loss: Loss, token_names: Names) -> list[str]:
             made += [f"sequence {len(made) + i}" for i in range(size)]
             continue
         there = torch.ones_like(ids, dtype=torch.bool) if mask is None else tokens_there(mask).expand(ids.shape)
-        made += ["".join(token_names(row[real].tolist())) for row, real in zip(ids, there, strict=True)]
+        texts = ("".join(token_names(row[real].tolist())) for row, real in zip(ids, there, strict=True))
+        made += [text.translate(SPACES) for text in texts]
     return made
 
 

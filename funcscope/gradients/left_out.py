@@ -13,7 +13,7 @@ from ..core.layout import By
 from ..core.objective import Loss, Theta
 from ..core.vectors import Leaves, norm
 from ..curvature.leafwise import summed_gradient
-from ..curvature.scored_sequences import dealt, scored_sequences
+from ..curvature.scored_sequences import LeftOut, dealt, scored_sequences
 
 
 class Parts(NamedTuple):
@@ -106,7 +106,4 @@ def error_notes(blocks: Sequence[str], values: Tensor, errors: Tensor, num_group
 def sampling_notes(num_groups: int, num_unscored: int) -> list[str]:
     """What a reader must know of the sequences."""
     notes = ["There is one sequence, and no error over sequences."] if num_groups < 2 else []
-    if num_unscored:
-        what = "sequence" if num_unscored == 1 else "sequences"
-        notes.append(f"{num_unscored:,} {what} without a scored position: no samples, and left out.")
-    return notes
+    return notes + LeftOut(num_unscored, 0, 0).notes

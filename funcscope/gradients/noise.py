@@ -20,7 +20,7 @@ from ..curvature.gram import Grams, gram
 from ..curvature.gram_errors import LEAST
 from ..curvature.leafwise import terms_at
 from ..curvature.pair_errors import pair_stderr
-from ..curvature.scored_sequences import num_different, scored_sequences, sizes
+from ..curvature.scored_sequences import LeftOut, num_different, scored_sequences, sizes
 
 Values = Float[Tensor, " b"]
 
@@ -69,10 +69,7 @@ class GradientNoise(Result):
             notes.append("no noise scale of all blocks, as the mean gradient is not told from 0: take more sequences.")
         if self.num_sequences < 3:
             notes.append("Two sequences have no standard errors.")
-        if self.num_unscored:
-            notes.append(
-                f"{counted(self.num_unscored, 'sequence')} without a scored position: no samples, and left out."
-            )
+        notes += LeftOut(self.num_unscored, 0, 0).notes
         if self.num_copies:
             notes.append(
                 f"{counted(self.num_copies, 'copy', 'copies')} of other sequences: no independent samples, so that squares "

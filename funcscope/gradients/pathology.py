@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,7 +75,7 @@ class GradientPathology(Result):
     @property
     def notes(self) -> list[str]:
         notes = [] if self.own_step else ["The step was given: its updates have no errors over sequences."]
-        if none := [name for name, x in zip(self.parameters, self.angular_rate, strict=True) if x.isinf()]:
+        if none := [name for name, x in zip(self.parameters, self.angular_rate, strict=True) if x.isnan()]:
             notes.append(f"Parameters that are 0 have no relative update: {', '.join(none)}.")
         if bad := [name for name, x in zip(self.parameters, self.num_nonfinite, strict=True) if x]:
             notes.append(f"The gradient is not finite in {', '.join(bad)}: look at the weights or the batch.")
@@ -107,7 +108,7 @@ def gradient_pathology(
     vector or a dict, Adam's preconditioned gradient for example. A step that is given has no error over sequences.
     radial: $\langle g, \theta \rangle / (\lVert g \rVert \lVert \theta \rVert)$, 0 up to rounding for a parameter that is
     followed by a norm, so that its length does not matter. Of such a one the direction alone learns, at the rate
-    `angular_rate`, $\eta / \lVert \theta \rVert^2$.
+    `angular_rate`, $\eta / \lVert \theta \rVert^2$; nan for one that is 0.
     dead: the share of rows of a weight (output units; columns of a Hugging Face Conv1D) whose gradient is exactly 0 in each
     of the groups of sequences: nothing in these data moves the weights into the unit. nan for vectors, for tables of
     embeddings, whose rows are tokens, and where the gradient is not finite. Units by their activations:
@@ -135,37 +136,27 @@ def gradient_pathology(
     blocks = forward_blocks(loss, by)
     made = GroupedGradients(loss, theta, num_groups)
     whole, names = made.whole, [name for names in blocks.values() for name in names]
-    single = {name: [name] for name in names}
-    lengths = [block_norms(made.leaves, each) for each in (blocks, single)]
-
-    def updates(g: Leaves) -> dict[str, Tensor]:
-        made = (learning_rate * block_norms(g, each) / x for each, x in zip((blocks, single), lengths, strict=True))
-        defined = (torch.where(x > 0, u, math.nan) for u, x in zip(made, lengths, strict=True))
-        return dict(zip(("update", "parameter_update"), defined, strict=True))
-
-    def numbers(g: Leaves) -> dict[str, Tensor]:
-        spread = torch.stack([dispersion_of(joined(g, each))[0] for each in blocks.values()])
-        return {**updates(g), "dispersion": spread, "radial": _cosines(g, made.leaves, names)}
-
+    steps = _Steps(made.leaves, blocks, {name: [name] for name in names}, learning_rate)
     rest, reached = [], dict[str, list[Tensor]]()
     for part in made.each():
-        rest.append(numbers(part.rest))
+        rest.append(steps.numbers(part.rest))
         _note_reached(reached, part.own, loss.layout.by_name)
     if not rest:
         _note_reached(reached, whole, loss.layout.by_name)
-    values, errors = numbers(whole), _errors(rest)
+    values, errors = steps.numbers(whole), _errors(rest)
     if given is not None:
-        values |= updates(given)
-        errors = {key: x for key, x in errors.items() if key not in updates(given)}
+        values |= steps.updates(given)
+        errors = {key: x for key, x in errors.items() if key not in steps.updates(given)}
     for key, x in values.items():
         errors.setdefault(key, torch.full_like(x, math.nan))
-    u, step_sizes = values["parameter_update"], block_norms(whole if given is None else given, single)
-    dead, nonfinite = torch.stack([_dead(reached.get(name, [])) for name in names], 1), num_nonfinite(whole, single)
+    u, step_sizes = values["parameter_update"], block_norms(whole if given is None else given, steps.single)
+    dead = torch.stack([_dead(reached.get(name, [])) for name in names], 1)
+    nonfinite, lengths = num_nonfinite(whole, steps.single), block_norms(made.leaves, steps.single)
     return GradientPathology(
         **values,
         vanishing=u < vanishing,
         exploding=(u > exploding) | ~step_sizes.isfinite(),
-        angular_rate=learning_rate / lengths[1].square(),
+        angular_rate=torch.where(lengths > 0, learning_rate / lengths.square(), math.nan),
         dead=torch.where(nonfinite > 0, math.nan, dead[0]),
         num_nonfinite=nonfinite,
         learning_rate=learning_rate,
@@ -180,6 +171,29 @@ def gradient_pathology(
         blocks=list(blocks),
         parameters=names,
     )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Relative updates and shapes of gradients, by block and by parameter."""
+
+    theta: Leaves
+    blocks: dict[str, list[str]]
+    single: dict[str, list[str]]
+    learning_rate: float
+
+    def updates(self, g: Leaves) -> dict[str, Tensor]:
+        """Of a step; nan for what is 0."""
+        made = {}
+        for name, groups in (("update", self.blocks), ("parameter_update", self.single)):
+            lengths = block_norms(self.theta, groups)
+            made[name] = torch.where(lengths > 0, self.learning_rate * block_norms(g, groups) / lengths, math.nan)
+        return made
+
+    def numbers(self, g: Leaves) -> dict[str, Tensor]:
+        """Of a gradient."""
+        spread = torch.stack([dispersion_of(joined(g, each))[0] for each in self.blocks.values()])
+        return {**self.updates(g), "dispersion": spread, "radial": _cosines(g, self.theta, list(self.single))}
 
 
 def _errors(rest: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,13 +15,12 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import jackknife_stderr, means
-from ..core.tables import counted
 from ..curvature.gram import Blocks, gram
 from ..curvature.gram_errors import LEAST
 from ..curvature.gram_statistics import with_total
 from ..curvature.leafwise import terms_at
 from ..curvature.pair_errors import crossed_stderr
-from ..curvature.scored_sequences import apart
+from ..curvature.scored_sequences import LeftOut, apart
 from ..curvature.whitening import check_tasks
 
 ORDERS = ["first -> second", "second -> first"]
@@ -77,8 +76,7 @@ class TaskInterference(Result):
 
     @property
     def notes(self) -> list[str]:
-        lost = self.num_unscored + self.num_shared + self.num_copies
-        notes = [f"{counted(lost, 'sequence')} left out: not scored, in both tasks, or a copy."] if lost else []
+        notes = LeftOut(self.num_unscored, self.num_shared, self.num_copies).notes
         notes.append("`predicted` and `remainder` are those of the steps made, on these data, and have no errors.")
         if bool(self.log_ratio.value.isnan()):
             notes.append("no ratio of damages: one of them is not told from 0.")

@@ -19,7 +19,7 @@ from ..core.tables import counted
 from ..curvature.gram import Blocks, Grams
 from ..curvature.gram_statistics import with_total
 from ..curvature.label_permutation import label_test
-from ..curvature.scored_sequences import apart
+from ..curvature.scored_sequences import LeftOut, apart
 from ..curvature.task_pairs import check_grams, pair_statistics, pooled, task_grams, unit_lengths
 from ..curvature.whitening import check_tasks
 
@@ -78,12 +78,7 @@ class Separability(Result):
 
     @property
     def notes(self) -> list[str]:
-        lost = [
-            (self.num_unscored, "without a scored position"),
-            (self.num_shared, "in both tasks: no independent samples"),
-            (self.num_copies, "a copy of another one: no sample"),
-        ]
-        notes = [f"{counted(num, 'sequence')} left out: {why}." for num, why in lost if num]
+        notes = LeftOut(self.num_unscored, self.num_shared, self.num_copies).notes
         if none := [name for name, x in zip(self.blocks, self.alignment, strict=True) if x.isnan()]:
             notes.append(f"no alignment, as the size of a second moment is not told from 0: {', '.join(none)}.")
         return notes
