@@ -460,7 +460,7 @@ def test_nothing_is_measured_over_a_file_or_of_weights_that_are_nan(what, gpt2, 
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         measure_for_merge(broken, spec, broken / WEIGHTS, what=what)
     assert (broken / WEIGHTS).read_bytes() == before
-    with pytest.raises(ValueError, match="wpe.weight` of .* nan or infinite"):
+    with pytest.raises(ValueError, match=r"wpe.weight` of .* nan or infinite"):
         measure_for_merge(broken, spec, tmp_path / "f.safetensors", what=what)
     assert not list(tmp_path.glob("*.safetensors")) + list(tmp_path.glob(".f*"))
 
