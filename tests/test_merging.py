@@ -312,6 +312,15 @@ def test_files_are_the_librarys_format_and_parts_are_those_of_the_whole(tmp_path
         TensorFile(tmp_path / "y.safetensors")
 
 
+def test_sums_in_a_file_are_added_part_by_part_and_wide_entries_are_aligned(tmp_path):
+    shapes = {"a": Shape(torch.int8, (3,)), "b": Shape(torch.float64, (7,))}
+    with NewTensorFile(tmp_path / "x.safetensors", shapes) as file:
+        file.add("b", torch.arange(1.0, 6.0).double(), start=2, size=2)
+    made = TensorFile(tmp_path / "x.safetensors")
+    assert made.read("b").tolist() == [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert made._starts["b"] % 8 == 0
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_merge_leaves_nothing(error, gpt2, tmp_path, monkeypatch):
     _, *models = gpt2
