@@ -120,3 +120,41 @@ def test_outputs_that_are_no_logits_are_refused():
     loss = fs.objective(net, [(torch.ones(2, 1), torch.zeros(2, 1))], fs.mse)
     with pytest.raises(ValueError, match="labels"):
         function_distance(loss, net.theta, net.theta)
+
+
+def permuted() -> tuple[fs.Loss, torch.Tensor, torch.Tensor]:
+    """A loss, and two models that are one function, with hidden units in another order."""
+    g = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        net = fs.functional(torch.nn.Sequential(torch.nn.Linear(4, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3)))
+    batches = [(torch.randn(6, 4, generator=g), torch.randint(0, 3, (6,), generator=g))]
+    start = torch.randn(net.theta.shape, generator=g)
+    one, bias, two, last = start.split([160, 40, 120, 3])
+    order = torch.arange(39, -1, -1)
+    end = torch.cat([one.view(40, 4)[order].flatten(), bias[order], two.view(3, 40)[:, order].flatten(), last])
+    return fs.objective(net, batches, fs.classification), start, end
+
+
+def test_a_change_of_rounding_alone_is_nothing_to_undo():
+    """The quotient of two roundings is a number of any size, and sequences do not say so."""
+    loss, start, same = permuted()
+    found = elasticity(loss, start, same, start + 0.3)
+    assert found.kl_changed <= found.rounding < 1e-9
+    assert math.isnan(found.elasticity)
+    assert math.isnan(found.elasticity_stderr)
+    assert "rounding" in " ".join(found.notes)
+    assert elasticity(
+        loss, start, start + 1e-3 * start.sign() * torch.arange(len(start)), start
+    ).elasticity == pytest.approx(1)
+    assert "no divergence is resolved" in " ".join(function_distance(loss, start, same).notes)
+
+
+def test_predictions_that_are_nan_have_no_first_choice():
+    loss, start, _ = permuted()
+    broken = start.clone()
+    broken[0] = math.nan
+    found = function_distance(loss, start, broken)
+    assert math.isnan(found.kl)
+    assert math.isnan(found.disagreement)
+    assert "look at its weights" in " ".join(found.notes)
+    assert "look at its weights" in " ".join(elasticity(loss, start, broken, start).notes)

@@ -1,5 +1,6 @@
 """Rules of merging. Oracles: exact fractions by hand, plain numpy entry by entry, least squares, mergekit."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -299,3 +300,18 @@ def test_what_has_no_merge_is_refused(call, says):
 def test_counters_have_no_mean():
     with pytest.raises(TypeError, match="floating"):
         check_leaves("leaves", [torch.ones(2, dtype=torch.long)])
+
+
+def test_weights_are_in_the_election_and_in_the_floor_of_fishers():
+    one, two = row(3.0), row(-2.0)
+    assert_close(rules.ties(row(0.0), [one, two], density=1.0, weights=[1.0, 3.0]), row(-2.0))  # by number of votes: 3
+    unused = [row(0.0, 2.0), row(0.0, 2.0)]
+    assert_close(rules.fisher([row(0.0, 0.0), row(1.0, 1.0)], unused, weights=[1.0, 3.0]), row(0.75, 0.75))
+
+
+def test_slerp_of_nearly_opposite_tensors_is_still_on_the_circle():
+    e = 1e-3
+    middle = rules.slerp(row(1.0, 0.0), row(-math.cos(e), math.sin(e)), 0.5)
+    assert_close(
+        middle, row(math.sin(e / 2), math.cos(e / 2)), rtol=1e-9, atol=1e-9
+    )  # the linear mean is 2000 times shorter

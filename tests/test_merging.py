@@ -312,6 +312,15 @@ def test_files_are_the_librarys_format_and_parts_are_those_of_the_whole(tmp_path
         TensorFile(tmp_path / "y.safetensors")
 
 
+def test_sums_in_a_file_are_added_part_by_part_and_wide_entries_are_aligned(tmp_path):
+    shapes = {"a": Shape(torch.int8, (3,)), "b": Shape(torch.float64, (7,))}
+    with NewTensorFile(tmp_path / "x.safetensors", shapes) as file:
+        file.add("b", torch.arange(1.0, 6.0).double(), start=2, size=2)
+    made = TensorFile(tmp_path / "x.safetensors")
+    assert made.read("b").tolist() == [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert made._starts["b"] % 8 == 0
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_merge_leaves_nothing(error, gpt2, tmp_path, monkeypatch):
     _, *models = gpt2
@@ -360,6 +369,13 @@ WRONG = {
     "nan": (
         lambda b, m, t: ([m[0], changed(m[1], t, {"transformer.ln_f.bias": torch.full((12,), torch.nan)})], {}),
         "`transformer.ln_f.bias` of .*x has 12 entries that are nan",
+    ),
+    "an arc of -1": (lambda b, m, t: (m[:2], {"method": "slerp", "weights": [1.0, -1.0]}), "`weights` of slerp must be"),
+    "an arc of 2": (lambda b, m, t: (m[:2], {"method": "slerp", "weights": [2.0, -1.0]}), "`weights` of slerp must be"),
+    "new folders": (
+        lambda b, m, t: ([m[0], changed(m[1], t, {"transformer.ln_f.bias": torch.full((12,), torch.inf)})],
+                         {"out": t / "new" / "er" / "out"}),
+        "12 entries that are nan",
     ),
     "other Fishers": (lambda b, m, t: (m, {"method": "fisher", "fishers": others(m, t)}), "another model"),
     "negative Fishers": (lambda b, m, t: (m, {"method": "fisher", "fishers": others(m, t, -1.0)}), "entry below 0"),
@@ -425,6 +441,37 @@ def test_the_commands_make_fishers_and_merge_with_them(gpt2, tmp_path, capsys):
         cli.main(["merge", *given, "--density", "0", "--method", "ties", "--base", str(models[2]), "--out", "x"]) == 2
     )
     assert "`--density` must be" in capsys.readouterr().err
+
+
+def test_the_working_directory_and_a_link_are_folders_to_merge_into(gpt2, tmp_path, monkeypatch):
+    _, *models = gpt2
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert merge_folders(models, out=".").num_files == 1
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    merge_folders(models, out=tmp_path / "link")
+    assert all((tmp_path / name / WEIGHTS).is_file() for name in ("here", "there", "link"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "there"]
+
+
+@pytest.mark.parametrize("what", ["fisher", "inputs"])
+def test_nothing_is_measured_over_a_file_or_of_weights_that_are_nan(what, gpt2, tmp_path):
+    """The file that is there may be the model itself."""
+    _, model, *_ = gpt2
+    spec = DataSpec(texts(tmp_path / "t.jsonl"))
+    broken = changed(
+        model,
+        tmp_path,
+        {"transformer.wpe.weight": torch.full_like(tensors(model)["transformer.wpe.weight"], torch.nan)},
+    )
+    before = (broken / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        measure_for_merge(broken, spec, broken / WEIGHTS, what=what)
+    assert (broken / WEIGHTS).read_bytes() == before
+    with pytest.raises(ValueError, match=r"wpe.weight` of .* nan or infinite"):
+        measure_for_merge(broken, spec, tmp_path / "f.safetensors", what=what)
+    assert not list(tmp_path.glob("*.safetensors")) + list(tmp_path.glob(".f*"))
 
 
 @pytest.mark.slow

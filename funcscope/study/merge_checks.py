@@ -40,6 +40,10 @@ def check_settings(method: str, num: int, base: object, settings: dict[str, Any]
         raise ValueError(f"`weights` must be one number for each of the {num} models, got {len(weights)}.")
     for weight in weights or ():
         check_number("weights", weight)
+    if method == "slerp" and weights is not None and (min(weights) < 0 or sum(weights) == 0):
+        raise ValueError(
+            f"`weights` of slerp must be 0 or more, and not both 0, got {weights}: they say how far along the arc to go."
+        )
     if method == "ties" and not 0 < settings["density"] <= 1:
         raise ValueError(
             f"`density` must be a share above 0, up to 1, got {settings['density']!r}: it is the share of each task "

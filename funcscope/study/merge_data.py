@@ -26,7 +26,8 @@ def measure_for_merge(
     num: draws of all labels, of the Fisher diagonal. length: tokens of each text, unless `spec` says. The file names model,
     texts and settings in its metadata, so that it can be shared, and appears when it is complete.
 
-    Raises ValueError or OSError, before the model is opened, for settings and a place that cannot be.
+    Raises ValueError or OSError, before the model is opened, for settings and a place that cannot be; FileExistsError where
+    `out` exists, which may be a model's weights; and ValueError, by name, for a weight that is not finite.
     """
     check_choice("what", what, ("fisher", "inputs"))
     check_count("num", num)
@@ -34,7 +35,10 @@ def measure_for_merge(
     target = Path(out)
     if target.suffix != ".safetensors" or target.is_dir():
         raise ValueError(f"`out` must be a file that ends in .safetensors, got {str(out)!r}.")
+    if target.exists():
+        raise FileExistsError(f"{str(out)!r} exists: choose a new file, nothing is overwritten.")
     stored = StoredModel(model)
+    stored.check_finite()
     from .inputs.opened import OpenedModel  # and with it transformers, which takes longer to import than torch
 
     opened = OpenedModel.of(spec, stored.folder)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -95,7 +95,8 @@ def merge_folders(
     every = [*([origin] if origin else []), *stored]
     check_alike(every)
     same = twins(every)
-    target = Path(out)
+    target = Path(out).resolve()  # a folder of its own name, where `out` is a link or "."
+    made_folders = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
@@ -110,13 +111,14 @@ def merge_folders(
         for file in files if data else ():
             file.path.unlink()
         stage.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        stage.rename(target)
+        stage.rename(target)  # over an empty folder, which is all that may be there
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made_folders:
+                folder.rmdir()
         raise
-    return made._replace(path=target)
+    return made._replace(path=Path(out))
 
 
 def _files(

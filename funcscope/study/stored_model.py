@@ -58,6 +58,12 @@ class StoredModel:
             )
         return value
 
+    def check_finite(self) -> None:
+        """Raises as `read` does, for any entry of any tensor."""
+        for name, what in self.tensors.items():
+            for at in parts(what):
+                self.read(name, *at)
+
 
 def parts(what: Shape, size: int = PART) -> Iterator[tuple[int, int]]:
     """The first entry and the one behind the last of each part."""

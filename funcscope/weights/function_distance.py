@@ -96,6 +96,7 @@ class FunctionDistance(Result):
     js_stderr: float
     disagreement_stderr: float
     num_sequences: int
+    rounding: float = quantity("divergence by rounding of logits", unit="nats", shown=False)
 
     @property
     def head(self) -> str:
@@ -103,7 +104,16 @@ class FunctionDistance(Result):
 
     @property
     def notes(self) -> list[str]:
-        return ["a single sequence has no standard error."] if self.num_sequences < 2 else []
+        made = ["a single sequence has no standard error."] * (self.num_sequences < 2)
+        if math.isnan(self.kl):
+            made.append("predictions of a model are nan: look at its weights.")
+        if self.kl <= self.rounding:
+            made.append(f"no divergence is resolved: rounding of logits alone makes up to {self.rounding:.1g} nats.")
+        if self.num_sequences > 1 and self.disagreement in (0.0, 1.0):
+            made.append(
+                "all positions agree, or none does: an error of 0 over so few sequences bounds no rare exception."
+            )
+        return made
 
 
 def function_distance(loss: Loss, first: Theta, second: Theta, *, chunk: int = 64) -> FunctionDistance:
@@ -126,12 +136,15 @@ def function_distance(loss: Loss, first: Theta, second: Theta, *, chunk: int = 6
     0.693147
     """
     check_count("chunk", chunk)
-    names = ("kl", "kl_reverse", "js", "disagreement")
+    names = ("kl", "kl_reverse", "js", "disagreement", "rounding")
     columns = _sums(loss, (first, second), chunk, _pairwise)
     values = (columns[:-1].sum(1) / columns[-1].sum()).tolist()
     errors = ratio_stderr(columns[:-1], columns[-1]).tolist()
     made = dict(zip(names, values, strict=True)) | {f"{k}_stderr": e for k, e in zip(names, errors, strict=True)}
-    return FunctionDistance(**made, num_sequences=int((columns[-1] != 0).sum()))
+    num, rounding = int((columns[-1] != 0).sum()), made.pop("rounding")
+    return FunctionDistance(
+        **{k: v for k, v in made.items() if k != "rounding_stderr"}, num_sequences=num, rounding=rounding
+    )
 
 
 class Elasticity(Result):
@@ -148,6 +161,7 @@ class Elasticity(Result):
     kl_restored_stderr: float
     elasticity_stderr: float
     num_sequences: int
+    rounding: float = quantity("divergence by rounding of logits", unit="nats", shown=False)
 
     @property
     def head(self) -> str:
@@ -156,9 +170,14 @@ class Elasticity(Result):
     @property
     def notes(self) -> list[str]:
         made = ["a single sequence has no standard error."] * (self.num_sequences < 2)
-        return made + ["the changed model says what the base says: there is nothing to undo."] * math.isnan(
-            self.elasticity
-        )
+        if math.isnan(self.kl_changed + self.kl_restored):
+            return [*made, "predictions of a model are nan: look at its weights."]
+        if math.isnan(self.elasticity):
+            made.append(
+                "the changed model says what the base says, to the rounding of logits "
+                f"({self.rounding:.1g} nats): there is nothing to undo."
+            )
+        return made
 
 
 def elasticity(loss: Loss, base: Theta, changed: Theta, restored: Theta, *, chunk: int = 64) -> Elasticity:
@@ -168,7 +187,9 @@ def elasticity(loss: Loss, base: Theta, changed: Theta, restored: Theta, *, chun
       K_r = \mathrm{KL}(\text{base} \| \text{restored}),$$
 
     means over scored positions (`function_distance`). Negative where the second change led further away; nan where the first
-    changed nothing. The error is the jackknife over sequences, in which both divergences move together.
+    changed nothing, or no more than rounding of logits does ($8 \epsilon^2 \sum_v p_v z_v^2$ with the base's logits z of
+    machine precision $\epsilon$: errors of four units in the last place). The error is the jackknife over sequences,
+    in which both divergences move together.
 
     >>> import funcscope as fs
     >>> net = fs.functional(torch.nn.Linear(1, 2, bias=False))
@@ -180,13 +201,15 @@ def elasticity(loss: Loss, base: Theta, changed: Theta, restored: Theta, *, chun
     check_count("chunk", chunk)
     columns = _sums(loss, (base, changed, restored), chunk, _from_base)
     scored = columns[:, columns[-1] != 0]
-    kls = (scored[:2].sum(1) / scored[2].sum()).tolist()
-    errors = ratio_stderr(scored[:2], scored[2]).tolist()
+    changed_kl, restored_kl, rounding = (scored[:3].sum(1) / scored[3].sum()).tolist()
+    errors = ratio_stderr(scored[:2], scored[3]).tolist()
     rest = scored.sum(1, keepdim=True) - scored
-    left_out, num = _elastic(rest[0] / rest[2], rest[1] / rest[2]), scored.shape[1]
-    stderr = float(jackknife_stderr(left_out)) if num > 1 else math.nan
-    value = float(_elastic(*(torch.tensor(kl, dtype=torch.float64) for kl in kls)))
-    return Elasticity(kls[0], kls[1], value, errors[0], errors[1], stderr, num)
+    left_out, num = _elastic(rest[0] / rest[3], rest[1] / rest[3]), scored.shape[1]
+    value = stderr = math.nan
+    if changed_kl > rounding:
+        value = float(_elastic(*torch.tensor([changed_kl, restored_kl], dtype=torch.float64)))
+        stderr = float(jackknife_stderr(left_out)) if num > 1 else math.nan
+    return Elasticity(changed_kl, restored_kl, value, errors[0], errors[1], stderr, num, rounding)
 
 
 def _elastic(changed: Tensor, restored: Tensor) -> Tensor:
@@ -197,7 +220,7 @@ def _elastic(changed: Tensor, restored: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sums(loss: Loss, thetas: Sequence[Theta], chunk: int, numbers) -> Float[Tensor, "k n"]:  # type: ignore[no-untyped-def]
-    """Per sequence, weighted sums over its positions of what `numbers` makes of log-probabilities, and of 1; on the CPU."""
+    """Per sequence, weighted sums over its positions of what `numbers` makes of log-probabilities, of rounding, and of 1."""
     for theta in thetas:
         check_point(loss, theta)
     params, parts = [loss.params(theta) for theta in thetas], []
@@ -209,7 +232,8 @@ def _sums(loss: Loss, thetas: Sequence[Theta], chunk: int, numbers) -> Float[Ten
         columns = None
         for at in (weight != 0).nonzero().split(chunk):
             logs = [out[tuple(at.T)].to(total).log_softmax(-1) for out in outs]
-            made = torch.stack([*numbers(*logs), torch.ones_like(logs[0][:, 0])]) * weight[tuple(at.T)].to(total)
+            rounding = _rounding(outs[0][tuple(at.T)], logs[0])
+            made = torch.stack([*numbers(*logs), rounding, torch.ones_like(rounding)]) * weight[tuple(at.T)].to(total)
             columns = made.new_zeros(len(made), len(weight)) if columns is None else columns
             columns.index_add_(1, at[:, 0], made)
         if columns is not None:
@@ -221,11 +245,21 @@ def _pairwise(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     """KL both ways, Jensen-Shannon, another argmax."""
     middle = torch.logaddexp(p, q) - math.log(2)
     js = (_kl(p, middle) + _kl(q, middle)) / 2
-    return _kl(p, q), _kl(q, p), js.clamp_min(0), (p.argmax(-1) != q.argmax(-1)).to(p.dtype)
+    forward = _kl(p, q)
+    differ = torch.where(
+        forward.isnan(), math.nan, (p.argmax(-1) != q.argmax(-1)).to(p.dtype)
+    )  # nan is no first choice
+    return forward, _kl(q, p), js.clamp_min(0), differ
 
 
 def _from_base(base: Tensor, changed: Tensor, restored: Tensor) -> tuple[Tensor, ...]:
     return _kl(base, changed), _kl(base, restored)
+
+
+def _rounding(logits: Tensor, p: Tensor) -> Tensor:
+    """The divergence, to second order, of logits that are off by four units in the last place."""
+    squares = torch.where(p == -math.inf, 0.0, logits.to(p.dtype).square() * p.exp())
+    return 8 * torch.finfo(logits.dtype).eps ** 2 * squares.sum(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
