@@ -21,6 +21,9 @@ python="$venv/bin/python"
 # bench/landscape_peers.py: gudhi, topopy, nglpy, scikit-learn, matplotlib, ..., which its package imports, are left out
 "$python" -m pip install --quiet --no-deps "landscaper==1.3.1" "loss-landscapes==3.0.6"
 
+# the solvers of torchjd's weightings, which bring no torch
+"$python" -m pip install --quiet "torchjd[cagrad,quadprog_projector]==0.18.0"
+
 PYTHONPATH="$root/bench" "$python" - <<'CHECK'
 from importlib.metadata import version
 from importlib.util import find_spec

@@ -10,7 +10,7 @@ import os
 # operation then takes a hundred times as long as on one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from . import curvature, fisher, information, landscape, linalg, mechanistic, representation
+from . import curvature, fisher, gradients, information, landscape, linalg, mechanistic, representation, weights
 from .core.criterion import Criterion, causal_lm, classification, criterion_of, custom, masked_lm, seq2seq_lm
 from .core.directions import Direction, directions, stack
 from .core.estimate import Estimate
@@ -186,6 +186,7 @@ __all__ = [
     "functional",
     "ggn",
     "gradient_gram",
+    "gradients",
     "gradient_norms",
     "gram",
     "gram_matvec",
@@ -239,5 +240,6 @@ __all__ = [
     "sweep",
     "trace",
     "trace_errors",
+    "weights",
     "xtrace",
 ]
