@@ -20,6 +20,7 @@ from funcscope.core.keys import key, normal
 from funcscope.landscape import LearningCoefficient, learning_coefficient, learning_coefficient_sweep
 from funcscope.landscape.chain_diagnostics import effective_samples, split_r_hat
 from funcscope.landscape.langevin import _parts, langevin_chains
+from funcscope.landscape.learning_coefficient import MIXED
 from funcscope.landscape.learning_coefficient_sweep import plateau
 
 HALF_SQUARE = fs.custom(lambda out, _: out.square().sum(-1) / 2)
@@ -407,3 +408,16 @@ def test_what_no_learning_coefficient_is_may_be_chance():
     assert "chance" in near
     assert "above 0.5, half the number of weights" in far
     assert "chance" not in far
+
+
+def test_chains_that_have_not_mixed_have_no_coefficient():
+    loss = quadratic([[5.0, 1.0]] * 20)
+    short = learning_coefficient(loss, loss.net.theta, key=key(0), num_steps=30, burn_in=9, step_size=1e-4)
+    assert short.r_hat > MIXED
+    assert "not resolved" in str(short)
+    assert short.unresolved == ["learning_coefficient"]
+    long = learning_coefficient(
+        loss, loss.net.theta, key=key(0), num_steps=2000, burn_in=200, step_size=1e-2, localization=1.0
+    )
+    assert long.r_hat <= MIXED
+    assert long.unresolved == []

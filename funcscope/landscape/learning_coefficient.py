@@ -96,6 +96,11 @@ class LearningCoefficient(Result):
         )
 
     @property
+    def unresolved(self) -> list[str]:
+        """Chains that have not mixed, and weights at no minimum, have no learning coefficient."""
+        return ["learning_coefficient"] if self._on_mixing or self._on_minimum else []
+
+    @property
     def notes(self) -> list[str]:
         return [text for text in (self._on_divergence, self._on_mixing, self._on_minimum, self._on_size) if text]
 

@@ -32,13 +32,13 @@ CHAINS = {"num_chains": 4, "num_steps": 600, "burn_in": 200}
 GRADIENTS: tuple[Metric, ...] = (
     of_function(
         "gradient_flow", gradient_flow, ("loss", "theta"), category="gradients", cost=lambda _: 8,
-        drawn=("rms", "mean_gradient_norm", "gradient_variance", "log_ratio", "flow_interruptions", "slope"),
-        sentence="The logarithm of the gradient's root mean square changes by {slope} per block.",
+        drawn=("rms", "mean_gradient_norm", "gradient_variance", "log_ratio", "slope"),
+        sentence="The logarithm of the gradient's root mean square changes by {slope}.",
         reference="Glorot, Bengio (2010), Understanding the difficulty of training deep feedforward neural networks",
     ),
     of_function(
         "gradient_pathology", gradient_pathology, ("loss", "theta"), category="gradients", without=("step",),
-        cost=lambda _: 8, drawn=("effective_learning_rate", "dead_neurons", "gradient_dispersion", "radial"),
+        cost=lambda _: 8, drawn=("effective_learning_rate", "gradient_dispersion", "radial"),
         sentence="{num_vanishing} parameters take steps that are too small, {num_exploding} too large.",
         reference="You, Gitman, Ginsburg (2017), arXiv:1708.03888",
     ),
@@ -50,8 +50,7 @@ GRADIENTS: tuple[Metric, ...] = (
     of_function(
         "gradient_noise", gradient_noise, ("loss", "theta"), category="gradients", plan=("chunk_size",),
         cost=lambda _: 5, drawn=("square", "trace", "snr_square", "noise_scale"),
-        sentence="The gradient's squared signal-to-noise ratio is {total_snr_square}, its noise scale {total_noise_scale} "
-        "sequences.",
+        sentence="The gradient's squared signal-to-noise ratio is {total_snr_square}, its noise scale {total_noise_scale}.",
         reference="McCandlish et al. (2018), arXiv:1812.06162",
     ),
     of_function(
