@@ -417,7 +417,7 @@ def test_chains_that_have_not_mixed_have_no_coefficient():
     assert "not resolved" in str(short)
     assert short.unresolved == ["learning_coefficient"]
     long = learning_coefficient(
-        loss, loss.net.theta, key=key(0), num_steps=2000, burn_in=200, step_size=1e-2, localization=1.0
+        loss, loss.net.theta, key=key(0), num_steps=500, burn_in=100, step_size=1e-2, localization=1.0
     )
     assert long.r_hat <= MIXED
     assert long.unresolved == []
