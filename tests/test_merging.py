@@ -244,6 +244,62 @@ def test_regmean_from_texts_is_that_of_the_rule_in_the_layers_orientation(family
     assert sorted(file.name for file in out.iterdir() if "data" in file.name) == []
 
 
+def with_buffers(models, root: Path, last: float = -1e4) -> list[Path]:
+    """As old checkpoints store them: a causal mask, and what hides an entry."""
+    made = [root / f"old{k}" for k in range(len(models))]
+    for k, (model, copy) in enumerate(zip(models, made, strict=True)):
+        shutil.copytree(model, copy)
+        mask = torch.ones(1, 1, 16, 16).tril().to(torch.bfloat16 if k else torch.float32)
+        buffers = {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(last if k else -1e4)}
+        bare = {name.removeprefix("transformer."): x for name, x in tensors(model).items()}
+        save_file({**bare, **buffers}, copy / WEIGHTS, {"format": "pt"})
+    return made
+
+
+def test_buffers_of_old_checkpoints_are_copied_where_a_fisher_file_has_parameters_alone(gpt2, tmp_path, small_parts):
+    _, *models = gpt2
+    files = diagonals(models, tmp_path)
+    want = tensors(merge_folders(models, method="fisher", fishers=files, out=tmp_path / "plain").path)
+    old = with_buffers(models, tmp_path)
+    got = tensors(merge_folders(old, method="fisher", fishers=files, out=tmp_path / "out").path)
+    assert all(torch.equal(got.pop(name.removeprefix("transformer.")), x) for name, x in want.items())
+    assert got.keys() == {"h.0.attn.bias", "h.0.attn.masked_bias"}
+    assert torch.equal(got["h.0.attn.bias"], torch.ones(1, 1, 16, 16).tril())
+    assert got["h.0.attn.masked_bias"] == -1e4
+
+
+def test_a_parameter_without_a_diagonal_is_that_of_another_model(gpt2, tmp_path):
+    _, *models = gpt2
+    files = diagonals(models, tmp_path)
+    old = with_buffers(models, tmp_path, last=-1e3)
+    with pytest.raises(
+        ValueError, match=r"no diagonal for `h.0.attn.masked_bias`, which differs in .*old1.*another model"
+    ):
+        merge_folders(old, method="fisher", fishers=files, out=tmp_path / "out")
+    kept = {name: x for name, x in load_file(files[0]).items() if "ln_f.bias" not in name}
+    save_file(kept, files[0])
+    with pytest.raises(ValueError, match=r"f0.safetensors has no diagonal for `transformer.ln_f.bias`"):
+        merge_folders(models, method="fisher", fishers=files, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_file_of_what_is_known_of_a_model_is_finite(method, value, gpt2, tmp_path):
+    _, *models = gpt2
+    name, files = "transformer.h.0.mlp.c_fc.weight", diagonals(models, tmp_path)
+    if method == "regmean":
+        width = len(tensors(models[0])[name])
+        for file in files:
+            save_file({name: torch.eye(width)}, file, {"transposed": json.dumps([name])})
+    broken = load_file(files[1])
+    broken[name][1, 1] = value
+    save_file(broken, files[1], {"transposed": json.dumps([name])})
+    given = {"fishers" if method == "fisher" else "grams": files}
+    with pytest.raises(ValueError, match=rf"`{name}` of f1.safetensors has 1 entries that are nan or infinite"):
+        merge_folders(models, method=method, out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_says_what_was_merged_and_how_without_places_of_this_machine(gpt2, tmp_path):
     base, *models = gpt2
     out = merge_folders(models, base=base, method="ties", density=0.5, out=tmp_path / "out").path

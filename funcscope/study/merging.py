@@ -69,7 +69,7 @@ def merge_folders(
     models; from the task vectors of fine-tuned models to their `base`: `task_arithmetic`, `ties`, `dare`; from what is known
     of each model's data: `fisher` with `fishers`, `regmean` with `grams`, files of `funcscope fisher` in the order of the
     models, or with `data`, the texts of each, from which they are made for this merge alone. RegMean merges linear layers
-    so, and takes the weighted mean of all else.
+    so, and takes the weighted mean of all else. A buffer, of which a Fisher file knows nothing, is copied.
     weights: one per model. Shares of a mean; for `slerp` the place on the circle; for `task_arithmetic` factors of the scale.
     scale: of the merged task vector; of each in `task_arithmetic`. density: share of a task vector that `ties` keeps.
     scope: `ties` ranks entries over the whole model, as the paper does, so that leaves which changed little lose more of
