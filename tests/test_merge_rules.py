@@ -103,6 +103,26 @@ def test_the_global_cut_is_that_of_all_tensors_in_a_row(seed, density, dtype, ev
     assert torch.equal(torch.cat(masks), together)
 
 
+def test_a_cut_of_many_tensors_sees_each_once_per_pass():
+    parts, calls = [leaves(4, 1, 9, torch.float32)[0] for _ in range(3)], []
+
+    def tensors():
+        for x in parts:
+            calls.append(x)
+            yield x
+
+    global_cut(tensors, 0.3)
+    assert len(calls) == 2 * len(parts)
+
+
+def test_a_cut_counts_equal_magnitudes_in_the_order_of_a_transposed_tensor():
+    x = torch.tensor([[1.0, -1.0, 0.0], [1.0, 2.0, -1.0]]).T
+    assert Cut(1.0, 2).mask(x).tolist() == [[True, True], [False, True], [False, False]]
+    assert Cut(1.0, 0).mask(x).sum() == 1
+    assert Cut(1.0, 9).mask(x).sum() == 5
+    assert [Cut(1.0, num).behind(x).num_equal for num in (2, 4, 6)] == [0, 0, 2]
+
+
 def test_ties_over_the_whole_model_is_ties_of_the_flat_vector():
     base, one, other = leaves(3, 3, 30)
     flat = rules.ties(base, [one, other], density=0.2)
