@@ -242,6 +242,15 @@ def test_regmean_is_the_least_squares_map(seed, num):
     assert_close(rules.regmean([maps[0]] * num, grams), maps[0], rtol=1e-12, atol=1e-12)
 
 
+def test_a_weight_of_two_in_regmean_is_a_model_whose_rows_count_twice():
+    maps, inputs = leaves(8, 2, (4, 3)), leaves(9, 2, (9, 4))
+    twice = [inputs[0], inputs[1], inputs[1]]
+    targets = np.concatenate([(x @ W).numpy() for x, W in zip(twice, (*maps, maps[1]), strict=True)])
+    exact = np.linalg.lstsq(np.concatenate([x.numpy() for x in twice]), targets, rcond=None)[0]
+    found = rules.regmean(maps, [x.T @ x for x in inputs], shrink=1.0, weights=[1.0, 2.0])
+    assert_close(found, torch.from_numpy(exact), rtol=1e-8, atol=1e-8)
+
+
 def test_regmean_takes_the_mean_of_what_no_input_sees():
     maps = leaves(5, 2, (3, 2))
     one, other = row(1.0, 0.0, 0.0), row(1.0, 1.0, 0.0)

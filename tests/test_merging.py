@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,17 @@ def test_the_fisher_file_is_the_diagonal_of_the_same_draws(name, tmp_path):
     for leaf in want:
         torch.testing.assert_close(got[leaf], want[leaf], rtol=1e-4, atol=1e-9)
     assert not any(module.sparse for module in loss.net._running.modules() if isinstance(module, torch.nn.Embedding))
+
+
+def test_a_fisher_file_needs_weights_that_have_roots_and_labels_that_can_be_drawn(tmp_path):
+    data = [(torch.ones(2, 1), torch.tensor([0, 1]))]
+    with torch.random.fork_rng():
+        net = fs.functional(torch.nn.Linear(1, 2))
+    below = replace(fs.classification, token_loss=lambda out, y: (out[:, 0], torch.tensor([-1.0, 3.0])))
+    for criterion, says in ((below, "at least 0"), (fs.custom(lambda out, y: out[:, 0]), "no `sample`")):
+        with pytest.raises(ValueError, match=says):
+            write_fisher(fs.objective(net, data, criterion), tmp_path / "f.safetensors", key=fs.key(0))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

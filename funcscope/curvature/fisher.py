@@ -129,8 +129,7 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     check_count("num", num)
     theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
-    if bool((terms_at(loss, theta).weights < 0).any()):
-        raise ValueError("weights must be at least 0: their square roots are those of the scores.")
+    check_roots(terms_at(loss, theta).weights)
     scale = total_weight(loss, theta)
     mean, scatter = torch.zeros_like(theta), torch.zeros_like(theta)
     for i in range(num):
@@ -140,6 +139,12 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
         scatter += step * (draw - mean)
     stderr = (scatter / (num * (num - 1))).sqrt() if num > 1 else torch.full_like(mean, float("nan"))
     return FisherDiagonal(mean, stderr, num)
+
+
+def check_roots(weights: Tensor) -> None:
+    """Raises ValueError for weights that have no square root, with which scores are weighted."""
+    if bool((weights < 0).any()):
+        raise ValueError("weights must be at least 0: their square roots are those of the scores.")
 
 
 def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:

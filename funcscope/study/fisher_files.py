@@ -20,7 +20,7 @@ from ..core.checks import check_count
 from ..core.keys import Key, check_key, fold_in
 from ..core.memory import hand_back
 from ..core.objective import Loss
-from ..curvature.fisher import label_draws
+from ..curvature.fisher import check_roots, label_draws
 from ..curvature.leafwise import terms_at
 from .tensor_file import NewTensorFile, Shape
 
@@ -45,6 +45,7 @@ def write_fisher(loss: Loss, out: Path, *, key: Key, num: int = 1, metadata: Map
     check_count("num", num)
     loss.check_function()
     terms = terms_at(loss, loss.net.params)
+    check_roots(terms.weights)
     scale = float(terms.weights.sum()) * num
     shapes = {leaf.name: Shape(torch.float32, leaf.shape) for leaf in loss.layout.leaves}
     with NewTensorFile(out, shapes, metadata) as file:
