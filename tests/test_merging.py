@@ -175,6 +175,22 @@ def test_the_fisher_file_is_the_diagonal_of_the_same_draws(name, tmp_path):
     assert not any(module.sparse for module in loss.net._running.modules() if isinstance(module, torch.nn.Embedding))
 
 
+def test_scores_in_a_fisher_file_have_the_roots_of_the_weights(tmp_path):
+    def prepare(batch):
+        inputs, labels = fs.classification.prepare(batch)
+        return inputs, labels._replace(weight=torch.tensor([1.0, 4.0]))
+
+    weighted = replace(fs.classification, prepare=prepare)
+    with torch.random.fork_rng():
+        net = fs.functional(torch.nn.Linear(2, 3, bias=False))
+    loss = fs.objective(net, [(torch.eye(2), torch.tensor([0, 1]))], weighted)
+    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(1))
+    got = load_file(tmp_path / "f.safetensors")["weight"]
+    torch.testing.assert_close(got.flatten(), fisher_diagonal_mc(loss, net.theta, key=fs.key(1), num=1).value)
+    scores = net.params["weight"][:, 1].softmax(0).detach() - torch.eye(3)  # of the second input, one for each label
+    assert min(float((got[:, 1] - 4 / 5 * score.square()).abs().max()) for score in scores) < 1e-6
+
+
 def test_a_fisher_file_needs_weights_that_have_roots_and_labels_that_can_be_drawn(tmp_path):
     data = [(torch.ones(2, 1), torch.tensor([0, 1]))]
     with torch.random.fork_rng():
@@ -208,6 +224,36 @@ def test_grams_are_those_of_the_inputs_at_tokens_that_are_there(name, tmp_path):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert ("lm_head.weight" in file.tensors) == (not tied)
     assert set(file.tensors) == set(linear_layers(model))
+
+
+class Rows(torch.nn.Module):
+    """A layer that sees all tokens in one row after another, and one that sees one token of each text."""
+
+    def __init__(self, cut: int = 0):
+        super().__init__()
+        self.cut, self.table = cut, torch.nn.Embedding(9, 2)
+        self.flat, self.pooled = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids)
+        self.pooled(x[:, 0])
+        return self.flat(x.flatten(0, 1)[self.cut :])
+
+
+def test_grams_of_layers_that_see_flat_rows_or_one_row_per_text(tmp_path):
+    with torch.random.fork_rng():
+        model, other = Rows(), Rows(cut=1)
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    x = model.table.weight.detach()[ids]
+    for there, batch in ((mask.bool(), {"attention_mask": mask}), (torch.ones(2, 4).bool(), {})):
+        out = tmp_path / f"{len(batch)}.safetensors"
+        write_input_grams(model, [{"input_ids": ids, "labels": ids, **batch}], out)
+        got = load_file(out)
+        torch.testing.assert_close(got["flat.weight"], x[there].T @ x[there])
+        torch.testing.assert_close(got["pooled.weight"], x[:, 0].T @ x[:, 0])
+    with pytest.raises(ValueError, match=r"inputs of `flat.weight` have the shape \(7, 2\)"):
+        write_input_grams(other, [{"input_ids": ids}], tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def diagonals(models, root: Path) -> list[Path]:
