@@ -112,6 +112,46 @@ def test_a_merge_of_folders_is_the_merge_in_memory(method, family, request, tmp_
     assert max(float((got[name] - tensors(models[0])[name]).abs().max()) for name in got) > 1e-3
 
 
+@pytest.mark.parametrize("method", ["ties", "ties by tensor"])
+def test_equal_magnitudes_are_counted_on_from_part_to_part(method, gpt2, tmp_path, small_parts):
+    base, *models = gpt2
+    places, draws = [tmp_path / place.name for place in (base, *models)], torch.Generator().manual_seed(3)
+    zero = {name: (1024 * x).round() / 1024 for name, x in tensors(base).items()}
+    for k, (place, copy) in enumerate(zip((base, *models), places, strict=True)):
+        shutil.copytree(place, copy)
+        steps = {name: torch.randint(-1, 2, x.shape, generator=draws) / 2 for name, x in zero.items()}
+        save_file({name: x + steps[name] * (k > 0) for name, x in zero.items()}, copy / WEIGHTS, {"format": "pt"})
+    given = {"density": 0.3, "scale": 0.7}
+    scope = "model" if method == "ties" else "tensor"
+    made = merge_folders(places[1:], base=places[0], method="ties", scope=scope, out=tmp_path / "out", **given)
+    got, want = tensors(made.path), in_memory(method, places[0], places[1:], list(zero), **given)
+    for name in zero:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "fisher", "regmean"])
+def test_weights_scale_and_shrink_reach_the_rules(method, gpt2, tmp_path):
+    base, *models = gpt2
+    name, weights, files = "transformer.h.0.mlp.c_fc.weight", [1.0, 2.0, 5.0], diagonals(models, tmp_path)
+    zero, leaves, key = tensors(base)[name], [tensors(model)[name] for model in models], fs.fold_in(fs.key(42), "dare")
+    if method == "regmean":
+        rows = [fs.normal(fs.fold_in(fs.key(1), k), torch.zeros(20, len(zero))) for k in range(3)]
+        for file, x in zip(files, rows, strict=True):
+            save_file({name: x.T @ x}, file, {"transposed": json.dumps([name])})
+    known = [load_file(file) for file in files]
+    given, want = {
+        "ties": lambda: ({"base": base, "scope": "tensor", "density": 0.5, "scale": 0.5},
+                         rules.ties(zero, leaves, density=0.5, scale=0.5, weights=weights)),
+        "dare": lambda: ({"base": base, "drop": 0.5, "scale": 0.5},
+                         rules.dare(zero, leaves, drop=0.5, scale=0.5, key=key, name=name, weights=weights)),
+        "fisher": lambda: ({"fishers": files}, rules.fisher(leaves, [each[name] for each in known], weights)),
+        "regmean": lambda: ({"grams": files, "shrink": 0.5},
+                            rules.regmean(leaves, [each[name] for each in known], shrink=0.5, weights=weights)),
+    }[method]()  # fmt: skip
+    got = tensors(merge_folders(models, method=method, weights=weights, out=tmp_path / "out", **given).path)[name]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_the_merged_folder_loads_with_the_logits_of_the_merge_in_memory(gpt2, tmp_path):
     _, *models = gpt2
     out = merge_folders(models, out=tmp_path / "out", shard_bytes=4000).path
