@@ -103,6 +103,26 @@ def test_the_global_cut_is_that_of_all_tensors_in_a_row(seed, density, dtype, ev
     assert torch.equal(torch.cat(masks), together)
 
 
+def test_a_cut_of_many_tensors_sees_each_once_per_pass():
+    parts, calls = [leaves(4, 1, 9, torch.float32)[0] for _ in range(3)], []
+
+    def tensors():
+        for x in parts:
+            calls.append(x)
+            yield x
+
+    global_cut(tensors, 0.3)
+    assert len(calls) == 2 * len(parts)
+
+
+def test_a_cut_counts_equal_magnitudes_in_the_order_of_a_transposed_tensor():
+    x = torch.tensor([[1.0, -1.0, 0.0], [1.0, 2.0, -1.0]]).T
+    assert Cut(1.0, 2).mask(x).tolist() == [[True, True], [False, True], [False, False]]
+    assert Cut(1.0, 0).mask(x).sum() == 1
+    assert Cut(1.0, 9).mask(x).sum() == 5
+    assert [Cut(1.0, num).behind(x).num_equal for num in (2, 4, 6)] == [0, 0, 2]
+
+
 def test_ties_over_the_whole_model_is_ties_of_the_flat_vector():
     base, one, other = leaves(3, 3, 30)
     flat = rules.ties(base, [one, other], density=0.2)
@@ -220,6 +240,15 @@ def test_regmean_is_the_least_squares_map(seed, num):
     shrunk = torch.linalg.solve(sum(by_formula), sum(g @ W for g, W in zip(by_formula, maps, strict=True)))
     assert_close(rules.regmean(maps, grams), shrunk, rtol=1e-8, atol=1e-8)
     assert_close(rules.regmean([maps[0]] * num, grams), maps[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_of_two_in_regmean_is_a_model_whose_rows_count_twice():
+    maps, inputs = leaves(8, 2, (4, 3)), leaves(9, 2, (9, 4))
+    twice = [inputs[0], inputs[1], inputs[1]]
+    targets = np.concatenate([(x @ W).numpy() for x, W in zip(twice, (*maps, maps[1]), strict=True)])
+    exact = np.linalg.lstsq(np.concatenate([x.numpy() for x in twice]), targets, rcond=None)[0]
+    found = rules.regmean(maps, [x.T @ x for x in inputs], shrink=1.0, weights=[1.0, 2.0])
+    assert_close(found, torch.from_numpy(exact), rtol=1e-8, atol=1e-8)
 
 
 def test_regmean_takes_the_mean_of_what_no_input_sees():

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,46 @@ def test_a_merge_of_folders_is_the_merge_in_memory(method, family, request, tmp_
     assert max(float((got[name] - tensors(models[0])[name]).abs().max()) for name in got) > 1e-3
 
 
+@pytest.mark.parametrize("method", ["ties", "ties by tensor"])
+def test_equal_magnitudes_are_counted_on_from_part_to_part(method, gpt2, tmp_path, small_parts):
+    base, *models = gpt2
+    places, draws = [tmp_path / place.name for place in (base, *models)], torch.Generator().manual_seed(3)
+    zero = {name: (1024 * x).round() / 1024 for name, x in tensors(base).items()}
+    for k, (place, copy) in enumerate(zip((base, *models), places, strict=True)):
+        shutil.copytree(place, copy)
+        steps = {name: torch.randint(-1, 2, x.shape, generator=draws) / 2 for name, x in zero.items()}
+        save_file({name: x + steps[name] * (k > 0) for name, x in zero.items()}, copy / WEIGHTS, {"format": "pt"})
+    given = {"density": 0.3, "scale": 0.7}
+    scope = "model" if method == "ties" else "tensor"
+    made = merge_folders(places[1:], base=places[0], method="ties", scope=scope, out=tmp_path / "out", **given)
+    got, want = tensors(made.path), in_memory(method, places[0], places[1:], list(zero), **given)
+    for name in zero:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "fisher", "regmean"])
+def test_weights_scale_and_shrink_reach_the_rules(method, gpt2, tmp_path):
+    base, *models = gpt2
+    name, weights, files = "transformer.h.0.mlp.c_fc.weight", [1.0, 2.0, 5.0], diagonals(models, tmp_path)
+    zero, leaves, key = tensors(base)[name], [tensors(model)[name] for model in models], fs.fold_in(fs.key(42), "dare")
+    if method == "regmean":
+        rows = [fs.normal(fs.fold_in(fs.key(1), k), torch.zeros(20, len(zero))) for k in range(3)]
+        for file, x in zip(files, rows, strict=True):
+            save_file({name: x.T @ x}, file, {"transposed": json.dumps([name])})
+    known = [load_file(file) for file in files]
+    given, want = {
+        "ties": lambda: ({"base": base, "scope": "tensor", "density": 0.5, "scale": 0.5},
+                         rules.ties(zero, leaves, density=0.5, scale=0.5, weights=weights)),
+        "dare": lambda: ({"base": base, "drop": 0.5, "scale": 0.5},
+                         rules.dare(zero, leaves, drop=0.5, scale=0.5, key=key, name=name, weights=weights)),
+        "fisher": lambda: ({"fishers": files}, rules.fisher(leaves, [each[name] for each in known], weights)),
+        "regmean": lambda: ({"grams": files, "shrink": 0.5},
+                            rules.regmean(leaves, [each[name] for each in known], shrink=0.5, weights=weights)),
+    }[method]()  # fmt: skip
+    got = tensors(merge_folders(models, method=method, weights=weights, out=tmp_path / "out", **given).path)[name]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_the_merged_folder_loads_with_the_logits_of_the_merge_in_memory(gpt2, tmp_path):
     _, *models = gpt2
     out = merge_folders(models, out=tmp_path / "out", shard_bytes=4000).path
@@ -174,6 +215,33 @@ def test_the_fisher_file_is_the_diagonal_of_the_same_draws(name, tmp_path):
     assert not any(module.sparse for module in loss.net._running.modules() if isinstance(module, torch.nn.Embedding))
 
 
+def test_scores_in_a_fisher_file_have_the_roots_of_the_weights(tmp_path):
+    def prepare(batch):
+        inputs, labels = fs.classification.prepare(batch)
+        return inputs, labels._replace(weight=torch.tensor([1.0, 4.0]))
+
+    weighted = replace(fs.classification, prepare=prepare)
+    with torch.random.fork_rng():
+        net = fs.functional(torch.nn.Linear(2, 3, bias=False))
+    loss = fs.objective(net, [(torch.eye(2), torch.tensor([0, 1]))], weighted)
+    write_fisher(loss, tmp_path / "f.safetensors", key=fs.key(1))
+    got = load_file(tmp_path / "f.safetensors")["weight"]
+    torch.testing.assert_close(got.flatten(), fisher_diagonal_mc(loss, net.theta, key=fs.key(1), num=1).value)
+    scores = net.params["weight"][:, 1].softmax(0).detach() - torch.eye(3)  # of the second input, one for each label
+    assert min(float((got[:, 1] - 4 / 5 * score.square()).abs().max()) for score in scores) < 1e-6
+
+
+def test_a_fisher_file_needs_weights_that_have_roots_and_labels_that_can_be_drawn(tmp_path):
+    data = [(torch.ones(2, 1), torch.tensor([0, 1]))]
+    with torch.random.fork_rng():
+        net = fs.functional(torch.nn.Linear(1, 2))
+    below = replace(fs.classification, token_loss=lambda out, y: (out[:, 0], torch.tensor([-1.0, 3.0])))
+    for criterion, says in ((below, "at least 0"), (fs.custom(lambda out, y: out[:, 0]), "no `sample`")):
+        with pytest.raises(ValueError, match=says):
+            write_fisher(fs.objective(net, data, criterion), tmp_path / "f.safetensors", key=fs.key(0))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_grams_are_those_of_the_inputs_at_tokens_that_are_there(name, tmp_path):
     model = problem(name, torch.float32).model.eval()
@@ -196,6 +264,36 @@ def test_grams_are_those_of_the_inputs_at_tokens_that_are_there(name, tmp_path):
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert ("lm_head.weight" in file.tensors) == (not tied)
     assert set(file.tensors) == set(linear_layers(model))
+
+
+class Rows(torch.nn.Module):
+    """A layer that sees all tokens in one row after another, and one that sees one token of each text."""
+
+    def __init__(self, cut: int = 0):
+        super().__init__()
+        self.cut, self.table = cut, torch.nn.Embedding(9, 2)
+        self.flat, self.pooled = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids)
+        self.pooled(x[:, 0])
+        return self.flat(x.flatten(0, 1)[self.cut :])
+
+
+def test_grams_of_layers_that_see_flat_rows_or_one_row_per_text(tmp_path):
+    with torch.random.fork_rng():
+        model, other = Rows(), Rows(cut=1)
+    ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    x = model.table.weight.detach()[ids]
+    for there, batch in ((mask.bool(), {"attention_mask": mask}), (torch.ones(2, 4).bool(), {})):
+        out = tmp_path / f"{len(batch)}.safetensors"
+        write_input_grams(model, [{"input_ids": ids, "labels": ids, **batch}], out)
+        got = load_file(out)
+        torch.testing.assert_close(got["flat.weight"], x[there].T @ x[there])
+        torch.testing.assert_close(got["pooled.weight"], x[:, 0].T @ x[:, 0])
+    with pytest.raises(ValueError, match=r"inputs of `flat.weight` have the shape \(7, 2\)"):
+        write_input_grams(other, [{"input_ids": ids}], tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def diagonals(models, root: Path) -> list[Path]:
@@ -242,6 +340,62 @@ def test_regmean_from_texts_is_that_of_the_rule_in_the_layers_orientation(family
         torch.testing.assert_close(got[name], want)
         assert name not in grams[0] or not torch.allclose(want, rules.linear(leaves))
     assert sorted(file.name for file in out.iterdir() if "data" in file.name) == []
+
+
+def with_buffers(models, root: Path, last: float = -1e4) -> list[Path]:
+    """As old checkpoints store them: a causal mask, and what hides an entry."""
+    made = [root / f"old{k}" for k in range(len(models))]
+    for k, (model, copy) in enumerate(zip(models, made, strict=True)):
+        shutil.copytree(model, copy)
+        mask = torch.ones(1, 1, 16, 16).tril().to(torch.bfloat16 if k else torch.float32)
+        buffers = {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(last if k else -1e4)}
+        bare = {name.removeprefix("transformer."): x for name, x in tensors(model).items()}
+        save_file({**bare, **buffers}, copy / WEIGHTS, {"format": "pt"})
+    return made
+
+
+def test_buffers_of_old_checkpoints_are_copied_where_a_fisher_file_has_parameters_alone(gpt2, tmp_path, small_parts):
+    _, *models = gpt2
+    files = diagonals(models, tmp_path)
+    want = tensors(merge_folders(models, method="fisher", fishers=files, out=tmp_path / "plain").path)
+    old = with_buffers(models, tmp_path)
+    got = tensors(merge_folders(old, method="fisher", fishers=files, out=tmp_path / "out").path)
+    assert all(torch.equal(got.pop(name.removeprefix("transformer.")), x) for name, x in want.items())
+    assert got.keys() == {"h.0.attn.bias", "h.0.attn.masked_bias"}
+    assert torch.equal(got["h.0.attn.bias"], torch.ones(1, 1, 16, 16).tril())
+    assert got["h.0.attn.masked_bias"] == -1e4
+
+
+def test_a_parameter_without_a_diagonal_is_that_of_another_model(gpt2, tmp_path):
+    _, *models = gpt2
+    files = diagonals(models, tmp_path)
+    old = with_buffers(models, tmp_path, last=-1e3)
+    with pytest.raises(
+        ValueError, match=r"no diagonal for `h.0.attn.masked_bias`, which differs in .*old1.*another model"
+    ):
+        merge_folders(old, method="fisher", fishers=files, out=tmp_path / "out")
+    kept = {name: x for name, x in load_file(files[0]).items() if "ln_f.bias" not in name}
+    save_file(kept, files[0])
+    with pytest.raises(ValueError, match=r"f0.safetensors has no diagonal for `transformer.ln_f.bias`"):
+        merge_folders(models, method="fisher", fishers=files, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_file_of_what_is_known_of_a_model_is_finite(method, value, gpt2, tmp_path):
+    _, *models = gpt2
+    name, files = "transformer.h.0.mlp.c_fc.weight", diagonals(models, tmp_path)
+    if method == "regmean":
+        width = len(tensors(models[0])[name])
+        for file in files:
+            save_file({name: torch.eye(width)}, file, {"transposed": json.dumps([name])})
+    broken = load_file(files[1])
+    broken[name][1, 1] = value
+    save_file(broken, files[1], {"transposed": json.dumps([name])})
+    given = {"fishers" if method == "fisher" else "grams": files}
+    with pytest.raises(ValueError, match=rf"`{name}` of f1.safetensors has 1 entries that are nan or infinite"):
+        merge_folders(models, method=method, out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_what_was_merged_and_how_without_places_of_this_machine(gpt2, tmp_path):

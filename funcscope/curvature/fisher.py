@@ -59,7 +59,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
     _check_apart(loss, theta)
-    drawn = _draws(loss, theta, key, num)
+    drawn = label_draws(loss, theta, key, num)
     return sandwich(loss, theta, _scored_by(_by_token, loss, drawn), 1 / (num * total_weight(loss, theta)), keep)
 
 
@@ -129,8 +129,7 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     check_count("num", num)
     theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
-    if bool((terms_at(loss, theta).weights < 0).any()):
-        raise ValueError("weights must be at least 0: their square roots are those of the scores.")
+    check_roots(terms_at(loss, theta).weights)
     scale = total_weight(loss, theta)
     mean, scatter = torch.zeros_like(theta), torch.zeros_like(theta)
     for i in range(num):
@@ -142,10 +141,16 @@ def fisher_diagonal_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 8) -> F
     return FisherDiagonal(mean, stderr, num)
 
 
+def check_roots(weights: Tensor) -> None:
+    """Raises ValueError for weights that have no square root, with which scores are weighted."""
+    if bool((weights < 0).any()):
+        raise ValueError("weights must be at least 0: their square roots are those of the scores.")
+
+
 def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     """Sum over batches of the squared sum of sqrt(w) s."""
     out = torch.zeros_like(theta)
-    for (inputs, _), labels in zip(loss.batches, _draws(loss, theta, key, 1), strict=True):
+    for (inputs, _), labels in zip(loss.batches, label_draws(loss, theta, key, 1), strict=True):
 
         def rooted(t: Tensor, inputs=inputs, labels=labels[0]) -> Tensor:
             tick("forward")
@@ -156,8 +161,24 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     return out
 
 
-def _draws(loss: Loss, theta: Theta, key: Key, num: int) -> list[list[Any]]:
-    """Per batch, `num` targets with drawn labels. Draw i of sequence r comes from the child (i, r) of the key."""
+def label_draws(loss: Loss, theta: Theta, key: Key, num: int) -> list[list[Any]]:
+    r"""Per batch, `num` targets whose labels are drawn from the model, $y_t \sim p_\theta(\cdot \mid x_{\le t})$.
+
+    Targets are what `loss.criterion.scored` takes in place of the data's. Draw i of sequence r of all comes from the child
+    (i, r) of the key, so that batching changes nothing: all sampled Fishers have the same labels under one key.
+
+    Raises ValueError for a criterion that has no predictive distribution (`sample`).
+
+    Martens (2020), arXiv:1412.1193.
+
+    >>> import funcscope as fs
+    >>> net = fs.functional(torch.nn.Linear(1, 2, bias=False))
+    >>> loss = fs.objective(net, [(torch.ones(2, 1), torch.tensor([0, 0]))], fs.classification)
+    >>> ((labels,),) = label_draws(loss, torch.tensor([0.0, 99.0]), fs.key(0), 1)
+    >>> labels.index
+    tensor([1, 1])
+    """
+    _check_distribution(loss.criterion)
     first, drawn, sample = 0, [], loss.criterion.sample
     assert sample is not None
     for batch in loss.batches:

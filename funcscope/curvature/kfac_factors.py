@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.checks import check_choice, check_count
 from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta
-from .fisher import _check_distribution, _draws
+from .fisher import _check_distribution, label_draws
 from .kfac import Kfac
 from .kfac_sums import Map, Sums, affine_maps, entry_squares
 from .leaf_gradients import LeafGradients, Outer
@@ -155,7 +155,7 @@ def scored_losses(loss: Loss, theta: Theta, key: Key | None, labels: LabelsFrom,
     check_key(key)
     assert key is not None
     _check_distribution(loss.criterion)
-    targets = _draws(loss, theta, key, num)
+    targets = label_draws(loss, theta, key, num)
     pairs = [list(zip(loss.batches, targets, strict=True))] * num
     return theta, [
         replace(loss, batches=tuple((inputs, several[i]) for (inputs, _), several in each))

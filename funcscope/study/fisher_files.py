@@ -20,7 +20,7 @@ from ..core.checks import check_count
 from ..core.keys import Key, check_key, fold_in
 from ..core.memory import hand_back
 from ..core.objective import Loss
-from ..curvature.fisher import _draws
+from ..curvature.fisher import check_roots, label_draws
 from ..curvature.leafwise import terms_at
 from .tensor_file import NewTensorFile, Shape
 
@@ -45,6 +45,7 @@ def write_fisher(loss: Loss, out: Path, *, key: Key, num: int = 1, metadata: Map
     check_count("num", num)
     loss.check_function()
     terms = terms_at(loss, loss.net.params)
+    check_roots(terms.weights)
     scale = float(terms.weights.sum()) * num
     shapes = {leaf.name: Shape(torch.float32, leaf.shape) for leaf in loss.layout.leaves}
     with NewTensorFile(out, shapes, metadata) as file:
@@ -138,7 +139,7 @@ def _add_square(file: NewTensorFile, name: str, g: Tensor, scale: float) -> None
 
 def _add_squares(loss: Loss, key: Key, add: Add) -> None:
     """Takes the score of every batch, leaf by leaf."""
-    drawn = _draws(loss, loss.net.params, key, 1)
+    drawn = label_draws(loss, loss.net.params, key, 1)
     for batch, labels in zip(loss.batches, drawn, strict=True):
         hand_back()  # logits leave holes in the heap, some hundred MiB
         leaves = {name: value.detach().requires_grad_() for name, value in loss.net.params.items()}

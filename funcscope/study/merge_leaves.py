@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.keys import fold_in, key
 from ..weights import merge_rules as rules
+from ..weights.elementwise import all_finite
 from .fisher_files import TRANSPOSED
 from .merge_checks import FROM_BASE
 from .stored_model import StoredModel, parts
@@ -66,6 +67,9 @@ class Merger:
         if self.method == "regmean" and name in self.known:
             yield 0, self._regmean(name)
             return
+        if self.method == "fisher" and name not in self.known:
+            yield from self.copied(name)
+            return
         rule = self._rule(name)
         for at in parts(self.shape(name)):
             leaves = [model.read(name, *at) for model in self.models]
@@ -73,22 +77,30 @@ class Merger:
             yield at[0], rule(at, leaves)
 
     def copied(self, name: str) -> Iterator[Piece]:
-        """A tensor of whole numbers, which all models have in common. Raises ValueError where they have not."""
-        value = self.models[0].read(name)
-        for model in self.models[1:]:
-            if not torch.equal(model.read(name), value):
-                raise ValueError(
-                    f"`{name}` is no floating-point tensor, and differs in {model.given}: it cannot be merged."
-                )
-        yield 0, value
+        """A tensor of whole numbers, or a buffer, which all models have in common. Raises ValueError where they have not."""
+        if (other := self._differing(name)) is not None:
+            what = "is no parameter" if name in self.names() else "is no floating-point tensor"
+            raise ValueError(f"`{name}` {what}, and differs in {other.given}: it cannot be merged.")
+        for at in parts(self.shape(name)):
+            yield at[0], self.models[0].read(name, *at)
+
+    def _differing(self, name: str) -> StoredModel | None:
+        """The first model whose entries are not those of the first of all, whatever their dtypes."""
+        for at in parts(self.models[0].tensors[name]):
+            value = self.models[0].read(name, *at)
+            for model in self.models[1:]:
+                own = model.read(name, *at)
+                dtype = torch.promote_types(own.dtype, value.dtype)
+                if not torch.equal(own.to(dtype), value.to(dtype)):
+                    return model
+        return None
 
     def _rule(self, name: str) -> Callable[[tuple[int, int], list[Tensor]], Tensor]:
         weights = self.settings["weights"]
         if self.method in FROM_BASE:
             return self._from_base(name)
         if self.method == "fisher":
-            if (own := self.known.get(name)) is None:
-                raise ValueError(f"the Fisher files have no `{name}`: make them anew with `funcscope fisher`.")
+            own = self.known[name]
             return lambda at, leaves: rules.fisher(
                 leaves, [file.read(own, *at) for file in self.files], weights, means=self.means
             )
@@ -152,27 +164,35 @@ class Merger:
             yield one.read(name, *at), other.read(name, *at)
 
     def _mean(self, file: TensorFile) -> float:
-        """Of a whole diagonal."""
+        """Of a whole diagonal, over the parameters. Raises ValueError, by name, for an entry that none can have."""
         total, num = 0.0, 0
         for name in self.known.values():
             for at in parts(file.tensors[name]):
-                total += float(file.read(name, *at).double().sum())
+                value = _finite(file, name, *at)
+                if bool((value < 0).any()):
+                    raise ValueError(f"`{name}` of {file.path.name} has an entry below 0: it is no Fisher diagonal.")
+                total += float(value.double().sum())
             num += file.tensors[name].numel
         return total / max(num, 1)
 
     def _matched(self) -> dict[str, str]:
-        """Names in the files of what is known of each model, by the names in the folders."""
+        """Names in the files of what is known of each model, by the names in the folders.
+
+        A tensor without a diagonal that all models have in common is a buffer, as the masks in old checkpoints, or was never
+        trained: every mean of it is what it is. One that differs is a parameter, and the file is that of another model.
+        """
         what, tensors = "a diagonal" if self.method == "fisher" else "a Gram", self.models[0].tensors
         names = self.names()
         known = matched(names, self.files[0].tensors)
         for other, name in self.same.items():  # the file may have a tied weight by its second name
             if name not in known and (own := matched([other], self.files[0].tensors).get(other)):
                 known[name] = own
-        if self.method == "fisher" and (lacking := [name for name in names if name not in known]):
-            raise ValueError(
-                f"{self.files[0].path.name} has no diagonal for `{lacking[0]}` and {len(lacking) - 1} others: it is that of "
-                "another model. Make it with `funcscope fisher`."
-            )
+        for name in names if self.method == "fisher" else ():
+            if name not in known and (differing := self._differing(name)) is not None:
+                raise ValueError(
+                    f"{self.files[0].path.name} has no diagonal for `{name}`, which differs in {differing.given}: it is that "
+                    "of another model. Make it with `funcscope fisher`."
+                )
         for file, model in zip(self.files, self.models, strict=True):
             for name, own in known.items():
                 shape = tensors[name].shape
@@ -194,9 +214,21 @@ class Merger:
         leaves = [model.read(name) for model in self.models]
         leaves[0] = leaves[0].to(self.shape(name).dtype)
         matrices = [leaf if turned else leaf.T for leaf in leaves]
-        grams = [file.read(own) for file in self.files]
+        grams = [_finite(file, own) for file in self.files]
         made = rules.regmean(matrices, grams, shrink=self.settings["shrink"], weights=self.settings["weights"])
         return made if turned else made.T
+
+
+def _finite(file: TensorFile, name: str, *at: int) -> Tensor:
+    """What a file of Fishers or Grams holds. Raises ValueError, by name, where an entry is nan or infinite."""
+    value = file.read(name, *at)
+    if not all_finite(value):
+        bad = int((~value.isfinite()).sum())
+        raise ValueError(
+            f"`{name}` of {file.path.name} has {bad} entries that are nan or infinite: a merge would spread them. Make that "
+            "file anew with `funcscope fisher`."
+        )
+    return value
 
 
 def matched(names: Sequence[str], others: Sequence[str] | dict[str, Any]) -> dict[str, str]:

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +69,7 @@ def merge_folders(
     models; from the task vectors of fine-tuned models to their `base`: `task_arithmetic`, `ties`, `dare`; from what is known
     of each model's data: `fisher` with `fishers`, `regmean` with `grams`, files of `funcscope fisher` in the order of the
     models, or with `data`, the texts of each, from which they are made for this merge alone. RegMean merges linear layers
-    so, and takes the weighted mean of all else.
+    so, and takes the weighted mean of all else. A buffer, of which a Fisher file knows nothing, is copied.
     weights: one per model. Shares of a mean; for `slerp` the place on the circle; for `task_arithmetic` factors of the scale.
     scale: of the merged task vector; of each in `task_arithmetic`. density: share of a task vector that `ties` keeps.
     scope: `ties` ranks entries over the whole model, as the paper does, so that leaves which changed little lose more of
@@ -95,11 +95,7 @@ def merge_folders(
     every = [*([origin] if origin else []), *stored]
     check_alike(every)
     same = twins(every)
-    target = Path(out).resolve()  # a folder of its own name, where `out` is a link or "."
-    made_folders = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
+    with _staged(Path(out)) as stage:
         files = files or [
             measured(method, model, spec, stage / f"data-{i}")
             for i, (model, spec) in enumerate(zip(stored, data, strict=False))
@@ -110,6 +106,18 @@ def merge_folders(
         (stage / "README.md").write_text(card(merger, every), encoding="utf-8")
         for file in files if data else ():
             file.path.unlink()
+    return made._replace(path=Path(out))
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which takes its place at the end; an error or an interrupt inside leaves nothing."""
+    target = out.resolve()  # a folder of its own name, where `out` is a link or "."
+    made_folders = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        yield stage
         stage.chmod(0o777 & ~_umask())
         stage.rename(target)  # over an empty folder, which is all that may be there
     except BaseException:
@@ -118,7 +126,6 @@ def merge_folders(
             for folder in made_folders:
                 folder.rmdir()
         raise
-    return made._replace(path=Path(out))
 
 
 def _files(

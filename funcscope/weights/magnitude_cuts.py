@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,11 @@ class Cut(NamedTuple):
 
     def mask(self, x: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
         """Those that are kept of a tensor."""
-        size = x.abs()
-        equal = size == self.least
-        if not self.num_equal:
-            return size > self.least
-        return (size > self.least) | (equal & (equal.flatten().cumsum(0).view(x.shape) <= self.num_equal))
+        size = x.abs().flatten()
+        mask = size >= self.least
+        equal = (size == self.least).nonzero()[:, 0]
+        mask[equal[self.num_equal :]] = False
+        return mask.view(x.shape)
 
     def behind(self, x: Float[Tensor, "..."]) -> Cut:
         """The cut for what comes behind this tensor: fewer equal ones are left."""
@@ -77,13 +78,15 @@ def global_cut(tensors: Callable[[], Iterable[Float[Tensor, "..."]]], density: f
     >>> global_cut(lambda: parts, 0.5)
     Cut(least=2.0, num_equal=1)
     """
-    width = next((torch.finfo(each.dtype).bits for each in tensors()), 0)
+    given = iter(tensors())
+    first = list(islice(given, 1))
+    width = torch.finfo(first[0].dtype).bits if first else 0
     if width not in _FLOATS:
         raise ValueError(f"`tensors` must be one or more, of float32 or float64, got {width or 'no'} bits.")
     prefix, rest = 0, 0
     for shift in range(width - DIGIT, -1, -DIGIT):
         counts = torch.zeros(2**DIGIT, dtype=torch.int64)
-        for each in tensors():
+        for each in tensors() if rest else chain(first, given):
             codes = _codes(each, width)
             digits = (codes[codes >> (shift + DIGIT) == prefix] >> shift) & (2**DIGIT - 1) if rest else codes >> shift
             counts += torch.bincount(digits, minlength=2**DIGIT).cpu()

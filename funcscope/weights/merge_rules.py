@@ -24,17 +24,8 @@ from .magnitude_cuts import Cut, global_cut, largest
 from .regmean import regmean
 
 __all__ = [
-    "Cut",
-    "dare",
-    "fisher",
-    "global_cut",
-    "linear",
-    "regmean",
-    "slerp",
-    "task_arithmetic",
-    "task_vector",
-    "ties",
-]
+    "Cut", "dare", "fisher", "global_cut", "linear", "regmean", "slerp", "task_arithmetic", "task_vector", "ties",
+]  # fmt: skip
 
 Leaf = Float[Tensor, "..."]
 
@@ -186,7 +177,7 @@ def ties(
     for k, leaf in enumerate(leaves):
         tau = task_vector(base, leaf)
         kept = largest(tau, density) if density is not None else cuts[k].mask(tau)  # type: ignore[index]
-        trimmed.append(torch.where(kept, tau, 0.0))
+        trimmed.append(tau * kept)
     return _elected(base, trimmed, scale, weights, leaves[0].dtype)
 
 
@@ -297,9 +288,9 @@ def _elected(
 
     def moved(zero: Tensor, *each: Tensor) -> Tensor:
         elected = sum(vote * tau for vote, tau in zip(votes, each, strict=True)).sign()  # type: ignore[union-attr]
-        agree = [vote * ((tau.sign() == elected) & (tau != 0)) for vote, tau in zip(votes, each, strict=True)]
+        agree = [vote * (tau * elected > 0) for vote, tau in zip(votes, each, strict=True)]
         total = sum(agree)
-        mean = sum(part * tau for part, tau in zip(agree, each, strict=True)) / total
-        return zero + scale * torch.where(total > 0, mean, 0.0)  # type: ignore[arg-type, operator]
+        summed = sum(part * tau for part, tau in zip(agree, each, strict=True))
+        return zero + scale * summed / (total + (total == 0))  # type: ignore[operator]
 
     return by_parts(moved, (base, *taus), dtype)
