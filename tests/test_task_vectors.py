@@ -95,6 +95,13 @@ def test_an_unchanged_model_has_no_angle_and_scale_changes_lengths_alone():
     assert still.total_cosines[0].isnan().all()
     assert still.num_kept[0, 0] == 0
     assert "equals the base" in " ".join(still.notes)
+    empty = task_vectors(torch.zeros_like(base), [one, other], LAYOUT)
+    assert empty.total_relative_norms.isnan().all()
+    assert empty.relative_norms.isnan().all()
+    assert "base is 0" in " ".join(empty.notes)
+    part = base.clone()
+    part[LAYOUT.leaves[0].slice] += 1
+    assert "in some blocks" in " ".join(task_vectors(base, [part, other], LAYOUT, by="tensor").notes)
     found = task_vectors(base, [one, other], LAYOUT)
     longer = task_vectors(base, [base + 3 * (one - base), other], LAYOUT)
     assert_close(longer.total_norms, found.total_norms * torch.tensor([3.0, 1.0]).double())

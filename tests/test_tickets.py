@@ -234,6 +234,29 @@ def test_a_network_that_training_makes_worse_on_other_data_is_said_to_be():
     assert float(made.dense_loss.value) > made.initial_loss
     assert "There is one draw, and no error over draws." in made.notes
     assert any(note.startswith("On held-out sequences the dense network is worse") for note in made.notes)
+    assert float(made.dense_excess.value) == pytest.approx(float(made.dense_loss.value) - made.initial_loss)
+
+
+def test_a_difference_to_before_training_that_is_within_its_error_is_not_taken_for_one():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 3)).double())
+    x = seeded(1, lambda: torch.randn(16, 3, dtype=torch.float64))
+    loss = fs.objective(net, [(x, seeded(2, lambda: torch.randint(0, 3, (16,))))], fs.classification)
+    made = winning_tickets(loss, net.theta, key=fs.key(0), rounds=1, num=2, steps=1, batch_size=2)
+    assert abs(float(made.dense_excess.value)) < 2 * float(made.dense_excess.stderr_total)
+    assert made.notes == ["Whether training made the dense network better on held-out sequences is not resolved."]
+
+
+def test_weights_that_are_not_finite_are_refused_as_what_they_are():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 3)).double())
+    loss = fs.objective(net, [(torch.eye(3).double(), torch.arange(3))], fs.classification)
+    broken = net.theta * math.nan
+    with pytest.raises(ValueError, match="`theta` must be finite"):
+        winning_tickets(loss, broken, key=fs.key(0), rounds=1, num=1, steps=1)
+    train = masked_training(loss, steps=1)
+    with pytest.raises(ValueError, match="`theta` must be finite"):
+        iterative_magnitude_pruning(train, broken, net.layout, key=fs.key(0), rounds=1)
+    with pytest.raises(ValueError, match="`rewind` must be finite"):
+        iterative_magnitude_pruning(train, net.theta, net.layout, key=fs.key(0), rounds=1, rewind=broken)
 
 
 def test_no_difference_is_seen_where_all_weights_are_alike():
