@@ -149,6 +149,18 @@ def test_one_sequence_has_no_other_half(labels):
     assert any("one draw of masks" in note for note in found.notes)
 
 
+def test_tasks_of_the_same_sequences_are_not_independent():
+    """Two names of one task: the mean of both losses is that of one, and so is its error."""
+    same = {"a": LOSSES["a"], "b": LOSSES["a"]}
+    both = dict.fromkeys(same, EXPERTS["a"])
+    found = merge_curves(same, both, BASE, key=KEY, methods=("linear",), num=1, coefficients=(0.0, 1.0))
+    change = LOSSES["a"].terms(EXPERTS["a"])[0] - LOSSES["a"].terms(BASE)[0]
+    assert_close(found.mean_deltas_stderr[0, 1], change.std() / 12**0.5)
+    assert_close(found.mean_losses_stderr, found.losses_stderr[..., 0])
+    assert_close(found.best_loss_stderr[0], found.losses_stderr[0, found.best_index[0], 0])
+    assert any("12 sequences in common" in note for note in found.notes)
+
+
 def test_halves_are_of_the_sequences_that_are_scored():
     x, y = data(0)
     spread, labels = torch.zeros(24, 3, dtype=torch.float64), torch.full((24,), -100)
