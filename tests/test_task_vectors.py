@@ -99,6 +99,11 @@ def test_an_unchanged_model_has_no_angle_and_scale_changes_lengths_alone():
     assert empty.total_relative_norms.isnan().all()
     assert empty.relative_norms.isnan().all()
     assert "base is 0" in " ".join(empty.notes)
+    few, many = base.clone(), base + 1
+    few[:2] += 1  # trimming keeps no zeros: one mask holds the other
+    held = task_vectors(base, [few, many], LAYOUT, density=0.5)
+    assert float(held.num_kept[:, 0].sum()) == 2
+    assert float(held.kappa[0, 1]) == 1
     part = base.clone()
     part[LAYOUT.leaves[0].slice] += 1
     assert "in some blocks" in " ".join(task_vectors(base, [part, other], LAYOUT, by="tensor").notes)
