@@ -159,6 +159,17 @@ def test_merged_models_are_rules_of_leaves(per_leaf):
     )
     assert torch.equal(LAYOUT.unravel(merged["dare"])["0.bias"], thinned)
     assert_close(LAYOUT.unravel(merged["slerp"])["0.weight"], rules.slerp(*(x["0.weight"] for x in leaves[1:]), 0.5))
+    heavy = {"weights": [3.0, 1.0], "scale": 0.5}
+    weighed = {
+        method: merge([one, other], method, LAYOUT, **(options | heavy)) for method in METHODS if method != "slerp"
+    }
+    assert_close(weighed["linear"], (3 * one + other) / 4)
+    assert_close(weighed["task_arithmetic"], base + 0.5 * (3 * (one - base) + (other - base)))
+    parts = [x["0.bias"] for x in leaves]
+    for method, then in (("dare", "linear"), ("dare_ties", "ties")):
+        thinned = rules.dare(parts[0], parts[1:], drop=0.5, key=KEY, name="0.bias", then=then, **heavy)
+        assert torch.equal(LAYOUT.unravel(weighed[method])["0.bias"], thinned)
+    assert_close(weighed["fisher"], rules.fisher([one, other], fishers, [3.0, 1.0]))
     as_dicts = merge([dict(x) for x in leaves[1:]], "ties", LAYOUT, **(options | {"base": leaves[0]}))
     assert torch.equal(as_dicts, merged["ties"])
 
