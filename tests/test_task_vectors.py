@@ -174,6 +174,21 @@ def test_merged_models_are_rules_of_leaves(per_leaf):
     assert torch.equal(as_dicts, merged["ties"])
 
 
+def test_cuts_and_floors_are_of_the_whole_model():
+    base, one, other = points(2, 3)
+    signs = torch.ones_like(base)  # all are as large: those that come first, over all leaves
+    kept = merge([base + signs], "ties", LAYOUT, base=base, density=0.5) - base
+    assert_close(kept, torch.where(torch.arange(len(base)) < int(len(base) / 2 + 0.5), 1.0, 0.0).double())
+    fishers = [torch.full_like(base, 3.0), torch.full_like(base, 1.0)]
+    unused = LAYOUT.leaves[0].slice
+    for each in fishers:
+        each[unused] = 0
+    merged = merge([one, other], "fisher", LAYOUT, fishers=fishers)
+    assert_close(
+        merged, (3 * one + other) / 4
+    )  # by the floors in a leaf that no model needs: those of their whole diagonals
+
+
 def test_a_matrix_that_is_stored_in_out_is_regressed_as_it_is():
     from transformers.pytorch_utils import Conv1D
 
