@@ -13,6 +13,7 @@ import funcscope as fs
 from funcscope.core.layout import Layout
 from funcscope.weights import iterative_magnitude_pruning, masked_training, winning_tickets
 from funcscope.weights.masked_training import drawn_batch
+from funcscope.weights.sequence_scores import SequenceScores, mean_difference
 from funcscope.weights.winning_tickets import split
 
 LAYOUT = Layout.of(seeded(0, lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))))
@@ -244,6 +245,18 @@ def test_a_difference_to_before_training_that_is_within_its_error_is_not_taken_f
     made = winning_tickets(loss, net.theta, key=fs.key(0), rounds=1, num=2, steps=1, batch_size=2)
     assert abs(float(made.dense_excess.value)) < 2 * float(made.dense_excess.stderr_total)
     assert made.notes == ["Whether training made the dense network better on held-out sequences is not resolved."]
+
+
+def test_differences_of_losses_are_means_over_tokens():
+    """Sequences of 1, 3 and no tokens: the mean over sequences would be another number."""
+    weights = torch.tensor([1.0, 3.0, 0.0]).double()
+    first, second = (
+        SequenceScores(torch.tensor(x).double(), weights, None) for x in ([2.0, 9.0, 0.0], [1.0, 3.0, 0.0])
+    )
+    found = mean_difference(first, second)
+    assert float(found.value) == 7 / 4 == first.mean - second.mean
+    assert float(found.stderr) == pytest.approx((2 * ((1 - 7 / 4) ** 2 + (6 - 21 / 4) ** 2)) ** 0.5 / 4)
+    assert found.num == 2
 
 
 def test_weights_that_are_not_finite_are_refused_as_what_they_are():
