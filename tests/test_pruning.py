@@ -191,6 +191,19 @@ def test_a_network_of_zeros_knows_no_label():
     assert float(sequence_scores(loss, torch.full((12,), math.nan).double()).hits.sum()) == 0
 
 
+def test_a_sequence_that_scores_nothing_is_no_sample():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())
+    x, y = seeded(1, lambda: torch.randn(6, 3, dtype=torch.float64)), torch.tensor([0, 1, 2, 3, -100, -100])
+    settings = {"key": fs.key(0), "scores": ["magnitude"], "sparsities": (0.0, 0.5, 1.0), "num_random": 2}
+    found, scored = (
+        pruning_robustness(fs.objective(net, [(x[:num], y[:num])], fs.classification), net.theta, **settings)
+        for num in (6, 4)
+    )
+    assert found.num_sequences == scored.num_sequences == 4
+    for name in ("delta_loss_stderr", "area_stderr", "accuracy_stderr", "random_stderr_data"):
+        torch.testing.assert_close(getattr(found, name), getattr(scored, name))
+
+
 def test_what_a_curve_does_not_reach_has_no_critical_sparsity():
     loss, theta = linear([1.0, 2.0])
     made = pruning_robustness(loss, theta, key=fs.key(0), scores=["magnitude"], sparsities=(0.0, 0.5), threshold=9.0)
