@@ -11,7 +11,7 @@ import funcscope as fs
 from funcscope.core.keys import uniform
 from funcscope.core.standard_errors import ratio_stderr
 from funcscope.weights import merge_rules as rules
-from funcscope.weights.merge_curves import USUAL, input_moments, merge_curves
+from funcscope.weights.merge_curves import USUAL, _cross_fitted, input_moments, merge_curves
 from funcscope.weights.merging import merge
 
 KEY = fs.key(0)
@@ -159,6 +159,14 @@ def test_tasks_of_the_same_sequences_are_not_independent():
     assert_close(found.mean_losses_stderr, found.losses_stderr[..., 0])
     assert_close(found.best_loss_stderr[0], found.losses_stderr[0, found.best_index[0], 0])
     assert any("12 sequences in common" in note for note in found.notes)
+
+
+def test_what_one_half_chooses_is_measured_on_the_other():
+    """What is good for every other sequence is bad for the rest: nothing chosen on others is good."""
+    ours = torch.tensor([[0.0, 9, 0, 9], [9, 0, 9, 0]]).double()
+    singles = torch.tensor([[5.0, 8, 5, 8], [8, 5, 8, 5]]).double()
+    found = _cross_fitted(0, [ours[None]], [torch.ones(4).double()], [singles], 0)
+    assert found == (9.0, 0.0, 1.0, 0.0)
 
 
 def test_halves_are_of_the_sequences_that_are_scored():

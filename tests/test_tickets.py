@@ -247,6 +247,20 @@ def test_a_difference_to_before_training_that_is_within_its_error_is_not_taken_f
     assert made.notes == ["Whether training made the dense network better on held-out sequences is not resolved."]
 
 
+def test_the_one_shot_ticket_is_of_what_the_dense_network_became():
+    layout, made = Layout.of(seeded(0, lambda: nn.Linear(8, 1, bias=False))), []
+
+    def train(theta, mask, key):
+        made.append(mask * fs.normal(key, theta))
+        return made[-1]
+
+    found = iterative_magnitude_pruning(train, torch.ones(8), layout, key=fs.key(0), sparsity=0.5, rounds=2)
+    largest = torch.zeros(8, dtype=torch.bool)
+    largest[made[0].abs().argsort(descending=True)[:4]] = True
+    assert torch.equal(found.one_shot_mask, largest)
+    assert not torch.equal(found.one_shot_mask, found.masks[-1])
+
+
 def test_differences_of_losses_are_means_over_tokens():
     """Sequences of 1, 3 and no tokens: the mean over sequences would be another number."""
     weights = torch.tensor([1.0, 3.0, 0.0]).double()
