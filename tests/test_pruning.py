@@ -200,6 +200,7 @@ def test_a_sequence_that_scores_nothing_is_no_sample():
         for num in (6, 4)
     )
     assert found.num_sequences == scored.num_sequences == 4
+    torch.testing.assert_close(found.perplexity_ratio_stderr, found.delta_loss.exp() * found.delta_loss_stderr)
     for name in ("delta_loss_stderr", "area_stderr", "accuracy_stderr", "random_stderr_data"):
         torch.testing.assert_close(getattr(found, name), getattr(scored, name))
 
