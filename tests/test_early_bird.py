@@ -112,6 +112,10 @@ def test_what_is_no_series_is_refused():
         early_bird(LAYOUT, [vector(0)] * 2, [5, 5])
     with pytest.raises(ValueError, match="`thetas`"):
         early_bird(LAYOUT, [vector(0)[:-1]] * 2, [0, 5])
+    with pytest.raises(ValueError, match="`thetas` must be finite"):
+        early_bird(LAYOUT, [vector(0), vector(0) * math.nan], [0, 5])
+    with pytest.raises(ValueError, match="`members` must be finite"):
+        ticket_overlap(LAYOUT, [vector(0), vector(0) * math.inf], ["a", "b"])
     with pytest.raises(ValueError, match="`density`"):
         early_bird(LAYOUT, [vector(0)] * 2, [0, 5], density=1.5)
     with pytest.raises(ValueError, match="`limit`"):

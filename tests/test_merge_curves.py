@@ -8,9 +8,10 @@ from torch.func import grad, hessian
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope.core.keys import uniform
 from funcscope.core.standard_errors import ratio_stderr
 from funcscope.weights import merge_rules as rules
-from funcscope.weights.merge_curves import USUAL, input_moments, merge_curves
+from funcscope.weights.merge_curves import USUAL, _cross_fitted, input_moments, merge_curves
 from funcscope.weights.merging import merge
 
 KEY = fs.key(0)
@@ -62,6 +63,9 @@ def test_losses_and_errors_are_those_of_points_made_by_hand(curves):
     assert curves.methods == list(USUAL)
     assert (curves.deltas[:, 0] == 0).all()
     assert_close(curves.mean_losses, curves.losses.mean(-1))
+    assert_close(curves.mean_deltas, curves.mean_losses - curves.mean_losses[:, :1])
+    assert_close(curves.mean_deltas_stderr, (curves.deltas_stderr**2).mean(-1).sqrt() / 3**0.5)
+    assert (curves.mean_deltas_stderr[:, 0] == 0).all()  # paired: the base is not above itself
 
 
 def test_linear_and_task_arithmetic_are_one_line_in_two_units():
@@ -90,8 +94,92 @@ def test_the_best_coefficient_is_chosen_on_other_sequences(curves):
         values.append((float(fitted.mean()), float(fitted.std() / 12**0.5)))
     assert_close(float(curves.best_loss[m]), float(np.mean([v for v, _ in values])))
     assert_close(float(curves.best_loss_stderr[m]), float(np.sqrt(sum(e**2 for _, e in values)) / 3))
-    single = [torch.stack([loss(x) for loss in LOSSES.values()]).mean() for x in (BASE, *EXPERTS.values())]
-    assert_close(float(curves.gain[m]), float(curves.best_loss[m] - min(single)))
+    alone = [torch.stack([loss.terms(x)[0] for x in (BASE, *EXPERTS.values())]) for loss in LOSSES.values()]
+    best = [int(torch.stack([x[:, half::2].mean(1) for x in alone]).mean(0).argmin()) for half in (1, 0)]
+    above = []
+    for x, a in zip(rows.values(), alone, strict=True):
+        own = torch.stack([x[chosen[1 - i % 2], i] - a[best[i % 2], i] for i in range(12)])
+        above.append((float(own.mean()), float(own.std() / 12**0.5)))
+    assert_close(float(curves.gain[m]), float(np.mean([v for v, _ in above])))
+    assert_close(float(curves.gain_stderr[m]), float(np.sqrt(sum(e**2 for _, e in above)) / 3))
+
+
+@pytest.mark.slow
+def test_the_best_of_many_single_models_is_not_chosen_on_what_measures_it():
+    """Labels are coins, and all models alike: what is best on the same sequences is below what it is on others."""
+    net = seeded(0, lambda: fs.functional(torch.nn.Linear(2, 2, bias=False).double()))
+    turns = uniform(fs.key(1), torch.zeros(40, 6, dtype=torch.float64)) * 2 * torch.pi
+    many, above = torch.stack([turns.cos(), turns.sin(), -turns.cos(), -turns.sin()], -1), []
+    for i, models in enumerate(many):
+        losses = {}
+        for k in range(5):
+            x = fs.normal(fs.fold_in(fs.fold_in(KEY, i), k), torch.zeros(30, 3, dtype=torch.float64))
+            losses[str(k)] = fs.objective(net, [(x[:, :2], (x[:, 2] > 0).long())], fs.classification)
+        experts = dict(zip(losses, models[:5], strict=True))
+        found = merge_curves(losses, experts, models[5], key=KEY, methods=("linear",), coefficients=(0.0,), num=1)
+        documented = found.mean_losses[0, 0] - found.single_losses.mean(1).min()
+        above.append([float(found.gain[0] / found.gain_stderr[0]), float(documented / found.gain_stderr[0])])
+    ours, theirs = torch.tensor(above).nan_to_num().T
+    assert abs(ours.mean()) < 3 * ours.std() / 40**0.5 < theirs.mean()
+
+
+def test_what_is_not_finite_is_never_the_best():
+    huge = {
+        name: fs.objective(NET, [(x, x[:, :2])], fs.mse)
+        for name, (x, _) in zip(TASKS, map(data, range(3)), strict=True)
+    }
+    found = merge_curves(huge, EXPERTS, BASE, key=KEY, methods=("linear",), coefficients=(0.0, 1.0, 1e308), num=1)
+    assert not found.losses[0, 2].isfinite().any()
+    assert found.best_index[0] < 2
+    assert found.best_loss.isfinite().all()
+    assert any("not finite" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("labels", [[1], [1, -100, -100]])
+def test_one_sequence_has_no_other_half(labels):
+    losses = {
+        name: fs.objective(NET, [(data(k, len(labels))[0], torch.tensor(labels))], fs.classification)
+        for k, name in enumerate(TASKS)
+    }
+    found = merge_curves(losses, EXPERTS, BASE, key=KEY, methods=("linear", "dare"), num=1, coefficients=(0.0, 1.0))
+    for each in (found.best_loss, found.best_loss_stderr, found.gain, found.gain_stderr, found.mean_deltas_stderr):
+        assert each.isnan().all()
+    assert found.mean_deltas.isfinite().all()
+    assert any("one sequence" in note for note in found.notes)
+    assert any("one draw of masks" in note for note in found.notes)
+
+
+def test_tasks_of_the_same_sequences_are_not_independent():
+    """Two names of one task: the mean of both losses is that of one, and so is its error."""
+    same = {"a": LOSSES["a"], "b": LOSSES["a"]}
+    both = dict.fromkeys(same, EXPERTS["a"])
+    found = merge_curves(same, both, BASE, key=KEY, methods=("linear",), num=1, coefficients=(0.0, 1.0))
+    change = LOSSES["a"].terms(EXPERTS["a"])[0] - LOSSES["a"].terms(BASE)[0]
+    assert_close(found.mean_deltas_stderr[0, 1], change.std() / 12**0.5)
+    assert_close(found.mean_losses_stderr, found.losses_stderr[..., 0])
+    assert_close(found.best_loss_stderr[0], found.losses_stderr[0, found.best_index[0], 0])
+    assert any("12 sequences in common" in note for note in found.notes)
+
+
+def test_what_one_half_chooses_is_measured_on_the_other():
+    """What is good for every other sequence is bad for the rest: nothing chosen on others is good."""
+    ours = torch.tensor([[0.0, 9, 0, 9], [9, 0, 9, 0]]).double()
+    singles = torch.tensor([[5.0, 8, 5, 8], [8, 5, 8, 5]]).double()
+    found = _cross_fitted(0, [ours[None]], [torch.ones(4).double()], [singles], 0)
+    assert found == (9.0, 0.0, 1.0, 0.0)
+
+
+def test_halves_are_of_the_sequences_that_are_scored():
+    x, y = data(0)
+    spread, labels = torch.zeros(24, 3, dtype=torch.float64), torch.full((24,), -100)
+    spread[::2], labels[::2] = x, y  # every other sequence scores nothing: all that are scored have even places
+    some = LOSSES | {"a": fs.objective(NET, [(spread, labels)], fs.classification)}
+    found, whole = (
+        merge_curves(each, EXPERTS, BASE, key=KEY, methods=("linear",), num=1, coefficients=(0.0, 0.5, 1.0))
+        for each in (some, LOSSES)
+    )
+    assert_close(found.best_loss, whole.best_loss)
+    assert_close(found.gain_stderr, whole.gain_stderr)
 
 
 def test_quadratics_are_those_of_dense_matrices(curves):

@@ -13,6 +13,7 @@ from torch import nn
 import funcscope as fs
 from funcscope.core.keys import fold_in, uniform
 from funcscope.weights import prunable_leaves, pruning_robustness, saliency, sparse_mask, structured_pruning
+from funcscope.weights.sequence_scores import sequence_scores
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -172,6 +173,36 @@ def test_accuracy_is_that_of_the_position_that_predicts_the_label():
             total += int(there.sum())
         assert float(made.accuracy[0, k]) == pytest.approx(hits / total)
         assert (unshifted != hits) or k  # a document counts these
+
+
+def test_a_network_of_zeros_knows_no_label():
+    """All outputs are alike: by the first of them, every label 0 would be known."""
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4, bias=False)).double())
+    x = seeded(1, lambda: torch.randn(8, 3, dtype=torch.float64))
+    loss = fs.objective(net, [(x, torch.zeros(8, dtype=torch.long))], fs.classification)
+    made = pruning_robustness(loss, net.theta, key=fs.key(0), scores=["magnitude"], sparsities=(0.0, 1.0), num_random=2)
+    assert made.accuracy[:, 1].tolist() == [0.25, 0.25]
+    best = net.apply(net.params, x).argmax(-1)
+    assert float(made.accuracy[0, 0]) == float((best == 0).double().mean())
+    two = net.theta.clone().view(4, 3)
+    two[1] = two[0]  # of two that are always alike, each is known half of the time
+    halves = sequence_scores(loss, two.flatten()).hits
+    assert set(halves.tolist()) <= {0.0, 0.5}
+    assert float(sequence_scores(loss, torch.full((12,), math.nan).double()).hits.sum()) == 0
+
+
+def test_a_sequence_that_scores_nothing_is_no_sample():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())
+    x, y = seeded(1, lambda: torch.randn(6, 3, dtype=torch.float64)), torch.tensor([0, 1, 2, 3, -100, -100])
+    settings = {"key": fs.key(0), "scores": ["magnitude"], "sparsities": (0.0, 0.5, 1.0), "num_random": 2}
+    found, scored = (
+        pruning_robustness(fs.objective(net, [(x[:num], y[:num])], fs.classification), net.theta, **settings)
+        for num in (6, 4)
+    )
+    assert found.num_sequences == scored.num_sequences == 4
+    torch.testing.assert_close(found.perplexity_ratio_stderr, found.delta_loss.exp() * found.delta_loss_stderr)
+    for name in ("delta_loss_stderr", "area_stderr", "accuracy_stderr", "random_stderr_data"):
+        torch.testing.assert_close(getattr(found, name), getattr(scored, name))
 
 
 def test_what_a_curve_does_not_reach_has_no_critical_sparsity():

@@ -305,6 +305,25 @@ def test_scores_of_units_are_sums_over_their_parameters():
         assert float(total.sum()) == pytest.approx(float(score[~nothing].sum()))  # no parameter is in two units
 
 
+def test_wanda_scores_of_a_matrix_stored_in_out_go_by_rows():
+    loss = fs.objective(fs.functional(seeded(0, gpt2)), [tokens(1, 2, 6)], fs.causal_lm)
+    theta, name = loss.net.theta, "transformer.h.0.mlp.c_fc.weight"
+    scores = loss.layout.unravel(saliency(loss, theta, "wanda"))[name]
+    norms = input_norms(loss, theta)[name].norms.to(theta.dtype)
+    torch.testing.assert_close(scores, loss.layout.unravel(theta)[name].abs() * norms[:, None])
+
+
+def test_scores_of_units_are_added_in_the_dtype_of_sums():
+    layout = Layout.of(seeded(0, llama))
+    units = neuron_units(layout)
+    score = seeded(2, lambda: torch.rand(layout.num)).bfloat16()
+    exact = unit_saliency(score.double(), layout, units)
+    assert torch.equal(unit_saliency(score, layout, units), exact)
+    assert len(exact.bfloat16().unique()) < len(exact.unique()) == len(exact)  # rounded sums have ties
+    score[layout.by_name[units.parts[0].leaf].slice] = math.inf
+    assert unit_saliency(score, layout, units)[units.parts[0].unit].isinf().all()
+
+
 def test_units_of_models_without_them_are_refused():
     layout = Layout.of(seeded(0, lambda: nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="does not say how many heads"):

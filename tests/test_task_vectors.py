@@ -95,6 +95,18 @@ def test_an_unchanged_model_has_no_angle_and_scale_changes_lengths_alone():
     assert still.total_cosines[0].isnan().all()
     assert still.num_kept[0, 0] == 0
     assert "equals the base" in " ".join(still.notes)
+    empty = task_vectors(torch.zeros_like(base), [one, other], LAYOUT)
+    assert empty.total_relative_norms.isnan().all()
+    assert empty.relative_norms.isnan().all()
+    assert "base is 0" in " ".join(empty.notes)
+    few, many = base.clone(), base + 1
+    few[:2] += 1  # trimming keeps no zeros: one mask holds the other
+    held = task_vectors(base, [few, many], LAYOUT, density=0.5)
+    assert float(held.num_kept[:, 0].sum()) == 2
+    assert float(held.kappa[0, 1]) == 1
+    part = base.clone()
+    part[LAYOUT.leaves[0].slice] += 1
+    assert "in some blocks" in " ".join(task_vectors(base, [part, other], LAYOUT, by="tensor").notes)
     found = task_vectors(base, [one, other], LAYOUT)
     longer = task_vectors(base, [base + 3 * (one - base), other], LAYOUT)
     assert_close(longer.total_norms, found.total_norms * torch.tensor([3.0, 1.0]).double())
@@ -147,8 +159,34 @@ def test_merged_models_are_rules_of_leaves(per_leaf):
     )
     assert torch.equal(LAYOUT.unravel(merged["dare"])["0.bias"], thinned)
     assert_close(LAYOUT.unravel(merged["slerp"])["0.weight"], rules.slerp(*(x["0.weight"] for x in leaves[1:]), 0.5))
+    heavy = {"weights": [3.0, 1.0], "scale": 0.5}
+    weighed = {
+        method: merge([one, other], method, LAYOUT, **(options | heavy)) for method in METHODS if method != "slerp"
+    }
+    assert_close(weighed["linear"], (3 * one + other) / 4)
+    assert_close(weighed["task_arithmetic"], base + 0.5 * (3 * (one - base) + (other - base)))
+    parts = [x["0.bias"] for x in leaves]
+    for method, then in (("dare", "linear"), ("dare_ties", "ties")):
+        thinned = rules.dare(parts[0], parts[1:], drop=0.5, key=KEY, name="0.bias", then=then, **heavy)
+        assert torch.equal(LAYOUT.unravel(weighed[method])["0.bias"], thinned)
+    assert_close(weighed["fisher"], rules.fisher([one, other], fishers, [3.0, 1.0]))
     as_dicts = merge([dict(x) for x in leaves[1:]], "ties", LAYOUT, **(options | {"base": leaves[0]}))
     assert torch.equal(as_dicts, merged["ties"])
+
+
+def test_cuts_and_floors_are_of_the_whole_model():
+    base, one, other = points(2, 3)
+    signs = torch.ones_like(base)  # all are as large: those that come first, over all leaves
+    kept = merge([base + signs], "ties", LAYOUT, base=base, density=0.5) - base
+    assert_close(kept, torch.where(torch.arange(len(base)) < int(len(base) / 2 + 0.5), 1.0, 0.0).double())
+    fishers = [torch.full_like(base, 3.0), torch.full_like(base, 1.0)]
+    unused = LAYOUT.leaves[0].slice
+    for each in fishers:
+        each[unused] = 0
+    merged = merge([one, other], "fisher", LAYOUT, fishers=fishers)
+    assert_close(
+        merged, (3 * one + other) / 4
+    )  # by the floors in a leaf that no model needs: those of their whole diagonals
 
 
 def test_a_matrix_that_is_stored_in_out_is_regressed_as_it_is():

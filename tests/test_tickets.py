@@ -13,6 +13,7 @@ import funcscope as fs
 from funcscope.core.layout import Layout
 from funcscope.weights import iterative_magnitude_pruning, masked_training, winning_tickets
 from funcscope.weights.masked_training import drawn_batch
+from funcscope.weights.sequence_scores import SequenceScores, mean_difference
 from funcscope.weights.winning_tickets import split
 
 LAYOUT = Layout.of(seeded(0, lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))))
@@ -234,6 +235,55 @@ def test_a_network_that_training_makes_worse_on_other_data_is_said_to_be():
     assert float(made.dense_loss.value) > made.initial_loss
     assert "There is one draw, and no error over draws." in made.notes
     assert any(note.startswith("On held-out sequences the dense network is worse") for note in made.notes)
+    assert float(made.dense_excess.value) == pytest.approx(float(made.dense_loss.value) - made.initial_loss)
+
+
+def test_a_difference_to_before_training_that_is_within_its_error_is_not_taken_for_one():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 3)).double())
+    x = seeded(1, lambda: torch.randn(16, 3, dtype=torch.float64))
+    loss = fs.objective(net, [(x, seeded(2, lambda: torch.randint(0, 3, (16,))))], fs.classification)
+    made = winning_tickets(loss, net.theta, key=fs.key(0), rounds=1, num=2, steps=1, batch_size=2)
+    assert abs(float(made.dense_excess.value)) < 2 * float(made.dense_excess.stderr_total)
+    assert made.notes == ["Whether training made the dense network better on held-out sequences is not resolved."]
+
+
+def test_the_one_shot_ticket_is_of_what_the_dense_network_became():
+    layout, made = Layout.of(seeded(0, lambda: nn.Linear(8, 1, bias=False))), []
+
+    def train(theta, mask, key):
+        made.append(mask * fs.normal(key, theta))
+        return made[-1]
+
+    found = iterative_magnitude_pruning(train, torch.ones(8), layout, key=fs.key(0), sparsity=0.5, rounds=2)
+    largest = torch.zeros(8, dtype=torch.bool)
+    largest[made[0].abs().argsort(descending=True)[:4]] = True
+    assert torch.equal(found.one_shot_mask, largest)
+    assert not torch.equal(found.one_shot_mask, found.masks[-1])
+
+
+def test_differences_of_losses_are_means_over_tokens():
+    """Sequences of 1, 3 and no tokens: the mean over sequences would be another number."""
+    weights = torch.tensor([1.0, 3.0, 0.0]).double()
+    first, second = (
+        SequenceScores(torch.tensor(x).double(), weights, None) for x in ([2.0, 9.0, 0.0], [1.0, 3.0, 0.0])
+    )
+    found = mean_difference(first, second)
+    assert float(found.value) == 7 / 4 == first.mean - second.mean
+    assert float(found.stderr) == pytest.approx((2 * ((1 - 7 / 4) ** 2 + (6 - 21 / 4) ** 2)) ** 0.5 / 4)
+    assert found.num == 2
+
+
+def test_weights_that_are_not_finite_are_refused_as_what_they_are():
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 3)).double())
+    loss = fs.objective(net, [(torch.eye(3).double(), torch.arange(3))], fs.classification)
+    broken = net.theta * math.nan
+    with pytest.raises(ValueError, match="`theta` must be finite"):
+        winning_tickets(loss, broken, key=fs.key(0), rounds=1, num=1, steps=1)
+    train = masked_training(loss, steps=1)
+    with pytest.raises(ValueError, match="`theta` must be finite"):
+        iterative_magnitude_pruning(train, broken, net.layout, key=fs.key(0), rounds=1)
+    with pytest.raises(ValueError, match="`rewind` must be finite"):
+        iterative_magnitude_pruning(train, net.theta, net.layout, key=fs.key(0), rounds=1, rewind=broken)
 
 
 def test_no_difference_is_seen_where_all_weights_are_alike():

@@ -58,7 +58,15 @@ def settled(model):
 
 
 LANGUAGE = {"gpt2": gpt2, "llama": llama, "grouped": grouped_llama, "gpt_neox": gpt_neox, "qwen2": qwen2, "bert": bert}
-CHAINS = {"mlp": (mlp, (6, 3)), "cnn": (cnn, (6, 1, 7, 7))}
+
+
+def steps():
+    """A linear layer at every step of a sequence, whose units are the last dimension where it is flattened."""
+    act = nn.Tanh()
+    return nn.Sequential(nn.Linear(4, 6), act, nn.Flatten(), nn.Linear(18, 5), act, nn.Linear(5, 2))
+
+
+CHAINS = {"mlp": (mlp, (6, 3)), "cnn": (cnn, (6, 1, 7, 7)), "steps": (steps, (6, 3, 4))}
 
 
 def case(name):
@@ -166,6 +174,21 @@ def test_distances_never_grow_and_the_key_decides():
     assert not weight_matching(net.theta, other, net.layout, groups, key=KEY, sweeps=1).converged
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Reversed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flip(-1))
+
+
+def tied(*layers):
+    layers[-1].weight = layers[0].weight
+    return layers
+
+
 def broken(*layers):
     return seeded(0, lambda: permutation_groups(nn.Sequential(*layers[0]())))
 
@@ -175,7 +198,23 @@ def broken(*layers):
     [
         (lambda: broken(lambda: [nn.Linear(2, 2), nn.GLU(), nn.Linear(1, 1)]), "GLU"),
         (lambda: broken(lambda: [nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, groups=2)]), "in groups"),
-        (lambda: broken(lambda: [nn.Conv2d(2, 2, 1), nn.Linear(8, 2)]), "Flatten"),
+        (lambda: broken(lambda: [nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(7, 2)]), "takes 7 inputs"),
+        (lambda: broken(lambda: [nn.Linear(3, 3), nn.Linear(2, 2)]), "Flatten"),
+        (lambda: broken(lambda: [nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Linear(8, 2)]), "another dimension"),
+        (lambda: broken(lambda: [nn.Linear(4, 8), nn.ReLU(), nn.Conv1d(8, 2, 1)]), "another dimension"),
+        (lambda: broken(lambda: [nn.Linear(4, 8), nn.MaxPool1d(3, 1, 1), nn.Linear(8, 2)]), "another dimension"),
+        (lambda: broken(lambda: [nn.Conv1d(4, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)]), "another dimension"),
+        (lambda: broken(lambda: [nn.Conv1d(4, 2, 1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 2)]), "one place"),
+        (lambda: broken(lambda: [nn.Conv2d(1, 4, 1), nn.Flatten(1, 2), nn.Linear(8, 2)]), "Flatten"),
+        (
+            lambda: broken(lambda: [layer := nn.Linear(4, 4), nn.ReLU(), layer, nn.ReLU(), nn.Linear(4, 2)]),
+            "used twice",
+        ),
+        (lambda: broken(lambda: [nn.Linear(4, 4), norm := nn.BatchNorm1d(4), nn.Linear(4, 4), norm]), "used twice"),
+        (lambda: broken(lambda: [each := nn.Sequential(nn.Linear(4, 4), nn.ReLU()), each]), "used twice"),
+        (lambda: broken(lambda: tied(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))), "used twice"),
+        (lambda: broken(lambda: [nn.Linear(4, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 2)]), "of its own"),
+        (lambda: broken(lambda: [nn.Linear(4, 4), Reversed(4, 4), nn.Linear(4, 2)]), "Reversed"),
         (lambda: seeded(0, lambda: permutation_groups(nn.Linear(2, 2))), "not known"),
     ],
 )

@@ -173,18 +173,18 @@ WEIGHTS: tuple[Metric, ...] = (
     ),
     of_function(
         "ties_merging", merged_models.ties_merging, (*EXPERTS, KEY), on="experts", category="weights",
-        drawn=("mean_losses", "best_loss", "gain"), cost=lambda s: 2 * (len(s["coefficients"]) + 36),
+        drawn=("mean_deltas", "best_loss", "gain"), cost=lambda s: 2 * (len(s["coefficients"]) + 36),
         reference="Yadav et al. (2023), arXiv:2306.01708",
     ),
     of_function(
         "fisher_merging", merged_models.fisher_merging, (*EXPERTS, KEY), on="experts", category="weights",
-        drawn=("mean_losses", "best_loss", "gain", "diagonal_ratio"),
+        drawn=("mean_deltas", "best_loss", "gain", "diagonal_ratio"),
         cost=lambda s: 2 * (len(s["coefficients"]) + 3 * s["num"] + 12),
         reference="Matena, Raffel (2022), arXiv:2111.09832",
     ),
     of_function(
         "merge_curves", merged_models.merge_curves, (*EXPERTS, KEY), on="experts", category="weights",
-        drawn=("mean_losses", "best_loss", "gain", "increase", "quadratic", "diagonal"),
+        drawn=("mean_deltas", "best_loss", "gain", "increase", "quadratic", "diagonal"),
         cost=lambda s: 2 * (len(s["methods"]) * (len(s["coefficients"]) + 6) + 3 * s["num"] + 3),
         reference="Jin et al. (2023), arXiv:2212.09849; Yadav et al. (2023), arXiv:2306.01708",
     ),

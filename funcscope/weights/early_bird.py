@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_count, check_flat, check_instance, check_number, check_positive
+from ..core.checks import check_count, check_instance, check_number, check_positive
 from ..core.layout import Layout
 from ..core.objective import Loss
 from ..core.result import Result, derived, quantity
 from ..core.tables import counted
 from .prunable import Prunable, Scope, prunable_leaves, sparse_mask
+from .task_vectors import flat_of
 
 _COLUMNS = 2**16
 """Weights whose masks are numbers at a time: float32 counts them exactly."""
@@ -111,7 +112,8 @@ def early_bird(
     Documents compare orders instead: Spearman's correlation of argsorted positions, which are no ranks (.02 where that of
     the ranks is .9998), or that of two sorted arrays, which is near 1 whatever they are.
 
-    Raises ValueError for fewer than two checkpoints, steps that do not increase, and thetas of another length.
+    Raises ValueError for fewer than two checkpoints, steps that do not increase, and thetas of another length, or that are
+    not finite.
 
     You et al. (2020), Drawing early-bird tickets, arXiv:1909.11957.
 
@@ -146,8 +148,9 @@ def early_bird(
 
 def magnitude_mask(theta: Tensor, layout: Layout, density: float, scope: Scope, prunable: Prunable) -> Tensor:
     """Which of the prunable weights alone, in their order, are among the largest."""
-    check_flat("thetas", theta, layout.num)
-    mask = sparse_mask(theta.abs(), layout, sparsity=1 - density, scope=scope, prunable=prunable)
+    mask = sparse_mask(
+        flat_of("thetas", theta, layout).abs(), layout, sparsity=1 - density, scope=scope, prunable=prunable
+    )
     return torch.cat([mask[leaf.slice] for leaf in prunable_leaves(layout, prunable)])
 
 

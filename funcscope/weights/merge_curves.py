@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,8 @@ from ..curvature.fisher import fisher_diagonal_mc
 from ..curvature.hessian import ggn
 from ..curvature.kfac_factors import kfac_factors
 from ..curvature.leafwise import Terms, terms_at
-from .merge_curves_result import MergeCurves
+from ..curvature.scored_sequences import contents
+from .merge_curves_result import MergeCurves, mean_error
 from .merging import METHODS, Grams, Method, merge
 from .task_vectors import flat_of
 
@@ -53,10 +55,13 @@ def merge_curves(
     $\theta_m$ what method m makes of all experts with equal weights: `linear` their mean, `task_arithmetic` the sum of
     their task vectors (the same line in other units), TIES and DARE at scale 1, where c is their scale; Fisher merging and
     RegMean are gone beyond and not quite to in the same way. Means over tasks count tasks alike. Errors are over sequences,
-    and those of differences in pairs.
+    and those of differences in pairs; where tasks have sequences in common, the error of a mean over tasks is the mean of
+    their errors, its largest value, and otherwise that of independent ones.
 
     The best coefficient of a method is that of the grid with the least mean loss. Its loss on the same data is too good;
     `best_loss` is cross-fitted: chosen on every other sequence of each task, measured on the rest, and the other way round.
+    `gain` is above the single model that is chosen likewise: the least loss of several on the same data is too good as
+    well. Both are nan where a task has one sequence.
 
     There, with $\delta = \theta_m(c) - \theta_k$ for each task's own expert,
 
@@ -103,7 +108,9 @@ def merge_curves(
     models = _merged(losses[tasks[0]], at, start, methods, needs, key, density, drop, shrink)
     terms = _line_terms(losses, start, models, coefficients)
     singles = [[terms_at(losses[task], model) for model in (start, *at.values())] for task in tasks]
-    curves = _curves(terms, singles, tasks, methods, coefficients, key, density, drop)
+    times = Counter(each for loss in losses.values() for each in {*contents(loss)})
+    num_shared = sum(num > 1 for num in times.values())
+    curves = _curves(terms, singles, tasks, methods, coefficients, key, density, drop, num_shared)
     points = [start + coefficients[i] * (model - start) for i, model in zip(curves.best_index, models, strict=True)]
     return curves.with_forms(_forms(losses, at, points, needs.fishers))
 
@@ -211,6 +218,7 @@ def _curves(
     key: Key,
     density: float,
     drop: float,
+    num_shared: int,
 ) -> MergeCurves:
     """Means and errors over sequences, and the best coefficient of every method."""
     sums = [torch.stack([torch.stack([each.sums for each in row]) for row in rows]) for rows in terms]  # (m, c, n)
@@ -220,46 +228,54 @@ def _curves(
     whole = [means(x.flatten(0, 1), w) for x, w in zip(sums, weights, strict=True)]
     single = [means(x, w) for x, w in zip(alone, weights, strict=True)]
     values = torch.stack([each.value for each in single], 1)  # (1 + k, tasks)
-    best_single = int(values.mean(1).argmin())
     deltas = [means((x - a[0]).flatten(0, 1), w) for x, a, w in zip(sums, alone, weights, strict=True)]
     table = torch.stack([each.value for each in whole], -1).view(*shape, -1)
-    best = table.mean(-1).argmin(1)
-    rows = [_cross_fitted(m, sums, weights, alone, best_single) for m in range(len(methods))]
+    rows = [_cross_fitted(m, sums, weights, alone, num_shared) for m in range(len(methods))]
     fitted = torch.tensor(rows, dtype=torch.float64).T.contiguous()
     return MergeCurves(
         losses=table, losses_stderr=torch.stack([each.stderr for each in whole], -1).view(*shape, -1),
         deltas=torch.stack([each.value for each in deltas], -1).view(*shape, -1),
         deltas_stderr=torch.stack([each.stderr for each in deltas], -1).view(*shape, -1),
         single_losses=values, single_losses_stderr=torch.stack([each.stderr for each in single], 1),
-        best_index=best.tolist(), best_loss=fitted[0], best_loss_stderr=fitted[1], gain=fitted[2], gain_stderr=fitted[3],
-        coefficients=torch.tensor(list(coefficients), dtype=torch.float64), methods=list(methods), tasks=tasks,
-        best_single=best_single,
-        density=float(density), drop=float(drop), key=key,
+        best_index=_least(table).tolist(), best_loss=fitted[0], best_loss_stderr=fitted[1], gain=fitted[2],
+        gain_stderr=fitted[3], coefficients=torch.tensor(list(coefficients), dtype=torch.float64), methods=list(methods),
+        tasks=tasks, best_single=int(_least(values)),
+        density=float(density), drop=float(drop), num_shared=num_shared, key=key,
     )  # fmt: skip
 
 
-def _mean_error(stderrs: Float[Tensor, "*m k"]) -> Float[Tensor, "*m"]:
-    """Of a mean over tasks, whose sequences are independent."""
-    return stderrs.square().sum(-1).sqrt() / stderrs.shape[-1]
-
-
 def _cross_fitted(
-    m: int, sums: Sequence[Tensor], weights: Sequence[Tensor], alone: Sequence[Tensor], single: int
+    m: int, sums: Sequence[Tensor], weights: Sequence[Tensor], alone: Sequence[Tensor], num_shared: int
 ) -> tuple[float, float, float, float]:
-    """Mean loss over tasks at the coefficient chosen on the other half, and its difference to the best single model."""
-    chosen = []
-    for half in (0, 1):
-        rows = [x[m][:, half::2].sum(1) / w[half::2].sum() for x, w in zip(sums, weights, strict=True)]
-        chosen.append(int(torch.stack(rows).mean(0).nan_to_num(math.inf).argmin()))
+    """Mean loss over tasks at the coefficient chosen on the other half, and its difference to the single model chosen so."""
+    halves = [_halves(w) for w in weights]
+    if not all(bool(half.any()) for pair in halves for half in pair):
+        return (math.nan,) * 4
+
+    def chosen(tables: Sequence[Tensor], half: int) -> int:
+        columns = zip(tables, weights, halves, strict=True)
+        return int(_least(torch.stack([x[:, at[half]].sum(1) / w[at[half]].sum() for x, w, at in columns], -1)))
+
+    ours, single = ([chosen(tables, half) for half in (1, 0)] for tables in ([x[m] for x in sums], alone))
     parts = []
-    for x, w, a in zip(sums, weights, alone, strict=True):
-        fitted = torch.empty_like(w)
-        for half in (0, 1):
-            fitted[half::2] = x[m][chosen[1 - half]][half::2]
-        parts.append(means(torch.stack([fitted, fitted - a[single]]), w))
+    for x, w, a, pair in zip(sums, weights, alone, halves, strict=True):
+        merged, best = (torch.where(pair[0], t[i[0]], t[i[1]]) for t, i in ((x[m], ours), (a, single)))
+        parts.append(means(torch.stack([merged, merged - best]), w))
     value = torch.stack([each.value for each in parts]).mean(0)
-    stderr = _mean_error(torch.stack([each.stderr for each in parts], -1))
+    stderr = mean_error(torch.stack([each.stderr for each in parts], -1), num_shared)
     return float(value[0]), float(stderr[0]), float(value[1]), float(stderr[1])
+
+
+def _halves(weights: Float[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+    """Every other of the sequences that score something, and the rest of these."""
+    scored = weights != 0
+    odd = scored.cumsum(0) % 2 == 1
+    return scored & odd, scored & ~odd
+
+
+def _least(losses: Float[Tensor, "*m c k"]) -> Tensor:
+    """Where the mean over tasks is least; what is nan is not."""
+    return losses.mean(-1).nan_to_num(math.inf).argmin(-1)
 
 
 def _forms(

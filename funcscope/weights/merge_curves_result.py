@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..core.keys import Key
 from ..core.result import Result, derived, internal, quantity
+from ..core.tables import counted
 
 Table = Float[Tensor, "m c k"]
 Forms = Float[Tensor, "m k"]
@@ -43,6 +45,8 @@ class MergeCurves(Result):
     best_single: int = internal()
     density: float
     drop: float
+    num_shared: int
+    """Sequences that more than one task has."""
     key: Key
     increase: Forms | None = quantity(
         "loss above the task's own expert", unit="loss", per=("method", "task"), stderr="increase_stderr", default=None
@@ -60,13 +64,22 @@ class MergeCurves(Result):
 
     @property
     def mean_losses_stderr(self) -> Float[Tensor, "m c"]:
-        """Tasks have independent sequences."""
-        return self.losses_stderr.square().sum(-1).sqrt() / self.losses.shape[-1]
+        return mean_error(self.losses_stderr, self.num_shared)
+
+    @derived("mean loss above the base", unit="loss", per=("method", "coefficient"), stderr="mean_deltas_stderr")
+    def mean_deltas(self) -> Float[Tensor, "m c"]:
+        """Over tasks."""
+        return self.deltas.mean(-1)
+
+    @property
+    def mean_deltas_stderr(self) -> Float[Tensor, "m c"]:
+        """Paired."""
+        return mean_error(self.deltas_stderr, self.num_shared)
 
     @derived("best coefficient", per="method")
     def best_coefficient(self) -> Float[Tensor, " m"]:
-        """Of the least mean loss on the grid, all data."""
-        return self.coefficients[torch.tensor(self.best_index)]
+        """Of the least mean loss on the grid, all data; nan where all losses are."""
+        return torch.where(self.mean_losses.isnan().all(1), math.nan, self.coefficients[torch.tensor(self.best_index)])
 
     @derived("diagonal over Gauss-Newton form", per=("method", "task"))
     def diagonal_ratio(self) -> Forms | None:
@@ -94,10 +107,25 @@ class MergeCurves(Result):
         ends = [m for m, i in zip(self.methods, self.best_index, strict=True) if i == len(self.coefficients) - 1 > 0]
         if ends:
             made.append(f"the largest coefficient is the best of {', '.join(ends)}: the minimum may lie beyond.")
-        if bool(self.losses_stderr.isnan().any()):
-            made.append("a task of one sequence has no error.")
+        if not bool(self.losses.isfinite().all()):
+            made.append("a loss is not finite at some coefficient, which is not the best.")
+        if bool((self.losses_stderr.isnan() & self.losses.isfinite()).any()):
+            made.append("a task of one sequence has no error, and there are no halves to choose and measure on.")
+        if self.num_shared:
+            made.append(
+                f"tasks have {counted(self.num_shared, 'sequence')} in common: errors of means over tasks are their largest."
+            )
+        if any(method.startswith("dare") for method in self.methods):
+            made.append("DARE has one draw of masks: errors are over sequences alone, and other keys have other masks.")
+        if self.quadratic is not None:
+            made.append("slopes and quadratics are of these sequences, diagonals of these draws, and have no errors.")
         return made
 
     def with_forms(self, forms: Mapping[str, Forms]) -> MergeCurves:
         """With increases and their quadratics."""
         return replace(self, **forms)  # type: ignore[arg-type]
+
+
+def mean_error(stderrs: Float[Tensor, "*m k"], num_shared: int) -> Float[Tensor, "*m"]:
+    """Of a mean over tasks: of independent sequences, or at most, where some are the same."""
+    return stderrs.mean(-1) if num_shared else stderrs.square().sum(-1).sqrt() / stderrs.shape[-1]

@@ -21,6 +21,8 @@ Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare", "dare_tie
 METHODS: tuple[Method, ...] = get_args(Method)
 NEED_BASE = ("task_arithmetic", "ties", "dare", "dare_ties")
 
+Rule = Callable[[str, list[Tensor]], Tensor]
+"""Of a name and the leaves of all models, in the order of the layout."""
 Grams = Mapping[str, Float[Tensor, "i i"]]
 """By weight: the second moments of its inputs."""
 
@@ -69,33 +71,41 @@ def merge(
     missing |= {"`grams`": method == "regmean" and grams is None, "`key`": method.startswith("dare") and key is None}
     if any(missing.values()):
         raise ValueError(f"`{method}` needs {', '.join(name for name, is_missing in missing.items() if is_missing)}.")
-
-    def plain(_: str, leaves: list[Tensor]) -> Tensor:
-        return rules.linear(leaves, weights)
-
-    def moved(name: str, leaves: list[Tensor]) -> Tensor:
-        factors = [scale * w for w in weights or [1.0] * len(flat)]
-        return rules.task_arithmetic(start[name], leaves, factors)  # type: ignore[index]
-
-    def thinned(name: str, leaves: list[Tensor]) -> Tensor:
-        then: Literal["linear", "ties"] = "ties" if method == "dare_ties" else "linear"
-        options = {"drop": drop, "key": key, "name": name, "scale": scale, "then": then, "weights": weights}
-        return rules.dare(start[name], leaves, **options)  # type: ignore[index, arg-type]
-
-    makers: dict[str, Callable[[], Callable[[str, list[Tensor]], Tensor]]] = {
-        "linear": lambda: plain, "slerp": lambda: _arc(len(flat), t), "task_arithmetic": lambda: moved,
+    if key is not None:
+        check_key(key)
+    makers: dict[str, Callable[[], Rule]] = {
+        "linear": lambda: lambda _, leaves: rules.linear(leaves, weights), "slerp": lambda: _arc(len(flat), t),
+        "task_arithmetic": lambda: _moved(start, scale, weights),  # type: ignore[arg-type]
         "ties": lambda: _elected(start, models, density, scale, weights, per_leaf),  # type: ignore[arg-type]
-        "dare": lambda: thinned, "dare_ties": lambda: thinned,
+        "dare": lambda: _thinned(start, "linear", drop, key, scale, weights),  # type: ignore[arg-type]
+        "dare_ties": lambda: _thinned(start, "ties", drop, key, scale, weights),  # type: ignore[arg-type]
         "fisher": lambda: _precise(layout, fishers, weights),  # type: ignore[arg-type]
         "regmean": lambda: _regressed(layout, grams, weights, shrink),  # type: ignore[arg-type]
     }  # fmt: skip
-    if key is not None:
-        check_key(key)
     rule = makers[method]()
     return torch.cat([rule(name, [model[name] for model in models]).flatten() for name in layout.names])
 
 
-def _arc(num: int, t: float) -> Callable[[str, list[Tensor]], Tensor]:
+def _moved(base: Mapping[str, Tensor], scale: float, weights: Sequence[float] | None) -> Rule:
+    scales = scale if weights is None else [scale * w for w in weights]
+    return lambda name, leaves: rules.task_arithmetic(base[name], leaves, scales)
+
+
+def _thinned(
+    base: Mapping[str, Tensor],
+    then: Literal["linear", "ties"],
+    drop: float,
+    key: Key,
+    scale: float,
+    weights: Sequence[float] | None,
+) -> Rule:
+    def rule(name: str, leaves: list[Tensor]) -> Tensor:
+        return rules.dare(base[name], leaves, drop=drop, key=key, name=name, scale=scale, then=then, weights=weights)
+
+    return rule
+
+
+def _arc(num: int, t: float) -> Rule:
     if num != 2:
         raise ValueError(f"`slerp` is between two models, got {num}: take `linear`.")
     return lambda _, leaves: rules.slerp(leaves[0], leaves[1], t)
@@ -108,7 +118,7 @@ def _elected(
     scale: float,
     weights: Sequence[float] | None,
     per_leaf: bool,
-) -> Callable[[str, list[Tensor]], Tensor]:
+) -> Rule:
     """TIES with the cut of every model over all leaves, which are asked for in the order of the layout."""
     if per_leaf:
         return lambda name, leaves: rules.ties(base[name], leaves, density=density, scale=scale, weights=weights)
@@ -126,9 +136,7 @@ def _elected(
     return rule
 
 
-def _precise(
-    layout: Layout, fishers: Sequence[Theta], weights: Sequence[float] | None
-) -> Callable[[str, list[Tensor]], Tensor]:
+def _precise(layout: Layout, fishers: Sequence[Theta], weights: Sequence[float] | None) -> Rule:
     """Fisher merging with the floor of the whole diagonal."""
     flat = [flat_of(f"fishers[{k}]", each, layout) for k, each in enumerate(fishers)]
     means = [float(each.double().mean()) for each in flat]
@@ -136,9 +144,7 @@ def _precise(
     return lambda name, leaves: rules.fisher(leaves, [each[name] for each in diagonals], weights, means=means)
 
 
-def _regressed(
-    layout: Layout, grams: Sequence[Grams], weights: Sequence[float] | None, shrink: float
-) -> Callable[[str, list[Tensor]], Tensor]:
+def _regressed(layout: Layout, grams: Sequence[Grams], weights: Sequence[float] | None, shrink: float) -> Rule:
     """RegMean where there are Grams, the mean elsewhere."""
     known = set.intersection(*(set(each) for each in grams)) if grams else set()
     if unknown := sorted(known - set(layout.names)):

@@ -43,12 +43,15 @@ def permutation_groups(model: nn.Module) -> list[PermutationGroup]:
     """The groups of a chain of layers, or of a transformer, from its modules.
 
     A `nn.Sequential` (nested ones, too): the outputs of each linear or convolutional layer are units, with what follows them
-    up to the next one: elementwise functions, batch norm with its statistics, layer norm, pooling, `Flatten`. Layers must be
-    used once, in order. A transformer of a family in `core.anatomy` (GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma 2, BERT):
-    the hidden units of every MLP, with gates; the heads of keys and values with their heads of queries, and the heads of
-    queries that share one. The residual stream stays as it is, and so does what can be turned inside a head.
+    up to the next one: elementwise functions, batch norm with its statistics, layer norm, pooling, `Flatten`. Units are the
+    last dimension of a linear layer's outputs, the second of a convolution's; a batch norm behind a linear layer is taken to
+    see (samples, features). Parameters must be used once, in order.
 
-    Raises ValueError for another model: give groups of your own.
+    A transformer of a family in `core.anatomy` (GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma 2, BERT): the hidden units of
+    every MLP, with gates; the heads of keys and values with their heads of queries, and the heads of queries that share one.
+    The residual stream stays as it is, and so does what can be turned inside a head.
+
+    Raises ValueError for another model, and for modules whose dimension of units is another one: give groups of your own.
 
     >>> (group,) = permutation_groups(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
     >>> group.num, [(axis.leaf, axis.dim) for axis in group.axes]
@@ -69,46 +72,101 @@ def permutation_groups(model: nn.Module) -> list[PermutationGroup]:
 
 _ELEMENTWISE = (
     nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
 )  # fmt: skip
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+class _Open(NamedTuple):
+    """Units of a layer on their way to the next: where they lie in what is passed on."""
+
+    name: str
+    num: int
+    axes: tuple[Axis, ...]
+    is_last: bool
+    """The units of a linear layer are the last dimension, those of a convolution the second."""
+    is_flat: bool = False
+    """All dimensions behind the first are one."""
+
+    def inputs(self, leaf: str, size: int) -> Axis:
+        """The places of every unit among the inputs of the next layer."""
+        if size % self.num or (size != self.num and not self.is_flat):
+            raise ValueError(
+                f"`{leaf}` takes {size} inputs from the {self.num} units of `{self.name}` without `nn.Flatten`."
+            )
+        width = size // self.num
+        return Axis(leaf, 1, _even(width, self.num).T.contiguous() if self.is_last else _even(self.num, width))
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether the module works on the dimension of the units, or leaves each alone."""
+        if _is(module, _CONVOLUTIONS) or _is(module, (*_POOLS, nn.BatchNorm2d)):
+            return not self.is_last and not self.is_flat
+        if _is(module, (nn.Linear, nn.LayerNorm)):
+            return self.is_last or self.is_flat
+        return True
 
 
 def _flat(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, each in model.named_children():
+    """What is called, in order; `named_children` would leave out what is called again."""
+    if type(model).forward is not nn.Sequential.forward:
+        raise ValueError(f"a {type(model).__name__} has a forward pass of its own: list `PermutationGroup`s.")
+    for name, each in model._modules.items():
         if isinstance(each, nn.Sequential):
             yield from _flat(each, f"{prefix}{name}.")
-        else:
+        elif each is not None:
             yield f"{prefix}{name}", each
 
 
 def _chain(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[PermutationGroup]:
     """A group opens at a layer and closes at the next; the outputs of the last stay where they are."""
-    opened: list[Axis] = []
-    name, is_flat = "", True
-    for each, module in layers:
-        if isinstance(module, _LAYERS):
-            if getattr(module, "groups", 1) != 1:
-                raise ValueError(f"`{each}` is a convolution in groups, whose channels cannot change places freely.")
-            if opened:
-                num, inputs = len(opened[0].places), module.weight.shape[1]
-                if inputs % num or (inputs != num and not is_flat):
-                    raise ValueError(
-                        f"`{each}` takes {inputs} inputs from the {num} units of `{name}` without `nn.Flatten`."
-                    )
-                yield PermutationGroup(name, (*opened, Axis(f"{each}.weight", 1, _even(num, inputs // num))))
-            name, is_flat = each, False
-            opened = [Axis(f"{each}.{what}", 0, _even(len(x))) for what, x in module.named_parameters()]
-        elif isinstance(module, _NORMS) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1):
-            own = [*module.named_parameters(), *(x for x in module.named_buffers() if x[1].ndim)]
-            opened += [Axis(f"{each}.{what}", 0, _even(len(x))) for what, x in own] if opened else []
-        elif isinstance(module, nn.Flatten) and module.start_dim == 1:
-            is_flat = True
-        elif not isinstance(module, _ELEMENTWISE):
+    _check_used_once(layers)
+    units: _Open | None = None
+    for name, module in layers:
+        if units is not None and not units.takes(module):
             raise ValueError(
-                f"`{each}` is a {type(module).__name__}, of which it is not known whether units can change places."
+                f"`{name}`, a {type(module).__name__}, works on another dimension than the units of `{units.name}`."
             )
+        if _is(module, (nn.Linear, *_CONVOLUTIONS)):
+            if getattr(module, "groups", 1) != 1:
+                raise ValueError(f"`{name}` is a convolution in groups, whose channels cannot change places freely.")
+            if units is not None:
+                last = units.inputs(f"{name}.weight", module.weight.shape[1])  # type: ignore[arg-type, index, union-attr]
+                yield PermutationGroup(units.name, (*units.axes, last))
+            num = len(module.weight)  # type: ignore[arg-type]
+            own = tuple(Axis(f"{name}.{what}", 0, _even(num)) for what, _ in module.named_parameters())
+            units = _Open(name, num, own, _is(module, (nn.Linear,)))
+        elif _is(module, _NORMS) and len(getattr(module, "normalized_shape", (1,))) == 1:
+            if units is not None:
+                leaves = [*module.named_parameters(), *(x for x in module.named_buffers() if x[1].ndim)]
+                if any(len(x) != units.num for _, x in leaves):
+                    raise ValueError(
+                        f"`{name}` must have one place for each of the {units.num} units of `{units.name}`."
+                    )
+                behind = tuple(Axis(f"{name}.{what}", 0, _even(units.num)) for what, _ in leaves)
+                units = units._replace(axes=(*units.axes, *behind))
+        elif _is(module, (nn.Flatten,)) and (module.start_dim, module.end_dim) == (1, -1):
+            units = None if units is None else units._replace(is_flat=True)
+        elif not _is(module, (*_ELEMENTWISE, *_POOLS)):
+            raise ValueError(
+                f"`{name}` is a {type(module).__name__}, of which it is not known whether units can change places."
+            )
+
+
+def _check_used_once(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    seen: dict[int, str] = {}
+    for name, module in layers:
+        for what, x in [*module.named_parameters(), *module.named_buffers()]:
+            if id(x) in seen:
+                raise ValueError(
+                    f"`{name}.{what}` is `{seen[id(x)]}` again: units of parameters that are used twice are tied."
+                )
+            seen[id(x)] = f"{name}.{what}"
+
+
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Of these, and called as they are."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
 def _even(num: int, width: int = 1, start: int = 0) -> Tensor:

@@ -48,7 +48,7 @@ def pruning_robustness(
     linear interpolation (trapezoids). A is a mean loss in the units of the loss, whatever range the sparsities have; $s^*$
     is the first crossing, nan with a note where the curve starts above the threshold or stays below it. At s = 0 the loss is
     that of the model, at s = 1 all prunable weights are 0. Nothing is trained. `perplexity_ratio` is $e^\Delta$, `accuracy`
-    the share of labels that are the largest output at the position that predicts them.
+    the share of labels that are the largest output at the position that predicts them, of k that are as large 1 / k.
 
     Scores from derivatives are local. A row of an untied head whose class hardly occurs has next to no gradient and Fisher
     information, is pruned first by `taylor`, `obd` and `fisher`, and costs what no second-order term sees: a logit that was

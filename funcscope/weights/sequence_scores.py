@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.estimate import Crossed, Estimate
@@ -21,7 +21,8 @@ class SequenceScores(NamedTuple):
     """Weighted sums of the losses of each."""
     weights: Float[Tensor, " n"]
     hits: Float[Tensor, " n"] | None
-    """Weighted counts of the positions whose largest output is the label's; None where there are no labels."""
+    """Weighted counts of the positions whose largest output is the label's, one of several that are as large counting for
+    its share (a network of zeros knows no label); None where there are no labels."""
 
     @property
     def mean(self) -> float:
@@ -37,12 +38,18 @@ def sequence_scores(loss: Loss, theta: Tensor) -> SequenceScores:
         out = loss.net.apply(params, inputs)
         sums, weights = loss.scored(lambda _, out=out: out, inputs, targets)  # type: ignore[misc]
         labelled = loss.criterion.positionwise and isinstance(targets, Labels)
-        hits = per_sequence((out.argmax(-1) == targets.index) * targets.weight) if labelled else None
+        hits = per_sequence(_share_of_the_largest(out, targets.index) * targets.weight) if labelled else None
         parts.append((sums, weights, hits))
     sums, weights = (torch.cat([part[i] for part in parts]).cpu().double() for i in range(2))
     if any(part[2] is None for part in parts):
         return SequenceScores(sums, weights, None)
     return SequenceScores(sums, weights, torch.cat([part[2] for part in parts]).cpu().double())
+
+
+def _share_of_the_largest(out: Float[Tensor, "*p c"], index: Int[Tensor, "*p"]) -> Float[Tensor, "*p"]:
+    """1 where the label's output is the largest, 1 / k where it is one of k, else 0."""
+    is_largest = out == out.amax(-1, keepdim=True)
+    return is_largest.gather(-1, index[..., None])[..., 0] / is_largest.sum(-1).clamp(min=1)
 
 
 def residual_rows(differences: Float[Tensor, "*m n"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*m g"]:

@@ -47,7 +47,9 @@ class TaskVectors(Result):
 
     @derived("norm relative to the whole base", per="task")
     def total_relative_norms(self) -> Float[Tensor, " k"]:
-        return self.total_norms / self.base_norms.square().sum().sqrt()
+        """nan where the base is 0."""
+        base = self.base_norms.square().sum().sqrt()
+        return torch.where(base > 0, self.total_norms / base, math.nan)
 
     @derived("share of opposite signs", per=("block", "task", "other task"), shown=False)
     def sign_conflicts(self) -> Pairs:
@@ -93,6 +95,10 @@ class TaskVectors(Result):
         made = ["weights are given, not sampled: numbers are exact for these models, and other seeds have others."]
         if bool((self.total_norms == 0).any()):
             made.append("a model equals the base: its cosines are nan.")
+        elif bool((self.norms == 0).any()):
+            made.append("a model equals the base in some blocks: its cosines there are nan.")
+        if bool((self.base_norms == 0).any()):
+            made.append("the base is 0 in some blocks: no norm is relative to that.")
         return made
 
 

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_flat, check_instance, check_mask, check_number
+from ..core.checks import check_instance, check_mask, check_number
 from ..core.layout import Layout, View
 from ..core.objective import Loss
 from ..core.result import Result, quantity
 from ..core.tables import counted
 from ..curvature.mask_overlap import overlaps
 from .prunable import Prunable, Scope, prunable_leaves, sparse_mask
+from .task_vectors import flat_of
 
 Pairs = Float[Tensor, "m m"]
 _PER = ("model", "other model")
@@ -76,7 +77,8 @@ def ticket_overlap(
 
     Nothing is drawn: z is the test, and there is no other error.
 
-    Raises ValueError for fewer than two members, as many names as there are not, and vectors of another length.
+    Raises ValueError for fewer than two members, as many names as there are not, and vectors of another length,
+    or that are not finite.
 
     >>> layout = Layout.of(torch.nn.Linear(4, 1, bias=False))
     >>> same, other = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([4.0, 1.0, 3.0, 2.0])
@@ -111,5 +113,6 @@ def _mask(member: Tensor, layout: Layout, density: float, scope: Scope, prunable
     if isinstance(member, Tensor) and member.dtype == torch.bool:
         check_mask("members", member, layout.num)
         return member
-    check_flat("members", member, layout.num)
-    return sparse_mask(member.abs(), layout, sparsity=1 - density, scope=scope, prunable=prunable)
+    return sparse_mask(
+        flat_of("members", member, layout).abs(), layout, sparsity=1 - density, scope=scope, prunable=prunable
+    )

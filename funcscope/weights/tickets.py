@@ -18,6 +18,7 @@ from ..core.tables import counted
 from .masked_training import Train
 from .prunable import Prunable, Scope, prunable_leaves, sparse_mask
 from .sequence_scores import SequenceScores, mean_difference, sequence_scores
+from .task_vectors import flat_of
 
 
 class Contest(NamedTuple):
@@ -100,7 +101,8 @@ def iterative_magnitude_pruning(
     A document prunes once, without training, along $s (1 - e^{-3p})$, which ends at 0.855 for a target of 0.9, and gives the
     mask of the best loss, that is of the least sparsity, for the ticket.
 
-    Raises ValueError where `train` returns another shape, numbers that are not finite, or weights that the mask had pruned.
+    Raises ValueError for weights that are not finite, and where `train` returns another shape, numbers that are not finite,
+    or weights that the mask had pruned.
 
     Frankle, Carbin (2019), arXiv:1803.03635; Frankle et al. (2020), arXiv:1912.05671 (rewinding).
 
@@ -111,12 +113,12 @@ def iterative_magnitude_pruning(
     >>> made.masks[-1].tolist(), made.ticket.tolist()
     ([False, True, False, True], [0.0, 11.0, 0.0, 4.0])
     """
-    check_flat("theta", theta, layout.num)
+    theta = flat_of("theta", theta, layout)
     check_key(key)
     check_number("sparsity", sparsity, 0.0, 1.0)
     check_count("rounds", rounds)
     if rewind is not None:
-        check_flat("rewind", rewind, layout.num)
+        rewind = flat_of("rewind", rewind, layout)
     made = contest(train, theta, layout, key, sparsity, rounds, rewind, scope, prunable)
     leaves = prunable_leaves(layout, prunable)
     num = sum(leaf.numel for leaf in leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.checks import check_flat, check_instance
+from ..core.estimate import wide
 from ..core.heads import head_part, head_views
 from ..core.layout import Layout, Leaf
 
@@ -103,12 +105,20 @@ def neuron_units(layout: Layout) -> Units:
 
 
 def unit_saliency(score: Float[Tensor, " p"], layout: Layout, units: Units) -> Float[Tensor, " u"]:
-    """The sum of the scores of a unit's parameters, in their dtype; what has no score (nan) adds nothing."""
+    """The sum of the scores of a unit's parameters, in the dtype of sums; what has no score (nan) adds nothing."""
     check_flat("score", score, layout.num)
+    score = score.to(wide(score.device))
     total = score.new_zeros(len(units.names))
     for leaf, dim, unit in units.parts:
         at = layout.by_name[leaf]
-        sums = score[at.slice].nan_to_num(nan=0.0).view(at.shape).movedim(dim, 0).reshape(len(unit), -1).sum(1)
+        sums = (
+            score[at.slice]
+            .nan_to_num(0.0, math.inf, -math.inf)
+            .view(at.shape)
+            .movedim(dim, 0)
+            .reshape(len(unit), -1)
+            .sum(1)
+        )
         inside = (unit >= 0).to(sums.device)
         total = total.index_add(0, unit.to(sums.device)[inside], sums[inside])
     return total

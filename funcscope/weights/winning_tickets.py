@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -20,6 +21,7 @@ from ..curvature.rows import cut
 from .masked_training import masked_training
 from .prunable import Prunable, Scope, prunable_leaves
 from .sequence_scores import SequenceScores, over_draws, residual_rows, sequence_scores
+from .task_vectors import flat_of
 from .tickets import contest
 
 NETWORKS = ("dense", "ticket", "one shot", "random")
@@ -30,6 +32,7 @@ class WinningTickets(Result):
 
     losses: Float[Tensor, "d n"] = quantity("loss after training", unit="loss", per=("draw", "network"), shown=False)
     dense_loss: Crossed = quantity("loss of the dense network", unit="loss")
+    dense_excess: Crossed = quantity("loss of the dense network above that before training", unit="loss")
     ticket_excess: Crossed = quantity("loss of the ticket above that of the dense network", unit="loss")
     random_excess: Crossed = quantity("loss of the random ticket above that of the ticket", unit="loss")
     one_shot_excess: Crossed = quantity("loss of the one-shot ticket above that of the ticket", unit="loss")
@@ -59,7 +62,11 @@ class WinningTickets(Result):
     @property
     def notes(self) -> list[str]:
         made = [] if self.num > 1 else ["There is one draw, and no error over draws."]
-        if float(self.dense_loss.value) > self.initial_loss:
+        errors = (self.dense_excess.stderr_total, self.dense_excess.stderr_data)
+        error = next((float(each) for each in errors if each.isfinite()), math.inf)
+        if abs(float(self.dense_excess.value)) <= 2 * error:
+            made.append("Whether training made the dense network better on held-out sequences is not resolved.")
+        elif float(self.dense_excess.value) > 0:
             made.append(
                 "On held-out sequences the dense network is worse after training than before: it has learnt those that it "
                 "was trained on. Take more sequences, fewer steps or a smaller rate to compare networks that generalise."
@@ -114,7 +121,7 @@ def winning_tickets(
     check_count("num", num)
     check_count("rounds", rounds)
     check_number("sparsity", sparsity, 0.0, 1.0)
-    theta = Loss.vector(loss, theta)
+    theta = flat_of("theta", Loss.vector(loss, theta), loss.layout)
     train_on, score_on = split(loss, fold_in(key, "held out"), held_out)
     before = sequence_scores(score_on, theta)
     if not bool(before.weights.any()):
@@ -131,7 +138,8 @@ def winning_tickets(
     sums = torch.stack([torch.stack([each.sums for each in row]) for row in draws])
     of = before.weights
     return WinningTickets(
-        losses=sums.sum(-1) / of.sum(), dense_loss=_mean(sums[:, 0], of), ticket_excess=_mean(sums[:, 1] - sums[:, 0], of),
+        losses=sums.sum(-1) / of.sum(), dense_loss=_mean(sums[:, 0], of),
+        dense_excess=_mean(sums[:, 0] - before.sums, of), ticket_excess=_mean(sums[:, 1] - sums[:, 0], of),
         random_excess=_mean(sums[:, 3] - sums[:, 1], of), one_shot_excess=_mean(sums[:, 2] - sums[:, 1], of),
         initial_loss=before.mean, sparsity=float(sparsity), rounds=rounds, steps=steps, num=num,
         num_prunable=sum(leaf.numel for leaf in prunable_leaves(loss.layout, prunable)),
