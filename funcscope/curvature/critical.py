@@ -171,11 +171,7 @@ def _searched(
     search: Search,
 ) -> CriticalSharpness:
     """The search from known terms at theta, and what its bracket says."""
-    check_choice("search", search, SEARCHES)
-    check_positive("tolerance", tolerance)
-    check_count("max_forwards", most + 1, least=3)
-    if start is not None:
-        check_positive("start", start)
+    _check_search(search, tolerance, most, start)
     nan = math.nan
     status: Status = "ascent direction" if slope < 0 else "flat direction"
     open_ = CriticalSharpness(nan, (nan, nan), nan, status, nan, (nan, nan), slope, terms.mean, nan, 0)
@@ -207,6 +203,14 @@ def _searched(
         rounding=2 * loss.net.unit_roundoff * abs(terms.mean) / (slope * eta),
         num_forwards=ends.num,
     )
+
+
+def _check_search(search: Search, tolerance: float, most: int, start: float | None) -> None:
+    check_choice("search", search, SEARCHES)
+    check_positive("tolerance", tolerance)
+    check_count("max_forwards", most + 1, least=3)
+    if start is not None:
+        check_positive("start", start)
 
 
 def _start(at: Leaves, update: Leaves, slope: float, level: float) -> float:

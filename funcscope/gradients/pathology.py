@@ -152,25 +152,15 @@ def gradient_pathology(
     u, step_sizes = values["parameter_update"], block_norms(whole if given is None else given, steps.single)
     dead = torch.stack([_dead(reached.get(name, [])) for name in names], 1)
     nonfinite, lengths = num_nonfinite(whole, steps.single), block_norms(made.leaves, steps.single)
+    stderrs = {f"{key}_stderr": x for key, x in errors.items()}
     return GradientPathology(
-        **values,
-        vanishing=u < vanishing,
-        exploding=(u > exploding) | ~step_sizes.isfinite(),
+        **values, **stderrs, vanishing=u < vanishing, exploding=(u > exploding) | ~step_sizes.isfinite(),
         angular_rate=torch.where(lengths > 0, learning_rate / lengths.square(), math.nan),
-        dead=torch.where(nonfinite > 0, math.nan, dead[0]),
-        num_nonfinite=nonfinite,
-        learning_rate=learning_rate,
-        vanishing_below=vanishing,
-        exploding_above=exploding,
-        num_sequences=made.num_sequences,
-        num_groups=len(made.groups),
-        num_unscored=made.num_unscored,
-        own_step=given is None,
-        **{f"{key}_stderr": x for key, x in errors.items()},
-        dead_stderr=torch.where(nonfinite > 0, math.nan, dead[1]),
-        blocks=list(blocks),
-        parameters=names,
-    )
+        dead=torch.where(nonfinite > 0, math.nan, dead[0]), dead_stderr=torch.where(nonfinite > 0, math.nan, dead[1]),
+        num_nonfinite=nonfinite, learning_rate=learning_rate, vanishing_below=vanishing, exploding_above=exploding,
+        num_sequences=made.num_sequences, num_groups=len(made.groups), num_unscored=made.num_unscored,
+        own_step=given is None, blocks=list(blocks), parameters=names,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,7 @@ def winning_tickets(
         made = contest(train, theta, loss.layout, fold_in(key, draw), sparsity, rounds, None, scope, prunable)
         networks = (made.trained[0], made.trained[-1], made.one_shot, made.random)
         draws.append([sequence_scores(score_on, each) for each in networks])
-    sums = torch.stack([torch.stack([each.sums for each in row]) for row in draws])
-    of = before.weights
+    sums, of = torch.stack([torch.stack([each.sums for each in row]) for row in draws]), before.weights
     return WinningTickets(
         losses=sums.sum(-1) / of.sum(), dense_loss=_mean(sums[:, 0], of),
         dense_excess=_mean(sums[:, 0] - before.sums, of), ticket_excess=_mean(sums[:, 1] - sums[:, 0], of),
