@@ -223,7 +223,8 @@ def test_tickets_of_a_planted_problem_win_with_errors_over_draws_and_data():
     assert float(made.random_excess.value) > 2 * float(made.random_excess.stderr_total)
     assert float(ticket.max()) < float(random.min())
     assert (made.num_sequences, made.num_trained_on, made.num_trainings) == (32, 32, 16)
-    assert made.notes == []  # the dense network is better than it was
+    assert abs(float(made.dense_excess.value)) < 2 * float(made.dense_excess.stderr_total)  # 32 sequences are few
+    assert made.notes == ["Whether training made the dense network better on held-out sequences is not resolved."]
 
 
 def test_a_network_that_training_makes_worse_on_other_data_is_said_to_be():
