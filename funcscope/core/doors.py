@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
-from .imported import is_compiled
+from .imported import is_compiled, layer_names
+from .remat import remat
 from .skeleton import closed_over, make_skeleton
 
+Remat = Literal["none", "layer"] | Iterable[str]
 Trainable = Literal["all"] | Iterable[str] | Callable[[str], bool] | None
 
 
@@ -56,8 +59,11 @@ def skeleton_of(model: nn.Module, attention: str, dtype: torch.dtype | None) -> 
     return skeleton
 
 
-def running(skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy that may be called and that holds these buffers themselves; what was compiled runs as it was written."""
+def running(skeleton: nn.Module, buffers: Mapping[str, torch.Tensor], apart: Iterable[str] = ()) -> nn.Module:
+    """A copy that may be called and that holds these buffers themselves; what was compiled runs as it was written.
+
+    apart: names of the modules whose insides no graph keeps.
+    """
     memo: dict[int, Any] = {id(param): param for param in skeleton.parameters()}  # without values, and always replaced
     memo |= {id(own): buffers[name] for name, own in skeleton.named_buffers()}
     module = copy.deepcopy(skeleton, memo)
@@ -65,7 +71,48 @@ def running(skeleton: nn.Module, buffers: Mapping[str, torch.Tensor]) -> nn.Modu
     for part in module.modules():
         if is_compiled(part):
             part.forward = part._orig_mod.__call__
+    for name in apart:
+        _rematerialise(module.get_submodule(name))
     return module
+
+
+def _rematerialise(part: nn.Module) -> None:
+    """Its forward pass becomes `remat` of a twin's, on the weights that the part holds at the call."""
+    own = {id(x): x for x in (*part.parameters(), *part.buffers())}
+    twin = copy.deepcopy(part, dict[int, Any](own))
+    twin._forward_hooks.clear()
+    twin._forward_pre_hooks.clear()  # they run around the part
+
+    def run(state: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return functional_call(twin, state, args, kwargs)
+
+    call = remat(run)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call({**dict(part.named_parameters()), **dict(part.named_buffers())}, args, kwargs)
+
+    part.forward = forward  # type: ignore[method-assign]
+
+
+def remat_names(model: nn.Module, chosen: Remat) -> tuple[str, ...]:
+    """Which modules to rematerialise: those named, or the layers of a model of transformers."""
+    if isinstance(chosen, str) and chosen == "none":
+        return ()
+    if isinstance(chosen, str) and chosen == "layer":
+        if names := layer_names(model):
+            return names
+        raise ValueError(
+            f"the layers of {type(model).__name__} are not known: `remat` takes the names of its modules, such as "
+            f"{[name for name, part in model.named_modules() if name and list(part.parameters())][:2]}."
+        )
+    if isinstance(chosen, str):
+        raise ValueError(f'`remat` must be "none", "layer" or names of modules, got {chosen!r}.')
+    names, known = tuple(dict.fromkeys(chosen)), dict(model.named_modules())
+    if unknown := [name for name in names if name not in known or not name]:
+        raise ValueError(f"`remat` names modules that the model does not have: {unknown[:3]}.")
+    if nested := [name for name in names if any(name.startswith(f"{other}.") for other in names)]:
+        raise ValueError(f"`remat` names `{nested[0]}` and a module that it is a part of: name one of them.")
+    return names
 
 
 def selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:

@@ -31,6 +31,16 @@ def is_compiled(module: object) -> bool:
     return _is(module, "torch._dynamo.eval_frame", "OptimizedModule")
 
 
+def layer_names(model: Any) -> tuple[str, ...]:
+    """The names of the layers of a model of transformers: what it can checkpoint, the outermost; none of another's."""
+    names: list[str] = []
+    for name, part in model.named_modules():
+        inner = names and name.startswith(f"{names[-1]}.")
+        if not inner and _is(part, "transformers.modeling_layers", "GradientCheckpointingLayer"):
+            names.append(name)
+    return tuple(names)
+
+
 def register_attention(name: str, kernel: Callable[..., Any]) -> None:
     """Make a kernel known to the models of transformers, whose configurations choose it by name."""
     sys.modules["transformers.modeling_utils"].AttentionInterface.register(name, kernel)

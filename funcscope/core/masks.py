@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
 from .architectures import FULL, SLIDING, Family, computes_in_float32, family_of, has_alibi, layer_types, remedy, window
+from .brief_masks import additive, brief, is_brief, spelt_out
 from .imported import Config, Model
 
 
-def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def with_float_mask(model: Model, inputs: Mapping[str, Any], *, brief_above: int | None = None) -> dict[str, Any]:
     """`inputs` with a float mask of shape (B, 1, T, T): 0 where attention may look, the dtype's lowest number elsewhere.
 
     Causal where the model's attention is causal, with its sliding window where it has one; a mapping of two masks
@@ -22,6 +23,8 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     packed into one row, which do not see each other. An encoder-decoder gets the decoder's inputs, made of `labels`
     where they are not given, and a mask for each side. A float 4-D mask, or such a mapping, is passed on as it is, and so
     is the 2-D mask of a model that counts its distances in it (ALiBi).
+
+    brief_above: masks of more tokens are written in brief (core/brief_masks.py); None: those in brief are spelt out.
     """
     if model.config.is_encoder_decoder:
         inputs = _with_decoder(model, inputs)
@@ -34,13 +37,19 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if has_alibi(model.config):
         _check_alibi(model, inputs)
         return dict(inputs)
+    if _is_brief(mask):
+        return (
+            dict(inputs) if brief_above is not None else {**inputs, "attention_mask": _spelt_out(mask, _dtype(model))}
+        )
     if isinstance(mask, Mapping) or _is_additive(mask):
         return dict(inputs)
     family = family_of(model.config)
     if family is None:
         kind = model.config.model_type
         raise ValueError(f"how a {kind!r} model masks its attention is not known here: {remedy(model.config)}")
-    masks = _masks(model, family, inputs, _visible(inputs))
+    visible = _visible(inputs)
+    make = _masks if brief_above is None or visible.shape[-1] <= max(brief_above, 3) else _brief_masks
+    masks = make(model, family, inputs, visible)
     return {**inputs, **_positions(family, inputs), "attention_mask": masks}
 
 
@@ -50,6 +59,8 @@ def tokens_there(mask: Tensor | Mapping[str, Tensor]) -> Bool[Tensor, "b t"]:
         mask = next(iter(mask.values()))
     if mask.ndim == 2:
         return mask != 0
+    if is_brief(mask):
+        return mask[:, 0, 0] != 0
     seen = mask == 0 if mask.is_floating_point() else mask != 0
     return seen.any(-2).any(1)
 
@@ -110,7 +121,7 @@ def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
         given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
         visible = _visible(given)
         causal = visible if visible.shape[-2] > 1 else visible & (_back(visible) >= 0)
-        rest["decoder_attention_mask"] = _additive(causal, _dtype(model))
+        rest["decoder_attention_mask"] = additive(causal, _dtype(model))
     return rest
 
 
@@ -119,15 +130,36 @@ def _masks(
 ) -> Tensor | dict[str, Tensor]:
     dtype = _dtype(model)
     if family.attention == "both" or visible.shape[-2] > 1:
-        return _additive(visible, dtype)  # one row for all queries, the encoder's and the decoder's; or all is said
-    if family.attention == "encoder" and not any(getattr(module, "is_causal", False) for module in model.modules()):
-        return _additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
+        return additive(visible, dtype)  # one row for all queries, the encoder's and the decoder's; or all is said
+    if _sees_all(model, family):
+        return additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
     back, (length, mixed) = _back(visible), window(model.config)
     full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
     if length is None:
-        return _additive(full, dtype)
-    sliding = _additive(full & (back < length), dtype)
-    return {FULL: _additive(full, dtype), SLIDING: sliding} if mixed else sliding
+        return additive(full, dtype)
+    sliding = additive(full & (back < length), dtype)
+    return {FULL: additive(full, dtype), SLIDING: sliding} if mixed else sliding
+
+
+def _brief_masks(
+    model: Model, family: Family, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"]
+) -> Tensor | dict[str, Tensor]:
+    if family.attention == "both" or visible.shape[-2] > 1:
+        return _masks(model, family, inputs, visible)
+    if _sees_all(model, family):
+        return brief(visible, None, None)
+    position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
+    first = _start_of_sequence(inputs, position) if family.packs else torch.zeros_like(position)
+    full = brief(visible, first, position + 1)
+    length, mixed = window(model.config)
+    if length is None:
+        return full
+    sliding = brief(visible, torch.maximum(first, position + 1 - length), position + 1)
+    return {FULL: full, SLIDING: sliding} if mixed else sliding
+
+
+def _sees_all(model: Model, family: Family) -> bool:
+    return family.attention == "encoder" and not any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
@@ -144,11 +176,25 @@ def _visible(inputs: Mapping[str, Any]) -> Bool[Tensor, "b #1 #q k"]:
 
 def _same_sequence(inputs: Mapping[str, Any]) -> Bool[Tensor, "*b 1 t t"] | bool:
     """Which positions belong to one sequence, where several are packed into a row: a step other than 1 starts a new one."""
+    starts = _starts(inputs)
+    if starts is None:
+        return True
+    sequence = starts.cumsum(-1)
+    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+
+
+def _start_of_sequence(inputs: Mapping[str, Any], position: Int[Tensor, " t"]) -> Int[Tensor, "*b t"]:
+    """Where the sequence that a position belongs to begins."""
+    starts = _starts(inputs)
+    return torch.zeros_like(position) if starts is None else torch.where(starts, position, 0).cummax(-1).values
+
+
+def _starts(inputs: Mapping[str, Any]) -> Bool[Tensor, "b t"] | None:
+    """Where a sequence begins of several packed into a row; None where nothing says that there are several."""
     position = inputs.get("position_ids")
     if position is None or inputs.get("attention_mask") is not None:
-        return True
-    sequence = (position.diff(dim=-1, prepend=position[:, :1] - 1) != 1).cumsum(-1)
-    return (sequence[:, :, None] == sequence[:, None, :])[:, None]
+        return None
+    return position.diff(dim=-1, prepend=position[:, :1] - 1) != 1
 
 
 def _back(visible: Tensor) -> Int[Tensor, "t t"]:
@@ -161,16 +207,15 @@ def _dtype(model: Model) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def _is_brief(mask: Any) -> bool:
+    return all(map(is_brief, mask.values())) if isinstance(mask, Mapping) else is_brief(mask)
+
+
+def _spelt_out(mask: Tensor | Mapping[str, Tensor], dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    if isinstance(mask, Mapping):
+        return {kind: additive(spelt_out(part), dtype) for kind, part in mask.items()}
+    return additive(spelt_out(mask), dtype)
+
+
 def _is_additive(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point()
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a query may look, a large negative number elsewhere.
-
-    The query of a padding token may look at nothing; it has -1 everywhere, as a softmax over nothing is nan, and its
-    output is read by nobody. The number is one that float32 holds: some models take the softmax in float32 always.
-    """
-    hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    rows = torch.full((*allowed.shape[:-1], 1), hidden, dtype=dtype, device=allowed.device)
-    return torch.where(allowed, rows.new_zeros(()), rows.masked_fill(~allowed.any(-1, keepdim=True), -1))

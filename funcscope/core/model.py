@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import get_ident
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,14 +16,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .architectures import computes_in_float32, has_linear_head
+from .attention_blocks import LONG, takes_blocks
 from .checks import check_choice, check_device, check_params
-from .doors import Trainable, check_parameters, running, selector, skeleton_of, unwrapped
+from .doors import Remat, Trainable, check_parameters, remat_names, running, selector, skeleton_of, unwrapped
 from .forward import WRITES, Inputs, arguments, logits_of, named_errors
 from .imported import Model, is_pretrained
 from .layout import Layout, Params
 from .masks import with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
+
+
+Attention = Literal["auto", "blocks", "eager", "math", "keep"]
 
 
 class Head(NamedTuple):
@@ -49,6 +53,8 @@ class Functional:
     """The parameters outside theta."""
     _skeleton: nn.Module
     _output: Callable[[Any], Tensor]
+    remat: tuple[str, ...] = ()
+    """The modules of which graphs keep the inputs alone; see `functional`."""
 
     def __repr__(self) -> str:
         return (
@@ -68,7 +74,7 @@ class Functional:
         """
         thread = get_ident()
         if thread not in self._copies:
-            self._copies[thread] = running(self._skeleton, self.buffers)
+            self._copies[thread] = running(self._skeleton, self.buffers, self.remat)
         return self._copies[thread]
 
     @cached_property
@@ -90,6 +96,11 @@ class Functional:
         if is_pretrained(self._skeleton) and computes_in_float32(self._skeleton.config):
             dtypes.add(torch.float32)
         return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+
+    @property
+    def whole(self) -> Functional:
+        """The same function with all that it computes within reach of modes and hooks: nothing is rematerialised."""
+        return replace(self, remat=()) if self.remat else self
 
     @property
     def config(self) -> Any:
@@ -225,17 +236,19 @@ class Functional:
         on the way, which `vmap` refuses.
         """
         if is_pretrained(self._skeleton) and self.attention != "keep" and isinstance(inputs, Mapping):
-            return with_float_mask(self._skeleton, inputs)
+            above = {"blocks": 0, "auto": LONG}.get(self.attention)
+            return with_float_mask(self._skeleton, inputs, brief_above=above)
         return inputs
 
 
 def functional(
     model: nn.Module,
     *,
-    attention: Literal["eager", "math", "keep"] = "eager",
+    attention: Attention = "auto",
     output: Literal["logits"] | Callable[[Any], Tensor] = "logits",
     trainable: Trainable = None,
     dtype: torch.dtype | None = None,
+    remat: Remat = "none",
 ) -> Functional:
     """The model as a pure function of `(params, inputs)`; the model itself is not touched, now or later.
 
@@ -243,14 +256,20 @@ def functional(
     are private, ties survive. The skeleton is in eval mode, whatever the model is in: no dropout, and BatchNorm uses
     its running statistics. Forward hooks are copied with the tree and run in it.
 
-    attention: the kernel of a Hugging Face model. With `eager` and `math`, attention has derivatives of every order, and
-    layer, batch and instance norms are computed from primitives, as the fused ones have wrong nested derivatives
-    (core/skeleton.py). `keep` leaves all the model's own kernels, for values and first derivatives only.
+    attention: the kernel of a Hugging Face model. `eager` has the scores of all queries and keys at once; `blocks` those of
+    some queries at a time, rematerialised in derivatives: the same function at a memory that is linear in the length
+    (core/attention_blocks.py); `auto` is `eager` up to 1,024 tokens and `blocks` beyond, where the model can; `math` is
+    torch's. With all of these, attention has derivatives of every order, and layer, batch and instance norms are computed
+    from primitives, as the fused ones have wrong nested derivatives (core/skeleton.py). `keep` leaves all the model's own
+    kernels, for values and first derivatives only.
     output: how the model's return value becomes a tensor; `logits` takes `.logits`, or the tensor itself.
     trainable: which parameters make up theta. None: those with `requires_grad`; "all"; names; or a predicate on
     names. The others are constants outside theta.
     dtype: compute in this one, each parameter cast where it is used, while `params` stay as they are stored: float32 for
     the exact function of bfloat16 weights, at the memory of one leaf where it is perturbed leaf by leaf. None: as stored.
+    remat: `layer` keeps in the graphs of derivatives the inputs of each layer alone, which is computed again where it is
+    needed (core/remat.py): deep models at the memory of one layer and some twice the time. Names of modules do so for these;
+    where the layers are not those of transformers they are needed.
 
     Raises ValueError where two parameters share memory without being one object, where a parameter lies on the meta
     device, or where nothing is trainable, for pruned modules and for hooks that hold a parameter; TypeError where a
@@ -260,8 +279,10 @@ def functional(
     >>> net.apply(net.params, torch.ones(5, 3)).shape
     torch.Size([5, 2])
     """
-    check_choice("attention", attention, ("eager", "math", "keep"))
+    check_choice("attention", attention, get_args(Attention))
     model = unwrapped(model)
+    if attention == "auto" and not (is_pretrained(model) and takes_blocks(model)):
+        attention = "eager"
     keep = selector(model, trainable)
     check_parameters(model, keep, explicit=trainable is not None)
     layout = Layout.of(model, keep, dtype)
@@ -279,6 +300,7 @@ def functional(
         frozen={name: value for name, value in values.items() if not keep(name)},
         _skeleton=skeleton,
         _output=logits_of if output == "logits" else output,  # type: ignore[arg-type]
+        remat=remat_names(skeleton, remat),
     )
 
 

@@ -71,6 +71,15 @@ def remat(fn: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def rematerialised(fn: Callable[P, R]) -> Callable[P, R]:
+    """`remat` of what is known to be a function of its arguments, whose first evaluation nobody needs to watch."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return _call(fn, args, kwargs, watched=False)
+
+    return call
+
+
 def _of_module(module: nn.Module) -> Callable:
     def run(state: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         return functional_call(module, state, args, kwargs)
@@ -82,7 +91,7 @@ def _of_module(module: nn.Module) -> Callable:
     return call
 
 
-def _call(fn: Callable, args: Any, kwargs: Any) -> Any:
+def _call(fn: Callable, args: Any, kwargs: Any, *, watched: bool = True) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     tensors, joined = _split(leaves)
     modes = _get_current_function_mode_stack()
@@ -102,7 +111,7 @@ def _call(fn: Callable, args: Any, kwargs: Any) -> Any:
             result.append(lambda values: pytree.tree_unflatten(rejoined(values), out_spec))
         return tuple(ys)
 
-    values = _Remat.apply(flat, Door(), *tensors)
+    values = _Remat.apply(flat, Door() if watched else None, *tensors)
     return result[0](values)
 
 

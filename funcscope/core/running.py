@@ -82,7 +82,7 @@ def batch_normalised(loss: Loss, theta: Theta) -> Float[Tensor, ""]:
 
 
 def _apply(net: Functional, recorder: _Recorder, params: Params, inputs: Inputs) -> Tensor:
-    return net._output(net._call(_Recorded(net._running, recorder), "whole.", net._values(params), inputs))
+    return net._output(net._call(_Recorded(net.whole._running, recorder), "whole.", net._values(params), inputs))
 
 
 class _Recorded(nn.Module):

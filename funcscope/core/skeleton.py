@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .attention_blocks import takes_blocks, use_blocks
 from .imported import Model, is_new_gelu, is_pretrained
-from .primitives import replaced as replaced
+from .primitives import replaced
 
 
 def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -52,19 +53,29 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
     if is_pretrained(skeleton):
         if attention != "keep":
             _use_kernel(skeleton, attention)
-        if hasattr(skeleton.config, "use_cache"):
-            skeleton.config.use_cache = False
+        for config in {
+            id(config): config for part in skeleton.modules() if (config := getattr(part, "config", None))
+        }.values():
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
     return skeleton
 
 
 def _use_kernel(skeleton: Model, attention: str) -> None:
+    if attention in ("auto", "blocks") and takes_blocks(skeleton):
+        return use_blocks(skeleton)
+    if attention == "blocks":
+        raise ValueError(
+            f"the attention of {type(skeleton).__name__} is its own affair and cannot be taken in blocks of queries: pass "
+            '`attention="eager"` instead of "blocks"; its memory grows with the square of the length.'
+        )
     if attention == "math" and not skeleton._supports_sdpa:
         raise ValueError(
             f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'
         )
     if skeleton._can_set_attn_implementation():
-        skeleton.set_attn_implementation("eager" if attention == "eager" else "sdpa")
-    elif attention == "eager":
+        skeleton.set_attn_implementation("sdpa" if attention == "math" else "eager")
+    elif attention != "math":
         skeleton.config._attn_implementation = "eager"  # where modules read it at every call, transformers only warns
 
 

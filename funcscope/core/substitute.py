@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .layout import Params
-from .skeleton import replaced
+from .primitives import replaced
 
 LeafFn = Callable[[str, Tensor], Tensor]
 """(name, value) -> what takes the parameter's place."""

@@ -197,7 +197,7 @@ def _copy(net: Functional, edits: Mapping[str, Edit], names: set[str]) -> nn.Mod
     if key not in copies or copies[key][0] != known:
         module = running(net._skeleton, net.buffers)
         if (body := body_of(module)) is not None:
-            hook(module, body, fused=net.attention != "eager")
+            hook(module, body, fused=net.attention in ("math", "keep"))
         for name in modules:
             try:
                 part = module.get_submodule(name)

@@ -149,8 +149,8 @@ def _is_real(leaf: Any) -> bool:
 def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
     """Every kind of call of a module in a forward pass over the first batch, parts before the whole; and the output."""
     calls: dict[tuple, Call] = {}
-    handles = []
-    for name, module in loss.net._running.named_modules():
+    handles, net = [], loss.net.whole
+    for name, module in net._running.named_modules():
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], _: Any, name: str = name) -> None:
             weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -159,7 +159,7 @@ def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
     with torch.no_grad(), ONE_AT_A_TIME:
-        outputs = loss.net.apply(loss.params(theta), loss.batches[0][0])
+        outputs = net.apply(loss.params(theta), loss.batches[0][0])
     for handle in handles:
         handle.remove()
     return list(calls.values()), outputs

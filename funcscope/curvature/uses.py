@@ -57,7 +57,7 @@ def run(
     with torch.enable_grad():
         with uses:
             tick("forward")
-            out = loss.net.apply(params, batch[0])
+            out = loss.net.whole.apply(params, batch[0])
         total = total_of(loss.criterion, out, batch[1])
         if total.requires_grad:
             torch.autograd.grad(total, seed)

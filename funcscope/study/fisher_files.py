@@ -139,12 +139,12 @@ def _add_square(file: NewTensorFile, name: str, g: Tensor, scale: float) -> None
 
 def _add_squares(loss: Loss, key: Key, add: Add) -> None:
     """Takes the score of every batch, leaf by leaf."""
-    drawn = label_draws(loss, loss.net.params, key, 1)
+    drawn, net = label_draws(loss, loss.net.params, key, 1), loss.net.whole
     for batch, labels in zip(loss.batches, drawn, strict=True):
         hand_back()  # logits leave holes in the heap, some hundred MiB
-        leaves = {name: value.detach().requires_grad_() for name, value in loss.net.params.items()}
-        with _gradients(leaves, add), _sparse_tables(loss.net._running), torch.enable_grad():
-            losses, weight = loss.criterion.scored(loss.net.apply(leaves, batch[0]), labels[0])
+        leaves = {name: value.detach().requires_grad_() for name, value in net.params.items()}
+        with _gradients(leaves, add), _sparse_tables(net._running), torch.enable_grad():
+            losses, weight = loss.criterion.scored(net.apply(leaves, batch[0]), labels[0])
             (losses * weight.sqrt()).sum().backward()
 
 

@@ -53,7 +53,7 @@ def input_norms(loss: Loss, theta: Theta) -> dict[str, InputNorms]:
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and not _has_decoder(inputs) else None
         seen.there = None if mask is None else tokens_there(mask)
         with seen:
-            loss.net.apply(params, inputs)
+            loss.net.whole.apply(params, inputs)
     return {name: InputNorms(squares.sqrt(), seen.dims[name]) for name, squares in seen.squares.items()}
 
 

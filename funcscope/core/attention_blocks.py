@@ -1,0 +1,98 @@
+"""Attention by blocks of queries: exact derivatives of every order at a memory that is linear in the length.
+
+A block of queries sees its keys through the model's own eager attention, inside `remat` (core/remat.py), so that no graph
+holds a matrix of queries by keys. Masks are written in brief, three numbers a position, and made block by block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .brief_masks import additive, is_brief, spelt_out
+from .imported import Model, register_attention
+from .remat import rematerialised
+
+KERNEL = "funcscope_blocks"
+ROWS = 128
+"""Queries in a block."""
+LONG = 1024
+"""Tokens up to which all queries are one block: whole scores are faster there, and smaller than what surrounds them."""
+
+
+def use_blocks(skeleton: Model) -> None:
+    register_attention(KERNEL, _by_blocks)
+    skeleton.set_attn_implementation(KERNEL)
+
+
+def takes_blocks(model: Model) -> bool:
+    """Whether a model calls its attention by name, with scores that depend on nothing but queries, keys and masks."""
+    return bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
+
+
+def _by_blocks(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in the place of an attention function of its own."""
+    eager, num = _eager_of(module), query.shape[-2]
+    if not is_brief(attention_mask) and num <= LONG:
+        return eager(module, query, key, value, attention_mask, **options)
+    causal, back = getattr(module, "is_causal", False), options.get("sliding_window")
+    parts = []
+    for start in range(0, num, ROWS):
+        rows = slice(start, min(start + ROWS, num))
+        keys = slice(0, num)
+        if is_brief(attention_mask) and causal:
+            keys = slice(max(0, start + 1 - back) if back else 0, rows.stop)
+        attend = rematerialised(_Block(eager, module, rows, keys))
+        own = {name: param for name, param in module._parameters.items() if param is not None}
+        parts.append(attend(query[..., rows, :], key[..., keys, :], value[..., keys, :], attention_mask, own, options))
+    return torch.cat(parts, 1), None
+
+
+class _Block:
+    """Some queries on the keys that they may see."""
+
+    def __init__(self, eager: Callable, module: nn.Module, rows: slice, keys: slice):
+        self.eager, self.module, self.rows, self.keys = eager, module, rows, keys
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, own: Mapping[str, Tensor], options: dict
+    ) -> Tensor:
+        if is_brief(mask):
+            mask = additive(spelt_out(mask, self.rows, self.keys), query.dtype)
+        elif mask is not None:
+            mask = mask[..., self.rows if mask.shape[-2] > 1 else slice(None), self.keys]
+        groups, num = getattr(self.module, "num_key_value_groups", 1), query.shape[-2]
+        if own or groups == 1 or mask is None:
+            return self.eager(_Stand(self.module, own), query, key, value, mask, **options)[0]
+        query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # heads that share keys are more queries of these
+        mask = mask.expand(*mask.shape[:-2], num, mask.shape[-1]).repeat(1, 1, groups, 1)
+        stand = _Stand(self.module, {"num_key_value_groups": 1})
+        out = self.eager(stand, query, key, value, mask, **options)[0]
+        return out.unflatten(1, (groups, num)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+class _Stand:
+    """A module with some of its attributes replaced."""
+
+    def __init__(self, module: nn.Module, replaced: Mapping[str, Any]):
+        self.module, self.replaced = module, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return self.replaced[name] if name in self.replaced else getattr(self.module, name)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention that a module's own file writes out."""
+    for kind in type(module).__mro__:
+        own = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if own is not None:
+            return own
+    raise ValueError(
+        f'{type(module).__name__} writes out no attention of its own: pass `attention="eager"` instead of "blocks".'
+    )
