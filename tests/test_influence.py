@@ -4,7 +4,7 @@ test_influence_outsiders.py."""
 import numpy as np
 import pytest
 import torch
-from problems import mlp, seeded
+from problems import seeded
 from results import language, loss, second_loss, theta
 from torch import nn
 from torch.testing import assert_close

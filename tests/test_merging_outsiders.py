@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.weights import merge_rules as rules
-from funcscope.weights.magnitude_cuts import largest
+from funcscope.weights.magnitude_cuts import global_cut, largest
 
-pytestmark = pytest.mark.outsider
+pytestmark = [pytest.mark.outsider, pytest.mark.filterwarnings("ignore")]
 
 
 def entries(k, num=40):
@@ -61,7 +61,6 @@ def models(num=3):
     return entries(9), [entries(9) + entries(k) for k in range(num)]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
 def test_ties_is_that_of_fusion_bench_which_keeps_one_entry_more(share):
     """Its threshold, from the authors' code, is the smallest of d - int(d K) magnitudes, and is kept itself."""
@@ -74,10 +73,24 @@ def test_ties_is_that_of_fusion_bench_which_keeps_one_entry_more(share):
         assert torch.equal(row, torch.where(largest(taus[k], kept / taus.shape[1]), taus[k], 0.0))
     theirs = base + 0.7 * peer.ties_merging(taus, reset_thresh=share, merge_func="mean")
     assert_close(rules.ties(base, leaves, density=kept / taus.shape[1], scale=0.7), theirs)
-    assert not torch.allclose(rules.ties(base, leaves, density=share, scale=0.7), theirs)  # K % are kept, as in the paper
+    assert not torch.allclose(
+        rules.ties(base, leaves, density=share, scale=0.7), theirs
+    )  # K % are kept, as in the paper
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_ties_over_a_whole_model_is_that_of_fusion_bench_leaf_by_leaf():
+    peer = fused("ties_merging.ties_merging_utils")
+    base, leaves = models()
+    theirs = base + peer.ties_merging(
+        torch.stack([x - base for x in leaves]), reset_thresh=0.2, merge_func="mean"
+    )  # 9 of 40
+    cuts = [global_cut(lambda x=x: (x - base).split(25), 9 / 40) for x in leaves]
+    first = rules.ties(base[:25], [x[:25] for x in leaves], cuts=cuts)
+    behind = [cut.behind((x - base)[:25]) for cut, x in zip(cuts, leaves, strict=True)]
+    second = rules.ties(base[25:], [x[25:] for x in leaves], cuts=behind)
+    assert_close(torch.cat([first, second]), theirs)
+
+
 def test_signs_that_are_even_are_elected_by_all_others_in_fusion_bench():
     peer = fused("ties_merging.ties_merging_utils")
     taus = torch.tensor([[2.0, 1.0, 3.0], [-2.0, 1.0, 0.5]])
@@ -86,7 +99,6 @@ def test_signs_that_are_even_are_elected_by_all_others_in_fusion_bench():
     assert rules.ties(torch.zeros(3), [*taus], density=1.0).tolist() == [0.0, 1.0, 1.75]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scale", [0.3, -1.0])
 def test_task_arithmetic_is_that_of_fusion_bench(scale):
     peer = fused("task_arithmetic")
@@ -98,7 +110,6 @@ def test_task_arithmetic_is_that_of_fusion_bench(scale):
         assert_close(ours, leaf)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("drop", [0.2, 0.9])
 def test_survivors_of_a_random_drop_are_those_of_fusion_bench_scaled_up_alike(drop):
     """Masks are drawn by other generators: values of survivors are the same, and their number up to chance."""
@@ -116,7 +127,6 @@ def test_survivors_of_a_random_drop_are_those_of_fusion_bench_scaled_up_alike(dr
         assert float(left.double().mean()) == pytest.approx(1 - drop, abs=chance)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("norm", [False, True])
 def test_fisher_merging_is_that_of_fusion_bench_with_a_floor_in_our_units(norm):
     """Its floor is a number, ours a share of the mean; its `normalize` weighs a model by 1 over its Fisher's length."""
@@ -132,7 +142,6 @@ def test_fisher_merging_is_that_of_fusion_bench_with_a_floor_in_our_units(norm):
     assert_close(rules.fisher(leaves, fishers, weights, means=[1.0] * 3, floor=1e-6), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shrink", [0.0, 0.5, 0.9])
 def test_regmean_is_that_of_fusion_bench(shrink):
     peer = fused("regmean.regmean")
@@ -143,7 +152,6 @@ def test_regmean_is_that_of_fusion_bench(shrink):
     assert_close(ours.T, theirs["a.weight"])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_spherical_interpolation_is_that_of_fusion_bench_of_tensors_that_are_not_parallel(t):
     peer = fused("slerp.slerp_utils")

@@ -96,9 +96,7 @@ def test_powerlaw_has_the_same_likelihood_ratio_over_a_log_normal(seed):
     powerlaw = pytest.importorskip("powerlaw")
     x = np.random.default_rng(seed).lognormal(sigma=[0.5, 0.5, 0.3, 1.0][seed], size=300)
     fit = fit_power_law(x, least=100)
-    theirs = powerlaw.Fit(
-        x, xmin=fit.xmin * (1 - 1e-12), parameter_ranges={"alpha": [1.0, 100.0]}, verbose=False
-    )
+    theirs = powerlaw.Fit(x, xmin=fit.xmin * (1 - 1e-12), parameter_ranges={"alpha": [1.0, 100.0]}, verbose=False)
     ours = log_normal_ratio(x, fit)
     ratio, p = theirs.distribution_compare("power_law", "lognormal")
     z, _ = theirs.distribution_compare("power_law", "lognormal", normalized_ratio=True)
