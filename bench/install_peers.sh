@@ -22,15 +22,16 @@ python="$venv/bin/python"
 "$python" -m pip install --quiet --no-deps "landscaper==1.3.1" "loss-landscapes==3.0.6"
 
 # the solvers of torchjd's weightings, which bring no torch
-"$python" -m pip install --quiet "torchjd[cagrad,quadprog_projector]==0.18.0"
+"$python" -m pip install --quiet "torchjd[cagrad,quadprog-projector]==0.18.0"
 
-# Of the weights and of influence, each with what it imports: powerlaw matplotlib, kronfluence accelerate, fusion_bench
-# lightning, hydra, peft and datasets. What does not install leaves its tests skipped, and the rest as it is.
+# Of weights, influence and attributions, each with what it imports: powerlaw and captum matplotlib, kronfluence accelerate,
+# fusion_bench lightning, hydra, peft and datasets. What does not install leaves its tests skipped, and the rest as it is.
 optional() {
     "$python" -m pip install --quiet "$@" || echo "not installed, and its tests are skipped: $*"
 }
 optional "matplotlib>=3.9"
 optional --no-deps "powerlaw==2.0.0" "weightwatcher==0.7.7"
+optional --no-deps "captum==0.9.0"
 optional --no-deps "kronfluence==1.0.1" "accelerate==1.15.0" "psutil>=6" "opt-einsum==3.4.0"
 optional --no-deps "mergekit==0.1.5"
 optional --no-deps "fusion_bench==0.2.33" "bidict==0.24.1" "hydra-core==1.3.8" "omegaconf==2.4.0" \
@@ -52,7 +53,7 @@ landscape_peers.landscaper()
 if find_spec("torchvision"):
     raise SystemExit("torchvision is installed: transformers is broken by it here; `pip uninstall torchvision`.")
 peers = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "landscaper", "loss-landscapes")
-optional = ("powerlaw", "weightwatcher", "kronfluence", "mergekit", "fusion_bench")
+optional = ("powerlaw", "weightwatcher", "captum", "kronfluence", "mergekit", "fusion_bench")
 found = (name for name in optional if find_spec(name))
 print(", ".join(f"{name} {version(name)}" for name in (*peers, *found, "torch", "transformers")))
 CHECK

@@ -63,7 +63,7 @@ def models(num=3):
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
 def test_ties_is_that_of_fusion_bench_which_keeps_one_entry_more(share):
-    """Its threshold, from the authors' code, is the smallest of d - int(d K) magnitudes, and is kept itself."""
+    """Its threshold, taken over from AdaMerging's code, is the smallest of d - int(d K) magnitudes, and is kept itself."""
     peer = fused("ties_merging.ties_merging_utils")
     base, leaves = models()
     taus = torch.stack([x - base for x in leaves])
@@ -73,17 +73,15 @@ def test_ties_is_that_of_fusion_bench_which_keeps_one_entry_more(share):
         assert torch.equal(row, torch.where(largest(taus[k], kept / taus.shape[1]), taus[k], 0.0))
     theirs = base + 0.7 * peer.ties_merging(taus, reset_thresh=share, merge_func="mean")
     assert_close(rules.ties(base, leaves, density=kept / taus.shape[1], scale=0.7), theirs)
-    assert not torch.allclose(
-        rules.ties(base, leaves, density=share, scale=0.7), theirs
-    )  # K % are kept, as in the paper
+    as_in_the_paper = rules.ties(base, leaves, density=share, scale=0.7)
+    assert not torch.allclose(as_in_the_paper, theirs)
 
 
 def test_ties_over_a_whole_model_is_that_of_fusion_bench_leaf_by_leaf():
     peer = fused("ties_merging.ties_merging_utils")
     base, leaves = models()
-    theirs = base + peer.ties_merging(
-        torch.stack([x - base for x in leaves]), reset_thresh=0.2, merge_func="mean"
-    )  # 9 of 40
+    taus = torch.stack([x - base for x in leaves])
+    theirs = base + peer.ties_merging(taus, reset_thresh=0.2, merge_func="mean")  # keeps 9 of 40
     cuts = [global_cut(lambda x=x: (x - base).split(25), 9 / 40) for x in leaves]
     first = rules.ties(base[:25], [x[:25] for x in leaves], cuts=cuts)
     behind = [cut.behind((x - base)[:25]) for cut, x in zip(cuts, leaves, strict=True)]
