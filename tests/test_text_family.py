@@ -1,6 +1,7 @@
 """Models of prose and code: texts that nobody made up, folders that everything reads, training that can be interrupted."""
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -305,6 +306,12 @@ def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_pa
     assert re.search(
         r"overlap by −?[\d.]+, where 0 is chance.*Gradients of prose and code differ in \d of \d blocks", page
     )
+    assert "The training texts are 6 windows that the model was trained on" in page
+    assert len(re.findall(r"Leaving a training text out moves the test loss by about [\d.]+", page)) == 4
+    plain = html.unescape(page.replace("<wbr>", ""))
+    for outcome in influences:
+        for said in outcome.result.passages:
+            assert "‹{}›".format(said.replace("\n", " ↵ ")) in plain
     assert "training" in err
     assert all(o.reused for o in text_demo.run(SETTINGS, tmp_path / "new", quiet=True).outcomes)
 

@@ -80,7 +80,7 @@ GRADIENTS: tuple[Metric, ...] = (
     of_function(
         "most_influential", most_influential, (*TWO_TASKS, "token_names", KEY), on="tasks", category="gradients",
         drawn=("rise",), cost=lambda _: 200, reference="Grosse et al. (2023), arXiv:2308.03296",
-        sentence="{num_helpful} of the training texts lower the test loss; leaving one out moves it by about {spread}.",
+        sentence="Leaving a training text out moves the test loss by about {spread}.",
     ),
     of_function(
         "tracin_self_influence", tracin_self_influence, ("loss", "thetas", "steps"), on="series", category="gradients",
