@@ -155,8 +155,9 @@ WEIGHTS: tuple[Metric, ...] = (
         "{random_excess} above the ticket.",
     ),
     of_function(
-        "plasticity", plasticity, ("loss", "theta", KEY), category="weights", drawn=("losses",),
-        cost=lambda s: 3.0 * s["num"] * s["steps"], reference="Lyle et al. (2023), arXiv:2303.01486",
+        "plasticity", plasticity, ("loss", "theta", KEY), category="weights",
+        drawn=("remaining_loss", "memorised_share", "losses"), cost=lambda s: 3.0 * s["num"] * s["steps"],
+        reference="Lyle et al. (2023), arXiv:2303.01486",
         sentence="Of a loss of {initial_loss} on new targets, {remaining_loss} remain after {steps} steps of training.",
     ),
     of_function(

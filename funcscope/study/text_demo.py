@@ -28,7 +28,7 @@ class TextSettings:
 
     config: text.Config
     num_samples: int = 32
-    num_windows: int = 256
+    num_windows: int = 128
     """Of the texts that a model was trained on, drawn at random: those whose influence is measured."""
     n_samples: int = 10
     """Random directions of the loss."""
@@ -44,7 +44,6 @@ FULL = TextSettings(text.Config())
 QUICK = TextSettings(
     text.Config(hidden_size=32, intermediate_size=88, num_layers=2, length=64, steps=400, tuning_steps=150),
     num_samples=24,
-    num_windows=128,
     n_samples=5,
 )
 

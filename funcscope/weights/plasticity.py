@@ -32,8 +32,8 @@ class Plasticity(Result):
     """Losses on new targets before and after a fixed training on them; made by `plasticity`."""
 
     losses: Float[Tensor, "d 2"] = quantity("loss on new targets", unit="loss", per=("draw", "training"), shown=False)
-    initial_loss: Crossed = quantity("loss on new targets before training", unit="loss")
     remaining_loss: Crossed = quantity("loss on new targets after training", unit="loss")
+    initial_loss: Crossed = quantity("loss on new targets before training", unit="loss")
     loss_reduction: Crossed = quantity("fall of the loss on new targets", unit="loss")
     memorised_share: Crossed | None = quantity("share of new targets that was memorised")
     """None for losses whose floor is not known."""
