@@ -229,11 +229,13 @@ def test_training_that_diverges_is_counted_and_has_no_number():
         loss, normal(4, 5), key=fs.key(0), num=2, steps=60, learning_rate=1e6, optimiser="sgd", batch_size=None
     )
     assert made.num_diverged == 2
-    assert made.unresolved == ["remaining_loss", "loss_reduction", "memorised_share"]
+    assert made.unresolved == ["remaining_loss", "loss_reduction"]
     assert made.notes[-1].startswith("Training diverged in 2 of 2 draws")
     assert math.isfinite(float(made.initial_loss.value))
     assert not math.isfinite(float(made.remaining_loss.value))
     assert "not resolved" in str(made)
+    shared = replace(made, memorised_share=made.remaining_loss)
+    assert shared.unresolved == ["remaining_loss", "loss_reduction", "memorised_share"]
 
 
 def test_training_that_raises_its_loss_and_single_draws_are_said():

@@ -61,7 +61,11 @@ class Plasticity(Result):
     @property
     def unresolved(self) -> list[str]:
         if self.num_diverged:
-            return ["remaining_loss", "loss_reduction", "memorised_share"]
+            return [
+                "remaining_loss",
+                "loss_reduction",
+                *(["memorised_share"] if self.memorised_share is not None else []),
+            ]
         return ["loss_reduction"] if self._within_errors else []
 
     @property
