@@ -1,5 +1,6 @@
 #!/bin/sh
-# The libraries that bench/curvature.py and bench/landscape.py compare with, into the virtual environment of funcscope.
+# The libraries that bench/curvature.py, bench/landscape.py and the outsider tests compare with, into the virtual environment
+# of funcscope.
 #
 #     sh bench/install_peers.sh VENV
 #
@@ -20,6 +21,10 @@ python="$venv/bin/python"
 # landscaper's planes (its modules compute and utils) import numpy, torch and tqdm only, and are imported alone, by
 # bench/landscape_peers.py: gudhi, topopy, nglpy, scikit-learn, matplotlib, ..., which its package imports, are left out
 "$python" -m pip install --quiet --no-deps "landscaper==1.3.1" "loss-landscapes==3.0.6"
+# devinterp's estimator of the learning coefficient; later versions of it take data sets and arrays of libraries of their own.
+# It imports cloudpickle and matplotlib, which imports the others; einops is above
+"$python" -m pip install --quiet --no-deps "devinterp==1.3.2" \
+    "cloudpickle>=3" "matplotlib>=3.9" "contourpy>=1.3" "cycler>=0.12" "kiwisolver>=1.4" "pyparsing>=3.1" "pillow>=11"
 
 # the solvers of torchjd's weightings, which bring no torch
 "$python" -m pip install --quiet "torchjd[cagrad,quadprog_projector]==0.18.0"
@@ -31,13 +36,13 @@ from importlib.util import find_spec
 import transformers
 from transformers import GPT2LMHeadModel  # noqa: F401
 
-import curvlinops, hessian_eigenthings, loss_landscapes, pyhessian  # noqa: E401, F401
+import curvlinops, devinterp.slt.sampler, hessian_eigenthings, loss_landscapes, pyhessian  # noqa: E401, F401
 import landscape_peers
 
 landscape_peers.landscaper()
 
 if find_spec("torchvision"):
     raise SystemExit("torchvision is installed: transformers is broken by it here; `pip uninstall torchvision`.")
-peers = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "landscaper", "loss-landscapes")
+peers = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "landscaper", "loss-landscapes", "devinterp")
 print(", ".join(f"{name} {version(name)}" for name in (*peers, "torch", "transformers")))
 CHECK
