@@ -465,6 +465,18 @@ def test_a_burn_in_of_several_relaxation_times_has_no_note_and_the_estimate_of_t
     assert any("without curvature" in text for text in replace(long, burn_in=49).notes)
 
 
+def test_noise_of_minibatches_hides_from_r_hat_what_the_note_on_the_burn_in_sees():
+    loss = quadratic([[1.0] * 20, [99.0] * 20] * 10)
+    run = {"num_steps": 120, "burn_in": 20, "step_size": 3e-5, "localization": 100.0}
+    whole, noisy = (
+        learning_coefficient(loss, loss.net.theta, key=key(0), batch_size=size, **run) for size in (None, 4)
+    )
+    assert whole.r_hat > 1.4
+    assert noisy.r_hat < 1.2
+    for each in (whole, noisy):
+        assert any("directions without curvature" in text for text in each.notes)
+
+
 def test_without_a_localisation_flat_directions_have_no_end():
     notes = planted([5.0, 0.0], num_steps=24, burn_in=20, localization=0.0).notes
     assert any("as nothing holds them" in text for text in notes)

@@ -68,7 +68,8 @@ def learning_coefficient(
     repetitions) 96 % hold the exact mean of these finite chains.
 
     batch_size: sequences of a minibatch; None is the whole loss, whose gradients have no noise. Its noise adds to the spread
-    of the chains, and so to the estimate. chunk_size: chains that are evaluated together.
+    of the chains, and so to the estimate. It is in the losses, too, and brings R-hat close to 1 even where chains have not
+    mixed: look for settings on the whole loss. chunk_size: chains that are evaluated together.
 
     `num_chains * num_steps` gradients: 3 forward passes each, of a minibatch, or of the whole data.
 
