@@ -9,7 +9,7 @@ steps of length 0.1. Then, for each localisation gamma, a table: the coefficient
 over chains, R-hat, effective draws, the share of draws below the loss at the weights, the distance of the chains over the
 norm of the weights; the coefficient at half and at twice the step size, and whether the three are a plateau as
 `learning_coefficient_sweep` has it; what the Hessian at the weights makes of it at most, n beta tr H / 2 gamma. Under each
-table rank correlations over the checkpoints on a plateau. Ten minutes of one core.
+table rank correlations over the checkpoints on a plateau. Twenty minutes of one core.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--gammas", type=float, nargs="+", default=[1000.0, 10_000.0])
     parser.add_argument("--pull", type=float, default=0.1, help="step size times gamma")
     parser.add_argument("--chains", type=int, default=4)
-    parser.add_argument("--num", type=int, default=600)
+    parser.add_argument("--num", type=int, default=1500)
     parser.add_argument("--burn-in", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "funcscope-learning-coefficient")
     parser.add_argument("--json", type=Path)
