@@ -1,5 +1,6 @@
 #!/bin/sh
-# The libraries that bench/curvature.py, bench/landscape.py and tests marked `outsider` compare with, into the virtual environment of funcscope.
+# The libraries that bench/curvature.py, bench/landscape.py and the outsider tests compare with, into the virtual environment
+# of funcscope.
 #
 #     sh bench/install_peers.sh VENV
 #
@@ -30,6 +31,8 @@ optional() {
     "$python" -m pip install --quiet "$@" || echo "not installed, and its tests are skipped: $*"
 }
 optional "matplotlib>=3.9"
+# later versions of devinterp's estimator of the learning coefficient take data sets and arrays of libraries of their own
+optional --no-deps "devinterp==1.3.2" "cloudpickle>=3"
 optional --no-deps "powerlaw==2.0.0" "weightwatcher==0.7.7"
 optional --no-deps "captum==0.9.0"
 optional --no-deps "kronfluence==1.0.1" "accelerate==1.15.0" "psutil>=6" "opt-einsum==3.4.0"
@@ -53,7 +56,7 @@ landscape_peers.landscaper()
 if find_spec("torchvision"):
     raise SystemExit("torchvision is installed: transformers is broken by it here; `pip uninstall torchvision`.")
 peers = ("curvlinops-for-pytorch", "hessian-eigenthings", "pyhessian", "landscaper", "loss-landscapes")
-optional = ("powerlaw", "weightwatcher", "captum", "kronfluence", "mergekit", "fusion_bench")
+optional = ("devinterp", "powerlaw", "weightwatcher", "captum", "kronfluence", "mergekit", "fusion_bench")
 found = (name for name in optional if find_spec(name))
 print(", ".join(f"{name} {version(name)}" for name in (*peers, *found, "torch", "transformers")))
 CHECK
