@@ -117,6 +117,7 @@ from funcscope.weights import (
     merge_curves,
     modularity_score,
     permutation_groups,
+    plasticity,
     pruning_robustness,
     separability,
     task_interference,
@@ -448,6 +449,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         masked_training(loss(), steps=2), theta(), loss().layout, key=fs.key(0), rounds=2, loss=loss()
     ),
     "WinningTickets": lambda: winning_tickets(loss(), theta(), key=fs.key(0), rounds=1, num=2, steps=2),
+    "Plasticity": lambda: plasticity(loss(), theta(), key=fs.key(0), num=2, steps=2),
     "EarlyBird": lambda: early_bird(loss(), [theta(), other(), -theta()], [0, 5, 10], window=2),
     "TicketOverlap": lambda: ticket_overlap(loss(), [theta(), other(), -theta()], ["a", "b", "c"]),
     "LayerSpectra": lambda: layer_spectra(

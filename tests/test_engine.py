@@ -48,6 +48,7 @@ FEW = {
     "modularity_score": {"num": 4},
     "pruning_robustness": {"sparsities": [0.0, 0.5], "num_random": 2, "num_draws": 2},
     "structured_pruning": {"sparsities": [0.0, 0.5], "num_random": 2, "num_draws": 2, "scores": ["magnitude"]},
+    "plasticity": {"num": 2, "steps": 2, "batch_size": 2},
     "winning_tickets": {"rounds": 1, "num": 2, "steps": 2, "batch_size": 2},
 }
 

@@ -1,9 +1,10 @@
-"""Influence functions. Oracles: leave-one-out of ridge regression in numpy, dense matrices, kronfluence."""
+"""Influence functions. Oracles: leave-one-out of ridge regression in numpy, dense matrices; kronfluence is in
+test_influence_outsiders.py."""
 
 import numpy as np
 import pytest
 import torch
-from problems import mlp, seeded
+from problems import seeded
 from results import language, loss, second_loss, theta
 from torch import nn
 from torch.testing import assert_close
@@ -213,60 +214,6 @@ def test_texts_of_data_without_tokens_are_their_places():
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.outsider
-@pytest.mark.filterwarnings("ignore")
-def test_ekfac_influence_is_that_of_kronfluence(tmp_path):
-    """The data's own labels; their scores have no sign and no division by the size of the data."""
-    analyzer_of = pytest.importorskip("kronfluence.analyzer")
-    arguments = pytest.importorskip("kronfluence.arguments")
-    task_of = pytest.importorskip("kronfluence.task")
-    from torch.utils.data import TensorDataset
-
-    class Classes(task_of.Task):
-        def compute_train_loss(self, batch, model, sample=False):
-            assert not sample
-            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-        def compute_measurement(self, batch, model):
-            return self.compute_train_loss(batch, model)
-
-        def get_influence_tracked_modules(self):
-            return ["0", "2"]
-
-    model = seeded(0, mlp).double()
-    sets = [
-        seeded(s, lambda n=n: (torch.randn(n, 4).double(), torch.randint(0, 3, (n,)))) for s, n in ((1, 30), (2, 5))
-    ]
-    train, test = (fs.objective(fs.functional(model), [each], fs.classification) for each in sets)
-    factors = ekfac_factors(train, train.net.theta, labels="data")
-    columns = [factors.solve(g, 0.01) for g in per_sample_gradients(test, train.net.theta)]
-    ours = per_sample_gradients(train, train.net.theta) @ torch.stack(columns).T
-    task = Classes()
-    with torch.random.fork_rng():
-        analyzer = analyzer_of.Analyzer(
-            "a", analyzer_of.prepare_model(model, task), task, cpu=True, output_dir=str(tmp_path)
-        )
-        wide = {
-            f"{kind}_dtype": torch.float64
-            for kind in (
-                "activation_covariance",
-                "gradient_covariance",
-                "eigendecomposition",
-                "lambda",
-                "per_sample_gradient",
-            )
-        }
-        how = arguments.FactorArguments(strategy="ekfac", use_empirical_fisher=True, **wide)
-        data, queries = TensorDataset(*sets[0]), TensorDataset(*sets[1])
-        analyzer.fit_all_factors("f", data, per_device_batch_size=30, factor_args=how)
-        analyzer.compute_pairwise_scores(
-            "s", "f", queries, data, 5, per_device_train_batch_size=30,
-            score_args=arguments.ScoreArguments(damping_factor=0.01),
-        )  # fmt: skip
-        theirs = analyzer.load_pairwise_scores("s")["all_modules"]
-    assert_close(theirs.double().T, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
 
 
 def test_texts_at_the_helpful_end_that_do_not_help_are_counted():

@@ -1,6 +1,7 @@
 """The local learning coefficient. Oracles: the exact mean of finite Langevin steps on a quadratic, quadrature of densities
 with singular minima, AR(1) processes, the whole loss for minibatches of all; devinterp."""
 
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -20,8 +21,8 @@ from funcscope.core.keys import key, normal
 from funcscope.landscape import LearningCoefficient, learning_coefficient, learning_coefficient_sweep
 from funcscope.landscape.chain_diagnostics import effective_samples, split_r_hat
 from funcscope.landscape.langevin import _parts, langevin_chains
-from funcscope.landscape.learning_coefficient import MIXED
-from funcscope.landscape.learning_coefficient_sweep import plateau
+from funcscope.landscape.learning_coefficient_result import MIXED, RELAXED
+from funcscope.landscape.learning_coefficient_sweep import _swept, plateau
 
 HALF_SQUARE = fs.custom(lambda out, _: out.square().sum(-1) / 2)
 
@@ -421,3 +422,87 @@ def test_chains_that_have_not_mixed_have_no_coefficient():
     )
     assert long.r_hat <= MIXED
     assert long.unresolved == []
+
+
+SPREAD = [60.0, 5.0] + [0.5] * 30 + [0.0] * 70  # p from 786 to 20 at n = 50 and a localisation of 20
+
+
+def planted(curvatures, **run):
+    loss = quadratic([curvatures] * 50)
+    settings = {"num_chains": 16, "chunk_size": 16, "step_size": 1e-3, "localization": 20.0}
+    return learning_coefficient(loss, loss.net.theta, key=key(0), **settings | run)
+
+
+def in_the_end(curvatures, step_size):
+    strength = 50 / math.log(50)
+    return exact(curvatures, strength=strength, localization=20.0, step_size=step_size, burn_in=5000, num_steps=5001)
+
+
+def test_a_burn_in_of_less_than_a_relaxation_time_is_named_and_its_estimate_lacks_what_is_to_come():
+    short = planted(SPREAD, num_steps=30, burn_in=20)
+    assert short.num_relaxations == pytest.approx(0.2)
+    note = next(text for text in short.notes if "directions without curvature" in text)
+    for text in ("began in 100 steps", "have 33% of their variance after the 20 of", "a burn-in of 500 steps"):
+        assert text in note
+    made = short.learning_coefficient
+    assert float(made.value) + 4 * float(made.stderr) < in_the_end(SPREAD, 1e-3)
+
+
+def test_the_note_on_the_burn_in_has_the_variance_that_flat_directions_have():
+    flat = planted([0.0] * 400, num_steps=24, burn_in=20)
+    whole = 1 / (20 * (1 - 1e-3 * 20 / 4))
+    assert float(flat.square_distances[:, 20].mean()) / 400 == pytest.approx(0.33 * whole, rel=0.08)
+
+
+@pytest.mark.slow
+def test_a_burn_in_of_several_relaxation_times_has_no_note_and_the_estimate_of_the_end():
+    long = planted(SPREAD, num_chains=8, num_steps=900, burn_in=250, step_size=2e-3)
+    assert long.num_relaxations == pytest.approx(5)
+    assert long.notes == []
+    made, ended = long.learning_coefficient, in_the_end(SPREAD, 2e-3)
+    assert abs(float(made.value) - ended) < 4 * float(made.stderr) < 0.2 * ended
+    assert not any("without curvature" in text for text in replace(long, burn_in=50).notes)
+    assert any("without curvature" in text for text in replace(long, burn_in=49).notes)
+
+
+def test_noise_of_minibatches_hides_from_r_hat_what_the_note_on_the_burn_in_sees():
+    loss = quadratic([[1.0] * 20, [99.0] * 20] * 10)
+    run = {"num_steps": 120, "burn_in": 20, "step_size": 3e-5, "localization": 100.0}
+    whole, noisy = (
+        learning_coefficient(loss, loss.net.theta, key=key(0), batch_size=size, **run) for size in (None, 4)
+    )
+    assert whole.r_hat > 1.4
+    assert noisy.r_hat < 1.2
+    for each in (whole, noisy):
+        assert any("directions without curvature" in text for text in each.notes)
+
+
+def test_without_a_localisation_flat_directions_have_no_end():
+    notes = planted([5.0, 0.0], num_steps=24, burn_in=20, localization=0.0).notes
+    assert any("as nothing holds them" in text for text in notes)
+
+
+def test_defaults_burn_in_for_several_relaxation_times():
+    default = {name: each.default for name, each in inspect.signature(learning_coefficient).parameters.items()}
+    swept = {name: each.default for name, each in inspect.signature(learning_coefficient_sweep).parameters.items()}
+    settings = [(default["step_size"], default["localization"])]
+    settings += [(eps, gamma) for eps in swept["step_sizes"] for gamma in swept["localizations"]]
+    for step_size, localization in settings:
+        assert default["burn_in"] * step_size * localization / 2 >= RELAXED
+        assert step_size * localization / 4 <= 0.05  # what flat directions spread too far
+
+
+def test_mixed_chains_most_of_which_lies_below_the_weights_are_on_no_plateau():
+    """Draws of which a share is below by 0.1, the others above by 1: by the mean alone these estimates are alike."""
+
+    def drawn(share, seed):
+        low = np.random.default_rng(seed).random((4, 3000)) < share
+        traces = torch.tensor(np.where(low, -0.1, 1.0))
+        diverged = torch.zeros(4, dtype=torch.bool)
+        return LearningCoefficient(traces, 0 * traces, diverged, 10, 99, 0.1, 1e-3, 1000.0, 10, None, fs.key(0))
+
+    few, many = ([drawn(share, seed) for seed in range(3)] for share in (0.4, 0.6))
+    assert all(one.r_hat <= MIXED and float(one.learning_coefficient.value) > 0.2 for one in few + many)
+    found = _swept([few, many], [1e-3, 2e-3, 3e-3], [1.0, 2.0], 0.2)
+    assert found.learning_coefficient.isnan().tolist() == [False, True]
+    assert "around a minimum" in found.notes[0]

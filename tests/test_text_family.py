@@ -1,6 +1,7 @@
 """Models of prose and code: texts that nobody made up, folders that everything reads, training that can be interrupted."""
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from funcscope import cli
 from funcscope.core.store import Damaged
 from funcscope.families import text
 from funcscope.families.text import texts, training
+from funcscope.gradients.influential_texts import SPACES
 from funcscope.study import text_demo
 from funcscope.study.inputs.pretrained import load_model, load_tokenizer
 from funcscope.study.results import Results
@@ -26,7 +28,7 @@ TINY = text.Config(
     hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, length=24, train_bytes=6000,
     heldout_bytes=2000, batch_size=4, steps=4, tuning_steps=2,
 )  # fmt: skip
-SETTINGS = text_demo.TextSettings(TINY, num_samples=3, n_samples=2)
+SETTINGS = text_demo.TextSettings(TINY, num_samples=3, num_windows=6, n_samples=2)
 SOURCE = '''# A comment.
 """The module: what it says of itself, at the length that is needed to count as a text."""
 
@@ -168,6 +170,28 @@ def test_a_batch_is_windows_of_both_kinds_and_the_untrained_model_knows_nothing_
     assert training._nats(text.make(TINY), rows).item() / rows[:, 1:].numel() == pytest.approx(math.log(257), abs=0.02)
 
 
+def test_windows_are_those_that_a_model_was_trained_on(whole, tmp_path, monkeypatch):
+    seen, step = [], training._step
+
+    def watched(model, optimiser, rows, rate):
+        seen.extend(map(tuple, rows.tolist()))
+        return step(model, optimiser, rows, rate)
+
+    monkeypatch.setattr(training, "_step", watched)
+    list(text.train(TINY, with_texts(whole, tmp_path)))
+    rows = {"base": seen[:16], "prose": seen[16:24], "code": seen[24:]}
+    encode = text.tokenizer().encode
+    for name, each in rows.items():
+        every = [tuple(encode(said).ids) for said in text.windows(name, TINY, tmp_path, 100)]
+        assert sorted(every) == sorted(each)
+        assert every[:5] == [tuple(encode(said).ids) for said in text.windows(name, TINY, tmp_path, 5)]
+        assert every != each  # in a random order
+    with pytest.raises(ValueError, match="`name` must be one of 'base', 'prose', 'code', got 'both'"):
+        text.windows("both", TINY, tmp_path, 5)
+    with pytest.raises(ValueError, match="`num` must be an integer of at least 1"):
+        text.windows("base", TINY, tmp_path, 0)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_and_resumed_is_the_uninterrupted_run_byte_for_byte(whole, tmp_path, stop):
     folder, points = whole
@@ -264,6 +288,15 @@ def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_pa
     ]
     assert len(of["loss_comparison"]) == 4
     assert [name.rpartition("/")[2] for name in of["fisher_overlap"]] == [f"{m} on prose and code" for m in text.NAMES]
+    influences = [o for o in results.outcomes if o.metric == "most_influential"]
+    assert [o.subject.rpartition("/")[2] for o in influences] == [
+        f"{name} on training texts and {kind}" for kind in text.KINDS for name in ("base", kind)
+    ]
+    for outcome in influences:
+        name = outcome.subject.rpartition("/")[2].partition(" ")[0]
+        assert outcome.result.num_sequences == 6
+        chosen = text.windows(name, TINY, tmp_path / "new" / TINY.name, 6)
+        assert {*outcome.result.passages} <= {said.translate(SPACES) for said in chosen}
     for row in ("base on prose", "prose on code", "code on code"):
         assert row in out
     page = (tmp_path / "new" / "text.html").read_text()
@@ -273,6 +306,12 @@ def test_the_demo_measures_every_model_on_both_and_writes_its_page(whole, tmp_pa
     assert re.search(
         r"overlap by −?[\d.]+, where 0 is chance.*Gradients of prose and code differ in \d of \d blocks", page
     )
+    assert "The training texts are 6 windows that the model was trained on" in page
+    assert len(re.findall(r"Leaving a training text out moves the test loss by about [\d.]+", page)) == 4
+    plain = html.unescape(page.replace("<wbr>", ""))
+    for outcome in influences:
+        for said in outcome.result.passages:
+            assert "‹{}›".format(said.replace("\n", " ↵ ")) in plain
     assert "training" in err
     assert all(o.reused for o in text_demo.run(SETTINGS, tmp_path / "new", quiet=True).outcomes)
 

@@ -151,7 +151,7 @@ def aggregation_weights(
     around the mean that serves the worst task best; the mean for c = 0.
 
     The matrix is divided by its trace, as some solvers have absolute thresholds; no weight depends on it. `upgrad` and
-    `dualproj` need torchjd's extra `quadprog_projector`, `cagrad` the extra `cagrad`. NashMTL takes no Gram matrix.
+    `dualproj` need torchjd's extra `quadprog-projector`, `cagrad` the extra `cagrad`. NashMTL takes no Gram matrix.
     key: of the order of `pcgrad`, which needs it.
 
     Raises ImportError with what to install (`mean` needs nothing), ValueError for an unknown method and a matrix that is no

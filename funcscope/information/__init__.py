@@ -1,5 +1,6 @@
 """How much activations and outputs say: entropies, mutual and usable information, its decomposition, calibration."""
 
+from ..core.divergences import js_divergence, kl_divergence
 from .calibration import Calibration, calibration, expected_calibration_error
 from .calibration_sums import CalibrationSums, calibration_sums, confidence_of, equal_mass_edges, equal_width_edges
 from .description_length import (
@@ -10,7 +11,7 @@ from .description_length import (
     universal_integer_bits,
 )
 from .discrete_pid import pid
-from .divergence import OutputDivergence, divergence_sums, js_divergence, kl_divergence, output_divergence
+from .divergence import OutputDivergence, divergence_sums, output_divergence
 from .entropy import Entropy, discrete_entropy, entropy_of_counts, entropy_sums, output_entropy
 from .gaussian_information import mutual_information_gaussian
 from .infonce import mutual_information_infonce

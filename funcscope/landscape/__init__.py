@@ -10,7 +10,8 @@ from .directional import directional_losses
 from .directional_result import DirectionalLosses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
-from .learning_coefficient import LearningCoefficient, learning_coefficient
+from .learning_coefficient import learning_coefficient
+from .learning_coefficient_result import LearningCoefficient
 from .learning_coefficient_sweep import LearningCoefficientSweep, learning_coefficient_sweep
 from .path import barrier_matrix, linear_path
 from .planes import LossLines, LossPlane, loss_lines, loss_plane

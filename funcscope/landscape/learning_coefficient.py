@@ -6,145 +6,17 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.checks import check_count, check_instance, check_number, check_positive
-from ..core.estimate import Estimate
 from ..core.keys import Key, check_key
 from ..core.objective import Loss, Theta
-from ..core.result import Result, derived, internal, quantity
-from ..core.tables import counted
-from .chain_diagnostics import LEAST_DRAWS, effective_samples, split_r_hat
+from .chain_diagnostics import LEAST_DRAWS
 from .langevin import Chains, langevin_chains
+from .learning_coefficient_result import LEAST_CHAINS, LearningCoefficient
 
-LEAST_CHAINS = 2
 FAR = 10.0
 """A chain that is so many times further away, or higher up, than any stable one has diverged."""
-MIXED = 1.1
-"""The largest R-hat of chains that count as mixed."""
-OFTEN = 0.5
-
-
-class LearningCoefficient(Result):
-    """The local learning coefficient with its error over chains, and what the chains say of themselves.
-
-    `learning_coefficient`: nan where fewer than half of the chains, or fewer than two, are left.
-    """
-
-    traces: Float[Tensor, "c t"] = quantity("loss above that at the weights", unit="loss", per=("chain", "t"))
-    """At every step, burn-in too; of a minibatch, over what the same sequences have at the weights."""
-    square_distances: Float[Tensor, "c t"] = internal()
-    diverged: Bool[Tensor, " c"] = internal()
-    num_samples: int
-    """n: sequences that are scored."""
-    num_parameters: int
-    inverse_temperature: float
-    step_size: float
-    localization: float
-    burn_in: int
-    batch_size: int | None
-    key: Key
-
-    @property
-    def coords(self) -> dict[str, range]:
-        chains, steps = self.traces.shape
-        return {"chain": range(chains), "t": range(steps)}
-
-    @derived("local learning coefficient")
-    def learning_coefficient(self) -> Estimate:
-        made = Estimate.of(self.chain_estimates[~self.diverged])
-        nan = torch.tensor(math.nan, dtype=torch.float64)
-        return made if self.is_estimated else Estimate(nan, nan, made.num)
-
-    @derived("local learning coefficient of the chain", per="chain")
-    def chain_estimates(self) -> Float[Tensor, " c"]:
-        return self.num_samples * self.inverse_temperature * self._draws.mean(1)
-
-    @derived("split R-hat of the losses")
-    def r_hat(self) -> float:
-        return split_r_hat(self._draws[~self.diverged])
-
-    @derived("effective number of draws")
-    def num_effective(self) -> float:
-        return effective_samples(self._draws[~self.diverged])
-
-    @derived("share of draws below the loss at the weights")
-    def negative_share(self) -> float:
-        return float((self._draws[~self.diverged] < 0).double().mean())
-
-    @derived("chains that diverged")
-    def num_diverged(self) -> int:
-        return int(self.diverged.sum())
-
-    @derived("root mean square distance from the weights", per="chain")
-    def distances(self) -> Float[Tensor, " c"]:
-        return self.square_distances[:, self.burn_in :].mean(1).sqrt()
-
-    @property
-    def is_estimated(self) -> bool:
-        left = len(self.diverged) - self.num_diverged
-        return left >= LEAST_CHAINS and 2 * left >= len(self.diverged)
-
-    @property
-    def head(self) -> str:
-        chains, steps = self.traces.shape
-        data = "the whole loss" if self.batch_size is None else f"minibatches of {counted(self.batch_size, 'sequence')}"
-        return (
-            f"local learning coefficient by {counted(chains, 'chain')} of {counted(steps - self.burn_in, 'draw')} behind "
-            f"{counted(self.burn_in, 'step')} of burn-in, on {data} (n = {self.num_samples:,})"
-        )
-
-    @property
-    def unresolved(self) -> list[str]:
-        """Chains that have not mixed, and weights at no minimum, have no learning coefficient."""
-        return ["learning_coefficient"] if self._on_mixing or self._on_minimum else []
-
-    @property
-    def notes(self) -> list[str]:
-        return [text for text in (self._on_divergence, self._on_mixing, self._on_minimum, self._on_size) if text]
-
-    @property
-    def _draws(self) -> Tensor:
-        return self.traces[:, self.burn_in :]
-
-    @property
-    def _on_divergence(self) -> str:
-        if not self.num_diverged:
-            return ""
-        names = ", ".join(str(i) for i in self.diverged.nonzero()[:, 0].tolist())
-        then = "the estimate is of the others." if self.is_estimated else "too few are left for an estimate."
-        return f"{counted(self.num_diverged, 'chain')} of {len(self.diverged)} diverged ({names}): take smaller steps; {then}"
-
-    @property
-    def _on_mixing(self) -> str:
-        if not self.is_estimated or self.r_hat <= MIXED:
-            return ""
-        return (
-            f"R-hat is {self.r_hat:.3g}: the chains have not mixed, and the error does not hold what they have not seen. "
-            "Take more steps, a longer burn-in or a stronger localisation."
-        )
-
-    @property
-    def _on_minimum(self) -> str:
-        if not self.is_estimated or (self.negative_share <= OFTEN and float(self.learning_coefficient.value) >= 0):
-            return ""
-        return (
-            f"{self.negative_share:.0%} of the draws have less loss than the weights: these are at no minimum of this loss, "
-            "and the estimate is no learning coefficient."
-        )
-
-    @property
-    def _on_size(self) -> str:
-        made, most = self.learning_coefficient, self.num_parameters / 2
-        if not float(made.value) > most:
-            return ""
-        chance = float(made.value - 2 * made.stderr) <= most
-        return (
-            f"the estimate is above {most:,g}, half the number of weights, which no learning coefficient is: "
-            + ("by less than two of its errors, which may be chance; or " if chance else "")
-            + "the steps are too large, or the gradients too noisy."
-        )
 
 
 def learning_coefficient(
@@ -156,7 +28,7 @@ def learning_coefficient(
     num_steps: int = 600,
     burn_in: int = 200,
     step_size: float = 1e-4,
-    localization: float = 100.0,
+    localization: float = 1000.0,
     inverse_temperature: float | None = None,
     batch_size: int | None = None,
     chunk_size: int = 4,
@@ -179,8 +51,15 @@ def learning_coefficient(
     $$\tfrac12 \sum_i \frac{n \beta h_i}{p_i\, (1 - \varepsilon p_i / 4)}, \qquad p_i = n \beta h_i + \gamma,$$
 
     which lacks directions below $h_i \sim \gamma / n \beta$ and is infinite from $\varepsilon p_i = 4$ on; a chain
-    forgets where it began in $2 / \varepsilon p_i$ steps. Proof: proofs/langevin_quadratic.py. `learning_coefficient_sweep`
-    looks for step sizes among which the estimate does not change.
+    forgets where it began in $2 / \varepsilon p_i$ steps, at most $2 / \varepsilon \gamma$, which is that of directions
+    without curvature. Proof: proofs/langevin_quadratic.py.
+
+    Settings, in this order. $\gamma$: chains go as far as $\sqrt{P / \gamma}$, and the estimate is of the loss at that
+    distance; take a fraction of the norm of the weights, and the same $\gamma$ for all that is compared. $\varepsilon$:
+    $0.1 / \gamma$, by which flat directions relax in 20 steps and spread by 2.5 % too much; less where the sharpness h makes
+    $\varepsilon (n \beta h + \gamma)$ larger than 1. `burn_in`: $10 / \varepsilon \gamma$ at least, 5 relaxation times
+    (`num_relaxations`; below one, a note says so), and draws of several times that. Then `learning_coefficient_sweep` at half
+    and twice the step size: the same estimate, with R-hat at most 1.1, is one of the weights and not of the sampler.
 
     A chain has diverged whose losses are not finite, lie n beta times more than 10 P above that at the weights in the mean
     (no learning coefficient is above P / 2), or whose mean square distance is above 10 times the $P / \gamma$ of the
@@ -189,7 +68,8 @@ def learning_coefficient(
     repetitions) 96 % hold the exact mean of these finite chains.
 
     batch_size: sequences of a minibatch; None is the whole loss, whose gradients have no noise. Its noise adds to the spread
-    of the chains, and so to the estimate. chunk_size: chains that are evaluated together.
+    of the chains, and so to the estimate. It is in the losses, too, and brings R-hat close to 1 even where chains have not
+    mixed: look for settings on the whole loss. chunk_size: chains that are evaluated together.
 
     `num_chains * num_steps` gradients: 3 forward passes each, of a minibatch, or of the whole data.
 

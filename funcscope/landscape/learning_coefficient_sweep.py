@@ -15,7 +15,8 @@ from ..core.checks import check_number, check_options, check_positive
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
-from .learning_coefficient import MIXED, LearningCoefficient, learning_coefficient
+from .learning_coefficient import learning_coefficient
+from .learning_coefficient_result import LearningCoefficient
 
 LEAST_STEPS = 3
 """Step sizes that make a plateau."""
@@ -60,7 +61,7 @@ class LearningCoefficientSweep(Result):
             return []
         return [
             f"no plateau in the step size at localisation {', '.join(none)}: nowhere do {LEAST_STEPS} neighbouring step "
-            f"sizes, with mixed chains that did not diverge, agree within {self.tolerance:.0%} beyond their errors. The "
+            f"sizes, with mixed chains around a minimum, agree within {self.tolerance:.0%} beyond their errors. The "
             "estimates are of the sampler as much as of the weights, and none is given as the learning coefficient."
         ]
 
@@ -70,19 +71,20 @@ def learning_coefficient_sweep(
     theta: Theta,
     *,
     key: Key,
-    step_sizes: Sequence[float] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    localizations: Sequence[float] = (100.0,),
+    step_sizes: Sequence[float] = (5e-5, 1e-4, 2e-4),
+    localizations: Sequence[float] = (1000.0,),
     tolerance: float = 0.2,
     **options: Any,
 ) -> LearningCoefficientSweep:
     r"""`learning_coefficient` over step sizes and localisations, with a test of whether it depends on the step size.
 
     Too small a step, and the chains have not left $w^*$ when they end; too large a one, and they spread by the step itself.
-    A plateau is a run of 3 or more neighbouring step sizes without a diverged chain, with R-hat at most 1.1, in which every
-    two estimates are shown to be alike: their difference and twice its error together are at most `tolerance` times the
-    mean of the run. (That they do not differ significantly would let wide errors pass for agreement.) The longest run
-    counts, of equally long ones that of the smaller steps. Its mean is the value, with the error of a mean of independent
-    estimates; what the step size moves it by within the tolerance comes on top.
+    A plateau is a run of 3 or more neighbouring step sizes without a diverged chain, with R-hat at most 1.1, around weights
+    at a minimum, in which every two estimates are shown to be alike: their difference and twice its error together are at
+    most `tolerance` times the mean of the run. (That they do not differ significantly would let wide errors pass for
+    agreement.) The longest run counts, of equally long ones that of the smaller steps. Its mean is the value, with the error
+    of a mean of independent estimates; what the step size moves it by within the tolerance comes on top. The settings that
+    show one are in `learning_coefficient`; step sizes of $0.05$, $0.1$ and $0.2 / \gamma$ suit one localisation $\gamma$.
 
     Every pair of settings has chains of its own, drawn from `key` and these settings, so that a sweep with further ones
     repeats those that were there. The cost is that of all estimates. options: of `learning_coefficient`.
@@ -128,7 +130,8 @@ def _swept(
         torch.tensor([[float(getattr(one, name)) for one in row] for row in made], dtype=torch.float64)
         for name in ("r_hat", "num_diverged")
     )
-    valid = (diverged == 0) & (r_hat <= MIXED)
+    resolved = torch.tensor([[not one.unresolved for one in row] for row in made])
+    valid = (diverged == 0) & resolved
     runs = [plateau(*row, tolerance=tolerance) for row in zip(value, stderr, valid, strict=True)]
     rows = [_on(run, *row, sizes) for run, row in zip(runs, zip(value, stderr, strict=True), strict=True)]
     mean, error, low, high = torch.tensor(rows, dtype=torch.float64).T

@@ -19,6 +19,7 @@ from ..weights.early_bird import early_bird
 from ..weights.interference import task_interference
 from ..weights.layer_spectra import layer_spectra
 from ..weights.modularity import modularity_score
+from ..weights.plasticity import plasticity
 from ..weights.pruning import pruning_robustness, structured_pruning
 from ..weights.separability import separability
 from ..weights.winning_tickets import winning_tickets
@@ -79,7 +80,7 @@ GRADIENTS: tuple[Metric, ...] = (
     of_function(
         "most_influential", most_influential, (*TWO_TASKS, "token_names", KEY), on="tasks", category="gradients",
         drawn=("rise",), cost=lambda _: 200, reference="Grosse et al. (2023), arXiv:2308.03296",
-        sentence="{num_helpful} of the training texts lower the test loss; leaving one out moves it by about {spread}.",
+        sentence="Leaving a training text out moves the test loss by about {spread}.",
     ),
     of_function(
         "tracin_self_influence", tracin_self_influence, ("loss", "thetas", "steps"), on="series", category="gradients",
@@ -152,6 +153,12 @@ WEIGHTS: tuple[Metric, ...] = (
         cost=lambda s: 3.0 * s["num"] * (s["rounds"] + 3) * s["steps"], reference="Frankle, Carbin (2019), arXiv:1803.03635",
         sentence="At a sparsity of {sparsity} the ticket is {ticket_excess} above the dense network, and a random one "
         "{random_excess} above the ticket.",
+    ),
+    of_function(
+        "plasticity", plasticity, ("loss", "theta", KEY), category="weights",
+        drawn=("remaining_loss", "memorised_share", "losses"), cost=lambda s: 3.0 * s["num"] * s["steps"],
+        reference="Lyle et al. (2023), arXiv:2303.01486",
+        sentence="Of a loss of {initial_loss} on new targets, {remaining_loss} remain after {steps} steps of training.",
     ),
     of_function(
         "early_bird", early_bird, ("loss", "thetas", "steps"), on="series", category="weights", cost=lambda _: 0,

@@ -63,7 +63,6 @@ TEXT: Preset = {
     "gradient_alignment": {},
     "task_interference": {},
     "separability": {},
-    "most_influential": {"method": "ekfac", "num_texts": 3},
     "task_vectors": {},
     "merge_curves": {"num": 4},
     "pruning_robustness": {"sparsities": (0.0, 0.2, 0.4, 0.6, 0.8), "num_draws": 4},
@@ -74,6 +73,8 @@ TEXT: Preset = {
     "prediction_divergence": {},
 }
 """Of a base model and those fine-tuned from it, on the data of each: what the demonstration of the family `text` measures."""
+INFLUENCE: Preset = {"most_influential": {"method": "ekfac", "num_texts": 3}}
+"""Of a model on texts that it was trained on and others that it was not: the last part of that demonstration."""
 INDUCTION: Preset = {
     "training_curves": {},
     "induction_curves": {},

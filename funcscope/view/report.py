@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..core.store import to_json, write
@@ -31,11 +32,13 @@ def write_report(
     title: str = "",
     metrics: Sequence[str] | None = None,
     lede: Sequence[str] = (),
+    more: Mapping[str, Sequence[Block | str]] = MappingProxyType({}),
 ) -> Page:
     """One page of a study's results, with what failed and why; returns it, a notebook shows it.
 
     path: `.html` for a page that is whole in itself, `.md` for Markdown with tables, whose figures `save_plots` makes.
     metrics: the ones that it has, in this order; None: all. lede: paragraphs below the title, of a page that is HTML.
+    more: by metric, what its section says below its first line.
 
     Raises ValueError for another ending, for a metric that the study does not have, and for a study of nothing.
     """
@@ -46,7 +49,7 @@ def write_report(
     results = replace(results, outcomes=tuple(outcome for outcome in results.outcomes if outcome.metric in chosen))
     first = tried(lambda: _overview(results, chosen), "the overview")
     body = [Section("Overview", first)] if first else []
-    body += [*(section(of_metric(results, name)) for name in chosen), *provenance(results)]
+    body += [*(_with(section(of_metric(results, name)), more.get(name, ())) for name in chosen), *provenance(results)]
     models = [*dict.fromkeys(o.subject for o in results.outcomes if on(o) == "model")] or [results.outcomes[0].subject]
     title = title or (f"What {len(models)} models are like" if len(models) > 1 else f"What {models[0]} is like")
     strip = _strip(results)
@@ -77,6 +80,10 @@ def save_plots(
 
 def of_metric(results: Results, name: str) -> list[Outcome]:
     return [outcome for outcome in results.outcomes if outcome.metric == name]
+
+
+def _with(made: Section, more: Sequence[Block | str]) -> Section:
+    return replace(made, blocks=[*made.blocks[:1], *more, *made.blocks[1:]])
 
 
 def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Table]:

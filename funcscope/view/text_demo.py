@@ -7,10 +7,11 @@ from typing import Any
 
 from ..core.tables import counted
 from ..families import text
+from ..gradients.influential_texts import MostInfluential
 from ..study.cache import Outcome
 from ..study.results import Results
 from .numbers import number
-from .page import Page
+from .page import Block, Page, Table
 from .report import of_metric, with_short_names, write_report
 from .section import said
 
@@ -18,13 +19,15 @@ TITLE = "Language models of prose and code"
 MODELS = (
     "Three language models of bytes, trained here on the standard library of Python: `base` on its docstrings, which are "
     "prose, and on its source, which is code; `prose` and `code` go on from it, each on one of them. All are measured on "
-    "both, on texts of modules that none of them has seen. A token is a byte, so that losses are nats per byte."
+    "both, on texts of modules that none of them has seen; influence alone is that of texts that they were trained on. A "
+    "token is a byte, so that losses are nats per byte."
 )
 
 
 def write_page(results: Results, path: str | Path) -> Page:
     """Write the page, and return it: a notebook shows it."""
-    return write_report(results, path, title=TITLE, lede=[MODELS, *changes(results), *shared(results)])
+    lede = [MODELS, *changes(results), *shared(results)]
+    return write_report(results, path, title=TITLE, lede=lede, more={"most_influential": influential(results)})
 
 
 def changes(results: Results) -> list[str]:
@@ -65,6 +68,27 @@ def shared(results: Results) -> list[str]:
             f"{against} (q ≤ 0.05)."
         )
     return [" ".join(parts)] if parts else []
+
+
+def influential(results: Results) -> list[Block | str]:
+    """Of every model, the training texts that help held-out ones most and those that harm them most, whole."""
+    made = [o for o in of_metric(with_short_names(results), "most_influential") if o.result is not None]
+    found = {o.subject: result for o in made if isinstance(result := o.result, MostInfluential)}
+    if not found:
+        return []
+    nums = " or ".join(f"{num:,}" for num in sorted({each.num_sequences for each in found.values()}))
+    rows = [
+        [subject, "helps" if rise > 0 else "harms", "‹" + passage.replace("\n", " ↵ ") + "›", number(rise, 3)]
+        for subject, each in found.items()
+        for passage, rise in zip(each.passages, each.rise.tolist(), strict=True)
+    ]
+    return [
+        f"The training texts are {nums} windows that the model was trained on, as it saw them, drawn at random: of `base` "
+        "from prose and code, of the others from their fine-tuning; ↵ is the end of a line. The test loss is the mean over "
+        "held-out texts. What leaving one out does is as if these windows were all training data: with all of them, one "
+        "counts in proportion less.",
+        Table(["model on data", "", "training text", "rise of the test loss without it (nats per byte)"], rows),
+    ]
 
 
 def _change(pair: Outcome) -> str:

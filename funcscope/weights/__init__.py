@@ -19,6 +19,7 @@ from .merge_curves_result import MergeCurves
 from .merging import merge
 from .modularity import Modularity, block_coupling, modularity_score
 from .permutation_groups import Axis, PermutationGroup, permutation_groups
+from .plasticity import Plasticity, plasticity
 from .power_law import PowerLaw, fit_power_law, log_normal_ratio
 from .prunable import prunable_leaves, sparse_mask
 from .pruning import pruning_robustness, structured_pruning
@@ -45,6 +46,7 @@ __all__ = [
     "MergeCurves",
     "Modularity",
     "PermutationGroup",
+    "Plasticity",
     "PowerLaw",
     "PruningRobustness",
     "Separability",
@@ -77,6 +79,7 @@ __all__ = [
     "neuron_units",
     "permutation_groups",
     "permutation_index",
+    "plasticity",
     "prunable_leaves",
     "pruning_robustness",
     "saliency",

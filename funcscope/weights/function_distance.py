@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_instance
 from ..core.criterion import Labels
+from ..core.divergences import js_divergence, kl_divergence
 from ..core.estimate import wide
 from ..core.layout import Layout
 from ..core.objective import Loss, Theta, check_point
@@ -243,24 +244,16 @@ def _sums(loss: Loss, thetas: Sequence[Theta], chunk: int, numbers) -> Float[Ten
 
 def _pairwise(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     """KL both ways, Jensen-Shannon, another argmax."""
-    middle = torch.logaddexp(p, q) - math.log(2)
-    js = (_kl(p, middle) + _kl(q, middle)) / 2
-    forward = _kl(p, q)
-    differ = torch.where(
-        forward.isnan(), math.nan, (p.argmax(-1) != q.argmax(-1)).to(p.dtype)
-    )  # nan is no first choice
-    return forward, _kl(q, p), js.clamp_min(0), differ
+    forward, differ = kl_divergence(p, q), (p.argmax(-1) != q.argmax(-1)).to(p.dtype)
+    differ = torch.where(forward.isnan(), math.nan, differ)  # nan is no first choice
+    return forward, kl_divergence(q, p), js_divergence(p, q), differ
 
 
 def _from_base(base: Tensor, changed: Tensor, restored: Tensor) -> tuple[Tensor, ...]:
-    return _kl(base, changed), _kl(base, restored)
+    return kl_divergence(base, changed), kl_divergence(base, restored)
 
 
 def _rounding(logits: Tensor, p: Tensor) -> Tensor:
     """The divergence, to second order, of logits that are off by four units in the last place."""
     squares = torch.where(p == -math.inf, 0.0, logits.to(p.dtype).square() * p.exp())
     return 8 * torch.finfo(logits.dtype).eps ** 2 * squares.sum(-1)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)

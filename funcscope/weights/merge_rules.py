@@ -154,7 +154,7 @@ def ties(
     Signs are elected by the trimmed vectors; where their sum is exactly 0, or nobody kept the entry, nothing is added. The
     paper trims over the whole task vector: `cuts` has the cut of every model for that (`global_cut`, then `Cut.behind` leaf
     by leaf). `density` instead keeps exactly that share of this leaf, as mergekit does leaf by leaf: 1 for small leaves too.
-    Equal magnitudes: the first in order.
+    Equal magnitudes: the first in order. fusion_bench keeps one entry more, and gives even signs that of most entries.
 
     weights: positive, of the models in election and mean; the paper has none. mergekit elects + where the sum is 0 and has
     `normalize`, without which sums are not divided by the weights of those that agree; its `lambda` is the scale.

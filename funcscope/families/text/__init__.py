@@ -6,10 +6,10 @@ beside them. The prose is what docstrings say, the code the source without them.
 
 from .model import make, tokenizer
 from .texts import data, modules, read, texts_of
-from .training import Point, losses, steps_of, train
+from .training import Point, losses, steps_of, train, windows
 from .variants import BASE, KINDS, NAMES, Config
 
 __all__ = [
     "BASE", "KINDS", "NAMES", "Config", "Point", "data", "losses", "make", "modules", "read", "steps_of", "texts_of",
-    "tokenizer", "train",
+    "tokenizer", "train", "windows",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,18 @@ def tokenizer() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(_END_TOKEN, special=True)])
     return made
+
+
+def spelled(tokens: Sequence[int]) -> str | None:
+    """The text that `tokenizer` makes these tokens of; None where they begin or end inside a character.
+
+    >>> spelled([*"é".encode(), END, 97]), spelled(list("é".encode())[1:])
+    ('é<|end|>a', None)
+    """
+    try:
+        return b"".join(_END_TOKEN.encode() if token == END else bytes([token]) for token in tokens).decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def save(folder: Path, model: LlamaForCausalLM) -> None:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from ...core.checks import check_choice, check_count
 from ...core.criterion import IGNORE
 from ...core.keys import Key, fold_in, key, uniform
 from ...core.store import Damaged, write
 from ...core.store import load as load_stored
 from ...core.store import save as save_stored
 from ..threads import one_thread
-from .model import END, WEIGHTS, load, make, place, save
+from .model import END, WEIGHTS, load, make, place, save, spelled
 from .texts import data, read
 from .variants import BASE, KINDS, NAMES, Config
 
@@ -73,6 +74,27 @@ def losses(folder: Path) -> dict[str, dict[str, float]]:
     return {name: json.loads((folder / name / RECORD).read_text())["heldout_nats_per_byte"] for name in NAMES}
 
 
+def windows(name: str, config: Config, folder: Path, num: int) -> list[str]:
+    """Random ones of the windows of text that a model was trained on: `num`, or all where there are fewer.
+
+    Drawn by the configuration's seed from all rows of all its steps, and read from the texts in `folder`. Those that begin or
+    end inside a character, which no text does, are passed over.
+    """
+    check_choice("name", name, NAMES)
+    check_count("num", num)
+    streams = [_stream(read(folder / "train" / f"{kind}.jsonl")) for kind in _kinds(name)]
+    root, rows = _root(name, config), len(streams) * -(-config.batch_size // len(streams))
+    chance = uniform(fold_in(root, "windows"), torch.empty(steps_of(name, config) * rows, dtype=torch.float64))
+    texts = list[str]()
+    for at in chance.argsort(stable=True).tolist():
+        step, row = divmod(at, rows)
+        text = spelled(_batch(fold_in(root, step + 1), streams, config)[row].tolist())
+        texts += [] if text is None else [text]
+        if len(texts) == num:
+            break
+    return texts
+
+
 def steps_of(name: str, config: Config) -> int:
     return config.steps if name == BASE else config.tuning_steps
 
@@ -95,7 +117,7 @@ def _trained(
     for param in model.parameters():
         optimiser.state[param] = {"step": torch.tensor(0.0)} | {moment: torch.zeros_like(param) for moment in MOMENTS}
     begun = _restore(model, optimiser, path, about) if path.exists() else 0
-    root, kinds = fold_in(fold_in(key(config.seed), "batches"), name), KINDS if name == BASE else (name,)
+    root, kinds = _root(name, config), _kinds(name)
     for step in range(begun + 1, steps_of(name, config) + 1):
         rows = _batch(fold_in(root, step), [streams[kind] for kind in kinds], config)
         loss = _step(model, optimiser, rows, _rate(step, name, config))
@@ -131,6 +153,16 @@ def _score(model: LlamaForCausalLM, rows: Int[Tensor, "n t"], batch_size: int) -
     """Nats per byte of texts: every byte but the first of each counts once."""
     total = sum(float(_nats(model, part)) for part in rows.split(batch_size))
     return total / int((rows[:, 1:] != IGNORE).sum())
+
+
+def _root(name: str, config: Config) -> Key:
+    """Of the batches of a model, a child for each step, which counts from 1."""
+    return fold_in(fold_in(key(config.seed), "batches"), name)
+
+
+def _kinds(name: str) -> tuple[str, ...]:
+    """What a model is trained on."""
+    return KINDS if name == BASE else (name,)
 
 
 def _rate(step: int, name: str, config: Config) -> float:
