@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-import transformers
-from problems import VOCAB, seeded, tokens
+from problems import seeded, tokens
 from test_architectures import FAMILIES, LINES, criterion_of, inputs_of, labelled, model_of, tolerance
 from torch import nn
 from torch.func import grad, jvp, vmap

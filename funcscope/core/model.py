@@ -26,7 +26,6 @@ from .masks import with_float_mask
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 
-
 Attention = Literal["auto", "blocks", "eager", "math", "keep"]
 
 
