@@ -1,7 +1,7 @@
 """How a metric's products are to be made so that they fit: whole graphs, graphs made anew, or layers rematerialised.
 
-One forward pass says what a graph of one batch holds; what derivatives of it take are multiples of that, which
-`python bench/long.py --plans` measures. No number depends on the choice beyond rounding: all make the same products.
+One forward pass says what a graph of one batch holds; what derivatives of it take are multiples of that, measured of GPT-2
+and Llama models. No number depends on the choice beyond rounding: all make the same products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.imported import layer_names
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss
 
 FIRST, FURTHER, ANEW = 5.5, 3.5, 8.5
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
@@ -34,7 +34,7 @@ class MemoryPlan(NamedTuple):
     """What was expected of the ways that were tried; empty where the first one fits."""
 
 
-def graph_bytes(loss: Loss, theta: Theta) -> int:
+def graph_bytes(loss: Loss, theta: Tensor) -> int:
     """What reverse mode keeps of a forward pass over the largest batch: the storages that it saves, each once."""
     if loss in _KNOWN:
         return _KNOWN[loss]
@@ -54,7 +54,7 @@ def graph_bytes(loss: Loss, theta: Theta) -> int:
     return _KNOWN[loss]
 
 
-def memory_plan(loss: Loss, theta: Theta, gib: float) -> MemoryPlan:
+def memory_plan(loss: Loss, theta: Tensor, gib: float | int) -> MemoryPlan:
     """The first of four ways that fits into so much memory, by what they cost in time; the last where none does."""
     net, num = loss.net, len(loss.batches)
     whole, vectors = graph_bytes(loss, theta), 3 * theta.nbytes
