@@ -114,11 +114,12 @@ def plasticity(
       \text{memorised} = 1 - \frac{\text{remaining}}{L(0; y)},$$
 
     with k `steps` of `masked_training` without a mask, on targets y that the criterion draws for outputs of 0: uniform labels
-    for a cross-entropy, fair coins for a binary one, noise of variance 1/2 for squared errors; every position keeps the
-    weight that it has in the loss: 0 where it is not scored, and that of its own class where classes are weighted. Losses are of the sequences that were trained on, as what is asked is whether targets without a rule are
-    memorised. A lower remaining loss is more plasticity. `memorised_share` is for cross-entropies, whose floor is 0: 0 where
-    nothing is better than outputs of 0 (log C), 1 where every label is known, negative below a network that says nothing, as
-    confident ones are at first. Where equal contexts have got different labels, 1 is out of reach.
+    for a cross-entropy, fair coins for a binary one, noise of variance 1/2 for squared errors. Every position keeps the
+    weight that it has in the loss: 0 where it is not scored, and that of its own class where classes are weighted. Losses
+    are of the sequences that were trained on, as what is asked is whether targets without a rule are memorised. A lower
+    remaining loss is more plasticity. `memorised_share` is for cross-entropies, whose floor is 0: 0 where nothing is better
+    than outputs of 0 (log C), 1 where every label is known, negative below a network that says nothing, as confident ones
+    are at first. Where equal contexts have got different labels, 1 is out of reach.
 
     The same key gives the same sequences, targets and batches at every theta: checkpoints differ by their weights alone, and
     a remaining loss that rises over training is a loss of plasticity, for this budget and optimiser.
