@@ -1,0 +1,290 @@
+"""Workers on many machines: an executor on Dask for studies whose folders all of them see (extra `funcscope[cluster]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from threading import RLock
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from ..core.checks import check_count, check_positive
+from ..core.progress import Kind, watched
+from .quiet import first_line
+from .record import versions
+
+SCHEME = "dask"
+"""How the name of such an executor begins: `dask`, or `dask:tcp://HOST:8786`."""
+START = "`dask worker ADDRESS --nworkers N --nthreads 1 --memory-limit 0`"
+
+
+class Cluster(Executor):
+    """Workers of a Dask scheduler, or without an address `num` of this machine's own: `analyze_models(..., executor=)`.
+
+    A worker is a process with one task, a subject, at a time. Cells are those of a study without workers, bit for bit on
+    processors of one kind: threads of torch and BLAS are as many there as here. The study's folder and the current one are
+    at the same paths on all machines, by a file system that they share. A task whose worker is killed goes to another one;
+    one that has lost as many as Dask's `allowed-failures` permits (3) is tried once more when nothing else runs, so that no
+    other one is to blame, and is then an outcome, `failed`. What runs when the study is interrupted ends before its next
+    forward pass.
+
+    num: of local workers. patience: seconds that the scheduler and its first worker have to answer.
+
+    Raises ModuleNotFoundError without the extra, ValueError for a scheduler that does not answer or has no workers; a study
+    raises it where one of these has other packages, several threads for tasks, or does not see the folders.
+    """
+
+    def __init__(self, address: str | None = None, *, num: int = 1, patience: float | int = 10.0):
+        check_count("num", num)
+        check_positive("patience", patience)
+        self._dask = _distributed()
+        with ExitStack() as opened:
+            if address is None:
+                local = opened.enter_context(_local(self._dask, num))
+                address, patience = str(local.scheduler_address), LOCAL_PATIENCE
+            self.address = address
+            self._client = opened.enter_context(_client(self._dask, self.address, patience))
+            self._opened = opened.pop_all()
+        self._terms = Terms(os.getcwd(), versions(), torch.get_num_threads(), _pools())
+        self._running, self._suspects, self._lock = set[Piece](), deque[Piece](), RLock()
+
+    def share(self, root: Path | None) -> None:
+        """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`.
+
+        Raises ValueError for the first that does not, and OSError where the folder cannot be written.
+        """
+        self._unshare()
+        if root is not None:
+            mark = root.resolve() / f".shared-{uuid4().hex}"
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            self._terms = replace(self._terms, mark=str(mark))
+        answers = self._client.run(_objection, self._terms, on_error="return")
+        for worker, said in answers.items():
+            if isinstance(said, Exception):
+                said = f"cannot take part ({type(said).__name__}: {first_line(said)}): install funcscope there."
+            if said:
+                raise ValueError(f"the Dask worker {worker} {said}")
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """A call on one of the workers."""
+        piece = Piece((fn, args, kwargs))
+        self._start(piece)
+        return piece.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let go of the workers, after what was submitted is done; those of this machine end."""
+        with self._lock:
+            futures = [piece.future for piece in (*self._running, *self._suspects)]
+        for future in futures if cancel_futures or not wait else ():
+            future.cancel()
+        _wait(futures)
+        self._unshare()
+        self._opened.close()
+
+    def _start(self, piece: Piece) -> None:
+        with self._lock:
+            self._running.add(piece)
+            call = self._client.submit(_called, self._terms, *piece.call, pure=False, key=f"funcscope-{uuid4().hex}")
+        piece.future.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
+        call.add_done_callback(lambda done: self._ended(piece, done))
+
+    def _ended(self, piece: Piece, call: Any) -> None:
+        """What came of a call, or what is next for it."""
+        err = self._error(call)
+        again = isinstance(err, self._dask.KilledWorker) and not piece.is_alone
+        with self._lock:
+            self._running.discard(piece)
+            if again and not piece.future.cancelled():
+                piece.is_alone = True
+                self._suspects.append(piece)
+        if not again and piece.future.set_running_or_notify_cancel():
+            piece.future.set_exception(self._said(err)) if err else piece.future.set_result(call.result())
+        call.release()  # what the worker keeps of it
+        with self._lock:
+            while self._suspects and not self._running:
+                if not (suspect := self._suspects.popleft()).future.cancelled():
+                    self._start(suspect)
+
+    def _error(self, call: Any) -> BaseException | None:
+        try:
+            return call.exception()
+        except CancelledError as err:
+            return err
+
+    def _said(self, err: BaseException) -> BaseException:
+        """The error of a call, in words of this package where it is Dask's own."""
+        if isinstance(err, self._dask.KilledWorker):
+            said = (
+                f"the workers that had this subject died, one after another, the last at {err.last_worker.address}: its log "
+                "says of what. Where it was memory, `max_memory_gb` below what the machine has makes it an outcome."
+            )
+        elif isinstance(err, CancelledError):
+            said = f"the Dask scheduler {self.address} is gone: start it again, and the same call goes on."
+        else:
+            return err
+        told = RuntimeError(said)
+        told.__cause__ = err
+        return told
+
+    def _unshare(self) -> None:
+        if self._terms.mark is not None:
+            Path(self._terms.mark).unlink(missing_ok=True)
+            self._terms = replace(self._terms, mark=None)
+
+
+_wait = wait  # `shutdown` has an argument of that name
+LOCAL_PATIENCE = 120.0
+"""Seconds for workers of this machine to begin."""
+
+
+def cluster(name: str, *, num: int = 1) -> Cluster:
+    """The executor that is called `dask`, with `num` workers on this machine, or `dask:ADDRESS`.
+
+    Raises ValueError for another name, and for a number of workers beside an address, whose workers are there already.
+    """
+    scheme, colon, address = name.partition(":")
+    if scheme != SCHEME or bool(colon) != bool(address):
+        raise ValueError(f"`executor` must be 'dask' or 'dask:ADDRESS' (dask:tcp://HOST:8786), got {name!r}.")
+    if address and num > 1:
+        raise ValueError(
+            f"`workers` is of this machine, and {address} has workers of its own: leave it out, got {num}."
+        )
+    return Cluster(address or None, num=num)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a worker has in common with the study."""
+
+    folder: str
+    """The current one, which relative paths are of."""
+    packages: Mapping[str, str]
+    threads: int
+    """Of torch: sums are added in another order by another number of them."""
+    pools: Mapping[str, int]
+    """Threads of BLAS and OpenMP, by kind."""
+    mark: str | None = None
+    """A file in the folder of the cells."""
+
+
+@dataclass(eq=False)
+class Piece:
+    """A call, and the future that its caller has."""
+
+    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    future: Future[Any] = field(default_factory=Future)
+    is_alone: bool = False
+    """Whether nothing else runs beside it."""
+
+
+class Stopped(BaseException):
+    """Nobody waits for this task; no `except Exception` in a metric holds it."""
+
+
+class Stop:
+    """Ends a task that was cancelled, before a forward pass or a product."""
+
+    def __init__(self, worker: Any, key: Any):
+        self.worker, self.key, self.looked = worker, key, time.monotonic()
+
+    def __call__(self, _: Kind) -> None:
+        if time.monotonic() - self.looked < LOOK_EVERY:
+            return
+        self.looked = time.monotonic()
+        task = self.worker.state.tasks.get(self.key)
+        if task is None or task.state in ("cancelled", "released", "forgotten"):
+            raise Stopped
+
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks at whether a task was cancelled."""
+
+
+def _called(terms: Terms, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On a worker: the call, with the study's folder and threads."""
+    from distributed import get_worker
+    from distributed.worker import thread_state
+    from threadpoolctl import threadpool_limits
+
+    worker = get_worker()
+    if said := _objection(terms, worker):
+        raise ValueError(f"the Dask worker {worker.address} {said}")
+    os.chdir(terms.folder)
+    torch.set_num_threads(terms.threads)
+    with threadpool_limits(dict(terms.pools)), watched(Stop(worker, thread_state.key)):
+        return fn(*args, **kwargs)
+
+
+def _objection(terms: Terms, dask_worker: Any) -> str:
+    """Why a worker cannot take part, with the remedy; empty where it can."""
+    if (num := dask_worker.state.nthreads) != 1:
+        return f"takes {num} tasks at a time, whose memory and threads cannot be told apart: start it by {START}."
+    here = versions()
+    for name, other in terms.packages.items():
+        if here[name] != other:
+            return f"has {name} {here[name]}, and the study {other}: install the same on all machines."
+    if not Path(terms.folder).is_dir():
+        return f"does not see the folder {terms.folder!r}: start the study in one that all machines share."
+    if terms.mark is not None and not Path(terms.mark).is_file():
+        folder = str(Path(terms.mark).parent)
+        return f"does not see the study's folder {folder!r}: choose one (`output_dir`) that all machines share."
+    return ""
+
+
+def _pools() -> dict[str, int]:
+    from threadpoolctl import threadpool_info
+
+    return {each["user_api"]: each["num_threads"] for each in threadpool_info()}
+
+
+def _distributed() -> Any:
+    try:
+        return import_module("distributed")
+    except ModuleNotFoundError as err:
+        raise ModuleNotFoundError("an executor on Dask needs distributed: pip install 'funcscope[cluster]'.") from err
+
+
+@contextmanager
+def _local(dask: Any, num: int) -> Iterator[Any]:
+    """Workers of this machine, which Dask does not end for the memory that they use."""
+    parents = {"distributed.worker.daemon": False}  # of processes of metrics' own (`hard_timeout`); read at every start
+    alone = {"threads_per_worker": 1, "processes": True, "memory_limit": None, "dashboard_address": None}
+    with import_module("dask").config.set(parents), dask.LocalCluster(num, **alone, silence_logs="CRITICAL") as local:
+        yield local
+
+
+@contextmanager
+def _client(dask: Any, address: str, patience: float | int) -> Iterator[Any]:
+    try:
+        with ThreadPoolExecutor(1) as beside:  # a notebook has a loop of its own in this thread
+            beside.submit(asyncio.run, _knock(address, patience)).result()
+    except Exception as err:  # what a server of another kind says is read as anything
+        raise ValueError(
+            f"no Dask scheduler answers at {address!r} within {patience:g} s ({first_line(err)}): start it by `dask "
+            "scheduler`, and pass the address that it prints, `tcp://HOST:8786`."
+        ) from err
+    with dask.Client(address, timeout=patience, set_as_default=False) as client:
+        try:
+            client.wait_for_workers(1, timeout=patience)
+        except TimeoutError as err:
+            raise ValueError(f"the Dask scheduler {address!r} has no workers: start some by {START}.") from err
+        yield client
+
+
+async def _knock(address: str, patience: float | int) -> None:
+    """A connection and its greeting: a client that fails in them leaves threads behind."""
+    from distributed.comm import connect
+
+    comm = await asyncio.wait_for(connect(address, timeout=patience), patience)
+    await comm.close()
