@@ -45,7 +45,7 @@ def local():
     with (
         dask.config.set({"distributed.worker.daemon": False}),
         distributed.LocalCluster(
-            2, threads_per_worker=1, memory_limit=None, dashboard_address=None, silence_logs="CRITICAL"
+            n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, silence_logs="CRITICAL"
         ) as made,
     ):
         yield made
@@ -249,9 +249,8 @@ def test_a_process_that_may_have_none_below_it_says_so(cache, monkeypatch):
     from funcscope.study import apart
 
     monkeypatch.setattr(apart, "current_process", lambda: SimpleNamespace(daemon=True))
-    (outcome,) = run([SIZE], [source()], cache=cache, options=Options(hard_timeout=True))
-    assert outcome.status == "failed"
-    assert "DASK_DISTRIBUTED__WORKER__DAEMON=false" in outcome.error
+    with pytest.raises(ValueError, match="DASK_DISTRIBUTED__WORKER__DAEMON=false"):
+        run([SIZE], [source()], cache=cache, options=Options(hard_timeout=True))
 
 
 def ticking():
@@ -299,7 +298,7 @@ def other_server():
             with server.accept()[0] as line:
                 line.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9)
 
-        speaker = threading.Thread(target=answer)
+        speaker = threading.Thread(target=answer, daemon=True)
         speaker.start()
         yield server.getsockname()[1]
         speaker.join()
@@ -318,16 +317,19 @@ def test_what_is_no_address_is_said(address):
 
 def test_a_scheduler_without_workers_and_workers_of_several_threads_are_refused(tmp_path):
     here = {"processes": False, "dashboard_address": None, "silence_logs": "CRITICAL"}
-    with distributed.LocalCluster(0, protocol="tcp", **here) as empty:
-        with pytest.raises(ValueError, match="has no workers: start some by `dask worker ADDRESS"):
-            Cluster(empty.scheduler_address, patience=0.5)
-        empty.scale(1)
-    with distributed.LocalCluster(1, threads_per_worker=2, protocol="tcp", **here) as wide:
-        with Cluster(wide.scheduler_address) as workers:
-            with pytest.raises(ValueError, match=r"takes 2 tasks at a time.*--nthreads 1"):
-                run([SIZE], [], cache=Cache(tmp_path), executor=workers)
-            with pytest.raises(ValueError, match="takes 2 tasks at a time"):  # of a worker that came later
-                workers.submit(len, "abc").result()
+    with (
+        distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty,
+        pytest.raises(ValueError, match="has no workers: start some by `dask worker ADDRESS"),
+    ):
+        Cluster(empty.scheduler_address, patience=0.5)
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=2, protocol="tcp", **here) as wide,
+        Cluster(wide.scheduler_address) as workers,
+    ):
+        with pytest.raises(ValueError, match=r"takes 2 tasks at a time.*--nthreads 1"):
+            run([SIZE], [], cache=Cache(tmp_path), executor=workers)
+        with pytest.raises(ValueError, match="takes 2 tasks at a time"):  # of a worker that came later
+            workers.submit(len, "abc").result()
     assert list(tmp_path.iterdir()) == []  # no mark is left
 
 
@@ -354,7 +356,7 @@ def test_a_worker_that_does_not_see_the_folder_is_refused(tmp_path):
     shared = tmp_path / "study"
     shared.mkdir()
     here = {"processes": False, "dashboard_address": None, "silence_logs": "CRITICAL"}
-    with distributed.LocalCluster(0, protocol="tcp", **here) as empty:
+    with distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty:
         start = f"{sys.executable} -m distributed.cli.dask_worker {empty.scheduler_address} --nthreads 1 --no-dashboard"
         hidden = f"mount -t tmpfs tmpfs {shared} && exec {start} --memory-limit 0"
         worker = subprocess.Popen(["unshare", "-m", "sh", "-c", hidden], stderr=subprocess.DEVNULL)
@@ -410,7 +412,15 @@ def test_an_address_that_does_not_answer_is_one_line_of_the_command(cache, tmp_p
     files(cache)
     started = time.monotonic()
     address = f"tcp://127.0.0.1:{free_port()}"
-    call = ["analyze", str(cache.root.parent / "run"), "--metrics", "mean_loss", "--quiet", "--out", str(tmp_path / "out")]
+    call = [
+        "analyze",
+        str(cache.root.parent / "run"),
+        "--metrics",
+        "mean_loss",
+        "--quiet",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main([*call, "--executor", f"dask:{address}"]) == 2
     assert time.monotonic() - started < 20
     assert f"no Dask scheduler answers at '{address}' within 10 s" in capsys.readouterr().err

@@ -46,7 +46,7 @@ class Cluster(Executor):
 
     def __init__(self, address: str | None = None, *, num: int = 1, patience: float | int = 10.0):
         check_count("num", num)
-        check_positive("patience", patience)
+        check_positive("patience", float(patience))
         self._dask = _distributed()
         with ExitStack() as opened:
             if address is None:
@@ -259,8 +259,9 @@ def _distributed() -> Any:
 def _local(dask: Any, num: int) -> Iterator[Any]:
     """Workers of this machine, which Dask does not end for the memory that they use."""
     parents = {"distributed.worker.daemon": False}  # of processes of metrics' own (`hard_timeout`); read at every start
-    alone = {"threads_per_worker": 1, "processes": True, "memory_limit": None, "dashboard_address": None}
-    with import_module("dask").config.set(parents), dask.LocalCluster(num, **alone, silence_logs="CRITICAL") as local:
+    alone = {"n_workers": num, "threads_per_worker": 1, "processes": True, "memory_limit": None}
+    quiet = {"dashboard_address": None, "silence_logs": "CRITICAL"}
+    with import_module("dask").config.set(parents), dask.LocalCluster(**alone, **quiet) as local:
         yield local
 
 
