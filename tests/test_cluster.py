@@ -21,14 +21,14 @@ import funcscope as fs
 from funcscope import cli
 from funcscope.core.progress import tick
 from funcscope.core.store import load
-from funcscope.study import cluster as room
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
-from funcscope.study.cluster import Cluster, Terms, cluster
+from funcscope.study.cluster import Cluster, cluster
 from funcscope.study.engine import run
 from funcscope.study.meter import Options
 from funcscope.study.metric import Metric
 from funcscope.study.record import versions
+from funcscope.study.worker import Terms, objection
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
@@ -45,7 +45,11 @@ def local():
     with (
         dask.config.set({"distributed.worker.daemon": False}),
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, silence_logs="CRITICAL"
+            n_workers=2,
+            threads_per_worker=1,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs="CRITICAL",
         ) as made,
     ):
         yield made
@@ -316,7 +320,7 @@ def test_what_is_no_address_is_said(address):
 
 
 def test_a_scheduler_without_workers_and_workers_of_several_threads_are_refused(tmp_path):
-    here = {"processes": False, "dashboard_address": None, "silence_logs": "CRITICAL"}
+    here = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
     with (
         distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty,
         pytest.raises(ValueError, match="has no workers: start some by `dask worker ADDRESS"),
@@ -345,7 +349,7 @@ def test_a_scheduler_without_workers_and_workers_of_several_threads_are_refused(
 def test_a_worker_says_why_it_cannot_take_part(change, said):
     worker = SimpleNamespace(state=SimpleNamespace(nthreads=1))
     terms = {"folder": os.getcwd(), "packages": versions(), "threads": 1, "pools": {}} | change
-    assert room._objection(Terms(**terms), worker)[: len(said) or None] == said
+    assert objection(Terms(**terms), worker)[: len(said) or None] == said
 
 
 @pytest.mark.slow
@@ -355,7 +359,7 @@ def test_a_worker_that_does_not_see_the_folder_is_refused(tmp_path):
         pytest.skip("no right to hide a folder from a process")
     shared = tmp_path / "study"
     shared.mkdir()
-    here = {"processes": False, "dashboard_address": None, "silence_logs": "CRITICAL"}
+    here = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
     with distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty:
         start = f"{sys.executable} -m distributed.cli.dask_worker {empty.scheduler_address} --nthreads 1 --no-dashboard"
         hidden = f"mount -t tmpfs tmpfs {shared} && exec {start} --memory-limit 0"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,13 +18,12 @@ from uuid import uuid4
 import torch
 
 from ..core.checks import check_count, check_positive
-from ..core.progress import Kind, watched
 from .quiet import first_line
 from .record import versions
+from .worker import START, Terms, called, objection, pools
 
 SCHEME = "dask"
 """How the name of such an executor begins: `dask`, or `dask:tcp://HOST:8786`."""
-START = "`dask worker ADDRESS --nworkers N --nthreads 1 --memory-limit 0`"
 
 
 class Cluster(Executor):
@@ -55,7 +53,8 @@ class Cluster(Executor):
             self.address = address
             self._client = opened.enter_context(_client(self._dask, self.address, patience))
             self._opened = opened.pop_all()
-        self._terms = Terms(os.getcwd(), versions(), torch.get_num_threads(), _pools())
+        self._terms = Terms(os.getcwd(), versions(), torch.get_num_threads(), pools())
+        self._marks: dict[Path, Path] = {}
         self._running, self._suspects, self._lock = set[Piece](), deque[Piece](), RLock()
 
     def share(self, root: Path | None) -> None:
@@ -63,14 +62,16 @@ class Cluster(Executor):
 
         Raises ValueError for the first that does not, and OSError where the folder cannot be written.
         """
-        self._unshare()
+        mark: Path | None = None
         if root is not None:
-            mark = root.resolve() / f".shared-{uuid4().hex}"
+            mark = self._marks.setdefault(root.resolve(), root.resolve() / f".shared-{uuid4().hex}")
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            self._terms = replace(self._terms, mark=str(mark))
-        answers = self._client.run(_objection, self._terms, on_error="return")
+        self._terms = replace(self._terms, mark=None if mark is None else str(mark))
+        answers = self._client.run(objection, self._terms, on_error="return")
         for worker, said in answers.items():
+            if isinstance(said, OSError):  # it has died: who takes its place is asked with its first task
+                continue
             if isinstance(said, Exception):
                 said = f"cannot take part ({type(said).__name__}: {first_line(said)}): install funcscope there."
             if said:
@@ -89,13 +90,14 @@ class Cluster(Executor):
         for future in futures if cancel_futures or not wait else ():
             future.cancel()
         _wait(futures)
-        self._unshare()
+        for mark in self._marks.values():
+            mark.unlink(missing_ok=True)
         self._opened.close()
 
     def _start(self, piece: Piece) -> None:
         with self._lock:
             self._running.add(piece)
-            call = self._client.submit(_called, self._terms, *piece.call, pure=False, key=f"funcscope-{uuid4().hex}")
+            call = self._client.submit(called, self._terms, *piece.call, pure=False, key=f"funcscope-{uuid4().hex}")
         piece.future.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
         call.add_done_callback(lambda done: self._ended(piece, done))
 
@@ -137,11 +139,6 @@ class Cluster(Executor):
         told.__cause__ = err
         return told
 
-    def _unshare(self) -> None:
-        if self._terms.mark is not None:
-            Path(self._terms.mark).unlink(missing_ok=True)
-            self._terms = replace(self._terms, mark=None)
-
 
 _wait = wait  # `shutdown` has an argument of that name
 LOCAL_PATIENCE = 120.0
@@ -163,21 +160,6 @@ def cluster(name: str, *, num: int = 1) -> Cluster:
     return Cluster(address or None, num=num)
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a worker has in common with the study."""
-
-    folder: str
-    """The current one, which relative paths are of."""
-    packages: Mapping[str, str]
-    threads: int
-    """Of torch: sums are added in another order by another number of them."""
-    pools: Mapping[str, int]
-    """Threads of BLAS and OpenMP, by kind."""
-    mark: str | None = None
-    """A file in the folder of the cells."""
-
-
 @dataclass(eq=False)
 class Piece:
     """A call, and the future that its caller has."""
@@ -186,66 +168,6 @@ class Piece:
     future: Future[Any] = field(default_factory=Future)
     is_alone: bool = False
     """Whether nothing else runs beside it."""
-
-
-class Stopped(BaseException):
-    """Nobody waits for this task; no `except Exception` in a metric holds it."""
-
-
-class Stop:
-    """Ends a task that was cancelled, before a forward pass or a product."""
-
-    def __init__(self, worker: Any, key: Any):
-        self.worker, self.key, self.looked = worker, key, time.monotonic()
-
-    def __call__(self, _: Kind) -> None:
-        if time.monotonic() - self.looked < LOOK_EVERY:
-            return
-        self.looked = time.monotonic()
-        task = self.worker.state.tasks.get(self.key)
-        if task is None or task.state in ("cancelled", "released", "forgotten"):
-            raise Stopped
-
-
-LOOK_EVERY = 0.1
-"""Seconds between two looks at whether a task was cancelled."""
-
-
-def _called(terms: Terms, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """On a worker: the call, with the study's folder and threads."""
-    from distributed import get_worker
-    from distributed.worker import thread_state
-    from threadpoolctl import threadpool_limits
-
-    worker = get_worker()
-    if said := _objection(terms, worker):
-        raise ValueError(f"the Dask worker {worker.address} {said}")
-    os.chdir(terms.folder)
-    torch.set_num_threads(terms.threads)
-    with threadpool_limits(dict(terms.pools)), watched(Stop(worker, thread_state.key)):
-        return fn(*args, **kwargs)
-
-
-def _objection(terms: Terms, dask_worker: Any) -> str:
-    """Why a worker cannot take part, with the remedy; empty where it can."""
-    if (num := dask_worker.state.nthreads) != 1:
-        return f"takes {num} tasks at a time, whose memory and threads cannot be told apart: start it by {START}."
-    here = versions()
-    for name, other in terms.packages.items():
-        if here[name] != other:
-            return f"has {name} {here[name]}, and the study {other}: install the same on all machines."
-    if not Path(terms.folder).is_dir():
-        return f"does not see the folder {terms.folder!r}: start the study in one that all machines share."
-    if terms.mark is not None and not Path(terms.mark).is_file():
-        folder = str(Path(terms.mark).parent)
-        return f"does not see the study's folder {folder!r}: choose one (`output_dir`) that all machines share."
-    return ""
-
-
-def _pools() -> dict[str, int]:
-    from threadpoolctl import threadpool_info
-
-    return {each["user_api"]: each["num_threads"] for each in threadpool_info()}
 
 
 def _distributed() -> Any:
@@ -260,7 +182,7 @@ def _local(dask: Any, num: int) -> Iterator[Any]:
     """Workers of this machine, which Dask does not end for the memory that they use."""
     parents = {"distributed.worker.daemon": False}  # of processes of metrics' own (`hard_timeout`); read at every start
     alone = {"n_workers": num, "threads_per_worker": 1, "processes": True, "memory_limit": None}
-    quiet = {"dashboard_address": None, "silence_logs": "CRITICAL"}
+    quiet = {"dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
     with import_module("dask").config.set(parents), dask.LocalCluster(**alone, **quiet) as local:
         yield local
 
