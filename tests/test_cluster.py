@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from folders import folder, texts
 from test_engine import SIZE, Size, files
 
 import funcscope as fs
@@ -164,12 +167,12 @@ def test_a_worker_that_is_killed_at_any_moment_costs_its_task_alone(workers, cac
         victim = pids[draw.choice(sorted(pids))]
         blow = threading.Timer(draw.uniform(0, took), os.kill, (victim, signal.SIGKILL))
         blow.start()
-        folder = Cache(tmp_path / f"killed-{seed}")
-        outcomes = run(STUDY, sources, tasks=("train",), cache=folder, executor=workers)
+        store = Cache(tmp_path / f"killed-{seed}")
+        outcomes = run(STUDY, sources, tasks=("train",), cache=store, executor=workers)
         struck += not blow.is_alive()
         blow.join()
         assert all(outcome.ok for outcome in outcomes), [o.error for o in outcomes]
-        assert cells(folder) == cells(alone)
+        assert cells(store) == cells(alone)
         _settled(workers, victim)
     assert struck > 5
 
@@ -430,5 +433,22 @@ def test_an_address_that_does_not_answer_is_one_line_of_the_command(cache, tmp_p
     assert f"no Dask scheduler answers at '{address}' within 10 s" in capsys.readouterr().err
 
 
-def test_the_package_offers_it():
-    assert fs.Cluster is Cluster
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run(local, tmp_path, monkeypatch, capsys):
+    """With two small models under its names, and the folder of the study here."""
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text().replace("tcp://HOST:8786", local.scheduler_address)
+    for step in (10, 20):
+        folder(tmp_path / "runs" / f"checkpoint-{step}", scale=1 + step / 100)
+    texts(tmp_path / "texts.jsonl")
+    paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*"))
+    (command,) = re.findall(r"^funcscope (analyze .*--executor dask:.*)$", readme, re.MULTILINE)
+    command = command.replace("runs/checkpoint-*", " ".join(paths)).replace("/shared/study", "study")
+    assert cli.main([*command.split(), "--metrics", "mean_loss", "--set", "num_samples=4", "--quiet"]) == 0
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "fs.Cluster" in block)
+    config = fs.UnifiedConfig(dataset_name="texts.jsonl", metrics=("mean_loss",), num_samples=4, verbose=False)
+    scope = {"fs": fs, "paths": paths, "config": config}
+    exec(block, scope)
+    assert not scope["results"].failed
+    assert len(scope["results"].outcomes) == 2
+    capsys.readouterr()
