@@ -24,6 +24,7 @@ import funcscope as fs
 from funcscope import cli
 from funcscope.core.progress import tick
 from funcscope.core.store import load
+from funcscope.study import cluster as room
 from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
 from funcscope.study.cluster import Cluster, cluster
@@ -35,6 +36,10 @@ from funcscope.study.worker import Terms, objection
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
+
+
+HERE = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
+"""A cluster in this process."""
 
 
 @pytest.fixture
@@ -219,6 +224,33 @@ def _dies():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_a_study_without_workers_or_scheduler_says_so(monkeypatch):
+    monkeypatch.setattr(room, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(room, "ALONE", 0.3)
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, protocol="tcp", **HERE) as one,
+        Cluster(one.scheduler_address) as workers,
+    ):
+        one.scale(0)
+        future = workers.submit(len, "abc")
+        with pytest.warns(UserWarning, match="has no workers left, and the study waits"):
+            time.sleep(2)
+        assert not future.done()
+        one.close()
+        with pytest.raises(RuntimeError, match="is gone: start it again, and the same call goes on"):
+            future.result(30)
+
+
+def test_what_cannot_be_sent_is_the_error_of_its_call():
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, protocol="tcp", **HERE) as one,
+        Cluster(one.scheduler_address) as workers,
+        pytest.raises(TypeError, match=r"serialize|pickle"),
+    ):
+        workers.submit(str, threading.Lock()).result(30)
+
+
 # ------------------------------------------------------------------------------------------------------- outcomes
 
 
@@ -323,14 +355,13 @@ def test_what_is_no_address_is_said(address):
 
 
 def test_a_scheduler_without_workers_and_workers_of_several_threads_are_refused(tmp_path):
-    here = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
     with (
-        distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty,
+        distributed.LocalCluster(n_workers=0, protocol="tcp", **HERE) as empty,
         pytest.raises(ValueError, match="has no workers: start some by `dask worker ADDRESS"),
     ):
         Cluster(empty.scheduler_address, patience=0.5)
     with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=2, protocol="tcp", **here) as wide,
+        distributed.LocalCluster(n_workers=1, threads_per_worker=2, protocol="tcp", **HERE) as wide,
         Cluster(wide.scheduler_address) as workers,
     ):
         with pytest.raises(ValueError, match=r"takes 2 tasks at a time.*--nthreads 1"):
@@ -362,8 +393,7 @@ def test_a_worker_that_does_not_see_the_folder_is_refused(tmp_path):
         pytest.skip("no right to hide a folder from a process")
     shared = tmp_path / "study"
     shared.mkdir()
-    here = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
-    with distributed.LocalCluster(n_workers=0, protocol="tcp", **here) as empty:
+    with distributed.LocalCluster(n_workers=0, protocol="tcp", **HERE) as empty:
         start = f"{sys.executable} -m distributed.cli.dask_worker {empty.scheduler_address} --nthreads 1 --no-dashboard"
         hidden = f"mount -t tmpfs tmpfs {shared} && exec {start} --memory-limit 0"
         worker = subprocess.Popen(["unshare", "-m", "sh", "-c", hidden], stderr=subprocess.DEVNULL)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from threading import RLock
+from threading import Event, RLock, Thread
 from typing import Any
 from uuid import uuid4
 
@@ -56,6 +57,8 @@ class Cluster(Executor):
         self._terms = Terms(os.getcwd(), versions(), torch.get_num_threads(), pools())
         self._marks: dict[Path, Path] = {}
         self._running, self._suspects, self._lock = set[Piece](), deque[Piece](), RLock()
+        self._over = Event()
+        Thread(target=self._watch, daemon=True, name="workers of funcscope").start()
 
     def share(self, root: Path | None) -> None:
         """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`.
@@ -89,7 +92,8 @@ class Cluster(Executor):
             futures = [piece.future for piece in (*self._running, *self._suspects)]
         for future in futures if cancel_futures or not wait else ():
             future.cancel()
-        _wait(futures)
+        _wait([future for future in futures if not future.cancelled()])
+        self._over.set()
         for mark in self._marks.values():
             mark.unlink(missing_ok=True)
         self._opened.close()
@@ -97,13 +101,25 @@ class Cluster(Executor):
     def _start(self, piece: Piece) -> None:
         with self._lock:
             self._running.add(piece)
+        try:
             call = self._client.submit(called, self._terms, *piece.call, pure=False, key=f"funcscope-{uuid4().hex}")
+        except Exception as err:  # it cannot be sent, or there is no way there  # noqa: BLE001
+            with self._lock:
+                self._running.discard(piece)
+            if piece.future.set_running_or_notify_cancel():
+                piece.future.set_exception(err)
+            return
         piece.future.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
         call.add_done_callback(lambda done: self._ended(piece, done))
 
     def _ended(self, piece: Piece, call: Any) -> None:
         """What came of a call, or what is next for it."""
-        err = self._error(call)
+        value, err = None, None
+        try:
+            value = call.result()
+        except BaseException as its:  # of the call, of the way, of the worker  # noqa: BLE001
+            err = its
+        call.release()  # what the worker keeps of it
         again = isinstance(err, self._dask.KilledWorker) and not piece.is_alone
         with self._lock:
             self._running.discard(piece)
@@ -111,18 +127,17 @@ class Cluster(Executor):
                 piece.is_alone = True
                 self._suspects.append(piece)
         if not again and piece.future.set_running_or_notify_cancel():
-            piece.future.set_exception(self._said(err)) if err else piece.future.set_result(call.result())
-        call.release()  # what the worker keeps of it
+            piece.future.set_exception(self._said(err)) if err else piece.future.set_result(value)
+        while suspect := self._next():
+            self._start(suspect)
+
+    def _next(self) -> Piece | None:
+        """What is tried alone, where nothing else runs."""
         with self._lock:
             while self._suspects and not self._running:
                 if not (suspect := self._suspects.popleft()).future.cancelled():
-                    self._start(suspect)
-
-    def _error(self, call: Any) -> BaseException | None:
-        try:
-            return call.exception()
-        except CancelledError as err:
-            return err
+                    return suspect
+        return None
 
     def _said(self, err: BaseException) -> BaseException:
         """The error of a call, in words of this package where it is Dask's own."""
@@ -139,10 +154,27 @@ class Cluster(Executor):
         told.__cause__ = err
         return told
 
+    def _watch(self) -> None:
+        """Says when nobody is left who could go on."""
+        since = 0.0
+        while not self._over.wait(LOOK_EVERY):
+            with suppress(Exception):  # of a connection that is lost, which the calls say
+                is_empty = bool(self._running) and not self._client.scheduler_info()["workers"]
+                since = since + LOOK_EVERY if is_empty else 0.0
+            if ALONE <= since < ALONE + LOOK_EVERY:
+                warnings.warn(
+                    f"the Dask scheduler {self.address} has no workers left, and the study waits for some: {START}.",
+                    stacklevel=1,
+                )
+
 
 _wait = wait  # `shutdown` has an argument of that name
 LOCAL_PATIENCE = 120.0
 """Seconds for workers of this machine to begin."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at whether there are workers."""
+ALONE = 60.0
+"""Seconds without workers after which that is said: those that were killed are started again meanwhile."""
 
 
 def cluster(name: str, *, num: int = 1) -> Cluster:
