@@ -160,10 +160,11 @@ def test_threads_are_as_many_there_as_here(local):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_at_any_moment_costs_its_task_alone(workers, cache, tmp_path):
+def test_a_worker_that_is_killed_at_any_moment_costs_its_task_alone(local, workers, cache, tmp_path):
     sources = files(cache)
     alone, _ = serial(tmp_path, sources)
-    started = time.monotonic()
+    run([SIZE], sources, tasks=("train",), executor=workers)  # workers import torch with their first task
+    suspicious, started = interrupted(local), time.monotonic()
     run(STUDY, sources, tasks=("train",), cache=Cache(tmp_path / "timed"), executor=workers)
     took, struck = time.monotonic() - started, 0
     for seed in range(10):
@@ -180,6 +181,12 @@ def test_a_worker_that_is_killed_at_any_moment_costs_its_task_alone(workers, cac
         assert cells(store) == cells(alone)
         _settled(workers, victim)
     assert struck > 5
+    assert interrupted(local) > suspicious  # some had a task
+
+
+def interrupted(local):
+    """How often a task lost its worker."""
+    return sum(each.suspicious for each in local.scheduler.task_prefixes.values())
 
 
 def _settled(workers, victim):
