@@ -98,6 +98,7 @@ from .linalg import (
     xtrace,
 )
 from .study.analyze import analyze_models
+from .study.cluster import Cluster
 from .study.config import UnifiedConfig
 from .study.meter import cleanup_memory
 from .study.metric import Metric, register
@@ -113,6 +114,7 @@ __all__ = [
     "Audit",
     "Axes",
     "BarrierMatrix",
+    "Cluster",
     "CommonDirections",
     "Comparison",
     "Connection",

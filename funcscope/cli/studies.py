@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..study import presets
 from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
+from ..study.cluster import cluster
 from ..study.config import FLAGS, UnifiedConfig
 from ..study.dataset import check_dataset, is_dataset
 from ..study.folder import local_folder
@@ -79,6 +81,11 @@ def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) ->
         "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
     )
     show.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time, each in its own process")
+    show.add_argument(
+        "--executor",
+        metavar="NAME",
+        help="`dask:ADDRESS` for the workers of a Dask scheduler, `dask` for --workers of this machine",
+    )
     show.add_argument("--quiet", action="store_true", help="no progress bar")
     show.add_argument("--save-plots", action="store_true", default=None, help="every figure as a file, too")
     add_settings(show)
@@ -148,15 +155,20 @@ def _study(
     check_writable(out)
     started = time.perf_counter()
     try:
-        if args.workers > 1:
-            with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
-                results = analyze_models(models, config, executor=workers)
-        else:
-            results = analyze_models(models, config)
+        with _executor(args) as workers:
+            results = analyze_models(models, config, executor=workers)
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
         return 130
     return show(results, out, shown=shown, seconds=time.perf_counter() - started, options=vars(args))
+
+
+def _executor(args: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+    if args.executor is not None:
+        return cluster(args.executor, num=args.workers)
+    if args.workers > 1:
+        return ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"))
+    return nullcontext()
 
 
 def _named(files: list[str]) -> str | dict[str, str]:

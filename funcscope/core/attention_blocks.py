@@ -6,6 +6,7 @@ holds a matrix of queries by keys. Masks are written in brief, three numbers a p
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .brief_masks import additive, is_brief, spelt_out
 from .imported import Model, register_attention
+from .memory import without_holes
 from .remat import rematerialised
 
 KERNEL = "funcscope_blocks"
@@ -41,6 +43,8 @@ def _by_blocks(
     eager, num = _eager_of(module), query.shape[-2]
     if not is_brief(attention_mask) and num <= LONG:
         return eager(module, query, key, value, attention_mask, **options)
+    if num > LONG and query.device.type == "cpu":
+        _keep_heap_whole()
     causal, back = getattr(module, "is_causal", False), options.get("sliding_window")
     parts = []
     for start in range(0, num, ROWS):
@@ -52,6 +56,12 @@ def _by_blocks(
         own = {name: param for name, param in module._parameters.items() if param is not None}
         parts.append(attend(query[..., rows, :], key[..., keys, :], value[..., keys, :], attention_mask, own, options))
     return torch.cat(parts, 1), None
+
+
+@functools.cache
+def _keep_heap_whole() -> None:
+    """Once: scores of blocks have as many sizes as there are blocks."""
+    without_holes()
 
 
 class _Block:

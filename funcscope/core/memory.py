@@ -27,6 +27,18 @@ def hand_back() -> None:
             trim(0)
 
 
+def without_holes() -> None:
+    """Have the allocator (glibc's) take numbers of 1 MiB and more from the system and give them back at once, from here on.
+
+    By itself it keeps what was freed for the next one of that size. Temporary tensors of many sizes beside small ones that
+    stay leave holes of all sizes then: several times what is in use.
+    """
+    if sys.platform == "linux":
+        tune = getattr(ctypes.CDLL(None), "mallopt", None)
+        if tune is not None:
+            tune(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
 def peak_growth(call: Callable[[], T]) -> tuple[T, float]:
     """What a call gives, and the MiB by which the process is larger at its peak during the call than before it.
 

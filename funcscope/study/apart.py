@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,15 @@ GRACE = 1.0
 
 
 def apart(bench: Bench, one: Metric, needed: Needed, cell: Cell) -> Outcome | None:
-    """What comes of a metric in a process of its own, killed when its time is over; None where it cannot be sent there."""
+    """What comes of a metric in a process of its own, killed when its time is over; None where it cannot be sent there.
+
+    Raises ValueError in a process that may have none below it.
+    """
+    if current_process().daemon:
+        raise ValueError(
+            "`hard_timeout` needs workers that may start processes: set DASK_DISTRIBUTED__WORKER__DAEMON=false where "
+            "`dask worker` is started."
+        )
     limit = bench.options.timeout_seconds
     options = replace(bench.options, hard_timeout=False, skip_on_error=True)
     try:

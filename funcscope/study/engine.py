@@ -18,6 +18,7 @@ from .apart import apart
 from .asked import check_metrics, check_names, cost
 from .cache import Cache, Cell, Outcome
 from .calling import Call, Needed, lost, spoken
+from .cluster import Cluster
 from .meter import Options
 from .metric import KEY, Metric, with_members, with_needs
 from .record import versions
@@ -69,12 +70,12 @@ def run(
     Metrics of pairs and of series are measured on those that the sources make (`together.arranged`), after the others.
 
     tasks: names of the data, the first for metrics without a preference. executor: any of `concurrent.futures` (processes
-    by `spawn`: torch does not survive a fork); a source is one piece of work. watch: is told every outcome as soon as it is
-    there. bases: what pairs compare the others with, one for each data, measured as they are. Whatever stops the call,
-    what was made until then is kept, and the same call goes on from there.
+    by `spawn`: torch does not survive a fork), or a `Cluster`; a source is one piece of work. watch: is told every outcome
+    as soon as it is there. bases: what pairs compare the others with, one for each data, measured as they are. Whatever
+    stops the call, what was made until then is kept, and the same call goes on from there.
 
     Raises ValueError where two sources or two metrics have one name, where metrics need each other, and, without
-    `skip_on_error`, whatever a metric raises.
+    `skip_on_error`, whatever a metric raises; as `Cluster.share` does, which is asked first.
     """
     check_metrics(metrics)
     check_names(sources)
@@ -96,6 +97,8 @@ def run(
             watch(outcome)
 
         store, options = cache or Cache(None), options or Options()
+        if isinstance(executor, Cluster):
+            executor.share(store.root)
         for together in (False, True):  # what is made of several comes after them
             jobs = [
                 Job(source, tuple(with_needs(each)), tuple(tasks), store, options, _parts(source, outcomes))
