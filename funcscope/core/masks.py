@@ -131,13 +131,15 @@ def _masks(
     dtype = _dtype(model)
     if family.attention == "both" or visible.shape[-2] > 1:
         return additive(visible, dtype)  # one row for all queries, the encoder's and the decoder's; or all is said
-    if _sees_all(model, family):
-        return additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
     back, (length, mixed) = _back(visible), window(model.config)
-    full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
+    if _sees_all(model, family):
+        full, near = visible.expand(-1, -1, visible.shape[-1], -1), back.abs() <= (length or 0)
+    else:
+        full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
+        near = back < (length or 0)
     if length is None:
         return additive(full, dtype)
-    sliding = additive(full & (back < length), dtype)
+    sliding = additive(full & near, dtype)
     return {FULL: additive(full, dtype), SLIDING: sliding} if mixed else sliding
 
 
@@ -146,15 +148,18 @@ def _brief_masks(
 ) -> Tensor | dict[str, Tensor]:
     if family.attention == "both" or visible.shape[-2] > 1:
         return _masks(model, family, inputs, visible)
-    if _sees_all(model, family):
-        return brief(visible, None, None)
     position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
-    first = _start_of_sequence(inputs, position) if family.packs else torch.zeros_like(position)
-    full = brief(visible, first, position + 1)
     length, mixed = window(model.config)
+    if _sees_all(model, family):
+        full = brief(visible, None, None)
+        ends = (position - (length or 0), position + (length or 0) + 1)
+    else:
+        first = _start_of_sequence(inputs, position) if family.packs else torch.zeros_like(position)
+        full = brief(visible, first, position + 1)
+        ends = (torch.maximum(first, position + 1 - (length or 0)), position + 1)
     if length is None:
         return full
-    sliding = brief(visible, torch.maximum(first, position + 1 - length), position + 1)
+    sliding = brief(visible, *ends)
     return {FULL: full, SLIDING: sliding} if mixed else sliding
 
 

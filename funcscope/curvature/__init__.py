@@ -16,6 +16,7 @@ from .kfac import Kfac
 from .kfac_factors import ekfac_factors, kfac_factors
 from .laplace import ewc_penalty, laplace_variance, natural_gradient
 from .m_sharpness import MSharpness, m_sharpness
+from .routing import RoutingChanges, routing_changes
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
@@ -38,6 +39,7 @@ __all__ = [
     "Kfac",
     "MSharpness",
     "Norms",
+    "RoutingChanges",
     "SamSharpness",
     "SequenceForms",
     "SharpnessComparison",
@@ -78,6 +80,7 @@ __all__ = [
     "natural_gradient",
     "per_sample_gradients",
     "relative_critical_sharpness",
+    "routing_changes",
     "sam_sharpness",
     "sequence_forms",
     "stability_threshold",
