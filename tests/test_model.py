@@ -340,7 +340,9 @@ def test_parameters_that_cannot_be_coordinates_are_refused():
         fs.functional(seeded(0, lambda: nn.Linear(2, 2)).requires_grad_(False))
     with pytest.raises(ValueError, match=r"does not have: \['wieght'\]"):
         fs.functional(seeded(0, lambda: nn.Linear(2, 2)), trainable=["wieght"])
-    with pytest.raises(ValueError, match=r"`attention` must be one of 'eager', 'math', 'keep', got 'flash'"):
+    with pytest.raises(
+        ValueError, match=r"`attention` must be one of 'auto', 'blocks', 'eager', 'math', 'keep', got 'flash'"
+    ):
         inspect.unwrap(fs.functional)(seeded(0, lambda: nn.Linear(2, 2)), attention="flash")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,7 @@ def brief(
     return torch.stack([x.to(torch.int32) for x in rows], 1)[:, None]
 
 
-def is_brief(mask: Any) -> bool:
+def is_brief(mask: Any) -> TypeGuard[Tensor]:
     return (
         isinstance(mask, Tensor)
         and mask.ndim == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Bool, Int
@@ -212,7 +212,7 @@ def _dtype(model: Model) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _is_brief(mask: Any) -> bool:
+def _is_brief(mask: Any) -> TypeGuard[Tensor | Mapping[str, Tensor]]:
     return all(map(is_brief, mask.values())) if isinstance(mask, Mapping) else is_brief(mask)
 
 

@@ -64,9 +64,7 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
 
 
 def _use_kernel(skeleton: Model, attention: str) -> None:
-    if attention in ("auto", "blocks") and takes_blocks(skeleton):
-        return use_blocks(skeleton)
-    if attention == "blocks":
+    if attention == "blocks" and not takes_blocks(skeleton):
         raise ValueError(
             f"the attention of {type(skeleton).__name__} is its own affair and cannot be taken in blocks of queries: pass "
             '`attention="eager"` instead of "blocks"; its memory grows with the square of the length.'
@@ -75,7 +73,9 @@ def _use_kernel(skeleton: Model, attention: str) -> None:
         raise ValueError(
             f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'
         )
-    if skeleton._can_set_attn_implementation():
+    if attention in ("auto", "blocks"):
+        use_blocks(skeleton)
+    elif skeleton._can_set_attn_implementation():
         skeleton.set_attn_implementation("sdpa" if attention == "math" else "eager")
     elif attention != "math":
         skeleton.config._attn_implementation = "eager"  # where modules read it at every call, transformers only warns

@@ -125,8 +125,10 @@ class UnifiedConfig:
     """What one text of a .txt file is: a line, a paragraph, the document."""
     packing: bool = False
     """Cut the joined texts into full blocks, without padding."""
-    attention: str = "eager"
-    """The kernel: `eager`, `math`, or `keep` for the model's own."""
+    attention: str = "auto"
+    """The kernel: `eager`, `blocks` of queries, `auto` for these where texts are long, `math`, or `keep`, the model's own."""
+    remat: str = "none"
+    """`layer`: layers are computed again in derivatives, at less memory and more time."""
     compute_dtype: str = "auto"
     """Weights are cast to it where they are used."""
     allow_pickle: bool = False
@@ -271,6 +273,7 @@ class UnifiedConfig:
             dtype=self.dtype,  # type: ignore[arg-type]
             compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
             attention=self.attention,  # type: ignore[arg-type]
+            remat=self.remat,  # type: ignore[arg-type]
             device=("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
             allow_pickle=self.allow_pickle,
         )

@@ -44,7 +44,8 @@ class DataSpec:
     """Of a Hugging Face data set."""
     dtype: DType = "auto"
     compute_dtype: DType = "auto"
-    attention: Literal["eager", "math", "keep"] = "eager"
+    attention: Literal["auto", "blocks", "eager", "math", "keep"] = "auto"
+    remat: Literal["none", "layer"] = "none"
     device: str = "cpu"
     allow_pickle: bool = False
 

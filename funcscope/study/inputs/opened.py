@@ -47,7 +47,9 @@ class OpenedModel:
                 "the model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
             )
         compute = None if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)
-        net = functional(model.to(spec.device), attention=spec.attention, trainable="all", dtype=compute)
+        net = functional(
+            model.to(spec.device), attention=spec.attention, trainable="all", dtype=compute, remat=spec.remat
+        )
         return cls(folder, model, net)
 
     def length(self, spec: DataSpec, length: int = 128) -> int:
