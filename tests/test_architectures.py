@@ -29,6 +29,8 @@ CHANGES = {
     "deepseek_v2": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "deepseek_v3": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "gpt_oss": EXPERTS,
+    "mamba": {"state_size": 4, "layer_types": ...},
+    "mamba2": {"state_size": 4, "layer_types": ..., "num_heads": 4, "n_groups": 2, "chunk_size": 4, "expand": 2},
     "mixtral": EXPERTS,
     "modernbert": {"cls_token_id": 1, "sep_token_id": 1},
     "olmoe": {**EXPERTS, "num_experts": 4},
@@ -36,7 +38,7 @@ CHANGES = {
     "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "albert": {"embedding_size": 16},
     "distilbert": {"hidden_dim": 20},
-    "falcon": {"head_dim": None},
+    "falcon": {"head_dim": ...},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4},
     "gptj": {"rotary_dim": 4},
@@ -50,6 +52,7 @@ CHANGES = {
         "relative_attention_num_buckets": 8,
     },
 }
+"""By model type, added to that; `...` takes a setting out."""
 VARIANTS = {
     "deepseek_v2, groups": {"topk_method": "group_limited_greedy", "n_routed_experts": 4},
     "falcon, alibi": {"alibi": True},
@@ -74,9 +77,7 @@ def model_of(line: str, dtype: torch.dtype, **changes):
     """A small model of one line in eager attention, its norms and biases away from 1 and 0."""
     name = line.split(",")[0]
     settings = {**TINY, **CHANGES.get(name, {}), **VARIANTS.get(line, {}), **changes}
-    config = transformers.AutoConfig.for_model(
-        name, **{k: v for k, v in settings.items() if (k, v) != ("head_dim", None)}
-    )
+    config = transformers.AutoConfig.for_model(name, **{k: v for k, v in settings.items() if v is not ...})
     kind = {"encoder": "MaskedLM", "both": "Seq2SeqLM"}.get(FAMILIES[name].attention, "CausalLM")
     make = getattr(transformers, f"AutoModelFor{kind}")
     kernels = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if FAMILIES[name].routed else {})
@@ -105,6 +106,8 @@ def inputs_of(line: str) -> dict[str, dict]:
     made = {"right": right, "left": left, "no mask": bare}
     if FAMILIES[line.split(",")[0]].attention == "both":
         return {kind: labelled(line, batch) for kind, batch in made.items()}
+    if FAMILIES[line.split(",")[0]].attention == "none":
+        return {kind: batch for kind, batch in made.items() if kind != "left"}
     if line in ("bloom", "distilbert", "mpt"):  # they take no positions
         return made
     counted = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -272,7 +275,7 @@ def by_differences(value, params, d, step):
     return slope(0.0), (slope(step) - slope(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "mamba", "modernbert-decoder"])
+@pytest.mark.parametrize("name", ["falcon_mamba", "granitemoe", "modernbert-decoder"])
 def test_what_is_not_known_is_refused_and_what_the_refusal_offers_is_right(name):
     model = unknown(name)
     mask = tokens(1, 3, 9, pad=3)
@@ -347,6 +350,21 @@ def test_masks_of_four_dimensions_where_the_model_counts_in_two():
     bloom = fs.functional(model_of("bloom", torch.float64))
     with pytest.raises(ValueError, match="pad them on the right"):
         bloom.apply(bloom.params, tokens(7, 3, 9, pad=4, left=True))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_states_that_run_through_a_text(name):
+    """Mapped over parameters, and without padding on the left, which they count in some batches and not in others."""
+    loss = studied(name)[1]
+    theta, v = loss.net.theta, fs.normal(fs.key(1), loss.net.theta)
+    assert loss.is_mapped()
+    ends = torch.stack([theta, theta + 0.1 * v])
+    assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="pad texts on the right"):
+        loss.net.prepare(tokens(7, 3, 9, pad=4, left=True))
+    with pytest.raises(ValueError, match=r"has no attention: .* shape \(batch, tokens\)"):
+        loss.net.prepare({"input_ids": tokens(7, 3, 9)["input_ids"], "attention_mask": torch.zeros(3, 1, 9, 9).bool()})
+    assert loss.net.attention == "eager"
 
 
 def test_attention_in_both_directions_is_not_known_of_a_causal_family():

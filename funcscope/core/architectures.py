@@ -14,8 +14,9 @@ from .imported import Config
 class Family(NamedTuple):
     """What is known of one model type."""
 
-    attention: Literal["causal", "encoder", "both"] = "causal"
-    """encoder: in both directions, unless it was made a decoder. both: an encoder and a decoder."""
+    attention: Literal["causal", "encoder", "both", "none"] = "causal"
+    """encoder: in both directions, unless it was made a decoder. both: an encoder and a decoder. none: states that run
+    through the text, as they do where it has one token less."""
     window: Literal["none", "all layers", "by type"] = "none"
     """Which layers have the `sliding_window` of the configuration, if it has one: those whose type says so, or all.
 
@@ -94,6 +95,7 @@ _CLAIMS = (
         "albert bert camembert distilbert electra ernie roberta xlm-roberta",
     ),
     (Family("encoder", window="by type", linear_head=False), "modernbert"),
+    (Family("none", packs=False, linear_head=False), "mamba mamba2"),
     (Family("both", linear_head=False), "t5"),
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import window
+from .architectures import family_of, window
 from .brief_masks import additive, is_brief, spelt_out
 from .imported import Model, register_attention
 from .remat import rematerialised
@@ -32,7 +32,9 @@ def use_blocks(skeleton: Model) -> None:
 
 def takes_blocks(model: Model) -> bool:
     """Whether a model calls its attention by name, with scores that depend on nothing but queries, keys and masks."""
-    return bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
+    family = family_of(model.config)
+    attends = family is None or family.attention != "none"
+    return attends and bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
 
 
 def _by_blocks(

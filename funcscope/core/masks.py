@@ -47,6 +47,8 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any], *, brief_above: int
     if family is None:
         kind = model.config.model_type
         raise ValueError(f"how a {kind!r} model masks its attention is not known here: {remedy(model.config)}")
+    if family.attention == "none":
+        return _running_states(model.config, inputs)
     visible = _visible(inputs)
     make = _masks if brief_above is None or visible.shape[-1] <= max(brief_above, 3) else _brief_masks
     masks = make(model, family, inputs, visible)
@@ -100,6 +102,22 @@ def _check_alibi(model: Model, inputs: Mapping[str, Any]) -> None:
             f"a {model.config.model_type!r} model in float64 gives nan for texts that are padded on the left: pad them on "
             "the right, or compute in float32."
         )
+
+
+def _running_states(config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The 2-D mask as it is: padding on the right is after all that is read.
+
+    A model whose states run through the text leaves out padding on the left where rows are several, and not in a single one,
+    so that a sequence would have other gradients alone than in its batch.
+    """
+    mask = _visible(inputs)[:, 0]
+    if mask.shape[-2] > 1:
+        raise ValueError(
+            f"a {config.model_type!r} model has no attention: pass an `attention_mask` of shape (batch, tokens)."
+        )
+    if not is_batchedtensor(mask) and not bool(mask[:, 0, 0].all()):
+        raise ValueError(f"a {config.model_type!r} model runs through padding on the left: pad texts on the right.")
+    return {**inputs, "attention_mask": mask[:, 0].long()}
 
 
 def _positions(family: Family, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -95,8 +95,8 @@ def _there(net: Functional, inputs: Inputs) -> Bool[Tensor, "b t"]:
 def _check(loss: Loss, theta: Tensor, steps: Tensor) -> None:
     if not loss.net.routed:
         raise ValueError(
-            "`loss` must be that of a mixture of experts of a known family (`funcscope.core.architectures`): the model of this "
-            "one has no router that is known here; `audit` finds the jumps of any model by differences of its values."
+            "`loss` must be that of a mixture of experts of a known family (`funcscope.core.architectures`): the model of "
+            "this one has no router that is known here; `audit` finds the jumps of any model by differences of its values."
         )
     if loss.net.attention == "keep":
         raise ValueError(
