@@ -30,6 +30,7 @@ COMPUTING = {
     "compute_dtype": "weights are cast to it where they are used",
     "attention": "the kernel: eager, blocks (of queries), auto (those for long texts), math, or keep for the model's own",
     "remat": "layer: compute layers again in derivatives, at less memory and more time; none",
+    "trainable": "adapter: the parameters of a low-rank adapter alone; all: it is merged into its model",
     "device": "cpu, cuda, cuda:1, mps; auto: a GPU where there is one",
     "timeout_seconds": "for one metric on one model",
     "max_memory_gb": "a metric that needs more ends as out of memory",

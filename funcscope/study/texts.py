@@ -46,6 +46,8 @@ class DataSpec:
     compute_dtype: DType = "auto"
     attention: Literal["auto", "blocks", "eager", "math", "keep"] = "auto"
     remat: Literal["none", "layer"] = "none"
+    trainable: Literal["all", "adapter"] = "all"
+    """adapter: theta is what a low-rank adapter has trained; all: it is merged into its model."""
     device: str = "cpu"
     allow_pickle: bool = False
 

@@ -40,16 +40,18 @@ class OpenedModel:
     @classmethod
     def of(cls, spec: DataSpec, folder: Path) -> OpenedModel:
         """The model of a local folder as the data's settings say that it computes."""
-        model = load_model(folder, task=spec.task, dtype=spec.dtype, allow_pickle=spec.allow_pickle)
+        model = load_model(
+            folder, task=spec.task, dtype=spec.dtype, allow_pickle=spec.allow_pickle, trainable=spec.trainable
+        )
         if spec.attention != "keep" and family_of(model.config) is None:
             raise ValueError(
                 f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` "
                 "the model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
             )
         compute = None if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)
-        net = functional(
-            model.to(spec.device), attention=spec.attention, trainable="all", dtype=compute, remat=spec.remat
-        )
+        chosen = None if spec.trainable == "adapter" else "all"
+        model = model.to(spec.device)
+        net = functional(model, attention=spec.attention, trainable=chosen, dtype=compute, remat=spec.remat)
         return cls(folder, model, net)
 
     def length(self, spec: DataSpec, length: int = 128) -> int:

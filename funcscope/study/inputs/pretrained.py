@@ -28,9 +28,11 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from ...core.checks import check_choice
+from ..adapter import base_of, is_adapter, read_adapter
 from ..folder import json_object, local_folder, settings, stored_dtype, weight_files
 from ..quiet import TURNS, one_line, quiet
 from ..texts import DType, Task
+from .adapted import Trainable, adapt
 from .tokens import embedding_rows
 
 _BY_CLASS: tuple[tuple[str, Task], ...] = (
@@ -57,13 +59,21 @@ PROBE = "Two words, 3 numbers (12, 1234) and a line.\n    x = y_0 + 1\tTab's end
 
 
 def load_model(
-    folder: str | Path, *, task: Task | None = None, dtype: DType = "auto", allow_pickle: bool = False
+    folder: str | Path,
+    *,
+    task: Task | None = None,
+    dtype: DType = "auto",
+    allow_pickle: bool = False,
+    trainable: Trainable = "all",
 ) -> PreTrainedModel:
     """The model of a local Hugging Face folder, on the CPU and in eval mode.
 
     task: what it is trained for; None reads it from the architecture in `config.json`.
     dtype: "auto" keeps the dtype that the weights are stored in (the widest, where there are several).
     allow_pickle: also read `pytorch_model.bin`, as tensors only; otherwise weights are safetensors, whole or in shards.
+    trainable: of a folder with a low-rank adapter (PEFT's LoRA): `all` merges it into its model, which is found by its
+    settings (`adapter.base_of`); with `adapter` it stays beside the weights, and its own parameters alone have
+    `requires_grad`.
 
     Weights that keep their dtype are mapped from their files, so that they occupy memory once, when they are first
     used. While the model is in use its files must not be overwritten in place; to replace them, as `save_pretrained`
@@ -77,6 +87,12 @@ def load_model(
     if task is not None:
         check_choice("task", task, get_args(Task))
     path = local_folder(folder)
+    if is_adapter(path):
+        adapter = read_adapter(path)
+        model = load_model(adapter.base, task=task, dtype=dtype, allow_pickle=allow_pickle)
+        return adapt(model, adapter, path, trainable).eval()
+    if trainable == "adapter":
+        raise ValueError(f"{path} holds no adapter (adapter_config.json): pass one, or `trainable='all'`.")
     config = _config(path)
     task = _task(path, config, task)
     files = weight_files(path, allow_pickle=allow_pickle)
@@ -117,6 +133,8 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
     transformers makes other tokens of a text than the folder's tokenizer.json says.
     """
     path = local_folder(folder)
+    if is_adapter(path) and not any((path / name).is_file() for name in _VOCABULARY):
+        path = base_of(path)
     _check_vocabulary(path)
     with quiet(), one_line(f"the tokenizer in {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
