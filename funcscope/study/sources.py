@@ -20,6 +20,7 @@ from .adapter import base_of, is_adapter, weights_of
 from .dataset import ENDINGS, digest_of, is_dataset
 from .digest import Sums
 from .folder import ADAPTER_CONFIG_NAME, local_folder, weight_files
+from .images import digest_of_images, is_image_folder
 from .metric import nearest
 from .record import file_stem
 from .runs import Variant
@@ -72,7 +73,9 @@ class Pretrained:
         for how in ("batch_size", "device"):  # no number depends on them beyond rounding
             del spec[how]
         data, split = spec.pop("data"), spec.pop("split")
-        if is_dataset(data):
+        if is_image_folder(data):
+            content = digest_of_images(data, spec["num_samples"], sums)
+        elif is_dataset(data):
             content = digest_of(data, split, [spec[name] for name in FIELDS], spec["num_samples"])
         elif (file := Path(data)).is_file():
             content = sums.of(file)

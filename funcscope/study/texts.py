@@ -9,7 +9,7 @@ import torch
 
 from ..core.checks import check_count
 
-Task = Literal["causal", "masked", "classification", "seq2seq"]
+Task = Literal["causal", "masked", "classification", "seq2seq", "image_classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Unit = Literal["line", "paragraph", "document"]
 FIELDS = ("field", "label_field", "second_field")

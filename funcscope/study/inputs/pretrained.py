@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -40,6 +42,7 @@ _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("LMHeadModel", "causal"),
     ("ForMaskedLM", "masked"),
     ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "image_classification"),
     ("ForConditionalGeneration", "seq2seq"),
 )
 _AUTO: dict[Task, tuple[Any, Any]] = {
@@ -47,6 +50,7 @@ _AUTO: dict[Task, tuple[Any, Any]] = {
     "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "image_classification": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
 }
 _VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -215,7 +219,7 @@ def _check_task(path: Path, config: PreTrainedConfig, task: Task) -> None:
             f"the attention of the {config.model_type} model in {path} sees the tokens that a causal model predicts: "
             "`is_decoder` is false in its config.json. Pass a decoder, or the task 'masked'."
         )
-    if task == "classification" and (
+    if task in ("classification", "image_classification") and (
         config.num_labels < 2 or config.problem_type not in (None, "single_label_classification")
     ):
         raise ValueError(
