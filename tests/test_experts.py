@@ -74,6 +74,20 @@ def test_values_and_gradients_are_those_of_the_fast_kernel(line):
     assert fast.config._experts_implementation == "grouped_mm"  # the user's model keeps its kernel
 
 
+def test_inner_products_are_those_of_the_gradients_of_sequences():
+    loss = loss_of("mixtral")
+    theta, batch = loss.net.theta, labelled("mixtral", tokens(1, 3, 9, pad=3))
+    num = loss.batches[0][1].weight.sum()
+    rows = []
+    for i in range(3):
+        one = fs.objective(loss.net, [{name: x[i : i + 1] for name, x in batch.items()}], fs.causal_lm)
+        rows.append(grad(one)(theta) * one.batches[0][1].weight.sum() / num)
+    rows = torch.stack(rows)
+    ours, theirs = fs.curvature.gram(loss, theta).total, rows @ rows.T
+    ours, theirs = ours / ours.diagonal().mean(), theirs / theirs.diagonal().mean()  # in one unit
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 # Jumps
 
 

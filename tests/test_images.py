@@ -146,12 +146,27 @@ def test_a_study_of_a_classifier(tmp_path, capsys):
         str(out),
         "--num-samples",
         "4",
-        "--n-samples",
+        "--samples",
         "4",
     ]
     assert main(command) == 0
     assert any(out.iterdir())
     capsys.readouterr()
+
+
+def test_inner_products_and_factors_of_a_classifier():
+    """An image at a time too, where the class token's table has no copies."""
+    x, y = seeded(1, lambda: torch.randn(3, 1, 8, 8).double()), torch.tensor([0, 1, 2])
+    loss = fs.objective(fs.functional(classifier("vit")), [({"pixel_values": x}, y)], fs.classification)
+    theta = loss.net.theta
+    each = [
+        fs.objective(loss.net, [({"pixel_values": x[i : i + 1]}, y[i : i + 1])], fs.classification) for i in range(3)
+    ]
+    rows = torch.stack([torch.func.grad(one)(theta) for one in each])
+    for size in (1, 3):
+        assert_close(fs.curvature.gram(loss, theta, chunk_size=size).total, rows @ rows.T, rtol=1e-6, atol=1e-9)
+    factors = fs.curvature.kfac_factors(loss, theta, key=fs.key(0), num=1)
+    assert torch.isfinite(factors.matvec(theta)).all()
 
 
 # Bad input
