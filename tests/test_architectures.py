@@ -25,7 +25,13 @@ LATENT = {
     "n_group": 2, "topk_group": 1, "num_key_value_heads": 2,
 }  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+BOTH = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "decoder_start_token_id": 2, "layer_types": ..., "hidden_size": ...,
+    "num_attention_heads": ..., "num_hidden_layers": ...,
+}  # fmt: skip
 CHANGES = {
+    **dict.fromkeys(("bart", "marian", "mbart", "pegasus"), BOTH),
     "deepseek_v2": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "deepseek_v3": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "gpt_oss": EXPERTS,
