@@ -72,7 +72,8 @@ VARIANTS = {
     "qwen2, no window": {"use_sliding_window": False, "layer_types": None},
     "stablelm, parallel": {"use_parallel_residual": True, "qk_layernorm": True},
 }
-LINES = [*FAMILIES, *VARIANTS]
+SPEECH = "whisper"
+LINES = [*(name for name in FAMILIES if name != SPEECH), *VARIANTS]
 QUICK = ("bloom", "falcon, alibi", "gemma2", "llama", "opt", "t5")
 HEAVY = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
 OWN_KERNEL = ("bloom", "gemma2", "mpt")
@@ -383,6 +384,29 @@ def test_attention_in_both_directions_is_not_known_of_a_causal_family():
 def test_a_model_without_the_kernel_names_the_one_that_it_has(name):
     with pytest.raises(ValueError, match='attention="eager"'):
         fs.functional(model_of(name, torch.float32), attention="math")
+
+
+def test_speech_has_every_derivative():
+    """Whisper's logits, gradient and Hessian product, of features and of what is to be said, part of which is not scored."""
+    sizes = {key: value for key, value in BOTH.items() if value is not ...}
+    more = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20, "vocab_size": VOCAB}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.WhisperConfig(**sizes, **more, **special)
+    make = transformers.WhisperForConditionalGeneration._from_config
+    model = seeded(0, lambda: make(config, attn_implementation="eager")).double().eval()
+    sound, labels = seeded(1, lambda: (torch.randn(3, 8, 20).double(), torch.randint(3, VOCAB, (3, 6))))
+    labels[1, 4:] = -100
+    loss = fs.objective(fs.functional(model), [{"input_features": sound, "labels": labels}], fs.seq2seq_lm)
+    theta, params = loss.net.theta, [model.get_parameter(name) for name in loss.layout.names]
+    value = model(input_features=sound, labels=labels).loss
+    slope = flat(torch.autograd.grad(value, params, create_graph=True), params)
+    v = fs.normal(fs.key(1), theta)
+    product = flat(torch.autograd.grad(slope @ v, params, allow_unused=True), params)
+    assert_close(loss(theta), value.detach(), rtol=1e-10, atol=0)
+    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-10
+    assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-10
+    ends = torch.stack([theta, theta + 0.1 * v])
+    assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-8, atol=0)
 
 
 IMAGES = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from folders import texts, tokenizer
 from problems import seeded, tokens
 from test_architectures import FAMILIES, LINES, labelled, model_of
 from torch.func import grad, hessian, jvp, vmap
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.experts import recorded_routing
 from funcscope.curvature import routing_changes
+from funcscope.study.inputs.opened import OpenedModel
+from funcscope.study.texts import DataSpec
 
 ROUTED = [line for line in LINES if FAMILIES[line.split(",")[0]].routed]
 QUICK = [line if line == "mixtral" else pytest.param(line, marks=pytest.mark.slow) for line in ROUTED]
@@ -144,6 +147,14 @@ def test_a_trace_of_routing_is_per_layer():
     with recorded_routing() as layers:
         net.apply(net.params, tokens(1, 3, 9))
     assert [tuple(layer.shape) for layer in layers] == [(27, 2)]  # the first layer is dense
+
+
+def test_a_study_says_that_derivatives_are_within_a_routing(tmp_path):
+    model_of("mixtral", torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    spec = DataSpec(texts(tmp_path / "texts.jsonl"), num_samples=4)
+    _, data = OpenedModel.of(spec, tmp_path / "model").loss(spec)
+    assert "derivatives are those within the routing at theta" in str(data)
 
 
 def test_models_without_a_router_and_wrong_steps_are_refused():

@@ -97,7 +97,7 @@ _CLAIMS = (
     (Family("encoder", window="by type", linear_head=False), "modernbert"),
     (Family("none", packs=False, linear_head=False), "mamba mamba2"),
     (Family("both", linear_head=False), "t5"),
-    (Family("both", clean=True, linear_head=False), "bart marian mbart pegasus"),
+    (Family("both", clean=True, linear_head=False), "bart marian mbart pegasus whisper"),
 )
 
 FAMILIES: dict[str, Family] = {name: family for family, names in _CLAIMS for name in names.split()}

@@ -134,13 +134,21 @@ def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
         if inputs.get("labels") is None:
             raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
-        rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        rest["decoder_input_ids"] = _moved_right(model, inputs["labels"])
     if family_of(model.config) is not None and not _is_additive(rest.get("decoder_attention_mask")):
         given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
         visible = _visible(given)
         causal = visible if visible.shape[-2] > 1 else visible & (_back(visible) >= 0)
         rest["decoder_attention_mask"] = additive(causal, _dtype(model))
     return rest
+
+
+def _moved_right(model: Model, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config  # Whisper's, which has a function for it outside the model
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], 1)
 
 
 def _masks(

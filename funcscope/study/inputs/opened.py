@@ -28,6 +28,8 @@ _CRITERIA: dict[Task, Criterion] = {
     "image_classification": classification,
 }
 
+_ROUTED = "a mixture of experts: derivatives are those within the routing at theta, steps may change it"
+
 
 @dataclass(frozen=True, eq=False)
 class OpenedModel:
@@ -87,6 +89,8 @@ class OpenedModel:
         )
         if most < (spec.max_seq_length or length):
             data = replace(data, limit=f"the model has {most} positions: texts end there, and not at {length} tokens")
+        if self.net.routed:
+            data = replace(data, limit="; ".join(filter(None, (data.limit, _ROUTED))))
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
         return objective(self.net, batches, _CRITERIA[task]), data
 

@@ -212,7 +212,10 @@ def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
 
 def _check_task(path: Path, config: PreTrainedConfig, task: Task) -> None:
     if type(config) not in _AUTO[task][1]:
-        raise ValueError(f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}.")
+        raise ValueError(
+            f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}: pass "
+            "another task, or study it from Python (`fs.functional`)."
+        )
     either = type(config) in _AUTO["masked"][1]  # of the others, some have the attribute and never read it
     if task == "causal" and either and not getattr(config, "is_decoder", True):
         raise ValueError(
