@@ -3,7 +3,8 @@
 Claim: For L = h w^2 / 2, strength s = n beta, p = s h + gamma and u' = (1 - eps p / 2) u + sqrt(eps) xi with independent
     xi of mean 0 and variance 1, from u = 0: after t steps Var u_t = v (1 - a^(2t)) with a = 1 - eps p / 2 and
     v = 1 / (p (1 - eps p / 4)), which converges to v exactly for 0 < eps p < 4, so that s E[L] -> s h v / 2; for
-    eps -> 0 that is s h / (2 p), what the exact distribution has, and it is larger by the factor 1 / (1 - eps p / 4).
+    eps -> 0 that is s h / (2 p), what the exact distribution has, and it is larger by the factor 1 / (1 - eps p / 4),
+    which is by eps / 8 times the mean of s L'(w) (s L'(w) + gamma w) over the chain.
     A gradient of mean h w with curvature h_b drawn anew in each step has v = eps / (1 - E a_b^2), which is larger where
     h_b varies.
 Function: funcscope.landscape.learning_coefficient.learning_coefficient
@@ -58,6 +59,12 @@ def test_small_steps_give_the_integral_over_the_exact_distribution():
     assert sp.simplify(found / exact - 1 / (1 - eps * p / 4)) == 0
 
 
+def test_what_the_size_of_the_steps_adds_is_a_mean_over_the_chain():
+    found, exact = s * h * v / 2, s * h / (2 * p)
+    assert sp.simplify(eps / 8 * s * h * p * v - (found - exact)) == 0  # E w^2 = v
+    assert sp.simplify(eps / 8 * (s * h) ** 2 * v - (found - exact)) != 0  # negative control: without the localisation
+
+
 def test_curvatures_that_are_drawn_in_every_step_spread_the_chain():
     d = sp.Symbol("d", positive=True)  # h_b = h - d or h + d, equally likely
     squares = [(1 - eps / 2 * (s * (h + sign * d) + gamma)) ** 2 for sign in (-1, 1)]
@@ -101,3 +108,5 @@ def test_shipped_estimate_is_the_exact_one_within_its_error():
     assert stderr < 0.1 * exact
     assert abs(value - exact) < 4 * stderr
     assert abs(value - perfect) > 4 * stderr  # negative control
+    added = found.step_excess
+    assert abs(float(added.value) - (exact - perfect)) < 4 * float(added.stderr) < 0.5 * (exact - perfect)

@@ -87,6 +87,36 @@ def test_a_small_difference_is_not_rounding():
     assert float(kl_divergence(one, other)) == pytest.approx(variance / 2, rel=2e-3)
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e-10, 1e-12])
+def test_a_difference_far_below_the_rounding_of_normalisers_has_its_size(size):
+    z, d = logits(0, 5, 50), size * logits(1, 5, 50)
+    d = (z + d) - z  # what is left of it in the sum
+    p = z.softmax(-1)
+    variance = (p * (d - (p * d).sum(-1, keepdim=True)).square()).sum(-1)
+    one, other = z.log_softmax(-1), (z + d).log_softmax(-1)
+    for found in (kl_divergence(one, other), kl_divergence(other, one), 4 * js_divergence(one, other)):
+        assert_close(found, variance / 2, rtol=2e-3, atol=0.0)
+
+
+def test_a_probability_that_underflows_is_not_0():
+    p, q = (torch.tensor([0.0, least, 1.0], dtype=torch.float64).log_softmax(-1) for least in (-900.0, -math.inf))
+    assert float(kl_divergence(p, q)) == math.inf
+    assert float(kl_divergence(q, p)) == 0
+    assert str(float(js_divergence(p, q))) == str(float(js_divergence(p, p))) == "0.0"  # not -0
+
+
+@given(st.integers(0, 10**6), st.floats(-3, 3))
+def test_kl_is_scipys_and_never_negative(seed, power):
+    z, w = (logits(seed + i, 4, 9, scale=10**power) for i in range(2))
+    w[:, 0], w[0, 1] = -math.inf, 800.0
+    found = kl_divergence(w.log_softmax(-1), z.log_softmax(-1))
+    p, q = (scipy.special.softmax(x.numpy(), -1) for x in (w, z))
+    wanted = torch.as_tensor(scipy.special.rel_entr(p, q).sum(-1))
+    there = wanted.isfinite()  # scipy has no logarithm of a softmax that underflows
+    assert bool((found >= 0).all())
+    assert_close(found[there], wanted[there], rtol=1e-9, atol=1e-15)
+
+
 def test_chunks_batches_and_padding_change_nothing():
     first, second = both(3)
     whole = output_divergence(divergence_sums(first, second, mask()))

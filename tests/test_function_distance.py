@@ -158,3 +158,26 @@ def test_predictions_that_are_nan_have_no_first_choice():
     assert math.isnan(found.disagreement)
     assert "look at its weights" in " ".join(found.notes)
     assert "look at its weights" in " ".join(elasticity(loss, start, broken, start).notes)
+
+
+class LogOdds(torch.nn.Module):
+    """Logits that are logarithms of weights: -inf at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.odds = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.odds.log()
+
+
+def test_a_model_that_rules_a_class_out_is_infinitely_far_and_named():
+    net = fs.functional(LogOdds())
+    loss = fs.objective(net, [(torch.ones(2, 1).double(), torch.tensor([0, 1]))], fs.classification)
+    every, two = torch.ones(3).double(), torch.tensor([1.0, 1.0, 0.0]).double()
+    for first, second, kl in ((every, two, math.inf), (two, every, math.log(1.5))):
+        found = function_distance(loss, first, second)
+        assert found.kl == pytest.approx(kl)
+        assert found.js == pytest.approx(jensenshannon([1, 1, 1], [1, 1, 0]) ** 2)  # scipy scales to 1
+        assert any("a divergence is infinite" in text for text in found.notes)
+    assert function_distance(loss, two, two).kl == function_distance(loss, two, two).js == 0

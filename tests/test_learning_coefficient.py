@@ -266,14 +266,17 @@ def test_chains_begin_at_the_weights_and_step_as_written():
     chains = langevin_chains(
         loss, theta, key=key(0), num_chains=1, num_steps=3, step_size=0.04, strength=7.0, localization=2.0
     )  # fmt: skip
-    w, excess, distance = theta, [], []
+    w, excess, distance, pull = theta, [], [], []
     for step in range(3):
         excess.append(float(loss(w) - loss(theta)))
         distance.append(float((w - theta).square().sum()))
+        gradient = 7 * torch.func.grad(loss)(w)
+        pull.append(float(gradient @ (gradient + 2 * (w - theta))))
         noise = normal(fs.fold_in(fs.fold_in(fs.fold_in(key(0), "noise"), 0), step), theta)
         w = w - 0.02 * (7 * torch.func.grad(loss)(w) + 2 * (w - theta)) + 0.2 * noise
     np.testing.assert_allclose(chains.excess[0], excess, rtol=1e-9, atol=1e-14)
     np.testing.assert_allclose(chains.square_distance[0], distance, rtol=1e-9)
+    np.testing.assert_allclose(chains.pull[0], pull, rtol=1e-9)
 
 
 def autoregressive(rho, chains, num, seed=0):
@@ -383,6 +386,7 @@ def test_doors():
         ({"num_chains": 1}, "`num_chains` must be an integer of at least 2"),
         ({"num_steps": 10, "burn_in": 9}, "`num_steps` must be an integer of at least 13"),
         ({"step_size": 0.0}, "`step_size` must be a finite number above 0"),
+        ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1"),
         ({"localization": -1.0}, "`localization` must be"),
         ({"batch_size": 5}, "`batch_size` must be at most the 4 sequences"),
         ({"inverse_temperature": 0.0}, "`inverse_temperature` must be"),

@@ -181,6 +181,23 @@ def test_new_targets_are_uniform_where_something_is_scored_and_the_same_at_every
     assert all(bool(labels.weight.any(1).all()) for _, labels in chosen.batches)
 
 
+def test_outputs_of_zero_take_no_memory_and_positions_keep_their_weights():
+    sizes, weights = [], torch.tensor([1.0, 2.0, 3.0, 4.0])
+    criterion = fs.cross_entropy(weight=weights)
+
+    def watched(out, targets, key):
+        sizes.append(out.untyped_storage().nbytes())
+        return criterion.sample(out, targets, key)
+
+    net, labels = fs.functional(seeded(0, lambda: nn.Linear(8, CLASSES)).double()), torch.arange(20) % CLASSES
+    loss = fs.objective(net, [(normal(2, 20, 8), labels)], replace(criterion, sample=watched))
+    ((task, silent),) = new_tasks(loss, net.theta, fs.key(0), 1)
+    assert sizes == [8]
+    assert silent == pytest.approx(math.log(CLASSES))
+    assert torch.equal(task.batches[0][1].weight, weights[labels])
+    assert not torch.equal(task.batches[0][1].index, labels)
+
+
 def test_sequences_are_drawn_by_the_key_alone_and_numbers_are_of_them():
     loss = alive()
     theta = loss.net.theta

@@ -113,7 +113,7 @@ def _lazy(loss: Loss, base: Theta, dirs: Sequence[Leaves], single: bool) -> Phi:
         steps = list(a) if isinstance(a, Tensor) and not single else [a]
 
         def leaf(name: str, _: Tensor) -> Tensor:
-            return _moved(params[name], steps, [d.parts(name) for d in dirs], loss.layout.by_name[name].dtype)
+            return moved_leaf(params[name], steps, [d.parts(name) for d in dirs], loss.layout.by_name[name].dtype)
 
         return loss.at_leaves(leaf)
 
@@ -130,7 +130,7 @@ def _check_coefficients(a: Tensor | float | int, shape: tuple[int, ...]) -> None
         )
 
 
-def _moved(
+def moved_leaf(
     value: Tensor, steps: Sequence[Tensor | float | int], dirs: Sequence[Iterator[Part]], dtype: torch.dtype
 ) -> Tensor:
     """value + sum of step * direction in `dtype`, computed in the directions' own, a few rows at a time."""

@@ -15,6 +15,7 @@ from .hessian import ggn, hessian, hessian_difference
 from .kfac import Kfac
 from .kfac_factors import ekfac_factors, kfac_factors
 from .laplace import ewc_penalty, laplace_variance, natural_gradient
+from .leafwise_trace import leafwise_trace
 from .m_sharpness import MSharpness, m_sharpness
 from .routing import RoutingChanges, routing_changes
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
@@ -75,6 +76,7 @@ __all__ = [
     "hessian_summary",
     "kfac_factors",
     "laplace_variance",
+    "leafwise_trace",
     "m_sharpness",
     "micro_batches",
     "natural_gradient",

@@ -13,6 +13,7 @@ from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..core.batches import Prepared, rows
+from ..core.estimate import wide
 from ..core.keys import BLOCK, Key, fill, fold_in, normal, uniform
 from ..core.objective import Loss
 
@@ -26,6 +27,8 @@ class Chains(NamedTuple):
     """L(w_t) - L(w*), of the data of that step; float64 on the CPU."""
     square_distance: Float[Tensor, "c t"]
     """||w_t - w*||^2."""
+    pull: Float[Tensor, "c t"]
+    """s g D, with the drift D = s g + gamma (w_t - w*): what the size of the steps adds to the losses is measured by it."""
 
 
 def langevin_chains(
@@ -58,15 +61,16 @@ def langevin_chains(
     source = _whole(loss, theta, chunk_size) if batch_size is None else _parts(loss, theta, key, batch_size)
     noises = [fold_in(fold_in(key, "noise"), chain) for chain in range(num_chains)]
     moved = theta.new_zeros(num_chains, len(theta))
-    excess, distance = [], []
+    excess, distance, pull = [], [], []
     for step in range(num_steps):
         gradients, values = source(moved, step)
         excess.append(values.cpu().double())
         distance.append(torch.linalg.vector_norm(moved, dim=1).cpu().double().square())
         noise = torch.stack([_normal(fold_in(each, step), theta) for each in noises])
         drift = strength * gradients + localization * moved
+        pull.append(strength * (gradients * drift).sum(1, dtype=wide(drift.device)).cpu().double())
         moved = moved - step_size / 2 * drift + step_size**0.5 * noise
-    return Chains(torch.stack(excess, 1), torch.stack(distance, 1))
+    return Chains(*(torch.stack(each, 1) for each in (excess, distance, pull)))
 
 
 def _normal(key: Key, like: Tensor) -> Tensor:

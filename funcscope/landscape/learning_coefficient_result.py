@@ -18,6 +18,10 @@ LEAST_CHAINS = 2
 MIXED = 1.1
 """The largest R-hat of chains that count as mixed."""
 OFTEN = 0.5
+NOTABLE, MOSTLY = 0.1, 0.5
+"""Shares of an estimate that are of the steps: that a note names, and beyond which it is of nothing else."""
+UNFELT = 0.1
+"""That of one direction along which the loss rises with the tenth power: below it, chains have met no rise at all."""
 RELAXED = 5
 """Relaxation times after which flat directions have all their variance but exp(-10) of it."""
 
@@ -41,6 +45,8 @@ class LearningCoefficient(Result):
     burn_in: int
     batch_size: int | None
     key: Key
+    pull: Float[Tensor, "c t"] | None = internal(default=None)
+    """`Chains.pull`, of the whole loss."""
 
     @property
     def coords(self) -> dict[str, range]:
@@ -52,6 +58,13 @@ class LearningCoefficient(Result):
         made = Estimate.of(self.chain_estimates[~self.diverged])
         nan = torch.tensor(math.nan, dtype=torch.float64)
         return made if self.is_estimated else Estimate(nan, nan, made.num)
+
+    @derived("part of it that is of the size of the steps")
+    def step_excess(self) -> Estimate | None:
+        """None for minibatches, whose noise is in their gradients, and where there is no estimate."""
+        if self.pull is None or not self.is_estimated:
+            return None
+        return Estimate.of(self.step_size / 8 * self.pull[~self.diverged, self.burn_in :].mean(1))
 
     @derived("local learning coefficient of the chain", per="chain")
     def chain_estimates(self) -> Float[Tensor, " c"]:
@@ -98,12 +111,21 @@ class LearningCoefficient(Result):
 
     @property
     def unresolved(self) -> list[str]:
-        """Chains that have not mixed, and weights at no minimum, have no learning coefficient."""
-        return ["learning_coefficient"] if self._on_mixing or self._on_minimum else []
+        """Chains that have not mixed, weights at no minimum, and numbers of the sampler are no learning coefficient."""
+        of_steps = self._step_share > MOSTLY
+        return ["learning_coefficient"] if self._on_mixing or self._on_minimum or of_steps else []
 
     @property
     def notes(self) -> list[str]:
-        every = (self._on_divergence, self._on_burn_in, self._on_mixing, self._on_minimum, self._on_size)
+        every = (
+            self._on_divergence,
+            self._on_burn_in,
+            self._on_mixing,
+            self._on_minimum,
+            self._on_steps,
+            self._on_size,
+            self._on_localization,
+        )
         return [text for text in every if text]
 
     @property
@@ -151,6 +173,33 @@ class LearningCoefficient(Result):
         return (
             f"{self.negative_share:.0%} of the draws have less loss than the weights: these are at no minimum of this loss, "
             "and the estimate is no learning coefficient."
+        )
+
+    @property
+    def _step_share(self) -> float:
+        """Of the estimate; 0 where nothing is measured, or no more than the error of the estimate."""
+        made, steps = self.learning_coefficient, self.step_excess
+        if steps is None or not float(steps.value) > 2 * float(made.stderr):
+            return 0.0
+        return float(steps.value) / float(made.value) if float(made.value) > 0 else 0.0
+
+    @property
+    def _on_steps(self) -> str:
+        if self._step_share <= NOTABLE:
+            return ""
+        return (
+            f"about {self._step_share:.0%} of the estimate is of the size of the steps, by which sharp directions spread too "
+            f"far: take steps of {self.step_size * NOTABLE / self._step_share:.1g}, and a burn-in that is longer by as much."
+        )
+
+    @property
+    def _on_localization(self) -> str:
+        made = self.learning_coefficient
+        if not self.is_estimated or self._on_burn_in or not 0 <= float(made.value) < UNFELT - 2 * float(made.stderr):
+            return ""
+        return (
+            f"the chains stay where the loss rises by less than {UNFELT:g} of its temperature: the localisation holds them, "
+            "and the estimate is of it. Take a weaker one, with larger steps."
         )
 
     @property

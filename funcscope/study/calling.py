@@ -18,7 +18,8 @@ from ..core.progress import watched
 from ..core.result import Result
 from ..core.store import to_json
 from .cache import Outcome, Status
-from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full
+from .memory_plan import GIB, MemoryPlan, in_remat, memory_plan
+from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full, memory_gb
 from .metric import KEY, Metric, check_result
 from .quiet import TURNS
 from .rows import resumed
@@ -46,6 +47,8 @@ class Call:
     plan: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
     """Of the batches, where memory ran out."""
+    memory: MemoryPlan | None = None
+    """How products are made, where there is a choice."""
     shared: Shared = field(default_factory=Shared)
     edited: bool = False
     """Whether it wrote into what it was given."""
@@ -75,7 +78,7 @@ class Call:
             self.edited = self._edits() != before
             said = lost(err)
             outcome = replace(empty, **said | {"error": self._named(said["error"])})
-        plan = {"batch_size": self.size, "timeout": held or None}
+        plan = {"batch_size": self.size, "timeout": held or None, "memory": (self.memory and self.memory.why) or None}
         told = self.plan | {name: value for name, value in plan.items() if value is not None}
         seconds = max(0.0, time.perf_counter() - started + self.elsewhere)
         cost = {"seconds": seconds, "forwards": meter.forwards, "products": meter.products}
@@ -88,6 +91,7 @@ class Call:
             needs: list[Any] | None = None
             value: Any = None
             try:
+                self._plan_memory()
                 needs = [self._need(name) for name in one.needs if name != KEY]
                 with torch.backends.cudnn.flags(benchmark=False, deterministic=self.options.deterministic):
                     value = self._called(needs, drawn)
@@ -120,8 +124,22 @@ class Call:
         if name in self.needed:
             results = tuple(each.result for each in self.needed[name])
             return results[0] if self.one.on == "model" else results
-        value = self.subject.need(name, self.task)
-        return value.split(self.size) if name == "loss" and self.size is not None else value
+        return self._loss() if name == "loss" and self.loss is not None else self.subject.need(name, self.task)
+
+    def _loss(self) -> Any:
+        """In batches and layers that fit."""
+        value = self.subject.need("loss", self.task)
+        value = value if self.size is None else value.split(self.size)
+        return in_remat(value) if self.memory and self.memory.remat else value
+
+    def _plan_memory(self) -> None:
+        """Whether products keep their graphs, where the metric leaves that open and memory is limited."""
+        limit = self.options.max_memory_gb
+        if limit is None or self.loss is None or not self.one.plan.get("keep") or self.one.plan.get("head_chunk"):
+            return
+        loss = self.loss if self.size is None else self.loss.split(self.size)
+        self.memory = memory_plan(loss, self.subject.theta, (limit - memory_gb()) * 1e9 / GIB)
+        self.plan["keep"] = self.memory.keep
 
     def _named(self, error: str) -> str:
         """What is said of several subjects, which the function knows as its arguments, by their own names."""

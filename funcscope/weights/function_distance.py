@@ -108,6 +108,8 @@ class FunctionDistance(Result):
         made = ["a single sequence has no standard error."] * (self.num_sequences < 2)
         if math.isnan(self.kl):
             made.append("predictions of a model are nan: look at its weights.")
+        elif math.inf in (self.kl, self.kl_reverse):
+            made.append("a divergence is infinite: one model gives probability 0 to what the other can say.")
         if self.kl <= self.rounding:
             made.append(f"no divergence is resolved: rounding of logits alone makes up to {self.rounding:.1g} nats.")
         if self.num_sequences > 1 and self.disagreement in (0.0, 1.0):

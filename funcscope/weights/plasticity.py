@@ -114,11 +114,12 @@ def plasticity(
       \text{memorised} = 1 - \frac{\text{remaining}}{L(0; y)},$$
 
     with k `steps` of `masked_training` without a mask, on targets y that the criterion draws for outputs of 0: uniform labels
-    for a cross-entropy, fair coins for a binary one, noise of variance 1/2 for squared errors; positions that are not scored
-    stay so. Losses are of the sequences that were trained on, as what is asked is whether targets without a rule are
-    memorised. A lower remaining loss is more plasticity. `memorised_share` is for cross-entropies, whose floor is 0: 0 where
-    nothing is better than outputs of 0 (log C), 1 where every label is known, negative below a network that says nothing, as
-    confident ones are at first. Where equal contexts have got different labels, 1 is out of reach.
+    for a cross-entropy, fair coins for a binary one, noise of variance 1/2 for squared errors. Every position keeps the
+    weight that it has in the loss: 0 where it is not scored, and that of its own class where classes are weighted. Losses
+    are of the sequences that were trained on, as what is asked is whether targets without a rule are memorised. A lower
+    remaining loss is more plasticity. `memorised_share` is for cross-entropies, whose floor is 0: 0 where nothing is better
+    than outputs of 0 (log C), 1 where every label is known, negative below a network that says nothing, as confident ones
+    are at first. Where equal contexts have got different labels, 1 is out of reach.
 
     The same key gives the same sequences, targets and batches at every theta: checkpoints differ by their weights alone, and
     a remaining loss that rises over training is a loss of plasticity, for this budget and optimiser.
@@ -176,7 +177,7 @@ def new_tasks(loss: Loss, theta: Tensor, key: Key, num: int) -> list[tuple[Loss,
         )
     with torch.no_grad():
         params = loss.params(theta)
-        silent = [torch.zeros_like(loss.net.apply(params, inputs)) for inputs, _ in loss.batches]
+        silent = [_zeros_like(loss.net.apply(params, inputs)) for inputs, _ in loss.batches]
     tasks = [_with_new_targets(loss, silent, fold_in(fold_in(key, draw), "targets")) for draw in range(num)]
     return [(task, _loss_of(task, silent)) for task in tasks]
 
@@ -188,6 +189,11 @@ def some_sequences(loss: Loss, theta: Tensor, key: Key, num: int | None) -> Loss
     there = torch.zeros_like(scored)
     there[order[scored[order]][:num]] = True
     return chosen(loss, there)
+
+
+def _zeros_like(out: Tensor) -> Tensor:
+    """In the memory of one number: outputs of all batches, of a large vocabulary, would not fit."""
+    return out.new_zeros(()).expand(out.shape)
 
 
 def _with_new_targets(loss: Loss, silent: Sequence[Tensor], key: Key) -> Loss:
