@@ -9,13 +9,13 @@ from functools import cache
 import numpy as np
 import torch
 from problems import seeded
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import funcscope as fs
 from funcscope.core.estimate import Crossed, Estimate
 from funcscope.core.result import Result
 from funcscope.core.softmax import Labels
-from funcscope.curvature import batch_dependence, edge_of_stability, gradient_norms, gram
+from funcscope.curvature import batch_dependence, edge_of_stability, gradient_norms, gram, routing_changes
 from funcscope.curvature.fisher import fisher_diagonal_mc
 from funcscope.fisher import (
     compare_methods,
@@ -260,6 +260,15 @@ def hidden() -> list[PermutationGroup]:
         return permutation_groups(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
 
 
+def routing() -> Result:
+    """Of a mixture of four experts, under two steps."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = MixtralConfig(vocab_size=9, num_local_experts=4, num_key_value_heads=1, **sizes)
+    net = fs.functional(seeded(0, lambda: MixtralForCausalLM(config)))
+    steps = torch.stack([scale * fs.normal(fs.key(0), net.theta) for scale in (0.0, 1.0)])
+    return routing_changes(fs.objective(net, [words()], fs.causal_lm), net.theta, steps)
+
+
 EXAMPLES: dict[str, Callable[[], Result]] = {
     "Estimate": lambda: Estimate.of(torch.tensor([1.0, 2.0, 4.0])),
     "Crossed": lambda: Crossed.of_rows(Estimate.of(torch.tensor([0.0, 2.0])), torch.tensor([[0.5, -0.5], [1.0, -1.0]])),
@@ -284,6 +293,7 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
         loss(), theta(), key=fs.key(0), num=3, trace=Estimate.of(torch.ones(2))
     ),
     "SharpnessComparison": lambda: fs.compare_sharpness(loss(), theta(), loss(), 2 * theta()),
+    "RoutingChanges": routing,
     "SequenceForms": lambda: fs.sequence_forms(loss(), theta(), torch.stack([theta(), 2 * theta()])),
     "EigenvalueErrors": lambda: fs.eigenvalue_errors(loss(), theta(), pairs()),
     "EigenvalueDifferences": lambda: fs.compare_eigenvalues(*2 * [fs.eigenvalue_errors(loss(), theta(), pairs())]),

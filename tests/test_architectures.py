@@ -20,10 +20,31 @@ TINY = {
     "eos_token_id": 1, "pad_token_id": 0, "sliding_window": 4, "use_sliding_window": True, "layer_types": [SLIDING, FULL],
 }  # fmt: skip
 """One configuration for all: whoever has no window must leave it alone."""
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6, "head_dim": 4,
+    "n_group": 2, "topk_group": 1, "num_key_value_heads": 2,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+BOTH = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "decoder_start_token_id": 2, "layer_types": ..., "hidden_size": ...,
+    "num_attention_heads": ..., "num_hidden_layers": ...,
+}  # fmt: skip
 CHANGES = {
+    **dict.fromkeys(("bart", "marian", "mbart", "pegasus"), BOTH),
+    "deepseek_v2": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "deepseek_v3": {**EXPERTS, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "gpt_oss": EXPERTS,
+    "mamba": {"state_size": 4, "layer_types": ...},
+    "mamba2": {"state_size": 4, "layer_types": ..., "num_heads": 4, "n_groups": 2, "chunk_size": 4, "expand": 2},
+    "mixtral": EXPERTS,
+    "modernbert": {"cls_token_id": 1, "sep_token_id": 1},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
     "albert": {"embedding_size": 16},
     "distilbert": {"hidden_dim": 20},
-    "falcon": {"head_dim": None},
+    "falcon": {"head_dim": ...},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4},
     "gptj": {"rotary_dim": 4},
@@ -37,7 +58,9 @@ CHANGES = {
         "relative_attention_num_buckets": 8,
     },
 }
+"""By model type, added to that; `...` takes a setting out."""
 VARIANTS = {
+    "deepseek_v2, groups": {"topk_method": "group_limited_greedy", "n_routed_experts": 4},
     "falcon, alibi": {"alibi": True},
     "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 1},
     "gemma3_text, capped": {"final_logit_softcapping": 5.0},
@@ -49,7 +72,8 @@ VARIANTS = {
     "qwen2, no window": {"use_sliding_window": False, "layer_types": None},
     "stablelm, parallel": {"use_parallel_residual": True, "qk_layernorm": True},
 }
-LINES = [*FAMILIES, *VARIANTS]
+SPEECH = "whisper"
+LINES = [*(name for name in FAMILIES if name != SPEECH), *VARIANTS]
 QUICK = ("bloom", "falcon, alibi", "gemma2", "llama", "opt", "t5")
 HEAVY = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
 OWN_KERNEL = ("bloom", "gemma2", "mpt")
@@ -60,12 +84,11 @@ def model_of(line: str, dtype: torch.dtype, **changes):
     """A small model of one line in eager attention, its norms and biases away from 1 and 0."""
     name = line.split(",")[0]
     settings = {**TINY, **CHANGES.get(name, {}), **VARIANTS.get(line, {}), **changes}
-    config = transformers.AutoConfig.for_model(
-        name, **{k: v for k, v in settings.items() if (k, v) != ("head_dim", None)}
-    )
+    config = transformers.AutoConfig.for_model(name, **{k: v for k, v in settings.items() if v is not ...})
     kind = {"encoder": "MaskedLM", "both": "Seq2SeqLM"}.get(FAMILIES[name].attention, "CausalLM")
     make = getattr(transformers, f"AutoModelFor{kind}")
-    model = seeded(0, lambda: make.from_config(config, attn_implementation="eager")).to(dtype).eval()
+    kernels = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if FAMILIES[name].routed else {})
+    model = seeded(0, lambda: make.from_config(config, **kernels)).to(dtype).eval()
     noise = seeded(1, lambda: [torch.randn(p.shape).to(dtype) for p in model.parameters()])
     with torch.no_grad():
         for param, step in zip(model.parameters(), noise, strict=True):
@@ -90,6 +113,8 @@ def inputs_of(line: str) -> dict[str, dict]:
     made = {"right": right, "left": left, "no mask": bare}
     if FAMILIES[line.split(",")[0]].attention == "both":
         return {kind: labelled(line, batch) for kind, batch in made.items()}
+    if FAMILIES[line.split(",")[0]].attention == "none":
+        return {kind: batch for kind, batch in made.items() if kind != "left"}
     if line in ("bloom", "distilbert", "mpt"):  # they take no positions
         return made
     counted = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -235,13 +260,9 @@ def unknown(name: str):
     experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     more = {"shared_expert_intermediate_size": 8, "state_size": 4, "cls_token_id": 1, "sep_token_id": 1}
     settings = {**TINY, **experts, **more}
-    if name != "gpt_oss":
-        settings = {
-            k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")
-        }
+    settings = {k: v for k, v in settings.items() if k not in ("sliding_window", "use_sliding_window", "layer_types")}
     config = transformers.AutoConfig.for_model(name, **settings)
-    make = transformers.AutoModelForMaskedLM if name == "modernbert" else transformers.AutoModelForCausalLM
-    return seeded(0, lambda: make.from_config(config)).eval()
+    return seeded(0, lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
 def by_differences(value, params, d, step):
@@ -261,22 +282,20 @@ def by_differences(value, params, d, step):
     return slope(0.0), (slope(step) - slope(-step)) / (2 * step)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "gpt_oss", "mamba", "modernbert"])
+@pytest.mark.parametrize("name", ["falcon_mamba", "granitemoe", "modernbert-decoder"])
 def test_what_is_not_known_is_refused_and_what_the_refusal_offers_is_right(name):
     model = unknown(name)
-    criterion = fs.masked_lm if name == "modernbert" else fs.causal_lm
     mask = tokens(1, 3, 9, pad=3)
     batch = {**mask, "labels": mask["input_ids"].masked_fill(mask["attention_mask"] == 0, -100)}
     with pytest.raises(ValueError, match=rf"how a '{name}' model masks its attention is not known.*attention=\"keep\""):
-        fs.objective(fs.functional(model), [batch], criterion)
+        fs.objective(fs.functional(model), [batch], fs.causal_lm)
     net = fs.functional(model, attention="keep")
-    loss, theta = fs.objective(net, [batch], criterion), net.theta
+    loss, theta = fs.objective(net, [batch], fs.causal_lm), net.theta
     params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
-    shift = int(criterion is fs.causal_lm)
 
     def value():
-        logits = model(**mask).logits[:, : 9 - shift]
-        return F.cross_entropy(logits.reshape(-1, VOCAB), batch["labels"][:, shift:].reshape(-1), ignore_index=-100)
+        logits = model(**mask).logits[:, :-1]
+        return F.cross_entropy(logits.reshape(-1, VOCAB), batch["labels"][:, 1:].reshape(-1), ignore_index=-100)
 
     d = fs.normal(fs.key(1), theta)
     d /= d.norm()
@@ -340,6 +359,21 @@ def test_masks_of_four_dimensions_where_the_model_counts_in_two():
         bloom.apply(bloom.params, tokens(7, 3, 9, pad=4, left=True))
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_states_that_run_through_a_text(name):
+    """Mapped over parameters, and without padding on the left, which they count in some batches and not in others."""
+    loss = studied(name)[1]
+    theta, v = loss.net.theta, fs.normal(fs.key(1), loss.net.theta)
+    assert loss.is_mapped()
+    ends = torch.stack([theta, theta + 0.1 * v])
+    assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="pad texts on the right"):
+        loss.net.prepare(tokens(7, 3, 9, pad=4, left=True))
+    with pytest.raises(ValueError, match=r"has no attention: .* shape \(batch, tokens\)"):
+        loss.net.prepare({"input_ids": tokens(7, 3, 9)["input_ids"], "attention_mask": torch.zeros(3, 1, 9, 9).bool()})
+    assert loss.net.attention == "eager"
+
+
 def test_attention_in_both_directions_is_not_known_of_a_causal_family():
     net = fs.functional(model_of("gemma3_text", torch.float32, use_bidirectional_attention=True))
     with pytest.raises(ValueError, match=r"'gemma3_text'.*attention=\"keep\""):
@@ -352,21 +386,91 @@ def test_a_model_without_the_kernel_names_the_one_that_it_has(name):
         fs.functional(model_of(name, torch.float32), attention="math")
 
 
-def test_images_have_every_derivative_from_python():
-    config = transformers.ViTConfig(
-        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-        num_channels=1, num_labels=3,
-    )  # fmt: skip
-    model = seeded(0, lambda: transformers.ViTForImageClassification(config)).eval()
-    model.set_attn_implementation("eager")
-    x, y = seeded(1, lambda: torch.randn(3, 1, 8, 8)), torch.tensor([0, 1, 2])
-    net = fs.functional(model)
-    loss, theta = fs.objective(net, [({"pixel_values": x}, y)], fs.classification), net.theta
-    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
-    value = F.cross_entropy(model(pixel_values=x).logits, y)
+def test_speech_has_every_derivative():
+    """Whisper's logits, gradient and Hessian product, of features and of what is to be said, part of which is not scored."""
+    sizes = {key: value for key, value in BOTH.items() if value is not ...}
+    more = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20, "vocab_size": VOCAB}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.WhisperConfig(**sizes, **more, **special)
+    make = transformers.WhisperForConditionalGeneration._from_config
+    model = seeded(0, lambda: make(config, attn_implementation="eager")).double().eval()
+    sound, labels = seeded(1, lambda: (torch.randn(3, 8, 20).double(), torch.randint(3, VOCAB, (3, 6))))
+    labels[1, 4:] = -100
+    loss = fs.objective(fs.functional(model), [{"input_features": sound, "labels": labels}], fs.seq2seq_lm)
+    theta, params = loss.net.theta, [model.get_parameter(name) for name in loss.layout.names]
+    value = model(input_features=sound, labels=labels).loss
     slope = flat(torch.autograd.grad(value, params, create_graph=True), params)
     v = fs.normal(fs.key(1), theta)
     product = flat(torch.autograd.grad(slope @ v, params, allow_unused=True), params)
-    assert_close(loss(theta).float(), value.detach(), rtol=1e-5, atol=0)
-    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-4
-    assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-4
+    assert_close(loss(theta), value.detach(), rtol=1e-10, atol=0)
+    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-10
+    assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-10
+    ends = torch.stack([theta, theta + 0.1 * v])
+    assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-8, atol=0)
+
+
+IMAGES = {
+    "beit": {"layer_scale_init_value": 0.1},
+    "convnext": {
+        "hidden_sizes": [4, 6],
+        "depths": [1, 1],
+        "num_stages": 2,
+        "patch_size": 2,
+        "layer_scale_init_value": 0.1,
+    },
+    "deit": {},
+    "dinov2": {"mlp_ratio": 2, "layerscale_value": 0.1},
+    "resnet": {"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"},
+    "swin": {
+        "embed_dim": 4,
+        "depths": [2, 1],
+        "num_heads": [1, 2],
+        "window_size": 2,
+        "patch_size": 1,
+        "num_attention_heads": ...,
+    },
+    "vit": {},
+}
+"""Small classifiers of images: what they have beside the sizes of all; `...` takes one out."""
+FEW_IMAGES = [line if line == "vit" else pytest.param(line, marks=pytest.mark.slow) for line in IMAGES]
+
+
+@cache
+def classifier(line: str):
+    """In float64, with normalisers that are not those of a new model."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {**sizes, "image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3, **IMAGES[line]}
+    config = transformers.AutoConfig.for_model(line, **{k: v for k, v in settings.items() if v is not ...})
+    kinds = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    kind = kinds[0] if isinstance(kinds, tuple) else kinds
+    model = seeded(0, lambda: kind(config)).double().eval()
+    noise = seeded(1, lambda: [torch.randn(p.shape).double() for p in model.parameters()])
+    with torch.no_grad():
+        for param, step in zip(model.parameters(), noise, strict=True):
+            param.add_(step, alpha=0.1)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of Swin's pooling, mapped
+@pytest.mark.parametrize("line", FEW_IMAGES)
+def test_images_have_every_derivative(line):
+    """Logits, gradients and Hessian products of the untouched model by double backward, and mapped over parameters."""
+    model = classifier(line)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    x, y = seeded(1, lambda: torch.randn(3, 1, 8, 8).double()), torch.tensor([0, 1, 2])
+    net = fs.functional(model)
+    loss, theta = fs.objective(net, [({"pixel_values": x}, y)], fs.classification), net.theta
+    params = [dict(model.named_parameters())[leaf] for leaf in net.layout.names]
+    logits = model(pixel_values=x).logits
+    value = F.cross_entropy(logits, y)
+    slope = flat(torch.autograd.grad(value, params, create_graph=True, allow_unused=True), params)
+    v = fs.normal(fs.key(1), theta)
+    product = flat(torch.autograd.grad(slope @ v, params, allow_unused=True), params)
+    assert_close(net.apply(net.params, {"pixel_values": x}), logits, rtol=1e-8, atol=1e-8)
+    assert_close(loss(theta), value.detach(), rtol=1e-8, atol=0)
+    assert float((grad(loss)(theta) - slope.detach()).norm() / slope.detach().norm()) < 1e-8
+    for ours in (fs.hessian(loss, theta)(v), jvp(grad(loss), (theta,), (v,))[1]):
+        assert float((ours - product).norm() / product.norm()) < 1e-7  # ViT takes its softmax in float32
+    ends = torch.stack([theta, theta + 0.1 * v])
+    assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-8, atol=0)

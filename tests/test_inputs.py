@@ -436,11 +436,14 @@ REFUSED = {
         partial(bert, CLASSES, num_labels=3, problem_type="multi_label_classification"), None,
         ["multi_label_classification", "fs.custom"],
     ),
-    "images": (
+    "boxes": (
         lambda: seeded(
-            0, lambda: hf.ViTForImageClassification(hf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+            0,
+            lambda: hf.YolosForObjectDetection(
+                hf.YolosConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=[32, 32])
+            ),
         ),
-        None, ["ViTForImageClassification", "none of the tasks", "from Python", "fs.functional"],
+        None, ["YolosForObjectDetection", "none of the tasks", "from Python", "fs.functional"],
     ),
     "no such head": (partial(gpt2, hf.GPT2Model), "masked", ["gpt2", "none of those for 'masked'"]),
 }

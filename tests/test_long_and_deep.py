@@ -18,8 +18,8 @@ from funcscope.core import attention_blocks
 from funcscope.core.brief_masks import brief, is_brief, spelt_out
 from funcscope.core.masks import tokens_there, with_float_mask
 
-OWN = ("bloom", "falcon", "gpt_neo", "mpt", "t5")
-"""Their attention is written into their layers, or has biases of its own."""
+OWN = ("bart", "bloom", "falcon", "gpt_neo", "mamba", "mamba2", "marian", "mbart", "mpt", "pegasus", "t5")
+"""Their attention is written into their layers, or has biases of its own, or there is none."""
 QUICK = ("gemma2",)
 LIGHT = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
 
@@ -96,7 +96,7 @@ def mapped(line, attention, remat="none"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "remat"), [("blocks", "none"), ("eager", "layer"), ("blocks", "layer")])
-@pytest.mark.parametrize("line", ["gpt2", "llama"])
+@pytest.mark.parametrize("line", ["gpt2", "gpt_oss", "llama"])
 def test_every_transform_gives_what_the_whole_graph_gives(line, attention, remat):
     loss, oracle = mapped(line, attention, remat), mapped(line, "eager")
     theta = loss.net.theta

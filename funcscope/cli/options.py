@@ -18,7 +18,8 @@ TEXTS = {
     "second_field": "that of a second text: of a pair, or what an encoder-decoder is to say",
     "dataset_split": "of a Hugging Face data set",
     "unit": "what one text of a .txt file is: line, paragraph, document",
-    "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq",
+    "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq, "
+    "image_classification",
     "num_samples": "texts that are scored",
     "max_seq_length": "tokens kept of each; at most as many as the model has positions",
     "batch_size": "texts per forward pass; changes no number",
@@ -30,6 +31,7 @@ COMPUTING = {
     "compute_dtype": "weights are cast to it where they are used",
     "attention": "the kernel: eager, blocks (of queries), auto (those for long texts), math, or keep for the model's own",
     "remat": "layer: compute layers again in derivatives, at less memory and more time; none",
+    "trainable": "adapter: the parameters of a low-rank adapter alone; all: it is merged into its model",
     "device": "cpu, cuda, cuda:1, mps; auto: a GPU where there is one",
     "timeout_seconds": "for one metric on one model",
     "max_memory_gb": "a metric that needs more ends as out of memory",

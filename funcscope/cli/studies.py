@@ -21,6 +21,7 @@ from ..study.cluster import cluster
 from ..study.config import FLAGS, UnifiedConfig
 from ..study.dataset import check_dataset, is_dataset
 from ..study.folder import local_folder
+from ..study.images import is_image_folder
 from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
 from ..study.results import Results
@@ -191,6 +192,8 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     if folders and data is None:
         raise ValueError("models in folders need texts: `--data FILE`.")
     for file in [data] if isinstance(data, str) else (data or {}).values():
+        if is_image_folder(file):
+            continue
         if folders and is_dataset(file):
             check_dataset(file)
         elif folders and not Path(file).is_file():

@@ -14,10 +14,14 @@ from .imported import Config
 class Family(NamedTuple):
     """What is known of one model type."""
 
-    attention: Literal["causal", "encoder", "both"] = "causal"
-    """encoder: in both directions, unless it was made a decoder. both: an encoder and a decoder."""
+    attention: Literal["causal", "encoder", "both", "none"] = "causal"
+    """encoder: in both directions, unless it was made a decoder. both: an encoder and a decoder. none: states that run
+    through the text, as they do where it has one token less."""
     window: Literal["none", "all layers", "by type"] = "none"
-    """Which layers have the `sliding_window` of the configuration, if it has one: those whose type says so, or all."""
+    """Which layers have the `sliding_window` of the configuration, if it has one: those whose type says so, or all.
+
+    An encoder's window reaches as far to both sides, and as far as that number; a causal one counts the token itself.
+    """
     packs: bool = True
     """Position ids that start again inside a row, without a mask, are sequences which do not see each other."""
     alibi: bool = False
@@ -29,6 +33,8 @@ class Family(NamedTuple):
     """Positions are counted in the 2-D mask where they are not given."""
     clean: bool = False
     """Computes in the dtype of its parameters; the others take norms or softmax in float32 whatever that is."""
+    routed: bool = False
+    """A router sends each token to some of the experts: a choice that is piecewise constant in the parameters."""
     linear_head: bool = True
     """The logits of the causal model are one linear map of the last hidden states, if none is capped by `config`."""
 
@@ -75,6 +81,10 @@ _CLAIMS = (
     (Family(window="by type"), "exaone4 gemma2 gemma3_text ministral olmo3 qwen2 qwen3 smollm3"),
     (Family(window="by type", linear_head=False), "cohere2"),
     (Family(window="all layers"), "ministral3 mistral phi3 starcoder2"),
+    (Family(routed=True), "deepseek_v2 deepseek_v3 olmoe"),
+    (Family(window="by type", routed=True), "qwen2_moe"),
+    (Family(window="by type", packs=False, routed=True), "gpt_oss"),
+    (Family(window="all layers", routed=True), "mixtral qwen3_moe"),
     (Family(packs=False), "mpt"),
     (Family(packs=False, clean=True), "biogpt"),
     (Family(packs=False, counted=True), "opt"),
@@ -84,7 +94,10 @@ _CLAIMS = (
         Family("encoder", clean=True, linear_head=False),
         "albert bert camembert distilbert electra ernie roberta xlm-roberta",
     ),
+    (Family("encoder", window="by type", linear_head=False), "modernbert"),
+    (Family("none", packs=False, linear_head=False), "mamba mamba2"),
     (Family("both", linear_head=False), "t5"),
+    (Family("both", clean=True, linear_head=False), "bart marian mbart pegasus whisper"),
 )
 
 FAMILIES: dict[str, Family] = {name: family for family, names in _CLAIMS for name in names.split()}
@@ -122,6 +135,12 @@ def has_linear_head(config: Config) -> bool:
     """Are the logits of the causal model one linear map of the last hidden states? False where it is not known."""
     family = family_of(config)
     return family is not None and family.linear_head and not getattr(config, "final_logit_softcapping", None)
+
+
+def is_routed(config: Config) -> bool:
+    """Is this a family whose tokens are sent to some of many experts? False where it is not known."""
+    family = family_of(config)
+    return family is not None and family.routed
 
 
 def has_alibi(config: Config) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import family_of, window
 from .brief_masks import additive, is_brief, spelt_out
 from .imported import Model, register_attention
 from .memory import without_holes
@@ -33,25 +34,30 @@ def use_blocks(skeleton: Model) -> None:
 
 def takes_blocks(model: Model) -> bool:
     """Whether a model calls its attention by name, with scores that depend on nothing but queries, keys and masks."""
-    return bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
+    family = family_of(model.config)
+    attends = family is None or family.attention != "none"
+    return attends and bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
 
 
 def _by_blocks(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in the place of an attention function of its own."""
-    eager, num = _eager_of(module), query.shape[-2]
+    eager, num, config = _eager_of(module), query.shape[-2], getattr(module, "config", None)
     if not is_brief(attention_mask) and num <= LONG:
         return eager(module, query, key, value, attention_mask, **options)
     if num > LONG and query.device.type == "cpu":
         _keep_heap_whole()
-    causal, back = getattr(module, "is_causal", False), options.get("sliding_window")
+    causal, back = getattr(module, "is_causal", False), options.get("sliding_window") or 0
+    if config is None or window(config)[0] is None:
+        back = 0  # a number that is passed on and that no mask heeds
     parts = []
     for start in range(0, num, ROWS):
         rows = slice(start, min(start + ROWS, num))
         keys = slice(0, num)
-        if is_brief(attention_mask) and causal:
-            keys = slice(max(0, start + 1 - back) if back else 0, rows.stop)
+        if is_brief(attention_mask) and (causal or back):  # an encoder's window reaches as far to both sides
+            last = rows.stop if causal else min(rows.stop + back - 1, num)
+            keys = slice(max(0, start + 1 - back) if back else 0, last)
         attend = rematerialised(_Block(eager, module, rows, keys))
         own = {name: param for name, param in module._parameters.items() if param is not None}
         parts.append(attend(query[..., rows, :], key[..., keys, :], value[..., keys, :], attention_mask, own, options))

@@ -159,8 +159,11 @@ def _masked(batch: Any) -> tuple[Inputs, Labels]:
 
 def _translated(batch: Any) -> tuple[Inputs, Labels]:
     """Decoder position t is scored against label t: the decoder's inputs are the labels moved one step to the right."""
-    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
-        raise ValueError("seq2seq_lm needs a batch with `input_ids` for the encoder and `labels` for the decoder.")
+    if not isinstance(batch, Mapping) or "labels" not in batch or not {"input_ids", "input_features"} & batch.keys():
+        raise ValueError(
+            "seq2seq_lm needs a batch with `input_ids` (`input_features` for speech) for the encoder and `labels` for the "
+            "decoder."
+        )
     given = batch.get("decoder_input_ids") is not None
     inputs = {name: x for name, x in batch.items() if x is not None and not (given and name == "labels")}
     return inputs, _labels(batch["labels"], torch.ones_like(batch["labels"], dtype=torch.bool))

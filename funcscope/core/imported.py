@@ -46,6 +46,11 @@ def register_attention(name: str, kernel: Callable[..., Any]) -> None:
     sys.modules["transformers.modeling_utils"].AttentionInterface.register(name, kernel)
 
 
+def register_experts(name: str, kernel: Callable[..., Any]) -> None:
+    """The same for mixtures of experts."""
+    sys.modules["transformers.modeling_utils"].ALL_EXPERTS_FUNCTIONS.register(name, kernel)
+
+
 def _is(value: object, module: str, name: str) -> bool:
     known = sys.modules.get(module)
     return known is not None and isinstance(value, getattr(known, name))

@@ -47,6 +47,8 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any], *, brief_above: int
     if family is None:
         kind = model.config.model_type
         raise ValueError(f"how a {kind!r} model masks its attention is not known here: {remedy(model.config)}")
+    if family.attention == "none":
+        return _running_states(model.config, inputs)
     visible = _visible(inputs)
     make = _masks if brief_above is None or visible.shape[-1] <= max(brief_above, 3) else _brief_masks
     masks = make(model, family, inputs, visible)
@@ -102,6 +104,22 @@ def _check_alibi(model: Model, inputs: Mapping[str, Any]) -> None:
         )
 
 
+def _running_states(config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The 2-D mask as it is: padding on the right is after all that is read.
+
+    A model whose states run through the text leaves out padding on the left where rows are several, and not in a single one,
+    so that a sequence would have other gradients alone than in its batch.
+    """
+    mask = _visible(inputs)[:, 0]
+    if mask.shape[-2] > 1:
+        raise ValueError(
+            f"a {config.model_type!r} model has no attention: pass an `attention_mask` of shape (batch, tokens)."
+        )
+    if not is_batchedtensor(mask) and not bool(mask[:, 0, 0].all()):
+        raise ValueError(f"a {config.model_type!r} model runs through padding on the left: pad texts on the right.")
+    return {**inputs, "attention_mask": mask[:, 0].long()}
+
+
 def _positions(family: Family, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Positions as the model counts them in the 2-D mask that it does not get."""
     if not family.counted or inputs.get("position_ids") is not None:
@@ -116,7 +134,7 @@ def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
         if inputs.get("labels") is None:
             raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
-        rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        rest["decoder_input_ids"] = _moved_right(model, inputs["labels"])
     if family_of(model.config) is not None and not _is_additive(rest.get("decoder_attention_mask")):
         given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
         visible = _visible(given)
@@ -125,19 +143,29 @@ def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
+def _moved_right(model: Model, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config  # Whisper's, which has a function for it outside the model
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], 1)
+
+
 def _masks(
     model: Model, family: Family, inputs: Mapping[str, Any], visible: Bool[Tensor, "b #1 #q k"]
 ) -> Tensor | dict[str, Tensor]:
     dtype = _dtype(model)
     if family.attention == "both" or visible.shape[-2] > 1:
         return additive(visible, dtype)  # one row for all queries, the encoder's and the decoder's; or all is said
-    if _sees_all(model, family):
-        return additive(visible.expand(-1, -1, visible.shape[-1], -1), dtype)
     back, (length, mixed) = _back(visible), window(model.config)
-    full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
+    if _sees_all(model, family):
+        full, near = visible.expand(-1, -1, visible.shape[-1], -1), back.abs() <= (length or 0)
+    else:
+        full = visible & (back >= 0) & (_same_sequence(inputs) if family.packs else True)
+        near = back < (length or 0)
     if length is None:
         return additive(full, dtype)
-    sliding = additive(full & (back < length), dtype)
+    sliding = additive(full & near, dtype)
     return {FULL: additive(full, dtype), SLIDING: sliding} if mixed else sliding
 
 
@@ -146,15 +174,18 @@ def _brief_masks(
 ) -> Tensor | dict[str, Tensor]:
     if family.attention == "both" or visible.shape[-2] > 1:
         return _masks(model, family, inputs, visible)
-    if _sees_all(model, family):
-        return brief(visible, None, None)
     position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
-    first = _start_of_sequence(inputs, position) if family.packs else torch.zeros_like(position)
-    full = brief(visible, first, position + 1)
     length, mixed = window(model.config)
+    if _sees_all(model, family):
+        full = brief(visible, None, None)
+        ends = (position - (length or 0), position + (length or 0) + 1)
+    else:
+        first = _start_of_sequence(inputs, position) if family.packs else torch.zeros_like(position)
+        full = brief(visible, first, position + 1)
+        ends = (torch.maximum(first, position + 1 - (length or 0)), position + 1)
     if length is None:
         return full
-    sliding = brief(visible, torch.maximum(first, position + 1 - length), position + 1)
+    sliding = brief(visible, *ends)
     return {FULL: full, SLIDING: sliding} if mixed else sliding
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .architectures import computes_in_float32, has_linear_head
+from .architectures import computes_in_float32, has_linear_head, is_routed
 from .attention_blocks import LONG, takes_blocks
 from .checks import check_choice, check_device, check_params
 from .doors import Remat, Trainable, check_parameters, remat_names, running, selector, skeleton_of, unwrapped
@@ -105,6 +105,15 @@ class Functional:
     def config(self) -> Any:
         """The configuration of a Hugging Face model; None of another."""
         return self._skeleton.config if is_pretrained(self._skeleton) else None
+
+    @property
+    def routed(self) -> bool:
+        """Is this known to be a mixture of experts? Then derivatives are those within the routing at theta.
+
+        Which experts a token is sent to is piecewise constant in the parameters: the loss jumps where that changes, and no
+        derivative sees it. `routing_changes` counts how often a step does so.
+        """
+        return self.config is not None and is_routed(self.config)
 
     @property
     def device(self) -> torch.device:

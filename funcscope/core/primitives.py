@@ -10,8 +10,8 @@ What is wrong in torch 2.13, by differences of values in float64 (tests/test_der
 - Determinants, `linalg.solve`, `householder_product`: the saved factors are constants to `jvp` of `jvp`. In
   `triangular_solve` and `cholesky_inverse`, `jvp` itself is wrong.
 
-Missing: second derivatives of `glu`, `hardsigmoid`, `embedding_bag` and the fused kernels of attention, and what
-core/recurrent.py says.
+Missing: second derivatives of `glu`, `hardsigmoid`, `embedding_bag` and the fused kernels of attention, a batching rule of
+`scatter_` of a number, and what core/recurrent.py says.
 """
 
 from __future__ import annotations
@@ -147,6 +147,12 @@ _multi_head_attention = FunctionType(  # torch's own: a mode is not asked about 
 )
 
 
+def _scatter_(self, dim, index, value, **options):
+    if isinstance(value, Tensor) or options:
+        return self.scatter_(dim, index, value, **options)
+    return self.copy_(self.scatter(dim, index, value))
+
+
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x in units of its deviation, its mean, and 1 / deviation."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in float16; the fused kernels widen too
@@ -194,6 +200,7 @@ _REPLACED = _with_aten(
         (_hardsigmoid, (F.hardsigmoid, aten.hardsigmoid)),
         (_embedding_bag, (F.embedding_bag,)),
         (_attention, (F.scaled_dot_product_attention, aten.scaled_dot_product_attention)),
+        (_scatter_, (Tensor.scatter_,)),
         (_multi_head_attention, (F.multi_head_attention_forward,)),
         *factorisations.TABLE,
         *recurrent.TABLE,

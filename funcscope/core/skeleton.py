@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .attention_blocks import takes_blocks, use_blocks
+from .experts import use_experts
 from .imported import Model, is_new_gelu, is_pretrained
 from .primitives import replaced
 
@@ -53,6 +54,7 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
     if is_pretrained(skeleton):
         if attention != "keep":
             _use_kernel(skeleton, attention)
+            use_experts(skeleton)
         for config in {
             id(config): config for part in skeleton.modules() if (config := getattr(part, "config", None))
         }.values():

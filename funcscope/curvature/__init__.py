@@ -17,6 +17,7 @@ from .kfac_factors import ekfac_factors, kfac_factors
 from .laplace import ewc_penalty, laplace_variance, natural_gradient
 from .leafwise_trace import leafwise_trace
 from .m_sharpness import MSharpness, m_sharpness
+from .routing import RoutingChanges, routing_changes
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
@@ -39,6 +40,7 @@ __all__ = [
     "Kfac",
     "MSharpness",
     "Norms",
+    "RoutingChanges",
     "SamSharpness",
     "SequenceForms",
     "SharpnessComparison",
@@ -80,6 +82,7 @@ __all__ = [
     "natural_gradient",
     "per_sample_gradients",
     "relative_critical_sharpness",
+    "routing_changes",
     "sam_sharpness",
     "sequence_forms",
     "stability_threshold",

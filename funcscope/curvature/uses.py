@@ -87,6 +87,7 @@ class _Uses(TorchFunctionMode):
     def __init__(self, params: dict[str, Tensor], rows: int, seed: Tensor, each: Each, affine: Any):
         super().__init__()
         self.names = {id(value): name for name, value in params.items()}
+        self.memory = {value.untyped_storage().data_ptr() for value in params.values()}
         self.flipped: dict[int, Tensor] = {}
         self.rows, self.seed, self.each, self.affine = rows, seed, each, affine
         self.pending: dict[str, int] = {}
@@ -130,6 +131,8 @@ class _Uses(TorchFunctionMode):
     def tapped(self, out: Tensor, made: _Made) -> Tensor:
         if len(out) == 1 < self.rows and not self.second:
             out = out.expand(self.rows, *out.shape[1:])  # a table that every row looks up alike
+        if out.untyped_storage().data_ptr() in self.memory:
+            out = out.clone()  # a view of a parameter, as `expand` makes for one row, may not be marked as written to
         second = self.second
         for name in made.parts:
             self.pending[name] = self.pending.get(name, 0) + 1

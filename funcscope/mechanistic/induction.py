@@ -230,7 +230,7 @@ def copy_losses(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], peri
 def vocabulary_of(net: Functional) -> tuple[Int[Tensor, " v"], int | None]:
     """Token ids that are not special, and that of BOS."""
     config = net.config
-    if config is None:
+    if getattr(config, "vocab_size", None) is None:
         raise ValueError("the vocabulary is read from the configuration of a Hugging Face model: this one has none.")
     named = [value for name, value in config.to_dict().items() if name.endswith("_token_id") and value is not None]
     special = {each for value in named for each in (value if isinstance(value, (list, tuple)) else [value])}

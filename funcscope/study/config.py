@@ -129,6 +129,8 @@ class UnifiedConfig:
     """The kernel: `eager`, `blocks` of queries, `auto` for these where texts are long, `math`, or `keep`, the model's own."""
     remat: str = "none"
     """`layer`: layers are computed again in derivatives, at less memory and more time."""
+    trainable: str = "all"
+    """`adapter`: the parameters of a low-rank adapter alone; `all`: it is merged into its model."""
     compute_dtype: str = "auto"
     """Weights are cast to it where they are used."""
     allow_pickle: bool = False
@@ -274,6 +276,7 @@ class UnifiedConfig:
             compute_dtype=self.compute_dtype,  # type: ignore[arg-type]
             attention=self.attention,  # type: ignore[arg-type]
             remat=self.remat,  # type: ignore[arg-type]
+            trainable=self.trainable,  # type: ignore[arg-type]
             device=("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
             allow_pickle=self.allow_pickle,
         )

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from .quiet import one_line
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS_NAME, WEIGHTS_INDEX_NAME = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,7 +37,7 @@ def local_folder(folder: str | Path) -> Path:
 
 def settings(path: Path) -> dict[str, Any]:
     """The content of `config.json`, for a folder that holds a whole model that can be read without running its code."""
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG_NAME).is_file():
         raise ValueError(
             f"{path} holds an adapter: merge it into its model (`merge_and_unload`) and save that in a folder of its own."
         )

@@ -16,9 +16,11 @@ from ..core.objective import Loss
 from ..core.running import held_statistics
 from ..families.family import SPLITS, family
 from . import digest
+from .adapter import base_of, is_adapter, weights_of
 from .dataset import ENDINGS, digest_of, is_dataset
 from .digest import Sums
-from .folder import local_folder, weight_files
+from .folder import ADAPTER_CONFIG_NAME, local_folder, weight_files
+from .images import digest_of_images, is_image_folder
 from .metric import nearest
 from .record import file_stem
 from .runs import Variant
@@ -56,6 +58,11 @@ class Pretrained:
 
     def digest(self, sums: Sums) -> str | None:
         path = local_folder(self.folder)
+        if is_adapter(path):
+            base = replace(self, folder=str(base_of(path)))
+            return digest.of_json(
+                [digest.of_files([path / ADAPTER_CONFIG_NAME, weights_of(path)], sums), base.digest(sums)]
+            )
         allow_pickle = any(spec.allow_pickle for spec in self.tasks.values())
         texts = (file for ending in _TEXTS for file in path.glob(ending) if file.name not in _OF_TRAINING)
         files = {*weight_files(path, allow_pickle=allow_pickle), *filter(Path.is_file, texts)}
@@ -66,7 +73,9 @@ class Pretrained:
         for how in ("batch_size", "device"):  # no number depends on them beyond rounding
             del spec[how]
         data, split = spec.pop("data"), spec.pop("split")
-        if is_dataset(data):
+        if is_image_folder(data):
+            content = digest_of_images(data, spec["num_samples"], sums)
+        elif is_dataset(data):
             content = digest_of(data, split, [spec[name] for name in FIELDS], spec["num_samples"])
         elif (file := Path(data)).is_file():
             content = sums.of(file)

@@ -9,7 +9,7 @@ import torch
 
 from ..core.checks import check_count
 
-Task = Literal["causal", "masked", "classification", "seq2seq"]
+Task = Literal["causal", "masked", "classification", "seq2seq", "image_classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Unit = Literal["line", "paragraph", "document"]
 FIELDS = ("field", "label_field", "second_field")
@@ -46,6 +46,8 @@ class DataSpec:
     compute_dtype: DType = "auto"
     attention: Literal["auto", "blocks", "eager", "math", "keep"] = "auto"
     remat: Literal["none", "layer"] = "none"
+    trainable: Literal["all", "adapter"] = "all"
+    """adapter: theta is what a low-rank adapter has trained; all: it is merged into its model."""
     device: str = "cpu"
     allow_pickle: bool = False
 

@@ -82,6 +82,10 @@ def make_batches(
     token ids outside the embedding, and where no text is usable; TypeError for a key that is a bare seed.
     """
     check_choice("task", task, get_args(Task))
+    if task == "image_classification":
+        raise ValueError(
+            f"`task` is {task!r}, which takes images and no texts: make batches of them by `image_batches`."
+        )
     check_count("num_samples", num_samples)
     check_count("batch_size", batch_size)
     check_length("max_seq_length", max_seq_length, model, tokenizer)

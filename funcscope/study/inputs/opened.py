@@ -15,6 +15,7 @@ from ...core.model import Functional, functional
 from ...core.objective import Loss, objective
 from ..texts import DataSpec, Task
 from .batches import Data, make_batches
+from .pixels import image_batches
 from .pretrained import load_model, load_tokenizer, task_of
 from .text import read_texts
 from .tokens import max_positions
@@ -24,7 +25,10 @@ _CRITERIA: dict[Task, Criterion] = {
     "masked": masked_lm,
     "classification": classification,
     "seq2seq": seq2seq_lm,
+    "image_classification": classification,
 }
+
+_ROUTED = "a mixture of experts: derivatives are those within the routing at theta, steps may change it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,16 +44,19 @@ class OpenedModel:
     @classmethod
     def of(cls, spec: DataSpec, folder: Path) -> OpenedModel:
         """The model of a local folder as the data's settings say that it computes."""
-        model = load_model(folder, task=spec.task, dtype=spec.dtype, allow_pickle=spec.allow_pickle)
-        if spec.attention != "keep" and family_of(model.config) is None:
+        model = load_model(
+            folder, task=spec.task, dtype=spec.dtype, allow_pickle=spec.allow_pickle, trainable=spec.trainable
+        )
+        sees = task_of(model) != "image_classification"  # images have no mask
+        if sees and spec.attention != "keep" and family_of(model.config) is None:
             raise ValueError(
                 f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` "
                 "the model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
             )
         compute = None if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)
-        net = functional(
-            model.to(spec.device), attention=spec.attention, trainable="all", dtype=compute, remat=spec.remat
-        )
+        chosen = None if spec.trainable == "adapter" else "all"
+        model = model.to(spec.device)
+        net = functional(model, attention=spec.attention, trainable=chosen, dtype=compute, remat=spec.remat)
         return cls(folder, model, net)
 
     def length(self, spec: DataSpec, length: int = 128) -> int:
@@ -57,8 +64,10 @@ class OpenedModel:
         return spec.max_seq_length or min(length, max_positions(self.model) or length)
 
     def loss(self, spec: DataSpec, *, length: int = 128) -> tuple[Loss, Data]:
-        """The loss on the texts, cut off at `length` tokens unless the data's settings say where."""
+        """The loss on the texts, cut off at `length` tokens unless the data's settings say where; or on images."""
         task, most = task_of(self.model), self.length(spec, length)
+        if task == "image_classification":
+            return self._loss_on_images(spec)
         data = make_batches(
             read_texts(
                 spec.data,
@@ -80,8 +89,22 @@ class OpenedModel:
         )
         if most < (spec.max_seq_length or length):
             data = replace(data, limit=f"the model has {most} positions: texts end there, and not at {length} tokens")
+        if self.net.routed:
+            data = replace(data, limit="; ".join(filter(None, (data.limit, _ROUTED))))
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
         return objective(self.net, batches, _CRITERIA[task]), data
+
+    def _loss_on_images(self, spec: DataSpec) -> tuple[Loss, Data]:
+        data = image_batches(
+            spec.data,
+            self.model,
+            self.folder,
+            num_samples=spec.num_samples,
+            batch_size=spec.batch_size,
+            dtype=self.net.layout.leaves[0].dtype,
+        )
+        batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
+        return objective(self.net, batches, classification), data
 
     def token_names(self, ids: list[int]) -> list[str]:
         """As the vocabulary has them."""

@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -28,9 +30,11 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from ...core.checks import check_choice
+from ..adapter import base_of, is_adapter, read_adapter
 from ..folder import json_object, local_folder, settings, stored_dtype, weight_files
 from ..quiet import TURNS, one_line, quiet
 from ..texts import DType, Task
+from .adapted import Trainable, adapt
 from .tokens import embedding_rows
 
 _BY_CLASS: tuple[tuple[str, Task], ...] = (
@@ -38,6 +42,7 @@ _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("LMHeadModel", "causal"),
     ("ForMaskedLM", "masked"),
     ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "image_classification"),
     ("ForConditionalGeneration", "seq2seq"),
 )
 _AUTO: dict[Task, tuple[Any, Any]] = {
@@ -45,6 +50,7 @@ _AUTO: dict[Task, tuple[Any, Any]] = {
     "masked": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    "image_classification": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
 }
 _VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -57,13 +63,21 @@ PROBE = "Two words, 3 numbers (12, 1234) and a line.\n    x = y_0 + 1\tTab's end
 
 
 def load_model(
-    folder: str | Path, *, task: Task | None = None, dtype: DType = "auto", allow_pickle: bool = False
+    folder: str | Path,
+    *,
+    task: Task | None = None,
+    dtype: DType = "auto",
+    allow_pickle: bool = False,
+    trainable: Trainable = "all",
 ) -> PreTrainedModel:
     """The model of a local Hugging Face folder, on the CPU and in eval mode.
 
     task: what it is trained for; None reads it from the architecture in `config.json`.
     dtype: "auto" keeps the dtype that the weights are stored in (the widest, where there are several).
     allow_pickle: also read `pytorch_model.bin`, as tensors only; otherwise weights are safetensors, whole or in shards.
+    trainable: of a folder with a low-rank adapter (PEFT's LoRA): `all` merges it into its model, which is found by its
+    settings (`adapter.base_of`); with `adapter` it stays beside the weights, and its own parameters alone have
+    `requires_grad`.
 
     Weights that keep their dtype are mapped from their files, so that they occupy memory once, when they are first
     used. While the model is in use its files must not be overwritten in place; to replace them, as `save_pretrained`
@@ -77,6 +91,12 @@ def load_model(
     if task is not None:
         check_choice("task", task, get_args(Task))
     path = local_folder(folder)
+    if is_adapter(path):
+        adapter = read_adapter(path)
+        model = load_model(adapter.base, task=task, dtype=dtype, allow_pickle=allow_pickle)
+        return adapt(model, adapter, path, trainable).eval()
+    if trainable == "adapter":
+        raise ValueError(f"{path} holds no adapter (adapter_config.json): pass one, or `trainable='all'`.")
     config = _config(path)
     task = _task(path, config, task)
     files = weight_files(path, allow_pickle=allow_pickle)
@@ -117,6 +137,8 @@ def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedToke
     transformers makes other tokens of a text than the folder's tokenizer.json says.
     """
     path = local_folder(folder)
+    if is_adapter(path) and not any((path / name).is_file() for name in _VOCABULARY):
+        path = base_of(path)
     _check_vocabulary(path)
     with quiet(), one_line(f"the tokenizer in {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -190,14 +212,17 @@ def _task(path: Path, config: PreTrainedConfig, given: Task | None) -> Task:
 
 def _check_task(path: Path, config: PreTrainedConfig, task: Task) -> None:
     if type(config) not in _AUTO[task][1]:
-        raise ValueError(f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}.")
+        raise ValueError(
+            f"{path} holds a {config.model_type} model, and transformers has none of those for {task!r}: pass "
+            "another task, or study it from Python (`fs.functional`)."
+        )
     either = type(config) in _AUTO["masked"][1]  # of the others, some have the attribute and never read it
     if task == "causal" and either and not getattr(config, "is_decoder", True):
         raise ValueError(
             f"the attention of the {config.model_type} model in {path} sees the tokens that a causal model predicts: "
             "`is_decoder` is false in its config.json. Pass a decoder, or the task 'masked'."
         )
-    if task == "classification" and (
+    if task in ("classification", "image_classification") and (
         config.num_labels < 2 or config.problem_type not in (None, "single_label_classification")
     ):
         raise ValueError(
