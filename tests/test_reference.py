@@ -58,7 +58,11 @@ def test_every_formula_is_drawn_and_none_is_left_as_it_was_typed(pages):
 @pytest.mark.slow
 def test_quantities_say_what_they_are(pages):
     page = html.unescape(pages["funcscope/landscape.html"])
-    own = {name: what for name, what in Flatness.quantities().items() if name in (*vars(Flatness), *Flatness.__annotations__)}
+    own = {
+        name: what
+        for name, what in Flatness.quantities().items()
+        if name in (*vars(Flatness), *Flatness.__annotations__)
+    }
     assert len(own) > 8
     for name, what in own.items():
         described = page[page.index(f'<div id="Flatness.{name}"') :].partition('<div class="docstring">')[2]
