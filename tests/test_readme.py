@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from folders import TEXTS, folder, texts
 from problems import problem
 
@@ -16,7 +17,10 @@ from funcscope.study.results import Results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PARTS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE))
+GUIDE = PARTS["Extending"]
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BLOCKS = PYTHON.findall(README.replace(GUIDE, ""))
 
 
 @pytest.mark.slow
@@ -67,7 +71,7 @@ def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
     for step in (10, 20):
         folder(tmp_path / "runs" / f"checkpoint-{step}", scale=1 + step / 100)
     texts(tmp_path / "texts.jsonl")
-    commands = re.findall(r"^funcscope (analyze .*--data .*)$", README, re.MULTILINE)
+    commands = re.findall(r"^funcscope (analyze .*--data .*)$", PARTS["Your own model"], re.MULTILINE)
     (command,) = (one for one in commands if "--executor" not in one)  # those of workers are in test_cluster.py
     paths = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("runs/*"))
     few = ["--set", "num_samples=4", "--set", "directional_losses.n_samples=3", "--quiet"]
@@ -76,7 +80,10 @@ def test_the_commands_about_studies_run(tmp_path, monkeypatch, capsys):
     assert cli.main(["report"]) == 0
     assert cli.main(["metrics"]) == 0
     assert "sam_sharpness" in capsys.readouterr().out
-    study, own = (next(block for block in BLOCKS if part in block) for part in ("analyze_models", "class Sparsity"))
+    study, own = (
+        next(block for block in found if "analyze_models" in block or "class Sparsity" in block)
+        for found in (BLOCKS, PYTHON.findall(GUIDE))
+    )
     scope = {"fs": fs, "paths": paths, "__name__": "readme"}
     study = study.replace("UnifiedConfig(", "UnifiedConfig(num_samples=2, loss_landscape_n_points=3, verbose=False, ")
     try:
@@ -118,11 +125,7 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # it saves a result
-    blocks = [
-        block
-        for block in BLOCKS
-        if not any(part in block for part in ("show(", "analyze_models", "Sparsity", "fs.sweep"))
-    ]
+    blocks = [block for block in BLOCKS if not any(part in block for part in ("show(", "analyze_models", "fs.sweep"))]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}
@@ -138,6 +141,55 @@ def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     assert scope["path"].barrier_linear.value >= 0
     assert "gradient" in capsys.readouterr().out or "loss_mean" in str(scope["result"])
     assert scope["plane"].shape == (3, 3)
+
+
+def test_its_parts_are_in_the_order_in_which_one_needs_them():
+    assert list(PARTS) == ["Start", "Your own model", "Your own code", "Metrics", "Extending", "Scale"]
+
+
+ENDS = {"first": 1.0, "second": 1.5}
+"""Two models of the same directions, by their lengths."""
+
+
+@pytest.mark.slow
+def test_the_guide_to_extending_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """In its order, the first block as the module that its command imports, too; every metric in it is then measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder(tmp_path / "my-model")
+    texts(tmp_path / "texts.jsonl")
+    model, batches, _ = problem("gpt2")
+    net = fs.functional(model.float())
+    scope = {
+        "fs": fs,
+        "torch": torch,
+        "net": net,
+        "loss": fs.objective(net, batches, fs.causal_lm),
+        "__name__": "guide",
+    }
+    known, blocks = set(CATALOGUE), PYTHON.findall(GUIDE)
+    (tmp_path / "my_metrics.py").write_text(f"import funcscope as fs\n\n{blocks[0]}")
+    (command,) = re.findall(r"^funcscope (.*)$", GUIDE, re.MULTILINE)
+    try:
+        with torch.random.fork_rng():  # the guide makes a layer of its own
+            for block in blocks:
+                exec(block.replace("UnifiedConfig(", "UnifiedConfig(verbose=False, "), scope)
+        own = set(CATALOGUE) - known
+        assert own == {"sparsity", "block_noise", "distance"}
+        assert 0 <= scope["results"].models["mine"].metrics["sparsity"]["share"] <= 1
+        plain = fs.eigenpairs(scope["H"], scope["line"].theta, key=fs.key(0), num=1)
+        assert float(scope["damped"].values[0] - plain.values[0]) == pytest.approx(0.1, abs=1e-3)
+        sources = [fs.InMemory({"data": scope["loss"]}, name, theta=net.theta * scale) for name, scale in ENDS.items()]
+        made = fs.analyze_models(sources, fs.UnifiedConfig(metrics=tuple(own), verbose=False))
+        assert not made.failed
+        (length,) = (outcome.result.length for outcome in made.outcomes if outcome.metric == "distance")
+        assert length == pytest.approx(0.5)
+        CATALOGUE.pop("sparsity")
+        assert cli.main([*command.split(), "--num-samples", "4", "--max-seq-length", "8", "--quiet"]) == 0
+        assert "weights below the threshold" in (tmp_path / "analysis_results" / "report.html").read_text()
+    finally:
+        for name in set(CATALOGUE) - known:
+            CATALOGUE.pop(name)
 
 
 @pytest.mark.parametrize("end", ["funcscope demo", "-m pytest"])
