@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from .checks import check_positive
 
@@ -35,6 +36,9 @@ class Processes:
     def __init__(self, group: Any, timeout: float):
         self.group, self.timeout = group, timeout
         self.rank, self.num = dist.get_rank(group), dist.get_world_size(group)
+        gpu = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        """Where what is exchanged lies."""
         self.reduced = 0
         """Bytes that this rank handed to sums."""
         self.exchanged = 0
@@ -51,14 +55,14 @@ class Processes:
 
     def sum(self, x: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
         """The sum over ranks, written into x, with the same bits on every rank."""
-        self._collective(what, lambda: dist.all_reduce(x, group=self.group), x)
+        self._reduce(x, dist.ReduceOp.SUM, what)
         return x
 
     def check_together(self, v: Tensor | None, device: torch.device, what: str) -> None:
         """Raises on every rank where one has failed (None), or has other bits of v. `STATE` bytes are summed up."""
         content = 0 if v is None else _content(v)
         state = torch.tensor([int(v is None), content, ~content], device=device)
-        self._collective(what, lambda: dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self.group), state)
+        self._reduce(state, dist.ReduceOp.MAX, what)
         failed, most, least = state.tolist()
         if failed and v is not None:
             raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
@@ -70,10 +74,12 @@ class Processes:
 
     def gathered(self, value: T, what: str) -> list[T]:
         """The values of all ranks, by rank."""
-        out: list[Any] = [None] * self.num
-        self.exchanged += len(pickle.dumps(value))
-        self._collective(what, lambda: dist.all_gather_object(out, value, group=self.group))
-        return out
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        self.exchanged += len(mine)
+        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device), what)]
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
+        each = zip(self._gather(padded, what), sizes, strict=True)
+        return [pickle.loads(one[:size].cpu().numpy().tobytes()) for one, size in each]
 
     def together(self, what: str, make: Callable[[], T]) -> list[T]:
         """What every rank makes by itself, by rank; an error of one is an error of all. `make` has no collectives."""
@@ -99,12 +105,24 @@ class Processes:
                     "shuffling by a seed of the rank."
                 )
 
-    def _collective(self, what: str, call: Callable[[], Any], x: Tensor | None = None) -> None:
+    def _reduce(self, x: Tensor, op: Any, what: str) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = op, timedelta(seconds=self.timeout)
+        self.reduced += x.numel() * x.element_size()
+        self._wait(lambda: self.group.allreduce([x], options), what)
+
+    def _gather(self, x: Tensor, what: str) -> list[Tensor]:
+        options, out = AllgatherOptions(), [torch.empty_like(x) for _ in range(self.num)]
+        options.timeout = timedelta(seconds=self.timeout)
+        self._wait(lambda: self.group.allgather([out], [x], options), what)
+        return out
+
+    def _wait(self, begin: Callable[[], Any], what: str) -> None:
+        """A collective, to its end or its timeout."""
         if self._lost:
             raise RuntimeError(f"these ranks were lost before, in {self._lost}: start all of them again.")
-        self.reduced += 0 if x is None else x.numel() * x.element_size()
         try:
-            call()
+            begin().wait()
         except RuntimeError as err:
             self._lost = what
             raise RuntimeError(
@@ -117,12 +135,14 @@ class Processes:
 def processes(group: Any = None, *, timeout: float | int = 60.0) -> Processes:
     """The ranks of a torch.distributed group, for `sharded` operators, Grams and directional losses. Called by every rank.
 
-    group: a process group; None for all ranks. A new one of the same ranks is made beside it, with this timeout.
+    group: a process group; None for all ranks. It stays as it is: its own timeout does not count here.
     timeout: seconds that a rank waits for the others before it raises RuntimeError. A rank that is killed is noticed at once
     by gloo, one that hangs by this. It has to be longer than what the slowest rank needs more than the fastest one for
     one step: making an operator, one product, eight directions.
 
-    Raises ValueError where no process group was made, and RuntimeError where another rank does not come in time.
+    Objects are exchanged by `pickle`: ranks trust each other, as torch.distributed does.
+
+    Raises ValueError where no process group was made, and for one that this process is not in.
 
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> processes()
@@ -135,11 +155,11 @@ def processes(group: Any = None, *, timeout: float | int = 60.0) -> Processes:
             "`processes` needs a process group, and there is none: call `torch.distributed.init_process_group('gloo')` in "
             "a script that `torchrun --nproc-per-node 2` starts."
         )
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    if dist.get_rank() not in ranks:
-        raise ValueError(f"`group` must have this process in it, rank {dist.get_rank()}; it has the ranks {ranks}.")
-    own = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
-    return Processes(own, float(timeout))
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError(
+            f"`group` must have this process in it, rank {dist.get_rank()}: call this in its own ranks only."
+        )
+    return Processes(dist.group.WORLD if group is None else group, float(timeout))
 
 
 def bytes_per_product(num_params: int, itemsize: int, num_ranks: int) -> float:

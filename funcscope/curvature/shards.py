@@ -77,8 +77,8 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     that grows with the data; `ranks.moved` adds them up. Time: the slowest rank's share of the sequences, and the sum.
 
     Raises ValueError on all ranks where theta, frozen parameters, buffers, the data, their order or the settings differ,
-    before any work; where sequences of a batch that is cut see each other; where v differs. RuntimeError on all others where one
-    rank fails or ends. Products are constants to autograd, and of one vector: no `vmap`.
+    before any work; where sequences of a batch that is cut see each other; where v differs. RuntimeError on all others
+    where one rank fails or ends. Products are constants to autograd, and of one vector: no `vmap`.
 
     >>> import torch.distributed as dist, funcscope as fs
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
