@@ -1,6 +1,6 @@
 """One operator over data on 1, 2 and 4 ranks: the same product, how much sooner, and how many bytes it moves.
 
-    python bench/shards.py [0.1M|14M]
+    python bench/shards.py [0.1M|14M] [ROUNDS]
 
 GPT-2 with random weights on 26 sequences of 64 tokens in batches of 8: shards are ragged. Four processes of one thread each
 are started once; groups of the first 1, 2 and 4 of them take turns, round by round, while the others wait. Seconds are the
@@ -73,7 +73,7 @@ def timed(product: Any, v: torch.Tensor) -> tuple[float, float, int]:
     return *each, (sent() - before) // REPEATS
 
 
-def run(rank: int, folder: str, size: str) -> None:
+def run(rank: int, folder: str, size: str, rounds: int) -> None:
     """One process: its turns in every group that it is in."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(NUMS))
@@ -88,7 +88,7 @@ def run(rank: int, folder: str, size: str) -> None:
         out["errors"][num] = {"float32": errors(loss, group), "float64": errors(wide, group)}
         products[num] = None if group is None else fs.sharded(fs.hessian, loss, theta, group)
         dist.barrier()
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, product in products.items():
             dist.barrier()
             if product is not None:
@@ -102,9 +102,9 @@ def run(rank: int, folder: str, size: str) -> None:
     dist.barrier()
 
 
-def main(size: str) -> None:
+def main(size: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (folder, size), nprocs=max(NUMS))
+        mp.spawn(run, (folder, size, rounds), nprocs=max(NUMS))
         each = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(max(NUMS))]
     rows = [row_of(name, each) for name in ("alone", *map(str, NUMS))]
     base = rows[0]
@@ -136,4 +136,4 @@ def row_of(name: str, each: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "0.1M")
+    main(sys.argv[1] if len(sys.argv) > 1 else "0.1M", int(sys.argv[2]) if len(sys.argv) > 2 else ROUNDS)

@@ -119,6 +119,7 @@ def wrong(ranks: fs.Processes) -> dict[str, str]:
     v = vector(loss)
     cases = {
         "theta": lambda: fs.sharded(fs.hessian, loss, theta + 1e-9 * odd, ranks),
+        "length": lambda: fs.sharded(fs.hessian, loss, theta[1:] if odd else theta, ranks),
         "order": lambda: fs.sharded(fs.hessian, other, theta, ranks),
         "settings": lambda: fs.sharded(fs.fisher_mc, loss, theta, ranks, key=fs.key(int(odd))),
         "operator": lambda: fs.sharded(fs.ggn if odd else fs.hessian, loss, theta, ranks),

@@ -101,6 +101,7 @@ def test_bytes_are_those_of_the_model(tmp_path, num):
 def test_ranks_that_differ_are_refused_on_all(tmp_path):
     for rank, said in enumerate(spread(tmp_path, "wrong", 2)):
         assert "ValueError: theta of rank 1 differ" in said["theta"]
+        assert "must be a flat vector of shape" in said["length"]
         assert "ValueError: the data or their order of rank 1" in said["order"]
         assert "ValueError: the settings of rank 1" in said["settings"]
         assert "ValueError: the settings of rank 1" in said["operator"]

@@ -94,9 +94,9 @@ class Processes:
                 raise RuntimeError(f"rank {rank} failed in {what}: {other.reason}")
         return each
 
-    def check_same(self, **facts: str) -> None:
+    def check_same(self, facts: Callable[[], dict[str, str]]) -> None:
         """Raises ValueError on every rank where a fact differs between ranks, with its name."""
-        each = self.gathered(facts, "the comparison of ranks")
+        each = self.together("the comparison of ranks", facts)
         for other, theirs in enumerate(each):
             if odd := sorted(name for name in each[0].keys() | theirs.keys() if each[0].get(name) != theirs.get(name)):
                 raise ValueError(

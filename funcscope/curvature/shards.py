@@ -91,8 +91,8 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     name = getattr(operator, "__name__", repr(operator))
     if OPERATORS.get(name) is not operator:
         raise ValueError(f"`operator` must be one of {', '.join(OPERATORS)}, got {name}: others take one rank.")
-    theta = Loss.vector(loss, theta)
     shard = shard_of(loss, theta, ranks, operator=name, **settings)
+    theta = Loss.vector(loss, theta)
     by_sequences = name == "empirical_fisher" and settings.get("unit", "sequence") == "sequence"
     share = (shard.shares_of_sequences if by_sequences else shard.shares)[ranks.rank]
     if name == "fisher_mc":
@@ -144,10 +144,18 @@ def sharded_gram(
     8 B N^2 / (2 n) for B blocks of parameters and N sequences, to n - 1 others.
 
     Arguments as of `gram`, with names of partitions only. Raises as `sharded` and `gram` do.
+
+    >>> import torch.distributed as dist, funcscope as fs
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False))
+    >>> half_square = fs.custom(lambda out, y: (out - y)[:, 0] ** 2 / 2)
+    >>> loss = fs.objective(net, [(torch.eye(2), torch.zeros(2, 1))], half_square)
+    >>> sharded_gram(loss, torch.tensor([3.0, 4.0]), fs.processes(), by="none").total.diagonal().tolist()
+    [9.0, 16.0]
+    >>> dist.destroy_process_group()
     """
     if not isinstance(by, str):
         raise ValueError(f"`by` must be the name of a partition where ranks share the data, got a {type(by).__name__}.")
-    theta = Loss.vector(loss, theta)
     options: dict[str, Any] = {"by": by, "unit": unit, "chunk_size": chunk_size}
     shard = shard_of(loss, theta, ranks, operator="gram", **options)
 
@@ -179,7 +187,7 @@ def _assembled(blocks: dict[tuple[int, int], Grams], shard: Shard, unit: str) ->
 def shard_of(loss: Loss, theta: Theta, ranks: Processes, **settings: Any) -> Shard:
     """This rank's part of the data, once all ranks are known to have the same of everything; raises as `sharded` does."""
     check_instance("ranks", ranks, Processes, "`fs.processes()`")
-    ranks.check_same(**_facts(loss, Loss.vector(loss, theta), settings))
+    ranks.check_same(lambda: _facts(loss, Loss.vector(loss, theta), settings))
     every = _all_parts(loss, ranks)
     losses = [_kept(loss, parts) for parts in every]
 

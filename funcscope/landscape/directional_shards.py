@@ -48,6 +48,16 @@ def sharded_directional_losses(
 
     Raises as `sharded` and `directional_losses` do; ValueError for curvatures by difference in half precision, where rounding
     would have to be measured on all data: `functional(model, dtype=torch.float32)`.
+
+    >>> import torch.distributed as dist, funcscope as fs
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> net = fs.functional(torch.nn.Linear(2, 1, bias=False).double())
+    >>> half_square, x = fs.custom(lambda out, y: (out - y) ** 2 / 2), torch.eye(2, dtype=torch.float64)
+    >>> loss = fs.objective(net, [(x * 2**0.5, 0 * x[:, :1])], half_square)                          # L = |theta|^2 / 2
+    >>> result = sharded_directional_losses(loss, x[0] * 5, fs.processes(), key=fs.key(0), n_samples=4)
+    >>> round(result.baseline_loss, 6), len(result.losses)
+    (12.5, 4)
+    >>> dist.destroy_process_group()
     """
     check_options("sharded_directional_losses", directional_losses, settings)
     asked = settings_of({**_defaults(), **settings, "key": key})
