@@ -19,6 +19,7 @@ from .core.layout import Layout
 from .core.losses import binary_cross_entropy, cross_entropy, mse
 from .core.model import Functional, functional
 from .core.objective import Loss, objective
+from .core.processes import Processes, processes
 from .core.reading import read
 from .core.remat import remat
 from .core.restrict import grid, restrict
@@ -53,6 +54,8 @@ from .curvature import (
     relative_critical_sharpness,
     sam_sharpness,
     sequence_forms,
+    sharded,
+    sharded_gram,
     trace_errors,
 )
 from .fisher import GramSpectrum, fisher_spectrum, gradient_gram, gram_spectrum
@@ -87,6 +90,7 @@ from .landscape import (
     plane_directions,
     principal_directions,
     project,
+    sharded_directional_losses,
 )
 from .linalg import (
     conjugate_gradient,
@@ -137,6 +141,7 @@ __all__ = [
     "MetricRegistry",
     "Patch",
     "Pretrained",
+    "Processes",
     "Result",
     "ResultCache",
     "Results",
@@ -219,6 +224,7 @@ __all__ = [
     "per_sample_gradients",
     "plane_directions",
     "principal_directions",
+    "processes",
     "progress",
     "project",
     "quantity",
@@ -234,6 +240,9 @@ __all__ = [
     "sam_sharpness",
     "seq2seq_lm",
     "sequence_forms",
+    "sharded",
+    "sharded_directional_losses",
+    "sharded_gram",
     "sites_of",
     "spectral_density",
     "spectrum_summary",

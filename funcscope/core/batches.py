@@ -62,15 +62,39 @@ def divided(batches: Prepared, size: int) -> Prepared:
     return tuple(part for pair in batches for part in _parts(pair, size))
 
 
+def parts_between(batches: Prepared, start: int, stop: int) -> list[tuple[Any, Any, slice | None]]:
+    """Sequences `start` to `stop` - 1 of all: (part, its batch, rows of it), the rows None for a batch that is whole.
+
+    One that cannot be cut is whole where its first sequence is.
+    """
+    out: list[tuple[Any, Any, slice | None]] = []
+    first = 0
+    for pair in batches:
+        num = rows(pair) or 1
+        low, high = max(start - first, 0), min(stop - first, num)
+        if not _can_be_cut(pair, num):
+            low, high = (0, num) if start <= first < stop else (0, 0)
+        if low < high:
+            whole = high - low == num
+            at = slice(low, high)
+            out.append((pair, pair, None) if whole else (_part(pair, at, num), pair, at))
+        first += num
+    return out
+
+
 def _parts(pair: tuple[Inputs, Any], size: int) -> list[Any]:
     num = rows(pair)
-    if num is None or num <= size or not all(_is_cut(leaf, num) for leaf in tree_leaves(pair)):
+    if num is None or num <= size or not _can_be_cut(pair, num):
         return [pair]
-    cuts = [slice(first, first + size) for first in range(0, num, size)]
-    return [
-        tree_map(lambda x, at=at: x[at] if isinstance(x, Tensor) and x.ndim and len(x) == num else x, pair)
-        for at in cuts
-    ]
+    return [_part(pair, slice(first, first + size), num) for first in range(0, num, size)]
+
+
+def _part(pair: tuple[Inputs, Any], at: slice, num: int) -> Any:
+    return tree_map(lambda x: x[at] if isinstance(x, Tensor) and x.ndim and len(x) == num else x, pair)
+
+
+def _can_be_cut(pair: tuple[Inputs, Any], num: int) -> bool:
+    return all(_is_cut(leaf, num) for leaf in tree_leaves(pair))
 
 
 def _is_cut(leaf: Any, num: int) -> bool:

@@ -20,6 +20,7 @@ from .m_sharpness import MSharpness, m_sharpness
 from .routing import RoutingChanges, routing_changes
 from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
+from .shards import sharded, sharded_gram
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 
@@ -85,6 +86,8 @@ __all__ = [
     "routing_changes",
     "sam_sharpness",
     "sequence_forms",
+    "sharded",
+    "sharded_gram",
     "stability_threshold",
     "trace_errors",
 ]

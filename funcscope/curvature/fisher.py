@@ -43,7 +43,7 @@ def exact_fisher(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int
     return ggn(loss, theta, keep=keep, head_chunk=head_chunk)
 
 
-def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = True) -> Matvec:
+def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = True, first: int = 0) -> Matvec:
     r"""v -> F v with `num` labels per token drawn from the model: unbiased for `exact_fisher`, of rank <= num * tokens.
 
     $$\hat F = \frac{1}{W m} \sum_{t,i} w_t\, s_{ti} s_{ti}^\top, \qquad y_{ti} \sim p_\theta(\cdot \mid x_{\le t}).$$
@@ -51,6 +51,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     Position t is scored against its own draw: a draw that is moved by one, as labels are, has a score whose mean is not 0.
     The draws are made here, once, one stream per sequence, so that the matvec is one fixed symmetric matrix and batching
     changes nothing; another key is another matrix. Its mean over keys: proofs/gauss_newton_fisher.py.
+    first: the number of the loss's first sequence, where it is a part of a larger data set.
 
     Raises as `exact_fisher` does.
     """
@@ -59,7 +60,7 @@ def fisher_mc(loss: Loss, theta: Theta, *, key: Key, num: int = 1, keep: bool = 
     theta = Loss.vector(loss, theta)
     _check_distribution(loss.criterion)
     _check_apart(loss, theta)
-    drawn = label_draws(loss, theta, key, num)
+    drawn = label_draws(loss, theta, key, num, first)
     return sandwich(loss, theta, _scored_by(_by_token, loss, drawn), 1 / (num * total_weight(loss, theta)), keep)
 
 
@@ -161,11 +162,12 @@ def _squares(loss: Loss, theta: Tensor, key: Key) -> Tensor:
     return out
 
 
-def label_draws(loss: Loss, theta: Theta, key: Key, num: int) -> list[list[Any]]:
+def label_draws(loss: Loss, theta: Theta, key: Key, num: int, first: int = 0) -> list[list[Any]]:
     r"""Per batch, `num` targets whose labels are drawn from the model, $y_t \sim p_\theta(\cdot \mid x_{\le t})$.
 
     Targets are what `loss.criterion.scored` takes in place of the data's. Draw i of sequence r of all comes from the child
-    (i, r) of the key, so that batching changes nothing: all sampled Fishers have the same labels under one key.
+    (i, r) of the key, so that batching changes nothing: all sampled Fishers have the same labels under one key. r counts
+    from `first`.
 
     Raises ValueError for a criterion that has no predictive distribution (`sample`).
 
@@ -179,7 +181,8 @@ def label_draws(loss: Loss, theta: Theta, key: Key, num: int) -> list[list[Any]]
     tensor([1, 1])
     """
     _check_distribution(loss.criterion)
-    first, drawn, sample = 0, [], loss.criterion.sample
+    drawn: list[list[Any]] = []
+    sample = loss.criterion.sample
     assert sample is not None
     for batch in loss.batches:
         with torch.no_grad():

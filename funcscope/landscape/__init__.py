@@ -8,6 +8,7 @@ from .compare import compare_directional
 from .compare_result import Comparison
 from .directional import directional_losses
 from .directional_result import DirectionalLosses
+from .directional_shards import sharded_directional_losses
 from .flatness import flatness, flatness_profile
 from .flatness_result import Flatness
 from .learning_coefficient import learning_coefficient
@@ -53,4 +54,5 @@ __all__ = [
     "plane_directions",
     "principal_directions",
     "project",
+    "sharded_directional_losses",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,10 @@ from ..core.directions import Direction, Normalize, norm
 from ..core.keys import Distribution, Key
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
-from .directional_result import DirectionalLosses, Plan
+from .directional_result import DirectionalLosses, Plan, amounting
 from .evaluator import GRADIENT_UP_TO
 from .per_direction import Request, sampled
 from .precision import is_half, loss_error, realised, unmoved, warn_if_swallowed
-from .residuals import Residuals
 from .sampling import SamplingSettings, centre_at, copies
 from .truncation import STEPS, num_refined
 
@@ -108,23 +107,27 @@ def directional_losses(
     >>> round(result.baseline_loss, 3), [round(q, 3) for q in result.rayleigh_quotients.tolist()]
     (12.5, [1.0, 1.0, 1.0, 1.0])
     """
-    settings = SamplingSettings(
-        key=key,
-        num=n_samples,
-        lengths=(span,),
-        normalize=normalize,
-        distribution=distribution,
-        relative=relative_span,
-        unit_norm=global_renorm,
-        two_sided=two_sided,
-        slope=slope if compute_gradient else None,
-        curvature=curvature if compute_curvature else None,
-        chunk=chunk,
-        lazy=lazy,
+    return prepare(loss, theta, settings_of(locals())).run()
+
+
+def settings_of(given: Mapping[str, Any]) -> SamplingSettings:
+    """What the arguments of `directional_losses` ask for, by their names."""
+    check_choice("curvature", given["curvature"], ("difference", "exact"))
+    check_choice("slope", given["slope"], ("auto", "gradient", "jvp"))
+    return SamplingSettings(
+        key=given["key"],
+        num=given["n_samples"],
+        lengths=(given["span"],),
+        normalize=given["normalize"],
+        distribution=given["distribution"],
+        relative=given["relative_span"],
+        unit_norm=given["global_renorm"],
+        two_sided=given["two_sided"],
+        slope=given["slope"] if given["compute_gradient"] else None,
+        curvature=given["curvature"] if given["compute_curvature"] else None,
+        chunk=given["chunk"],
+        lazy=given["lazy"],
     )
-    check_choice("curvature", curvature, ("difference", "exact"))
-    check_choice("slope", slope, ("auto", "gradient", "jvp"))
-    return prepare(loss, theta, settings).run()
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,23 +160,7 @@ class Sampling:
 
     def result(self, rows: Sequence[dict[str, Tensor]]) -> DirectionalLosses:
         column = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        bent, few = column.get("residuals_curvatures"), self.request.refined
-        residuals = Residuals(
-            self.centre,
-            column["residuals_losses"],
-            column.get("residuals_losses_negative"),
-            None if bent is None else bent[:few],
-            num=len(self.request.scored),
-        )
-        return DirectionalLosses(
-            losses=column["losses"],
-            losses_negative=column.get("losses_negative"),
-            slopes=column.get("slopes"),
-            exact_curvatures=column.get("curvatures"),
-            residuals=residuals,
-            finer=column["finer"][:few] if "finer" in column else None,
-            **self.settings,
-        )
+        return amounting(column, self.centre, self.request.refined, len(self.request.scored), self.settings)
 
 
 def prepare(loss: Loss, theta: Theta, settings: SamplingSettings) -> Sampling:

@@ -265,3 +265,26 @@ class DirectionalLosses(Columns, Result):
             return []
         known = {name for name, x in self.estimates.items() if isinstance(x, Crossed) and x.stderr_data.isfinite()}
         return [name for name, x in self.estimates.items() if x.stderr.isfinite() and name not in known]
+
+
+def amounting(
+    column: dict[str, Tensor], centre: Tensor, refined: int, num: int, settings: dict[str, Any]
+) -> DirectionalLosses:
+    """What columns amount to, of `num` sequences that score something and of directions of which some are `refined`."""
+    bent = column.get("residuals_curvatures")
+    residuals = Residuals(
+        centre,
+        column["residuals_losses"],
+        column.get("residuals_losses_negative"),
+        None if bent is None else bent[:refined],
+        num=num,
+    )
+    return DirectionalLosses(
+        losses=column["losses"],
+        losses_negative=column.get("losses_negative"),
+        slopes=column.get("slopes"),
+        exact_curvatures=column.get("curvatures"),
+        residuals=residuals,
+        finer=column["finer"][:refined] if "finer" in column else None,
+        **settings,
+    )

@@ -62,11 +62,16 @@ def residuals(
 ) -> tuple[Float[Tensor, " *d"], Float[Tensor, "*d g"]]:
     """The loss, and what each group of sequences adds beside it, from sums and weights per sequence.
 
-    scored: the places of the sequences that score something; sequence i is of group i modulo `groups`.
+    scored: the places of the sequences that score something.
     """
     sums, weights = terms.unbind(-2)
     total = weights.sum(-1)
     value = sums.sum(-1) / total
     beside = ((sums - value[..., None] * weights) / total[..., None])[..., scored]
-    more = -len(scored) % groups
-    return value, torch.nn.functional.pad(beside, (0, more)).unflatten(-1, (-1, groups)).sum(-2)
+    return value, in_groups(beside, groups)
+
+
+def in_groups(x: Float[Tensor, "*d n"], groups: int) -> Float[Tensor, "*d g"]:
+    """Sums over the sequences of each group: sequence i is of group i modulo `groups`."""
+    more = -x.shape[-1] % groups
+    return torch.nn.functional.pad(x, (0, more)).unflatten(-1, (-1, groups)).sum(-2)

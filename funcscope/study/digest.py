@@ -14,8 +14,8 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ..core.content import of_tensors
 from ..core.pack import pack
 from ..core.store import to_json, write
 from .files import claimed
@@ -99,14 +99,3 @@ def identity(value: Any) -> Any:
         return {"packed": tree, "of": of_tensors(map(torch.as_tensor, arrays.values()))}
     except (TypeError, ValueError):
         return {"not known": uuid4().hex}
-
-
-def of_tensors(tensors: Iterable[Tensor]) -> str:
-    """One sum over dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        if plain.numel():
-            total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -1,0 +1,187 @@
+"""The processes that one computation is spread over: sums and exchanges over ranks that end, one way or the other."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
+
+from .checks import check_positive
+
+T = TypeVar("T")
+STATE = 24
+"""Bytes that say, before every sum, whether all ranks are there with the same vector."""
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+class Failed(NamedTuple):
+    """What a rank says in the place of a value."""
+
+    reason: str
+
+
+class Processes:
+    """The ranks of a process group, and what was handed to their collectives; made by `processes`.
+
+    Every method but `moved` is called by all ranks, in the same order.
+    """
+
+    def __init__(self, group: Any, timeout: float):
+        self.group, self.timeout = group, timeout
+        self.rank, self.num = dist.get_rank(group), dist.get_world_size(group)
+        gpu = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        """Where what is exchanged lies."""
+        self.reduced = 0
+        """Bytes that this rank handed to sums."""
+        self.exchanged = 0
+        """Bytes of the objects that this rank gave to all others."""
+        self._lost = ""
+
+    def __repr__(self) -> str:
+        return f"Processes(rank {self.rank} of {self.num}, timeout {self.timeout:g} s)"
+
+    @property
+    def moved(self) -> float:
+        """Bytes that this rank sent by the model: 2 (n - 1) / n of a sum in a ring, n - 1 times an object."""
+        return 2 * (self.num - 1) / self.num * self.reduced + (self.num - 1) * self.exchanged
+
+    def sum(self, x: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
+        """The sum over ranks, written into x, with the same bits on every rank."""
+        self._reduce(x, dist.ReduceOp.SUM, what)
+        return x
+
+    def check_together(self, v: Tensor | None, device: torch.device, what: str) -> None:
+        """Raises on every rank where one has failed (None), or has other bits of v. `STATE` bytes are summed up."""
+        content = 0 if v is None else _content(v)
+        state = torch.tensor([int(v is None), content, ~content], device=device)
+        self._reduce(state, dist.ReduceOp.MAX, what)
+        failed, most, least = state.tolist()
+        if failed and v is not None:
+            raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
+        if not failed and most != ~least:
+            raise ValueError(
+                f"the vector of {what} differs between ranks: all must ask for the same products in the same order, with "
+                "the same key and number of threads."
+            )
+
+    def gathered(self, value: T, what: str) -> list[T]:
+        """The values of all ranks, by rank."""
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        self.exchanged += len(mine)
+        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device), what)]
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
+        each = zip(self._gather(padded, what), sizes, strict=True)
+        return [pickle.loads(one[:size].cpu().numpy().tobytes()) for one, size in each]
+
+    def together(self, what: str, make: Callable[[], T]) -> list[T]:
+        """What every rank makes by itself, by rank; an error of one is an error of all. `make` has no collectives."""
+        try:
+            value = make()
+        except Exception as err:
+            self.gathered(Failed(f"{type(err).__name__}: {err}"), what)
+            raise
+        each = self.gathered(value, what)
+        for rank, other in enumerate(each):
+            if isinstance(other, Failed):
+                raise RuntimeError(f"rank {rank} failed in {what}: {other.reason}")
+        return each
+
+    def check_same(self, facts: Callable[[], dict[str, str]]) -> None:
+        """Raises ValueError on every rank where a fact differs between ranks, with its name."""
+        each = self.together("the comparison of ranks", facts)
+        for other, theirs in enumerate(each):
+            if odd := sorted(name for name in each[0].keys() | theirs.keys() if each[0].get(name) != theirs.get(name)):
+                raise ValueError(
+                    f"{', '.join(odd)} of rank {other} differ from those of rank 0: every rank must have the same weights, "
+                    "the same batches in the same order, and the same settings; load them from the same files, without "
+                    "shuffling by a seed of the rank."
+                )
+
+    def _reduce(self, x: Tensor, op: Any, what: str) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = op, timedelta(seconds=self.timeout)
+        self.reduced += x.numel() * x.element_size()
+        self._wait(lambda: self.group.allreduce([x], options), what)
+
+    def _gather(self, x: Tensor, what: str) -> list[Tensor]:
+        options, out = AllgatherOptions(), [torch.empty_like(x) for _ in range(self.num)]
+        options.timeout = timedelta(seconds=self.timeout)
+        self._wait(lambda: self.group.allgather([out], [x], options), what)
+        return out
+
+    def _wait(self, begin: Callable[[], Any], what: str) -> None:
+        """A collective, to its end or its timeout."""
+        if self._lost:
+            raise RuntimeError(f"these ranks were lost before, in {self._lost}: start all of them again.")
+        try:
+            begin().wait()
+        except RuntimeError as err:
+            self._lost = what
+            raise RuntimeError(
+                f"rank {self.rank} of {self.num} has lost another one in {what} ({str(err).splitlines()[0][:150]}): a rank "
+                f"has ended, or said nothing for {self.timeout:g} s. See why in its own output, and start all ranks again; "
+                "where it was only slower, give `processes` a longer timeout."
+            ) from err
+
+
+def processes(group: Any = None, *, timeout: float | int = 60.0) -> Processes:
+    """The ranks of a torch.distributed group, for `sharded` operators, Grams and directional losses. Called by every rank.
+
+    group: a process group; None for all ranks. It stays as it is: its own timeout does not count here.
+    timeout: seconds that a rank waits for the others before it raises RuntimeError. A rank that is killed is noticed at once
+    by gloo, one that hangs by this. It has to be longer than what the slowest rank needs more than the fastest one for
+    one step: making an operator, one product, eight directions.
+
+    Objects are exchanged by `pickle`: ranks trust each other, as torch.distributed does.
+
+    Raises ValueError where no process group was made, and for one that this process is not in.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> processes()
+    Processes(rank 0 of 1, timeout 60 s)
+    >>> dist.destroy_process_group()
+    """
+    check_positive("timeout", float(timeout))
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "`processes` needs a process group, and there is none: call `torch.distributed.init_process_group('gloo')` in "
+            "a script that `torchrun --nproc-per-node 2` starts."
+        )
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError(
+            f"`group` must have this process in it, rank {dist.get_rank()}: call this in its own ranks only."
+        )
+    return Processes(dist.group.WORLD if group is None else group, float(timeout))
+
+
+def bytes_per_product(num_params: int, itemsize: int, num_ranks: int) -> float:
+    """Bytes that each rank sends (and receives) in one product: a ring's sum of the vector and of `STATE` bytes.
+
+    2 (n - 1) / n (P s + 24): each of n - 1 steps of reduction and n - 1 of distribution moves a share of 1 / n.
+
+    >>> bytes_per_product(1000, 4, 2)
+    4024.0
+    """
+    return 2 * (num_ranks - 1) / num_ranks * (num_params * itemsize + STATE)
+
+
+def _content(v: Tensor) -> int:
+    """A sum over the bits of v, which another rounding of one entry changes."""
+    return int(v.detach().contiguous().view(_BITS[v.element_size()]).sum(dtype=torch.int64))
+
+
+def share_of(num: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Start and stop of a rank's share of `num` things: contiguous, sizes differ by 1 at most, none where there are few.
+
+    >>> [share_of(5, rank, 3) for rank in range(3)], share_of(1, 0, 2)
+    ([(0, 1), (1, 3), (3, 5)], (0, 0))
+    """
+    return rank * num // num_ranks, (rank + 1) * num // num_ranks

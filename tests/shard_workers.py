@@ -1,0 +1,170 @@
+"""What the ranks of tests/test_shards.py do: each in a process of its own, which imports this file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import funcscope as fs
+
+KEY = fs.key(3)
+OPERATORS = {
+    "hessian": (fs.hessian, {}),
+    "rebuilt": (fs.hessian, {"keep": False}),
+    "ggn": (fs.ggn, {}),
+    "exact": (fs.exact_fisher, {}),
+    "drawn": (fs.fisher_mc, {"key": KEY, "num": 2}),
+    "by sequence": (fs.empirical_fisher, {}),
+    "by token": (fs.empirical_fisher, {"unit": "token"}),
+}
+DIRECTIONAL = {
+    "difference": {"two_sided": True, "compute_gradient": True, "compute_curvature": True},
+    "exact": {"compute_gradient": True, "slope": "jvp", "compute_curvature": True, "curvature": "exact", "chunk": 1},
+}
+
+
+def mlp_loss(sizes: tuple[int, ...] = (3, 2), dtype: torch.dtype = torch.float64, seed: int = 0) -> fs.Loss:
+    """Batches of so many sequences, weights of which one is 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = fs.functional(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype))
+        batches = [(torch.randn(n, 4, dtype=dtype), torch.randint(3, (n,))) for n in sizes]
+    batches[0][1][0] = -100
+    return fs.objective(net, batches, fs.classification)
+
+
+def lm_loss() -> fs.Loss:
+    """A language model on seven sequences in two batches, with padding."""
+    from problems import gpt2, seeded, tokens
+
+    model = seeded(0, gpt2).double().eval()
+    return fs.objective(fs.functional(model), [tokens(1, 4, 9, pad=3), tokens(2, 3, 6, pad=1)], fs.causal_lm)
+
+
+def vector(loss: fs.Loss, seed: int = 1) -> torch.Tensor:
+    return fs.normal(fs.key(seed), loss.net.theta)
+
+
+def products(loss: fs.Loss, ranks: Any = None) -> dict[str, Any]:
+    """Of every operator, on the ranks or on one."""
+    theta, v = loss.net.theta, vector(loss)
+    made = {
+        name: operator(loss, theta, **settings)
+        if ranks is None
+        else fs.sharded(operator, loss, theta, ranks, **settings)
+        for name, (operator, settings) in OPERATORS.items()
+    }
+    return {name: matvec(v) for name, matvec in made.items()}
+
+
+def grams(loss: fs.Loss, ranks: Any = None) -> torch.Tensor:
+    if ranks is None:
+        return fs.gram(loss, loss.net.theta, by="layer").values
+    return fs.sharded_gram(loss, loss.net.theta, ranks, by="layer").values
+
+
+def directional(loss: fs.Loss, name: str, ranks: Any = None) -> Any:
+    settings = {"key": KEY, "n_samples": 11, "span": 0.1, **DIRECTIONAL[name]}
+    if ranks is None:
+        return fs.directional_losses(loss, loss.net.theta, **settings)
+    return fs.sharded_directional_losses(loss, loss.net.theta, ranks, **settings)
+
+
+def everything(ranks: fs.Processes) -> dict[str, Any]:
+    loss, text = mlp_loss(), lm_loss()
+    out = {"mlp": products(loss, ranks), "lm": products(text, ranks)}
+    out |= {"gram": grams(loss, ranks), "text gram": grams(text, ranks)}
+    for name in DIRECTIONAL:
+        each = directional(loss, name, ranks)
+        out[name] = {**each.arrays(), "mean": float(each.delta_mean.value), "error": float(each.delta_mean.stderr)}
+        out[f"{name} residuals"] = each.residuals._asdict()
+    H = fs.sharded(fs.hessian, loss, loss.net.theta, ranks)
+    out["eigenvalues"] = fs.eigenpairs(H, loss.net.theta, key=KEY, num=2).values
+    return out
+
+
+def few(ranks: fs.Processes) -> dict[str, Any]:
+    """Fewer scored sequences than ranks: one shard is empty, one has nothing that is scored."""
+    loss = mlp_loss((2,))
+    each = directional(loss, "difference", ranks)
+    return {"mlp": products(loss, ranks), "gram": grams(loss, ranks), "losses": each.losses}
+
+
+def traffic(ranks: fs.Processes) -> dict[str, Any]:
+    loss = mlp_loss(dtype=torch.float32)
+    H = fs.sharded(fs.hessian, loss, loss.net.theta, ranks)
+    before, v = (ranks.reduced, ranks.moved), vector(loss)
+    for _ in range(5):
+        H(v)
+    return {
+        "reduced": ranks.reduced - before[0],
+        "moved": ranks.moved - before[1],
+        "num": loss.layout.num,
+        "product": H(v),
+    }
+
+
+def wrong(ranks: fs.Processes) -> dict[str, str]:
+    """What each rank says where one has something else."""
+    loss, odd = mlp_loss(), ranks.rank == ranks.num - 1
+    theta = loss.net.theta
+    other = fs.objective(loss.net, loss.batches[::-1] if odd else loss.batches, _as_they_are(loss))
+    v = vector(loss)
+    cases = {
+        "theta": lambda: fs.sharded(fs.hessian, loss, theta + 1e-9 * odd, ranks),
+        "length": lambda: fs.sharded(fs.hessian, loss, theta[1:] if odd else theta, ranks),
+        "order": lambda: fs.sharded(fs.hessian, other, theta, ranks),
+        "settings": lambda: fs.sharded(fs.fisher_mc, loss, theta, ranks, key=fs.key(int(odd))),
+        "operator": lambda: fs.sharded(fs.ggn if odd else fs.hessian, loss, theta, ranks),
+        "vector": lambda: fs.sharded(fs.ggn, loss, theta, ranks)(v + 1e-15 * odd),
+        "shape": lambda: fs.sharded(fs.ggn, loss, theta, ranks)(v[1:] if odd else v),
+        "inside": lambda: ranks.together("a step", lambda: 1 / (not odd)),
+    }
+    return {name: _said(call) for name, call in cases.items()}
+
+
+def _as_they_are(loss: fs.Loss) -> fs.Criterion:
+    """The same criterion, for batches that are prepared."""
+    from dataclasses import replace
+
+    return replace(loss.criterion, prepare=lambda batch: batch)
+
+
+def _said(call: Any) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError, ArithmeticError) as err:
+        return f"{type(err).__name__}: {err}"
+    return "nothing"
+
+
+def killed(ranks: fs.Processes, how: int = signal.SIGKILL) -> dict[str, Any]:
+    """The last rank ends, or stops, in the middle of its third product."""
+    loss = mlp_loss()
+    H, v = fs.sharded(fs.hessian, loss, loss.net.theta, ranks), vector(loss)
+    for step in range(4):
+        if step == 2 and ranks.rank == ranks.num - 1:
+            os.kill(os.getpid(), how)
+        start = time.monotonic()
+        said = _said(lambda: H(v))
+        if said != "nothing":
+            return {"step": step, "said": said, "seconds": time.monotonic() - start, "again": _said(lambda: H(v))}
+    return {"said": "nothing"}
+
+
+def stopped(ranks: fs.Processes) -> dict[str, Any]:
+    return killed(ranks, signal.SIGSTOP)
+
+
+def run(rank: int, num: int, folder: str, job: str, timeout: float) -> None:
+    """One rank: its job, and what that gives in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num)
+    torch.save(globals()[job](fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
