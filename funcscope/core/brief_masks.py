@@ -25,6 +25,7 @@ def brief(
 
 
 def is_brief(mask: Any) -> TypeGuard[Tensor]:
+    """Whether a mask is one in brief."""
     return (
         isinstance(mask, Tensor)
         and mask.ndim == 4
