@@ -129,6 +129,25 @@ def test_auto_is_eager_up_to_a_length_and_blocks_beyond(monkeypatch):
     assert fs.functional(seeded(0, lambda: nn.Linear(2, 2))).attention == "eager"
 
 
+@pytest.mark.parametrize("line", ["gpt2", "llama", "mistral", "bert"])
+def test_token_ids_alone_are_masked_by_the_model_itself(line, monkeypatch):
+    """transformers makes no mask for a kernel that it has none for."""
+    model, ids = model_of(line, torch.float64), tokens(7, 2, 9)["input_ids"]
+    theirs = model(input_ids=ids).logits
+    for long in (1024, 4):
+        monkeypatch.setattr(attention_blocks, "LONG", long)
+        for kind in ("auto", "blocks"):
+            net = fs.functional(model, attention=kind)
+            assert_close(net.apply(net.params, ids), theirs, rtol=0, atol=tolerance(line))
+
+
+def test_a_causal_model_without_a_mask_is_refused():
+    module = seeded(0, lambda: nn.Linear(2, 2))
+    module.is_causal = True
+    with pytest.raises(ValueError, match="was called without a mask, and would see what follows"):
+        attention_blocks._by_blocks(module, *(torch.ones(1, 1, 3, 2),) * 3, None)
+
+
 def test_a_whole_mask_that_is_given_is_taken_in_parts(monkeypatch):
     """Long ones; none of it is assumed to be causal."""
     monkeypatch.setattr(attention_blocks, "LONG", 8)

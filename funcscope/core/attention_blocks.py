@@ -44,6 +44,11 @@ def _by_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in the place of an attention function of its own."""
     eager, num, config = _eager_of(module), query.shape[-2], getattr(module, "config", None)
+    if attention_mask is None and getattr(module, "is_causal", False) and num > 1:
+        raise ValueError(
+            f"a {type(module).__name__} was called without a mask, and would see what follows: pass a mapping with "
+            '`input_ids`, or make the functional with `attention="eager"`.'
+        )
     if not is_brief(attention_mask) and num <= LONG:
         return eager(module, query, key, value, attention_mask, **options)
     if num > LONG and query.device.type == "cpu":

@@ -42,8 +42,13 @@ def layer_names(model: Any) -> tuple[str, ...]:
 
 
 def register_attention(name: str, kernel: Callable[..., Any]) -> None:
-    """Make a kernel known to the models of transformers, whose configurations choose it by name."""
+    """Make a kernel known to the models of transformers, whose configurations choose it by name.
+
+    Where a model makes a mask itself, it is the one of eager attention: for a name without one transformers makes none.
+    """
     sys.modules["transformers.modeling_utils"].AttentionInterface.register(name, kernel)
+    masks = sys.modules["transformers.masking_utils"]
+    masks.AttentionMaskInterface.register(name, masks.eager_mask)
 
 
 def register_experts(name: str, kernel: Callable[..., Any]) -> None:
