@@ -141,7 +141,8 @@ def test_token_ids_alone_are_masked_by_the_model_itself(line, monkeypatch):
             assert_close(net.apply(net.params, ids), theirs, rtol=0, atol=tolerance(line))
 
 
-def test_a_causal_model_without_a_mask_is_refused():
+def test_a_causal_model_without_a_mask_is_refused(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "_eager_of", lambda _: None)
     module = seeded(0, lambda: nn.Linear(2, 2))
     module.is_causal = True
     with pytest.raises(ValueError, match="was called without a mask, and would see what follows"):
