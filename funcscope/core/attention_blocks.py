@@ -65,7 +65,7 @@ def _by_blocks(
             keys = slice(max(0, start + 1 - back) if back else 0, last)
         attend = rematerialised(_Block(eager, module, rows, keys))
         own = {name: param for name, param in module._parameters.items() if param is not None}
-        parts.append(attend(query[..., rows, :], key[..., keys, :], value[..., keys, :], attention_mask, own, options))
+        parts.append(attend(query[..., rows, :], key, value, attention_mask, own, options))
     return torch.cat(parts, 1), None
 
 
@@ -84,6 +84,7 @@ class _Block:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, own: Mapping[str, Tensor], options: dict
     ) -> Tensor:
+        key, value = key[..., self.keys, :], value[..., self.keys, :]  # here: a part for every block is not kept
         if is_brief(mask):
             mask = additive(spelt_out(mask, self.rows, self.keys), query.dtype)
         elif mask is not None:

@@ -96,7 +96,7 @@ def _call(fn: Callable, args: Any, kwargs: Any, *, watched: bool = True) -> Any:
     tensors, joined = _split(leaves)
     modes = _get_current_function_mode_stack()
     if modes:  # what a mode puts in the place of an argument is differentiated from here on
-        tensors = [x.view_as(x) for x in tensors]
+        tensors = [x.view_as(x) if watched or isinstance(x, nn.Parameter) else x for x in tensors]
     surroundings = _surroundings(modes, {x.device.type for x in tensors})
     result: list[Callable[[Sequence[Tensor]], Any]] = []
 
