@@ -108,4 +108,4 @@ def test_what_is_expected_is_near_what_is_taken(name, num):
     )
     for line in run.stdout.splitlines():
         expected, taken = map(float, line.split())
-        assert 0.6 * taken < expected < 1.8 * taken
+        assert 0.6 * taken < expected < 2.5 * taken  # rather too much than too little

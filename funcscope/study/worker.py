@@ -64,8 +64,8 @@ def called(terms: Terms, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if said := objection(terms, worker):
         raise ValueError(f"the Dask worker {worker.address} {said}")
     os.chdir(terms.folder)
-    torch.set_num_threads(terms.threads)
     with threadpool_limits(dict(terms.pools)), watched(Stop(worker, thread_state.key)):
+        torch.set_num_threads(terms.threads)  # last: its pool is one of several that share a name
         return fn(*args, **kwargs)
 
 
