@@ -619,6 +619,7 @@ def test_a_file_that_is_not_as_described_is_refused_in_one_line(damage, tmp_path
 
 
 def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which takes folders, where it is installed
     with complaint("nowhere.txt", "there is no", kind=FileNotFoundError):
         read_texts(tmp_path / "nowhere.txt")
     with complaint("is a folder", kind=IsADirectoryError):
