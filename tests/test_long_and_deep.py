@@ -239,7 +239,7 @@ import sys, torch, transformers, funcscope as fs
 from funcscope.core.memory import peak_growth
 torch.manual_seed(0)
 length, layers, attention, remat = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-config = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+config = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4,
                                   intermediate_size=128, vocab_size=64, max_position_embeddings=length)
 net = fs.functional(transformers.LlamaForCausalLM(config), attention=attention, remat=remat)
 ids = torch.randint(0, 64, (1, length))
@@ -262,11 +262,11 @@ def test_memory_grows_with_the_length_in_blocks_and_with_its_square_otherwise():
     blocks = [peak(length, 2, "auto", "none") for length in (2048, 4096)]
     eager = [peak(length, 2, "eager", "none") for length in (1024, 2048)]
     assert blocks[1] < 2.3 * blocks[0]
-    assert eager[1] > 2.4 * eager[0]
+    assert eager[1] > 3 * eager[0]
     assert blocks[0] < eager[1] / 4
 
 
 @pytest.mark.slow
 def test_a_further_layer_in_remat_costs_a_fraction_of_what_it_costs_whole():
-    whole, apart = ([peak(512, layers, "blocks", kind) for layers in (4, 12)] for kind in ("none", "layer"))
-    assert apart[1] - apart[0] < 0.3 * (whole[1] - whole[0])
+    whole, apart = ([peak(1024, layers, "blocks", kind) for layers in (4, 12)] for kind in ("none", "layer"))
+    assert apart[1] - apart[0] < 0.2 * (whole[1] - whole[0])

@@ -93,19 +93,18 @@ ids = [torch.randint(0, 512, (8, 128)) for _ in range(num)]
 loss = fs.objective(net, [{"input_ids": each, "labels": each} for each in ids], fs.causal_lm)
 theta, v = net.theta, torch.ones_like(net.theta)
 loss(theta)
-for gib in (100.0, 0.0):
-    plan = memory_plan(loss, theta, gib)
-    one = in_remat(loss) if plan.remat else loss
-    print(plan.gib * 1024, peak_growth(lambda: fs.hessian(one, theta, keep=plan.keep)(v))[1])
+plan = memory_plan(loss, theta, float(sys.argv[3]))
+one = in_remat(loss) if plan.remat else loss
+print(plan.gib * 1024, peak_growth(lambda: fs.hessian(one, theta, keep=plan.keep)(v))[1])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gib", [100.0, 0.0])
 @pytest.mark.parametrize(("name", "num"), [("gpt2", 1), ("gpt2", 4), ("llama", 1), ("llama", 4)])
-def test_what_is_expected_is_near_what_is_taken(name, num):
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, name, str(num)], capture_output=True, text=True, check=True, timeout=300
-    )
-    for line in run.stdout.splitlines():
-        expected, taken = map(float, line.split())
-        assert 0.6 * taken < expected < 2.5 * taken  # rather too much than too little
+def test_what_is_expected_is_near_what_is_taken(name, num, gib):
+    """In a process for each: what one call has freed, the next one uses again."""
+    command = [sys.executable, "-c", MEMORY, name, str(num), str(gib)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    expected, taken = map(float, run.stdout.split())
+    assert 0.6 * taken < expected < 1.8 * taken

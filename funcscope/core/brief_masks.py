@@ -30,7 +30,7 @@ def is_brief(mask: Any) -> TypeGuard[Tensor]:
         isinstance(mask, Tensor)
         and mask.ndim == 4
         and mask.dtype is torch.int32
-        and mask.shape[-2:][0] == 3 != mask.shape[-1]
+        and mask.shape[-2] == 3 != mask.shape[-1]
     )
 
 

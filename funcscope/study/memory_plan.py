@@ -19,6 +19,13 @@ from ..core.objective import Loss
 FIRST, FURTHER, ANEW = 5.5, 3.5, 8.5
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
 takes; a Gauss-Newton product takes less."""
+WAYS = (
+    (True, False, "the graphs of all batches"),
+    (False, False, "graphs made anew"),
+    (True, True, "layers in remat"),
+    (False, True, "layers in remat, anew"),
+)
+"""keep, remat, and their name, by the time that a product takes."""
 GIB = 2**30
 _KNOWN: WeakKeyDictionary[Loss, int] = WeakKeyDictionary()
 
@@ -56,30 +63,18 @@ def graph_bytes(loss: Loss, theta: Tensor) -> int:
 
 def memory_plan(loss: Loss, theta: Tensor, gib: float | int) -> MemoryPlan:
     """The first of four ways that fits into so much memory, by what they cost in time; the last where none does."""
-    net, num = loss.net, len(loss.batches)
-    whole, vectors = graph_bytes(loss, theta), 3 * theta.nbytes
-    options = [
-        (True, False, FIRST + FURTHER * (num - 1), "the graphs of all batches"),
-        (False, False, ANEW, "graphs made anew"),
-    ]
-    sizes = {False: whole / GIB}
-    names = layer_names(net._skeleton)
-    if names and not net.remat:
-        apart = graph_bytes(in_remat(loss), theta)
-        sizes[True] = apart / GIB
-        options += [
-            (True, True, FIRST + FURTHER * (num - 1), "layers in remat"),
-            (False, True, ANEW, "layers in remat, anew"),
-        ]
+    kept, whole = FIRST + FURTHER * (len(loss.batches) - 1), graph_bytes(loss, theta)
+    names = () if loss.net.remat else layer_names(loss.net._skeleton)
     tried = []
-    for keep, remat, times, what in options:
-        one = (FIRST if keep else ANEW) * sizes[False] / len(names) if remat else 0.0  # a layer that is computed again
-        need = times * sizes[remat] + one + vectors / GIB
-        tried.append(f"{what}: {need:.2g} GiB")
-        if need <= gib:
+    for keep, remat, what in WAYS if names else WAYS[:2]:
+        need = (kept if keep else ANEW) * (graph_bytes(in_remat(loss), theta) if remat else whole) + 3 * theta.nbytes
+        if remat:  # one layer, computed again
+            need += (FIRST if keep else ANEW) * whole / len(names)
+        tried.append(f"{what}: {need / GIB:.2g} GiB")
+        if need / GIB <= gib:
             break
-    why = "" if len(tried) == 1 else "; ".join(tried) + ("" if need <= gib else ", which is too much")
-    return MemoryPlan(keep, remat, need, why)
+    why = "" if need / GIB <= gib and len(tried) == 1 else "; ".join(tried)
+    return MemoryPlan(keep, remat, need / GIB, why + (", which is too much" if need / GIB > gib else ""))
 
 
 def in_remat(loss: Loss) -> Loss:
