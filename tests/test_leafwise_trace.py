@@ -62,6 +62,9 @@ def test_signs_are_exact_on_a_diagonal_and_bad_input_is_named():
         assert float(found.trace.stderr) == pytest.approx(0)
     with pytest.raises(ValueError, match="`num` must"):
         fs.curvature.leafwise_trace(loss, net.params, key=fs.key(0), num=0)
+    nan = {name: torch.full_like(value, torch.nan) for name, value in net.params.items()}
+    with pytest.raises(ValueError, match="6 of 6 forms, of 2 probes and 3 sequences, are not finite"):
+        fs.curvature.leafwise_trace(loss, nan, key=fs.key(0), num=2)
     summed = fs.objective(
         net, [(torch.eye(3).double(), torch.zeros(1).double())], fs.custom(lambda out, y: out.sum() + y)
     )

@@ -15,6 +15,7 @@ from ..core.keys import Key, check_key, draw, fold_in
 from ..core.layout import Layout
 from ..core.objective import Loss, Theta, per_sequence
 from ..core.restrict import moved_leaf
+from ..core.tables import counted
 from .hessian import Matrix
 from .outputs import hessian_of
 from .pullbacks import ONE_AT_A_TIME, named_if_missing
@@ -39,8 +40,8 @@ def leafwise_trace(loss: Loss, theta: Theta, *, key: Key, num: int = 8, matrix: 
 
     Assumes that a row of the output belongs to the sequence of that row.
 
-    Raises ValueError where a kernel has no forward derivative, and for `ggn` of a criterion whose outputs do not have a row
-    per sequence.
+    Raises ValueError where a kernel has no forward derivative, where a form is not finite, and for `ggn` of a criterion whose
+    outputs do not have a row per sequence.
 
     Hutchinson (1990), doi:10.1080/03610919008812866.
 
@@ -64,7 +65,13 @@ def leafwise_trace(loss: Loss, theta: Theta, *, key: Key, num: int = 8, matrix: 
             sums, weights = (torch.cat(each).cpu().double() for each in zip(*parts, strict=True))
             rows.append(sums)
     real = weights != 0
-    return TraceErrors(SequenceForms(torch.stack(rows)[:, real], weights[real]), key)
+    forms = torch.stack(rows)[:, real]
+    if bad := int((~forms.isfinite()).sum()):
+        raise ValueError(
+            f"{bad} of {forms.numel()} forms, of {counted(num, 'probe')} and {counted(forms.shape[1], 'sequence')}, are not "
+            "finite: check the weights and the batch, or compute in a wider dtype (`dtype` of `functional`)."
+        )
+    return TraceErrors(SequenceForms(forms, weights[real]), key)
 
 
 class _Signs:
