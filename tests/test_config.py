@@ -261,3 +261,9 @@ def test_metrics_of_a_user_get_everything_in_a_few_lines(made, tmp_path):
         assert "The share of weights below a threshold." in page.path.read_text()
     finally:
         del CATALOGUE["sparsity_of_mine"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("attention", "block"), ("remat", "layers"), ("split", "other")])
+def test_a_choice_that_there_is_not_is_refused_before_any_work(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got '{value}'"):
+        UnifiedConfig(**{name: value})

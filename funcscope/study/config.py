@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..core.checks import check_choice, check_count, check_positive
+from ..core.model import Attention
 from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
 from .meter import Options
@@ -157,6 +158,8 @@ class UnifiedConfig:
         check_positive("max_memory_gb", self.max_memory_gb)
         check_choice("fisher_method", self.fisher_method, ("empirical", "exact"))
         check_choice("split", self.split, SPLITS)
+        check_choice("attention", self.attention, get_args(Attention))
+        check_choice("remat", self.remat, ("none", "layer"))
         if self.compute_qkov is not None:
             self.enable_qkov_interference = self.compute_qkov
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ..core.checks import check_count
+from ..core.model import Attention
 
 Task = Literal["causal", "masked", "classification", "seq2seq", "image_classification"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -44,7 +45,7 @@ class DataSpec:
     """Of a Hugging Face data set."""
     dtype: DType = "auto"
     compute_dtype: DType = "auto"
-    attention: Literal["auto", "blocks", "eager", "math", "keep"] = "auto"
+    attention: Attention = "auto"
     remat: Literal["none", "layer"] = "none"
     trainable: Literal["all", "adapter"] = "all"
     """adapter: theta is what a low-rank adapter has trained; all: it is merged into its model."""
