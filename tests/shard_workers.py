@@ -167,4 +167,8 @@ def run(rank: int, num: int, folder: str, job: str, timeout: float) -> None:
     """One rank: its job, and what that gives in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num)
-    torch.save(globals()[job](fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
+    try:
+        torch.save(globals()[job](fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
+    finally:
+        # The threads of gloo abort an interpreter that ends before them.
+        dist.destroy_process_group()
