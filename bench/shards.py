@@ -100,6 +100,7 @@ def run(rank: int, folder: str, size: str, rounds: int) -> None:
                     out["bytes"][name] = (ranks[name].moved - counted) / REPEATS
     Path(folder, f"{rank}.json").write_text(json.dumps(out))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 def main(size: str, rounds: int) -> None:
