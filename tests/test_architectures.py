@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope.core import attention_blocks
 from funcscope.core.architectures import FAMILIES, FULL, SLIDING, computes_in_float32
+from funcscope.core.brief_masks import is_brief
 
 TINY = {
     "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -386,7 +388,7 @@ def test_a_model_without_the_kernel_names_the_one_that_it_has(name):
         fs.functional(model_of(name, torch.float32), attention="math")
 
 
-def test_speech_has_every_derivative():
+def test_speech_has_every_derivative(monkeypatch):
     """Whisper's logits, gradient and Hessian product, of features and of what is to be said, part of which is not scored."""
     sizes = {key: value for key, value in BOTH.items() if value is not ...}
     more = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 20, "vocab_size": VOCAB}
@@ -407,6 +409,11 @@ def test_speech_has_every_derivative():
     assert float((fs.hessian(loss, theta)(v) - product).norm() / product.norm()) < 1e-10
     ends = torch.stack([theta, theta + 0.1 * v])
     assert_close(torch.func.vmap(loss)(ends), torch.stack([loss(end) for end in ends]), rtol=1e-8, atol=0)
+    monkeypatch.setattr(attention_blocks, "ROWS", 4)
+    batch = {"input_features": sound, "labels": labels}
+    parts = fs.objective(fs.functional(model, attention="blocks"), [batch], fs.seq2seq_lm)
+    assert is_brief(parts.batches[0][0]["decoder_attention_mask"])
+    assert float((fs.hessian(parts, theta)(v) - product).norm() / product.norm()) < 1e-10
 
 
 IMAGES = {

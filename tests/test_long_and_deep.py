@@ -18,7 +18,7 @@ from funcscope.core import attention_blocks
 from funcscope.core.brief_masks import brief, is_brief, spelt_out
 from funcscope.core.masks import tokens_there, with_float_mask
 
-OWN = ("bart", "bloom", "falcon", "gpt_neo", "mamba", "mamba2", "marian", "mbart", "mpt", "pegasus", "t5")
+OWN = ("bloom", "falcon", "gpt_neo", "mamba", "mamba2", "mpt", "t5")
 """Their attention is written into their layers, or has biases of its own, or there is none."""
 QUICK = ("gemma2",)
 LIGHT = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
@@ -39,13 +39,14 @@ def gap(ours, theirs) -> float:
 @pytest.mark.parametrize("line", [line for line in LINES if line.split(",")[0] not in OWN])
 def test_a_mask_in_brief_says_what_the_whole_one_says(line):
     model = fs.functional(model_of(line, torch.float32))._skeleton
+    name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     for batch in inputs_of(line).values():
-        whole = with_float_mask(model, batch)["attention_mask"]
+        whole = with_float_mask(model, batch)[name]
         made = with_float_mask(model, batch, brief_above=0)
-        short, again = made["attention_mask"], with_float_mask(model, made)["attention_mask"]
-        assert with_float_mask(model, made, brief_above=0)["attention_mask"] is short
+        short, again = made[name], with_float_mask(model, made)[name]
+        assert with_float_mask(model, made, brief_above=0)[name] is short
         there = tokens_there(short)
-        assert torch.equal(there, batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool())
+        assert torch.equal(there, batch.get(name, torch.ones_like(batch["input_ids"])).bool())
         for kind in whole if isinstance(whole, dict) else [None]:
             one, other, read = (x if kind is None else x[kind] for x in (whole, again, short))
             assert is_brief(read)

@@ -36,7 +36,8 @@ def takes_blocks(model: Model) -> bool:
     """Whether a model calls its attention by name, with scores that depend on nothing but queries, keys and masks."""
     family = family_of(model.config)
     attends = family is None or family.attention != "none"
-    return attends and bool(model._can_set_attn_implementation()) and not model.config.is_encoder_decoder
+    biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
+    return attends and bool(model._can_set_attn_implementation()) and not biased
 
 
 def _by_blocks(
@@ -59,7 +60,7 @@ def _by_blocks(
     parts = []
     for start in range(0, num, ROWS):
         rows = slice(start, min(start + ROWS, num))
-        keys = slice(0, num)
+        keys = slice(0, key.shape[-2])
         if is_brief(attention_mask) and (causal or back):  # an encoder's window reaches as far to both sides
             last = rows.stop if causal else min(rows.stop + back - 1, num)
             keys = slice(max(0, start + 1 - back) if back else 0, last)

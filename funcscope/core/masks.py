@@ -27,7 +27,7 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any], *, brief_above: int
     brief_above: masks of more tokens are written in brief (core/brief_masks.py); None: those in brief are spelt out.
     """
     if model.config.is_encoder_decoder:
-        inputs = _with_decoder(model, inputs)
+        inputs = _with_decoder(model, inputs, brief_above)
     elif "labels" in inputs:
         raise ValueError("`labels` are no input of the model: they belong to the criterion, which scores its output.")
     if not {"input_ids", "inputs_embeds"} & inputs.keys():
@@ -128,19 +128,29 @@ def _positions(family: Family, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"position_ids": mask.cumsum(-1) * mask - 1}
 
 
-def _with_decoder(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _with_decoder(model: Model, inputs: Mapping[str, Any], brief_above: int | None) -> dict[str, Any]:
     """The decoder's inputs (the labels moved right by one, the start token first) and its causal mask."""
     rest = {name: x for name, x in inputs.items() if name != "labels"}
     if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
         if inputs.get("labels") is None:
             raise ValueError("an encoder-decoder needs `labels` or `decoder_input_ids` beside its `input_ids`.")
         rest["decoder_input_ids"] = _moved_right(model, inputs["labels"])
-    if family_of(model.config) is not None and not _is_additive(rest.get("decoder_attention_mask")):
-        given = {name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")}
-        visible = _visible(given)
-        causal = visible if visible.shape[-2] > 1 else visible & (_back(visible) >= 0)
-        rest["decoder_attention_mask"] = additive(causal, _dtype(model))
-    return rest
+    mask = rest.get("decoder_attention_mask")
+    if is_brief(mask):
+        return rest if brief_above is not None else {**rest, "decoder_attention_mask": _spelt_out(mask, _dtype(model))}
+    if family_of(model.config) is None or _is_additive(mask):
+        return rest
+    visible = _visible({name.removeprefix("decoder_"): x for name, x in rest.items() if name.startswith("decoder_")})
+    return {**rest, "decoder_attention_mask": _decoder_mask(visible, _dtype(model), brief_above)}
+
+
+def _decoder_mask(visible: Bool[Tensor, "b 1 #q k"], dtype: torch.dtype, brief_above: int | None) -> Tensor:
+    if visible.shape[-2] > 1:
+        return additive(visible, dtype)
+    if brief_above is None or visible.shape[-1] <= max(brief_above, 3):
+        return additive(visible & (_back(visible) >= 0), dtype)
+    position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
+    return brief(visible, torch.zeros_like(position), position + 1)
 
 
 def _moved_right(model: Model, labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
