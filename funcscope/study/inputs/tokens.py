@@ -95,13 +95,14 @@ def check_length(name: str, length: int, model: PreTrainedModel, tokenizer: PreT
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence that the model takes; None where its configuration names no limit.
 
-    Where the position table has a padding row, as in RoBERTa, positions start after it.
+    Where the position table has a padding row, as in RoBERTa, positions start after it. Of Whisper it is that of its decoder.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return next((most for most in limits if isinstance(most, int) and most > 0), None)
 
 
 def _kept(special: list[int], most: int | None) -> list[int]:
