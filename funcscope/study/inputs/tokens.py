@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.checks import check_count
+from ...core.positions import position_limits
 from .text import Example
 
 
@@ -95,14 +95,12 @@ def check_length(name: str, length: int, model: PreTrainedModel, tokenizer: PreT
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence that the model takes; None where its configuration names no limit.
 
-    Where the position table has a padding row, as in RoBERTa, positions start after it. Of Whisper it is that of its decoder.
+    It is that of the position table where there is one, of an encoder-decoder the shorter (`core.positions`).
     """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next((most for most in limits if isinstance(most, int) and most > 0), None)
+    if limits := position_limits(model):
+        return min(limits.values())
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def _kept(special: list[int], most: int | None) -> list[int]:
