@@ -1096,6 +1096,17 @@ def test_an_encoder_decoder_reads_pairs_of_source_and_target(tmp_path):
         make_batches(list(read_texts(tmp_path / "a.jsonl")), made, loaded, task="seq2seq")
 
 
+@pytest.mark.slow
+def test_columns_of_source_and_target_are_named_on_the_command_line(tmp_path, capsys):
+    model = folder(tmp_path / "t5", "t5")
+    (tmp_path / "a.csv").write_text("source,target\nw5 w6 w7,w8 w9\nw10,w11 w12 w13 w14\n")
+    command = ["directional", str(model), "--data", str(tmp_path / "a.csv"), "--samples", "2", "--field", "source"]
+    assert cli.main([*command, "--second-field", "target", "--out", str(tmp_path / "out")]) == 0
+    assert "2 sequences in 1 batch: 4 tokens, 6 scored" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*command, "--out", str(tmp_path / "without")]) != 0
+    assert "no target; the task 'seq2seq' needs a second text (`--second-field`)" in capsys.readouterr().out
+
+
 def test_a_classifier_reads_pairs_of_texts(tmp_path):
     model = tmp_path / "bert"
     MODELS["bert classifier"][0]().save_pretrained(model)

@@ -328,6 +328,29 @@ def test_parameters_of_a_scripted_module_do_not_slip_through():
         remat(module)
 
 
+class Noisy(nn.Module):
+    """Dropout by its module, which ends in eval mode, or for ever."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.first, self.drop, self.always = nn.Linear(3, 3), nn.Dropout(0.5), always
+
+    def forward(self, x):
+        return F.dropout(self.first(x), 0.5) if self.always else self.drop(self.first(x))
+
+
+def test_a_model_in_training_mode_is_its_function_and_one_that_draws_for_ever_is_refused():
+    def loss_of(always, remat):
+        model = seeded(0, lambda: nn.Sequential(Noisy(always), nn.Linear(3, 1)).double().train())
+        loss = fs.objective(fs.functional(model, remat=remat), [(A, A[:, :1])], fs.mse)
+        return loss(loss.net.theta)
+
+    assert_close(loss_of(False, ["0"]), loss_of(False, "none"))
+    refused = pytest.raises(ValueError, match=r"draws random numbers, and would draw others .*switch dropout off")
+    with torch.random.fork_rng(), refused:
+        loss_of(True, ["0"])
+
+
 def test_random_numbers_writes_and_plain_dual_levels_are_refused():
     with torch.random.fork_rng():
         for call in (

@@ -19,7 +19,7 @@ TEXTS = {
     "dataset_split": "of a Hugging Face data set",
     "unit": "what one text of a .txt file is: line, paragraph, document",
     "task": "what the model is trained for, if config.json does not say: causal, masked, classification, seq2seq, "
-    "image_classification",
+    "image_classification, speech",
     "num_samples": "texts that are scored",
     "max_seq_length": "tokens kept of each; at most as many as the model has positions",
     "batch_size": "texts per forward pass; changes no number",

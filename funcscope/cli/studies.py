@@ -24,6 +24,7 @@ from ..study.folder import local_folder
 from ..study.images import is_image_folder
 from ..study.listing import Listing, terminal_width
 from ..study.presets import Preset
+from ..study.recordings import is_speech
 from ..study.results import Results
 from ..study.runs import is_run
 from ..study.texts import Usual
@@ -192,7 +193,7 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
     if folders and data is None:
         raise ValueError("models in folders need texts: `--data FILE`.")
     for file in [data] if isinstance(data, str) else (data or {}).values():
-        if is_image_folder(file):
+        if is_image_folder(file) or is_speech(file):
             continue
         if folders and is_dataset(file):
             check_dataset(file)

@@ -23,6 +23,7 @@ from .forward import WRITES, Inputs, arguments, logits_of, named_errors
 from .imported import Model, is_pretrained
 from .layout import Layout, Params
 from .masks import with_float_mask
+from .positions import check_positions
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 
@@ -243,6 +244,8 @@ class Functional:
         Idempotent. Boolean masks are added, not applied, by eager attention, and the 2-D ones are inspected by value
         on the way, which `vmap` refuses.
         """
+        if is_pretrained(self._skeleton):
+            check_positions(self._skeleton, inputs)
         if is_pretrained(self._skeleton) and self.attention != "keep" and isinstance(inputs, Mapping):
             above = {"blocks": 0, "auto": LONG}.get(self.attention)
             return with_float_mask(self._skeleton, inputs, brief_above=above)

@@ -30,7 +30,7 @@ def token_ids(inputs: Inputs) -> Int[Tensor, "b t"]:
     """Of a batch. Raises ValueError for one that has embeddings alone."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs[0] if isinstance(inputs, tuple) else inputs
     if ids is None:
-        raise ValueError("`inputs` must have `input_ids`: `inputs_embeds` do not say which tokens they are.")
+        raise ValueError("`inputs` must have `input_ids`: embeddings and sound do not say which tokens they are.")
     return ids  # type: ignore[no-any-return]
 
 

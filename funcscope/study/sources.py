@@ -23,6 +23,7 @@ from .folder import ADAPTER_CONFIG_NAME, local_folder, weight_files
 from .images import digest_of_images, is_image_folder
 from .metric import nearest
 from .record import file_stem
+from .recordings import digest_of_recordings, is_speech
 from .runs import Variant
 from .subject import Subject
 from .texts import FIELDS, DataSpec, check_data
@@ -75,6 +76,9 @@ class Pretrained:
         data, split = spec.pop("data"), spec.pop("split")
         if is_image_folder(data):
             content = digest_of_images(data, spec["num_samples"], sums)
+        elif is_speech(data):
+            field = spec["second_field"] or spec["field"]
+            content = digest_of_recordings(data, spec["num_samples"], field, split, sums)
         elif is_dataset(data):
             content = digest_of(data, split, [spec[name] for name in FIELDS], spec["num_samples"])
         elif (file := Path(data)).is_file():

@@ -10,7 +10,7 @@ import torch
 from ..core.checks import check_count
 from ..core.model import Attention
 
-Task = Literal["causal", "masked", "classification", "seq2seq", "image_classification"]
+Task = Literal["causal", "masked", "classification", "seq2seq", "image_classification", "speech"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Unit = Literal["line", "paragraph", "document"]
 FIELDS = ("field", "label_field", "second_field")

@@ -3,6 +3,7 @@
 from .batches import Data, make_batches
 from .pixels import ImageData, image_batches
 from .pretrained import DType, Task, load_model, load_tokenizer, task_of
+from .speech import SpeechData, speech_batches
 from .text import Example, Unit, read_texts
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Data",
     "Example",
     "ImageData",
+    "SpeechData",
     "Task",
     "Unit",
     "image_batches",
@@ -17,5 +19,6 @@ __all__ = [
     "load_tokenizer",
     "make_batches",
     "read_texts",
+    "speech_batches",
     "task_of",
 ]

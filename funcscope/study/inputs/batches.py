@@ -20,6 +20,8 @@ from .scoring import Row, RowOf, block_row, row_maker
 from .text import Example
 from .tokens import Tokens, check_ids, check_length, embedding_rows, tokenise
 
+_OTHERS = {"image_classification": ("images", "image_batches"), "speech": ("recordings", "speech_batches")}
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -82,9 +84,9 @@ def make_batches(
     token ids outside the embedding, and where no text is usable; TypeError for a key that is a bare seed.
     """
     check_choice("task", task, get_args(Task))
-    if task == "image_classification":
+    if other := _OTHERS.get(task):
         raise ValueError(
-            f"`task` is {task!r}, which takes images and no texts: make batches of them by `image_batches`."
+            f"`task` is {task!r}, which takes {other[0]} and no texts: make batches of them by `{other[1]}`."
         )
     check_count("num_samples", num_samples)
     check_count("batch_size", batch_size)
@@ -186,17 +188,18 @@ def _collated(chosen: _Chosen, batch_size: int, pad: int, types: bool) -> Data:
 def _padded(rows: list[Row], pad: int, types: bool) -> dict[str, Tensor]:
     width = max(len(row.ids) for row in rows)
     batch = {
-        "input_ids": _rectangle([row.ids for row in rows], width, pad),
-        "attention_mask": _rectangle([[1] * len(row.ids) for row in rows], width, 0),
+        "input_ids": rectangle([row.ids for row in rows], width, pad),
+        "attention_mask": rectangle([[1] * len(row.ids) for row in rows], width, 0),
     }
     if types:
-        batch["token_type_ids"] = _rectangle([row.types for row in rows], width, 0)
+        batch["token_type_ids"] = rectangle([row.types for row in rows], width, 0)
     labels = [row.labels for row in rows]
     per_token = [entry for entry in labels if isinstance(entry, list)]
     longest = max(map(len, per_token), default=0)
-    batch["labels"] = _rectangle(per_token, longest, IGNORE) if per_token else torch.tensor(labels)
+    batch["labels"] = rectangle(per_token, longest, IGNORE) if per_token else torch.tensor(labels)
     return batch
 
 
-def _rectangle(rows: list[list[int]], width: int, fill: int) -> Int[Tensor, "b t"]:
+def rectangle(rows: list[list[int]], width: int, fill: int) -> Int[Tensor, "b t"]:
+    """Rows of any length, filled up to one."""
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

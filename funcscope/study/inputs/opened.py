@@ -17,6 +17,7 @@ from ..texts import DataSpec, Task
 from .batches import Data, make_batches
 from .pixels import image_batches
 from .pretrained import load_model, load_tokenizer, task_of
+from .speech import speech_batches
 from .text import read_texts
 from .tokens import max_positions
 
@@ -26,6 +27,7 @@ _CRITERIA: dict[Task, Criterion] = {
     "classification": classification,
     "seq2seq": seq2seq_lm,
     "image_classification": classification,
+    "speech": seq2seq_lm,
 }
 
 _ROUTED = "a mixture of experts: derivatives are those within the routing at theta, steps may change it"
@@ -64,10 +66,13 @@ class OpenedModel:
         return spec.max_seq_length or min(length, max_positions(self.model) or length)
 
     def loss(self, spec: DataSpec, *, length: int = 128) -> tuple[Loss, Data]:
-        """The loss on the texts, cut off at `length` tokens unless the data's settings say where; or on images."""
+        """The loss on the texts, cut off at `length` tokens unless the data's settings say where; or on images, or
+        recordings."""
         task, most = task_of(self.model), self.length(spec, length)
         if task == "image_classification":
             return self._loss_on_images(spec)
+        if task == "speech":
+            return self._loss_on_speech(spec, most)
         data = make_batches(
             read_texts(
                 spec.data,
@@ -91,8 +96,7 @@ class OpenedModel:
             data = replace(data, limit=f"the model has {most} positions: texts end there, and not at {length} tokens")
         if self.net.routed:
             data = replace(data, limit="; ".join(filter(None, (data.limit, _ROUTED))))
-        batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
-        return objective(self.net, batches, _CRITERIA[task]), data
+        return self._scored(data, task)
 
     def _loss_on_images(self, spec: DataSpec) -> tuple[Loss, Data]:
         data = image_batches(
@@ -103,8 +107,26 @@ class OpenedModel:
             batch_size=spec.batch_size,
             dtype=self.net.layout.leaves[0].dtype,
         )
+        return self._scored(data, "image_classification")
+
+    def _loss_on_speech(self, spec: DataSpec, length: int) -> tuple[Loss, Data]:
+        data = speech_batches(
+            spec.data,
+            self.model,
+            self.folder,
+            self._tokenizer(),
+            field=spec.second_field or spec.field,
+            split=spec.split,
+            num_samples=spec.num_samples,
+            max_seq_length=length,
+            batch_size=spec.batch_size,
+            dtype=self.net.layout.leaves[0].dtype,
+        )
+        return self._scored(data, "speech")
+
+    def _scored(self, data: Data, task: Task) -> tuple[Loss, Data]:
         batches = [{name: value.to(self.net.device) for name, value in batch.items()} for batch in data.batches]
-        return objective(self.net, batches, classification), data
+        return objective(self.net, batches, _CRITERIA[task]), data
 
     def token_names(self, ids: list[int]) -> list[str]:
         """As the vocabulary has them."""

@@ -22,10 +22,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    WhisperConfig,
 )
 from transformers import __version__ as transformers_version
 
@@ -43,6 +45,7 @@ _BY_CLASS: tuple[tuple[str, Task], ...] = (
     ("ForMaskedLM", "masked"),
     ("ForSequenceClassification", "classification"),
     ("ForImageClassification", "image_classification"),
+    ("WhisperForConditionalGeneration", "speech"),
     ("ForConditionalGeneration", "seq2seq"),
 )
 _AUTO: dict[Task, tuple[Any, Any]] = {
@@ -51,6 +54,7 @@ _AUTO: dict[Task, tuple[Any, Any]] = {
     "classification": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "seq2seq": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "image_classification": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    "speech": (AutoModelForSpeechSeq2Seq, {WhisperConfig}),  # others take other inputs
 }
 _VOCABULARY = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",

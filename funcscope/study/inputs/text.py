@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +11,10 @@ from ...core.checks import check_choice
 from ..dataset import ENDINGS, is_dataset
 from ..dataset import rows as dataset_rows
 from ..quiet import first_line
+from ..recordings import is_speech
+from ..row_files import lines, objects, separated
 from ..texts import Unit
 
-_BOM = b"\xef\xbb\xbf"
 _PARQUET_ERRORS = (OSError, ValueError, RuntimeError)  # pyarrow's own are kinds of these
 _ROWS = 64
 """Rows of a parquet file that are held at once."""
@@ -65,6 +64,11 @@ def read_texts(
     """
     check_choice("unit", unit, get_args(Unit))
     file = Path(path)
+    if file.is_dir() and is_speech(file):
+        raise ValueError(
+            f"{path} is a folder of recordings, which models of speech take (Whisper): a model of text reads their "
+            "transcripts from a table, its metadata.csv."
+        )
     if is_dataset(str(path)):
         each = dataset_rows(str(path), split, (field, label_field, second_field), num_samples)
         named = ((f"row {i}", row) for i, row in enumerate(each, start=1))
@@ -82,7 +86,7 @@ def read_texts(
     if ending == ".parquet":
         rows = _parquet(file, field, label_field, second_field)
     else:
-        rows = _separated(file, ending, label_field) if ending in (".csv", ".tsv") else _objects(file)
+        rows = separated(file, ending, label_field) if ending in (".csv", ".tsv") else objects(file)
     return _some(file, (_example(file, row, where, field, label_field, second_field) for where, row in rows))
 
 
@@ -95,61 +99,18 @@ def _some(file: Path, examples: Iterable[Example]) -> Iterator[Example]:
         raise ValueError(f"{file} is empty: there is no text in it.")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and content of each line, without its end. Read as bytes: a decoder's buffer would not know the line."""
-    with file.open("rb") as content:
-        for number, line in enumerate(content, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as err:
-                raise ValueError(f"{file}, line {number}: not UTF-8 ({err.reason}); save the file as UTF-8.") from err
-
-
 def _units(file: Path, unit: Unit) -> Iterator[Example]:
     if unit == "line":
-        yield from (Example(line, None, f"line {number}") for number, line in _lines(file) if line.strip())
+        yield from (Example(line, None, f"line {number}") for number, line in lines(file) if line.strip())
     elif unit == "paragraph":
-        for blank, group in groupby(_lines(file), key=lambda numbered: not numbered[1].strip()):
+        for blank, group in groupby(lines(file), key=lambda numbered: not numbered[1].strip()):
             if not blank:
-                numbers, lines = zip(*group, strict=True)
-                yield Example("\n".join(lines), None, f"line {numbers[0]}")
+                numbers, parts = zip(*group, strict=True)
+                yield Example("\n".join(parts), None, f"line {numbers[0]}")
     else:
-        text = "\n".join(line for _, line in _lines(file))
+        text = "\n".join(line for _, line in lines(file))
         if text.strip():
             yield Example(text, None, "the document")
-
-
-def _objects(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise ValueError(f"{file}, line {number}: not JSON ({first_line(err)}).") from err
-        if not isinstance(value, dict):
-            raise ValueError(f"{file}, line {number}: must be a JSON object, got {type(value).__name__}.")
-        yield f"line {number}", value
-
-
-def _separated(file: Path, ending: str, label_field: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as content:
-        rows = csv.DictReader(content, delimiter="\t" if ending == ".tsv" else ",", strict=True)
-        try:
-            for row in rows:
-                where = f"line {rows.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{file}, {where}: as many cells as the first row has names, {len(row)}, are needed."
-                    )
-                label = row.get(label_field or "", "")
-                yield where, {**row, label_field: int(label)} if label_field and label.isdecimal() else row
-        except (csv.Error, UnicodeDecodeError) as err:
-            raise ValueError(
-                f"{file}, after line {rows.line_num}: no {ending[1:].upper()} ({first_line(err)})."
-            ) from err
 
 
 def _parquet(file: Path, *fields: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

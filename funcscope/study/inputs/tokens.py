@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...core.checks import check_count
+from ...core.positions import position_limits
 from .text import Example
 
 
@@ -95,11 +95,10 @@ def check_length(name: str, length: int, model: PreTrainedModel, tokenizer: PreT
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence that the model takes; None where its configuration names no limit.
 
-    Where the position table has a padding row, as in RoBERTa, positions start after it.
+    It is that of the position table where there is one, of an encoder-decoder the shorter (`core.positions`).
     """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
+    if limits := position_limits(model):
+        return min(limits.values())
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
 
