@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -126,6 +128,32 @@ def test_wanda_scores_are_the_change_of_an_output_when_one_weight_is_deleted():
             assert float(scores["0.weight"][i, j]) == pytest.approx(float((x @ (weight - without).T).norm()))
     assert scores["0.bias"].isnan().all()
     assert not scores["2.weight"].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(4, 4, (3, 1), padding="same", groups=2),
+        lambda: nn.Conv2d(2, 3, 2, dilation=2, padding=1, padding_mode="circular"),
+        lambda: nn.Conv3d(1, 2, 2),
+    ],
+)
+def test_wanda_scores_of_a_filter_are_the_change_of_its_output_when_one_weight_is_deleted(layer):
+    """And half of each filter is pruned by them."""
+    conv = seeded(0, layer).double()
+    x = seeded(1, lambda: torch.randn(3, conv.in_channels, *[5] * (conv.weight.ndim - 2)).double())
+    net = fs.functional(nn.Sequential(conv, nn.Flatten()))
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in (x[:2], x[2:])]
+    loss = fs.objective(net, batches, fs.classification)
+    scores, whole = loss.layout.unravel(wanda_saliency(loss, net.theta)), conv(x)
+    for place in itertools.product(*map(range, conv.weight.shape)):
+        without = copy.deepcopy(conv)
+        without.weight.data[place] = 0
+        assert float(scores["0.weight"][place]) == pytest.approx(float((without(x) - whole).detach().norm()), abs=1e-12)
+    rows = sparse_mask(wanda_saliency(loss, net.theta), loss.layout, sparsity=0.5, scope="row")
+    left = loss.layout.unravel(rows.double())["0.weight"].flatten(1).sum(1)
+    assert left.tolist() == [conv.weight[0].numel() - math.floor(conv.weight[0].numel() / 2 + 0.5)] * len(left)
 
 
 def test_a_matrix_used_without_a_module_has_inputs_and_an_embedding_none():

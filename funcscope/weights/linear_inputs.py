@@ -1,4 +1,4 @@
-"""How large the inputs of every linear map are, from one forward pass."""
+"""How large the inputs of every linear map and convolution are, from one forward pass."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from ..core.masks import tokens_there
 from ..core.objective import Loss, Theta
 
 _TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 class InputNorms(NamedTuple):
     """Of one weight matrix."""
 
-    norms: Float[Tensor, " i"]
-    r"""$\|X_j\|_2$ over all positions of all uses."""
+    norms: Float[Tensor, "..."]
+    r"""$\|X_j\|_2$ over all positions of all uses, (i); of a convolution those of every weight, in its shape."""
     dim: int
     """The dimension of the weight that counts inputs: 1 as torch stores it, 0 for a Hugging Face Conv1D."""
+
+    def beside(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The norms in a shape that multiplies the weight."""
+        return (self.norms if self.dim == 1 else self.norms[:, None]).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -35,8 +40,9 @@ def input_norms(loss: Loss, theta: Theta) -> dict[str, InputNorms]:
     $$\|X_j\|_2 = \Big(\textstyle\sum_u x_{uj}^2\Big)^{1/2},$$
 
     u over all uses of the matrix at all positions. Positions of padding do not count where the inputs have an attention mask
-    and the map one input per position; those of encoder-decoders, which have two kinds of positions, all do. A weight that is
-    used in another way than as a matrix is not in the result.
+    and the map one input per position; those of encoder-decoders, which have two kinds of positions, all do. The inputs of a
+    weight of a convolution are what it is multiplied by wherever its filter lies, with what is padded around. A weight that
+    is used in another way is not in the result.
 
     Raises ValueError for a matrix that is used in both orientations.
 
@@ -75,6 +81,9 @@ class _Inputs(TorchFunctionMode):
             self.names[id(out)] = name, 1 - dim
             self.views.append(out)
             return out
+        if func in _CONVOLUTIONS:
+            self.convolve(func, args, kwargs or {})
+            return out
         x, weight, stored = _factors(func, args, kwargs or {})
         if isinstance(weight, Tensor) and weight.ndim == 2 and id(weight) in self.names:
             name, dim = self.names[id(weight)]
@@ -87,7 +96,25 @@ class _Inputs(TorchFunctionMode):
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.there is not None and len(rows) == self.there.numel():
             rows = rows[self.there.flatten()]
-        squares = rows.to(wide(rows.device)).square().sum(0)
+        self.include(name, rows.to(wide(rows.device)).square().sum(0))
+
+    def convolve(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Squares of inputs by weight: the derivative in it of the sum of what it makes of them."""
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        x, weight = given["input"].detach(), given["weight"]
+        if id(weight) not in self.names:
+            return
+        name, dim = self.names[id(weight)]
+        kind = wide(x.device)
+        settings = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
+        with torch.enable_grad(), torch.DisableTorchFunction():  # type: ignore[no-untyped-call]
+            filters = torch.zeros_like(weight, dtype=kind, requires_grad=True)
+            total = func(x.to(kind).square(), filters, None, *args[3:], **settings).sum()
+            (squares,) = torch.autograd.grad(total, filters)
+        self.dims[name] = dim
+        self.include(name, squares)
+
+    def include(self, name: str, squares: Tensor) -> None:
         self.squares[name] = self.squares[name] + squares if name in self.squares else squares
 
 

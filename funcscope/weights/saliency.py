@@ -34,7 +34,7 @@ def saliency(
 
     `magnitude` $|\theta_k|$; `gradient` $|\partial L / \partial \theta_k|$; `taylor` and `taylor_squared`: see
     `taylor_saliency`; `fisher` the diagonal $F_k$ of the Fisher information, from `num` draws of all labels; `obd`
-    $F_k \theta_k^2 / 2$ (`obd_saliency`); `wanda`: see `wanda_saliency`, nan for what is no matrix of a linear map.
+    $F_k \theta_k^2 / 2$ (`obd_saliency`); `wanda`: see `wanda_saliency`, nan for what is no matrix and no filter.
 
     key: decides the labels that are drawn, for `fisher` and `obd`. chunk_size: of `gradient_chunks`.
 
@@ -102,7 +102,7 @@ def wanda_saliency(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
 
     Compared inside each output row i, as its authors do (`sparse_mask(scope="row")`): a row's outputs have one scale,
     those of two rows need not. Stored (in, out), as a Hugging Face Conv1D, j is the first dimension. nan for parameters
-    that are no matrix of a linear map. Norms: `input_norms`.
+    that are no matrix of a linear map and no filters of a convolution. Norms: `input_norms`.
 
     Sun et al. (2024), A simple and effective pruning approach for large language models, arXiv:2306.11695.
 
@@ -114,10 +114,9 @@ def wanda_saliency(loss: Loss, theta: Theta) -> Float[Tensor, " p"]:
     """
     theta = Loss.vector(loss, theta)
     made = torch.full_like(theta, math.nan)
-    for name, (norms, dim) in input_norms(loss, theta).items():
+    for name, norms in input_norms(loss, theta).items():
         leaf = loss.layout.by_name.get(name)
         if leaf is not None:
-            norms = norms.to(theta.dtype)
             weight = theta[leaf.slice].view(leaf.shape).abs()
-            made[leaf.slice] = (weight * (norms if dim == 1 else norms[:, None])).flatten()
+            made[leaf.slice] = (weight * norms.beside(weight)).flatten()
     return made
