@@ -81,7 +81,7 @@ def test_xdiag_is_unbiased_over_all_signs(A, monkeypatch):
     signs = [torch.tensor([1.0, *rest], dtype=torch.float64) for rest in product_of((-1.0, 1.0), repeat=4)]
     monkeypatch.setattr(module, "fold_in", lambda pair, i: pair[i])  # an overall sign of a vector changes nothing
     monkeypatch.setattr(module, "rademacher", lambda at, like: signs[at])
-    monkeypatch.setattr(module, "draw", lambda at, num, distribution, start, stop: signs[at])
+    monkeypatch.setattr(module, "draw", lambda at, num, distribution, start, stop, device: signs[at])
     monkeypatch.setattr(module, "check_sampled", lambda *_: None)
     raw = module.xdiag.__wrapped__ if hasattr(module.xdiag, "__wrapped__") else module.xdiag
     found = [raw(lambda v: A @ v, A[0], key=pair, num=4).value for pair in product_of(range(16), repeat=2)]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checks import check_count
-from ..core.keys import fold_in, key
+from ..core.keys import fold_in
 from ..curvature.audit import Audit, audit
 from ..study.config import UnifiedConfig
 from ..study.listing import Listing, terminal_width, wrapped
 from ..study.texts import Usual, check_data
-from .options import COMPUTING, TEXTS, add_fields, changed
+from .options import COMPUTING, DRAWS, TEXTS, add_fields, changed
 
 FEW = {"num_samples": 8, "max_seq_length": Usual(32), "batch_size": 8}
 ALONE = "a sequence alone"
@@ -34,7 +34,7 @@ def add_check(commands: Any) -> None:
         "--directions", type=int, default=3, metavar="N", help="random directions, at least 2 (default: 3)"
     )
     add_fields(show.add_argument_group("texts"), TEXTS, FEW)
-    add_fields(show.add_argument_group("computing"), COMPUTING, FEW)
+    add_fields(show.add_argument_group("computing"), COMPUTING | DRAWS, FEW)
     show.set_defaults(run=_check)
 
 
@@ -46,7 +46,8 @@ def _check(args: argparse.Namespace) -> int:
     from ..study.inputs.opened import OpenedModel  # and with it transformers, which takes longer to import than torch
 
     loss, data = OpenedModel.of(spec, args.model).loss(spec, length=config.max_seq_length)
-    result = audit(loss, loss.net.params, key=fold_in(key(config.seed), "audit"), num=args.directions)
+    root = fold_in(config.options().key, "audit")
+    result = audit(loss, loss.net.params, key=root, num=args.directions)
     width = terminal_width()
     print(wrapped(str(data), width))
     title, *_ = str(result).split("\n")

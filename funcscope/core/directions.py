@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_choice, check_count, check_instance, check_names
-from .keys import BLOCK, Distribution, Key, check_key, draw, fill, fold_in, on_workers
+from .keys import AT_ONCE, BLOCK, Distribution, Key, check_key, draw, drawn_on, fill, fold_in, on_workers
 from .layout import Layout, Leaf, Params
 from .model import Functional
 from .vectors import PART, dot
@@ -79,11 +79,16 @@ class Direction:
 
     def _drawn(self, leaf: Leaf) -> Iterator[Part]:
         key, stride = fold_in(self.key, leaf.name), leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
-        for rows in row_slices(leaf):
-            span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
-            z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span))
-            shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
-            yield Part(rows, z.view(shape).to(self.scales.device, self.scales.dtype))
+        slices = row_slices(leaf)
+        # a device waits for the launch of its kernels where they draw one part only
+        together = 1 if drawn_on(key, self.scales.device).type == "cpu" else AT_ONCE // PART
+        for i in range(0, len(slices), together):
+            some = slices[i : i + together]
+            span = (some[0].start * stride, some[-1].stop * stride) if leaf.shape else (0, 1)
+            z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span, device=self.scales.device))
+            for rows, part in zip(some, z.split([(rows.stop - rows.start) * stride for rows in some]), strict=True):
+                shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
+                yield Part(rows, part.view(shape).to(self.scales.dtype))
 
     @cached_property
     def _drawn_norms(self) -> dict[str, float]:
@@ -149,8 +154,9 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
     if any(direction.scales is not scales for direction in directions):
         return torch.stack([direction.dense() for direction in directions])
     leaves = scales.layout.leaves
+    place = drawn_on(directions[0].key, scales.device)
     with torch.inference_mode(False):  # workers may not write to an inference tensor
-        raw = torch.empty(len(directions), scales.layout.num)
+        raw = torch.empty(len(directions), scales.layout.num, device=place)
 
     def part(first: int) -> None:
         for row, direction in zip(raw[first : first + share], directions[first : first + share], strict=True):
@@ -161,7 +167,12 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
 
     # small leaves are bound by Python: a second worker would only wait for the interpreter
     share = 1 if scales.layout.num > BLOCK * len(leaves) else len(directions)
-    on_workers(part, range(0, len(directions), share))
+    starts = range(0, len(directions), share)
+    if place.type == "cpu":
+        on_workers(part, starts)
+    else:  # in order, on the stream of kernels of the calling thread
+        for start in starts:
+            part(start)
     return _scaled(raw, scales)
 
 

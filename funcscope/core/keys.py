@@ -2,8 +2,11 @@
 
 A draw is a pure function of (key, block, length of the block). Block `b` of a draw holds the entries
 `b * BLOCK ... (b + 1) * BLOCK`, so a long vector can be drawn whole, in part, again, or on several threads, with the
-same numbers every time. All draws are made in float32 on the CPU and then moved and cast, so that every device and
-dtype sees the same direction.
+same numbers every time. All draws are made in float32 and then cast, so that every dtype sees the same direction.
+
+A key has a stream. Draws of the stream "cpu" are made on the CPU and moved: every device has the same bits. Those of the
+stream "device" are made where they are used (core/philox.py), on the CPU, too: signs and uniform numbers have the bits of
+the other stream, normal numbers are others, which agree between devices up to the rounding of a logarithm and a cosine.
 """
 
 from __future__ import annotations
@@ -13,47 +16,60 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .pack import storable
+from . import philox
+from .checks import check_choice
+from .pack import UNUSUAL, storable
 
 Distribution = Literal["normal", "rademacher"]
+Stream = Literal["cpu", "device"]
 
 BLOCK = 2**16
 """Entries per block: 256 KiB of float32 stay in a core's cache while they are drawn."""
+AT_ONCE = 2**22
+"""Entries that a device draws together: enough for its kernels to outlast their launch, at some 100 MiB of integers."""
+CPU = torch.device("cpu")
 
 
 @storable
 @dataclass(frozen=True)
 class Key:
-    """A node of the tree of random streams: 128 bits, hashable, and the root seed that it came from."""
+    """A node of the tree of random streams: 128 bits, hashable, the root seed that it came from, and where it draws."""
 
     bits: int
     seed: int
+    stream: Stream = field(default="cpu", metadata=UNUSUAL)
 
     def __repr__(self) -> str:
-        return f"Key({self.bits:032x}, seed={self.seed})"
+        return f"Key({self.bits:032x}, seed={self.seed}{'' if self.stream == 'cpu' else f', stream={self.stream!r}'})"
 
 
-def key(seed: int) -> Key:
+def key(seed: int, *, stream: Stream = "cpu") -> Key:
     """The root key of an integer seed of any size and sign.
 
-    >>> key(42) == key(42), key(1) == key(1 + 2**32)
-    (True, False)
+    stream: `cpu` draws on the CPU and moves the numbers, which have the same bits on every device. `device` draws on the
+    device of what the numbers are for. Its signs and uniform numbers are those of `cpu`. Its normal numbers are another
+    stream than the CPU's, equal on every device up to the rounding of a float32 logarithm and cosine: some 1e-6. The stream
+    is the key's and its children's, and is stored with it.
+
+    >>> key(42) == key(42), key(1) == key(1 + 2**32), key(1) == key(1, stream="device")
+    (True, False, False)
     """
+    check_choice("stream", stream, get_args(Stream))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(
             f"`seed` must be a Python integer, got {seed!r}: `fs.key(0)`, or `fs.key(int(seed))` of a number."
         )
-    return Key(_digest(b"root", str(seed).encode()), seed)
+    return Key(_digest(b"root", str(seed).encode()), seed, stream)
 
 
 def check_key(key: object) -> None:
@@ -72,14 +88,15 @@ def fold_in(key: Key, data: str | int) -> Key:
     """
     check_key(key)
     tag = b"s" if isinstance(data, str) else b"i"
-    return Key(_digest(key.bits.to_bytes(16, "little"), tag + str(data).encode()), key.seed)
+    return Key(_digest(key.bits.to_bytes(16, "little"), tag + str(data).encode()), key.seed, key.stream)
 
 
 def normal(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Independent standard normal numbers with the shape, dtype and device of `like`.
 
     Box-Muller on a Mersenne Twister whose 624 state words come from Philox at 128 bits of key and the block number.
-    Equal on every machine up to the rounding of its float32 logarithm and cosine.
+    Equal on every machine up to the rounding of its float32 logarithm and cosine. Of a key with the stream "device":
+    Box-Muller on Philox itself, on the device of `like`.
 
     >>> bool((normal(key(0), torch.zeros(3)) == normal(key(0), torch.zeros(3))).all())
     True
@@ -98,7 +115,7 @@ def rademacher(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def random(key: Key, like: Float[Tensor, "..."], distribution: Distribution) -> Float[Tensor, "..."]:
     """`normal` or `rademacher`, by name."""
-    return draw(key, like.numel(), distribution).view(like.shape).to(like)
+    return draw(key, like.numel(), distribution, device=like.device).view(like.shape).to(like)
 
 
 def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -110,13 +127,25 @@ def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     True
     """
     check_key(key)
+    if (place := drawn_on(key, like.device)).type != "cpu":
+        return _uniform_there(key, like.numel(), place).view(like.shape).to(like)
     words = _tools().philox_at(key, 0).random_raw(-(-like.numel() // 2)).view(np.uint32)
     unit = (words[: like.numel()] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
     return torch.from_numpy(unit).view(like.shape).to(like)
 
 
+def drawn_on(key: Key, device: torch.device) -> torch.device:
+    """Where the numbers of this key are made that are used on `device`."""
+    return device if key.stream == "device" else CPU
+
+
 def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None:
-    """Write the draw of `key` into a contiguous float32 vector on the CPU, on the calling thread."""
+    """Write the draw of `key` into a contiguous float32 vector that lies where it draws, on the calling thread."""
+    if drawn_on(key, out.device) != out.device:
+        raise ValueError(f"a key of the stream 'cpu' draws on the CPU, and `out` is on {out.device}: copy from there.")
+    if out.device.type != "cpu":
+        _fill_there(key, 0, out, distribution)
+        return
     for block in range(-(-len(out) // BLOCK)):
         _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
 
@@ -149,15 +178,25 @@ def on_workers(job: Callable[[int], None], starts: Iterable[int]) -> None:
 
 
 def draw(
-    key: Key, num: int, distribution: Distribution, start: int = 0, stop: int | None = None
+    key: Key,
+    num: int,
+    distribution: Distribution,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    device: torch.device = CPU,
 ) -> Float[Tensor, " m"]:
-    """Entries `start` to `stop` of a draw of `num`, in float32 on the CPU, drawn by the worker threads."""
+    """Entries `start` to `stop` of a draw of `num`, in float32 on `device`; on the CPU the worker threads draw them."""
     check_key(key)
+    place = drawn_on(key, device)
     stop = num if stop is None else stop
     first, last = start // BLOCK, -(-stop // BLOCK)
     origin = first * BLOCK
     with torch.inference_mode(False):  # workers may not write to an inference tensor
-        out = torch.empty(min(last * BLOCK, num) - origin)
+        out = torch.empty(min(last * BLOCK, num) - origin, device=place)
+        if place.type != "cpu":
+            _fill_there(key, first, out, distribution)
+            return out[start - origin : stop - origin]
     share = max(1, -(-(last - first) // torch.get_num_threads()))
 
     def part(begin: int) -> None:
@@ -166,16 +205,40 @@ def draw(
             _fill_block(key, block, out[at : at + BLOCK], distribution)
 
     on_workers(part, range(first, last, share))
-    return out[start - origin : stop - origin]
+    return out[start - origin : stop - origin].to(device)
+
+
+def _fill_there(key: Key, first: int, out: Tensor, distribution: Distribution) -> None:
+    """The blocks from `first` on, many at a time, by operations of torch on the device of `out`."""
+    for part in out.split(AT_ONCE):
+        num = min(BLOCK, len(part))
+        blocks = range(first, first := first + -(-len(part) // BLOCK))
+        if distribution == "normal":
+            made = part.new_empty(len(blocks), num)
+            philox.normals(philox.words(key.bits, blocks, min(num, BLOCK // 2), out.device), made)
+        else:
+            made = philox.signs(philox.words(key.bits, blocks, -(-num // 64), out.device))
+        part.copy_(made.flatten()[: len(part)])
+
+
+def _uniform_there(key: Key, num: int, device: torch.device) -> Tensor:
+    parts = []
+    for start in range(0, max(1, num), AT_ONCE):
+        words = -(-min(AT_ONCE, num - start) // 2)
+        parts.append(philox.units(philox.words(key.bits, [0], words, device, after=start // 2)).flatten())
+    return torch.cat(parts)[:num]
 
 
 def _fill_block(key: Key, block: int, out: Tensor, distribution: Distribution) -> None:
     tools = _tools()
-    philox = tools.philox_at(key, block)
-    if distribution == "normal":
-        out.normal_(generator=tools.seeded(philox.random_raw(312)))
+    source = tools.philox_at(key, block)
+    if distribution == "normal" and key.stream == "device":
+        words = source.random_raw(min(len(out), BLOCK // 2)).view(np.int64)
+        philox.normals(torch.from_numpy(words)[None], out[None])
+    elif distribution == "normal":
+        out.normal_(generator=tools.seeded(source.random_raw(312)))
     else:
-        bits = np.unpackbits(philox.random_raw(-(-len(out) // 64)).view(np.uint8), count=len(out))
+        bits = np.unpackbits(source.random_raw(-(-len(out) // 64)).view(np.uint8), count=len(out))
         torch.mul(torch.from_numpy(bits), 2.0, out=out).sub_(1.0)
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 
 C = TypeVar("C", bound=type)
 
+UNUSUAL = {"stored": "where it differs from its default"}
+"""Metadata of a field that what is stored has only where it is not as usual."""
+
 _CLASSES: dict[str, type] = {}
 _DTYPES = {str(each).removeprefix("torch."): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 
@@ -100,7 +103,8 @@ def _packed(value: Any, path: str, arrays: dict[str, Any]) -> Any:
         return [inner(i, each) for i, each in enumerate(value)]
     if type(value) is tuple:
         return {"is": "tuple", "items": [inner(i, each) for i, each in enumerate(value)]}
-    names = _names(type(value))
+    usual = _usual(type(value))
+    names = [name for name in _names(type(value)) if name not in usual or getattr(value, name) != usual[name]]
     return {"is": _stored_name(type(value)), "fields": {name: inner(name, getattr(value, name)) for name in names}}
 
 
@@ -108,6 +112,11 @@ def _names(cls: type) -> list[str]:
     if _stored_name(cls) not in _CLASSES:  # by name: a class that a notebook defines again is another object
         raise TypeError(f"a {cls.__name__} has no stored form: it is no number, array or result.")
     return [each.name for each in fields(cls)] if is_dataclass(cls) else list(cls._fields)  # type: ignore[attr-defined]
+
+
+def _usual(cls: type) -> dict[str, Any]:
+    marked = fields(cls) if is_dataclass(cls) else ()
+    return {each.name: each.default for each in marked if each.metadata == UNUSUAL}
 
 
 def _unpacked(tree: Any, arrays: Mapping[str, Any]) -> Any:
@@ -129,7 +138,7 @@ def _unpacked(tree: Any, arrays: Mapping[str, Any]) -> Any:
         case "tuple":
             return tuple(_unpacked(each, arrays) for each in tree["items"])
     cls, known = _CLASSES.get(str(tree.get("is"))), tree.get("fields", {})
-    if cls is None or set(_names(cls)) != set(known):
+    if cls is None or set(_names(cls)) != known.keys() | _usual(cls).keys():
         raise ValueError(
             f"no result of this version of funcscope: {tree.get('is')!r}. Import the module that defines it where it is a "
             "class of your own; otherwise compute it again."

@@ -228,7 +228,9 @@ def _plain(name: str, value: Any) -> dict[str, Any]:
     if is_estimate(value):
         return value.named(name)
     if isinstance(value, Key):
-        return {"seed" if name == "key" else f"{name}_seed": value.seed, name: f"{value.bits:032x}"}
+        of = "" if name == "key" else f"{name}_"
+        draws = {} if value.stream == "cpu" else {f"{of}draws": value.stream}
+        return {f"{of}seed": value.seed, name: f"{value.bits:032x}", **draws}
     if isinstance(value, Result):
         return {f"{name}_{inner}": each for inner, each in value.asdict().items()}
     if isinstance(value, Mapping) or hasattr(value, "_asdict"):

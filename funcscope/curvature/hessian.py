@@ -144,6 +144,7 @@ def hessian_difference(loss: Loss, theta: Theta, *, step: float | None = None) -
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         check_flat("v", v, len(theta))
         check_unchanged()
+        v = v.to(theta.dtype)
         length = torch.linalg.vector_norm(v, dtype=torch.promote_types(v.dtype, torch.float32))
         unit = torch.where(length > 0, v / length, v)  # the product with 0 is 0
 

@@ -86,7 +86,7 @@ class _Signs:
         stride = leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
         for rows in row_slices(leaf):
             span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
-            z = draw(fold_in(self.key, name), leaf.numel, "rademacher", *span)
+            z = draw(fold_in(self.key, name), leaf.numel, "rademacher", *span, device=self.device)
             shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
             yield Part(rows, z.view(shape).to(self.device, dtype))
 

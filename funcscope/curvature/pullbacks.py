@@ -46,7 +46,7 @@ def unchanged(loss: Loss, theta: Tensor) -> Callable[[], None]:
 def operator(
     loss: Loss, theta: Float[Tensor, " p"], maps: Callable[[], list[Matvec]], scale: float, needs: str
 ) -> Matvec:
-    """v -> scale * the sum of what every batch's map makes of it; `maps` makes their graphs, once."""
+    """v -> scale * the sum of what every batch's map makes of it, in theta's dtype; `maps` makes their graphs, once."""
     check = unchanged(loss, theta)
     with named_if_missing(loss, needs):
         made = maps()
@@ -55,7 +55,7 @@ def operator(
         check_flat("v", v, len(theta))
         check()
         with named_if_missing(loss, needs):
-            return summed(made, v, scale)
+            return summed(made, v.to(theta.dtype), scale)
 
     return matvec
 

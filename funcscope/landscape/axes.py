@@ -150,7 +150,7 @@ def plane_directions(
         "num_pooled": pooled,
         "seed": key.seed,
         "key": f"{key.bits:032x}",
-    }
+    } | ({} if key.stream == "cpu" else {"draws": key.stream})
     return Axes(vectors, tuple(f"direction {i + 1}" for i in range(num)), "random", settings)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..core.batches import Prepared, rows
 from ..core.estimate import wide
-from ..core.keys import BLOCK, Key, fill, fold_in, normal, uniform
+from ..core.keys import BLOCK, Key, drawn_on, fill, fold_in, normal, uniform
 from ..core.objective import Loss
 
 Evaluated = tuple[Float[Tensor, "c p"], Float[Tensor, " c"]]
@@ -75,7 +75,7 @@ def langevin_chains(
 
 def _normal(key: Key, like: Tensor) -> Tensor:
     """`normal`; what is short is drawn here, as handing it to worker threads would take longer."""
-    if like.numel() > BLOCK:
+    if like.numel() > BLOCK or drawn_on(key, like.device).type != "cpu":
         return normal(key, like)
     out = torch.empty(like.numel())
     fill(key, out, "normal")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.directions import Scales
 from ..core.estimate import wide
-from ..core.keys import Key, draw, fold_in
+from ..core.keys import Key, draw, fold_in, normal
 from ..core.layout import Leaf
 
 BLOCK = 2**20
@@ -70,7 +70,7 @@ def orthogonalise(vectors: Float[Tensor, "n p"], scales: Scales, key: Key) -> in
         return 0
     index = torch.cat([x.flatten() for x in pooled]).to(vectors.device)
     norm = math.sqrt(sum(float(group.norms[moves].double().square().sum()) for group, moves in chosen))
-    drawn = draw(fold_in(key, "pool"), num * len(index), "normal").view(num, 1, -1).to(vectors)
+    drawn = draw(fold_in(key, "pool"), num * len(index), "normal", device=vectors.device).view(num, 1, -1).to(vectors)
     _settle(Group("pool", [drawn], drawn.new_tensor([norm])), key)
     vectors[:, index] = drawn[:, 0]
     return len(index)
@@ -127,7 +127,7 @@ def _settle(group: Group, key: Key) -> None:
     while bool((again := dependent & moves).any()):
         for i, part in enumerate(group.parts):
             name = f"again {group.name} {i} {attempt}"
-            drawn = draw(fold_in(key, name), part.numel(), "normal").view(part.shape).to(part)
+            drawn = normal(fold_in(key, name), part)
             part.copy_(torch.where(again.view(1, -1, *[1] * (part.ndim - 2)), drawn, part))
         first, second, dependent = _triangular(group.parts)
         attempt += 1

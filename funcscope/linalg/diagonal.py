@@ -104,7 +104,8 @@ def xdiag(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> D
     value, scatter = torch.empty_like(like), torch.empty_like(like)
     for start in range(0, len(like), BLOCK):  # of a k by P matrix of leave-one-out estimates only a slab is in memory
         span = slice(start, min(start + BLOCK, len(like)))
-        omega = torch.stack([draw(fold_in(key, i), len(like), "rademacher", span.start, span.stop) for i in range(k)])
+        place, keys = (span.start, span.stop), (fold_in(key, i) for i in range(k))
+        omega = torch.stack([draw(each, len(like), "rademacher", *place, device=like.device) for each in keys])
         gone, image = (out.T.to(like) @ rows[:, span] for rows in (space.basis, images))
         changes = gone * (omega.to(like) * length[:, None] - image)
         value[span] = (space.basis[:, span] * images[:, span]).sum(0) + changes.mean(0)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.keys import key
 from ..core.objective import Loss
 from ..core.progress import watched
 from ..core.result import Result
@@ -86,7 +85,7 @@ class Call:
 
     def _result(self) -> Result:
         """The result; chunk, then batches are halved as often as memory runs out."""
-        one, drawn = self.one, {KEY: key(self.options.seed)} if KEY in self.one.needs else {}
+        one, drawn = self.one, {KEY: self.options.key} if KEY in self.one.needs else {}
         while True:
             needs: list[Any] | None = None
             value: Any = None

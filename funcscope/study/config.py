@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 
 from ..core.checks import check_choice, check_count, check_positive
+from ..core.keys import Stream
 from ..core.model import Attention
 from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
@@ -138,6 +139,8 @@ class UnifiedConfig:
     """Read pytorch_model.bin too, as tensors only."""
     split: str = "train"
     """Of the checkpoints of a family, whose data are its own: `train`, `test` or `probe`."""
+    draws: str = "cpu"
+    """`device`: random numbers are made on the device of the weights; the normal ones are another stream than the CPU's."""
     compute_qkov: bool | None = None
     hard_timeout: bool = False
     """Run every metric in a process of its own, which is killed when `timeout_seconds` are over, whatever it does."""
@@ -160,6 +163,7 @@ class UnifiedConfig:
         check_choice("split", self.split, SPLITS)
         check_choice("attention", self.attention, get_args(Attention))
         check_choice("remat", self.remat, ("none", "layer"))
+        check_choice("draws", self.draws, get_args(Stream))
         if self.compute_qkov is not None:
             self.enable_qkov_interference = self.compute_qkov
 
@@ -294,6 +298,7 @@ class UnifiedConfig:
     def options(self) -> Options:
         return Options(
             seed=self.seed,
+            draws=self.draws,  # type: ignore[arg-type]
             force=self.force_recompute or not self.use_cache,
             skip_on_error=self.skip_on_error,
             timeout_seconds=None if self.timeout_seconds is None else float(self.timeout_seconds),

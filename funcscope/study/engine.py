@@ -12,7 +12,6 @@ from uuid import uuid4
 
 from tqdm.auto import tqdm
 
-from ..core.keys import key
 from . import digest
 from .apart import apart
 from .asked import check_metrics, check_names, cost
@@ -186,7 +185,7 @@ class Bench:
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self.packages = PACKAGES()
-        self.shared = Shared(self._beside, key(job.options.seed), alone=job.options.timeout_seconds is not None)
+        self.shared = Shared(self._beside, job.options.key, alone=job.options.timeout_seconds is not None)
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
@@ -224,6 +223,8 @@ class Bench:
             "seed": self.options.seed if KEY in one.needs else None,
             "of": {name: digest.of_json([each.content for each in parts]) for name, parts in needed.items()},
         }  # fmt: skip
+        if KEY in one.needs and self.options.draws != "cpu":
+            content["draws"] = self.options.draws
         if one.by_batch:
             content["batches"] = batch_size(self.job.source, task)
         return Cell(one.name, self.job.source.id, content)

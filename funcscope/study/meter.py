@@ -16,17 +16,20 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..core.keys import Key, Stream, key
 from ..core.progress import Kind
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a study runs; of these only the seed is part of what a number is."""
+    """How a study runs; of these only the seed and the stream of draws are part of what a number is."""
 
     deterministic: bool = True
     """Of cuDNN, inside metrics."""
     seed: int = 42
     """Of all draws: each metric is given `fs.key(seed)`."""
+    draws: Stream = "cpu"
+    """The stream of that key: "device" draws where the weights are, and its normal numbers are others."""
     force: bool = False
     """Make everything again, whatever is stored."""
     retry_failed: bool = False
@@ -46,6 +49,11 @@ class Options:
     cleanup: bool = True
     """Empty the device's cache after every metric; on the CPU, where memory goes back by itself, only where it ran out."""
     log_memory: bool = False
+
+    @property
+    def key(self) -> Key:
+        """What metrics that draw are given."""
+        return key(self.seed, stream=self.draws)
 
 
 class Expired(BaseException):

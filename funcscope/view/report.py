@@ -173,10 +173,15 @@ def _call(results: Results, about: Mapping[str, Any]) -> str:
         listed = "".join(f"\n        {each}," for each in changes)
         return f"analyze_models(\n    {models!r},\n    UnifiedConfig({listed}\n    ),\n)"
     listed = "".join(f"\n        {each}," for each in dict.fromkeys(map(_configured, results.outcomes)))
-    seeds = {seed for o in results.outcomes if (seed := o.content.get("seed")) is not None}
-    options = f", options=Options(seed={seeds.pop()})" if len(seeds) == 1 else ""
+    given = {_options(o.content) for o in results.outcomes if o.content.get("seed") is not None}
+    options = f", options={given.pop()}" if len(given) == 1 else ""
     tasks = tuple(dict.fromkeys(outcome.task for outcome in results.outcomes))
     return f"run(\n    [{listed}\n    ],\n    sources, tasks={tasks!r}{options}\n)  # `sources` are the models"
+
+
+def _options(content: Mapping[str, Any]) -> str:
+    draws = f", draws={content['draws']!r}" if "draws" in content else ""
+    return f"Options(seed={content['seed']}{draws})"
 
 
 def _configured(outcome: Outcome) -> str:
