@@ -217,6 +217,7 @@ def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: s
         with torch.no_grad():
             Hd = matvec(d)
         form, rounding = dot(d, Hd), 64 * torch.finfo(theta.dtype).eps * math.sqrt(dot(d, d) * dot(Hd, Hd))
+        del Hd  # what has the length of theta is most of what this takes
         if not _agree_at_once(loss, theta, d, form, rounding):
             _decide(loss, theta, d, form, rounding, way)
     passed.append((loss.criterion, way))
@@ -224,7 +225,7 @@ def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: s
 
 def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float) -> bool:
     with torch.no_grad(), ONE_AT_A_TIME:
-        plus, middle, minus = (float(loss(theta + a * d)) for a in (STEP, 0.0, -STEP))
+        plus, middle, minus = (float(loss(torch.add(theta, d, alpha=a))) for a in (STEP, 0.0, -STEP))
     difference = (plus - 2 * middle + minus) / STEP**2
     noise = 32 * loss.net.unit_roundoff * max(map(abs, (plus, middle, minus))) / STEP**2
     allowed = DIFFERENT * max(abs(form), abs(difference)) + noise + rounding
