@@ -180,16 +180,27 @@ ALONE = 60.0
 def cluster(name: str, *, num: int = 1) -> Cluster:
     """The executor that is called `dask`, with `num` workers on this machine, or `dask:ADDRESS`.
 
-    Raises ValueError for another name, and for a number of workers beside an address, whose workers are there already.
+    Raises ValueError as `address_of` does.
     """
-    scheme, colon, address = name.partition(":")
+    return Cluster(address_of(name, num=num), num=num)
+
+
+def address_of(name: str, *, num: int = 1) -> str | None:
+    """The scheduler of an executor that is named so; None for workers of this machine.
+
+    Raises ValueError for another name, and for a number of workers beside an address, whose workers are there already.
+
+    >>> address_of("dask:tcp://HOST:8786"), address_of("dask", num=4)
+    ('tcp://HOST:8786', None)
+    """
+    scheme, colon, address = str(name).partition(":")
     if scheme != SCHEME or bool(colon) != bool(address):
         raise ValueError(f"`executor` must be 'dask' or 'dask:ADDRESS' (dask:tcp://HOST:8786), got {name!r}.")
     if address and num > 1:
         raise ValueError(
             f"`workers` is of this machine, and {address} has workers of its own: leave it out, got {num}."
         )
-    return Cluster(address or None, num=num)
+    return address or None
 
 
 @dataclass(eq=False)
