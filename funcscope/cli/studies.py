@@ -20,13 +20,14 @@ from ..study.flags import FLAGS
 from ..study.folder import local_folder
 from ..study.images import is_image_folder
 from ..study.listing import Listing, terminal_width
+from ..study.modules import import_modules
 from ..study.presets import Preset
 from ..study.results import Results
 from ..study.runs import is_run
 from ..study.texts import Usual
 from .commands import Command
 from .options import COMPUTING, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
-from .shared import check_plotly, check_writable, import_modules
+from .shared import check_plotly, check_writable
 
 OUT = Path("analysis_results")
 FEW = {"num_samples": 64, "max_seq_length": Usual(128), "batch_size": 8}

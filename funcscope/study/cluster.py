@@ -19,6 +19,7 @@ from uuid import uuid4
 import torch
 
 from ..core.checks import check_count, check_positive
+from .modules import OwnModule
 from .quiet import first_line
 from .record import versions
 from .worker import START, Terms, called, objection, pools
@@ -60,8 +61,9 @@ class Cluster(Executor):
         self._over = Event()
         Thread(target=self._watch, daemon=True, name="workers of funcscope").start()
 
-    def share(self, root: Path | None) -> None:
-        """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`.
+    def share(self, root: Path | None, modules: tuple[OwnModule, ...] = ()) -> None:
+        """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`, and imports
+        these modules.
 
         Raises ValueError for the first that does not, and OSError where the folder cannot be written.
         """
@@ -70,7 +72,7 @@ class Cluster(Executor):
             mark = self._marks.setdefault(root.resolve(), root.resolve() / f".shared-{uuid4().hex}")
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        self._terms = replace(self._terms, mark=None if mark is None else str(mark))
+        self._terms = replace(self._terms, mark=None if mark is None else str(mark), modules=modules)
         answers = self._client.run(objection, self._terms, on_error="return")
         for worker, said in answers.items():
             if isinstance(said, OSError):  # it has died: who takes its place is asked with its first task
