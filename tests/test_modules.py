@@ -121,7 +121,7 @@ def test_a_metric_is_known_by_its_module_where_it_is_not_known_yet(mine, monkeyp
     ],
 )
 def test_a_metric_that_is_not_there_costs_its_subject_and_is_not_stored(own, said, tmp_path):
-    absent = _remade("not_there", {}, {}, None, "every", 1, own)
+    absent = _remade("not_there", {}, own)
     assert isinstance(absent.call, Absent)
     source = files(Cache(tmp_path / "cache"))[0]
     store = Cache(tmp_path / "cells")

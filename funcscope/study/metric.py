@@ -45,6 +45,8 @@ class Metric:
     plan: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` and
     `chunk_size` are halved where memory runs out."""
+    asked: frozenset[str] = frozenset()
+    """Names of the plan that were set: a study chooses none of these."""
     category: str = "your own"
     cost: Callable[[Mapping[str, Any]], float] = _one_pass
     """Forward passes over the data that it will take, from its settings."""
@@ -78,8 +80,9 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name where it is registered, so that a worker takes it from its own catalogue."""
         if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
-            given = (self.name, dict(self.settings), dict(self.plan), self.task, self.at, self.version)
-            return _remade, (*given, own_modules([_module(self)]))
+            given = {name: getattr(self, name) for name in ("task", "at", "version", "asked")}
+            given |= {"settings": dict(self.settings), "plan": dict(self.plan)}
+            return _remade, (self.name, given, own_modules([_module(self)]))
         return super().__reduce__()
 
     @property
@@ -102,6 +105,7 @@ class Metric:
             at=at or self.at,  # type: ignore[arg-type]
             settings={name: changes.get(name, value) for name, value in self.settings.items()},
             plan={name: changes.get(name, value) for name, value in self.plan.items()},
+            asked=self.asked | (changes.keys() & self.plan.keys()),
         )
 
 
@@ -213,15 +217,7 @@ def _module(one: Metric) -> str:
     return str(getattr(one.call, "__module__", None))
 
 
-def _remade(
-    name: str,
-    settings: dict[str, Any],
-    plan: dict[str, Any],
-    task: str | None,
-    at: Any,
-    version: int,
-    own: tuple[OwnModule, ...],
-) -> Metric:
+def _remade(name: str, given: dict[str, Any], own: tuple[OwnModule, ...]) -> Metric:
     """Of the worker's own catalogue, which its module fills; one that is absent says so when its subject's turn comes."""
     from . import catalogue as catalogue  # a worker may not have filled it yet
 
@@ -235,7 +231,7 @@ def _remade(
         except ValueError as err:
             said = str(err)
     known = CATALOGUE.get(name) or Metric(name, Absent(said))
-    return replace(known, settings=settings, plan=plan, task=task, at=at, version=version)
+    return replace(known, **given)
 
 
 @dataclass(frozen=True)
