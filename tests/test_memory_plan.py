@@ -210,8 +210,8 @@ from funcscope.core.memory import peak_growth
 from funcscope.study.memory_plan import in_remat, memory_plan
 torch.manual_seed(0)
 name, num, gib, vocabulary = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
-config = transformers.AutoConfig.for_model(name, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
-                                           intermediate_size=384, vocab_size=vocabulary)
+config = transformers.AutoConfig.for_model(name, hidden_size=128, num_hidden_layers=6 if vocabulary == 512 else 2,
+                                           num_attention_heads=4, intermediate_size=384, vocab_size=vocabulary)
 net = fs.functional(transformers.AutoModelForCausalLM.from_config(config))
 ids = [torch.randint(0, vocabulary, (8, 128)) for _ in range(num)]
 loss = fs.objective(net, [{"input_ids": each, "labels": each} for each in ids], fs.causal_lm)
