@@ -461,8 +461,12 @@ def test_the_command_line_measures_on_workers(local, cache, tmp_path, capsys):
     assert cli.main([*call, str(tmp_path / "serial")]) == 0
     assert cli.main([*call, str(tmp_path / "there"), "--executor", f"dask:{local.scheduler_address}"]) == 0
     assert cli.main([*call, str(tmp_path / "here"), "--executor", "dask", "--workers", "2"]) == 0
-    alone, there, here = (cells(Cache(tmp_path / name / "cache")) for name in ("serial", "there", "here"))
-    assert alone == there == here
+    (tmp_path / "study.toml").write_text(f'executor = "dask:{local.scheduler_address}"')
+    assert cli.main([*call, str(tmp_path / "filed"), "--config", str(tmp_path / "study.toml")]) == 0
+    alone, there, here, filed = (
+        cells(Cache(tmp_path / name / "cache")) for name in ("serial", "there", "here", "filed")
+    )
+    assert alone == there == here == filed
     assert len(alone) == 6
     capsys.readouterr()
 

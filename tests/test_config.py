@@ -1,6 +1,7 @@
 """The documented entry point: every documented field and code block, on local models."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 
 import pytest
@@ -9,7 +10,9 @@ from folders import folder, texts
 import funcscope as fs
 from funcscope.study.analyze import analyze_models
 from funcscope.study.catalogue import CATALOGUE
-from funcscope.study.config import FLAGS, UnifiedConfig, check_kind
+from funcscope.study.config import UnifiedConfig
+from funcscope.study.fields import check_kind
+from funcscope.study.flags import FLAGS
 from funcscope.study.results import Results
 from funcscope.view.report import write_report
 
@@ -121,6 +124,53 @@ def test_a_configuration_comes_from_a_file(tmp_path):
     (tmp_path / "a.toml").write_text('seed = 7\nmetrics = ["mean_loss"]\n')
     for ending in ("json", "toml"):
         assert UnifiedConfig.load(tmp_path / f"a.{ending}") == UnifiedConfig(seed=7, metrics=("mean_loss",))
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('executor = "ray"', "`executor` must be 'dask' or 'dask:ADDRESS'"),
+        ('executor = "dask:tcp://127.0.0.1:1"\nworkers = 2', "`workers` is of this machine"),
+        ("workers = 0", "`workers` must be an integer of at least 1"),
+    ],
+)
+def test_who_measures_is_refused_before_any_work(tmp_path, written, said):
+    (tmp_path / "study.toml").write_text(written)
+    with pytest.raises(ValueError, match=said):
+        UnifiedConfig.load(tmp_path / "study.toml")
+
+
+def test_a_configuration_names_who_measures(made, tmp_path, monkeypatch):
+    """The workers that it names are opened for the study, and those that are passed count before them."""
+    paths, data, out = made
+    opened = []
+
+    def threads(name, *, num):
+        opened.append((name, num))
+        return ThreadPoolExecutor(num)
+
+    monkeypatch.setattr("funcscope.study.analyze.cluster", threads)
+    (tmp_path / "study.json").write_text(json.dumps({"executor": "dask", "workers": 2}))
+    chosen = UnifiedConfig.load(tmp_path / "study.json", **named(config(data, out)))
+    assert not analyze_models(paths, chosen).failed
+    assert opened == [("dask", 2)]
+    with ThreadPoolExecutor(1) as own:
+        assert all(outcome.reused for outcome in analyze_models(paths, chosen, executor=own).outcomes)
+    assert len(opened) == 1
+
+
+def named(chosen):
+    """The fields in which a configuration differs."""
+    usual = asdict(UnifiedConfig())
+    return {name: value for name, value in asdict(chosen).items() if value != usual[name]}
+
+
+@pytest.mark.slow
+def test_processes_of_a_configuration_give_the_cells_of_one(made):
+    paths, data, out = made
+    alone = analyze_models(paths, config(data, out / "alone"))
+    apart = analyze_models(paths, config(data, out / "apart", workers=2))
+    assert [one.result for one in apart.outcomes] == [one.result for one in alone.outcomes]
 
 
 def test_compute_all_is_everything_that_is_there():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from problems import seeded, tokens
 from test_architectures import labelled, model_of
 from test_engine import FEW
 from torch import nn
 
 import funcscope as fs
+from funcscope.study.cache import Cache
 from funcscope.study.catalogue import metric
+from funcscope.study.chunk_plan import CHUNKED, chunk_plan, expected_gib
 from funcscope.study.engine import run
 from funcscope.study.memory_plan import MemoryPlan, graph_bytes, in_remat, memory_plan
 from funcscope.study.meter import Options
@@ -50,34 +55,156 @@ def test_the_least_time_that_fits_is_chosen_and_told():
     assert graph_bytes(in_remat(loss), theta) < graph_bytes(loss, theta) / 2
 
 
-@pytest.mark.parametrize("name", ["hessian_trace", "edge_of_stability"])
+WAYS = [(keep, remat, None) for remat in (False, True) for keep in (True, False)]
+PRODUCTS = {
+    "hessian_trace": [4, 7],
+    "hessian_largest_eigenvalues": [4],
+    "hessian_eigenvalues": [4],
+    "edge_of_stability": [4],
+}
+"""By metric, sizes of the parts of logits."""
+BRIEF = {name: {"tol": 0.5} for name in ("hessian_largest_eigenvalues", "hessian_eigenvalues")}
+COUNTS = ("num_", "chunk", "threads", "seconds")
+"""What says how a number was made."""
+
+
+def same(value, other, rel, name=""):
+    """Numbers, errors and notes are equal to rounding."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        torch.testing.assert_close(other, value, rtol=rel, atol=rel * 1e-3 * float(value.abs().max()), equal_nan=True)
+    elif isinstance(value, float):
+        assert other == pytest.approx(value, rel=rel, abs=1e-12, nan_ok=True), name
+
+
+def same_results(result, other, rel):
+    assert [*result.asdict()] == [*other.asdict()]
+    for name, value in result.asdict().items():
+        if not name.startswith(COUNTS):
+            same(value, other.asdict()[name], rel, name)
+    assert result.notes == other.notes
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "hessian_trace" else pytest.param(name, marks=pytest.mark.slow) for name in PRODUCTS]
+)
 def test_no_number_depends_on_the_plan(name, monkeypatch):
-    loss = losses()
-    values = []
-    for keep, remat in ((True, False), (False, False), (True, True), (False, True)):
-        plan = MemoryPlan(keep, remat, 1.0, "graphs are large")
-        monkeypatch.setattr("funcscope.study.calling.memory_plan", lambda *_, plan=plan: plan)
+    loss, results = losses(), []
+    for keep, remat, part in (*WAYS, *((True, remat, part) for part in PRODUCTS[name] for remat in (False, True))):
+        plan = MemoryPlan(keep, remat, 1.0, "graphs are large", part)
+        monkeypatch.setattr("funcscope.study.calling.memory_plan", lambda *_, plan=plan, **__: plan)
         subject = InMemory({"data": loss}, "gpt2", content="1")
         (outcome,) = run(
-            [metric(name).configured(**FEW.get(name, {}))], [subject], options=Options(max_memory_gb=100.0)
+            [metric(name).configured(**FEW.get(name, {}), **BRIEF.get(name, {}))],
+            [subject],
+            options=Options(max_memory_gb=100.0),
         )
         assert outcome.ok, outcome.traceback
-        assert outcome.plan["keep"] == keep
+        assert (outcome.plan["keep"], outcome.plan["head_chunk"]) == (keep, part)
         assert outcome.plan["memory"] == "graphs are large"
-        values.append(outcome.result.asdict())
-    for other in values[1:]:
-        for key, value in values[0].items():
-            if isinstance(value, float):
-                assert other[key] == pytest.approx(value, rel=1e-7, abs=1e-12), key
+        results.append(outcome.result)
+    for other in results[1:]:
+        same_results(results[0], other, 1e-9)
 
 
-def test_what_is_asked_for_stays_as_it_is():
-    (outcome,) = run(
-        [metric("hessian_trace").configured(keep=False, num=2)], [InMemory({"data": losses()}, "gpt2", content="1")],
-        options=Options(max_memory_gb=100.0),
-    )  # fmt: skip
-    assert outcome.plan["keep"] is False
-    assert "memory" not in outcome.plan
+def left(monkeypatch, gib):
+    """So much is left of what a study may take."""
+    monkeypatch.setattr("funcscope.study.calling.memory_gb", lambda: 100 - gib * 2**30 / 1e9)
+    return Options(max_memory_gb=100.0)
+
+
+def only(outcomes):
+    (outcome,) = outcomes
+    assert outcome.ok, outcome.traceback
+    return outcome
+
+
+OF_ONE_MODEL = [name for name in CHUNKED if metric(name).on == "model" and "loss" in metric(name).needs]
+"""Those of pairs and of several data sets hand their chunks to the same functions."""
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OF_ONE_MODEL if name != "gradient_norms"]
+
+
+@pytest.mark.parametrize("name", ["gradient_norms", *SLOW])
+def test_no_number_depends_on_how_many_are_in_memory(name, monkeypatch):
+    """From as many as there are to one at a time, as the memory that is left says."""
+    loss, few = losses(), {"num_directions": 1, "num": 5} if name == "loss_lines" else FEW.get(name, {})
+    one, subject = metric(name).configured(**few), InMemory({"data": loss}, "gpt2", content="1")
+    plain = only(run([one], [subject], options=Options()))
+    assert "memory" not in plain.plan
+    whole = expected_gib(one, [loss], loss.net.theta, 8)
+    for share in (0.9, 0.5, 0.0):
+        outcome = only(run([one], [subject], options=left(monkeypatch, share * whole)))
+        (chunk,) = (outcome.plan[each] for each in ("chunk", "chunk_size") if each in outcome.plan)
+        assert 1 <= chunk < 8
+        assert f"; {chunk}: " in outcome.plan["memory"]
+        assert outcome.plan["memory"].endswith("which is too much") == (share == 0)
+        same_results(plain.result, outcome.result, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hessian_trace", {"keep": False}),
+        ("hessian_trace", {"keep": True}),
+        ("hessian_trace", {"head_chunk": 3}),
+        ("gradient_norms", {"chunk_size": 5}),
+        ("loss_landscape_2d", {"chunk": 3}),
+    ],
+)
+def test_what_is_asked_for_stays_as_it_is(name, asked, monkeypatch):
+    """Whatever memory there is; the worker is told the same."""
+    one = pickle.loads(pickle.dumps(metric(name).configured(**asked, **FEW.get(name, {}))))
+    outcome = only(run([one], [InMemory({"data": losses()}, "gpt2", content="1")], options=left(monkeypatch, 0.0)))
+    assert outcome.plan.items() >= asked.items()
+    assert "memory" in outcome.plan or name != "hessian_trace" or "head_chunk" in asked
+
+
+@pytest.mark.parametrize("name", ["hessian_trace", "gradient_norms", "loss_landscape_2d"])
+def test_a_plan_is_no_part_of_what_is_stored(name, monkeypatch, tmp_path):
+    one = metric(name).configured(**FEW.get(name, {}))
+    subject = InMemory({"data": losses()}, "gpt2", content="1")
+    first = only(run([one], [subject], cache=Cache(tmp_path), options=left(monkeypatch, 0.0)))
+    assert "memory" in first.plan
+    again = only(run([one], [subject], cache=Cache(tmp_path), options=left(monkeypatch, 50.0)))
+    assert again.reused
+    assert again.plan == first.plan
+
+
+def test_logits_are_made_in_parts_where_they_are_most_of_the_graph():
+    """Before graphs are made anew, of as many tokens as fit; not for a small vocabulary, nor where a part would be all."""
+    plans = {}
+    for vocabulary in (64, 4096):
+        config = transformers.GPT2Config(
+            vocab_size=vocabulary, n_positions=256, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+        )
+        net = fs.functional(seeded(0, lambda config=config: transformers.GPT2LMHeadModel(config)))
+        ids = torch.arange(600).reshape(3, 200) % vocabulary
+        loss = fs.objective(net, [{"input_ids": ids, "labels": ids}], fs.causal_lm)
+        needs = [memory_plan(loss, net.theta, 0.0, fixed={"keep": keep}, parts=True) for keep in (True, False)]
+        whole = memory_plan(loss, net.theta, 100.0, parts=True)
+        plans[vocabulary] = memory_plan(loss, net.theta, 0.9 * whole.gib, parts=True), whole, needs
+        assert memory_plan(loss, net.theta, 0.9 * whole.gib).head_chunk is None
+        assert memory_plan(loss, net.theta, 0.0, fixed={"head_chunk": 3}, parts=True) is None
+    assert plans[64][0].head_chunk is None
+    tight, whole, needs = plans[4096]
+    assert (whole.keep, whole.head_chunk, whole.why) == (True, None, "")
+    assert (tight.keep, tight.remat, tight.head_chunk) == (True, False, 128)
+    assert "the graphs of all batches, logits of 128 tokens at a time: " in tight.why
+    assert [need.keep for need in needs] == [True, False]
+
+
+def test_what_a_chunk_takes_grows_with_it():
+    loss = losses()
+    theta = loss.net.theta
+    for name in ("loss_landscape_2d", "gradient_noise"):
+        one = metric(name)
+        expected = [expected_gib(one, [loss], theta, chunk) for chunk in (1, 2, 4)]
+        assert expected[2] - expected[1] == pytest.approx(2 * (expected[1] - expected[0]))
+        for chunk, gib in zip((1, 2, 4), expected, strict=True):  # the largest that fits
+            assert chunk_plan(one, [loss], theta, gib * 1.000001).chunk == chunk
+        assert chunk_plan(one, [loss], theta, 1.0) is None
+        assert chunk_plan(replace(one, name="of_mine"), [loss], theta, 0.0) is None
 
 
 MEMORY = """
@@ -85,26 +212,81 @@ import sys, torch, transformers, funcscope as fs
 from funcscope.core.memory import peak_growth
 from funcscope.study.memory_plan import in_remat, memory_plan
 torch.manual_seed(0)
-name, num = sys.argv[1], int(sys.argv[2])
-config = transformers.AutoConfig.for_model(name, hidden_size=128, num_hidden_layers=6, num_attention_heads=4,
-                                           intermediate_size=384, vocab_size=512)
+name, num, gib, vocabulary = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+config = transformers.AutoConfig.for_model(name, hidden_size=128, num_hidden_layers=6 if vocabulary == 512 else 2,
+                                           num_attention_heads=4, intermediate_size=384, vocab_size=vocabulary)
 net = fs.functional(transformers.AutoModelForCausalLM.from_config(config))
-ids = [torch.randint(0, 512, (8, 128)) for _ in range(num)]
+ids = [torch.randint(0, vocabulary, (8, 128)) for _ in range(num)]
 loss = fs.objective(net, [{"input_ids": each, "labels": each} for each in ids], fs.causal_lm)
 theta, v = net.theta, torch.ones_like(net.theta)
 loss(theta)
-plan = memory_plan(loss, theta, float(sys.argv[3]))
-one = in_remat(loss) if plan.remat else loss
-print(plan.gib * 1024, peak_growth(lambda: fs.hessian(one, theta, keep=plan.keep)(v))[1])
+plan = memory_plan(loss, theta, gib, parts=gib > 0)
+if gib == 1.0:  # the next one that takes less
+    plan = memory_plan(loss, theta, 0.95 * memory_plan(loss, theta, 100.0).gib, parts=True)
+    assert plan.head_chunk is not None
+one, options = in_remat(loss) if plan.remat else loss, {"keep": plan.keep, "head_chunk": plan.head_chunk}
+print(plan.gib * 1024, peak_growth(lambda: fs.hessian(one, theta, **options)(v))[1])
 """
+
+
+def taken(script, *arguments):
+    """What is expected and what is taken, in a process for each: what one call has freed, the next one uses again."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return map(float, done.stdout.split())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gib", [100.0, 0.0])
 @pytest.mark.parametrize(("name", "num"), [("gpt2", 1), ("gpt2", 4), ("llama", 1), ("llama", 4)])
 def test_what_is_expected_is_near_what_is_taken(name, num, gib):
-    """In a process for each: what one call has freed, the next one uses again."""
-    command = [sys.executable, "-c", MEMORY, name, str(num), str(gib)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    expected, taken = map(float, run.stdout.split())
-    assert 0.6 * taken < expected < 1.8 * taken
+    expected, measured = taken(MEMORY, name, num, gib, 512)
+    assert 0.6 * measured < expected < 1.8 * measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_expected_of_logits_in_parts_is_near_what_is_taken(name):
+    expected, measured = taken(MEMORY, name, 1, 1.0, 16000)
+    assert 0.9 * measured < expected < 2.5 * measured
+
+
+CHUNK = """
+import sys, torch, transformers, funcscope as fs
+from funcscope.core.memory import peak_growth
+from funcscope.study.catalogue import metric
+from funcscope.study.chunk_plan import expected_gib
+torch.manual_seed(0)
+name, kind, chunk = sys.argv[1], sys.argv[2], int(sys.argv[3])
+config = transformers.AutoConfig.for_model(name, hidden_size=128, num_hidden_layers=5, num_attention_heads=4,
+                                           intermediate_size=384, vocab_size=512)
+net = fs.functional(transformers.AutoModelForCausalLM.from_config(config))
+ids = [torch.randint(0, 512, (4, 64)) for _ in range(4)]
+loss = fs.objective(net, [{"input_ids": each, "labels": each} for each in ids], fs.causal_lm)
+one = metric(kind)
+few = {"loss_landscape_2d": {"n_points": 4}, "directional_losses": {"n_samples": 16}}.get(kind, {})
+name = next(iter(one.plan))
+one = one.configured(**{name: chunk}, **few)
+given = {"loss": loss, "theta": net.theta, "params": net.params}
+needs, options = [given[each] for each in one.needs if each != "key"], {**one.settings, **one.plan}
+if "key" in one.needs:
+    options["key"] = fs.key(0)
+
+
+def made():
+    value = one.call(*needs, **options)
+    return value if isinstance(value, fs.Result) else value.result(list(value.rows(0)))
+
+
+loss(net.theta)
+print(expected_gib(one, [loss], net.theta, chunk) * 1024, peak_growth(made)[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [8, 3])
+@pytest.mark.parametrize("kind", ["loss_landscape_2d", "directional_losses", "gradient_norms", "gradient_noise"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_expected_of_a_chunk_is_near_what_is_taken(name, kind, chunk):
+    expected, measured = taken(CHUNK, name, kind, chunk)
+    assert 0.9 * measured < expected < 2.5 * measured

@@ -9,7 +9,8 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..study.catalogue import CATALOGUE
-from ..study.config import UnifiedConfig, parsed
+from ..study.config import UnifiedConfig
+from ..study.fields import parsed
 from ..study.metric import nearest
 
 TEXTS = {

@@ -15,9 +15,10 @@ from ..core.tables import counted, numbers, said
 from ..families import family
 from ..study import demo, induction_demo, text_demo
 from ..study.listing import Listing, terminal_width
+from ..study.modules import import_modules
 from ..study.results import Results
 from ..study.training import trained
-from .shared import check_plotly, check_writable, import_modules
+from .shared import check_plotly, check_writable
 from .studies import add_import
 
 

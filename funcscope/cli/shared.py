@@ -1,11 +1,8 @@
-"""What the commands have in common: checks before any work, and modules of the user's own."""
+"""What the commands have in common: checks before any work."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -23,11 +20,3 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as err:
         raise OSError(f"cannot write to {str(folder)!r} ({err.strerror}): choose another folder with --out.") from err
-
-
-def import_modules(names: list[str]) -> None:
-    """Modules by name; those of the current folder, too."""
-    if names and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for name in names:
-        importlib.import_module(name)

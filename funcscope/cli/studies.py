@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,13 @@ from ..study import presets
 from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
-from ..study.cluster import cluster
-from ..study.config import FLAGS, UnifiedConfig
+from ..study.config import UnifiedConfig
 from ..study.dataset import check_dataset, is_dataset
+from ..study.flags import FLAGS
 from ..study.folder import local_folder
 from ..study.images import is_image_folder
 from ..study.listing import Listing, terminal_width
+from ..study.modules import import_modules
 from ..study.presets import Preset
 from ..study.recordings import is_speech
 from ..study.results import Results
@@ -30,7 +28,7 @@ from ..study.runs import is_run
 from ..study.texts import Usual
 from .commands import Command
 from .options import COMPUTING, DRAWS, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
-from .shared import check_plotly, check_writable, import_modules
+from .shared import check_plotly, check_writable
 
 OUT = Path("analysis_results")
 FEW = {"num_samples": 64, "max_seq_length": Usual(128), "batch_size": 8}
@@ -82,7 +80,7 @@ def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) ->
     show.add_argument(
         "--out", type=Path, default=out, metavar="DIR", help=f"default: {out or 'the run, or ./' + str(OUT)}"
     )
-    show.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time, each in its own process")
+    show.add_argument("--workers", type=int, metavar="N", help="models at a time, each in its own process")
     show.add_argument(
         "--executor",
         metavar="NAME",
@@ -157,20 +155,11 @@ def _study(
     check_writable(out)
     started = time.perf_counter()
     try:
-        with _executor(args) as workers:
-            results = analyze_models(models, config, executor=workers)
+        results = analyze_models(models, config)
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
         return 130
     return show(results, out, shown=shown, seconds=time.perf_counter() - started, options=vars(args))
-
-
-def _executor(args: argparse.Namespace) -> AbstractContextManager[Executor | None]:
-    if args.executor is not None:
-        return cluster(args.executor, num=args.workers)
-    if args.workers > 1:
-        return ProcessPoolExecutor(args.workers, mp_context=get_context("spawn"))
-    return nullcontext()
 
 
 def _named(files: list[str]) -> str | dict[str, str]:

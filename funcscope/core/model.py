@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import get_ident
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,26 +15,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .architectures import computes_in_float32, has_linear_head, is_routed
+from .architectures import computes_in_float32, is_routed
 from .attention_blocks import LONG, takes_blocks
 from .checks import check_choice, check_device, check_params
 from .doors import Remat, Trainable, check_parameters, remat_names, running, selector, skeleton_of, unwrapped
 from .forward import WRITES, Inputs, arguments, logits_of, named_errors
-from .imported import Model, is_pretrained
+from .imported import is_pretrained
 from .layout import Layout, Params
 from .masks import with_float_mask
 from .positions import check_positions
+from .readout import Body, Head, head_of
 from .skeleton import TrueDerivatives, make_skeleton
 from .substitute import LeafFn, Substitute
 
 Attention = Literal["auto", "blocks", "eager", "math", "keep"]
-
-
-class Head(NamedTuple):
-    """Names of the last linear layer's parameters, as in `Layout.names` unless they are frozen."""
-
-    weight: str
-    bias: str | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,19 +128,12 @@ class Functional:
         Then `apply(params, inputs)` is `readout(params, hidden(params, inputs))`, and the logits of a large vocabulary
         can be made a few tokens at a time. None for other models: their output exists as a whole only.
         """
-        module: Model = self._skeleton
-        if not is_pretrained(module) or not has_linear_head(module.config):
-            return None
-        last = module.get_output_embeddings()
-        if type(last) is not nn.Linear or self._output is not logits_of or not _is_as_compared(module, last):
-            return None
-        names = {id(param): name for name, param in module.named_parameters()}
-        return Head(names[id(last.weight)], None if last.bias is None else names[id(last.bias)])
+        return head_of(self._skeleton, self._output)
 
     def hidden(self, params: Params, inputs: Inputs) -> Tensor:
         """What the last linear layer reads; for models with a `head`."""
         self._check_head()
-        return self._call(_Body(self._running), "whole.", self._values(params), inputs)
+        return self._call(Body(self._running), "whole.", self._values(params), inputs)
 
     def readout(self, params: Params, hidden: Tensor) -> Tensor:
         """The output from what the last linear layer reads; for models with a `head`."""
@@ -313,23 +300,3 @@ def functional(
         _output=logits_of if output == "logits" else output,  # type: ignore[arg-type]
         remat=remat_names(skeleton, remat),
     )
-
-
-class _Body(nn.Module):
-    """A Hugging Face model without its head."""
-
-    def __init__(self, whole: Model):
-        super().__init__()
-        self.whole = whole
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.whole.base_model(*args, **kwargs).last_hidden_state
-
-
-def _is_as_compared(model: Model, head: nn.Module) -> bool:
-    """A causal model of transformers itself, with nothing hooked to it that may change its output on the way."""
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    own = type(model).__module__.startswith("transformers.models.")
-    parts = (model, model.base_model, head)
-    hooked = any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
-    return causal and own and not hooked

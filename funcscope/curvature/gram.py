@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..core.tables import counted
 from .blocks import Blocks, block_views, places_of
 from .leaf_gradients import LeafGradients
 from .outputs import total_weight
-from .samples import Data, Unit, tiles_of
+from .samples import Data, Tile, Unit, tiles_of
 
 
 class Grams(Result):
@@ -109,39 +109,49 @@ def gram(
     views = block_views(loss.layout, by)
     one = Data(loss, theta, tiles_of(loss, unit, chunk_size))
     two = one if other is None else Data(other, theta, tiles_of(other, unit, chunk_size))
-    out = torch.zeros(len(views), one.num, two.num, dtype=wide(theta.device), device=theta.device)
-    places = places_of(loss.layout, views)
-
-    def add(name: str, a: LeafGradients, b: LeafGradients, at: slice, to: slice) -> None:
-        for block, part_rows, part_cols in places[name]:
-            made = finite(a.gram(b, part_rows, part_cols), name, at, to)
-            out[block, at, to] += made
-            if other is None and at != to:
-                out[block, to, at] += made.T
-
+    sums = _Products(one, two, views)
     for i, (at, tile) in enumerate(one.tiles):
-        later = one.tiles[i + 1 :] if other is None else two.tiles
-        held: dict[str, LeafGradients] = {}
-
-        def first(name: str, leaf: LeafGradients, at: slice = at, held: Any = held, keep: bool = bool(later)) -> None:
-            if other is None:
-                add(name, leaf, leaf, at, at)
-            if keep:
-                held[name] = leaf.smaller()
-
-        one.each(tile, first)
-        for to, right in later:
-
-            def second(name: str, leaf: LeafGradients, at: slice = at, to: slice = to, held: Any = held) -> None:
-                if name in held:
-                    add(name, held[name], leaf, at, to)
-
-            two.each(right, second)
-    if not bool(out.any()):
+        sums.of_tile(at, tile, one.tiles[i + 1 :] if other is None else two.tiles)
+    if not bool(sums.out.any()):
         for data in (one, two):
             total_weight(data.loss, theta)  # raises
     passes = one.passes + (0 if two is one else two.passes)
-    return Grams(out, unit, passes, sorted(one.by_rows | two.by_rows), list(views))
+    return Grams(sums.out, unit, passes, sorted(one.by_rows | two.by_rows), list(views))
+
+
+class _Products:
+    """The inner products of one data set's gradients with another's, or with its own: those of both orders at once then."""
+
+    def __init__(self, one: Data, two: Data, views: Mapping[str, Any]):
+        self.one, self.two, device = one, two, one.theta.device
+        self.out = torch.zeros(len(views), one.num, two.num, dtype=wide(device), device=device)
+        self.places = places_of(one.loss.layout, views)
+
+    def of_tile(self, at: slice, tile: Any, later: Sequence[Tile]) -> None:
+        """Of the samples of a tile, with each other where the data are the same, and with those of later tiles."""
+        held: dict[str, LeafGradients] = {}
+
+        def first(name: str, leaf: LeafGradients) -> None:
+            if self.two is self.one:
+                self._add(name, leaf, leaf, at, at)
+            if later:
+                held[name] = leaf.smaller()
+
+        self.one.each(tile, first)
+        for to, right in later:
+
+            def second(name: str, leaf: LeafGradients, to: slice = to) -> None:
+                if name in held:
+                    self._add(name, held[name], leaf, at, to)
+
+            self.two.each(right, second)
+
+    def _add(self, name: str, a: LeafGradients, b: LeafGradients, at: slice, to: slice) -> None:
+        for block, part_rows, part_cols in self.places[name]:
+            made = finite(a.gram(b, part_rows, part_cols), name, at, to)
+            self.out[block, at, to] += made
+            if self.two is self.one and at != to:
+                self.out[block, to, at] += made.T
 
 
 class Norms(Result):

@@ -158,18 +158,22 @@ def outputs_of(loss: Loss, *, head_chunk: int | None = None, kept_at: Theta | No
     Raises ValueError where `head_chunk` is given and the logits cannot be made apart from the body, or the loss looks at
     several of them.
     """
-    criterion = loss.criterion
-    has_head = criterion.positionwise and criterion.output_hessian is not None and loss.net.head is not None
     if head_chunk is not None:
         check_count("head_chunk", head_chunk)
-        if not has_head:
+        if not has_head(loss):
             raise ValueError(
                 "`head_chunk` needs a causal language model whose last layer is one linear map, and a criterion over "
                 f"labels; {loss!r} is not known to be one. Leave `head_chunk` out."
             )
-    if has_head and not (head_chunk is None and kept_at is None):
+    if has_head(loss) and not (head_chunk is None and kept_at is None):
         return [Head(loss, batch, head_chunk, kept_at) for batch in loss.batches]
     return [Outputs(loss, batch) for batch in loss.batches]
+
+
+def has_head(loss: Loss) -> bool:
+    """Whether logits can be made apart from the body: the last layer is one linear map, and a loss looks at one of them."""
+    criterion = loss.criterion
+    return criterion.positionwise and criterion.output_hessian is not None and loss.net.head is not None
 
 
 def total_weight(loss: Loss, theta: Theta) -> float:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from .cache import Cache
+from .cluster import cluster
 from .config import UnifiedConfig
 from .engine import run
 from .metric import Metric
@@ -31,7 +35,9 @@ def analyze_models(
     (`InMemory`); without any, `config.model_name`. The texts are those of `config.dataset_name`. Results are keyed
     by the paths as given; what failed has `error` in place of numbers. Metrics of pairs and of series are measured on those
     that the models make. With `save_results` they are kept under `config.output_dir`, from where `Results.open` brings them
-    back, and what is there is not computed again. run_options: `executor`, `watch` of `engine.run`.
+    back, and what is there is not computed again. run_options: `executor`, `watch` of `engine.run`; an executor that is
+    passed counts before `config.executor` and `config.workers`, with which one is opened here: in a script of your own
+    under `if __name__ == "__main__":`, as processes begin by importing it.
 
     Raises ValueError for no model, no metric, or a configuration that does not fit.
     """
@@ -49,16 +55,18 @@ def analyze_models(
         if all(isinstance(source, InMemory) and not source.losses.keys() & PARTS for source in sources):
             metrics = [_on_split(one) for one in metrics]
     out = Path(config.output_dir)
-    outcomes = run(
-        metrics,
-        sources,
-        tasks=tasks,
-        cache=Cache(out / "cache" if config.use_cache or config.save_results else None),
-        options=config.options(),
-        quiet=not config.verbose,
-        bases=_bases(config),
-        **run_options,
-    )
+    with _workers(config, run_options.pop("executor", None)) as executor:
+        outcomes = run(
+            metrics,
+            sources,
+            tasks=tasks,
+            cache=Cache(out / "cache" if config.use_cache or config.save_results else None),
+            options=config.options(),
+            quiet=not config.verbose,
+            bases=_bases(config),
+            executor=executor,
+            **run_options,
+        )
     names = [str(path) if isinstance(path, (str, Path)) else path.id for path in model_paths]
     results = Results(tuple(outcomes), {"config": asdict(config), "models": names, "command": _command()})
     if config.save_results:
@@ -66,6 +74,15 @@ def analyze_models(
     if config.save_plots:  # figures are a floor above this one, and an extra
         import_module("funcscope.view.report").save_plots(results, out / "figures")
     return results
+
+
+def _workers(config: UnifiedConfig, given: Executor | None) -> AbstractContextManager[Executor | None]:
+    """Those that are passed, else those that the configuration names."""
+    if given is None and config.executor is not None:
+        return cluster(config.executor, num=config.workers)
+    if given is None and config.workers > 1:
+        return ProcessPoolExecutor(config.workers, mp_context=get_context("spawn"))
+    return nullcontext(given)
 
 
 def _command() -> str:

@@ -41,3 +41,18 @@ def check_names(sources: Sequence[Source]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two subjects are called {name!r}: give one of them another name, `name=`.")
+
+
+ABSENT = {
+    "tasks": "looks at one model on two data sets, and there is one: give several by name.",
+    "experts": "looks at models that were fine-tuned from one base, each on data of its own: give two data sets or more by "
+    "the names of the models' folders, or as many models as data sets in their order, and the base.",
+}
+"""What is said of metrics whose kind of subject is not there."""
+
+
+def warn_of_absent(metrics: Sequence[Metric], measured: Sequence[Sequence[Metric]]) -> None:
+    """Of metrics that are asked for and measured on nothing: what they look at is not there."""
+    for one in metrics:
+        if one.on in ABSENT and not any(one in each for each in measured):
+            warnings.warn(f"{one.name} {ABSENT[one.on]}", stacklevel=3)

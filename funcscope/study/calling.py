@@ -17,6 +17,7 @@ from ..core.progress import watched
 from ..core.result import Result
 from ..core.store import to_json
 from .cache import Outcome, Status
+from .chunk_plan import CHUNKED, ChunkPlan, chunk_plan
 from .memory_plan import GIB, MemoryPlan, in_remat, memory_plan
 from .meter import Expired, Full, MemoryLog, Meter, Options, alarm, cleanup_memory, is_full, memory_gb
 from .metric import KEY, Metric, check_result
@@ -48,6 +49,8 @@ class Call:
     """Of the batches, where memory ran out."""
     memory: MemoryPlan | None = None
     """How products are made, where there is a choice."""
+    chunked: ChunkPlan | None = None
+    """How many are in memory at a time, where those that the metric has by itself would not fit."""
     shared: Shared = field(default_factory=Shared)
     edited: bool = False
     """Whether it wrote into what it was given."""
@@ -77,7 +80,8 @@ class Call:
             self.edited = self._edits() != before
             said = lost(err)
             outcome = replace(empty, **said | {"error": self._named(said["error"])})
-        plan = {"batch_size": self.size, "timeout": held or None, "memory": (self.memory and self.memory.why) or None}
+        why = "; ".join(each.why for each in (self.memory, self.chunked) if each is not None and each.why)
+        plan = {"batch_size": self.size, "timeout": held or None, "memory": why or None}
         told = self.plan | {name: value for name, value in plan.items() if value is not None}
         seconds = max(0.0, time.perf_counter() - started + self.elsewhere)
         cost = {"seconds": seconds, "forwards": meter.forwards, "products": meter.products}
@@ -132,13 +136,35 @@ class Call:
         return in_remat(value) if self.memory and self.memory.remat else value
 
     def _plan_memory(self) -> None:
-        """Whether products keep their graphs, where the metric leaves that open and memory is limited."""
-        limit = self.options.max_memory_gb
-        if limit is None or self.loss is None or not self.one.plan.get("keep") or self.one.plan.get("head_chunk"):
+        """How products are made, or how many are in memory at a time, as far as that is left open and memory is limited."""
+        one, limit = self.one, self.options.max_memory_gb
+        if limit is None:
             return
-        loss = self.loss if self.size is None else self.loss.split(self.size)
-        self.memory = memory_plan(loss, self.subject.theta, (limit - memory_gb()) * 1e9 / GIB)
-        self.plan["keep"] = self.memory.keep
+        if "keep" in one.plan and self.loss is not None:
+            loss = self.loss if self.size is None else self.loss.split(self.size)
+            fixed, parts = (
+                {name: one.plan[name] for name in one.asked & {"keep", "head_chunk"}},
+                "head_chunk" in one.plan,
+            )
+            self.memory = memory_plan(loss, self.subject.theta, self._left(limit), fixed=fixed, parts=parts)
+            if self.memory is not None:
+                chosen = {"keep": self.memory.keep, "head_chunk": self.memory.head_chunk}
+                self.plan |= {name: chosen[name] for name in chosen.keys() & one.plan.keys()}
+        elif self.chunked is None and self.plan == one.plan and one.name in CHUNKED:
+            self.chunked = chunk_plan(one, self._losses(), self.subject.theta, self._left(limit))
+            if self.chunked is not None:
+                self.plan[self.chunked.name] = self.chunked.chunk
+
+    def _left(self, limit: float) -> float:
+        """GiB that are not in use."""
+        return (limit - memory_gb()) * 1e9 / GIB
+
+    def _losses(self) -> list[Loss]:
+        """Everything that the metric evaluates."""
+        if self.loss is not None:
+            return [self._loss()]
+        given = [self.subject.need(name, self.task) for name in self.one.needs if name.endswith(("_loss", "_losses"))]
+        return [loss for each in given for loss in (each.values() if isinstance(each, Mapping) else [each])]
 
     def _named(self, error: str) -> str:
         """What is said of several subjects, which the function knows as its arguments, by their own names."""

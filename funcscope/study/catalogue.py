@@ -71,8 +71,9 @@ for _one in (
         sentence="The largest eigenvalue of the Hessian is {max_eigenvalue} (residual {max_residual}), its trace {trace}.",
     ),
     of_function(
-        "hessian_trace", measures.hessian_trace, ("loss", "theta", KEY), category="curvature", plan=("keep",),
-        drawn=("value",), cost=lambda s: PRODUCT * s["num"], sentence="The trace of the Hessian is {value}.",
+        "hessian_trace", measures.hessian_trace, ("loss", "theta", KEY), category="curvature",
+        plan=("keep", "head_chunk"), drawn=("value",), cost=lambda s: PRODUCT * s["num"],
+        sentence="The trace of the Hessian is {value}.",
     ),
     of_function(
         "fisher_information", measures.fisher_information, ("loss", "theta", KEY),
@@ -137,12 +138,12 @@ for _one in (
     ),
     of_function(
         "hessian_largest_eigenvalues", measures.hessian_largest_eigenvalues, ("loss", "theta", KEY), category="curvature",
-        plan=("keep",), cost=lambda s: float(PRODUCT * (15 + 5 * s["num"])),
+        plan=("keep", "head_chunk"), cost=lambda s: float(PRODUCT * (15 + 5 * s["num"])),
     ),
     of_function(
         "hessian_eigenvalue_errors", measures.hessian_eigenvalue_errors, ("loss", "theta", KEY), category="curvature",
         version=2,
-        plan=("keep",), cost=lambda s: float(PRODUCT * (46 + 6 * s["num"])), reference="Kato (1995), II.2",
+        plan=("keep", "head_chunk"), cost=lambda s: float(PRODUCT * (46 + 6 * s["num"])), reference="Kato (1995), II.2",
     ),
     of_function(
         "hessian_block_traces", hessian_block_traces, ("loss", "theta", KEY), category="curvature", without=("matvec",),

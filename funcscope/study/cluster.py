@@ -19,6 +19,7 @@ from uuid import uuid4
 import torch
 
 from ..core.checks import check_count, check_positive
+from .modules import OwnModule
 from .quiet import first_line
 from .record import versions
 from .worker import START, Terms, called, objection, pools
@@ -60,8 +61,9 @@ class Cluster(Executor):
         self._over = Event()
         Thread(target=self._watch, daemon=True, name="workers of funcscope").start()
 
-    def share(self, root: Path | None) -> None:
-        """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`.
+    def share(self, root: Path | None, modules: tuple[OwnModule, ...] = ()) -> None:
+        """Make sure that every worker sees the folder of the cells, by a file in it that goes with `shutdown`, and imports
+        these modules.
 
         Raises ValueError for the first that does not, and OSError where the folder cannot be written.
         """
@@ -70,7 +72,7 @@ class Cluster(Executor):
             mark = self._marks.setdefault(root.resolve(), root.resolve() / f".shared-{uuid4().hex}")
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        self._terms = replace(self._terms, mark=None if mark is None else str(mark))
+        self._terms = replace(self._terms, mark=None if mark is None else str(mark), modules=modules)
         answers = self._client.run(objection, self._terms, on_error="return")
         for worker, said in answers.items():
             if isinstance(said, OSError):  # it has died: who takes its place is asked with its first task
@@ -180,16 +182,27 @@ ALONE = 60.0
 def cluster(name: str, *, num: int = 1) -> Cluster:
     """The executor that is called `dask`, with `num` workers on this machine, or `dask:ADDRESS`.
 
-    Raises ValueError for another name, and for a number of workers beside an address, whose workers are there already.
+    Raises ValueError as `address_of` does.
     """
-    scheme, colon, address = name.partition(":")
+    return Cluster(address_of(name, num=num), num=num)
+
+
+def address_of(name: str, *, num: int = 1) -> str | None:
+    """The scheduler of an executor that is named so; None for workers of this machine.
+
+    Raises ValueError for another name, and for a number of workers beside an address, whose workers are there already.
+
+    >>> address_of("dask:tcp://HOST:8786"), address_of("dask", num=4)
+    ('tcp://HOST:8786', None)
+    """
+    scheme, colon, address = str(name).partition(":")
     if scheme != SCHEME or bool(colon) != bool(address):
         raise ValueError(f"`executor` must be 'dask' or 'dask:ADDRESS' (dask:tcp://HOST:8786), got {name!r}.")
     if address and num > 1:
         raise ValueError(
             f"`workers` is of this machine, and {address} has workers of its own: leave it out, got {num}."
         )
-    return Cluster(address or None, num=num)
+    return address or None
 
 
 @dataclass(eq=False)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,35 +14,12 @@ from ..core.keys import Stream
 from ..core.model import Attention
 from ..families.family import SPLITS
 from .catalogue import CATALOGUE, metric
+from .cluster import address_of
+from .fields import check_kind, stored_values
+from .flags import FLAGS, LONG, OF_TASKS, asked_by
 from .meter import Options
 from .metric import Metric, nearest
 from .texts import DataSpec, Usual
-
-LONG = ("learning_coefficient_sweep",)
-"""Metrics that take hours on most models: measured where they are asked for by name."""
-OF_TASKS = ("tasks", "experts")
-"""What metrics look at that needs several data sets."""
-PREFIX = "FUNCSCOPE_"
-"""Of environment variables that are fields."""
-FLAGS: dict[str, tuple[str, ...]] = {
-    "compute_fisher": (
-        "fisher_information",
-        "fisher_importance",
-        "fisher_overlap",
-        "cross_task_conflicts",
-        "qkov_interference",
-        "fisher_methods",
-    ),
-    "compute_gradients": ("gradient_flow", "gradient_pathology", "gradient_trajectory"),
-    "compute_information_theory": ("mutual_information", "entropy", "pid_analysis"),
-    "compute_representations": ("dead_neurons", "superposition", "feature_geometry"),
-    "compute_mechanistic": ("attention_patterns", "induction_heads", "qk_ov_circuits"),
-    "compute_modularity": ("modularity_score", "separability", "task_interference"),
-    "compute_lottery": ("pruning_robustness", "winning_tickets"),
-    "compute_bombshell": ("task_vectors", "ties_merging", "fisher_merging"),
-    "compute_loss_landscape": ("loss_landscape_2d",),
-}
-"""By flag, the documented names of the metrics that it asks for."""
 
 
 @dataclass
@@ -144,6 +118,10 @@ class UnifiedConfig:
     compute_qkov: bool | None = None
     hard_timeout: bool = False
     """Run every metric in a process of its own, which is killed when `timeout_seconds` are over, whatever it does."""
+    workers: int = 1
+    """Models or checkpoints at a time, each in a process of its own."""
+    executor: str | None = None
+    """Who measures: `dask`, with as many `workers` on this machine, or the workers of a scheduler, `dask:tcp://HOST:8786`."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -156,6 +134,7 @@ class UnifiedConfig:
             "max_batch_size",
             "min_batch_size",
             "fisher_n_samples",
+            "workers",
         ):
             check_count(name, getattr(self, name))
         check_positive("max_memory_gb", self.max_memory_gb)
@@ -164,6 +143,8 @@ class UnifiedConfig:
         check_choice("attention", self.attention, get_args(Attention))
         check_choice("remat", self.remat, ("none", "layer"))
         check_choice("draws", self.draws, get_args(Stream))
+        if self.executor is not None:
+            address_of(self.executor, num=self.workers)
         if self.compute_qkov is not None:
             self.enable_qkov_interference = self.compute_qkov
 
@@ -173,12 +154,7 @@ class UnifiedConfig:
 
         Raises ValueError for a field that there is not, with the nearest there is.
         """
-        named = (name for name in os.environ if name.startswith(PREFIX))
-        values = {name.removeprefix(PREFIX).lower(): parsed(os.environ[name]) for name in named}
-        if path is not None:
-            text = Path(path).read_text(encoding="utf-8")
-            values |= tomllib.loads(text) if Path(path).suffix == ".toml" else json.loads(text)
-        return cls.of({**values, **changes})
+        return cls.of({**stored_values(path), **changes})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> UnifiedConfig:
@@ -228,14 +204,7 @@ class UnifiedConfig:
             "gradient_flow": not self.compute_gradient_flow,
             "gradient_pathology": not self.compute_gradient_pathology,
         }
-        wanted = [name for name in FLAGS[flag] if not off.get(name)]
-        there = [name for name in wanted if self._has_tasks or metric(name).on not in OF_TASKS]
-        if not there:
-            raise ValueError(
-                f"`{flag}` asks for {', '.join(wanted)}, which look at several data sets: give them by name, "
-                "`dataset_name={'prose': 'prose.jsonl', 'code': 'code.jsonl'}`."
-            )
-        return there
+        return asked_by(flag, off=[name for name, is_off in off.items() if is_off], has_tasks=self._has_tasks)
 
     def configured(self, name: str) -> Metric:
         """A metric with the settings that this configuration has for it."""
@@ -309,27 +278,3 @@ class UnifiedConfig:
             hard_timeout=self.hard_timeout,
             log_memory=self.enable_memory_tracking and self.verbose,
         )
-
-
-def check_kind(name: str, value: Any, default: Any) -> None:
-    """A value is of the kind that the default is of."""
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be true or false, got {value!r}.")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = isinstance(default, int) and not isinstance(default, bool)
-    if (isinstance(default, float) and not number) or (whole and not (number and value == int(value))):
-        raise ValueError(f"`{name}` must be a {'whole ' if whole else ''}number, got {value!r}.")
-    if isinstance(default, str) and not isinstance(value, str):
-        raise ValueError(f"`{name}` must be text, got {value!r}.")
-
-
-def parsed(text: str) -> Any:
-    """A value of the command line or the environment: what JSON says, or the text itself.
-
-    >>> parsed("0.5"), parsed("true"), parsed("filter"), parsed("1,2")
-    (0.5, True, 'filter', (1, 2))
-    """
-    try:
-        return json.loads(text)
-    except ValueError:
-        return tuple(map(parsed, text.split(","))) if "," in text else text

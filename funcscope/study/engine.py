@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from . import digest
 from .apart import apart
-from .asked import check_metrics, check_names, cost
+from .asked import check_metrics, check_names, cost, warn_of_absent
 from .cache import Cache, Cell, Outcome
 from .calling import Call, Needed, lost, spoken
 from .cluster import Cluster
 from .meter import Options
-from .metric import KEY, Metric, with_members, with_needs
+from .metric import KEY, Absent, Metric, modules_of, with_members, with_needs
+from .modules import OwnModule
 from .record import versions
 from .sharing import Shared, is_shared
 from .sources import batch_size
@@ -41,6 +42,8 @@ class Job:
     options: Options
     parts: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
     """Of several subjects together: the outcomes of each, by metric."""
+    modules: tuple[OwnModule, ...] = ()
+    """Of the user's own, which a worker imports first."""
 
     def task(self, one: Metric) -> str:
         """The data that a metric looks at here."""
@@ -82,7 +85,7 @@ def run(
     if any(one.on == "pair" for one in every):
         sources = [*(base for base in bases if base.id not in {one.id for one in sources}), *sources]
     plan = list(arranged(every, sources, bases, tasks))
-    _warn_of_absent(metrics, plan)
+    warn_of_absent(metrics, [each for _, each in plan])
     outcomes: dict[str, dict[str, Outcome]] = {}
     costs = {one.name: cost(one) for one in with_needs(every)}
     total = sum(costs[one.name] for _, each in plan for one in with_needs(each))
@@ -95,32 +98,18 @@ def run(
             bar.update(0 if outcome.reused else costs[outcome.metric])
             watch(outcome)
 
-        store, options = cache or Cache(None), options or Options()
+        store, options, modules = cache or Cache(None), options or Options(), modules_of(every)
         if isinstance(executor, Cluster):
-            executor.share(store.root)
+            executor.share(store.root, modules)
         for together in (False, True):  # what is made of several comes after them
             jobs = [
-                Job(source, tuple(with_needs(each)), tuple(tasks), store, options, _parts(source, outcomes))
+                Job(source, tuple(with_needs(each)), tuple(tasks), store, options, _parts(source, outcomes), modules)
                 for source, each in plan
                 if isinstance(source, Together) is together
             ]
             for job, made in _done(jobs, executor, announced):
                 outcomes[job.source.id] = {outcome.metric: outcome for outcome in made}
     return [outcome for source, _ in plan for outcome in outcomes[source.id].values()]
-
-
-ABSENT = {
-    "tasks": "looks at one model on two data sets, and there is one: give several by name.",
-    "experts": "looks at models that were fine-tuned from one base, each on data of its own: give two data sets or more by "
-    "the names of the models' folders, or as many models as data sets in their order, and the base.",
-}
-"""What is said of metrics whose kind of subject is not there."""
-
-
-def _warn_of_absent(metrics: Sequence[Metric], plan: Sequence[tuple[Source, list[Metric]]]) -> None:
-    for one in metrics:
-        if one.on in ABSENT and not any(one in each for _, each in plan):
-            warnings.warn(f"{one.name} {ABSENT[one.on]}", stacklevel=3)
 
 
 def _parts(source: Source, outcomes: Mapping[str, Mapping[str, Outcome]]) -> dict[str, tuple[Outcome, ...]]:
@@ -181,6 +170,10 @@ class Bench:
     """One subject, opened when the first metric is missing."""
 
     def __init__(self, job: Job):
+        for module in job.modules:
+            module.imported()
+        if absent := [one.call.said for one in job.metrics if isinstance(one.call, Absent)]:
+            raise ValueError(absent[0])
         self.job, self.cache, self.options = job, job.cache, job.options
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"

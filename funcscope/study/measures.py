@@ -105,9 +105,11 @@ def effective_dimensionality(params: Params) -> MatrixRanks:
     return MatrixRanks(columns[0], columns[1], columns[2], list(ranks))
 
 
-def hessian_trace(loss: Loss, theta: Tensor, *, key: Key, num: int = 64, keep: bool = True) -> TraceEstimate:
+def hessian_trace(
+    loss: Loss, theta: Tensor, *, key: Key, num: int = 64, keep: bool = True, head_chunk: int | None = None
+) -> TraceEstimate:
     """Hutchinson's trace of the Hessian; see `hutchinson_trace`."""
-    return hutchinson_trace(hessian(loss, theta, keep=keep), theta, key=key, num=num)
+    return hutchinson_trace(hessian(loss, theta, keep=keep, head_chunk=head_chunk), theta, key=key, num=num)
 
 
 def fisher_information(
@@ -140,10 +142,12 @@ def hessian_largest_eigenvalues(
     num: int = 1,
     tol: float = 1e-2,
     keep: bool = True,
+    head_chunk: int | None = None,
 ) -> Eigenpairs:
     """The largest eigenvalues of the Hessian with their residuals, and nothing else of its spectrum; see `eigenpairs`."""
     check_choice("matrix", matrix, MATRICES)
-    return eigenpairs(MATRICES[matrix](loss, theta, keep=keep), theta, key=key, num=num, which="largest", tol=tol)
+    matvec = MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk)
+    return eigenpairs(matvec, theta, key=key, num=num, which="largest", tol=tol)
 
 
 def hessian_eigenvalue_errors(
@@ -155,10 +159,11 @@ def hessian_eigenvalue_errors(
     num: int = 3,
     tol: float = 1e-3,
     keep: bool = True,
+    head_chunk: int | None = None,
 ) -> EigenvalueErrors:
     """Eigenvalues from both ends with what other data would change in them; see `eigenvalue_errors`."""
     check_choice("matrix", matrix, MATRICES)
-    matvec = MATRICES[matrix](loss, theta, keep=keep)
+    matvec = MATRICES[matrix](loss, theta, keep=keep, head_chunk=head_chunk)
     pairs = eigenpairs(matvec, theta, key=key, num=num, which="both", tol=tol, vectors=True)
     return eigenvalue_errors(loss, theta, pairs, matrix=matrix)
 

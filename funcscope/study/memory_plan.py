@@ -1,4 +1,4 @@
-"""How a metric's products are to be made so that they fit: whole graphs, graphs made anew, or layers rematerialised.
+"""How a metric's products are to be made so that they fit: whole graphs, logits in parts, graphs made anew, layers again.
 
 One forward pass says what a graph of one batch holds; what derivatives of it take are multiples of that, measured of GPT-2
 and Llama models. No number depends on the choice beyond rounding: all make the same products.
@@ -6,6 +6,7 @@ and Llama models. No number depends on the choice beyond rounding: all make the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,21 +14,35 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..core.held import saved_bytes
 from ..core.imported import layer_names
 from ..core.objective import Loss
+from ..curvature.outputs import has_head
 
 FIRST, FURTHER, ANEW = 5.5, 3.5, 8.5
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
 takes; a Gauss-Newton product takes less."""
-WAYS = (
-    (True, False, "the graphs of all batches"),
-    (False, False, "graphs made anew"),
-    (True, True, "layers in remat"),
-    (False, True, "layers in remat, anew"),
-)
-"""keep, remat, and their name, by the time that a product takes."""
+OF_LOGITS, OF_HEAD = 14, 6
+"""Logits of one part, and vectors as long as theta, that a product takes where the logits are made in parts."""
+HEAD_CHUNKS = (512, 128)
+"""Tokens of a part: fewer make many small products."""
 GIB = 2**30
 _KNOWN: WeakKeyDictionary[Loss, int] = WeakKeyDictionary()
+
+
+class Way(NamedTuple):
+    """How products can be made."""
+
+    keep: bool
+    remat: bool
+    head_chunk: int | None = None
+
+    @property
+    def name(self) -> str:
+        kept = "layers in remat" if self.remat else "the graphs of all batches"
+        anew = "layers in remat, anew" if self.remat else "graphs made anew"
+        parts = "" if self.head_chunk is None else f", logits of {self.head_chunk} tokens at a time"
+        return f"{kept}{parts}" if self.keep else f"{anew}{parts}"
 
 
 class MemoryPlan(NamedTuple):
@@ -39,47 +54,93 @@ class MemoryPlan(NamedTuple):
     """That they are expected to take."""
     why: str
     """What was expected of the ways that were tried; empty where the first one fits."""
+    head_chunk: int | None = None
 
 
 def graph_bytes(loss: Loss, theta: Tensor) -> int:
     """What reverse mode keeps of a forward pass over the largest batch: the storages that it saves, each once."""
-    if loss in _KNOWN:
-        return _KNOWN[loss]
-    held: dict[int, torch.UntypedStorage] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        held[storage._cdata] = storage
-        return x
-
-    batch = max(loss.batches, key=_size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.enable_grad():
-        point = theta.detach().clone().requires_grad_()
-        value = Loss(loss.net, (batch,), loss.criterion)(point)
-    _KNOWN[loss] = sum(storage.nbytes() for storage in held.values())
-    del value
+    if loss not in _KNOWN:
+        _KNOWN[loss] = saved_bytes(lambda: largest(loss)(theta.detach().clone().requires_grad_()))
     return _KNOWN[loss]
 
 
-def memory_plan(loss: Loss, theta: Tensor, gib: float | int) -> MemoryPlan:
-    """The first of four ways that fits into so much memory, by what they cost in time; the last where none does."""
-    kept, whole = FIRST + FURTHER * (len(loss.batches) - 1), graph_bytes(loss, theta)
-    names = () if loss.net.remat else layer_names(loss.net._skeleton)
-    tried = []
-    for keep, remat, what in WAYS if names else WAYS[:2]:
-        need = (kept if keep else ANEW) * (graph_bytes(in_remat(loss), theta) if remat else whole) + 3 * theta.nbytes
-        if remat:  # one layer, computed again
-            need += (FIRST if keep else ANEW) * whole / len(names)
-        tried.append(f"{what}: {need / GIB:.2g} GiB")
-        if need / GIB <= gib:
+def memory_plan(
+    loss: Loss, theta: Tensor, gib: float | int, *, fixed: Mapping[str, Any] | None = None, parts: bool = False
+) -> MemoryPlan | None:
+    """The first of the ways that fits into so much memory, by what they cost in time; the last where none does.
+
+    fixed: values of `keep` and `head_chunk` that were asked for; None where nothing is left to choose. parts: whether the
+    metric can make logits in parts.
+    """
+    ways = [way for way in _ways(loss, theta, parts) if all(getattr(way, k) == v for k, v in (fixed or {}).items())]
+    tried, way, need = [], None, 0.0
+    for way in ways:
+        need = _need(loss, theta, way) / GIB
+        tried.append(f"{way.name}: {need:.2g} GiB")
+        if need <= gib:
             break
-    why = "" if need / GIB <= gib and len(tried) == 1 else "; ".join(tried)
-    return MemoryPlan(keep, remat, need / GIB, why + (", which is too much" if need / GIB > gib else ""))
+    if way is None:
+        return None
+    why = "" if need <= gib and len(tried) == 1 else "; ".join(tried)
+    return MemoryPlan(way.keep, way.remat, need, why + (", which is too much" if need > gib else ""), way.head_chunk)
 
 
 def in_remat(loss: Loss) -> Loss:
     """The same loss, its layers rematerialised."""
     return replace(loss, net=replace(loss.net, remat=layer_names(loss.net._skeleton)))
+
+
+def largest(loss: Loss) -> Loss:
+    """The same loss of its largest batch alone."""
+    return Loss(loss.net, (max(loss.batches, key=_size),), loss.criterion)
+
+
+def _ways(loss: Loss, theta: Tensor, parts: bool) -> Iterator[Way]:
+    """By what a product costs in time."""
+    chunks = _head_chunks(loss, theta) if parts else ()
+    for remat in (False, True) if not loss.net.remat and layer_names(loss.net._skeleton) else (False,):
+        yield Way(keep=True, remat=remat)
+        yield from (Way(keep=True, remat=remat, head_chunk=chunk) for chunk in chunks)
+        yield Way(keep=False, remat=remat)
+
+
+def _head_chunks(loss: Loss, theta: Tensor) -> tuple[int, ...]:
+    """Parts of the logits that are worth making: where these are most of the graph, and more than a part."""
+    if not has_head(loss) or 2 * _scored(loss) * _logits(loss) < graph_bytes(loss, theta):
+        return ()
+    return tuple(chunk for chunk in HEAD_CHUNKS if chunk < _scored(loss))
+
+
+def _need(loss: Loss, theta: Tensor, way: Way) -> float:
+    """Bytes that products take."""
+    kept = FIRST + FURTHER * (len(loss.batches) - 1)
+    one = in_remat(loss) if way.remat else loss
+    if way.head_chunk is None:
+        need = (kept if way.keep else ANEW) * graph_bytes(one, theta) + 3 * theta.nbytes
+    else:
+        part = min(way.head_chunk, _scored(loss)) * _logits(loss)
+        need = kept * _body_bytes(one, theta) + OF_LOGITS * part + OF_HEAD * theta.nbytes
+    if way.remat:  # one layer, computed again
+        whole = graph_bytes(loss, theta) if way.head_chunk is None else _body_bytes(loss, theta)
+        need += (FIRST if way.keep else ANEW) * whole / len(layer_names(loss.net._skeleton))
+    return need
+
+
+def _body_bytes(loss: Loss, theta: Tensor) -> int:
+    """What reverse mode keeps of a pass to what the last linear layer reads."""
+    inputs, _ = largest(loss).batches[0]
+    return saved_bytes(lambda: loss.net.hidden(loss.params(theta.detach().clone().requires_grad_()), inputs))
+
+
+def _logits(loss: Loss) -> int:
+    """Bytes of the logits of one token."""
+    weight, _ = loss.net.head_values(loss.net.params)
+    return len(weight) * weight.element_size()
+
+
+def _scored(loss: Loss) -> int:
+    """Tokens that the largest batch scores."""
+    return max(int((targets.weight != 0).sum()) for _, targets in loss.batches)
 
 
 def _size(batch: tuple[Any, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..core.checks import check_choice
 from ..core.result import Result
+from .modules import IMPORTED, OwnModule, own_modules
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 MOST_NAMES = 20
@@ -44,6 +45,8 @@ class Metric:
     plan: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments that say how and change no number beyond rounding: one result serves all of them. `chunk` and
     `chunk_size` are halved where memory runs out."""
+    asked: frozenset[str] = frozenset()
+    """Names of the plan that were set: a study chooses none of these."""
     category: str = "your own"
     cost: Callable[[Mapping[str, Any]], float] = _one_pass
     """Forward passes over the data that it will take, from its settings."""
@@ -77,7 +80,9 @@ class Metric:
     def __reduce__(self) -> Any:
         """By name where it is registered, so that a worker takes it from its own catalogue."""
         if CATALOGUE.get(self.name, self).call is self.call and self.name in CATALOGUE:
-            return _remade, (self.name, dict(self.settings), dict(self.plan), self.task, self.at, self.version)
+            given = {name: getattr(self, name) for name in ("task", "at", "version", "asked")}
+            given |= {"settings": dict(self.settings), "plan": dict(self.plan)}
+            return _remade, (self.name, given, own_modules([_module(self)]))
         return super().__reduce__()
 
     @property
@@ -100,6 +105,7 @@ class Metric:
             at=at or self.at,  # type: ignore[arg-type]
             settings={name: changes.get(name, value) for name, value in self.settings.items()},
             plan={name: changes.get(name, value) for name, value in self.plan.items()},
+            asked=self.asked | (changes.keys() & self.plan.keys()),
         )
 
 
@@ -201,16 +207,41 @@ def with_members(metrics: Sequence[Metric]) -> Iterator[Metric]:
     yield from metrics
 
 
+def modules_of(metrics: Iterable[Metric]) -> tuple[OwnModule, ...]:
+    """The user's own modules that a worker needs for these: those that were asked for, and those of registered metrics."""
+    known = (one for one in with_needs(list(metrics)) if getattr(CATALOGUE.get(one.name), "call", None) is one.call)
+    return own_modules([*IMPORTED, *map(_module, known)])
+
+
 def _module(one: Metric) -> str:
     return str(getattr(one.call, "__module__", None))
 
 
-def _remade(
-    name: str, settings: dict[str, Any], plan: dict[str, Any], task: str | None, at: Any, version: int
-) -> Metric:
+def _remade(name: str, given: dict[str, Any], own: tuple[OwnModule, ...]) -> Metric:
+    """Of the worker's own catalogue, which its module fills; one that is absent says so when its subject's turn comes."""
     from . import catalogue as catalogue  # a worker may not have filled it yet
 
-    return replace(metric(name), settings=settings, plan=plan, task=task, at=at, version=version)
+    said = (
+        f"the metric {name!r} is registered by the script that calls the study: put it into a module, and import that."
+    )
+    for module in own if name not in CATALOGUE else ():
+        said = f"the module {module.name!r} registers no metric {name!r} where it is imported: register it at its top level."
+        try:
+            module.imported()
+        except ValueError as err:
+            said = str(err)
+    known = CATALOGUE.get(name) or Metric(name, Absent(said))
+    return replace(known, **given)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """In place of the function of a metric that a worker does not know."""
+
+    said: str
+
+    def __call__(self, *_: Any, **__: Any) -> Result:
+        raise ValueError(self.said)
 
 
 def check_result(one: Metric, value: Any) -> Result:

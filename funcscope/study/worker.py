@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.progress import Kind, watched
+from .modules import OwnModule
 from .record import versions
 
 START = "`dask worker ADDRESS --nworkers N --nthreads 1 --memory-limit 0`"
@@ -30,6 +31,8 @@ class Terms:
     """Threads of BLAS and OpenMP, by kind."""
     mark: str | None = None
     """A file in the folder of the cells."""
+    modules: tuple[OwnModule, ...] = ()
+    """Of the user's own."""
 
 
 def pools() -> dict[str, int]:
@@ -51,6 +54,11 @@ def objection(terms: Terms, dask_worker: Any) -> str:
     if terms.mark is not None and not os.path.exists(terms.mark):
         folder = str(Path(terms.mark).parent)
         return f"does not see the study's folder {folder!r}: choose one (`output_dir`) that all machines share."
+    try:
+        for module in terms.modules:
+            module.imported()
+    except ValueError as err:
+        return str(err)
     return ""
 
 
