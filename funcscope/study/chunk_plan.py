@@ -128,4 +128,4 @@ def _bytes(need: Need, chunked: Chunked, loss: Loss, theta: Tensor) -> float:
     if chunked.points is None:
         graph /= num_rows(largest(loss).batches[0])
     forward = forward_bytes(loss, theta) if need.forwards else 0
-    return need.thetas * theta.nbytes + need.forwards * forward + need.graphs * graph
+    return float(need.thetas * theta.nbytes + need.forwards * forward + need.graphs * graph)
