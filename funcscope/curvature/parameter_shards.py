@@ -1,0 +1,76 @@
+"""Operators of parameters that are spread over the ranks of a process group: v and A v are shares on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..core.checks import check_flat
+from ..core.objective import Theta
+from ..core.processes import Processes
+from ..core.sharded_objective import ShardedLoss
+from ..linalg.matvec import Matvec
+
+
+def of_shares(
+    operator: Callable[..., Matvec], loss: ShardedLoss, theta: Theta, ranks: Processes, **settings: Any
+) -> Matvec:
+    """`operator` of this rank's sequences at its rows of theta; every gathering and summing up is inside of the model."""
+    name = operator.__name__
+    if ranks is not loss.ranks:
+        raise ValueError("`ranks` must be those that the functional was made with: `net.ranks`.")
+    device, what = loss.net.device, f"a product with `{name}`"
+    num = loss.layout.num
+
+    def facts() -> dict[str, str]:
+        _check_settings(settings)
+        if isinstance(theta, Tensor):
+            check_flat("theta", theta, num)
+        return {"the settings": f"{name} {sorted((key, repr(value)) for key, value in settings.items())}"}
+
+    ranks.check_same(facts)
+    if name == "hessian":
+        settings["check"] = False
+    if name == "fisher_mc":
+        settings["first"] = loss.first
+    made = operator(replace(loss, admitted=True), theta, **settings)
+
+    def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        try:
+            _check_vector(v, num)
+        except Exception:
+            ranks.check_trail(True, device, what)
+            raise
+        ranks.check_trail(False, device, what)
+        with torch.no_grad():
+            out = made(v)
+        ranks.check_trail(False, device, what)
+        return out
+
+    return matvec
+
+
+def _check_vector(v: Tensor, num: int) -> None:
+    check_flat("v", v, num)
+    if torch._C._functorch.is_functorch_wrapped_tensor(v) or (v.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(
+            "`v` must be a plain vector: products over several ranks are neither mapped nor differentiated. Give one "
+            "vector at a time, detached or under `torch.no_grad()`."
+        )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    if settings.get("check"):
+        raise ValueError(
+            "`check=True` compares a product with the loss of one rank: take it with whole parameters, `fs.hessian` of a "
+            "smaller model of the same kind."
+        )
+    if settings.get("head_chunk") is not None:
+        raise ValueError(
+            "`head_chunk` needs the whole weight of the head beside its logits: leave it out, or take smaller batches."
+        )
