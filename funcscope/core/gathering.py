@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from .primitives import replaced
 from .remat import remat, rematerialised
 from .shares import Gather, Rows
-from .substitute import Substitute, _embedding
+from .substitute import Substitute, embedding_of
 
 _OF_STORAGE = frozenset({"device", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"})
 """What a placeholder says of the tensor that takes its place."""
@@ -59,7 +59,7 @@ class Gathering(TorchFunctionMode):
             out = self._fact(func, args, kwargs)
             if not isinstance(out, Tensor):
                 return out
-        func = _embedding if func is F.embedding else self.replaced(func)
+        func = embedding_of if func is F.embedding else self.replaced(func)
         rows = {name: self.values[name] for name in used}
         slots = _swapped(
             (args, kwargs), lambda x: Slot(name) if (name := self.plan.names.get(id(x))) is not None else x

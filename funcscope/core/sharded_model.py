@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from .checks import check_instance
 from .content import of_tensors
-from .doors import running, unwrapped
+from .doors import check_whole, running, unwrapped
 from .forward import Inputs, arguments
 from .gathering import Gathering, Plan, rematerialise
+from .imported import is_dtensor
 from .layout import Params
 from .model import Functional, Head, functional
 from .processes import Processes
 from .shares import Rows, Shares
-from .substitute import LeafFn, immovable
+from .substitute import LeafFn, immovable, uses_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,6 +49,12 @@ class ShardedFunctional(Functional):
     def head(self) -> Head | None:  # type: ignore[override]
         """None: the weight of the last layer is never whole outside of it."""
         return None
+
+    @property
+    def num_gathered(self) -> int:
+        """Entries that a forward pass gathers: each parameter once per module that has it, and padding."""
+        uses = uses_of(self._skeleton)
+        return sum(uses[name] * self.ranks.num * cut.most * prod(cut.shape[1:]) for name, cut in self.rows.items())
 
     @cached_property
     def _plan(self) -> Plan:
@@ -100,8 +107,8 @@ def sharded_functional(
     settings: of `functional`. `remat="layer"` keeps the inputs of layers alone, too.
 
     Memory of a rank: (P / n) s for each of theta, the vectors and what a product makes, the activations of its own
-    sequences, and a few times the largest parameter. Time: an operation that uses a parameter runs once more in each
-    derivative. Bytes: `bytes_per_product_of_shares`.
+    sequences, and some five times the largest parameter. Time: an operation that uses a parameter runs once more in each
+    derivative. Bytes: `curvature.parameter_shards.bytes_per_product`.
 
     Raises ValueError on all ranks where names, shapes, dtypes or values differ between them; for a DTensor of another
     placement or other ranks, for a model that holds DTensors itself, and for scripted modules. Whether a forward pass is a
@@ -136,7 +143,7 @@ def sharded_functional(
         for name, one in rows.items():
             value = values[name]
             held[name] = _own_rows(one, value, device)
-            facts[name] = f"{value.dtype} {tuple(value.shape)} {'' if _is_dtensor(value) else of_tensors([value])}"
+            facts[name] = f"{value.dtype} {tuple(value.shape)} {'' if is_dtensor(value) else of_tensors([value])}"
         facts["buffers"] = of_tensors(x for _, x in sorted(whole.buffers.items()))
         facts["the settings"] = str(sorted((name, repr(value)) for name, value in settings.items()))
 
@@ -172,11 +179,7 @@ def _with_state(model: Any, state: Mapping[str, Tensor] | None) -> Any:
     """The model itself; or a copy of the module tree of the right shapes, which takes no memory, and the state's buffers."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         return model  # refused by `functional`
-    if any(_is_dtensor(param) for param in model.parameters()):
-        raise ValueError(
-            "`model` holds DTensors itself, as `fully_shard` leaves it, and its forward pass is no longer its own: make the "
-            "same model on the meta device, and pass `state=dict(model.named_parameters()) | dict(model.named_buffers())`."
-        )
+    check_whole(model)
     if state is None:
         return model
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
@@ -192,12 +195,6 @@ def _with_state(model: Any, state: Mapping[str, Tensor] | None) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _is_dtensor(x: Any) -> bool:
-    """Without an import of torch.distributed.tensor, which takes a second."""
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
 def _own_rows(cut: Rows, value: Any, device: Any) -> Tensor:
     """A copy of this rank's rows, in memory of their own."""
     if not isinstance(value, Tensor) or tuple(value.shape) != cut.shape:
@@ -205,7 +202,7 @@ def _own_rows(cut: Rows, value: Any, device: Any) -> Tensor:
         raise ValueError(f"the value of `{cut.name}` must be a tensor of shape {cut.shape}, got {got}.")
     if value.is_meta:
         raise ValueError(f"`{cut.name}` is on the meta device and has no values: pass them by `state`.")
-    if not _is_dtensor(value):
+    if not is_dtensor(value):
         rows = value.detach().reshape(cut.num, *cut.shape[1:])[cut.own]
         return rows.to(device or rows.device, copy=True)
     placed: Any = value

@@ -13,7 +13,7 @@ from .batches import Prepared, parts_between, prepared, rows, with_finite_target
 from .checks import check_instance
 from .content import of_tensors
 from .criterion import Criterion
-from .model import Inputs
+from .model import Functional, Inputs
 from .objective import Loss
 from .processes import Processes, share_of
 from .purity import check_function
@@ -61,7 +61,7 @@ class ShardedLoss(Loss):
         return Total.apply(total, self.ranks) / Total.apply(weight.detach(), self.ranks)
 
 
-def sharded_objective(net: ShardedFunctional, batches: Iterable[Any], criterion: Criterion) -> ShardedLoss:
+def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> ShardedLoss:
     """`objective(net, batches, criterion)` for parameters on several ranks: the same value on all of them.
 
     All ranks pass the same batches; rank r of n keeps the sequences from floor(r N / n) to floor((r + 1) N / n). Every rank

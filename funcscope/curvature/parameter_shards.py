@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.checks import check_flat
 from ..core.objective import Theta
-from ..core.processes import Processes
+from ..core.processes import STATE, Processes
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
 
@@ -53,6 +53,27 @@ def of_shares(
         return out
 
     return matvec
+
+
+def bytes_per_product(num_gathered: int, itemsize: int, num_ranks: int, passes: int = 6, num_batches: int = 1) -> float:
+    """Bytes that each rank sends (and receives) in one product: every parameter gathered, or a sum cut into its rows, again
+    and again.
+
+    (n - 1) / n (B k U s + 96): U entries are gathered by one forward pass (`net.num_gathered`: P, tied parameters once per
+    use), of s bytes, for each of B batches per rank; a gathering and a sum that is cut move (n - 1) / n of it each. k:
+
+    - 6 for `hessian` (3 gatherings and at most 3 sums: those whose input has no derivative are left out),
+    - 9 with keep=False (6 and 3),
+    - 5 for `ggn` and the Fishers (3 and 2), 6 with keep=False (5 and 1),
+    - with `remat="layer"` at most 11, 16, 9 and 9 in their places.
+
+    96 bytes say before and after whether all ranks have done the same. Beside that, an inner product of two vectors moves
+    16 bytes. Sums are in float32 at least; gloo, which has no cut sum, moves its part twice.
+
+    >>> bytes_per_product(1000, 4, 2)
+    12048.0
+    """
+    return (num_ranks - 1) / num_ranks * (num_batches * passes * num_gathered * itemsize + 4 * STATE)
 
 
 def _check_vector(v: Tensor, num: int) -> None:
