@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from shard_workers import KEY, OPERATORS
+from shard_workers import KEY, OPERATORS, _said
 from torch import nn
 from torch.func import grad, jvp
 
@@ -208,7 +208,8 @@ def memory(ranks: fs.Processes) -> dict[str, Any]:
     without_holes()
     layers = [part for _ in range(DEPTH) for part in (nn.Linear(WIDTH, WIDTH, bias=False, device="meta"), nn.Tanh())]
     model, data = nn.Sequential(*layers), [(torch.ones(2, WIDTH), torch.zeros(2, WIDTH))]
-    small = fs.sharded_functional(nn.Linear(2, 2), ranks)  # what torch takes once for itself
+    zeros = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    small = fs.sharded_functional(nn.Linear(2, 2), ranks, state=zeros)  # what torch takes once for itself
     square = fs.custom(lambda out, y: ((out - y) ** 2).mean(-1))
     warm = fs.sharded_objective(small, [(torch.ones(2, 2), torch.zeros(2, 2))], square)
     fs.sharded(fs.hessian, warm, small.theta, ranks)(small.theta)
