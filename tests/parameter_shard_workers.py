@@ -223,3 +223,11 @@ def memory(ranks: fs.Processes) -> dict[str, Any]:
 
     form, grown = peak_growth(work)
     return {"form": form, "MiB": grown}
+
+
+def coupled(ranks: fs.Processes) -> dict[str, str]:
+    """A loss that looks at the mean over its batch, which is cut."""
+    model, batches, *_ = models()["mlp"]
+    square = fs.custom(lambda out, y: ((out - out.mean(0)) ** 2).sum(-1))
+    loss = fs.sharded_objective(fs.sharded_functional(model, ranks), batches, square)
+    return {"said": _said(lambda: fs.sharded(fs.ggn, loss, loss.net.theta, ranks))}

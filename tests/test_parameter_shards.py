@@ -103,6 +103,12 @@ def test_parameters_that_fsdp_has_spread_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.slow
+def test_sequences_that_see_each_other_are_not_cut(tmp_path):
+    for out in spread(tmp_path, "coupled", 2):
+        assert "see each other" in out["said"]
+
+
+@pytest.mark.slow
 def test_memory_of_a_rank_falls_with_their_number(tmp_path):
     """What grows with P is divided by n; some matrices are whole for a moment."""
     peaks = {}

@@ -112,7 +112,8 @@ def sharded_functional(
 
     Raises ValueError on all ranks where names, shapes, dtypes or values differ between them; for a DTensor of another
     placement or other ranks, for a model that holds DTensors itself, and for scripted modules. Whether a forward pass is a
-    function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`.
+    function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`. An error of one rank within
+    a forward pass or a product is one of all others when that rank ends, or after the timeout of `ranks`.
 
     Rajbhandari et al. (2020), arXiv:1910.02054, stage 3.
 

@@ -36,6 +36,8 @@ class ShardedLoss(Loss):
 
     first: int = 0
     """The number of this rank's first sequence."""
+    cuts: tuple[tuple[Any, Any, slice | None], ...] = ()
+    """(part, its whole batch, rows of it) where a batch is cut; on every rank as many, with others that are not."""
     admitted: bool = False
     """For an operator that knows of ranks."""
 
@@ -96,16 +98,22 @@ def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criter
     net.ranks.check_same(
         lambda: {"the data or their order": of_tensors(whole.tensors()), "the criterion": criterion.name}
     )
-    num = sum(rows(pair) or 1 for pair in pairs)
-    every = [
-        [part for part, *_ in parts_between(pairs, *share_of(num, r, net.ranks.num))] for r in range(net.ranks.num)
-    ]
-    own = every[net.ranks.rank]
+    return _own_part(net, pairs, finite)
+
+
+def _own_part(net: ShardedFunctional, pairs: Prepared, criterion: Criterion) -> ShardedLoss:
+    """This rank's sequences, in as many batches as all others have, and as many batches that are cut."""
+    num, ranks = sum(rows(pair) or 1 for pair in pairs), net.ranks
+    every = [parts_between(pairs, *share_of(num, r, ranks.num)) for r in range(ranks.num)]
+    cuts = [[cut for cut in parts if cut[2] is not None] for parts in every]
+    own, one = [part for part, *_ in every[ranks.rank]], parts_between(pairs, 0, 1)[0][0]
     idle = max(map(len, every)) - len(own)
+    mine = cuts[ranks.rank] + [(one, one, None)] * (max(map(len, cuts)) - len(cuts[ranks.rank]))
+    if idle and not criterion.positionwise:
+        mine = [((x, (1.0, y)), (whole[0], (1.0, whole[1])), at) for (x, y), whole, at in mine]
     if idle:
-        unscored = parts_between(pairs, 0, 1)[0][0]
-        own, finite = _with_idle(own, [unscored] * idle, finite)
-    return ShardedLoss(net, tuple(own), finite, first=share_of(num, net.ranks.rank, net.ranks.num)[0])
+        own, criterion = _with_idle(own, [one] * idle, criterion)
+    return ShardedLoss(net, tuple(own), criterion, first=share_of(num, ranks.rank, ranks.num)[0], cuts=tuple(mine))
 
 
 def _with_idle(own: list[Any], idle: list[Any], criterion: Criterion) -> tuple[list[Any], Criterion]:

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_flat
-from ..core.objective import Theta
+from ..core.objective import Loss, Theta
 from ..core.processes import STATE, Processes
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
+from .rows import coupled, tolerance
 
 
 def of_shares(
@@ -34,11 +35,13 @@ def of_shares(
         return {"the settings": f"{name} {sorted((key, repr(value)) for key, value in settings.items())}"}
 
     ranks.check_same(facts)
+    admitted = replace(loss, admitted=True)
+    _check_apart(admitted, theta)
     if name == "hessian":
         settings["check"] = False
     if name == "fisher_mc":
         settings["first"] = loss.first
-    made = operator(replace(loss, admitted=True), theta, **settings)
+    made = operator(admitted, theta, **settings)
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         try:
@@ -83,6 +86,27 @@ def _check_vector(v: Tensor, num: int) -> None:
             "`v` must be a plain vector: products over several ranks are neither mapped nor differentiated. Give one "
             "vector at a time, detached or under `torch.no_grad()`."
         )
+
+
+def _check_apart(loss: ShardedLoss, theta: Theta) -> None:
+    """The sequences of a batch that is cut have the losses that they have in the whole of it; once per loss."""
+    if "apart" in loss._verdicts:
+        return
+    theta, off = Loss.vector(loss, theta), False
+    for part, whole, at in loss.cuts:
+        with torch.no_grad():
+            alone, beside = (replace(loss, batches=(pair,)).terms(theta)[0] for pair in (part, whole))
+        if at is not None:
+            same = len(alone) == at.stop - at.start
+            most = float((alone - beside[at]).abs().max()) if same else float("inf")
+            off |= most > tolerance(loss) * float(beside.abs().max())
+
+    def refuse() -> None:
+        if off:
+            raise ValueError(f"sequences of one rank have other losses without those of the next: {coupled()}")
+
+    loss.ranks.together("comparing parts of batches", refuse)
+    loss._verdicts.add("apart")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
