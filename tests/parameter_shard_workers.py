@@ -64,8 +64,9 @@ def together(name: str, ranks: fs.Processes) -> fs.core.sharded_objective.Sharde
 
 
 def operators(name: str) -> dict[str, Any]:
-    """Fishers need a distribution of labels."""
-    return {key: one for key, one in OPERATORS.items() if name != "odd" or key in ("hessian", "rebuilt", "ggn")}
+    """Fishers need a distribution of labels; of layers, what their rematerialisation changes."""
+    some = {"odd": ("hessian", "rebuilt", "ggn"), "layers": ("hessian", "ggn")}.get(name, tuple(OPERATORS))
+    return {key: OPERATORS[key] for key in some}
 
 
 def numbers(loss: Any, ranks: fs.Processes | None, name: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def numbers(loss: Any, ranks: fs.Processes | None, name: str) -> dict[str, Any]:
         )
         out[key] = whole(made(v))
     if name in ("mlp", "layers"):
-        few = {} if name == "mlp" else {"max_matvecs": 8}
+        few = {} if name == "mlp" else {"max_matvecs": 4}
         H = fs.hessian(loss, theta) if ranks is None else fs.sharded(fs.hessian, loss, theta, ranks)
         out["trace"] = fs.hutchinson_trace(H, space, key=KEY, num=2).samples
         pairs = fs.eigenpairs(H, space, key=KEY, num=2, vectors=True, **few)
