@@ -25,6 +25,8 @@ from .core.remat import remat
 from .core.restrict import grid, restrict
 from .core.result import Result, derived, internal, quantity
 from .core.running import running_statistics
+from .core.sharded_model import sharded_functional
+from .core.sharded_objective import sharded_objective
 from .core.streams import reservoir, streamed
 from .core.trace import Patch, Trace, apply_with, pattern_blocks, sites_of, trace
 from .curvature import (
@@ -242,7 +244,9 @@ __all__ = [
     "sequence_forms",
     "sharded",
     "sharded_directional_losses",
+    "sharded_functional",
     "sharded_gram",
+    "sharded_objective",
     "sites_of",
     "spectral_density",
     "spectrum_summary",

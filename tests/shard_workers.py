@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 import funcscope as fs
@@ -163,12 +165,32 @@ def stopped(ranks: fs.Processes) -> dict[str, Any]:
     return killed(ranks, signal.SIGSTOP)
 
 
-def run(rank: int, num: int, folder: str, job: str, timeout: float) -> None:
+def spread(
+    folder: Path, job: str, num: int, timeout: float = 60.0, missing: int = 0, module: str = "shard_workers"
+) -> list[Any]:
+    """What the job gives on each of `num` ranks; the last may be missing."""
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=run, args=(r, num, str(folder), module, job, timeout)) for r in range(num)]
+    for each in ranks:
+        each.start()
+    try:
+        for each in ranks[: num - missing]:
+            each.join(300)
+            assert each.exitcode == 0
+    finally:
+        for each in ranks:
+            each.kill()
+            each.join()
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(num - missing)]
+
+
+def run(rank: int, num: int, folder: str, module: str, job: str, timeout: float) -> None:
     """One rank: its job, and what that gives in a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num)
     try:
-        torch.save(globals()[job](fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
+        work = getattr(importlib.import_module(module), job)
+        torch.save(work(fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
     finally:
         # The threads of gloo abort an interpreter that ends before them.
         dist.destroy_process_group()

@@ -15,6 +15,7 @@ from funcscope.linalg import krylov
 from funcscope.linalg.eigen import eigenpairs
 from funcscope.linalg.krylov import Basis, Krylov
 from funcscope.linalg.matvec import NonFinite, Products
+from funcscope.linalg.space import Whole
 
 WHICH = ("magnitude", "largest", "smallest", "both")
 
@@ -231,7 +232,7 @@ def test_passes_over_slabs_and_panels_are_plain_products(monkeypatch):
     monkeypatch.setattr(krylov, "SLAB", 16)
     monkeypatch.setattr(krylov, "PANEL", 3)
     rows = normal(key(0), torch.zeros(8, 100, dtype=torch.float64))
-    basis = Basis(rows[0])
+    basis = Basis(Whole(rows[0]))
     for row in rows:
         basis.append(row, 2.0)
     Q, W = rows / 2, normal(key(1), torch.zeros(2, 100, dtype=torch.float64))

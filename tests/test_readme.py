@@ -1,6 +1,9 @@
 """The README's code runs, and its commands are those that CI runs."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,10 +125,28 @@ def test_the_commands_about_runs_run(tmp_path, monkeypatch, capsys):
     assert all(outcome.settings["epsilon"] == 0.05 for outcome in flat)
 
 
+OTHERS = ("show(", "analyze_models", "fs.sweep", "init_process_group")
+"""Of blocks that other tests run."""
+
+
+@pytest.mark.slow
+def test_the_script_for_several_ranks_runs_by_torchrun(tmp_path):
+    (block,) = [block for block in BLOCKS if "init_process_group" in block]
+    (tmp_path / "ranks.py").write_text(block)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 ranks.py"
+    told = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, env={**os.environ, **told}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = re.findall(r"^1 {2,}([0-9.e+-]+)", done.stdout, re.MULTILINE)
+    assert float(first) == pytest.approx(float(second), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # it saves a result
-    blocks = [block for block in BLOCKS if not any(part in block for part in ("show(", "analyze_models", "fs.sweep"))]
+    blocks = [block for block in BLOCKS if not any(part in block for part in OTHERS)]
     assert len(blocks) >= 2
     model, batches, _ = problem("gpt2")
     scope = {"model": model.float(), "batches": batches}

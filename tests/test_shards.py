@@ -10,7 +10,6 @@ import pytest
 import shard_workers as workers
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -20,23 +19,6 @@ from funcscope.core.batches import parts_between
 from funcscope.core.processes import STATE, bytes_per_product, share_of
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def spread(folder, job, num, timeout=60.0, missing=0):
-    """What the job gives on each of `num` ranks; the last may be missing."""
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=workers.run, args=(r, num, str(folder), job, timeout)) for r in range(num)]
-    for each in ranks:
-        each.start()
-    try:
-        for each in ranks[: num - missing]:
-            each.join(300)
-            assert each.exitcode == 0
-    finally:
-        for each in ranks:
-            each.kill()
-            each.join()
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(num - missing)]
 
 
 @pytest.fixture
@@ -74,14 +56,14 @@ def check_everything(each):
 @pytest.mark.slow
 @pytest.mark.parametrize("num", [2, 3])
 def test_ragged_shards_are_one_rank(tmp_path, num):
-    check_everything(spread(tmp_path, "everything", num))
+    check_everything(workers.spread(tmp_path, "everything", num))
 
 
 @pytest.mark.slow
 def test_empty_shards_and_shards_without_a_scored_token(tmp_path):
     """Two sequences, the first of which is not scored, on three ranks."""
     loss = workers.mlp_loss((2,))
-    for out in spread(tmp_path, "few", 3):
+    for out in workers.spread(tmp_path, "few", 3):
         assert_close(out["mlp"], workers.products(loss), **EXACT)
         assert_close(out["gram"], workers.grams(loss), **EXACT)
         assert_close(out["losses"], workers.directional(loss, "difference").losses, **EXACT)
@@ -91,7 +73,7 @@ def test_empty_shards_and_shards_without_a_scored_token(tmp_path):
 @pytest.mark.parametrize("num", [2, 3])
 def test_bytes_are_those_of_the_model(tmp_path, num):
     loss = workers.mlp_loss(dtype=torch.float32)
-    for out in spread(tmp_path, "traffic", num):
+    for out in workers.spread(tmp_path, "traffic", num):
         assert out["reduced"] == 5 * (out["num"] * 4 + STATE)
         assert out["moved"] == pytest.approx(5 * bytes_per_product(out["num"], 4, num))
         assert_close(out["product"], fs.hessian(loss, loss.net.theta)(workers.vector(loss)), rtol=1e-6, atol=1e-6)
@@ -99,7 +81,7 @@ def test_bytes_are_those_of_the_model(tmp_path, num):
 
 @pytest.mark.slow
 def test_ranks_that_differ_are_refused_on_all(tmp_path):
-    for rank, said in enumerate(spread(tmp_path, "wrong", 2)):
+    for rank, said in enumerate(workers.spread(tmp_path, "wrong", 2)):
         assert "ValueError: theta of rank 1 differ" in said["theta"]
         assert "must be a flat vector of shape" in said["length"]
         assert "ValueError: the data or their order of rank 1" in said["order"]
@@ -116,7 +98,7 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
 @pytest.mark.parametrize(("job", "timeout"), [("killed", 60.0), ("stopped", 5.0)])
 def test_a_rank_that_ends_or_hangs_is_an_error_on_all_others(tmp_path, job, timeout):
     start = time.monotonic()
-    for out in spread(tmp_path, job, 3, timeout, missing=1):
+    for out in workers.spread(tmp_path, job, 3, timeout, missing=1):
         assert out["step"] == 2
         assert "has lost another one in a product with `hessian`" in out["said"]
         assert "start all ranks again" in out["said"]

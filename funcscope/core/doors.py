@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
-from .imported import is_compiled, layer_names
+from .imported import is_compiled, is_dtensor, layer_names
 from .remat import remat
 from .skeleton import closed_over, make_skeleton
 
@@ -140,6 +140,7 @@ def selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:
 
 def check_parameters(model: nn.Module, keep: Callable[[str], bool], explicit: bool) -> None:
     """Each has values, on one device, in memory of its own, and those of theta are real numbers."""
+    check_whole(model)
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"the model is spread over {', '.join(sorted(map(str, devices)))}: move it to one device.")
@@ -152,6 +153,17 @@ def check_parameters(model: nn.Module, keep: Callable[[str], bool], explicit: bo
                 "Dequantise it, register it as a buffer, or name the parameters of theta by `trainable`."
             )
     _check_aliases(model)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Parameters are not spread over ranks already, by a library whose forward pass gathers them."""
+    if name := next((name for name, param in model.named_parameters() if is_dtensor(param)), None):
+        raise ValueError(
+            f"`{name}` is a DTensor, and the model's forward pass, as `fully_shard` or `parallelize_module` leaves it, is no "
+            "function of theta: make the same model on the meta device (`with torch.device('meta')`), and take "
+            "`fs.sharded_functional(meta_model, fs.processes(), state={**dict(model.named_parameters()), "
+            "**dict(model.named_buffers())})`, which keeps the rows where they are."
+        )
 
 
 def _check_aliases(model: nn.Module) -> None:

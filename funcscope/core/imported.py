@@ -31,6 +31,11 @@ def is_compiled(module: object) -> bool:
     return _is(module, "torch._dynamo.eval_frame", "OptimizedModule")
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether a tensor is one rank's part of one on several ranks, as `fully_shard` makes of parameters."""
+    return _is(x, "torch.distributed.tensor", "DTensor")
+
+
 def layer_names(model: Any) -> tuple[str, ...]:
     """The names of the layers of a model of transformers: what it can checkpoint, the outermost; none of another's."""
     names: list[str] = []

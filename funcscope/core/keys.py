@@ -229,6 +229,27 @@ def _uniform_there(key: Key, num: int, device: torch.device) -> Tensor:
     return torch.cat(parts)[:num]
 
 
+def draw_spans(key: Key, num: int, distribution: Distribution, spans: Iterable[tuple[int, int]]) -> Float[Tensor, " m"]:
+    """Entries of a draw of `num` from start to stop of each span, in ascending order; each block that they need, once.
+
+    >>> whole = draw(key(0), 9, "normal")
+    >>> torch.equal(draw_spans(key(0), 9, "normal", [(1, 3), (7, 9)]), whole[[1, 2, 7, 8]])
+    True
+    """
+    runs: list[list[tuple[int, int]]] = []
+    for start, stop in spans:
+        if stop > start and runs and start // BLOCK <= (runs[-1][-1][1] - 1) // BLOCK:
+            runs[-1].append((start, stop))
+        elif stop > start:
+            runs.append([(start, stop)])
+    out = [torch.empty(0)]
+    for run in runs:
+        first = run[0][0]
+        drawn = draw(key, num, distribution, first, run[-1][1])
+        out += [drawn[start - first : stop - first] for start, stop in run]
+    return torch.cat(out)
+
+
 def _fill_block(key: Key, block: int, out: Tensor, distribution: Distribution) -> None:
     tools = _tools()
     source = tools.philox_at(key, block)

@@ -166,6 +166,10 @@ class Loss:
         total = torch.stack([sums.sum() for sums, _ in parts]).sum()
         return total / torch.stack([weights.sum() for _, weights in parts]).sum()
 
+    def over_ranks(self, x: float) -> float:
+        """The sum of a number over all that have a part of the data: of one, itself."""
+        return x
+
     def scored(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights per sequence of one batch, from what the model makes of its inputs."""
         tick("forward")
@@ -200,6 +204,10 @@ def objective(net: Functional, batches: Iterable[Any], criterion: Criterion) -> 
         raise TypeError(
             f"`criterion` must be a criterion such as `fs.classification`, got a {type(criterion).__name__}: a function of "
             "(output, targets) without reduction becomes one by `fs.custom(function)`."
+        )
+    if hasattr(net, "shares"):
+        raise ValueError(
+            "`net` has its parameters on several ranks: take `fs.sharded_objective(net, batches, criterion)`."
         )
     pairs = prepared(net, batches, criterion)
     return Loss(net, pairs, with_finite_targets(criterion, pairs))

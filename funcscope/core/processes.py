@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 from .checks import check_positive
 
@@ -43,30 +44,61 @@ class Processes:
         """Bytes that this rank handed to sums."""
         self.exchanged = 0
         """Bytes of the objects that this rank gave to all others."""
-        self._lost = ""
+        self.rowed = 0
+        """Bytes of whole tensors that were gathered of rows, or whose sum was cut into rows."""
+        self._lost, self._trail = "", 0
 
     def __repr__(self) -> str:
         return f"Processes(rank {self.rank} of {self.num}, timeout {self.timeout:g} s)"
 
     @property
     def moved(self) -> float:
-        """Bytes that this rank sent by the model: 2 (n - 1) / n of a sum in a ring, n - 1 times an object."""
-        return 2 * (self.num - 1) / self.num * self.reduced + (self.num - 1) * self.exchanged
+        """Bytes that this rank sent by the model: 2 (n - 1) / n of a sum in a ring, half of that for rows, n - 1 objects."""
+        return (self.num - 1) / self.num * (2 * self.reduced + self.rowed) + (self.num - 1) * self.exchanged
 
     def sum(self, x: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
         """The sum over ranks, written into x, with the same bits on every rank."""
         self._reduce(x, dist.ReduceOp.SUM, what)
         return x
 
+    def gathered_rows(self, rows: Float[Tensor, "m ..."], what: str) -> Float[Tensor, "nm ..."]:
+        """The rows of all ranks, of which each has as many, one rank after the other."""
+        options, out = AllgatherOptions(), rows.new_empty(self.num * len(rows), *rows.shape[1:])
+        options.timeout = timedelta(seconds=self.timeout)
+        self._count_rows(out, f"gathering {what}")
+        self._wait(lambda: self.group._allgather_base(out, rows.contiguous(), options), f"gathering {what}")
+        return out
+
+    def summed_rows(self, x: Float[Tensor, "nm ..."], what: str) -> Float[Tensor, "m ..."]:
+        """This rank's rows of the sum over ranks. gloo makes the whole sum for it, and moves twice the bytes."""
+        options, out = ReduceScatterOptions(), x.new_empty(len(x) // self.num, *x.shape[1:])
+        add: Any = dist.ReduceOp.SUM
+        options.reduceOp, options.timeout = add, timedelta(seconds=self.timeout)
+        self._count_rows(x, f"summing {what}")
+        self._wait(lambda: self.group._reduce_scatter_base(out, x.contiguous(), options), f"summing {what}")
+        return out
+
+    def note(self, what: str) -> None:
+        """Adds to what all ranks must have done in the same order; see `check_trail`."""
+        self._trail = zlib.crc32(what.encode(), self._trail)
+
+    def check_trail(self, failed: bool, device: torch.device, what: str) -> None:
+        """Raises on every rank where one has failed, or where one has done something else since these ranks were made."""
+        failures, differ = self._compared(failed, self._trail, device, what)
+        if failures and not failed:
+            raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
+        if not failures and differ:
+            raise ValueError(
+                f"ranks have not done the same up to {what}: all must ask for the same products in the same order, with the "
+                "same key, of one model whose parameters are used in an order that no data decide."
+            )
+
     def check_together(self, v: Tensor | None, device: torch.device, what: str) -> None:
         """Raises on every rank where one has failed (None), or has other bits of v. `STATE` bytes are summed up."""
-        content = 0 if v is None else _content(v)
-        state = torch.tensor([int(v is None), content, ~content], device=device)
-        self._reduce(state, dist.ReduceOp.MAX, what)
-        failed, most, least = state.tolist()
+        failed, differ = self._compared(v is None, 0 if v is None else _content(v), device, what)
         if failed and v is not None:
             raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
-        if not failed and most != ~least:
+        if not failed and differ:
             raise ValueError(
                 f"the vector of {what} differs between ranks: all must ask for the same products in the same order, with "
                 "the same key and number of threads."
@@ -104,6 +136,17 @@ class Processes:
                     "the same batches in the same order, and the same settings; load them from the same files, without "
                     "shuffling by a seed of the rank."
                 )
+
+    def _compared(self, failed: bool, content: int, device: torch.device, what: str) -> tuple[bool, bool]:
+        """Has a rank failed, and have ranks other contents?"""
+        state = torch.tensor([int(failed), content, ~content], device=device)
+        self._reduce(state, dist.ReduceOp.MAX, what)
+        failures, most, least = state.tolist()
+        return bool(failures), most != ~least
+
+    def _count_rows(self, x: Tensor, what: str) -> None:
+        self.rowed += x.numel() * x.element_size()
+        self.note(f"{what} {tuple(x.shape)} {x.dtype}")
 
     def _reduce(self, x: Tensor, op: Any, what: str) -> None:
         options = dist.AllreduceOptions()

@@ -50,7 +50,7 @@ class Substitute(TorchFunctionMode):
         if (name := immovable(skeleton, params)) is not None:
             raise ValueError(f"`{name}` belongs to a scripted or traced module, {NOT_LEAF_BY_LEAF}")
         self.names = {id(param): name for name, param in skeleton.named_parameters()}
-        self.tied = {name for name, count in _uses(skeleton).items() if count > 1}
+        self.tied = {name for name, count in uses_of(skeleton).items() if count > 1}
         self.params, self.base, self.dtypes, self.leaf = params, {**params, **frozen}, dtypes, leaf
         self.replaced = replaced if not fused else lambda func: func
         self.made: dict[str, Tensor] = {}
@@ -83,16 +83,16 @@ class Substitute(TorchFunctionMode):
                 return out
         func, args = self.replaced(func), self.swap(args, self.value)
         if func is F.embedding:
-            func = _embedding
+            func = embedding_of
         return func(*args, **{key: self.swap(x, self.value) for key, x in kwargs.items()}) if kwargs else func(*args)
 
 
-def _embedding(input, weight, padding_idx=None, max_norm=None, *rest: Any, **options: Any) -> Tensor:
+def embedding_of(input, weight, padding_idx=None, max_norm=None, *rest: Any, **options: Any) -> Tensor:
     """Rows of the weight: `vmap` over weights would copy them all to look up a few."""
     return weight[input] if max_norm is None else F.embedding(input, weight, padding_idx, max_norm, *rest, **options)
 
 
-def _uses(model: nn.Module) -> Counter[str]:
+def uses_of(model: nn.Module) -> Counter[str]:
     """How many modules hold each parameter."""
     names = {id(param): name for name, param in model.named_parameters()}
     held = (param for module in model.modules() for param in module._parameters.values())

@@ -90,9 +90,14 @@ def empirical_fisher(
     by = _by_token if unit == "token" else _by_sequence
     if unit == "token":
         _check_apart(loss, theta)
-    scale = total_weight(loss, theta) if unit == "token" else float((terms_at(loss, theta).weights != 0).sum())
+    scale = total_weight(loss, theta) if unit == "token" else _num_sequences(loss, theta)
     parts = _scored_by(by, loss, [[targets] for _, targets in loss.batches])
     return sandwich(loss, theta, parts, 1 / scale, keep)
+
+
+def _num_sequences(loss: Loss, theta: Tensor) -> float:
+    """Those with a scored position."""
+    return loss.over_ranks(float((terms_at(loss, theta).weights != 0).sum()))
 
 
 class FisherDiagonal(Result):

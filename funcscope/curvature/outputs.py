@@ -186,6 +186,7 @@ def total_weight(loss: Loss, theta: Theta) -> float:
     else:
         with torch.no_grad():
             total = float(loss.terms(theta)[1].double().sum())
+    total = loss.over_ranks(total)
     if not total:
         raise ValueError(UNSCORED)
     return total

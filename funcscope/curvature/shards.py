@@ -15,10 +15,12 @@ from ..core.checks import check_flat, check_instance
 from ..core.content import of_tensors
 from ..core.objective import Loss, Theta, per_sequence
 from ..core.processes import Processes, share_of
+from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
 from .fisher import empirical_fisher, exact_fisher, fisher_mc
 from .gram import Grams, gram
 from .hessian import ggn, hessian
+from .parameter_shards import of_shares
 from .rows import coupled, tolerance
 
 OPERATORS: dict[str, Callable[..., Matvec]] = {
@@ -67,7 +69,8 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     W_r the weight of the positions that rank r has (for `empirical_fisher` of sequences, their number). operator: `hessian`,
     `ggn`, `exact_fisher`, `fisher_mc` (the labels that one rank would draw) or `empirical_fisher`. All ranks make the same
     `loss` of all data; rank r of n keeps the sequences from floor(r N / n) to floor((r + 1) N / n): any number of sequences
-    over any number of ranks. Parameters are whole on every rank: shards of them (DTensor, FSDP) are not taken.
+    over any number of ranks. Parameters are whole on every rank; or, with a loss of `sharded_objective`, spread over them:
+    theta, v and the product are then this rank's shares, and `hessian` is not checked by differences of the loss.
 
     All ranks ask for the same products in the same order, as algorithms with the same key do: the sum has the same bits on
     all of them. It is in the dtype of v, in float32 at least. Beside one rank's product sums over sequences are in another
@@ -91,6 +94,8 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     name = getattr(operator, "__name__", repr(operator))
     if OPERATORS.get(name) is not operator:
         raise ValueError(f"`operator` must be one of {', '.join(OPERATORS)}, got {name}: others take one rank.")
+    if isinstance(loss, ShardedLoss):
+        return of_shares(operator, loss, theta, ranks, **settings)
     shard = shard_of(loss, theta, ranks, operator=name, **settings)
     theta = Loss.vector(loss, theta)
     by_sequences = name == "empirical_fisher" and settings.get("unit", "sequence") == "sequence"

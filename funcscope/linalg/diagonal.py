@@ -184,6 +184,11 @@ def narrow(x: Tensor) -> Tensor:
 def check_sampled(like: Tensor, key: Key, num: int, least: int, distribution: str = "rademacher") -> None:
     """The arguments that every estimator takes."""
     check_like(like)
+    check_draws(key, num, least, distribution)
+
+
+def check_draws(key: Key, num: int, least: int, distribution: str) -> None:
+    """Those that say what is drawn."""
     check_key(key)
     check_count("num", num, least)
     check_choice("distribution", distribution, get_args(Distribution))

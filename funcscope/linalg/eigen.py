@@ -12,8 +12,9 @@ from ..core.keys import Key, check_key, fold_in
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from .krylov import Krylov
-from .matvec import Matvec, Products, check_like, check_symmetric
+from .matvec import Matvec, Products, check_symmetric
 from .search import Search, Which
+from .space import Like, space_of
 
 BASIS = 100
 """Basis vectors that are kept before a restart, unless more are asked for."""
@@ -77,7 +78,7 @@ class Eigenpairs(Result):
 
 def eigenpairs(
     matvec: Matvec,
-    like: Float[Tensor, " p"],
+    like: Like,
     *,
     key: Key,
     num: int = 5,
@@ -99,7 +100,8 @@ def eigenpairs(
     Without `max_matvecs` it ends at 100 and 20 per wanted value, or at 1.4 times the products after which all residuals
     are below `tol` times the largest $|\theta|$ of all: an end that is dense, or near 0, then stays unconverged.
 
-    like: a vector of shape (P,), float32 or float64, for dtype and device. Values have the unit of A, in float64.
+    like: a vector of shape (P,), float32 or float64, for dtype and device; or `net.shares` of a model on several ranks, for
+    the same values on each, and each rank's rows of the vectors. Values have the unit of A, in float64.
     Memory: up to `max_basis` vectors (default: 100, or twice the wanted values and blocks), allocated as the basis grows,
     `block` more, and one for every fresh start; a smaller basis restarts (thick restart) and takes more products.
 
@@ -122,10 +124,10 @@ def eigenpairs(
     [-8.0, -9.0]
     """
     check_key(key)
-    check_like(like)
-    total = _check_request(len(like), num, which, tol, block, max_matvecs)
-    limit = _basis_limit(max_basis, total, block, len(like))
-    products = Products(matvec)
+    num_rows = (held := space_of(like)).num
+    total = _check_request(num_rows, num, which, tol, block, max_matvecs)
+    limit = _basis_limit(max_basis, total, block, num_rows)
+    products = Products(matvec, held)
     if check:
         check_symmetric(products, like, key=fold_in(key, "check"))
     budget = products.num + (100 + 20 * total if max_matvecs is None else max_matvecs)

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.keys import Key, fold_in, normal
-from ..core.vectors import norm
+from ..core.keys import Key, fold_in
+from ..core.vectors import dot
 from .matvec import Products
+from .space import Like, Space, space_of
 
 SLAB = 2**16
 """Columns that are multiplied at a time: partial sums stay short, so that their float64 sum is exact to rounding."""
@@ -28,12 +29,12 @@ NOTICEABLE = 0.7
 class Basis:
     """Rows of one length in panels; `remove` is the pass that everything else is made of."""
 
-    def __init__(self, like: Float[Tensor, " p"]):
-        self.like = like
+    def __init__(self, space: Space):
+        self.space, self.like = space, space.like
         self.num = 0
         self._panels: list[Tensor] = []
-        self._rows = PANEL if len(like) <= 2**26 else 4
-        self._slab = SLAB if like.device.type == "cpu" else 64 * SLAB
+        self._rows = PANEL if len(self.like) <= 2**26 else 4
+        self._slab = SLAB if self.like.device.type == "cpu" else 64 * SLAB
 
     def __getitem__(self, index: int) -> Tensor:
         return self._panels[index // self._rows][index % self._rows]
@@ -59,15 +60,17 @@ class Basis:
         for rows in parts:  # classical: every projection is of the same W
             sums = [rows[:, at] @ W[:, at].T for at in self._slabs(self._slab)]
             shares.append(torch.stack(sums).cpu().double().sum(0))
-        for rows, share in zip(parts, shares, strict=True):
+        total = self.space.summed(torch.cat(shares))
+        for rows, share in zip(parts, total.split([len(rows) for rows in parts]), strict=True):
             weights = share.T.to(W).contiguous()
             for at in self._slabs(self._slab):
                 W[:, at].addmm_(weights, rows[:, at], alpha=-1)
-        return torch.cat(shares), self.norms(W)
+        return total, self.norms(W)
 
     def norms(self, W: Float[Tensor, "b p"]) -> list[float]:
         """The norm of every row, summed in float64."""
-        return [norm(w) for w in W]
+        squares = torch.tensor([dot(w, w) if len(w) else 0.0 for w in W], dtype=torch.float64)
+        return self.space.summed(squares).sqrt().tolist()
 
     def combined(self, M: Float[Tensor, "k m"]) -> Float[Tensor, "m p"]:
         """M' Q of the first k rows, new in memory."""
@@ -95,7 +98,7 @@ class Basis:
                 yield rows
 
     def _slabs(self, width: int) -> list[slice]:
-        return [slice(start, start + width) for start in range(0, len(self.like), width)]
+        return [slice(start, start + width) for start in range(0, max(1, len(self.like)), width)]
 
 
 class Krylov:
@@ -112,12 +115,13 @@ class Krylov:
     doi:10.1137/S0895479898334605, on the restart.
     """
 
-    def __init__(self, products: Products, like: Float[Tensor, " p"], *, key: Key, block: int = 1):
+    def __init__(self, products: Products, like: Like, *, key: Key, block: int = 1):
         self.products = products
         self.key = key
-        self.basis = Basis(like)
-        self.num = len(like)
-        self._work = like.new_empty(min(block, self.num), self.num)
+        space = space_of(like)
+        self.basis = Basis(space)
+        self.num = space.num
+        self._work = space.like.new_empty(min(block, self.num), len(space.like))
         self.begin()
         for _ in range(min(block, self.num)):
             self._append_random()
@@ -233,7 +237,7 @@ class Krylov:
     def _append_random(self) -> None:
         if self.basis.num == self.num:
             return
-        w = normal(fold_in(self.key, self._drawn), self.basis.like)[None]
+        w = self.basis.space.draw(fold_in(self.key, self._drawn), "normal")[None]
         self._drawn += 1
         (size,), before = self.basis.norms(w), math.inf
         while self.basis.num and size < NOTICEABLE * before:

@@ -8,21 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_instance
-from ..core.keys import Key, fold_in, normal
-from ..core.vectors import dot
+from ..core.keys import Key, fold_in
+from .space import Like, Space, check_like, space_of
+
+__all__ = ["Matvec", "NonFinite", "Products", "asymmetry", "check_like", "check_symmetric"]
 
 Matvec = Callable[[Float[Tensor, " p"]], Float[Tensor, " p"]]
 """v -> A v, for vectors of one length, dtype and device."""
-
-
-def check_like(like: Tensor) -> None:
-    """`like` is a flat vector with at least one entry, of float32 or float64: in those a basis stays orthogonal."""
-    check_instance("like", like, Tensor, "`net.theta`, or `net.layout.ravel(params)`")
-    if like.ndim != 1 or len(like) == 0:
-        raise ValueError(f"`like` must be a flat vector with at least one entry, got shape {tuple(like.shape)}.")
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`like` must be float32 or float64, got {like.dtype}: keep a wide vector, cast in the matvec.")
 
 
 class NonFinite(ArithmeticError):
@@ -37,13 +29,13 @@ class Products:
     ([2.0, 2.0, 2.0], 1)
     """
 
-    def __init__(self, matvec: Matvec):
+    def __init__(self, matvec: Matvec, space: Space | None = None):
         if not callable(matvec):
             raise TypeError(
                 f"`matvec` must be a function v -> A v such as `fs.hessian(loss, theta)`, got a {type(matvec).__name__}: "
                 "a matrix becomes one by `lambda v: A @ v`."
             )
-        self.matvec = matvec
+        self.matvec, self.space = matvec, space
         self.num = 0
 
     @property
@@ -63,18 +55,25 @@ class Products:
                 f"the matvec made {out.dtype} {tuple(out.shape)} of a vector of {v.dtype} {tuple(v.shape)}: a symmetric "
                 "matrix keeps both. Cast inside the matvec, or pass a `like` of its dtype."
             )
-        if not bool(torch.isfinite(out.sum())):  # one pass; a sum of finite numbers that overflows is looked at again
-            bad = int((~torch.isfinite(out)).sum())
-            if bad:
-                raise NonFinite(
-                    f"product {self.num} has {bad} entries of {len(out)} that are not finite, from a vector that has "
-                    f"{int((~torch.isfinite(v)).sum())}. Look at the loss and its gradient at theta, or compute in a wider "
-                    "dtype."
-                )
+        if bad := self._over_all(_not_finite(out)):
+            size = len(out) if self.space is None else self.space.num
+            raise NonFinite(
+                f"product {self.num} has {bad} entries of {size} that are not finite, from a vector that has "
+                f"{self._over_all(_not_finite(v))}. Look at the loss and its gradient at theta, or compute in a wider dtype."
+            )
         return out
 
+    def _over_all(self, num: int) -> int:
+        """Of all that hold a part of the vectors."""
+        return num if self.space is None else int(self.space.summed(torch.tensor(num, dtype=torch.float64)))
 
-def asymmetry(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key) -> float:
+
+def _not_finite(x: Tensor) -> int:
+    """How many entries; one pass where all are finite, as a sum of finite numbers that overflows is looked at again."""
+    return 0 if bool(torch.isfinite(x.sum())) else int((~torch.isfinite(x)).sum())
+
+
+def asymmetry(matvec: Matvec, like: Like, *, key: Key) -> float:
     r"""How far a matvec is from symmetric: $|\langle u, Av\rangle - \langle v, Au\rangle| / (\|Au\| \|v\| + \|Av\| \|u\|)$.
 
     u and v are two normal draws; 0 for every symmetric A up to rounding, and not 0, with probability one, for any
@@ -87,16 +86,17 @@ def asymmetry(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key) -> float:
     >>> asymmetry(lambda v: A @ v, torch.zeros(2), key=key(0)) > 1e-3
     True
     """
-    u, v = (normal(fold_in(key, name), like) for name in ("u", "v"))
-    products = Products(matvec)
+    space = space_of(like)
+    u, v = (space.draw(fold_in(key, name), "normal") for name in ("u", "v"))
+    products, dot = Products(matvec, space), space.dot
     au, av = products(u), products(v)
     size = (dot(au, au) * dot(v, v)) ** 0.5 + (dot(av, av) * dot(u, u)) ** 0.5
     return abs(dot(u, av) - dot(v, au)) / size if size else 0.0
 
 
-def check_symmetric(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key) -> None:
+def check_symmetric(matvec: Matvec, like: Like, *, key: Key) -> None:
     """Raises ValueError where `asymmetry` is above what rounding explains: the square root of the dtype's epsilon."""
-    measured, allowed = asymmetry(matvec, like, key=key), torch.finfo(like.dtype).eps ** 0.5
+    measured, allowed = asymmetry(matvec, like, key=key), torch.finfo(space_of(like).like.dtype).eps ** 0.5
     if measured > allowed:
         raise ValueError(
             f"the matvec is not symmetric: <u, Av> and <v, Au> differ by {measured:.2g} of their size (rounding explains "

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
-from ..core.keys import Distribution, Key, check_key, fold_in, random
-from ..core.vectors import dot, norm
+from ..core.keys import Distribution, Key, check_key, fold_in
 from .gauss import rule
 from .krylov import Krylov
-from .matvec import Matvec, Products, check_like, check_symmetric
+from .matvec import Matvec, Products, check_symmetric
 from .quadrature_result import SpectralDensity
+from .space import Like, Space, space_of
 
 
 def spectral_density(
     matvec: Matvec,
-    like: Float[Tensor, " p"],
+    like: Like,
     *,
     key: Key,
     num_probes: int = 8,
@@ -37,7 +37,8 @@ def spectral_density(
     of the tridiagonal Lanczos matrix, weights the squared first components of its eigenvectors,
     $\mathrm{tr} f(A) \approx P\,\mathrm{mean}_v \sum_i w_i f(\theta_i)$.
 
-    like: a vector of shape (P,), float32 or float64, for dtype and device. Starts are independent over all coordinates.
+    like: a vector of shape (P,), float32 or float64, for dtype and device; or `net.shares` of a model on several
+    ranks. Starts are independent over all coordinates.
     Exact in f of degree up to 2 `steps` - 1 for each probe; a probe whose Krylov space ends before
     is exact for every f, and takes fewer products. Memory: three vectors, and hardly any time beside the products: copies
     of converged nodes appear by rounding, which share their weight, so that sums over the spectrum stay accurate (Greenbaum
@@ -62,48 +63,49 @@ def spectral_density(
     True
     """
     check_key(key)
-    check_like(like)
+    space = space_of(like)
     check_count("num_probes", num_probes)
     check_count("steps", steps)
     check_choice("distribution", distribution, get_args(Distribution))
-    products = Products(matvec)
+    products = Products(matvec, space)
     if check:
         check_symmetric(products, like, key=fold_in(key, "check"))
-    starts = (random(fold_in(key, i), like, distribution) for i in range(num_probes))
-    run = _orthogonal(products, like, key) if reorthogonalize else _three_term(products)
+    starts = (space.draw(fold_in(key, i), distribution) for i in range(num_probes))
+    run = _orthogonal(products, like, key) if reorthogonalize else _three_term(products, space)
     nodes, weights = (torch.stack(rows) for rows in zip(*(rule(run(v, steps), steps) for v in starts), strict=True))
     if rounding is None:
-        rounding = torch.finfo(like.dtype).eps ** 0.5
+        rounding = torch.finfo(space.like.dtype).eps ** 0.5
     check_positive("rounding", rounding)
-    return SpectralDensity(nodes, weights, len(like), products.num, steps, rounding, key)
+    return SpectralDensity(nodes, weights, space.num, products.num, steps, rounding, key)
 
 
-def _orthogonal(products: Products, like: Tensor, key: Key) -> Callable[[Tensor, int], Tensor]:
+def _orthogonal(products: Products, like: Like, key: Key) -> Callable[[Tensor, int], Tensor]:
     """start, steps -> the Lanczos matrix, with full orthogonalisation; one basis for all probes."""
     space = Krylov(products, like, key=fold_in(key, "basis"))
 
     def run(start: Tensor, steps: int) -> Tensor:
         space.begin(start)
         space.expand()
-        while space.residual and space.size < min(steps, len(start)):
+        while space.residual and space.size < min(steps, space.num):
             space.expand()
         return space.T
 
     return run
 
 
-def _three_term(products: Products) -> Callable[[Tensor, int], Tensor]:
+def _three_term(products: Products, space: Space) -> Callable[[Tensor, int], Tensor]:
     """The same by Paige's three-term recurrence, on three vectors."""
 
     def run(start: Tensor, steps: int) -> Tensor:
-        old, new, beta, scale = torch.zeros_like(start), start / norm(start), 0.0, 0.0
+        old, new, beta, scale = torch.zeros_like(start), start / math.sqrt(space.dot(start, start)), 0.0, 0.0
         diagonal, beside = [], []
         while True:
             w = old.mul_(-beta).add_(products(new))
-            diagonal.append(dot(w, new))
+            diagonal.append(space.dot(w, new))
             old, new = new, w.sub_(new, alpha=diagonal[-1])
-            beta, scale = norm(new), max(scale, abs(diagonal[-1]) + beta)
-            if len(diagonal) == min(steps, len(start)) or beta <= 4 * torch.finfo(start.dtype).eps * scale:
+            beta = math.sqrt(space.dot(new, new))
+            scale = max(scale, abs(diagonal[-1]) + beta)
+            if len(diagonal) == min(steps, space.num) or beta <= 4 * torch.finfo(start.dtype).eps * scale:
                 break
             beside.append(beta)
             new.div_(beta)

@@ -15,8 +15,9 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from ..core.vectors import dot
 from .algebra import Slices, check_slices
-from .diagonal import check_sampled, narrow, sketch, unit_products
+from .diagonal import check_draws, check_sampled, narrow, sketch, unit_products
 from .matvec import Matvec, Products
+from .space import Like, Space, space_of
 
 Method = Literal["hutchinson", "hutch++", "xtrace", "exact"]
 
@@ -67,7 +68,7 @@ class BlockTraces(Result):
 
 
 def hutchinson_trace(
-    matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int, distribution: Distribution = "rademacher"
+    matvec: Matvec, like: Like, *, key: Key, num: int, distribution: Distribution = "rademacher"
 ) -> TraceEstimate:
     r"""Trace of A from `num` products with random vectors; unbiased for every square A.
 
@@ -76,7 +77,8 @@ def hutchinson_trace(
 
     for random signs, and $2\|A\|_F^2/m$ for `distribution="normal"`, which is never less.
 
-    like: shape (P,), gives dtype and device; num = m, the number of samples and of products. Samples are independent,
+    like: shape (P,), gives dtype and device, or `net.shares` of a model on several ranks; num = m, the number of samples and
+    of products. Samples are independent,
     probe i depends on `fold_in(key, i)` only. One probe has no standard error: it is nan.
 
     Hutchinson (1990), doi:10.1080/03610919008812866. Mean and variances: proofs/hutchinson.py.
@@ -85,9 +87,10 @@ def hutchinson_trace(
     >>> print(hutchinson_trace(lambda v: 2 * v, torch.zeros(5), key=key(0), num=4))  # signs are exact on a diagonal
     10 ± 0 (n = 4)
     """
-    check_sampled(like, key, num, 1, distribution)
-    products = Products(matvec)
-    return TraceEstimate.of_samples(_forms(products, like, key, num, distribution), num, "hutchinson")
+    space = space_of(like)
+    check_draws(key, num, 1, distribution)
+    products = Products(matvec, space)
+    return TraceEstimate.of_samples(_forms(products, space, key, num, distribution), num, "hutchinson")
 
 
 def block_traces(
@@ -161,7 +164,7 @@ def hutchpp_trace(
     def rest(z: Tensor) -> Tensor:
         return z - (basis @ z) @ basis
 
-    forms = _forms(products, like, fold_in(key, "rest"), num - 2 * third, distribution, rest)
+    forms = _forms(products, space_of(like), fold_in(key, "rest"), num - 2 * third, distribution, rest)
     head = sum(dot(q, products(q)) for q in basis)
     return TraceEstimate.of_samples(head + forms, products.num, "hutch++")
 
@@ -217,15 +220,15 @@ def xtrace(matvec: Matvec, like: Float[Tensor, " p"], *, key: Key, num: int) -> 
 
 def _forms(
     products: Products,
-    like: Tensor,
+    space: Space,
     key: Key,
     num: int,
     distribution: Distribution,
     change: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> Float[Tensor, " n"]:
     """z'Az for `num` draws, each changed before use."""
-    probes = (change(random(fold_in(key, i), like, distribution)) for i in range(num))
-    return torch.tensor([dot(z, products(z)) for z in probes], dtype=torch.float64)
+    probes = (change(space.draw(fold_in(key, i), distribution)) for i in range(num))
+    return torch.tensor([space.dot(z, products(z)) for z in probes], dtype=torch.float64)
 
 
 def _exact(products: Products, like: Tensor) -> TraceEstimate:
