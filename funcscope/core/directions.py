@@ -78,11 +78,10 @@ class Direction:
         return stack([self])[0]
 
     def _drawn(self, leaf: Leaf) -> Iterator[Part]:
-        key, stride = fold_in(self.key, leaf.name), leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
+        key = fold_in(self.key, leaf.name)
         for rows in row_slices(leaf):
-            span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
+            span, shape = extent(leaf, rows)
             z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span))
-            shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
             yield Part(rows, z.view(shape).to(self.scales.device, self.scales.dtype))
 
     @cached_property
@@ -177,6 +176,14 @@ def row_slices(leaf: Leaf) -> list[slice]:
     step = max(1, PART // row)
     step = max(whole, step // whole * whole) if whole * row <= 2 * PART else step
     return [slice(first, min(first + step, leaf.shape[0])) for first in range(0, leaf.shape[0], step)]
+
+
+def extent(leaf: Leaf, rows: slice) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Where some rows of a leaf begin and end in the flattened leaf, and their shape."""
+    if not leaf.shape:
+        return (0, 1), ()
+    stride = leaf.numel // max(1, leaf.shape[0])
+    return (rows.start * stride, rows.stop * stride), (rows.stop - rows.start, *leaf.shape[1:])
 
 
 def joined(parts: Iterable[Part]) -> Tensor:

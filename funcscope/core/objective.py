@@ -53,16 +53,24 @@ class Loss:
 
     def at_leaves(self, leaf: LeafFn) -> Float[Tensor, ""]:
         """The loss with each parameter replaced by `leaf(name, value)` when it is used; see `Functional.apply_leaves`."""
+        return _ratio(self._parts_at_leaves(leaf))
+
+    def terms_at_leaves(self, leaf: LeafFn) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """`terms` where `at_leaves` has the loss."""
+        sums, weights = zip(*self._parts_at_leaves(leaf), strict=True)
+        return torch.cat(sums), torch.cat(weights)
+
+    def _parts_at_leaves(self, leaf: LeafFn) -> list[tuple[Tensor, Tensor]]:
         used = set()
 
         def asked(name: str, value: Tensor) -> Tensor:
             used.add(name)
             return leaf(name, value)
 
-        mean = self._mean(lambda inputs: self.net.apply_leaves(asked, inputs))
+        parts = self._parts(lambda inputs: self.net.apply_leaves(asked, inputs))
         if unused := set(self.layout.names) - used - self._verdicts:
             self._check_unused(unused)
-        return mean
+        return parts
 
     def check_function(self) -> None:
         """Raises where the loss is no function of theta, before its first use by an operator or a metric."""
@@ -103,8 +111,7 @@ class Loss:
         The loss is the ratio of their totals.
         """
         params = self.params(theta)
-        parts = [self.scored(lambda inputs: self.net.apply(params, inputs), *batch) for batch in self.batches]
-        sums, weights = zip(*parts, strict=True)
+        sums, weights = zip(*self._parts(lambda inputs: self.net.apply(params, inputs)), strict=True)
         return torch.cat(sums), torch.cat(weights)
 
     def params(self, theta: Theta) -> Params:
@@ -117,7 +124,7 @@ class Loss:
         Raises TypeError or ValueError for what is no point of this loss, by `name`, and where the loss is no function of
         theta; `Loss.vector(loss, theta)` where `loss` may be anything.
         """
-        _check_shapes(self, theta, name)
+        check_shapes(self, theta, name)
         dtype = torch.promote_types(theta.dtype if isinstance(theta, Tensor) else self.layout.dtype, torch.float32)
         return (theta.to(dtype) if isinstance(theta, Tensor) else self.layout.ravel(theta, dtype)).detach()
 
@@ -127,14 +134,14 @@ class Loss:
 
     def wide_leaves(self, theta: Theta, name: str = "theta") -> Params:
         """`leaves` as constants in float32 at least, in the order of the layout; raises as `vector` does."""
-        _check_shapes(self, theta, name)
+        check_shapes(self, theta, name)
         leaves = self.leaves(theta)
         each = {key: leaves[key].detach() for key in self.layout.names}
         return {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in each.items()}
 
     def baseline(self, theta: Theta) -> float:
         """The loss at theta, from which others are subtracted. Raises ValueError where it is not finite."""
-        _check_shapes(self, theta)
+        check_shapes(self, theta)
         with torch.no_grad():
             value = float(self(theta))
         if not math.isfinite(value):
@@ -162,9 +169,10 @@ class Loss:
         return tensors(self.batches)
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        parts = [self.scored(outputs, *batch) for batch in self.batches]
-        total = torch.stack([sums.sum() for sums, _ in parts]).sum()
-        return total / torch.stack([weights.sum() for _, weights in parts]).sum()
+        return _ratio(self._parts(outputs))
+
+    def _parts(self, outputs: Callable[[Inputs], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [self.scored(outputs, *batch) for batch in self.batches]
 
     def scored(self, outputs: Callable[[Inputs], Tensor], inputs: Inputs, targets: Any) -> tuple[Tensor, Tensor]:
         """Sums and weights per sequence of one batch, from what the model makes of its inputs."""
@@ -222,13 +230,18 @@ def check_point(loss: Any, theta: Any, name: str = "theta") -> None:
     loss.check_function()
 
 
-def _check_shapes(loss: Any, theta: Any, name: str = "theta") -> None:
+def check_shapes(loss: Any, theta: Any, name: str = "theta") -> None:
     """`check_point`, and theta has the length, or the names and shapes, of the layout."""
     check_point(loss, theta, name)
     if isinstance(theta, Tensor):
         check_flat(name, theta, loss.layout.num)
     else:
         check_params(theta, loss.layout.shapes, name)
+
+
+def _ratio(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.stack([sums.sum() for sums, _ in parts]).sum()
+    return total / torch.stack([weights.sum() for _, weights in parts]).sum()
 
 
 def per_sequence(x: Tensor) -> Tensor:

@@ -30,6 +30,14 @@ class Leaves(Protocol):
     def parts(self, name: str) -> Iterator[Part]: ...
 
 
+@runtime_checkable
+class LeafDirection(Leaves, Protocol):
+    """The same, of known length."""
+
+    @property
+    def norm(self) -> float: ...
+
+
 def restrict(
     loss: Loss,
     base: Theta,
