@@ -18,6 +18,7 @@ from torch.func import grad
 from torch.testing import assert_close
 
 import funcscope as fs
+from funcscope.core import substitute
 from funcscope.curvature.stored_gradient import _Leaf, stored_gradient
 
 
@@ -53,8 +54,18 @@ SAM = ("absolute", "stderr", "relative", "differences", "sums", "weights", "disp
 CRITICAL = ("value", "interval", "stderr", "learning_rate", "slope", "loss", "rounding", "num_forwards")
 
 
+@pytest.fixture(params=["whole", "rows"])
+def matrices(request, monkeypatch):
+    """Matrices of linear layers and embeddings as a whole, or some rows at a time, as large ones are."""
+    if request.param == "rows":
+        monkeypatch.setattr("funcscope.core.substitute.LARGE", 1)
+        monkeypatch.setattr("funcscope.core.directions.PART", 100)
+    return request.param
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("matrices")
 def test_the_stored_gradient_and_both_metrics_are_those_in_memory(name, dtype, tmp_path):
     loss = CASES[name](dtype)
     theta = loss.net.params
@@ -96,6 +107,20 @@ def test_along_other_updates_the_slope_is_that_of_a_jvp(tmp_path):
     assert_close(numbers(along, CRITICAL), numbers(whole, CRITICAL), rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("matrix", ["hessian", "ggn"])
+def test_traces_are_the_same_with_matrices_some_rows_at_a_time(matrix, monkeypatch):
+    loss = text("gpt2")
+    before = fs.curvature.leafwise_trace(loss, loss.net.params, key=fs.key(0), num=2, matrix=matrix)
+    seen = []
+    original = substitute._linear_of
+    monkeypatch.setattr(substitute, "_linear_of", lambda *args, **options: seen.append(1) or original(*args, **options))
+    monkeypatch.setattr(substitute, "LARGE", 1)
+    monkeypatch.setattr("funcscope.core.directions.PART", 100)
+    after = fs.curvature.leafwise_trace(loss, loss.net.params, key=fs.key(0), num=2, matrix=matrix)
+    assert_close(after.forms.terms, before.forms.terms, rtol=1e-9, atol=1e-10)
+    assert seen
+
+
 def test_a_line_along_it_is_one_of_restrict(tmp_path):
     loss = text("gpt2")
     g = stored_gradient(loss, loss.net.params, tmp_path)
@@ -106,6 +131,7 @@ def test_a_line_along_it_is_one_of_restrict(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["gpt2", "llama"])
+@pytest.mark.usefixtures("matrices")
 def test_weights_that_are_cast_are_not_kept_in_the_graph(line, tmp_path, monkeypatch):
     """bfloat16 weights computed in float32: the gradient has float32's accuracy, and no cast outlives its use."""
     loss = text(line, torch.bfloat16, dtype=torch.float32)

@@ -178,6 +178,11 @@ def row_slices(leaf: Leaf) -> list[slice]:
     return [slice(first, min(first + step, leaf.shape[0])) for first in range(0, leaf.shape[0], step)]
 
 
+def rows_of(value: Tensor, leaf: Leaf) -> Iterator[Part]:
+    """A leaf's value, some rows at a time."""
+    return (Part(rows, value[rows] if leaf.shape else value) for rows in row_slices(leaf))
+
+
 def extent(leaf: Leaf, rows: slice) -> tuple[tuple[int, int], tuple[int, ...]]:
     """Where some rows of a leaf begin and end in the flattened leaf, and their shape."""
     if not leaf.shape:
@@ -229,7 +234,7 @@ def _filter_norms(z: Tensor, within: tuple[int, ...]) -> Tensor:
 
 def _cut(value: Tensor, leaf: Leaf) -> Iterator[Tensor]:
     """A leaf's value in the parts that it is drawn in: norms are sums over these, in this order, wherever it comes from."""
-    return ((value[rows] if leaf.shape else value) for rows in row_slices(leaf))
+    return (part.values for part in rows_of(value, leaf))
 
 
 def _group_norms(scales: Scales, parts: Callable[[Leaf], Iterable[Tensor]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,13 +17,14 @@ from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
-from .model import Functional, Inputs, LeafFn
+from .model import Functional, Inputs, LeafFn, RowsFn
 from .progress import tick
 from .purity import check_function, why_not_mapped
 from .substitute import NOT_LEAF_BY_LEAF
 from .tables import counted
 
 Theta = Tensor | Params
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,19 +56,23 @@ class Loss:
         """The loss with each parameter replaced by `leaf(name, value)` when it is used; see `Functional.apply_leaves`."""
         return _ratio(self._parts_at_leaves(leaf))
 
-    def terms_at_leaves(self, leaf: LeafFn) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """`terms` where `at_leaves` has the loss."""
-        sums, weights = zip(*self._parts_at_leaves(leaf), strict=True)
+    def terms_at_leaves(self, leaf: LeafFn, rows: RowsFn) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """`terms` where `at_leaves` has the loss, large matrices some rows at a time."""
+        sums, weights = zip(*self._parts_at_leaves(leaf, rows), strict=True)
         return torch.cat(sums), torch.cat(weights)
 
-    def _parts_at_leaves(self, leaf: LeafFn) -> list[tuple[Tensor, Tensor]]:
+    def _parts_at_leaves(self, leaf: LeafFn, rows: RowsFn | None = None) -> list[tuple[Tensor, Tensor]]:
         used = set()
 
-        def asked(name: str, value: Tensor) -> Tensor:
-            used.add(name)
-            return leaf(name, value)
+        def asked(function: Callable[[str, Tensor], T]) -> Callable[[str, Tensor], T]:
+            def call(name: str, value: Tensor) -> T:
+                used.add(name)
+                return function(name, value)
 
-        parts = self._parts(lambda inputs: self.net.apply_leaves(asked, inputs))
+            return call
+
+        by_rows = None if rows is None else asked(rows)
+        parts = self._parts(lambda inputs: self.net.apply_leaves(asked(leaf), inputs, by_rows))
         if unused := set(self.layout.names) - used - self._verdicts:
             self._check_unused(unused)
         return parts

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from ..core.directions import Part, rows_of
 from ..core.layout import Leaf, Params
 from ..core.objective import Loss
-from ..core.restrict import LeafDirection, Leaves, moved_leaf
+from ..core.restrict import LeafDirection, Leaves, moved_leaf, moved_rows
 from ..core.vectors import dot
 from ..core.vectors import norm as norm_of
 from .leafwise import Terms
@@ -48,12 +49,19 @@ class LeafLine:
         return norm_of(self.params)
 
     def terms(self, a: float = 1.0) -> Terms:
+        """The terms at one point; no row of v is made at a = 0."""
+        by_name = self.loss.layout.by_name
+
         def leaf(name: str, _: Tensor) -> Tensor:
-            value, dtype = self.params[name], self.loss.layout.by_name[name].dtype
+            value, dtype = self.params[name], by_name[name].dtype
             return moved_leaf(value, [a * self.c], [self.v.parts(name)], dtype) if a else value.to(dtype)
 
+        def rows(name: str, _: Tensor) -> Iterator[Part]:
+            value = self.params[name]
+            return moved_rows(value, [a * self.c], [self.v.parts(name)]) if a else rows_of(value, by_name[name])
+
         with torch.no_grad():
-            return Terms(*(x.cpu().double() for x in self.loss.terms_at_leaves(leaf)))
+            return Terms(*(x.cpu().double() for x in self.loss.terms_at_leaves(leaf, rows)))
 
     def slope(self, weight: float) -> float:
         """The slope at theta, by a `jvp` for each batch."""
@@ -94,9 +102,8 @@ class LeafLine:
 
     def _pieces(self) -> Iterator[tuple[Leaf, Tensor, Tensor]]:
         for leaf in self.loss.layout.leaves:
-            value = self.params[leaf.name].detach()
-            for rows, v in self.v.parts(leaf.name):
-                yield leaf, value[rows] if leaf.shape else value, v
+            pairs = zip(rows_of(self.params[leaf.name].detach(), leaf), self.v.parts(leaf.name), strict=True)
+            yield from ((leaf, x, v) for (_, x), (_, v) in pairs)
 
 
 class BatchLine:
@@ -110,7 +117,10 @@ class BatchLine:
             dtype = self.loss.layout.by_name[name].dtype
             return moved_leaf(self.params[name], [a], [self.direction.parts(name)], dtype)
 
-        return self.loss.net.apply_leaves(leaf, self.inputs)
+        def rows(name: str, _: Tensor) -> Iterator[Part]:
+            return moved_rows(self.params[name], [a], [self.direction.parts(name)])
+
+        return self.loss.net.apply_leaves(leaf, self.inputs, rows)
 
     def terms(self, a: Tensor) -> tuple[Tensor, Tensor]:
         return self.loss.scored(lambda _: self.outputs(a), self.inputs, self.targets)

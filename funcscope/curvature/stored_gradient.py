@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.directions import Part, extent, joined, row_slices
-from ..core.layout import Layout, Params
+from ..core.directions import Part, extent, joined, row_slices, rows_of
+from ..core.layout import Layout, Leaf, Params
 from ..core.objective import Loss, Theta, check_shapes
 from ..core.vectors import dot
 from .leaf_lines import LeafLine
@@ -115,12 +115,18 @@ def _added(loss: Loss, params: Params, file: _Numbers) -> tuple[Tensor, Tensor]:
     anchor = torch.zeros((), requires_grad=True, device=loss.net.device)
     casts = _Casts(params, {leaf.name: leaf.dtype for leaf in loss.layout.leaves})
 
+    def part(name: str, value: Tensor, rows: slice | None = None) -> Tensor:
+        return casts.watched(_Leaf.apply(anchor, casts.of(name, value), partial(file.add, name, rows=rows)), name, rows)
+
     def leaf(name: str, _: Tensor) -> Tensor:
-        return casts.watched(name, _Leaf.apply(anchor, casts.value(name), partial(file.add, name)))
+        return part(name, params[name])
+
+    def some_rows(name: str, _: Tensor) -> Iterator[Part]:
+        return (Part(rows, part(name, x, rows)) for rows, x in rows_of(params[name], loss.layout.by_name[name]))
 
     with torch.enable_grad():
         with casts.not_kept():
-            sums, weights = loss.terms_at_leaves(leaf)
+            sums, weights = loss.terms_at_leaves(leaf, some_rows)
         total = sums.sum()
         if total.requires_grad:
             torch.autograd.grad(total, anchor, allow_unused=True)
@@ -148,27 +154,31 @@ class _Casts:
 
     def __init__(self, params: Params, dtypes: dict[str, torch.dtype]):
         self.params, self.dtypes = params, dtypes
-        self.alive: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.alive: dict[int, tuple[weakref.ref[Tensor], str, slice | None]] = {}
 
-    def value(self, name: str) -> Tensor:
-        return self.params[name].to(self.dtypes[name])
+    def of(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.dtypes[name])
 
-    def watched(self, name: str, value: Tensor) -> Tensor:
-        if self.params[name].dtype != value.dtype:
-            self.alive[value.untyped_storage().data_ptr()] = weakref.ref(value), name
-        return value
+    def watched(self, cast: Tensor, name: str, rows: slice | None) -> Tensor:
+        if self.params[name].dtype != cast.dtype:
+            self.alive[cast.untyped_storage().data_ptr()] = weakref.ref(cast), name, rows
+        return cast
 
     def not_kept(self) -> AbstractContextManager[None]:
-        return torch.autograd.graph.saved_tensors_hooks(self._name_of, self._made)  # type: ignore[return-value]
+        return torch.autograd.graph.saved_tensors_hooks(self._named, self._made)  # type: ignore[return-value]
 
-    def _name_of(self, x: Tensor) -> Any:
-        ref, name = self.alive.get(x.untyped_storage().data_ptr(), (None, ""))
+    def _named(self, x: Tensor) -> Any:
+        ref, *which = self.alive.get(x.untyped_storage().data_ptr(), (None,))
         if ref is None or ref() is None:  # a weight that is gone may have left its place to anything
             return x
-        return name, x.size(), x.stride(), x.storage_offset()
+        return which, x.size(), x.stride(), x.storage_offset()
 
     def _made(self, kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else self.value(kept[0]).as_strided(*kept[1:])
+        if isinstance(kept, Tensor):
+            return kept
+        (name, rows), *strided = kept
+        value = self.params[name]
+        return self.of(name, value if rows is None else value[rows]).as_strided(*strided)
 
 
 class _Numbers:
@@ -176,7 +186,7 @@ class _Numbers:
 
     def __init__(self, layout: Layout, dtype: torch.dtype, folder: str | Path):
         self.layout, self.dtype, self.num_bytes = layout, dtype, layout.num * dtype.itemsize
-        self.begun: set[str] = set()
+        self.begun: set[tuple[str, int]] = set()
         self.lock = Lock()
         if not Path(folder).is_dir():
             raise ValueError(f"`folder` must be a folder on a disk, {str(folder)!r} is none: `tempfile.gettempdir()`.")
@@ -191,26 +201,29 @@ class _Numbers:
 
     def parts(self, name: str) -> Iterator[Part]:
         leaf = self.layout.by_name[name]
-        for rows in row_slices(leaf):
-            (start, stop), shape = extent(leaf, rows)
-            values = np.empty(
-                (stop - start) * self.dtype.itemsize, np.uint8
-            )  # a tensor of torch.func has no memory to fill
-            with self.lock:
-                self.file.seek((leaf.offset + start) * self.dtype.itemsize)
-                size = self.file.readinto(values)
-            if size != len(values):
-                raise OSError(f"the file of the gradient ends within `{name}`: {size} of {len(values)} bytes.")
-            yield Part(rows, torch.from_numpy(values).view(self.dtype).view(shape))
+        return (Part(rows, self._read(leaf, rows)) for rows in row_slices(leaf))
+
+    def _read(self, leaf: Leaf, rows: slice) -> Tensor:
+        (start, stop), shape = extent(leaf, rows)
+        values = np.empty(
+            (stop - start) * self.dtype.itemsize, np.uint8
+        )  # a tensor of torch.func has no memory to fill
+        with self.lock:
+            self.file.seek((leaf.offset + start) * self.dtype.itemsize)
+            size = self.file.readinto(values.data)
+        if size != len(values):
+            raise OSError(f"the file of the gradient ends within `{leaf.name}`: {size} of {len(values)} bytes.")
+        return torch.from_numpy(values).view(self.dtype).view(shape)
 
     @torch.no_grad()
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Adds to what the file has of one leaf."""
+    def add(self, name: str, gradient: Tensor, rows: slice | None = None) -> None:
+        """Adds to what the file has of a leaf, or of some rows of it: one of its `row_slices`."""
         leaf = self.layout.by_name[name]
-        old = self.parts(name) if name in self.begun else (Part(rows, torch.zeros(())) for rows in row_slices(leaf))
-        self.begun.add(name)
-        for rows, values in old:
-            new = values + (gradient[rows] if leaf.shape else gradient).to("cpu", self.dtype)
+        for part in rows_of(gradient, leaf) if rows is None else [Part(rows, gradient)]:
+            new = part.values.to("cpu", self.dtype)
+            if (name, part.rows.start) in self.begun:
+                new = new + self._read(leaf, part.rows)
+            self.begun.add((name, part.rows.start))
             with self.lock:
-                self.file.seek((leaf.offset + extent(leaf, rows)[0][0]) * self.dtype.itemsize)
-                self.file.write(new.reshape(-1).view(torch.uint8).numpy())
+                self.file.seek((leaf.offset + extent(leaf, part.rows)[0][0]) * self.dtype.itemsize)
+                self.file.write(new.reshape(-1).view(torch.uint8).numpy().data)
