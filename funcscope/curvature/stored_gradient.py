@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.directions import Part, extent, joined, row_slices, rows_of
 from ..core.layout import Layout, Leaf, Params
+from ..core.memory import without_holes
 from ..core.objective import Loss, Theta, check_shapes
 from ..core.vectors import dot
 from .leaf_lines import LeafLine
@@ -87,6 +88,7 @@ def stored_gradient(loss: Loss, theta: Theta, folder: str | Path) -> StoredGradi
     (18.0, 18.0)
     """
     check_shapes(loss, theta)
+    without_holes()  # rows come and go beside the graph, which stays
     params = {name: value.detach() for name, value in loss.leaves(theta).items()}
     dtype = reduce(torch.promote_types, (x.dtype for x in params.values()), torch.float32)
     file = _Numbers(loss.layout, dtype, folder)
