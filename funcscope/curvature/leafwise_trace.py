@@ -30,8 +30,8 @@ def leafwise_trace(loss: Loss, theta: Theta, *, key: Key, num: int = 8, matrix: 
 
     $L_i$ the summed token losses of sequence i, $z_j$ random signs, drawn from `fold_in(key, j)` a few rows of a leaf at a
     time while the model runs. Forward mode over forward mode keeps no graph, and one `jvp` gives the Gauss-Newton form:
-    nothing of the length of theta is made. Of a model that fits, `trace_errors` has the same from products, sooner for many
-    probes.
+    nothing of the length of theta is made, and the matrices of a large vocabulary exist some rows at a time. Of a model that
+    fits, `trace_errors` has the same from products, sooner for many probes.
 
     theta: `net.params` as they are stored, so that no copy is made, or a vector. matrix: as in `trace_errors`.
     Cost: per probe one pass of some 8 forwards, for `ggn` some 3, and two draws of theta's length. Tangents have the dtype

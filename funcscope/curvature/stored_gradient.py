@@ -71,9 +71,9 @@ def stored_gradient(loss: Loss, theta: Theta, folder: str | Path) -> StoredGradi
     the file would fill what it is to spare. `tempfile.TemporaryDirectory()` is one on most systems.
 
     Cost: a forward and a backward pass for each batch, and the file is written once for each. The memory beside the weights
-    is the graph of one batch (`split` of the loss makes these smaller) and the gradient of the largest parameter, twice
-    where it is used twice (tied embeddings), in the dtype that the model computes in. Weights that are cast for the
-    computation (`dtype` of `functional`) are not kept in the graph, but cast again.
+    is the graph of one batch (`split` of the loss makes these smaller) and the gradient of the largest parameter, in the
+    dtype that the model computes in; matrices of a large vocabulary and their gradients exist some rows at a time. Weights
+    that are cast for the computation (`dtype` of `functional`) are not kept in the graph, but cast again.
 
     Entries are those of the backward pass in the dtype that the model computes in, summed over batches in float32 at least.
 
