@@ -54,6 +54,11 @@ class CriticalSharpness(Result):
         return f"critical sharpness: {self.status}, {counted(self.num_forwards, 'forward pass', 'forward passes')}"
 
     @property
+    def unresolved(self) -> list[str]:
+        """Where rounding may be all of the fall that is expected, it decides where the loss rises."""
+        return ["value", "interval", "learning_rate", "learning_rate_interval"] if self.rounding >= 1 else []
+
+    @property
     def coords(self) -> dict[str, list[str]]:
         return {"bound": ["low", "high"]}
 
