@@ -1,12 +1,15 @@
-"""Losses, curvatures and slopes of a model with 1.5 billion parameters: time and memory, beside a bare forward pass.
+"""Losses, curvatures, slopes, sharpness and traces of a model with 1.5 billion parameters: time and memory.
 
-    python bench/scale.py [--directions N] [--threads N] [--layers N] [--json FILE]
+    python bench/scale.py [--directions N] [--threads N] [--layers N] [--ways WAY ...] [--json FILE]
 
 A Qwen2 of the size of Qwen2.5-Math-1.5B with random bfloat16 weights, made in place; batch 1 x 64. Each way runs in a
 process of its own: `losses` (two-sided, difference curvature), `slopes` (the same and a `jvp` per direction), `float32`
 (as `losses`, computed in float32 from the bfloat16 weights). Peak is the peak resident set of the whole process, the
 interpreter and its libraries included (`idle` is their share). In the same process: (a) a bare forward pass with its loss,
 no gradient, and (b) a draw of as many normal numbers by one-threaded torch, in a buffer that is reused.
+
+`critical` and `sam` are sharpness along a gradient in a file in the folder for temporary files, which is to lie on a disk
+(6 GiB at full size); `hessian` and `ggn` a trace of two probes; those with `-32` are computed in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +33,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcscope as fs
+from funcscope.core.objective import Loss
 
 WAYS = {
     "losses": ({"two_sided": True, "compute_curvature": True}, None),
@@ -35,6 +41,31 @@ WAYS = {
     "float32": ({"two_sided": True, "compute_curvature": True}, torch.float32),
 }
 GIB = 2**30
+
+
+def critical(loss: Loss, params: dict[str, Tensor]) -> float:
+    gradient = fs.curvature.stored_gradient(loss, params, tempfile.gettempdir())
+    return fs.critical_sharpness(loss, params, gradient).value
+
+
+def sam(loss: Loss, params: dict[str, Tensor], **options: bool) -> float:
+    gradient = fs.curvature.stored_gradient(loss, params, tempfile.gettempdir())
+    found = fs.sam_sharpness(loss, params, epsilon=0.01, adaptive_epsilon=True, gradient=gradient, **options)
+    return found.absolute
+
+
+def trace(loss: Loss, params: dict[str, Tensor], matrix: str) -> float:
+    return float(fs.curvature.leafwise_trace(loss, params, key=fs.key(0), num=2, matrix=matrix).trace.value)
+
+
+CALLS = {
+    "critical": critical,
+    "sam": partial(sam, curvature=False),
+    "sam-curvature": sam,
+    "hessian": partial(trace, matrix="hessian"),
+    "ggn": partial(trace, matrix="ggn"),
+}
+CALLS |= {f"{name}-32": call for name, call in CALLS.items()}
 
 
 def peak_gib() -> float:
@@ -104,6 +135,22 @@ def measure(way: str, directions: int, threads: int, layers: int) -> dict[str, f
     }  # fmt: skip
 
 
+def measure_call(way: str, threads: int, layers: int) -> dict[str, float]:
+    """In this process: one call."""
+    idle = peak_gib()
+    model = made_in_place(layers)
+    net = fs.functional(model, dtype=torch.float32 if way.endswith("-32") else None)
+    loss = fs.objective(net, {"input_ids": torch.randint(0, 150_000, (1, 64))}, fs.causal_lm)
+    start = time.perf_counter()
+    value = CALLS[way](loss, net.params)
+    taken, peak = time.perf_counter() - start, peak_gib()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
+    return {
+        "parameters": net.layout.num, "weights_gib": weights, "idle_gib": idle, "peak_gib": peak, "seconds": taken,
+        "value": value, "threads": threads,
+    }  # fmt: skip
+
+
 def row(way: str, found: dict[str, float]) -> list[str]:
     a, b, one = found["forward"], found["draw"], found["per_direction"]
     return [
@@ -112,19 +159,27 @@ def row(way: str, found: dict[str, float]) -> list[str]:
     ]  # fmt: skip
 
 
+def print_table(rows: list[list[str]], headers: list[str]) -> None:
+    if rows:
+        print(tabulate(rows, headers=headers, disable_numparse=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directions", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=28, help="28 make 1.54 billion parameters")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *CALLS], default=[*WAYS, *CALLS])
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "scale.json")
-    parser.add_argument("--child", choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*WAYS, *CALLS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)
         torch.set_num_threads(args.threads)
-        print(json.dumps(measure(args.child, args.directions, args.threads, args.layers)))
+        if args.child in CALLS:
+            print(json.dumps(measure_call(args.child, args.threads, args.layers)))
+        else:
+            print(json.dumps(measure(args.child, args.directions, args.threads, args.layers)))
         return
     report = {}
     for way in args.ways:
@@ -138,7 +193,13 @@ def main() -> None:
         "way", "peak - weights (GiB)", "of it idle", "s / direction", "s / evaluation", "(a) forward, s", "(b) draw, s",
         "/ (2a + b)",
     ]  # fmt: skip
-    print(tabulate([row(way, found) for way, found in report.items()], headers=headers, disable_numparse=True))
+    print_table([row(way, found) for way, found in report.items() if way in WAYS], headers)
+    rows = [
+        [way, f"{found['peak_gib'] - found['weights_gib']:.2f}", f"{found['idle_gib']:.2f}", f"{found['seconds']:.0f}",
+         f"{found['value']:.4g}"]
+        for way, found in report.items() if way in CALLS
+    ]  # fmt: skip
+    print_table(rows, ["way", "peak - weights (GiB)", "of it idle", "seconds", "value"])
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=1))
 

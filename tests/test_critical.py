@@ -1,6 +1,7 @@
 """Critical sharpness: closed forms of parabolas, dense scans of the line, few forward passes, and every status."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,14 @@ def test_every_status():
     assert wide.status == "not narrowed"
     assert wide.interval[0] < wide.value < wide.interval[1]
     assert math.isnan(critical_sharpness(square, at).stderr)
+
+
+def test_a_crossing_that_rounding_decides_is_not_resolved():
+    result = critical_sharpness(one_number(torch.square), torch.tensor([1.0], dtype=torch.float64))
+    assert not result.unresolved
+    lost = replace(result, rounding=1.5)
+    assert "value" in lost.unresolved
+    assert "not resolved" in str(lost)
 
 
 def test_an_infinite_loss_counts_as_a_rise():

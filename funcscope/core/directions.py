@@ -78,16 +78,15 @@ class Direction:
         return stack([self])[0]
 
     def _drawn(self, leaf: Leaf) -> Iterator[Part]:
-        key, stride = fold_in(self.key, leaf.name), leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
-        slices = row_slices(leaf)
+        key, slices = fold_in(self.key, leaf.name), row_slices(leaf)
         # a device waits for the launch of its kernels where they draw one part only
         together = 1 if drawn_on(key, self.scales.device).type == "cpu" else AT_ONCE // PART
         for i in range(0, len(slices), together):
-            some = slices[i : i + together]
-            span = (some[0].start * stride, some[-1].stop * stride) if leaf.shape else (0, 1)
-            z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *span, device=self.scales.device))
-            for rows, part in zip(some, z.split([(rows.stop - rows.start) * stride for rows in some]), strict=True):
-                shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
+            each = [extent(leaf, rows) for rows in slices[i : i + together]]
+            whole = each[0][0][0], each[-1][0][1]
+            z = _never_zero(draw(key, leaf.numel, self.scales.distribution, *whole, device=self.scales.device))
+            for (span, shape), rows in zip(each, slices[i : i + together], strict=True):
+                part = z[span[0] - whole[0] : span[1] - whole[0]]
                 yield Part(rows, part.view(shape).to(self.scales.dtype))
 
     @cached_property
@@ -190,6 +189,19 @@ def row_slices(leaf: Leaf) -> list[slice]:
     return [slice(first, min(first + step, leaf.shape[0])) for first in range(0, leaf.shape[0], step)]
 
 
+def rows_of(value: Tensor, leaf: Leaf) -> Iterator[Part]:
+    """A leaf's value, some rows at a time."""
+    return (Part(rows, value[rows] if leaf.shape else value) for rows in row_slices(leaf))
+
+
+def extent(leaf: Leaf, rows: slice) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Where some rows of a leaf begin and end in the flattened leaf, and their shape."""
+    if not leaf.shape:
+        return (0, 1), ()
+    stride = leaf.numel // max(1, leaf.shape[0])
+    return (rows.start * stride, rows.stop * stride), (rows.stop - rows.start, *leaf.shape[1:])
+
+
 def joined(parts: Iterable[Part]) -> Tensor:
     """The leaf that the parts make up."""
     values = [part.values for part in parts]
@@ -233,7 +245,7 @@ def _filter_norms(z: Tensor, within: tuple[int, ...]) -> Tensor:
 
 def _cut(value: Tensor, leaf: Leaf) -> Iterator[Tensor]:
     """A leaf's value in the parts that it is drawn in: norms are sums over these, in this order, wherever it comes from."""
-    return ((value[rows] if leaf.shape else value) for rows in row_slices(leaf))
+    return (part.values for part in rows_of(value, leaf))
 
 
 def _group_norms(scales: Scales, parts: Callable[[Leaf], Iterable[Tensor]]) -> dict[str, float]:

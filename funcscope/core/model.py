@@ -26,7 +26,7 @@ from .masks import with_float_mask
 from .positions import check_positions
 from .readout import Body, Head, head_of
 from .skeleton import TrueDerivatives, make_skeleton
-from .substitute import LeafFn, Substitute
+from .substitute import LeafFn, RowsFn, Substitute
 
 Attention = Literal["auto", "blocks", "eager", "math", "keep"]
 
@@ -176,17 +176,20 @@ class Functional:
     def _named(self, inputs: Inputs) -> AbstractContextManager[None]:
         return named_errors(inputs, set(self._dtypes.values()))
 
-    def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
+    def apply_leaves(self, leaf: LeafFn, inputs: Inputs, rows: RowsFn | None = None) -> Tensor:
         """The output with each parameter replaced by `leaf(name, value)` at the moment it is used.
 
         No second set of weights exists at any time: the memory is that of the largest leaf. A tied parameter is made
         once per call. Bit for bit equal to `apply` with a dict of the same values.
 
+        rows: the same some rows at a time, `RowsFn`. Large matrices (`substitute.LARGE`) that a linear layer or an embedding
+        uses are then made so, once for each use, and never exist as a whole; the output is equal to rounding.
+
         Raises ValueError where a parameter belongs to a scripted module, which takes no other value in its place.
         """
         args, kwargs = arguments(self.prepare(inputs))
         fused = self.attention == "keep"
-        substitute = Substitute(self._running, self.params, self.frozen, self._dtypes, leaf, fused=fused)
+        substitute = Substitute(self._running, self.params, self.frozen, self._dtypes, leaf, rows, fused=fused)
         with self._named(inputs), substitute:
             return self._output(self._running(*args, **kwargs))
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,13 +17,14 @@ from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
-from .model import Functional, Inputs, LeafFn
+from .model import Functional, Inputs, LeafFn, RowsFn
 from .progress import tick
 from .purity import check_function, why_not_mapped
 from .substitute import NOT_LEAF_BY_LEAF
 from .tables import counted
 
 Theta = Tensor | Params
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,16 +54,28 @@ class Loss:
 
     def at_leaves(self, leaf: LeafFn) -> Float[Tensor, ""]:
         """The loss with each parameter replaced by `leaf(name, value)` when it is used; see `Functional.apply_leaves`."""
+        return _ratio(self._parts_at_leaves(leaf))
+
+    def terms_at_leaves(self, leaf: LeafFn, rows: RowsFn) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """`terms` where `at_leaves` has the loss, large matrices some rows at a time."""
+        sums, weights = zip(*self._parts_at_leaves(leaf, rows), strict=True)
+        return torch.cat(sums), torch.cat(weights)
+
+    def _parts_at_leaves(self, leaf: LeafFn, rows: RowsFn | None = None) -> list[tuple[Tensor, Tensor]]:
         used = set()
 
-        def asked(name: str, value: Tensor) -> Tensor:
-            used.add(name)
-            return leaf(name, value)
+        def asked(function: Callable[[str, Tensor], T]) -> Callable[[str, Tensor], T]:
+            def call(name: str, value: Tensor) -> T:
+                used.add(name)
+                return function(name, value)
 
-        mean = self._mean(lambda inputs: self.net.apply_leaves(asked, inputs))
+            return call
+
+        by_rows = None if rows is None else asked(rows)
+        parts = self._parts(lambda inputs: self.net.apply_leaves(asked(leaf), inputs, by_rows))
         if unused := set(self.layout.names) - used - self._verdicts:
             self._check_unused(unused)
-        return mean
+        return parts
 
     def check_function(self) -> None:
         """Raises where the loss is no function of theta, before its first use by an operator or a metric."""
@@ -103,8 +116,7 @@ class Loss:
         The loss is the ratio of their totals.
         """
         params = self.params(theta)
-        parts = [self.scored(lambda inputs: self.net.apply(params, inputs), *batch) for batch in self.batches]
-        sums, weights = zip(*parts, strict=True)
+        sums, weights = zip(*self._parts(lambda inputs: self.net.apply(params, inputs)), strict=True)
         return torch.cat(sums), torch.cat(weights)
 
     def params(self, theta: Theta) -> Params:
@@ -117,7 +129,7 @@ class Loss:
         Raises TypeError or ValueError for what is no point of this loss, by `name`, and where the loss is no function of
         theta; `Loss.vector(loss, theta)` where `loss` may be anything.
         """
-        _check_shapes(self, theta, name)
+        check_shapes(self, theta, name)
         dtype = torch.promote_types(theta.dtype if isinstance(theta, Tensor) else self.layout.dtype, torch.float32)
         return (theta.to(dtype) if isinstance(theta, Tensor) else self.layout.ravel(theta, dtype)).detach()
 
@@ -127,14 +139,14 @@ class Loss:
 
     def wide_leaves(self, theta: Theta, name: str = "theta") -> Params:
         """`leaves` as constants in float32 at least, in the order of the layout; raises as `vector` does."""
-        _check_shapes(self, theta, name)
+        check_shapes(self, theta, name)
         leaves = self.leaves(theta)
         each = {key: leaves[key].detach() for key in self.layout.names}
         return {key: value.to(torch.promote_types(value.dtype, torch.float32)) for key, value in each.items()}
 
     def baseline(self, theta: Theta) -> float:
         """The loss at theta, from which others are subtracted. Raises ValueError where it is not finite."""
-        _check_shapes(self, theta)
+        check_shapes(self, theta)
         with torch.no_grad():
             value = float(self(theta))
         if not math.isfinite(value):
@@ -162,9 +174,10 @@ class Loss:
         return tensors(self.batches)
 
     def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        parts = [self.scored(outputs, *batch) for batch in self.batches]
-        total = torch.stack([sums.sum() for sums, _ in parts]).sum()
-        return total / torch.stack([weights.sum() for _, weights in parts]).sum()
+        return _ratio(self._parts(outputs))
+
+    def _parts(self, outputs: Callable[[Inputs], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [self.scored(outputs, *batch) for batch in self.batches]
 
     def over_ranks(self, x: float) -> float:
         """The sum of a number over all that have a part of the data: of one, itself."""
@@ -230,13 +243,18 @@ def check_point(loss: Any, theta: Any, name: str = "theta") -> None:
     loss.check_function()
 
 
-def _check_shapes(loss: Any, theta: Any, name: str = "theta") -> None:
+def check_shapes(loss: Any, theta: Any, name: str = "theta") -> None:
     """`check_point`, and theta has the length, or the names and shapes, of the layout."""
     check_point(loss, theta, name)
     if isinstance(theta, Tensor):
         check_flat(name, theta, loss.layout.num)
     else:
         check_params(theta, loss.layout.shapes, name)
+
+
+def _ratio(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.stack([sums.sum() for sums, _ in parts]).sum()
+    return total / torch.stack([weights.sum() for _, weights in parts]).sum()
 
 
 def per_sequence(x: Tensor) -> Tensor:

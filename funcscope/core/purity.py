@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +13,11 @@ from torch.func import grad, vmap
 
 from .batches import Filled, tensors
 from .criterion import Criterion
+from .directions import Part, rows_of
 from .forward import WRITES, is_unmapped
 from .model import Functional
 from .softmax import Labels, check_classes
-from .substitute import LeafFn, immovable
+from .substitute import immovable
 
 if TYPE_CHECKING:
     from .objective import Loss
@@ -40,10 +43,10 @@ def check_function(loss: Loss) -> None:
     fresh = replace(net, buffers={name: value.clone() for name, value in net.buffers.items()})
     versions = {name: value._version for name, value in net.buffers.items() if not value.is_inference()}
     with torch.no_grad(), torch.random.fork_rng(devices=[net.device] if net.device.type == "cuda" else []):
-        out = _output(net, _moved(-0.01), inputs)
+        out = _output(net, -0.01, inputs)
         _check_labels(loss, out)
-        other = criterion.scored(_output(net, _moved(0.01), inputs), targets)
-        alone = criterion.scored(_output(fresh, _moved(0.01), inputs), targets)
+        other = criterion.scored(_output(net, 0.01, inputs), targets)
+        alone = criterion.scored(_output(fresh, 0.01, inputs), targets)
         _check_same(other[0] * other[1], alone[0] * alone[1], net.unit_roundoff)
         for name, version in versions.items():
             if net.buffers[name]._version != version:
@@ -78,22 +81,26 @@ def _smallest(loss: Loss) -> tuple[Any, Any]:
     return min(loss.batches, key=lambda pair: sum(x.numel() for x in tensors(pair)))
 
 
-def _output(net: Functional, leaf: LeafFn, inputs: Any) -> Tensor:
+def _output(net: Functional, step: float, inputs: Any) -> Tensor:
+    def leaf(_: str, value: Tensor) -> Tensor:
+        return _moved(value, value, step)
+
     if net.layout.num > DENSE_UP_TO and immovable(net._skeleton, net.params) is None:
-        return net.apply_leaves(leaf, inputs)
+        return net.apply_leaves(leaf, inputs, partial(_moved_rows, net, step))
     return net.apply({name: leaf(name, value) for name, value in net.params.items()}, inputs)
 
 
-def _moved(step: float) -> LeafFn:
+def _moved(value: Tensor, mirror: Tensor, step: float) -> Tensor:
     """A small part of itself in another order is added to a leaf; a leaf of zeros becomes one of small numbers."""
+    if not bool(value.any()):
+        return value + step
+    other = mirror.flip(0) if value.ndim else value.clone()
+    return other.mul_(step).add_(value)  # in one new tensor: leaves may be large
 
-    def leaf(_: str, value: Tensor) -> Tensor:
-        if not bool(value.any()):
-            return value + step
-        other = value.flip(0) if value.ndim else value.clone()
-        return other.mul_(step).add_(value)  # in one new tensor: leaves may be large
 
-    return leaf
+def _moved_rows(net: Functional, step: float, name: str, value: Tensor) -> Iterator[Part]:
+    for rows, part in rows_of(value, net.layout.by_name[name]):
+        yield Part(rows, _moved(part, value[len(value) - rows.stop : len(value) - rows.start], step))
 
 
 def _check_same(other: Tensor, alone: Tensor, roundoff: float) -> None:
@@ -131,7 +138,7 @@ def _check_filled(loss: Loss) -> None:
     criterion = loss.criterion
     for inputs, targets in loss.batches:
         with torch.no_grad():
-            out = _output(loss.net, _moved(0.01), inputs)
+            out = _output(loss.net, 0.01, inputs)
             plain, weight = criterion.token_loss.token_loss(out, targets)  # type: ignore[attr-defined]
             losses = criterion.scored(out, targets)[0]
         if not torch.equal(plain[weight != 0], losses[weight != 0]):

@@ -30,6 +30,14 @@ class Leaves(Protocol):
     def parts(self, name: str) -> Iterator[Part]: ...
 
 
+@runtime_checkable
+class LeafDirection(Leaves, Protocol):
+    """The same, of known length."""
+
+    @property
+    def norm(self) -> float: ...
+
+
 def restrict(
     loss: Loss,
     base: Theta,
@@ -135,11 +143,7 @@ def moved_leaf(
 ) -> Tensor:
     """value + sum of step * direction in `dtype`, computed in the directions' own, a few rows at a time."""
     out = None
-    for parts in zip(*dirs, strict=True):
-        rows = parts[0].rows
-        moved = value[rows] if value.ndim else value
-        for step, part in zip(steps, parts, strict=True):
-            moved = _stepped(moved, step, part.values)
+    for rows, moved in moved_rows(value, steps, dirs):
         if moved.shape == value.shape:
             return moved.to(dtype)
         if out is None:
@@ -147,6 +151,16 @@ def moved_leaf(
         out[rows] = moved
     assert out is not None
     return out
+
+
+def moved_rows(value: Tensor, steps: Sequence[Tensor | float | int], dirs: Sequence[Iterator[Part]]) -> Iterator[Part]:
+    """value + sum of step * direction, some rows at a time, in the directions' dtype."""
+    for parts in zip(*dirs, strict=True):
+        rows = parts[0].rows
+        moved = value[rows] if value.ndim else value
+        for step, part in zip(steps, parts, strict=True):
+            moved = _stepped(moved, step, part.values)
+        yield Part(rows, moved)
 
 
 def _stepped(value: Tensor, step: Tensor | float | int, part: Tensor) -> Tensor:

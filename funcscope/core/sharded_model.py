@@ -22,7 +22,7 @@ from .layout import Params
 from .model import Functional, Head, functional
 from .processes import Processes
 from .shares import Rows, Shares
-from .substitute import LeafFn, immovable, uses_of
+from .substitute import LeafFn, RowsFn, immovable, uses_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +78,7 @@ class ShardedFunctional(Functional):
         with self._named(inputs), Gathering(self._plan, self._values(params)):
             return self._output(self._running(*args, **kwargs))
 
-    def apply_leaves(self, leaf: LeafFn, inputs: Inputs) -> Tensor:
+    def apply_leaves(self, leaf: LeafFn, inputs: Inputs, rows: RowsFn | None = None) -> Tensor:
         return self.apply({name: leaf(name, value) for name, value in self.params.items()}, inputs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from .primitives import replaced
 
 LeafFn = Callable[[str, Tensor], Tensor]
 """(name, value) -> what takes the parameter's place."""
+
+RowsFn = Callable[[str, Tensor], Iterator[tuple[slice, Tensor]]]
+"""(name, value) -> the same, some rows at a time: (rows, `leaf(name, value)[rows]`), in their order."""
+
+LARGE = 2**24
+"""Matrices with as many numbers never exist as a whole where there are rows of them: those of large vocabularies."""
 
 
 NOT_LEAF_BY_LEAF = (
@@ -43,6 +49,7 @@ class Substitute(TorchFunctionMode):
         frozen: Params,
         dtypes: Mapping[str, torch.dtype],
         leaf: LeafFn,
+        rows: RowsFn | None = None,
         *,
         fused: bool,
     ):
@@ -53,6 +60,7 @@ class Substitute(TorchFunctionMode):
         self.tied = {name for name, count in uses_of(skeleton).items() if count > 1}
         self.params, self.base, self.dtypes, self.leaf = params, {**params, **frozen}, dtypes, leaf
         self.replaced = replaced if not fused else lambda func: func
+        self.rows = rows
         self.made: dict[str, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
@@ -64,6 +72,16 @@ class Substitute(TorchFunctionMode):
         if name in self.tied:
             self.made[name] = made
         return made
+
+    def parts(self, x: Any) -> Iterator[tuple[slice, Tensor]] | None:
+        """A large matrix of theta, some rows at a time; None for what is made as a whole."""
+        name = self.names.get(id(x))
+        if self.rows is None or name is None or name not in self.params or name in self.made:
+            return None
+        base, dtype = self.base[name], self.dtypes[name]
+        if base.ndim != 2 or base.numel() < LARGE:
+            return None
+        return ((rows, value.to(dtype)) for rows, value in self.rows(name, base))
 
     def dtype_of(self, x: Any) -> torch.dtype | None:
         return None if (name := self.names.get(id(x))) is None else self.dtypes[name]
@@ -81,6 +99,10 @@ class Substitute(TorchFunctionMode):
             out = func(*self.swap(args, self.base.__getitem__), **(kwargs or {}))
             if not isinstance(out, Tensor):
                 return out
+        if func in (F.linear, F.embedding) and len(args) > 1 and (parts := self.parts(args[1])) is not None:
+            rest = self.swap((args[0], *args[2:]), self.value)
+            options = {key: self.swap(x, self.value) for key, x in (kwargs or {}).items()}
+            return (_linear_of if func is F.linear else _embedding_of)(parts, *rest, **options)
         func, args = self.replaced(func), self.swap(args, self.value)
         if func is F.embedding:
             func = embedding_of
@@ -90,6 +112,31 @@ class Substitute(TorchFunctionMode):
 def embedding_of(input, weight, padding_idx=None, max_norm=None, *rest: Any, **options: Any) -> Tensor:
     """Rows of the weight: `vmap` over weights would copy them all to look up a few."""
     return weight[input] if max_norm is None else F.embedding(input, weight, padding_idx, max_norm, *rest, **options)
+
+
+def _linear_of(parts: Iterable[tuple[slice, Tensor]], input: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with a weight that exists some rows at a time."""
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))  # where gradients of the parts add up
+
+    def part(rows: slice, w: Tensor) -> Tensor:
+        return F.linear(wide.to(input.dtype), w, None if bias is None else bias[rows])
+
+    return torch.cat([part(rows, w) for rows, w in parts], -1)
+
+
+def _embedding_of(
+    parts: Iterable[tuple[slice, Tensor]], input: Tensor, padding_idx=None, max_norm=None, *rest: Any, **options: Any
+) -> Tensor:
+    """`F.embedding` with a weight that exists some rows at a time."""
+    if max_norm is not None:
+        return F.embedding(input, torch.cat([w for _, w in parts]), padding_idx, max_norm, *rest, **options)
+    ids, order = input.reshape(-1).sort()
+    chosen = []
+    for rows, w in parts:
+        first, last = (int(torch.searchsorted(ids, end)) for end in (rows.start, rows.stop))
+        if first < last:
+            chosen.append(w[ids[first:last] - rows.start])
+    return torch.cat(chosen)[order.argsort()].view(*input.shape, -1)
 
 
 def uses_of(model: nn.Module) -> Counter[str]:

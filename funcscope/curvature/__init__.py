@@ -22,6 +22,7 @@ from .rows import gradient_chunks, micro_batches, per_sample_gradients
 from .sequence_forms import SequenceForms, TraceErrors, sequence_forms, trace_errors
 from .shards import sharded, sharded_gram
 from .sharpness_comparison import Eigenvalue, SharpnessComparison, compare_sharpness
+from .stored_gradient import StoredGradient, stored_gradient
 from .summary import block_slices, hessian_block_eigenvalues, hessian_block_traces, hessian_summary
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SamSharpness",
     "SequenceForms",
     "SharpnessComparison",
+    "StoredGradient",
     "TraceErrors",
     "Way",
     "asam_sharpness",
@@ -89,5 +91,6 @@ __all__ = [
     "sharded",
     "sharded_gram",
     "stability_threshold",
+    "stored_gradient",
     "trace_errors",
 ]

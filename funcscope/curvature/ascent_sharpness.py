@@ -15,16 +15,11 @@ from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.standard_errors import ratio_interval, ratio_stderr
 from ..core.tables import counted
-from ..core.vectors import Leaves, inner, moved, norm
-from .leafwise import (
-    Terms,
-    ascent_length,
-    curvature_along,
-    gradient_at,
-    realised_norm,
-    rounding_of_difference,
-    terms_at,
-)
+from ..core.vectors import moved, norm
+from .leaf_lines import LeafLine
+from .leafwise import Terms, ascent_length, gradient_at
+from .lines import Line
+from .stored_gradient import StoredGradient, gradient_line
 
 Scale = Literal["elementwise", "filter"]
 
@@ -142,6 +137,7 @@ def sam_sharpness(
     stride: float | None = None,
     norm_threshold: float = 1e-6,
     curvature: bool = True,
+    gradient: StoredGradient | None = None,
 ) -> SamSharpness:
     r"""How far the loss rises in a step of length epsilon up its gradient, and how much of that is slope.
 
@@ -160,6 +156,8 @@ def sam_sharpness(
     along the border towards the maximum. The parts are those of one step.
     norm_threshold: below it (absolute, nats per unit of theta) a gradient counts as 0, with 0 only 0 itself.
     curvature: False leaves out $\hat g^\top H \hat g$ (some 10 forwards): `curvature`, `second_order`, `remainder` are nan.
+    gradient: that of this loss at this theta in a file, for models that fill the memory (`stored_gradient`): all is measured
+    with points that exist a leaf at a time. For `steps` of 1.
 
     The data are the whole population that is spoken of, or else: the gradient of n sequences is longer than that of all
     (by their noise), and the step fits them, so that S is biased upwards; the standard error holds the step fixed and does
@@ -184,17 +182,18 @@ def sam_sharpness(
         check_positive("stride", stride)
     if norm_threshold != 0:
         check_positive("norm_threshold", norm_threshold)
-    at = Loss.wide_leaves(loss, theta)
-    radius = epsilon * norm(at) if adaptive_epsilon else epsilon
+    if gradient is not None and (steps > 1 or stride is not None):
+        raise ValueError("`gradient` has a single step to give: leave `steps` at 1 and `stride` out.")
+    line, terms = gradient_line(loss, theta, gradient)
+    radius = epsilon * line.base_norm if adaptive_epsilon else epsilon
     if radius == 0:
         raise ValueError("`adaptive_epsilon` is relative to the norm of theta, which is 0: pass an absolute `epsilon`.")
-    gradient, terms = gradient_at(loss, at)
-    first = step = _times(gradient, radius / ascent_length(gradient, norm_threshold))
+    first = step = line.times(radius / ascent_length(line.norm, norm_threshold))
     taken = 1
-    if steps > 1 or stride is not None:
+    if isinstance(line, Line) and (steps > 1 or stride is not None):
         share = 1 / steps if stride is None else stride
-        step, taken = _ascent(loss, at, gradient, radius, steps, share, norm_threshold)
-    return _measured(loss, at, gradient, terms, first, step, curvature, radius, adaptive_epsilon, steps, taken)
+        step, taken = _ascent(line, radius, steps, share, norm_threshold)
+    return _measured(line, terms, first, step, curvature, radius, adaptive_epsilon, steps, taken)
 
 
 def asam_sharpness(
@@ -240,21 +239,19 @@ def asam_sharpness(
     gradient, terms = gradient_at(loss, at)
     units = {leaf.name: _unit(leaf, at[leaf.name], scale) + eta for leaf in loss.layout.leaves}
     stretched = {k: units[k] * g for k, g in gradient.items()}
-    length = ascent_length(stretched, norm_threshold)
-    step = {k: units[k] * x * (rho / length) for k, x in stretched.items()}
-    return _measured(loss, at, gradient, terms, step, step, curvature, rho, adaptive_epsilon=True, steps=1, taken=1)
+    length = ascent_length(norm(stretched), norm_threshold)
+    step = Line(loss, at, {k: units[k] * x * (rho / length) for k, x in stretched.items()})
+    line = Line(loss, at, gradient)
+    return _measured(line, terms, step, step, curvature, rho, adaptive_epsilon=True, steps=1, taken=1)
 
 
 def _measured(
-    loss: Loss, at: Leaves, gradient: Leaves, terms: Terms, first: Leaves, step: Leaves, curvature: bool,
+    gradient: Line | LeafLine, terms: Terms, first: Line | LeafLine, step: Line | LeafLine, curvature: bool,
     epsilon: float, adaptive_epsilon: bool, steps: int, taken: int,
 ) -> SamSharpness:  # fmt: skip
     """The rise in `step`, beside the first two orders of the one-step displacement `first`."""
-    there = moved(at, step)
-    after = terms_at(loss, there)
-    scored, length = terms.weights != 0, norm(first)
-    unit = _times(first, 1 / length)
-    bent = curvature_along(loss, at, unit, float(terms.weights.sum())) if curvature else math.nan
+    after, length, scored = step.terms(), first.norm, terms.weights != 0
+    bent = first.curvature(float(terms.weights.sum())) if curvature else math.nan
     return SamSharpness(
         loss=terms.mean,
         sums=terms.sums[scored],
@@ -264,30 +261,29 @@ def _measured(
         adaptive_epsilon=adaptive_epsilon,
         steps=steps,
         steps_taken=taken,
-        displacement=realised_norm(loss, at, there),
-        gradient_norm=norm(gradient),
-        first_order=inner(gradient, first),
+        displacement=step.displacement(),
+        gradient_norm=gradient.norm,
+        first_order=gradient.inner(first),
         curvature=bent,
         second_order=length**2 / 2 * bent,
-        rounding=rounding_of_difference(loss, at, gradient, max(abs(terms.mean), abs(after.mean))),
+        rounding=gradient.rounding(max(abs(terms.mean), abs(after.mean))),
         num_forwards=1,
         num_gradients=min(taken + 1, steps),
     )
 
 
-def _ascent(
-    loss: Loss, at: Leaves, gradient: Leaves, radius: float, steps: int, share: float, norm_threshold: float
-) -> tuple[Leaves, int]:
+def _ascent(gradient: Line, radius: float, steps: int, share: float, norm_threshold: float) -> tuple[Line, int]:
     """The displacement after normalised gradient steps of length share * radius, projected on the ball."""
-    step = _times(gradient, min(share, 1.0) * radius / norm(gradient))
+    loss, at = gradient.loss, gradient.at
+    step = gradient.times(min(share, 1.0) * radius / gradient.norm)
     for taken in range(1, steps):
-        uphill, _ = gradient_at(loss, moved(at, step))
+        uphill, _ = gradient_at(loss, moved(at, step.v))
         length = norm(uphill)
         if length == 0 or length < norm_threshold:
             return step, taken
-        step = {k: x + uphill[k] * (share * radius / length) for k, x in step.items()}
-        if (size := norm(step)) > radius:
-            step = _times(step, radius / size)
+        step = Line(loss, at, {k: x + uphill[k] * (share * radius / length) for k, x in step.v.items()})
+        if step.norm > radius:
+            step = step.times(radius / step.norm)
     return step, steps
 
 
@@ -296,7 +292,3 @@ def _unit(leaf: Leaf, value: Tensor, scale: Scale) -> Tensor:
     if scale == "elementwise" or leaf.filter_dim is None:
         return value.abs()
     return value.square().sum(leaf.within_filter, keepdim=True).sqrt()
-
-
-def _times(step: Leaves, factor: float) -> Leaves:
-    return {k: x * factor for k, x in step.items()}

@@ -9,13 +9,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
-from ..core.objective import Loss, Theta
+from ..core.objective import Loss, Theta, check_shapes
+from ..core.restrict import LeafDirection
 from ..core.result import Result, quantity
 from ..core.standard_errors import ratio_stderr
 from ..core.tables import counted
-from ..core.vectors import Leaves, inner, moved, norm
 from .crossing import bracket, doubling
-from .leafwise import Terms, gradient_at, slope_along, terms_at
+from .leaf_lines import LeafLine
+from .leafwise import Terms, gradient_at
+from .lines import Line
+from .stored_gradient import StoredGradient, gradient_line
 
 Search = Literal["interpolate", "double"]
 SEARCHES = {"interpolate": bracket, "double": doubling}
@@ -51,6 +54,11 @@ class CriticalSharpness(Result):
         return f"critical sharpness: {self.status}, {counted(self.num_forwards, 'forward pass', 'forward passes')}"
 
     @property
+    def unresolved(self) -> list[str]:
+        """Where rounding may be all of the fall that is expected, it decides where the loss rises."""
+        return ["value", "interval", "learning_rate", "learning_rate_interval"] if self.rounding >= 1 else []
+
+    @property
     def coords(self) -> dict[str, list[str]]:
         return {"bound": ["low", "high"]}
 
@@ -58,7 +66,7 @@ class CriticalSharpness(Result):
 def critical_sharpness(
     loss: Loss,
     theta: Theta,
-    direction: Theta | None = None,
+    direction: Theta | LeafDirection | None = None,
     *,
     start: float | None = None,
     tolerance: float = 0.05,
@@ -74,9 +82,11 @@ def critical_sharpness(
     squared parts: at most the largest eigenvalue, and equal to it where g is its eigenvector.
 
     direction: the update u that a learning rate would multiply (theta becomes theta - eta u): the gradient by default; a
-    flat vector or a dict, Adam's update for example. start: the first learning rate that is tried; by default the smaller of
-    $L / g^\top u$, where the tangent of the loss reaches 0, and a step of 1 % of $\|\theta\|$. tolerance: the interval
-    ends at a ratio of 1 + tolerance. max_forwards: passes after which the search ends whatever is known.
+    flat vector or a dict, Adam's update for example; or one that exists a leaf at a time, with points that do so, too, for
+    models that fill the memory: `stored_gradient`, one of `directions`. start: the first learning rate that is tried; by
+    default the smaller of $L / g^\top u$, where the tangent of the loss reaches 0, and a step of 1 % of $\|\theta\|$.
+    tolerance: the interval ends at a ratio of 1 + tolerance. max_forwards: passes after which the search ends whatever is
+    known.
 
     search: `interpolate` by parabolas and secants; `double` by factors of two and then middles in log space, Kalra's way,
     which costs 5 or 6 passes where `start` is within a factor of four and `tolerance` is 0.41 (`crossing.doubling`), as the
@@ -106,19 +116,18 @@ def critical_sharpness(
     >>> round(result.value, 3), [round(end, 3) for end in result.interval]
     (2.0, [1.956, 2.044])
     """
-    if direction is not None:
-        how: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards, "search": search}
-        return relative_critical_sharpness(loss, loss, theta, direction, **how)
-    at = Loss.wide_leaves(loss, theta)
-    update, terms = gradient_at(loss, at)
-    return _searched(loss, at, update, inner(update, update), terms, start, tolerance, max_forwards, search)
+    how: Any = {"start": start, "tolerance": tolerance, "max_forwards": max_forwards, "search": search}
+    if direction is None or (isinstance(direction, StoredGradient) and direction.is_of(loss, theta)):
+        line, terms = gradient_line(loss, theta, direction)
+        return _searched(line, line.inner(line), terms, **how)
+    return relative_critical_sharpness(loss, loss, theta, direction, **how)
 
 
 def relative_critical_sharpness(
     loss_1: Loss,
     loss_2: Loss,
     theta: Theta,
-    direction: Theta | None = None,
+    direction: Theta | LeafDirection | None = None,
     *,
     start: float | None = None,
     tolerance: float = 0.05,
@@ -146,32 +155,40 @@ def relative_critical_sharpness(
     """
     if loss_1.layout.shapes != loss_2.layout.shapes:
         raise ValueError("`loss_1` and `loss_2` must be losses of the same parameters; their names or shapes differ.")
-    at = Loss.wide_leaves(loss_2, theta)
-    update = gradient_at(loss_1, at)[0] if direction is None else loss_1.wide_leaves(direction, "direction")
-    terms = terms_at(loss_2, at)
-    slope = slope_along(loss_2, at, update, float(terms.weights.sum()))
+    line = _line(loss_1, loss_2, theta, direction)
+    terms = line.terms(0.0)
+    slope = line.slope(float(terms.weights.sum()))
     if not math.isfinite(terms.mean) or not math.isfinite(slope):
         raise ValueError(
             f"the loss at theta is {terms.mean} and its slope along the update {slope}: both must be finite. Check the "
             "weights, the batch and the update."
         )
-    result = _searched(loss_2, at, update, slope, terms, start, tolerance, max_forwards - 1, search)
+    result = _searched(line, slope, terms, start, tolerance, max_forwards - 1, search)
     return replace(result, num_forwards=result.num_forwards + 1)
 
 
+def _line(loss_1: Loss, loss_2: Loss, theta: Theta, direction: Theta | LeafDirection | None) -> Line | LeafLine:
+    """The line of loss 2 along an update, or along the gradient of loss 1."""
+    if isinstance(direction, LeafDirection):
+        check_shapes(loss_2, theta)
+        return LeafLine(loss_2, loss_2.leaves(theta), direction)
+    at = Loss.wide_leaves(loss_2, theta)
+    return Line(
+        loss_2, at, gradient_at(loss_1, at)[0] if direction is None else loss_1.wide_leaves(direction, "direction")
+    )
+
+
 def _searched(
-    loss: Loss,
-    at: Leaves,
-    update: Leaves,
+    line: Line | LeafLine,
     slope: float,
     terms: Terms,
     start: float | None,
     tolerance: float,
-    most: int,
+    max_forwards: int,
     search: Search,
 ) -> CriticalSharpness:
     """The search from known terms at theta, and what its bracket says."""
-    _check_search(search, tolerance, most, start)
+    _check_search(search, tolerance, max_forwards, start)
     nan = math.nan
     status: Status = "ascent direction" if slope < 0 else "flat direction"
     open_ = CriticalSharpness(nan, (nan, nan), nan, status, nan, (nan, nan), slope, terms.mean, nan, 0)
@@ -180,11 +197,11 @@ def _searched(
     rises: dict[float, Tensor] = {}
 
     def rise(eta: float) -> float:
-        rises[eta] = terms_at(loss, moved(at, update, -eta)).sums - terms.sums
+        rises[eta] = line.terms(-eta).sums - terms.sums
         return float(rises[eta].sum() / terms.weights.sum())
 
-    first = _start(at, update, slope, terms.mean) if start is None else start
-    ends = SEARCHES[search](rise, slope, first, ratio=1 + tolerance, max_trials=most)
+    first = _start(line, slope, terms.mean) if start is None else start
+    ends = SEARCHES[search](rise, slope, first, ratio=1 + tolerance, max_trials=max_forwards)
     (low, rate_low), (high, rate_high), eta = ends.low, ends.high, ends.crossing if ends.closed else nan
     if not ends.closed:
         status = "never rises" if low else "always rises"
@@ -200,7 +217,7 @@ def _searched(
         learning_rate_interval=(low, high),
         slope=slope,
         loss=terms.mean,
-        rounding=2 * loss.net.unit_roundoff * abs(terms.mean) / (slope * eta),
+        rounding=2 * line.loss.net.unit_roundoff * abs(terms.mean) / (slope * eta),
         num_forwards=ends.num,
     )
 
@@ -213,7 +230,7 @@ def _check_search(search: Search, tolerance: float, most: int, start: float | No
         check_positive("start", start)
 
 
-def _start(at: Leaves, update: Leaves, slope: float, level: float) -> float:
+def _start(line: Line | LeafLine, slope: float, level: float) -> float:
     """The smaller of two: where the tangent of the loss reaches 0, and a step of a hundredth of theta's norm."""
-    steps = [level / slope, 0.01 * norm(at) / norm(update)]
+    steps = [level / slope, 0.01 * line.base_norm / line.norm]
     return min((step for step in steps if 0 < step < math.inf), default=1.0)

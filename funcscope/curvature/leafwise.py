@@ -43,7 +43,7 @@ def gradient_at(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Terms]:
     Raises ValueError where the loss or an entry of the gradient is not finite.
     """
     total, terms = summed_gradient(loss, leaves)
-    _check_finite(total, terms.mean)
+    check_finite(sum(int((~x.isfinite()).sum()) for x in total.values()), terms.mean)
     weight = float(terms.weights.sum())
     return {k: v.div_(weight) for k, v in total.items()}, terms
 
@@ -52,7 +52,7 @@ def summed_gradient(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Term
     """The gradient of the weighted sum of all token losses, finite or not, and the terms of the same pass."""
     total: dict[str, Tensor] = {}
     parts = []
-    for one in _one_by_one(loss):
+    for one in one_by_one(loss):
 
         def summed(at: Leaves, one: Loss = one) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             terms = one.terms(at)
@@ -65,9 +65,8 @@ def summed_gradient(loss: Loss, leaves: Leaves) -> tuple[dict[str, Tensor], Term
     return total, Terms(*(torch.cat(each).detach().cpu().double() for each in zip(*parts, strict=True)))
 
 
-def ascent_length(gradient: Leaves, norm_threshold: float) -> float:
-    """The gradient's norm; raises ValueError where there is no direction to climb in."""
-    length = norm(gradient)
+def ascent_length(length: float, norm_threshold: float) -> float:
+    """A gradient's norm; raises ValueError where there is no direction to climb in."""
     if length == 0 or length < norm_threshold:
         raise ValueError(
             f"the gradient's norm is {length:.3g}, below `norm_threshold={norm_threshold:g}` (absolute, in nats per unit of "
@@ -88,7 +87,7 @@ def curvature_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> flo
             '`attention="eager"`, or pass `curvature=False`.'
         )
     total = 0.0
-    for one in _one_by_one(loss):
+    for one in one_by_one(loss):
         along = {k: v[k].to(x.dtype) for k, x in leaves.items()}
         total += inner(kept_gradient(lambda at, one=one: one.terms(at)[0].sum(), dict(leaves))(along), along)
     return total / weight
@@ -107,7 +106,7 @@ def slope_along(loss: Loss, leaves: Leaves, v: Leaves, weight: float) -> float:
 
         return float(jvp(line, (some.new_zeros(()),), (some.new_ones(()),))[1])
 
-    return sum(map(along, _one_by_one(loss))) / weight
+    return sum(map(along, one_by_one(loss))) / weight
 
 
 def realised_norm(loss: Loss, leaves: Leaves, at: Leaves) -> float:
@@ -131,16 +130,17 @@ def rounding_of_difference(loss: Loss, leaves: Leaves, gradient: Leaves, level: 
     return total
 
 
-def _one_by_one(loss: Loss) -> Iterator[Loss]:
+def one_by_one(loss: Loss) -> Iterator[Loss]:
+    """The loss of each batch."""
     return (replace(loss, batches=(batch,)) for batch in loss.batches)
 
 
-def _check_finite(gradient: Leaves, level: float) -> None:
+def check_finite(bad: int, level: float) -> None:
+    """Raises ValueError for a loss that is not finite, and for so many bad entries of its gradient."""
     if not math.isfinite(level):
         raise ValueError(
             f"the loss at theta is {level}: there is no sharpness around it. Check the weights and the batch."
         )
-    bad = sum(int((~x.isfinite()).sum()) for x in gradient.values())
     if bad:
         raise ValueError(
             f"the gradient at theta has {bad} entries that are not finite: compute in a wider dtype (`dtype` of "

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 
 from ..core.checks import check_choice, check_count
-from ..core.directions import Part, row_slices
+from ..core.directions import Part, extent, row_slices
 from ..core.keys import Key, check_key, draw, fold_in
 from ..core.layout import Layout
 from ..core.objective import Loss, Theta, per_sequence
-from ..core.restrict import moved_leaf
 from ..core.tables import counted
 from .hessian import Matrix
+from .leaf_lines import BatchLine, second_derivatives
 from .outputs import hessian_of
 from .pullbacks import ONE_AT_A_TIME, named_if_missing
 from .sequence_forms import SequenceForms, TraceErrors
@@ -30,8 +30,8 @@ def leafwise_trace(loss: Loss, theta: Theta, *, key: Key, num: int = 8, matrix: 
 
     $L_i$ the summed token losses of sequence i, $z_j$ random signs, drawn from `fold_in(key, j)` a few rows of a leaf at a
     time while the model runs. Forward mode over forward mode keeps no graph, and one `jvp` gives the Gauss-Newton form:
-    nothing of the length of theta is made. Of a model that fits, `trace_errors` has the same from products, sooner for many
-    probes.
+    nothing of the length of theta is made, and the matrices of a large vocabulary exist some rows at a time. Of a model that
+    fits, `trace_errors` has the same from products, sooner for many probes.
 
     theta: `net.params` as they are stored, so that no copy is made, or a vector. matrix: as in `trace_errors`.
     Cost: per probe one pass of some 8 forwards, for `ggn` some 3, and two draws of theta's length. Tangents have the dtype
@@ -56,12 +56,12 @@ def leafwise_trace(loss: Loss, theta: Theta, *, key: Key, num: int = 8, matrix: 
     check_choice("matrix", matrix, get_args(Matrix))
     params = loss.leaves(theta)
     loss.check_function()
-    form = _second_derivative if matrix == "hessian" else _gauss_newton
+    form = second_derivatives if matrix == "hessian" else _gauss_newton
     rows, weights = [], Tensor()
     with named_if_missing(loss, "the trace needs forward derivatives"), ONE_AT_A_TIME:
         for j in range(num):
             signs = _Signs(loss.layout, fold_in(key, j), next(iter(params.values())).device)
-            parts = [form(_Line(loss, params, signs, batch)) for batch in loss.batches]
+            parts = [form(BatchLine(loss, params, signs, batch)) for batch in loss.batches]
             sums, weights = (torch.cat(each).cpu().double() for each in zip(*parts, strict=True))
             rows.append(sums)
     real = weights != 0
@@ -83,46 +83,13 @@ class _Signs:
     def parts(self, name: str) -> Iterator[Part]:
         leaf = self.layout.by_name[name]
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        stride = leaf.numel // max(1, leaf.shape[0] if leaf.shape else 1)
         for rows in row_slices(leaf):
-            span = (rows.start * stride, rows.stop * stride) if leaf.shape else (0, 1)
+            span, shape = extent(leaf, rows)
             z = draw(fold_in(self.key, name), leaf.numel, "rademacher", *span, device=self.device)
-            shape = (rows.stop - rows.start, *leaf.shape[1:]) if leaf.shape else ()
             yield Part(rows, z.view(shape).to(self.device, dtype))
 
 
-class _Line:
-    """One batch's outputs on the line through theta along a probe."""
-
-    def __init__(self, loss: Loss, params: Any, signs: _Signs, batch: tuple[Any, Any]):
-        self.loss, self.params, self.signs, (self.inputs, self.targets) = loss, params, signs, batch
-
-    def outputs(self, a: Tensor) -> Tensor:
-        def leaf(name: str, _: Tensor) -> Tensor:
-            dtype = self.loss.layout.by_name[name].dtype
-            return moved_leaf(self.params[name], [a], [self.signs.parts(name)], dtype)
-
-        return self.loss.net.apply_leaves(leaf, self.inputs)
-
-    def terms(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss.scored(lambda _: self.outputs(a), self.inputs, self.targets)
-
-    @property
-    def ends(self) -> tuple[tuple[Tensor], tuple[Tensor]]:
-        zero = torch.zeros((), device=self.signs.device)
-        return (zero,), (torch.ones_like(zero),)
-
-
-def _second_derivative(line: _Line) -> tuple[Tensor, Tensor]:
-    def slope(a: Tensor) -> tuple[Tensor, Tensor]:
-        _, moved, weights = jvp(line.terms, (a,), line.ends[1], has_aux=True)
-        return moved, weights
-
-    _, curved, weights = jvp(slope, *line.ends, has_aux=True)
-    return curved, weights
-
-
-def _gauss_newton(line: _Line) -> tuple[Tensor, Tensor]:
+def _gauss_newton(line: BatchLine) -> tuple[Tensor, Tensor]:
     criterion = line.loss.criterion
     out, moved = jvp(line.outputs, *line.ends)
     _, weight = criterion.scored(out, line.targets)
