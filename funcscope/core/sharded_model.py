@@ -78,7 +78,7 @@ class ShardedFunctional(Functional):
         with self._named(inputs), Gathering(self._plan, self._values(params)):
             return self._output(self._running(*args, **kwargs))
 
-    def apply_leaves(self, leaf: LeafFn, inputs: Inputs, rows: RowsFn | None = None) -> Tensor:  # noqa: ARG002  (rows of rows)
+    def apply_leaves(self, leaf: LeafFn, inputs: Inputs, rows: RowsFn | None = None) -> Tensor:  # noqa: ARG002  (no leaf is whole)
         return self.apply({name: leaf(name, value) for name, value in self.params.items()}, inputs)
 
 
