@@ -31,7 +31,7 @@ SIZES = [1, 63, 64, 65, BLOCK // 2, BLOCK // 2 + 1, BLOCK - 1, BLOCK, BLOCK + 1,
 def there(key, num, distribution, first=0):
     """What a device does, done here."""
     out = torch.empty(num)
-    keys._fill_there(key, first, out, distribution)
+    philox.fill(key.bits, first, out, distribution, BLOCK)
     return out
 
 
@@ -49,19 +49,19 @@ def test_words_are_those_of_numpy(bits, block, num, skipped):
 
 @pytest.mark.parametrize("num", SIZES)
 def test_signs_and_uniform_numbers_have_the_bits_of_the_cpu(num, monkeypatch):
-    monkeypatch.setattr(keys, "AT_ONCE", 2 * BLOCK)  # borders of passes, too
+    monkeypatch.setattr(philox, "AT_ONCE", 2 * BLOCK)  # borders of passes, too
     wanted = draw(fs.key(5), num, "rademacher")
     assert torch.equal(there(KEY, num, "rademacher"), wanted)
     last = (num - 1) // BLOCK
     assert torch.equal(there(KEY, num - last * BLOCK, "rademacher", first=last), wanted[last * BLOCK :])
     assert torch.equal(draw(KEY, num, "rademacher"), wanted)
-    assert torch.equal(keys._uniform_there(KEY, num, CPU), uniform(fs.key(5), torch.zeros(num)))
+    assert torch.equal(philox.uniform(KEY.bits, num, CPU), uniform(fs.key(5), torch.zeros(num)))
     assert torch.equal(uniform(KEY, torch.zeros(num)), uniform(fs.key(5), torch.zeros(num)))
 
 
 @pytest.mark.parametrize("num", SIZES)
 def test_normal_numbers_are_one_stream_wherever_they_are_made(num, monkeypatch):
-    monkeypatch.setattr(keys, "AT_ONCE", 2 * BLOCK)
+    monkeypatch.setattr(philox, "AT_ONCE", 2 * BLOCK)
     here = draw(KEY, num, "normal")
     assert_close(there(KEY, num, "normal"), here, rtol=1e-5, atol=2e-6)
     longer = draw(KEY, num + BLOCK, "normal")

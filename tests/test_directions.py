@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core import directions as module
-from funcscope.core.directions import row_slices
 from funcscope.core.keys import BLOCK
+from funcscope.core.leaf_rows import row_slices
 
 NORMALIZE = st.sampled_from(["filter", "layer", "global"])
 DISTRIBUTION = st.sampled_from(["normal", "rademacher"])

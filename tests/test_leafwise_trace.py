@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import funcscope as fs
-from funcscope.core.directions import joined
+from funcscope.core.leaf_rows import joined
 from funcscope.curvature.leafwise_trace import _Signs
 
 MAKERS = {"hessian": fs.hessian, "ggn": fs.ggn}

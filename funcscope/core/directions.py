@@ -6,27 +6,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_choice, check_count, check_instance, check_names
-from .keys import AT_ONCE, BLOCK, Distribution, Key, check_key, draw, drawn_on, fill, fold_in, on_workers
+from .keys import BLOCK, Distribution, Key, check_key, draw, drawn_on, fill, fold_in, on_workers
 from .layout import Layout, Leaf, Params
+from .leaf_rows import Part, extent, joined, row_slices, rows_of
 from .model import Functional
+from .philox import AT_ONCE
 from .vectors import PART, dot
 from .vectors import norm as norm
 
 Normalize = Literal["filter", "layer", "global"]
-
-
-class Part(NamedTuple):
-    """Some rows of a leaf: `leaf[rows]`."""
-
-    rows: slice
-    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,39 +168,6 @@ def stack(directions: Sequence[Direction]) -> Float[Tensor, "n p"]:
         for start in starts:
             part(start)
     return _scaled(raw, scales)
-
-
-def row_slices(leaf: Leaf) -> list[slice]:
-    """The rows of a leaf in parts of about `PART` entries, on borders of blocks where that is possible.
-
-    One part where a filter runs across the rows: its norm needs them all.
-    """
-    if leaf.filter_dim != 0 or leaf.numel <= PART:
-        return [slice(0, leaf.shape[0] if leaf.shape else 1)]
-    row = leaf.numel // leaf.shape[0]
-    whole = BLOCK // math.gcd(BLOCK, row)  # rows after which a block ends, too
-    step = max(1, PART // row)
-    step = max(whole, step // whole * whole) if whole * row <= 2 * PART else step
-    return [slice(first, min(first + step, leaf.shape[0])) for first in range(0, leaf.shape[0], step)]
-
-
-def rows_of(value: Tensor, leaf: Leaf) -> Iterator[Part]:
-    """A leaf's value, some rows at a time."""
-    return (Part(rows, value[rows] if leaf.shape else value) for rows in row_slices(leaf))
-
-
-def extent(leaf: Leaf, rows: slice) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Where some rows of a leaf begin and end in the flattened leaf, and their shape."""
-    if not leaf.shape:
-        return (0, 1), ()
-    stride = leaf.numel // max(1, leaf.shape[0])
-    return (rows.start * stride, rows.stop * stride), (rows.stop - rows.start, *leaf.shape[1:])
-
-
-def joined(parts: Iterable[Part]) -> Tensor:
-    """The leaf that the parts make up."""
-    values = [part.values for part in parts]
-    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _scaled(raw: Tensor, scales: Scales) -> Tensor:

@@ -35,8 +35,6 @@ Stream = Literal["cpu", "device"]
 
 BLOCK = 2**16
 """Entries per block: 256 KiB of float32 stay in a core's cache while they are drawn."""
-AT_ONCE = 2**22
-"""Entries that a device draws together: enough for its kernels to outlast their launch, at some 100 MiB of integers."""
 CPU = torch.device("cpu")
 
 
@@ -128,7 +126,7 @@ def uniform(key: Key, like: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """
     check_key(key)
     if (place := drawn_on(key, like.device)).type != "cpu":
-        return _uniform_there(key, like.numel(), place).view(like.shape).to(like)
+        return philox.uniform(key.bits, like.numel(), place).view(like.shape).to(like)
     words = _tools().philox_at(key, 0).random_raw(-(-like.numel() // 2)).view(np.uint32)
     unit = (words[: like.numel()] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
     return torch.from_numpy(unit).view(like.shape).to(like)
@@ -144,7 +142,7 @@ def fill(key: Key, out: Float[Tensor, " n"], distribution: Distribution) -> None
     if drawn_on(key, out.device) != out.device:
         raise ValueError(f"a key of the stream 'cpu' draws on the CPU, and `out` is on {out.device}: copy from there.")
     if out.device.type != "cpu":
-        _fill_there(key, 0, out, distribution)
+        philox.fill(key.bits, 0, out, distribution, BLOCK)
         return
     for block in range(-(-len(out) // BLOCK)):
         _fill_block(key, block, out[block * BLOCK : (block + 1) * BLOCK], distribution)
@@ -195,7 +193,7 @@ def draw(
     with torch.inference_mode(False):  # workers may not write to an inference tensor
         out = torch.empty(min(last * BLOCK, num) - origin, device=place)
         if place.type != "cpu":
-            _fill_there(key, first, out, distribution)
+            philox.fill(key.bits, first, out, distribution, BLOCK)
             return out[start - origin : stop - origin]
     share = max(1, -(-(last - first) // torch.get_num_threads()))
 
@@ -208,28 +206,14 @@ def draw(
     return out[start - origin : stop - origin].to(device)
 
 
-def _fill_there(key: Key, first: int, out: Tensor, distribution: Distribution) -> None:
-    """The blocks from `first` on, many at a time, by operations of torch on the device of `out`."""
-    for part in out.split(AT_ONCE):
-        num = min(BLOCK, len(part))
-        blocks = range(first, first := first + -(-len(part) // BLOCK))
-        if distribution == "normal":
-            made = part.new_empty(len(blocks), num)
-            philox.normals(philox.words(key.bits, blocks, min(num, BLOCK // 2), out.device), made)
-        else:
-            made = philox.signs(philox.words(key.bits, blocks, -(-num // 64), out.device))
-        part.copy_(made.flatten()[: len(part)])
-
-
-def _uniform_there(key: Key, num: int, device: torch.device) -> Tensor:
-    parts = []
-    for start in range(0, max(1, num), AT_ONCE):
-        words = -(-min(AT_ONCE, num - start) // 2)
-        parts.append(philox.units(philox.words(key.bits, [0], words, device, after=start // 2)).flatten())
-    return torch.cat(parts)[:num]
-
-
-def draw_spans(key: Key, num: int, distribution: Distribution, spans: Iterable[tuple[int, int]]) -> Float[Tensor, " m"]:
+def draw_spans(
+    key: Key,
+    num: int,
+    distribution: Distribution,
+    spans: Iterable[tuple[int, int]],
+    *,
+    device: torch.device = CPU,
+) -> Float[Tensor, " m"]:
     """Entries of a draw of `num` from start to stop of each span, in ascending order; each block that they need, once.
 
     >>> whole = draw(key(0), 9, "normal")
@@ -242,10 +226,10 @@ def draw_spans(key: Key, num: int, distribution: Distribution, spans: Iterable[t
             runs[-1].append((start, stop))
         elif stop > start:
             runs.append([(start, stop)])
-    out = [torch.empty(0)]
+    out = [torch.empty(0, device=device)]
     for run in runs:
         first = run[0][0]
-        drawn = draw(key, num, distribution, first, run[-1][1])
+        drawn = draw(key, num, distribution, first, run[-1][1], device=device)
         out += [drawn[start - first : stop - first] for start, stop in run]
     return torch.cat(out)
 

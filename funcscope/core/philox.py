@@ -16,6 +16,30 @@ MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 BUMPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 ROUNDS = 10
 LOW = 2**32 - 1
+AT_ONCE = 2**22
+"""Entries that a device draws together: enough for its kernels to outlast their launch, at some 100 MiB of integers."""
+
+
+def fill(bits: int, first: int, out: Float[Tensor, " n"], distribution: str, block: int) -> None:
+    """The blocks from `first` on, of `block` entries each, many at a time, on the device of `out`."""
+    for part in out.split(AT_ONCE):
+        num = min(block, len(part))
+        blocks = range(first, first := first + -(-len(part) // block))
+        if distribution == "normal":
+            made = part.new_empty(len(blocks), num)
+            normals(words(bits, blocks, min(num, block // 2), out.device), made)
+        else:
+            made = signs(words(bits, blocks, -(-num // 64), out.device))
+        part.copy_(made.flatten()[: len(part)])
+
+
+def uniform(bits: int, num: int, device: torch.device) -> Float[Tensor, " n"]:
+    """Multiples of 2^-24 in [0, 1)."""
+    parts = []
+    for start in range(0, max(1, num), AT_ONCE):
+        made = words(bits, [0], -(-min(AT_ONCE, num - start) // 2), device, after=start // 2)
+        parts.append(units(made).flatten())
+    return torch.cat(parts)[:num]
 
 
 def words(bits: int, blocks: Sequence[int], num: int, device: torch.device, *, after: int = 0) -> Int[Tensor, "b n"]:

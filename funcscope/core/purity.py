@@ -13,8 +13,8 @@ from torch.func import grad, vmap
 
 from .batches import Filled, tensors
 from .criterion import Criterion
-from .directions import Part, rows_of
 from .forward import WRITES, is_unmapped
+from .leaf_rows import Part, rows_of
 from .model import Functional
 from .softmax import Labels, check_classes
 from .substitute import immovable

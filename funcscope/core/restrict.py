@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .checks import check_count, check_device, check_flat, check_positive
-from .directions import Direction, Part, stack
+from .directions import Direction, stack
+from .leaf_rows import Part
 from .objective import Loss, Theta, check_point
 
 LAZY_ABOVE = 2**24

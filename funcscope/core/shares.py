@@ -179,7 +179,7 @@ class Shares:
     def draw(self, key: Key, distribution: Distribution) -> Float[Tensor, " p"]:
         """This rank's part of what one rank would draw, without the rest."""
         self.ranks.note(f"{distribution} draws of {key!r}")
-        return draw_spans(key, self.num, distribution, self.spans).to(self.like)
+        return draw_spans(key, self.num, distribution, self.spans, device=self.like.device).to(self.like)
 
     def dot(self, x: Float[Tensor, " p"], y: Float[Tensor, " p"]) -> float:
         return float(self.summed(torch.tensor(dot(x, y) if len(x) else 0.0, dtype=torch.float64)))

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_choice, check_count, check_positive
-from ..core.directions import Direction, Part, directions
+from ..core.directions import Direction, directions
 from ..core.estimate import Crossed, Estimate
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.layout import Params
+from ..core.leaf_rows import Part
 from ..core.model import Inputs
 from ..core.objective import Loss, Theta, check_point
 from ..core.restrict import LAZY_ABOVE, Phi, restrict

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..core.directions import Part, rows_of
 from ..core.layout import Leaf, Params
+from ..core.leaf_rows import Part, rows_of
 from ..core.objective import Loss
 from ..core.restrict import LeafDirection, Leaves, moved_leaf, moved_rows
 from ..core.vectors import dot

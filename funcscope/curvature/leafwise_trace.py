@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..core.checks import check_choice, check_count
-from ..core.directions import Part, extent, row_slices
 from ..core.keys import Key, check_key, draw, fold_in
 from ..core.layout import Layout
+from ..core.leaf_rows import Part, extent, row_slices
 from ..core.objective import Loss, Theta, per_sequence
 from ..core.tables import counted
 from .hessian import Matrix

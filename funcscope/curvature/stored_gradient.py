@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.directions import Part, extent, joined, row_slices, rows_of
 from ..core.layout import Layout, Leaf, Params
+from ..core.leaf_rows import Part, extent, joined, row_slices, rows_of
 from ..core.memory import without_holes
 from ..core.objective import Loss, Theta, check_shapes
 from ..core.vectors import dot

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from ..core.directions import Direction, Part, dot, stack
+from ..core.directions import Direction, dot, stack
 from ..core.estimate import wide
 from ..core.layout import Params
+from ..core.leaf_rows import Part
 from ..core.memory import hand_back
 from ..core.objective import Loss, Theta
 from ..core.restrict import Phi, restrict

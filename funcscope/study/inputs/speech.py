@@ -78,13 +78,7 @@ def speech_batches(
     check_count("batch_size", batch_size)
     check_length("max_seq_length", max_seq_length, model, tokenizer)
     extractor = _extractor(Path(model_folder), model)
-    chosen = list(recordings(data, num_samples, field=field, split=split)) if Path(data).exists() else []
-    if not chosen:
-        raise ValueError(
-            f"{data} has no recordings: a model of speech takes a folder or a table with files that end in "
-            f"{', '.join(ENDINGS)} and transcripts: NAME.txt beside NAME.wav, or a metadata.csv with the columns {FILE} and "
-            f"transcription, there or in a sub-folder {split!r}."
-        )
+    chosen = _chosen(data, num_samples, field, split)
     said = tokenise(_examples(chosen), tokenizer, embedding_rows(model), max_seq_length)
     pairs = [(_heard(each, extractor), tokens) for each, tokens in zip(chosen, said, strict=True)]
     short = [(heard, tokens) for heard, tokens in pairs if heard.features is not None]
@@ -94,8 +88,7 @@ def speech_batches(
     labels = [_labels(tokens, model) for _, tokens in short]
     limits = [
         f"features by the model's {_file(Path(model_folder)).name}",
-        _count(sum(heard.resampled for heard, _ in short), f"resampled to {extractor.sampling_rate} Hz"),
-        _count(sum(heard.averaged for heard, _ in short), "of several channels, averaged"),
+        *_done([heard for heard, _ in short], extractor.sampling_rate),
         _count(len(pairs) - len(short), f"longer than {most:g} s, left out"),
     ]
     return SpeechData(
@@ -108,6 +101,23 @@ def speech_batches(
         limit="; ".join(filter(None, limits)),
         seconds=sum(heard.seconds for heard, _ in short),
     )
+
+
+def _chosen(data: str | Path, num: int, field: str, split: str) -> list[Recording]:
+    chosen = list(recordings(data, num, field=field, split=split)) if Path(data).exists() else []
+    if not chosen:
+        raise ValueError(
+            f"{data} has no recordings: a model of speech takes a folder or a table with files that end in "
+            f"{', '.join(ENDINGS)} and transcripts: NAME.txt beside NAME.wav, or a metadata.csv with the columns {FILE} and "
+            f"transcription, there or in a sub-folder {split!r}."
+        )
+    return chosen
+
+
+def _done(short: list[_Heard], rate: int) -> Iterator[str]:
+    """What was done to how many of those that are heard."""
+    yield _count(sum(heard.resampled for heard in short), f"resampled to {rate} Hz")
+    yield _count(sum(heard.averaged for heard in short), "of several channels, averaged")
 
 
 def _examples(chosen: list[Recording]) -> Iterator[Example]:
