@@ -22,6 +22,7 @@ import sympy as sp
 import torch
 
 import funcscope.linalg.diagonal as diagonal
+import funcscope.linalg.space as space
 import funcscope.linalg.trace as trace
 from funcscope.core.keys import key
 
@@ -179,7 +180,7 @@ def every_vector(monkeypatch):
     for module in (trace, diagonal):
         monkeypatch.setattr(module, "fold_in", lambda _, index: index)
         monkeypatch.setattr(module, "rademacher", signs)
-    monkeypatch.setattr(trace, "random", lambda index, like, _: signs(index, like))
+    monkeypatch.setattr(space.Whole, "draw", lambda self, index, _: signs(index, self.like))
 
 
 def integers(n):

@@ -249,7 +249,7 @@ def test_a_head_that_is_scaled_or_capped_is_no_linear_map(monkeypatch):
     for line in ("granite, scaled", "gemma3_text, capped", "cohere"):
         net = studied(line)[1].net
         assert net.head is None
-        monkeypatch.setattr("funcscope.core.model.has_linear_head", lambda _: True)
+        monkeypatch.setattr("funcscope.core.readout.has_linear_head", lambda _: True)
         bold = fs.functional(studied(line)[0])
         inputs = studied(line)[1].batches[0][0]
         off = bold.readout(bold.params, bold.hidden(bold.params, inputs)) - bold.apply(bold.params, inputs)

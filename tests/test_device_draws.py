@@ -200,16 +200,16 @@ def test_the_stream_of_the_cpu_is_as_it_was_recorded():
 def test_a_study_takes_the_stream_and_keeps_its_cells_apart(tmp_path):
     cache, source = Cache(tmp_path), InMemory({"data": loss_of("mlp")}, "model", content="1")
     chosen = [metric("hessian_trace").configured(num=2), metric("gradient_flow")]
-    config = UnifiedConfig(metrics=("hessian_trace",), draws="device")
+    config = UnifiedConfig(metrics=("hessian_trace",), stream="device")
     assert config.options().key == fs.key(42, stream="device")
     made = {}
     for options in (Options(), config.options()):
-        made[options.draws] = run(chosen, [source], cache=cache, options=options)
+        made[options.stream] = run(chosen, [source], cache=cache, options=options)
         again = run(chosen, [source], cache=cache, options=options)
-        assert [each.content for each in again] == [each.content for each in made[options.draws]]
+        assert [each.content for each in again] == [each.content for each in made[options.stream]]
     (here, same), (there_, other) = made["cpu"], made["device"]
-    assert there_.content == {**here.content, "draws": "device"}
+    assert there_.content == {**here.content, "stream": "device"}
     assert same.content == other.content  # draws nothing
     assert there_.result == here.result  # of signs, which are the same
-    with pytest.raises(ValueError, match="`draws` must be one of 'cpu', 'device', got 'gpu'"):
-        UnifiedConfig(draws="gpu")
+    with pytest.raises(ValueError, match="`stream` must be one of 'cpu', 'device', got 'gpu'"):
+        UnifiedConfig(stream="gpu")

@@ -13,7 +13,7 @@ from ..curvature.audit import Audit, audit
 from ..study.config import UnifiedConfig
 from ..study.listing import Listing, terminal_width, wrapped
 from ..study.texts import Usual, check_data
-from .options import COMPUTING, DRAWS, TEXTS, add_fields, changed
+from .options import COMPUTING, STREAM, TEXTS, add_fields, changed
 
 FEW = {"num_samples": 8, "max_seq_length": Usual(32), "batch_size": 8}
 ALONE = "a sequence alone"
@@ -34,7 +34,7 @@ def add_check(commands: Any) -> None:
         "--directions", type=int, default=3, metavar="N", help="random directions, at least 2 (default: 3)"
     )
     add_fields(show.add_argument_group("texts"), TEXTS, FEW)
-    add_fields(show.add_argument_group("computing"), COMPUTING | DRAWS, FEW)
+    add_fields(show.add_argument_group("computing"), COMPUTING | STREAM, FEW)
     show.set_defaults(run=_check)
 
 

@@ -38,7 +38,9 @@ COMPUTING = {
     "max_memory_gb": "a metric that needs more ends as out of memory",
     "allow_pickle": "also read pytorch_model.bin, as tensors only",
 }
-DRAWS = {"draws": "cpu: the same bits on every device; device: made there, the normal numbers are another stream's"}
+STREAM = {
+    "stream": "of random numbers. cpu: the same bits on every device; device: made there, the normal ones are others"
+}
 """Of commands whose draws are random directions and probes."""
 
 _WORDS = ("label_field", "second_field", "task")

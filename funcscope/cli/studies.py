@@ -27,7 +27,7 @@ from ..study.results import Results
 from ..study.runs import is_run
 from ..study.texts import Usual
 from .commands import Command
-from .options import COMPUTING, DRAWS, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
+from .options import COMPUTING, STREAM, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
 from .shared import check_plotly, check_writable
 
 OUT = Path("analysis_results")
@@ -92,7 +92,7 @@ def _add_study(show: argparse.ArgumentParser, one: Command, out: Path | None) ->
     defaults = {**FEW, **one.fields}
     add_flags(show.add_argument_group("what is measured"), one.flags, one.preset)
     add_fields(show.add_argument_group("texts"), TEXTS, defaults)
-    add_fields(show.add_argument_group("computing"), COMPUTING | DRAWS, defaults)
+    add_fields(show.add_argument_group("computing"), COMPUTING | STREAM, defaults)
 
 
 def _measured(args: argparse.Namespace, one: Command) -> int:

@@ -113,7 +113,7 @@ class UnifiedConfig:
     """Read pytorch_model.bin too, as tensors only."""
     split: str = "train"
     """Of the checkpoints of a family, whose data are its own: `train`, `test` or `probe`."""
-    draws: str = "cpu"
+    stream: str = "cpu"
     """`device`: random numbers are made on the device of the weights; the normal ones are another stream than the CPU's."""
     compute_qkov: bool | None = None
     hard_timeout: bool = False
@@ -142,7 +142,7 @@ class UnifiedConfig:
         check_choice("split", self.split, SPLITS)
         check_choice("attention", self.attention, get_args(Attention))
         check_choice("remat", self.remat, ("none", "layer"))
-        check_choice("draws", self.draws, get_args(Stream))
+        check_choice("stream", self.stream, get_args(Stream))
         if self.executor is not None:
             address_of(self.executor, num=self.workers)
         if self.compute_qkov is not None:
@@ -267,7 +267,7 @@ class UnifiedConfig:
     def options(self) -> Options:
         return Options(
             seed=self.seed,
-            draws=self.draws,  # type: ignore[arg-type]
+            stream=self.stream,  # type: ignore[arg-type]
             force=self.force_recompute or not self.use_cache,
             skip_on_error=self.skip_on_error,
             timeout_seconds=None if self.timeout_seconds is None else float(self.timeout_seconds),

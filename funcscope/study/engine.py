@@ -216,8 +216,8 @@ class Bench:
             "seed": self.options.seed if KEY in one.needs else None,
             "of": {name: digest.of_json([each.content for each in parts]) for name, parts in needed.items()},
         }  # fmt: skip
-        if KEY in one.needs and self.options.draws != "cpu":
-            content["draws"] = self.options.draws
+        if KEY in one.needs and self.options.stream != "cpu":
+            content["stream"] = self.options.stream
         if one.by_batch:
             content["batches"] = batch_size(self.job.source, task)
         return Cell(one.name, self.job.source.id, content)

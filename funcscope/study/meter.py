@@ -28,7 +28,7 @@ class Options:
     """Of cuDNN, inside metrics."""
     seed: int = 42
     """Of all draws: each metric is given `fs.key(seed)`."""
-    draws: Stream = "cpu"
+    stream: Stream = "cpu"
     """The stream of that key: "device" draws where the weights are, and its normal numbers are others."""
     force: bool = False
     """Make everything again, whatever is stored."""
@@ -53,7 +53,7 @@ class Options:
     @property
     def key(self) -> Key:
         """What metrics that draw are given."""
-        return key(self.seed, stream=self.draws)
+        return key(self.seed, stream=self.stream)
 
 
 class Expired(BaseException):

@@ -180,8 +180,8 @@ def _call(results: Results, about: Mapping[str, Any]) -> str:
 
 
 def _options(content: Mapping[str, Any]) -> str:
-    draws = f", draws={content['draws']!r}" if "draws" in content else ""
-    return f"Options(seed={content['seed']}{draws})"
+    stream = f", stream={content['stream']!r}" if "stream" in content else ""
+    return f"Options(seed={content['seed']}{stream})"
 
 
 def _configured(outcome: Outcome) -> str:
