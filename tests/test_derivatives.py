@@ -1,6 +1,7 @@
 """Oracle: differences of values in float64. Every way of differentiation of every function in a table, as the net runs it."""
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import funcscope as fs
 from funcscope.core.primitives import replaced
 from funcscope.core.skeleton import TrueDerivatives
+from funcscope.curvature.derivatives import along_line
 
 aten, linalg = torch.ops.aten, torch.linalg
 
@@ -564,3 +566,27 @@ def test_a_norm_without_some_of_its_parameters_is_that_of_torch(parts):
             param.copy_(torch.linspace(0.5, 2, 4))
     net, x = fs.functional(model), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
     torch.testing.assert_close(net.apply(net.params, x), model(x))
+
+
+@pytest.mark.parametrize("rate", [1e2, 1e3, 1e4, 3e4])
+def test_differences_at_large_steps_that_agree_by_chance_do_not_hide_the_others(rate):
+    slope, curvature = along_line(lambda a: math.sin(rate * a) + math.cos(rate * a))
+    assert abs(slope.value - rate) <= max(10 * slope.error, 1e-6 * rate)
+    assert abs(curvature.value + rate**2) <= max(10 * curvature.error, 1e-6 * rate**2)
+    assert curvature.error < 0.1 * rate**2
+
+
+def test_a_product_of_a_fast_net_is_not_refused():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.out = nn.Linear(3, 12), nn.Linear(12, 1)
+
+        def forward(self, x):
+            return self.out(torch.sin(300 * torch.sin(30 * self.into(x))))
+
+    for seed in range(5):
+        net = fs.functional(seeded(seed, Waves).double())
+        x = seeded(99, lambda: torch.randn(6, 3).double())
+        loss = fs.objective(net, [(x, torch.zeros(6, 1).double())], fs.mse)
+        assert bool(fs.hessian(loss, net.theta)(net.theta).isfinite().all())

@@ -45,7 +45,7 @@ def test_a_call_is_refused_like_a_loss():
     net = fs.functional(model_of("gpt2", torch.float32))
     ids = batch_of("gpt2", 33)["input_ids"]
     for inputs in (ids, (ids,), {"input_ids": ids}, {"inputs_embeds": torch.zeros(2, 33, 16)}):
-        with pytest.raises(ValueError, match=r"has 33 tokens, and GPT2LMHeadModel has 32 positions: .*\[:, :32\]"):
+        with pytest.raises(ValueError, match=r"has 33 tokens, and GPT2LMHeadModel has 32 positions: cut sequences"):
             net.apply(net.params, inputs)
 
 

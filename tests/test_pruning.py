@@ -320,3 +320,20 @@ def test_scores_that_know_the_loss_cost_less_than_magnitudes_on_a_trained_model(
         assert (magnitude - better)[1:].min() > 2 * float(errors[0].max())
     assert (random > 2 * magnitude)[0]
     assert (random > magnitude + 2 * errors[3]).all()
+
+
+def test_a_score_without_a_number_is_named_with_what_to_do():
+    class Bilinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.form = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x):
+            return torch.einsum("bi,ij->bj", x, self.form.weight)
+
+    net = fs.functional(seeded(0, Bilinear))
+    loss = fs.objective(net, [(torch.eye(2), torch.tensor([0, 1]))], fs.classification)
+    with pytest.raises(ValueError, match=r"'wanda' has no number for `form.weight`.*take 'wanda' out of `scores`"):
+        pruning_robustness(loss, net.theta, key=fs.key(0))
+    made = pruning_robustness(loss, net.theta, key=fs.key(0), scores=["magnitude"], sparsities=(0.0, 0.5))
+    assert made.scores == ["magnitude", "random"]

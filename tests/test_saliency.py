@@ -156,6 +156,18 @@ def test_wanda_scores_of_a_filter_are_the_change_of_its_output_when_one_weight_i
     assert left.tolist() == [conv.weight[0].numel() - math.floor(conv.weight[0].numel() / 2 + 0.5)] * len(left)
 
 
+def test_wanda_scores_of_a_transposed_filter_are_the_change_of_its_output():
+    conv = seeded(0, lambda: nn.ConvTranspose2d(2, 3, 2, stride=2, padding=1)).double()
+    x = seeded(1, lambda: torch.randn(3, 2, 3, 3).double())
+    net = fs.functional(nn.Sequential(conv, nn.Flatten()))
+    loss = fs.objective(net, [(x, torch.zeros(3, dtype=torch.long))], fs.classification)
+    scores, whole = loss.layout.unravel(wanda_saliency(loss, net.theta)), conv(x).detach()
+    for place in itertools.product(*map(range, conv.weight.shape)):
+        without = copy.deepcopy(conv)
+        without.weight.data[place] = 0
+        assert float(scores["0.weight"][place]) == pytest.approx(float((without(x) - whole).detach().norm()), abs=1e-12)
+
+
 def test_a_matrix_used_without_a_module_has_inputs_and_an_embedding_none():
     class Raw(nn.Module):
         def __init__(self):

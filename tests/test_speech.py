@@ -179,11 +179,13 @@ def test_what_is_done_to_recordings_is_counted(tmp_path):
     write(data / "1.wav", tone(1.2))
     write(data / "2.wav", np.stack([tone(rate=8000)] * 2, 1), rate=8000)
     made = batches(data, path, max_seq_length=4)
-    assert (made.num_samples, made.num_truncated, made.num_scored) == (2, 1, 3 + 3)
+    assert (made.num_samples, made.num_truncated, made.num_scored) == (2, 1, 3 + 4)
     assert str(made) == (
-        "2 recordings of 0.8 s in 1 batch: 6 tokens, 6 scored; 1 truncated; features by the model's "
+        "2 recordings of 0.8 s in 1 batch: 7 tokens, 7 scored; 1 truncated; features by the model's "
         "preprocessor_config.json; 1 resampled to 16000 Hz; 1 of several channels, averaged; 1 longer than 1 s, left out"
     )
+    whole, cut = (batches(data, path, max_seq_length=n).batches[0]["labels"].tolist() for n in (20, 4))
+    assert cut == [[*row[:4]] for row in whole]  # the first ones, and no end where the transcript goes on
     write(data / "1.wav", tone(1.0))
     assert batches(data, path).num_samples == 3
 

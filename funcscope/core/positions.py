@@ -44,7 +44,7 @@ def check_positions(model: Model, inputs: Any) -> None:
             whose = f"the {part} of {type(model).__name__}" if part else type(model).__name__
             raise ValueError(
                 f"`{name}` has {length} tokens, and {whose} has {most} positions: cut sequences to at most {most} tokens, "
-                f"`{name}[:, :{most}]` and whatever else has one entry a token."
+                "columns of padding first, and with them whatever else has one entry a token."
             )
 
 

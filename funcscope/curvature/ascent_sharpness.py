@@ -116,13 +116,14 @@ class SamSharpness(Result):
 
     @property
     def unresolved(self) -> list[str]:
-        return ["absolute", "relative", "remainder"] if abs(self.absolute) < self.rounding else []
+        small = ["absolute", "relative"] if abs(self.absolute) < self.rounding else []
+        return [*small, "remainder"] if small or abs(self.remainder) < self.rounding else []
 
     @property
     def notes(self) -> list[str]:
         low, high = (f"{100 * end:.3g}" for end in self.relative_interval)
         first = f"relative: {self.relative_note or f'{low} to {high} % of the loss at 95 % confidence'}"
-        if self.unresolved:
+        if "absolute" in self.unresolved:
             first = f"sharpness: below what rounding may do to it, {self.rounding:.1g}: take a larger step"
         return [first, *(["curvature: not asked for, or not finite"] if math.isnan(self.curvature) else [])]
 

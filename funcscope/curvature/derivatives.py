@@ -65,7 +65,7 @@ METHODS = {
 """Of torch; those of the Hessian differentiate anew for each vector."""
 
 
-FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 11
+FIRST_STEP, FIRST_STEP_WITH_KINKS, RATIO, NUM_STEPS = 0.3, 2e-3, 2.5, 16
 _TINY = 1e-6
 
 
@@ -85,10 +85,11 @@ class Derivative(NamedTuple):
 def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP) -> tuple[Derivative, Derivative]:
     r"""The first and second derivative of a function of one number at 0, by extrapolated central differences.
 
-    Steps $h_k = h_0 2.5^{-k}$, k < 11, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
+    Steps $h_k = h_0 2.5^{-k}$, k < 16, two values each; a smaller first one crosses fewer kinks. Of Neville's table for
     $h^2 \to 0$, the entry is taken that differs least from its neighbours (Ridders), the noise of the values included: what
-    three second differences over a millionth show, divided by $h^2$. A function with kinks, where the smallest steps cross
-    one, has no entry that agrees with its neighbours: its error is large.
+    three second differences over a millionth show, divided by $h^2$; and from what smaller steps show, beyond the errors of
+    these: large steps may agree by chance where the function oscillates faster. A function with kinks, where the smallest
+    steps cross one, has no entry that agrees with its neighbours: its error is large.
 
     Ridders (1982), doi:10.1016/S0141-1195(82)80057-0.
 
@@ -96,6 +97,8 @@ def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP)
     >>> abs(slope.value - 2) < 1e-9, abs(curvature.value - 4) < 1e-7, curvature.error < 1e-6
     (True, True, True)
     >>> along_line(lambda a: abs(a - 1e-9))[1].error > 1
+    True
+    >>> abs(along_line(lambda a: math.cos(3e4 * a))[1].value / 9e8 + 1) < 1e-3
     True
     """
     middle = values(0.0)
@@ -111,17 +114,24 @@ def along_line(values: Callable[[float], float], first_step: float = FIRST_STEP)
 
 
 def _extrapolated(row: list[float], rounding: list[float]) -> Derivative:
-    best, before = Derivative(math.nan, math.inf), [row[0]]
+    each, before = [], [row[0]]
     for value, floor in zip(row[1:], rounding[1:], strict=True):
-        entries = [value]
+        entries, best = [value], Derivative(math.nan, math.inf)
         for j, old in enumerate(before, start=1):
             weight = RATIO ** (2 * j)
             entries.append((weight * entries[-1] - old) / (weight - 1))
             error = max(abs(entries[-1] - entries[-2]), abs(entries[-1] - old)) + floor
             if error < best.error:
                 best = Derivative(entries[-1], error)
+        each.append(best)
         before = entries
-    return best
+    return min((_widened(one, each[k + 1 :]) for k, one in enumerate(each)), key=lambda one: one.error)
+
+
+def _widened(one: Derivative, smaller: list[Derivative]) -> Derivative:
+    """The error grown to what smaller steps show beyond their own."""
+    beyond = (abs(one.value - other.value) - other.error for other in smaller if math.isfinite(other.error))
+    return Derivative(one.value, max([one.error, *beyond]))
 
 
 def values_of(loss: Loss) -> Loss:

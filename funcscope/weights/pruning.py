@@ -66,7 +66,9 @@ def pruning_robustness(
     A document has $L(\theta) / L(m_s \odot \theta)$ for an accuracy, its maximum over s, which is that of the mildest
     pruning, for the score of a winning ticket, and an area over [0.1, 0.9] that ends at 0.8 for one from 0 to 1.
 
-    Raises ValueError for sparsities that do not increase inside [0, 1], for a score of another name, and as `saliency`.
+    Raises ValueError for sparsities that do not increase inside [0, 1], for a score of another name or without a number
+    for what may be pruned (`wanda` for a matrix that is used in another way than by a linear map or a convolution), and as
+    `saliency`.
 
     Frankle, Carbin (2019), arXiv:1803.03635; Gale, Elsen, Hooker (2019), arXiv:1902.09574.
 
@@ -87,6 +89,11 @@ def pruning_robustness(
 
     def of_score(name: Score) -> MaskAt:
         score = saliency(calibration or loss, theta, name, key=fold_in(key, name), num=num_draws, chunk_size=chunk_size)
+        if without := [leaf.name for leaf in leaves if bool(score[leaf.slice].isnan().any())]:
+            raise ValueError(
+                f"the score {name!r} has no number for `{without[0]}`, which may be pruned: take {name!r} out of `scores`, "
+                "or name in `prunable` what it has numbers for."
+            )
         return ranked(score, "row" if name in BY_ROW else scope)
 
     def at_random(draw: Key) -> MaskAt:

@@ -68,7 +68,8 @@ def speech_batches(
     Features are what the extractor in the model's folder makes of the sound: the mean over channels, at the extractor's rate,
     silence after it. A recording longer than the extractor's window is left out and counted, as its transcript would say what
     is not heard. Labels are all that the tokenizer makes of the transcript, without the token by which the decoder starts
-    anyway, cut to `max_seq_length` tokens, -100 at padding; tokens of language and task are scored where it adds them.
+    anyway, cut to the first `max_seq_length`, -100 at padding; tokens of language and task are scored where it adds them.
+    What is cut has no token of its end.
 
     Raises FileNotFoundError where the folder has no extractor, ImportError as `read_waveform`, ValueError for an extractor of
     another model or with dither, a length that the decoder does not have, data without recordings or with none short enough,
@@ -79,13 +80,14 @@ def speech_batches(
     check_length("max_seq_length", max_seq_length, model, tokenizer)
     extractor = _extractor(Path(model_folder), model)
     chosen = _chosen(data, num_samples, field, split)
-    said = tokenise(_examples(chosen), tokenizer, embedding_rows(model), max_seq_length)
+    said = tokenise(_examples(chosen), tokenizer, embedding_rows(model), None)
     pairs = [(_heard(each, extractor), tokens) for each, tokens in zip(chosen, said, strict=True)]
     short = [(heard, tokens) for heard, tokens in pairs if heard.features is not None]
     most = extractor.n_samples / extractor.sampling_rate
     if not short:
         raise ValueError(f"all recordings in {data} are longer than the {most:g} s that the model hears: cut them.")
-    labels = [_labels(tokens, model) for _, tokens in short]
+    whole = [_labels(tokens, model) for _, tokens in short]
+    labels = [each[:max_seq_length] for each in whole]
     limits = [
         f"features by the model's {_file(Path(model_folder)).name}",
         *_done([heard for heard, _ in short], extractor.sampling_rate),
@@ -97,7 +99,7 @@ def speech_batches(
         num_tokens=sum(map(len, labels)),
         num_scored=sum(map(len, labels)),
         num_too_short=0,
-        num_truncated=sum(tokens.truncated for _, tokens in short),
+        num_truncated=sum(len(each) > max_seq_length for each in whole),
         limit="; ".join(filter(None, limits)),
         seconds=sum(heard.seconds for heard, _ in short),
     )
