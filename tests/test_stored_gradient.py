@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -24,7 +25,7 @@ from funcscope.curvature.stored_gradient import _Leaf, stored_gradient
 
 def text(line="gpt2", stored=torch.float64, **options):
     """Two batches of padded texts; the embedding and the head are one parameter."""
-    net = fs.functional(model_of(line, torch.float64).to(stored), **options)
+    net = fs.functional(copy.deepcopy(model_of(line, torch.float64)).to(stored), **options)
     return fs.objective(net, [labelled(line, tokens(1, 3, 9, pad=3)), labelled(line, tokens(2, 2, 5))], fs.causal_lm)
 
 
