@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .architectures import family_of, window
+from .attention_formulas import Attention, Span
 from .brief_masks import additive, is_brief, spelt_out
 from .imported import Model, register_attention
 from .memory import without_holes
-from .remat import rematerialised
+from .remat import by_formula, rematerialised
 
 KERNEL = "funcscope_blocks"
 ROWS = 128
@@ -57,17 +59,71 @@ def _by_blocks(
     causal, back = getattr(module, "is_causal", False), options.get("sliding_window") or 0
     if config is None or window(config)[0] is None:
         back = 0  # a number that is passed on and that no mask heeds
+    own = {name: param for name, param in module._parameters.items() if param is not None}
+    spans = tuple(
+        _spans(num, key.shape[-2], causal and is_brief(attention_mask), back if is_brief(attention_mask) else 0)
+    )
+    if not own and (attention_mask is None or attention_mask.shape[1] == 1):
+        softmax = plain_softmax(eager, module, query.shape[-1], options)
+        if softmax is not None:
+            mask = query.new_zeros(0) if attention_mask is None else attention_mask
+            call = Attention(*softmax, query.shape[1] // key.shape[1], spans)
+            return by_formula(call.formula(), query, key, value, mask)[0], None
     parts = []
-    for start in range(0, num, ROWS):
-        rows = slice(start, min(start + ROWS, num))
-        keys = slice(0, key.shape[-2])
-        if is_brief(attention_mask) and (causal or back):  # an encoder's window reaches as far to both sides
-            last = rows.stop if causal else min(rows.stop + back - 1, num)
-            keys = slice(max(0, start + 1 - back) if back else 0, last)
+    for rows, keys in spans:
         attend = rematerialised(_Block(eager, module, rows, keys))
-        own = {name: param for name, param in module._parameters.items() if param is not None}
         parts.append(attend(query[..., rows, :], key, value, attention_mask, own, options))
     return torch.cat(parts, 1), None
+
+
+def _spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:
+    """Blocks of queries with the keys that a mask lets them see; a window of an encoder reaches as far to both sides."""
+    for start in range(0, num, ROWS):
+        rows, keys = slice(start, min(start + ROWS, num)), slice(0, num_keys)
+        if causal or back:
+            last = rows.stop if causal else min(rows.stop + back - 1, num)
+            keys = slice(max(0, start + 1 - back) if back else 0, last)
+        yield Span(rows, keys)
+
+
+def plain_softmax(
+    eager: Callable, module: nn.Module, width: int, options: Mapping[str, Any]
+) -> tuple[float, bool] | None:
+    """Scale and whether in float32, where a model's own attention is a softmax of scaled products; None where it is more.
+
+    Its values say so, on a few numbers of float64: caps, sinks and biases change them.
+    """
+    scale = options.get("scaling")
+    scale = float(width**-0.5 if scale is None else scale)
+    known = _PLAIN.setdefault(module, {})
+    said = sorted((name, x) for name, x in options.items() if isinstance(x, float | int | str))
+    given = eager, width, tuple(said)
+    if given not in known:
+        known[given] = _softmax_of(eager, module, width, scale, options)
+    return known[given]
+
+
+_PLAIN: WeakKeyDictionary[nn.Module, dict[Any, tuple[float, bool] | None]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _softmax_of(
+    eager: Callable, module: nn.Module, width: int, scale: float, options: Mapping[str, Any]
+) -> tuple[float, bool] | None:
+    q, k, v = (
+        3 * torch.sin(torch.arange(7 * i, 7 * i + 3 * width).double() ** 2).view(1, 1, 3, width) for i in (1, 2, 3)
+    )
+    hidden = torch.zeros(1, 1, 3, 3).double().masked_fill(torch.ones(3, 3).triu(1).bool(), -1e30)
+    try:
+        found = eager(_Stand(module, {"num_key_value_groups": 1}), q, k, v, hidden, **options)[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return None  # it asks for more than that
+    scores = scale * q @ k.mT + hidden
+    for in_float32 in (False, True):
+        p = scores.softmax(-1, dtype=torch.float32 if in_float32 else None).double()
+        if torch.allclose(found, (p @ v).transpose(1, 2), rtol=0, atol=1e-13):
+            return scale, in_float32
+    return None
 
 
 @functools.cache

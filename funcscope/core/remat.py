@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -129,13 +130,36 @@ def _placed(base: Sequence[Any], place: Sequence[int], values: Sequence[Any]) ->
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """A function of tensors with a faster way to its values, and functions that are its derivatives."""
+
+    fn: Flat
+    """Of operations of torch, for whatever is asked for and not said here."""
+    closed: Flat
+    """The same values, of plain tensors; it may write to what it has made."""
+    pulls: Mapping[tuple[int, ...], Flat] = field(default_factory=dict)
+    """(inputs, cotangents of all results) -> those of some inputs, by the places of these."""
+    pushes: Mapping[tuple[int, ...], Flat] = field(default_factory=dict)
+    """(inputs, tangents of some of them) -> those of all results, by the places of these."""
+
+    def __call__(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        return self.fn(*xs)
+
+
+def by_formula(formula: Formula, *xs: Tensor) -> tuple[Tensor, ...]:
+    """Its values, differentiated as by `remat`."""
+    return _Remat.apply(formula, None, *xs)
+
+
 class _Remat(torch.autograd.Function):
     """`fn(*xs)`, of which the pull and the push are `_Remat` again. door: for the first evaluation; None in derivatives."""
 
     @staticmethod
     def forward(fn: Flat, door: Door | None, *xs: Tensor) -> tuple[Tensor, ...]:
         inside = tuple(x.detach() for x in xs)
-        return _apart(inside, fn(*inside) if door is None else door.first(fn, inside))
+        made = fn.closed if isinstance(fn, Formula) else fn
+        return _apart(inside, made(*inside) if door is None else door.first(fn, inside))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,6 +184,8 @@ class _Remat(torch.autograd.Function):
         none = [None] * (2 + num)
         if not (wrt and ys):
             return tuple(none)
+        if isinstance(fn, Formula) and len(ys) == ctx.num:
+            pulled = fn.pulls.get(tuple(wrt), pulled)
         values = _Remat.apply(pulled, None, *xs, *(cotangents[i] for i in ys))
         return tuple(_placed(none, [i + 2 for i in wrt], values))
 
@@ -176,6 +202,8 @@ class _Remat(torch.autograd.Function):
         none = [None] * ctx.num
         if not (wrt and ys):
             return tuple(none)
+        if isinstance(fn, Formula) and len(ys) == ctx.num:
+            pushed = fn.pushes.get(tuple(wrt), pushed)
         values = _Remat.apply(pushed, None, *xs, *(tangents[i + 2] for i in wrt))
         return tuple(_placed(none, ys, values))
 
