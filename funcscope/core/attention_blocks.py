@@ -1,7 +1,8 @@
 """Attention by blocks of queries: exact derivatives of every order at a memory that is linear in the length.
 
 A block of queries sees its keys through the model's own eager attention, inside `remat` (core/remat.py), so that no graph
-holds a matrix of queries by keys. Masks are written in brief, three numbers a position, and made block by block.
+holds a matrix of queries by keys. Where that attention is a softmax of scaled products and no more, its derivatives are
+closed forms (core/attention_formulas.py). Masks are written in brief, three numbers a position, and made block by block.
 """
 
 from __future__ import annotations
