@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,7 +36,7 @@ class Processes:
     """
 
     def __init__(self, group: Any, timeout: float):
-        self.group, self.timeout = group, timeout
+        self._group, self.timeout = weakref.ref(group), timeout
         self.rank, self.num = dist.get_rank(group), dist.get_world_size(group)
         gpu = dist.get_backend(group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -47,6 +48,16 @@ class Processes:
         self.rowed = 0
         """Bytes of whole tensors that were gathered of rows, or whose sum was cut into rows."""
         self._lost, self._trail = "", 0
+
+    @property
+    def group(self) -> Any:
+        """Not held here: gloo's threads abort an interpreter that ends before `destroy_process_group` could end them."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "the process group of these ranks was destroyed: make one, and `processes` of it, again."
+            )
+        return group
 
     def __repr__(self) -> str:
         return f"Processes(rank {self.rank} of {self.num}, timeout {self.timeout:g} s)"

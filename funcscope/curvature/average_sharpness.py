@@ -185,10 +185,10 @@ class _Sequences(Loss):
 
     sums: list[Tensor] = field(default_factory=list)
 
-    def _mean(self, outputs: Callable[[Inputs], Tensor]) -> Tensor:
-        sums, weights = zip(*(self.scored(outputs, *batch) for batch in self.batches), strict=True)
-        self.sums.append(torch.cat(sums).cpu().double())
-        return self.sums[-1].sum() / torch.cat(weights).sum()
+    def _parts(self, outputs: Callable[[Inputs], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        parts = super()._parts(outputs)
+        self.sums.append(torch.cat([sums for sums, _ in parts]).cpu().double())
+        return parts
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ CHUNKED = {
     "gradient_norms": NORMS,
     "landscape_flatness": VALUES._replace(points=_flat),
     "bezier_connection": Chunked(Need(2, graphs=7), Need(10), points_at_once),
-    "directional_losses": Chunked(Need(2, 8), Need(graphs=8), _directions),
+    "directional_losses": Chunked(Need(2, 8), Need(graphs=12), _directions),
     **dict.fromkeys(
         (
             "gradient_noise",
