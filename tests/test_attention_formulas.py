@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import seeded
-from test_architectures import model_of
+from problems import seeded, tokens
+from test_architectures import labelled, model_of
 from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core import attention_blocks
-from funcscope.core.attention_blocks import _spans, plain_softmax
+from funcscope.core.attention_blocks import _spans, scale_of
 from funcscope.core.attention_formulas import Attention
 from funcscope.core.brief_masks import additive, brief, spelt_out
 from funcscope.core.remat import by_formula
@@ -47,7 +47,7 @@ class Case:
         if kind == "whole":
             self.mask = self.added
         spans = tuple(_spans(NUM, num_keys, causal and kind != "whole", back))
-        self.call, self.groups = Attention(SCALE, in_float32=False, groups=groups, spans=spans), groups
+        self.call, self.groups = Attention(SCALE, groups, spans), groups
 
     def ours(self, q, k, v):
         return by_formula(self.call.formula(), q, k, v, self.mask)[0]
@@ -100,35 +100,44 @@ def test_graphs_of_backward_are_those_of_the_formulas():
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("gpt2", (8**-0.5, False)),
-        ("llama", (8**-0.5, True)),
-        ("bart", (8**-0.5, False)),
-        ("gemma2", None),
-        ("gpt_oss", "own"),
-    ],
+    ("line", "dtypes"), [("gpt2", (4, 8)), ("bart", (4, 8)), ("llama", (4,)), ("gemma2", ()), ("gpt_oss", None)]
 )
-def test_a_model_whose_attention_is_more_than_a_softmax_is_not_taken_by_formula(line, expected, monkeypatch):
-    """Gemma 2 caps its scores; gpt-oss has sinks, which are parameters, and is not asked."""
-    found = []
+def test_a_model_whose_attention_is_more_than_a_softmax_is_not_taken_by_formula(line, dtypes, monkeypatch):
+    """Gemma 2 caps its scores, a Llama's softmax is in float32 always, gpt-oss has sinks: parameters; it is not asked."""
+    for dtype in (torch.float32, torch.float64):
+        found = []
 
-    def spy(*args):
-        found.append(plain_softmax(*args))
-        return found[-1]
+        def spy(*args, found=found):
+            found.append(scale_of(*args))
+            return found[-1]
 
-    monkeypatch.setattr(attention_blocks, "plain_softmax", spy)
-    net = fs.functional(model_of(line, torch.float64), attention="blocks")
-    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
-    net.apply(net.params, {"input_ids": ids, **({"labels": ids} if line == "bart" else {})})
-    assert set(found) == (set() if expected == "own" else {expected})
+        monkeypatch.setattr(attention_blocks, "scale_of", spy)
+        net = fs.functional(model_of(line, dtype), attention="blocks")
+        ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+        net.apply(net.params, {"input_ids": ids, **({"labels": ids} if line == "bart" else {})})
+        assert set(found) == (set() if dtypes is None else {8**-0.5 if dtype.itemsize in dtypes else None})
+
+
+@pytest.mark.parametrize("line", ["gpt2", "llama"])
+def test_derivatives_in_float32_are_those_of_whole_scores(line):
+    ours, theirs = (mapped(line, kind) for kind in ("blocks", "eager"))
+    theta = theirs.net.theta
+    v = fs.normal(fs.key(1), theta)
+    for product in (fs.hessian, fs.ggn):
+        expected = product(theirs, theta)(v)
+        assert float((product(ours, theta)(v) - expected).norm() / expected.norm()) < 1e-5
+
+
+def mapped(line, attention):
+    net = fs.functional(model_of(line, torch.float32), attention=attention)
+    return fs.objective(net, [labelled(line, tokens(1, 3, 9, pad=3))], fs.causal_lm)
 
 
 def test_what_an_own_attention_adds_is_seen_in_its_values():
-    module = nn.Module()
+    module, query = nn.Module(), torch.zeros(1, 1, 3, 4)
 
     def eager(module, q, k, v, mask, scaling=0.5, bias=0.0, **_):
         return ((q @ k.mT * scaling + mask + bias * torch.arange(3)).softmax(-1) @ v).transpose(1, 2), None
 
-    assert plain_softmax(eager, module, 4, {"scaling": 0.5}) == (0.5, False)
-    assert plain_softmax(eager, module, 4, {"scaling": 0.5, "bias": 1e-6}) is None
+    assert scale_of(eager, module, query, {"scaling": 0.5}) == 0.5
+    assert scale_of(eager, module, query, {"scaling": 0.5, "bias": 1e-6}) is None

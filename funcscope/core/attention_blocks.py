@@ -65,10 +65,10 @@ def _by_blocks(
         _spans(num, key.shape[-2], causal and is_brief(attention_mask), back if is_brief(attention_mask) else 0)
     )
     if not own and (attention_mask is None or attention_mask.shape[1] == 1):
-        softmax = plain_softmax(eager, module, query.shape[-1], options)
-        if softmax is not None:
+        scale = scale_of(eager, module, query, options)
+        if scale is not None:
             mask = query.new_zeros(0) if attention_mask is None else attention_mask
-            call = Attention(*softmax, query.shape[1] // key.shape[1], spans)
+            call = Attention(scale, query.shape[1] // key.shape[1], spans)
             return by_formula(call.formula(), query, key, value, mask)[0], None
     parts = []
     for rows, keys in spans:
@@ -87,30 +87,31 @@ def _spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:
         yield Span(rows, keys)
 
 
-def plain_softmax(
-    eager: Callable, module: nn.Module, width: int, options: Mapping[str, Any]
-) -> tuple[float, bool] | None:
-    """Scale and whether in float32, where a model's own attention is a softmax of scaled products; None where it is more.
+def scale_of(eager: Callable, module: nn.Module, query: Tensor, options: Mapping[str, Any]) -> float | None:
+    """The scale where a model's own attention is a softmax of scaled products; None where it is more.
 
-    Its values say so, on a few numbers of float64: caps, sinks and biases change them.
+    Its values say so, on a few numbers of float64: caps, sinks and biases change them. A softmax that is taken in float32
+    whatever the scores are is plain in float32 alone; in other dtypes its derivatives are rounded as the model's are.
     """
     scale = options.get("scaling")
+    width = query.shape[-1]
     scale = float(width**-0.5 if scale is None else scale)
     known = _PLAIN.setdefault(module, {})
     said = sorted((name, x) for name, x in options.items() if isinstance(x, float | int | str))
     given = eager, width, tuple(said)
     if given not in known:
-        known[given] = _softmax_of(eager, module, width, scale, options)
-    return known[given]
+        known[given] = _plain_in(eager, module, width, scale, options)
+    return scale if known[given] in ("every dtype", query.dtype) else None
 
 
-_PLAIN: WeakKeyDictionary[nn.Module, dict[Any, tuple[float, bool] | None]] = WeakKeyDictionary()
+_PLAIN: WeakKeyDictionary[nn.Module, dict[Any, torch.dtype | str | None]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _softmax_of(
+def _plain_in(
     eager: Callable, module: nn.Module, width: int, scale: float, options: Mapping[str, Any]
-) -> tuple[float, bool] | None:
+) -> torch.dtype | str | None:
+    """The dtypes in which an attention is a softmax of scaled products."""
     q, k, v = (
         3 * torch.sin(torch.arange(7 * i, 7 * i + 3 * width).double() ** 2).view(1, 1, 3, width) for i in (1, 2, 3)
     )
@@ -120,10 +121,12 @@ def _softmax_of(
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None  # it asks for more than that
     scores = scale * q @ k.mT + hidden
-    for in_float32 in (False, True):
-        p = scores.softmax(-1, dtype=torch.float32 if in_float32 else None).double()
+    for kind, p in (
+        ("every dtype", scores.softmax(-1)),
+        (torch.float32, scores.softmax(-1, dtype=torch.float32).double()),
+    ):
         if torch.allclose(found, (p @ v).transpose(1, 2), rtol=0, atol=1e-13):
-            return scale, in_float32
+            return kind
     return None
 
 

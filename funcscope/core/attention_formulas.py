@@ -60,8 +60,6 @@ class Attention:
     """
 
     scale: float
-    in_float32: bool
-    """The softmax, whatever the dtype of the scores."""
     groups: int
     """Heads of queries for each of keys."""
     spans: tuple[Span, ...]
@@ -164,8 +162,7 @@ class Attention:
             )
             part = additive(part, q.dtype) if part.dtype == torch.bool else part
             scores = (scores.unflatten(2, (self.groups, num)) + part[:, :, None]).flatten(2, 3)
-        p = torch.softmax(scores, -1, dtype=torch.float32 if self.in_float32 else None).to(q.dtype)
-        return Block(q, k, v, p, at)
+        return Block(q, k, v, scores.softmax(-1), at)
 
     def _dots(self, one: Block, q: Tensor, k: Tensor, v: Tensor) -> Block:
         return Block(
