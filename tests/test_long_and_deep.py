@@ -18,8 +18,8 @@ from funcscope.core import attention_blocks
 from funcscope.core.brief_masks import brief, is_brief, spelt_out
 from funcscope.core.masks import tokens_there, with_float_mask
 
-OWN = ("bloom", "falcon", "gpt_neo", "mamba", "mamba2", "mpt", "t5")
-"""Their attention is written into their layers, or has biases of its own, or there is none."""
+OWN = ("bloom", "falcon", "gpt_neo", "mamba", "mamba2", "mpt")
+"""Their attention is written into their layers, or there is none."""
 QUICK = ("gemma2",)
 LIGHT = [line if line in QUICK else pytest.param(line, marks=pytest.mark.slow) for line in LINES]
 

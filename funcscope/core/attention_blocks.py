@@ -21,6 +21,7 @@ from .attention_formulas import Attention, Span
 from .brief_masks import additive, is_brief, spelt_out
 from .imported import Model, register_attention
 from .memory import without_holes
+from .position_biases import give_briefly, has_distances, taken
 from .remat import by_formula, rematerialised
 
 KERNEL = "funcscope_blocks"
@@ -33,13 +34,14 @@ LONG = 1024
 def use_blocks(skeleton: Model) -> None:
     register_attention(KERNEL, _by_blocks)
     skeleton.set_attn_implementation(KERNEL)
+    give_briefly(skeleton)
 
 
 def takes_blocks(model: Model) -> bool:
-    """Whether a model calls its attention by name, with scores that depend on nothing but queries, keys and masks."""
+    """Whether a model calls its attention by name, with scores of queries, keys, masks and biases that are known here."""
     family = family_of(model.config)
     attends = family is None or family.attention != "none"
-    biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
+    biased = any(hasattr(x, "relative_attention_bias") and not has_distances(x) for x in model.modules())
     return attends and bool(model._can_set_attn_implementation()) and not biased
 
 
@@ -53,7 +55,12 @@ def _by_blocks(
             f"a {type(module).__name__} was called without a mask, and would see what follows: pass a mapping with "
             '`input_ids`, or make the functional with `attention="eager"`.'
         )
+    bias = options.get("position_bias")
+    if bias is not None:
+        options["position_bias"] = bias = bias if bias.numel() else None
     if not is_brief(attention_mask) and num <= LONG:
+        if bias is not None:
+            options["position_bias"] = taken(bias, slice(num), slice(key.shape[-2]), num)
         return eager(module, query, key, value, attention_mask, **options)
     if num > LONG and query.device.type == "cpu":
         _keep_heap_whole()
@@ -72,7 +79,7 @@ def _by_blocks(
             return by_formula(call.formula(), query, key, value, mask)[0], None
     parts = []
     for rows, keys in spans:
-        attend = rematerialised(_Block(eager, module, rows, keys))
+        attend = rematerialised(_Block(eager, module, num, rows, keys))
         parts.append(attend(query[..., rows, :], key, value, attention_mask, own, options))
     return torch.cat(parts, 1), None
 
@@ -139,8 +146,8 @@ def _keep_heap_whole() -> None:
 class _Block:
     """Some queries on the keys that they may see."""
 
-    def __init__(self, eager: Callable, module: nn.Module, rows: slice, keys: slice):
-        self.eager, self.module, self.rows, self.keys = eager, module, rows, keys
+    def __init__(self, eager: Callable, module: nn.Module, num: int, rows: slice, keys: slice):
+        self.eager, self.module, self.num, self.rows, self.keys = eager, module, num, rows, keys
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, own: Mapping[str, Tensor], options: dict
@@ -150,6 +157,8 @@ class _Block:
             mask = additive(spelt_out(mask, self.rows, self.keys), query.dtype)
         elif mask is not None:
             mask = mask[..., self.rows if mask.shape[-2] > 1 else slice(None), self.keys]
+        if options.get("position_bias") is not None:
+            options = {**options, "position_bias": taken(options["position_bias"], self.rows, self.keys, self.num)}
         groups, num = getattr(self.module, "num_key_value_groups", 1), query.shape[-2]
         if own or groups == 1 or mask is None:
             return self.eager(_Stand(self.module, own), query, key, value, mask, **options)[0]
