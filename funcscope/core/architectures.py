@@ -29,6 +29,8 @@ class Family(NamedTuple):
 
     Where a configuration has `alibi`, only if that is true.
     """
+    boolean: bool = False
+    """Its layers are told of a mask where it is zero alone; the one in brief says which keys are padding, and no more."""
     counted: bool = False
     """Positions are counted in the 2-D mask where they are not given."""
     clean: bool = False
@@ -85,7 +87,7 @@ _CLAIMS = (
     (Family(window="by type", routed=True), "qwen2_moe"),
     (Family(window="by type", packs=False, routed=True), "gpt_oss"),
     (Family(window="all layers", routed=True), "mixtral qwen3_moe"),
-    (Family(packs=False), "mpt"),
+    (Family(packs=False, boolean=True), "mpt"),
     (Family(packs=False, clean=True), "biogpt"),
     (Family(packs=False, counted=True), "opt"),
     (Family(packs=False, alibi=True), "bloom"),

@@ -68,23 +68,23 @@ def _by_blocks(
     if config is None or window(config)[0] is None:
         back = 0  # a number that is passed on and that no mask heeds
     own = {name: param for name, param in module._parameters.items() if param is not None}
-    spans = tuple(
-        _spans(num, key.shape[-2], causal and is_brief(attention_mask), back if is_brief(attention_mask) else 0)
+    blocks = tuple(
+        spans(num, key.shape[-2], causal and is_brief(attention_mask), back if is_brief(attention_mask) else 0)
     )
     if not own and (attention_mask is None or attention_mask.shape[1] == 1):
         scale = scale_of(eager, module, query, options)
         if scale is not None:
             mask = query.new_zeros(0) if attention_mask is None else attention_mask
-            call = Attention(scale, query.shape[1] // key.shape[1], spans)
+            call = Attention(scale, query.shape[1] // key.shape[1], blocks)
             return by_formula(call.formula(), query, key, value, mask)[0], None
     parts = []
-    for rows, keys in spans:
+    for rows, keys in blocks:
         attend = rematerialised(_Block(eager, module, num, rows, keys))
         parts.append(attend(query[..., rows, :], key, value, attention_mask, own, options))
     return torch.cat(parts, 1), None
 
 
-def _spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:
+def spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:
     """Blocks of queries with the keys that a mask lets them see; a window of an encoder reaches as far to both sides."""
     for start in range(0, num, ROWS):
         rows, keys = slice(start, min(start + ROWS, num)), slice(0, num_keys)

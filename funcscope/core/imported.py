@@ -52,8 +52,12 @@ def register_attention(name: str, kernel: Callable[..., Any]) -> None:
     Where a model makes a mask itself, it is the one of eager attention: for a name without one transformers makes none.
     """
     sys.modules["transformers.modeling_utils"].AttentionInterface.register(name, kernel)
-    masks = sys.modules["transformers.masking_utils"]
-    masks.AttentionMaskInterface.register(name, masks.eager_mask)
+    register_masks(name, sys.modules["transformers.masking_utils"].eager_mask)
+
+
+def register_masks(name: str, make: Callable[..., Any]) -> None:
+    """The masks that such models make themselves."""
+    sys.modules["transformers.masking_utils"].AttentionMaskInterface.register(name, make)
 
 
 def register_experts(name: str, kernel: Callable[..., Any]) -> None:

@@ -34,16 +34,18 @@ def with_float_mask(model: Model, inputs: Mapping[str, Any], *, brief_above: int
         return dict(inputs)  # no tokens: images, say
     mask = inputs.get("attention_mask")
     _check_given(model.config, inputs)
+    _check_padding(model, inputs)
     if has_alibi(model.config):
-        _check_alibi(model, inputs)
         return dict(inputs)
     if _is_brief(mask):
         return (
             dict(inputs) if brief_above is not None else {**inputs, "attention_mask": _spelt_out(mask, _dtype(model))}
         )
-    if isinstance(mask, Mapping) or _is_additive(mask):
-        return dict(inputs)
     family = family_of(model.config)
+    if isinstance(mask, Mapping) or _is_additive(mask):
+        if isinstance(mask, Tensor) and family is not None and family.boolean and brief_above is None:
+            return {**inputs, "attention_mask": _with_what_follows(mask)}
+        return dict(inputs)
     if family is None:
         kind = model.config.model_type
         raise ValueError(f"how a {kind!r} model masks its attention is not known here: {remedy(model.config)}")
@@ -92,12 +94,13 @@ def _check_given(config: Config, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _check_alibi(model: Model, inputs: Mapping[str, Any]) -> None:
-    """The lowest float64, which such a model puts into its own masks, is -inf in float32: a softmax over nothing."""
-    mask = inputs.get("attention_mask")
-    if mask is None or is_batchedtensor(mask) or _dtype(model) is not torch.float64 or bool(mask[:, 0].all()):
+def _check_padding(model: Model, inputs: Mapping[str, Any]) -> None:
+    """The lowest float64, which some models hide scores with, is -inf in float32: a softmax over nothing."""
+    mask, family = inputs.get("attention_mask"), family_of(model.config)
+    of_its_own = has_alibi(model.config) or (family is not None and family.boolean)
+    if not of_its_own or not isinstance(mask, Tensor) or mask.ndim != 2 or is_batchedtensor(mask):
         return
-    if computes_in_float32(model.config):
+    if _dtype(model) is torch.float64 and computes_in_float32(model.config) and not bool(mask[:, 0].all()):
         raise ValueError(
             f"a {model.config.model_type!r} model in float64 gives nan for texts that are padded on the left: pad them on "
             "the right, or compute in float32."
@@ -184,6 +187,8 @@ def _brief_masks(
 ) -> Tensor | dict[str, Tensor]:
     if family.attention == "both" or visible.shape[-2] > 1:
         return _masks(model, family, inputs, visible)
+    if family.boolean:
+        return additive(visible, _dtype(model))  # what follows is hidden block by block
     position = torch.arange(visible.shape[-1], dtype=torch.int32, device=visible.device)
     length, mixed = window(model.config)
     if _sees_all(model, family):
@@ -197,6 +202,14 @@ def _brief_masks(
         return full
     sliding = brief(visible, *ends)
     return {FULL: full, SLIDING: sliding} if mixed else sliding
+
+
+def _with_what_follows(mask: Tensor) -> Tensor:
+    """A mask of keys alone, as `_brief_masks` makes it of such models, for all queries."""
+    if mask.shape[-2] > 1:
+        return mask
+    visible = mask == 0
+    return additive(visible & (_back(visible) >= 0), mask.dtype)
 
 
 def _sees_all(model: Model, family: Family) -> bool:

@@ -16,7 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .architectures import computes_in_float32, is_routed
-from .attention_blocks import LONG, takes_blocks
+from .attention_blocks import LONG
+from .attention_parts import takes_blocks
 from .checks import check_choice, check_device, check_params
 from .doors import Remat, Trainable, check_parameters, remat_names, running, selector, skeleton_of, unwrapped
 from .forward import WRITES, Inputs, arguments, logits_of, named_errors

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention_blocks import takes_blocks, use_blocks
+from .attention_blocks import use_blocks
+from .attention_parts import takes_blocks, takes_parts, use_parts
 from .experts import use_experts
 from .imported import Model, is_new_gelu, is_pretrained
 from .primitives import replaced
@@ -74,7 +75,7 @@ def _use_kernel(skeleton: Model, attention: str) -> None:
             f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'
         )
     if attention in ("auto", "blocks"):
-        use_blocks(skeleton)
+        (use_parts if takes_parts(skeleton) else use_blocks)(skeleton)
     elif skeleton._can_set_attn_implementation():
         skeleton.set_attn_implementation("sdpa" if attention == "math" else "eager")
     elif attention != "math":
