@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core import attention_blocks
-from funcscope.core.attention_blocks import _spans, scale_of
+from funcscope.core.attention_blocks import spans, scale_of
 from funcscope.core.attention_formulas import Attention
 from funcscope.core.brief_masks import additive, brief, spelt_out
 from funcscope.core.remat import by_formula
@@ -46,8 +46,8 @@ class Case:
             self.mask = self.added = additive(visible, torch.float64)
         if kind == "whole":
             self.mask = self.added
-        spans = tuple(_spans(NUM, num_keys, causal and kind != "whole", back))
-        self.call, self.groups = Attention(SCALE, groups, spans), groups
+        blocks = tuple(spans(NUM, num_keys, causal and kind != "whole", back))
+        self.call, self.groups = Attention(SCALE, groups, blocks), groups
 
     def ours(self, q, k, v):
         return by_formula(self.call.formula(), q, k, v, self.mask)[0]
@@ -137,7 +137,22 @@ def test_what_an_own_attention_adds_is_seen_in_its_values():
     module, query = nn.Module(), torch.zeros(1, 1, 3, 4)
 
     def eager(module, q, k, v, mask, scaling=0.5, bias=0.0, **_):
-        return ((q @ k.mT * scaling + mask + bias * torch.arange(3)).softmax(-1) @ v).transpose(1, 2), None
+        return ((q @ k.mT * scaling + mask + bias * torch.arange(k.shape[-2])).softmax(-1) @ v).transpose(1, 2), None
 
     assert scale_of(eager, module, query, {"scaling": 0.5}) == 0.5
     assert scale_of(eager, module, query, {"scaling": 0.5, "bias": 1e-6}) is None
+
+
+@pytest.mark.parametrize("more", ["clamped", "longer", "by head"])
+def test_what_shows_in_large_scores_in_long_rows_or_in_some_heads_is_seen(more):
+    def eager(module, q, k, v, mask, scaling=0.5, **_):
+        scores = q @ k.mT * scaling
+        if more == "clamped":
+            scores = scores.clamp(-50, 50)
+        elif more == "longer":
+            scores = scores * (1.1 if k.shape[-2] > 64 else 1)
+        else:
+            scores = scores * torch.linspace(1, 2, q.shape[1])[:, None, None]
+        return ((scores + mask).softmax(-1) @ v).transpose(1, 2), None
+
+    assert scale_of(eager, nn.Module(), torch.zeros(1, 2, 3, 4), {"scaling": 0.5}) is None

@@ -37,12 +37,17 @@ def use_blocks(skeleton: Model) -> None:
     give_briefly(skeleton)
 
 
-def takes_blocks(model: Model) -> bool:
-    """Whether a model calls its attention by name, with scores of queries, keys, masks and biases that are known here."""
+def calls_by_name(model: Model) -> bool:
+    """Whether a model calls its attention by name, with scores of queries, keys, masks and biases that are known here.
+
+    What transformers' own files write out is taken as that; another's attention may be anything.
+    """
     family = family_of(model.config)
-    attends = family is None or family.attention != "none"
+    attends = (family is None or family.attention != "none") and bool(model._can_set_attn_implementation())
     biased = any(hasattr(x, "relative_attention_bias") and not has_distances(x) for x in model.modules())
-    return attends and bool(model._can_set_attn_implementation()) and not biased
+    theirs = all(own is None or own.__module__.startswith("transformers.") for own in map(_written, model.modules()))
+    upcast = getattr(model.config, "reorder_and_upcast_attn", False)  # of GPT-2, in its eager attention alone
+    return attends and theirs and not biased and not upcast
 
 
 def _by_blocks(
@@ -58,7 +63,7 @@ def _by_blocks(
     bias = options.get("position_bias")
     if bias is not None:
         options["position_bias"] = bias = bias if bias.numel() else None
-    if not is_brief(attention_mask) and num <= LONG:
+    if not is_brief(attention_mask) and (num <= LONG or _has_pairs(options, num, key.shape[-2])):
         if bias is not None:
             options["position_bias"] = taken(bias, slice(num), slice(key.shape[-2]), num)
         return eager(module, query, key, value, attention_mask, **options)
@@ -71,7 +76,8 @@ def _by_blocks(
     blocks = tuple(
         spans(num, key.shape[-2], causal and is_brief(attention_mask), back if is_brief(attention_mask) else 0)
     )
-    if not own and (attention_mask is None or attention_mask.shape[1] == 1):
+    lowered = torch.is_autocast_enabled(query.device.type)  # to the dtypes of the model's own products
+    if not own and not lowered and (attention_mask is None or attention_mask.shape[1] == 1):
         scale = scale_of(eager, module, query, options)
         if scale is not None:
             mask = query.new_zeros(0) if attention_mask is None else attention_mask
@@ -82,6 +88,14 @@ def _by_blocks(
         attend = rematerialised(_Block(eager, module, num, rows, keys))
         parts.append(attend(query[..., rows, :], key, value, attention_mask, own, options))
     return torch.cat(parts, 1), None
+
+
+def _has_pairs(options: Mapping[str, Any], num: int, num_keys: int) -> bool:
+    """Whether an option that is not known here has a number for each pair of a query and a key."""
+    known = {"position_bias"}
+    return any(
+        isinstance(x, Tensor) and x.shape[-2:] == (num, num_keys) for name, x in options.items() if name not in known
+    )
 
 
 def spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:
@@ -101,13 +115,13 @@ def scale_of(eager: Callable, module: nn.Module, query: Tensor, options: Mapping
     whatever the scores are is plain in float32 alone; in other dtypes its derivatives are rounded as the model's are.
     """
     scale = options.get("scaling")
-    width = query.shape[-1]
+    heads, width = query.shape[1], query.shape[-1]
     scale = float(width**-0.5 if scale is None else scale)
     known = _PLAIN.setdefault(module, {})
     said = sorted((name, x) for name, x in options.items() if isinstance(x, float | int | str))
-    given = eager, width, tuple(said)
+    given = eager, heads, width, tuple(said)
     if given not in known:
-        known[given] = _plain_in(eager, module, width, scale, options)
+        known[given] = _plain_in(eager, module, heads, width, scale, options)
     return scale if known[given] in ("every dtype", query.dtype) else None
 
 
@@ -116,13 +130,16 @@ _PLAIN: WeakKeyDictionary[nn.Module, dict[Any, torch.dtype | str | None]] = Weak
 
 @torch.no_grad()
 def _plain_in(
-    eager: Callable, module: nn.Module, width: int, scale: float, options: Mapping[str, Any]
+    eager: Callable, module: nn.Module, heads: int, width: int, scale: float, options: Mapping[str, Any]
 ) -> torch.dtype | str | None:
     """The dtypes in which an attention is a softmax of scaled products."""
+    num = 80
     q, k, v = (
-        3 * torch.sin(torch.arange(7 * i, 7 * i + 3 * width).double() ** 2).view(1, 1, 3, width) for i in (1, 2, 3)
+        torch.sin(torch.arange(7 * i, 7 * i + heads * num * width).double() ** 2).view(1, heads, num, width)
+        for i in (1, 2, 3)
     )
-    hidden = torch.zeros(1, 1, 3, 3).double().masked_fill(torch.ones(3, 3).triu(1).bool(), -1e30)
+    q = q * torch.logspace(0, 3, num).double()[:, None]  # of large scores, too
+    hidden = torch.zeros(1, 1, num, num).double().masked_fill(torch.ones(num, num).triu(1).bool(), -1e30)
     try:
         found = eager(_Stand(module, {"num_key_value_groups": 1}), q, k, v, hidden, **options)[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
@@ -160,7 +177,7 @@ class _Block:
         if options.get("position_bias") is not None:
             options = {**options, "position_bias": taken(options["position_bias"], self.rows, self.keys, self.num)}
         groups, num = getattr(self.module, "num_key_value_groups", 1), query.shape[-2]
-        if own or groups == 1 or mask is None:
+        if own or groups == 1 or mask is None or mask.shape[1] > 1:
             return self.eager(_Stand(self.module, own), query, key, value, mask, **options)[0]
         query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # heads that share keys are more queries of these
         mask = mask.expand(*mask.shape[:-2], num, mask.shape[-1]).repeat(1, 1, groups, 1)
@@ -180,11 +197,15 @@ class _Stand:
 
 
 def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    own = _written(module)
+    if own is None:
+        raise ValueError(
+            f'{type(module).__name__} writes out no attention of its own: pass `attention="eager"` instead of "blocks".'
+        )
+    return own
+
+
+def _written(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """The attention that a module's own file writes out."""
-    for kind in type(module).__mro__:
-        own = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if own is not None:
-            return own
-    raise ValueError(
-        f'{type(module).__name__} writes out no attention of its own: pass `attention="eager"` instead of "blocks".'
-    )
+    files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    return next((own for file in files if (own := getattr(file, "eager_attention_forward", None)) is not None), None)

@@ -38,11 +38,6 @@ def takes_parts(model: Model) -> bool:
     return not falcon and any(type(module).__name__ in WRITTEN for module in model.modules())
 
 
-def takes_blocks(model: Model) -> bool:
-    """Whether a model's attention can be taken by blocks of queries, in one way or the other."""
-    return attention_blocks.takes_blocks(model) or takes_parts(model)
-
-
 def use_parts(skeleton: Model) -> None:
     """Each such layer by blocks, where its mask is one in brief."""
     register_masks(PARTS, _mask)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from .architectures import computes_in_float32, is_routed
 from .attention_blocks import LONG
-from .attention_parts import takes_blocks
 from .checks import check_choice, check_device, check_params
 from .doors import Remat, Trainable, check_parameters, remat_names, running, selector, skeleton_of, unwrapped
 from .forward import WRITES, Inputs, arguments, logits_of, named_errors
 from .imported import is_pretrained
+from .kernels import check_asked, takes_blocks
 from .layout import Layout, Params
 from .masks import with_float_mask
 from .positions import check_positions
@@ -237,6 +237,7 @@ class Functional:
         """
         if is_pretrained(self._skeleton):
             check_positions(self._skeleton, inputs)
+            check_asked(inputs, self.attention)
         if is_pretrained(self._skeleton) and self.attention != "keep" and isinstance(inputs, Mapping):
             above = {"blocks": 0, "auto": LONG}.get(self.attention)
             return with_float_mask(self._skeleton, inputs, brief_above=above)

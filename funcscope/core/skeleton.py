@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention_blocks import use_blocks
-from .attention_parts import takes_blocks, takes_parts, use_parts
 from .experts import use_experts
-from .imported import Model, is_new_gelu, is_pretrained
+from .imported import is_new_gelu, is_pretrained
+from .kernels import use_kernel
 from .primitives import replaced
 
 
@@ -54,7 +53,7 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
             module.forward = sys.modules[type(module).__module__].bloom_gelu_forward  # type: ignore[method-assign]
     if is_pretrained(skeleton):
         if attention != "keep":
-            _use_kernel(skeleton, attention)
+            use_kernel(skeleton, attention)
             use_experts(skeleton)
         for config in {
             id(config): config for part in skeleton.modules() if (config := getattr(part, "config", None))
@@ -62,24 +61,6 @@ def make_skeleton(model: nn.Module, attention: str, dtype: torch.dtype | None = 
             if hasattr(config, "use_cache"):
                 config.use_cache = False
     return skeleton
-
-
-def _use_kernel(skeleton: Model, attention: str) -> None:
-    if attention == "blocks" and not takes_blocks(skeleton):
-        raise ValueError(
-            f"the attention of {type(skeleton).__name__} is its own affair and cannot be taken in blocks of queries: pass "
-            '`attention="eager"` instead of "blocks"; its memory grows with the square of the length.'
-        )
-    if attention == "math" and not skeleton._supports_sdpa:
-        raise ValueError(
-            f'{type(skeleton).__name__} has one kernel of its own: pass `attention="eager"` instead of "math".'
-        )
-    if attention in ("auto", "blocks"):
-        (use_parts if takes_parts(skeleton) else use_blocks)(skeleton)
-    elif skeleton._can_set_attn_implementation():
-        skeleton.set_attn_implementation("sdpa" if attention == "math" else "eager")
-    elif attention != "math":
-        skeleton.config._attn_implementation = "eager"  # where modules read it at every call, transformers only warns
 
 
 def _real(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
