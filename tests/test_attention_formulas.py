@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import funcscope as fs
 from funcscope.core import attention_blocks
-from funcscope.core.attention_blocks import spans, scale_of
+from funcscope.core.attention_blocks import scale_of, spans
 from funcscope.core.attention_formulas import Attention
 from funcscope.core.brief_masks import additive, brief, spelt_out
 from funcscope.core.remat import by_formula
