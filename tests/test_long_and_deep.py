@@ -112,7 +112,7 @@ def mapped(line, attention, remat="none"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attention", "remat"), [("blocks", "none"), ("eager", "layer"), ("blocks", "layer")])
-@pytest.mark.parametrize("line", ["gpt2", "gpt_oss", "llama"])
+@pytest.mark.parametrize("line", ["falcon", "gpt2", "gpt_neo", "gpt_oss", "llama", "mpt", "t5"])
 def test_every_transform_gives_what_the_whole_graph_gives(line, attention, remat):
     loss, oracle = mapped(line, attention, remat), mapped(line, "eager")
     theta = loss.net.theta

@@ -35,7 +35,7 @@ ROWS = ("hidden_states", "position_embeddings", "position_ids", "residual")
 def takes_parts(model: Model) -> bool:
     """Whether a model's attention is one of those; a Falcon's with ALiBi makes a mask of all pairs for every head."""
     falcon = model.config.model_type == "falcon" and has_alibi(model.config)
-    return not falcon and any(type(module).__name__ in WRITTEN for module in model.modules())
+    return not falcon and any(map(_is_written, model.modules()))
 
 
 def use_parts(skeleton: Model) -> None:
@@ -43,9 +43,14 @@ def use_parts(skeleton: Model) -> None:
     register_masks(PARTS, _mask)
     skeleton.config._attn_implementation = PARTS  # where modules read it at every call, transformers only warns
     for module in skeleton.modules():
-        if type(module).__name__ in WRITTEN:
+        if _is_written(module):
             kind: Any = type(module)
             module.__class__ = _in_parts(kind)
+
+
+def _is_written(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ in WRITTEN and kind.__module__.startswith("transformers.models.")
 
 
 @functools.cache
