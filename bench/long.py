@@ -11,8 +11,8 @@ kept graph; `install_peers.sh`), which has the Hessian of the model with eager a
 Every row is a process of its own. Memory is the growth of the peak resident set over that after a forward pass, in MiB.
 Time is the processor's: of a product after the first, over that of a forward pass with the loss of the same functional
 without a gradient (`forwards`), and over that of the untouched model with its fused kernel (`bare`); `first` is what the
-first one takes, with its graph and, up to 8,192 tokens, the check of its derivatives against values. The exponent is the slope of log memory in
-log length over the lengths from 2,048 on.
+first one takes, with its graph and, up to 8,192 tokens, the check of its derivatives against values. The exponent is the
+slope of log memory in log length over the lengths from 2,048 on.
 """
 
 from __future__ import annotations
