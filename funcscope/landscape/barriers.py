@@ -190,6 +190,10 @@ class LossPath(Measured, Result):
     def coords(self) -> dict[str, list[float]]:
         return {"t": self.coefficients.tolist()}
 
+    @property
+    def axis_titles(self) -> dict[str, str]:
+        return {"t": "position on the path"}
+
 
 class BarrierMatrix(Measured, Result):
     """Barriers between every two of M models; made by `barrier_matrix`.
