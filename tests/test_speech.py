@@ -237,7 +237,7 @@ def test_recordings_and_transcripts_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"1.wav has no transcript"):
         batches(data, path)
     for table, message in (
-        ("file_name,said\n0.wav,a\n", r"line 2: no transcript in 'transcription'; .*`--field`.*'file_name', 'said'"),
+        ("file_name,said\n0.wav,a\n", r"line 2: no transcript in 'transcription'; .*`field`.*'file_name', 'said'"),
         ("file_name,text\n0.wav,\n", "line 2: no transcript in 'text'"),
         ("file_name,text\n0.wav,a\n9.wav,b\n", r"line 3: there is no file '9.wav' beside metadata.csv"),
         ("file_name,text\n0.wav,a\n,b\n", "line 3: no file; .*'file_name'"),
