@@ -83,7 +83,7 @@ def read_texts(
         raise FileNotFoundError(f"there is no file {str(path)!r}: texts are read from a file of {', '.join(ENDINGS)}.")
     ending = file.suffix.lower()
     if ending not in ENDINGS:
-        raise ValueError(f"{path} is no file of texts that is read: its name must end in {', '.join(ENDINGS)}.")
+        raise ValueError(f"{file.name!r} is no file of texts that is read: its name must end in {', '.join(ENDINGS)}.")
     if ending == ".txt":
         for name, given in (("label_field", label_field), ("second_field", second_field)):
             if given is not None:
