@@ -22,7 +22,7 @@ from folders import folder, texts
 import funcscope as fs
 from funcscope import cli
 from funcscope.cli.commands import COMMANDS
-from funcscope.cli.options import changed
+from funcscope.cli.options import Flag, changed, with_flags
 from funcscope.core.store import load, save
 from funcscope.families import modular
 from funcscope.families.family import Setup, family
@@ -328,7 +328,10 @@ def test_usage(capsys):
         (["analyze", "RUN", "MODEL"], "have different data: analyse them in two calls"),
         (["analyze", "MODEL"], "need texts: `--data FILE`"),
         (["compare", "MODEL", "MODEL", "--data", "x"], "given twice"),
-        (["directional", "/nowhere", "--data", "x"], "local Hugging Face folder"),
+        (
+            ["directional", "/nowhere", "--data", "x"],
+            "funcscope: a model is a local Hugging Face folder, and there is no",
+        ),
         (["report", "/nowhere"], "holds no study"),
         (["cache", "/nowhere"], "no stored results"),
         (["dashboard", "/nowhere"], "holds no study"),
@@ -373,6 +376,55 @@ def test_what_failed_names_options(models, tmp_path, capsys):
     few = ["--packing", "--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
     assert cli.main(["analyze", str(path), "--metrics", "mean_loss", *few]) == 1
     assert "`--packing` is for" in capsys.readouterr().out
+
+
+HEAD = "--metrics hessian_trace --set hessian_trace.head_chunk=4 --set hessian_trace.keep=false"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (HEAD, "`--set hessian_trace.head_chunk` needs `--set hessian_trace.keep=true`"),
+        ("--metrics mean_loss --packing --task masked", "`--packing` is for.*pass `--no-packing`"),
+    ],
+)
+def test_what_failed_has_no_words_of_python(models, tmp_path, capsys, args, words):
+    few = [*args.split(), "--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
+    path = str(folder(tmp_path / "masked", "bert")) if "masked" in args else models[0][0]
+    cli.main(["analyze", path, *few])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(words, said), said
+    assert not re.search(r"\w=(True|False)", said)
+
+
+def test_values_of_python_are_said_as_they_are_typed():
+    options = ["changes", "attention", "dataset_name", "trainable", "dtype", "curvature"]
+    flags = {"curvature": Flag(["directional_losses.curvature"], "")}
+    for text, wanted in (
+        ("with `attention='keep'`", "with `--attention keep`"),
+        ("`dtype=torch.float32` in `functional`", "`--dtype float32`"),
+        ("`dataset_name={'a': 'a.jsonl', 'b': 'b.jsonl'}`", "`--data a=a.jsonl b=b.jsonl`"),
+        ("`compute_all=True`", "`--set compute_all=true`"),
+        ("`curvature='exact'`, `chunk=1`", "`--curvature exact`, `--set directional_losses.chunk=1`"),
+        ("`theta.clone()`, `unknown=True`, theta", "`theta.clone()`, `unknown=True`, theta"),
+    ):
+        assert with_flags(text, options, flags, "directional_losses") == wanted
+    assert (
+        with_flags("`curvature=False`", ["changes"], {}, "hessian_trace") == "`curvature=False`"
+    )  # not one of its own
+
+
+def test_an_option_that_there_is_not_has_a_nearest_one(capsys):
+    for args, words in (
+        (["landscape", "m", "--max-memry-gb", "1"], "no option --max-memry-gb: did you mean --max-memory-gb"),
+        (["merge", "a", "b", "--out", "c", "--metod=ties"], "no option --metod: did you mean --method"),
+        (["demo", "--zzz"], "no option --zzz$"),
+        (["path", "a", "b", "c"], "unrecognized arguments: c"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+        assert stop.value.code == 2
+        assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
 
 
 def test_variants_of_one_name_in_two_runs_are_told_apart(run, tmp_path, capsys):

@@ -79,7 +79,7 @@ CASES = [
     (lambda: ggn(MLP, THETA[1:]), "`theta` must be a flat vector"),
     (lambda: ggn(MLP, THETA, head_chunk=4), "`head_chunk` needs a causal language model"),
     (lambda: ggn(GPT2, GPT2.net.theta, head_chunk=0), "`head_chunk` must be an integer of at least 1"),
-    (lambda: hessian(GPT2, GPT2.net.theta, keep=False, head_chunk=4), "`head_chunk` needs keep=True"),
+    (lambda: hessian(GPT2, GPT2.net.theta, keep=False, head_chunk=4), "`head_chunk` needs `keep=True`"),
     (lambda: inspect.unwrap(empirical_fisher)(MLP, THETA, unit="batch"), "`unit` must be one of"),
     (lambda: exact_fisher(NO_SAMPLE, THETA), "has no `sample`"),
     (lambda: fisher_mc(NO_SAMPLE, THETA, key=KEY), "has no `sample`"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from problems import seeded
 from results import EXAMPLES, example
 
 import funcscope as fs
@@ -15,7 +16,7 @@ from funcscope.core.estimate import Estimate
 from funcscope.core.result import Result, quantity
 from funcscope.study import cache
 from funcscope.study.catalogue import CATALOGUE
-from funcscope.view import curves
+from funcscope.view import curves, section
 from funcscope.view.instruments import CUSTOM
 from funcscope.view.names import apart, labels, plain
 from funcscope.view.quantities import drawable, figures, limits_of
@@ -310,3 +311,53 @@ def test_values_that_are_not_told_from_zero_make_no_axis_logarithmic():
 
 def test_only_names_without_spaces_lose_their_first_word():
     assert labels(["embed -> a0.0.v", "embed -> a0.1.v"]) == ["embed -> a0.0.v", "embed -> a0.1.v"]
+
+
+def test_an_axis_leaves_zero_out_where_it_would_hide_what_differs():
+    far, near = np.array([3.130, 3.144]), np.array([1.0, 3.0])
+    each = [[curves.Line("a", np.array([0.0, 1.0]), values, values / 1e5)] for values in (far, near)]
+    low, high = (curves.lines(one, name="loss", unit="nats", at="t")[0].layout.yaxis.range for one in each)
+    assert low[0] > 3.1
+    assert high[0] < 0 < high[1]
+    bars, dots = (curves.bars(["x", "y"], one, name="loss", unit="nats") for one in (each[1], each[0]))
+    assert (bars.data[0].type, dots.data[0].type) == ("bar", "scatter")
+    assert bars.layout.xaxis.range[0] <= 0  # as a bar is as long as its value
+    assert dots.layout.xaxis.range[0] > 3.1
+    two = curves.bars(["x", "y"], [each[0][0], each[0][0]], name="loss", unit="nats")
+    assert not set(two.data[0].y) & set(two.data[1].y)  # dots of two subjects do not lie on each other
+
+
+def lines_of(base, scale):
+    """Losses along two directions: base + scale t^2 (1 + i)."""
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0**0.5]]).double()
+    bowl = fs.custom(lambda out, y: scale * out**2 + base + y)
+    loss = fs.objective(
+        fs.functional(seeded(0, lambda: torch.nn.Linear(2, 1, bias=False)).double()),
+        [(rows, torch.zeros(2, 1).double())],
+        bowl,
+    )
+    return fs.loss_lines(loss, torch.zeros(2).double(), torch.eye(2).double(), num=21, span=1.0)
+
+
+def test_lines_show_changes_of_the_loss_and_the_loss_where_it_spreads_over_decades():
+    flat, steep = (
+        list(figures([outcome(lines_of(base, scale))], ["losses"])) for base, scale in ((3.0, 0.01), (1e-4, 1.0))
+    )
+    assert [len(flat), len(steep)] == [1, 1]
+    change, loss = flat[0].figure, steep[0].figure
+    assert change.layout.yaxis.title.text.startswith("change of the loss")
+    assert change.layout.yaxis.type != "log"
+    ends = np.ptp(np.concatenate([trace.y for trace in change.data if trace.name.startswith("d")]))
+    assert np.ptp(change.layout.yaxis.range) < 5 * ends  # the intervals among them
+    assert loss.layout.yaxis.type == "log"
+    assert {each.layout.xaxis.title.text for each in (change, loss)} == {"coefficient of the direction"}
+    assert "the loss at theta is 3.000" in flat[0].caption
+
+
+def test_tables_of_a_plane_have_words_and_units():
+    plane = outcome(example("LossPlane"))
+    rows = [row for table in section.tables([plane]) for row in table.rows]
+    assert not [row[0] for row in rows if "_" in row[0]]
+    units = {row[0]: row[-1] for row in rows}
+    assert units["mean of the losses"] == "nats"
+    assert units["roughness: mean slope along the axes"] == "nats per coefficient"

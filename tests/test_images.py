@@ -18,6 +18,7 @@ from funcscope.study.digest import Sums
 from funcscope.study.images import class_names, digest_of_images, is_image_folder, pictures
 from funcscope.study.inputs import image_batches, load_model, make_batches
 from funcscope.study.inputs.opened import OpenedModel
+from funcscope.study.inputs.text import read_texts
 from funcscope.study.texts import DataSpec
 
 NAMES = ("cat", "dog", "owl")
@@ -200,7 +201,9 @@ def test_images_and_classes_that_do_not_fit(tmp_path):
     again = tmp_path / "again"
     drawn(again)
     assert "folders are taken in their order" in str(image_batches(again, unnamed, folder))
-    with pytest.raises(ValueError, match="has no images in sub-folders"):
+    with pytest.raises(ValueError, match=r"is a folder of images.*this is a model of text: pass a file of texts"):
+        read_texts(again)
+    with pytest.raises(ValueError, match=r"has no images in sub-folders.*a model of images takes a folder"):
         image_batches(folder / "config.json", model, folder)
     with pytest.raises(ValueError, match="by `image_batches`"):
         make_batches([], tokenizer(), model, task="image_classification")

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core import attention_blocks
 from funcscope.core.brief_masks import brief, is_brief, spelt_out
+from funcscope.core.held import saved_bytes
 from funcscope.core.masks import tokens_there, with_float_mask
 
 OWN = ("falcon, alibi", "mamba", "mamba2")
@@ -196,7 +197,9 @@ def test_a_trace_sees_whole_scores_whatever_the_kernel_is():
 def test_layers_in_remat_change_no_number(line):
     model = model_of(line, torch.float64)
     if line == "albert":  # one layer many times over
-        with pytest.raises(ValueError, match=r"the layers of AlbertForMaskedLM are not known.*names of its modules"):
+        with pytest.raises(
+            ValueError, match=r"the layers of AlbertForMaskedLM are not known.*remat=\[.*albert_layer_groups"
+        ):
             fs.functional(model, remat="layer")
         return
     net, whole = fs.functional(model, remat="layer"), fs.functional(model)
@@ -240,6 +243,41 @@ def test_names_of_modules_and_what_is_refused():
     net = fs.functional(seeded(0, lambda: nn.Sequential(Draws())), remat=["0"])
     with pytest.raises(ValueError, match="draws random numbers"):
         seeded(1, lambda: net.apply(net.params, torch.ones(2, 3)))
+
+
+class Listed(nn.Module):
+    """Layers in a list, in a list of lists, and in a dictionary; a list of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 4)) for _ in range(3))
+        self.groups = nn.ModuleList([nn.ModuleList([self.layers[0]]), nn.ModuleDict({"last": nn.Linear(4, 3)})])
+        self.shifts = nn.ParameterList([torch.zeros(4)])
+
+    def forward(self, x):
+        x = self.inner(x) + self.shifts[0]
+        for layer in self.layers:
+            x = layer(x)
+        return self.groups[1]["last"](self.groups[0][0](x))
+
+
+def test_a_list_of_modules_stands_for_its_members():
+    model = seeded(0, Listed)
+    batches = [(torch.ones(64, 2), torch.zeros(64, dtype=torch.int64))]
+
+    def kept(names):
+        loss = fs.objective(fs.functional(model, remat=names), batches, fs.classification)
+        return saved_bytes(lambda: loss(loss.net.theta.clone().requires_grad_()))
+
+    assert fs.functional(model, remat=["layers"]).remat == ("layers.0", "layers.1", "layers.2")
+    assert fs.functional(model, remat=["groups"]).remat == ("groups.0.0", "groups.1.last")
+    assert len(fs.functional(model, remat=["groups", "layers"]).remat) == 4  # a layer of both is computed again once
+    assert kept(["layers"]) == kept([f"layers.{i}" for i in range(3)]) < kept("none") / 3
+    with pytest.raises(ValueError, match=r"names `shifts`, a ParameterList that is never called.*such as \['layers'\]"):
+        fs.functional(model, remat=["shifts"])
+    with pytest.raises(ValueError, match=r"layers of Listed are not known.*remat=\['layers'\]"):
+        fs.functional(model, remat="layer")
 
 
 def test_hooks_of_a_layer_run_once_around_it():

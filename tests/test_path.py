@@ -462,3 +462,18 @@ def test_a_pair_with_nothing_but_holes_between_is_undefined_and_counted():
         [True, False, False],
     ]
     assert torch.isnan(found.mean_barrier_linear.value)
+
+
+def test_a_barrier_of_none_has_no_error_and_says_why():
+    bowl = loss_from(lambda out, y: (out - y) ** 2, n=5)
+    none = linear_path(bowl, vector(-1.0), vector(3.0), num=7)
+    assert (none.texts, float(none.barrier_max.value)) == ({"barrier_max": "0", "barrier_linear": "0"}, 0.0)
+    assert "0 ± 0" not in str(none)
+    assert "The largest loss is at an end: there is no barrier over the higher end" in str(none)
+    over = linear_path(loss_from(lambda out, y: (out**2 - 1) ** 2 + y * out, n=5), vector(-1.0), vector(1.0), num=7)
+    assert over.texts == {}
+    assert not [note for note in over.notes if "no barrier" in note]
+    rising = linear_path(
+        loss_from(lambda out, y: -(out**2), n=2), vector(0.0), vector(1.0), num=5
+    )  # above its chord alone
+    assert list(rising.texts) == ["barrier_max"]

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from .. import __version__
 from .check import add_check
@@ -31,10 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Says which option is nearest to one that there is not, of the command that it was given to."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        known, rest = super().parse_known_args(args, namespace)
+        if option := next((word.partition("=")[0] for word in rest if word.startswith("--")), None):
+            there = [name for name in self._option_string_actions if name.startswith("--")]
+            near = get_close_matches(option, there, 1)
+            self.error(f"there is no option {option}{f': did you mean {near[0]}?' if near else ''}")
+        return known, rest
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="funcscope", description="A microscope for trained networks, made of pure functions."
-    )
+    parser = Parser(prog="funcscope", description="A microscope for trained networks, made of pure functions.")
     parser.add_argument("--version", action="version", version=f"funcscope {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_demo(commands)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -128,16 +130,49 @@ def _shown(value: Any) -> str:
     return "" if value is None else f" (default: {'yes' if value is True else 'no' if value is False else value})"
 
 
-def with_flags(text: str, options: Collection[str]) -> str:
-    """Arguments of Python by the names that they have in this command: an option, or what `--set` takes."""
+def with_flags(text: str, options: Collection[str], flags: Mapping[str, Flag] = {}, metric: str = "") -> str:
+    """Python's words in backticks by what this command calls them: an option with its value, or what `--set` takes.
+
+    flags: the command's options for settings. metric: the one that says it, whose settings are meant.
+
+    >>> with_flags("pass `seed=3`, `packing=False` or `attention=\"keep\"`", ["seed", "packing", "attention"])
+    'pass `--seed 3`, `--no-packing` or `--attention keep`'
+    >>> with_flags("`head_chunk` needs `keep=True`", ["changes"], metric="hessian_trace")
+    '`--set hessian_trace.head_chunk` needs `--set hessian_trace.keep=true`'
+    """
     named = {name: f"--{name.replace('_', '-')}" for name in options if name not in _NO_OPTIONS}
     named |= {name: f"--{flag}" for name, flag in _OTHERWISE.items() if flag in options or name in options}
     if "changes" in options:
         named = {each.name: f"--set {each.name}" for each in fields(UnifiedConfig)} | named
-    for name, flag in named.items():
-        text = text.replace(f"`{name}`", f"`{flag}`").replace(f"`{name}=True`", f"`{flag}`")
-    return text
+    if metric in CATALOGUE:
+        named |= _of_settings(metric, flags, is_set="changes" in options)
+
+    def said(word: re.Match[str]) -> str:
+        name, value = word[1], word[2]
+        return f"`{_with_value(named[name], value)}`" if name in named else word[0]
+
+    return re.sub(r"`(\w+)(?:=([^`]+))?`(?: (?:in|to) `functional`)?", said, text)
 
 
-_OTHERWISE = {"n_samples": "samples", "dataset_name": "data"}
+def _of_settings(metric: str, flags: Mapping[str, Flag], *, is_set: bool) -> dict[str, str]:
+    """What sets each setting of a metric: an option of the command, or `--set`."""
+    known = {**CATALOGUE[metric].settings, **CATALOGUE[metric].plan}
+    own = {name: f"--set {metric}.{name}" for name in known} if is_set else {}
+    targets = {target: f"--{name.replace('_', '-')}" for name, flag in flags.items() for target in flag.settings}
+    return own | {name: targets[f"{metric}.{name}"] for name in known if f"{metric}.{name}" in targets}
+
+
+def _with_value(flag: str, value: str | None) -> str:
+    """As it is typed; Python's text, dictionary or dtype as the command line takes it."""
+    is_set, word = flag.startswith("--set "), (value or "").strip("'\"").removeprefix("torch.")
+    if word in ("True", "False") and not is_set:
+        return flag if word == "True" else flag.replace("--", "--no-", 1)
+    if word.startswith("{"):
+        word = " ".join(f"{name}={one}" for name, one in ast.literal_eval(word).items())
+    if word in ("True", "False", "None"):
+        word = {"True": "true", "False": "false", "None": "null"}[word]
+    return f"{flag}{'=' if is_set else ' '}{word}" if word else flag
+
+
+_OTHERWISE = {"n_samples": "samples", "dataset_name": "data", "output_dir": "out"}
 _NO_OPTIONS = ("run", "changes", "model", "models", "a", "b", "folder", "family", "variant")

@@ -159,7 +159,8 @@ def _study(
     except KeyboardInterrupt:
         print(f"\nfuncscope: interrupted; what was finished is kept in {out}, the same command goes on from there.")
         return 130
-    return show(results, out, shown=shown, seconds=time.perf_counter() - started, options=vars(args))
+    seconds = time.perf_counter() - started
+    return show(results, out, shown=shown, seconds=seconds, options=vars(args), flags=flags)
 
 
 def _named(files: list[str]) -> str | dict[str, str]:
@@ -190,7 +191,9 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
             raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 
-def show(results: Results, out: Path, *, shown: bool, seconds: float, options: Collection[str]) -> int:
+def show(
+    results: Results, out: Path, *, shown: bool, seconds: float, options: Collection[str], flags: Mapping[str, Flag]
+) -> int:  # fmt: skip
     """Print the results themselves, or what came of each; then write the page."""
     from ..view.report import write_report  # plotly takes a second to import, and is an extra
 
@@ -198,11 +201,13 @@ def show(results: Results, out: Path, *, shown: bool, seconds: float, options: C
     if shown:
         for outcome in results.outcomes:
             if outcome.result is not None:
-                print(f"\n{outcome.metric} of {outcome.subject}\n{outcome.result}")
+                said = with_flags(str(outcome.result), options, flags, outcome.metric)
+                print(f"\n{outcome.metric} of {outcome.subject}\n{said}")
     rows = [o for o in results.outcomes if not shown or not o.ok]
     took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
     table = [
-        (o.subject, o.metric, o.status, time, with_flags(o.error, options)) for o, time in zip(rows, took, strict=True)
+        (o.subject, o.metric, o.status, time, with_flags(o.error, options, flags, o.metric))
+        for o, time in zip(rows, took, strict=True)
     ]
     if table:
         print(f"\n{Listing(('model', 'metric', 'status', 'time', 'why'), tuple(table)).trimmed().text(width)}")

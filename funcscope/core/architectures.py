@@ -174,7 +174,7 @@ def layer_types(config: Config) -> tuple[str, ...]:
 
 
 _KEEP = (
-    'make the functional with `attention="keep"`, under which the model masks itself: values and gradients are right '
+    'take `attention="keep"`, under which the model masks itself: values and gradients are right '
     "there, and `hessian_difference` up to the error of its step."
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -95,15 +95,18 @@ def _rematerialise(part: nn.Module) -> None:
 
 
 def remat_names(model: nn.Module, chosen: Remat) -> tuple[str, ...]:
-    """Which modules to rematerialise: those named, or the layers of a model of transformers."""
+    """Which modules to rematerialise: those named, or the layers of a model of transformers.
+
+    A list of modules, which is never called itself, stands for its members.
+    """
     if isinstance(chosen, str) and chosen == "none":
         return ()
     if isinstance(chosen, str) and chosen == "layer":
         if names := layer_names(model):
             return names
         raise ValueError(
-            f"the layers of {type(model).__name__} are not known: `remat` takes the names of its modules, such as "
-            f"{[name for name, part in model.named_modules() if name and list(part.parameters())][:2]}."
+            f"the layers of {type(model).__name__} are not known: name its modules, "
+            f"`fs.functional(model, remat={_called_names(model)})`."
         )
     if isinstance(chosen, str):
         raise ValueError(f'`remat` must be "none", "layer" or names of modules, got {chosen!r}.')
@@ -112,7 +115,31 @@ def remat_names(model: nn.Module, chosen: Remat) -> tuple[str, ...]:
         raise ValueError(f"`remat` names modules that the model does not have: {unknown[:3]}.")
     if nested := [name for name in names if any(name.startswith(f"{other}.") for other in names)]:
         raise ValueError(f"`remat` names `{nested[0]}` and a module that it is a part of: name one of them.")
-    return names
+    if empty := [name for name in names if not any(_called(name, known[name]))]:
+        raise ValueError(
+            f"`remat` names `{empty[0]}`, a {type(known[empty[0]]).__name__} that is never called and holds no module that "
+            f"is: nothing would be computed again. Name modules that are called, such as {_called_names(model)}."
+        )
+    members = [each for name in names for each in _called(name, known[name])]
+    return tuple({id(model.get_submodule(name)): name for name in members}.values())
+
+
+def _called(name: str, part: nn.Module) -> Iterator[str]:
+    """The module itself where it has a forward pass; else, as in a list of modules, those within it that have one."""
+    if "forward" in vars(part) or type(part).forward is not nn.Module.forward:
+        yield name
+        return
+    for child, each in part.named_children():
+        yield from _called(f"{name}.{child}", each)
+
+
+def _called_names(model: nn.Module) -> list[str]:
+    """What may be named: the list of modules with most parameters, else the first modules that are called and have any."""
+    parts = {name: part for name, part in model.named_modules() if name and next(part.parameters(), None) is not None}
+    called = {name: [*_called(name, part)] for name, part in parts.items()}
+    lists = [name for name, members in called.items() if members and members != [name]]
+    sizes = {name: sum(param.numel() for param in parts[name].parameters()) for name in lists}
+    return [max(lists, key=sizes.__getitem__)] if lists else [name for name, members in called.items() if members][:2]
 
 
 def selector(model: nn.Module, trainable: Trainable) -> Callable[[str], bool]:

@@ -121,6 +121,11 @@ class Result:
         """Names or numbers along the axes; positions, from 0 as in arrays, where an axis is not here. Ranks count from 1."""
         return {}
 
+    @property
+    def axis_titles(self) -> Mapping[str, str]:
+        """What the numbers along an axis are, where its name alone does not say so."""
+        return {}
+
     @classmethod
     @cache
     def quantities(cls) -> dict[str, Quantity]:

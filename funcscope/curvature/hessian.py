@@ -54,7 +54,7 @@ def hessian(
     """
     theta = Loss.vector(loss, theta)
     if head_chunk is not None and not keep:
-        raise ValueError("`head_chunk` needs keep=True: the closed form of the head is one of reverse mode.")
+        raise ValueError("`head_chunk` needs `keep=True`: the closed form of the head is one of reverse mode.")
     weighted, scale = normalised(loss, theta)
 
     def maps() -> list[Matvec]:

@@ -140,7 +140,7 @@ def _forward_or_reverse(forward: Callable[[Tensor], Any], reverse: Callable[[Ten
             missing.append(str(err).splitlines()[0][:100])
         warnings.warn(
             f"no forward mode for a kernel of this model ({missing[0]}): every product is made in reverse mode, at the "
-            "memory of both graphs. keep=True takes as much memory, and less time.",
+            "memory of both graphs. `keep=True` takes as much memory, and less time.",
             stacklevel=2,
         )
         return out

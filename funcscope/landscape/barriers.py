@@ -183,12 +183,25 @@ class LossPath(Measured, Result):
 
     @property
     def notes(self) -> list[str]:
-        at_end = ["The largest loss over the chord is at an end: there is no curvature."] if self.argmax == 0 else []
-        return USED[self.buffers] + at_end
+        said = {
+            "barrier_max": "The largest loss is at an end: there is no barrier over the higher end, and no error of one.",
+            "barrier_linear": "No loss lies over the chord: there is no barrier over it, no error of one and no curvature.",
+        }
+        return [*USED[self.buffers], *(note for name, note in said.items() if name in self.texts)]
 
     @property
     def coords(self) -> dict[str, list[float]]:
         return {"t": self.coefficients.tolist()}
+
+    @property
+    def axis_titles(self) -> dict[str, str]:
+        return {"t": "position on the path"}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Barriers of 0, which have no error: the largest loss is at an end, or none lies over the chord."""
+        known = {"barrier_max": self.argmax_loss in (0, len(self.sums) - 1), "barrier_linear": self.argmax == 0}
+        return {name: "0" for name, at_an_end in known.items() if at_an_end and float(getattr(self, name).value) == 0}
 
 
 class BarrierMatrix(Measured, Result):

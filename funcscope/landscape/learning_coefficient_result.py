@@ -53,6 +53,10 @@ class LearningCoefficient(Result):
         chains, steps = self.traces.shape
         return {"chain": range(chains), "t": range(steps)}
 
+    @property
+    def axis_titles(self) -> dict[str, str]:
+        return {"t": "step of the chain"}
+
     @derived("local learning coefficient")
     def learning_coefficient(self) -> Estimate:
         made = Estimate.of(self.chain_estimates[~self.diverged])

@@ -18,10 +18,10 @@ from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
-from . import roughness
 from .axes import Axes, Trajectory
 from .grid import Range, Row, Statistics, coefficients, evaluate, given, point_nums, spaced, span_range, span_ranges
 from .precision import warn_of_small_steps
+from .roughness import GridStatistics
 from .states import USED
 from .terms import Measured, Metric
 
@@ -102,7 +102,7 @@ def _of_points(label: str, **what: Any) -> Any:
     return derived(label, unit="loss", shown=False, **what)
 
 
-class LossPlane(_Grid):
+class LossPlane(GridStatistics, _Grid):
     """The loss on a grid; made by `loss_plane`, whose docstring has the formulas. `asdict()` gives the documented names.
 
     Grids are float64 tensors (n, m) on the CPU; axis 0 is the first direction. Losses that are not finite are left out of
@@ -116,11 +116,6 @@ class LossPlane(_Grid):
     axis_values_2 = derived("coefficient along the second direction", per="y", shown=False)(lambda self: self.places[1])
     _metrics = derived("metric", per=PLANE, name="*", stderr="_metric_errors", shown=False)(Measured.documented)
     _metric_errors = property(Measured.documented_errors)
-
-    @derived("statistic of the finite losses", name="*")
-    def statistics(self) -> dict[str, float]:
-        """By their documented names; see `loss_plane`."""
-        return roughness.statistics(self.grid_losses, *self.places)
 
     @property
     def head(self) -> str:
@@ -162,6 +157,10 @@ class LossLines(_Grid):
     @property
     def coords(self) -> dict[str, Any]:
         return {"axis": self.axes.names, "t": self.axis_values}
+
+    @property
+    def axis_titles(self) -> dict[str, str]:
+        return {"t": "step over the norm of theta" if self.relative_span else "coefficient of the direction"}
 
 
 def loss_plane(

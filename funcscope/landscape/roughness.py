@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ..core.result import derived
+
+
+def _statistic(label: str, name: str, unit: str = "") -> Any:
+    return derived(label, unit=unit)(lambda self: self.statistics[name])
+
+
+class GridStatistics:
+    """Of a result with a grid of losses and the coefficients along its axes."""
+
+    grid_losses: Any
+    places: tuple[Tensor, ...]
+
+    @cached_property
+    def statistics(self) -> dict[str, float]:
+        """Of the finite losses, by their documented names; see `loss_plane`."""
+        return statistics(self.grid_losses, *self.places)
+
+    loss_mean = _statistic("mean of the losses", "loss_mean", "loss")
+    loss_std = _statistic("standard deviation of the losses", "loss_std", "loss")
+    loss_min = _statistic("lowest finite loss", "loss_min", "loss")
+    loss_max = _statistic("highest finite loss", "loss_max", "loss")
+    roughness = _statistic("roughness: mean slope along the axes", "roughness", "loss per coefficient")
+    normalized_roughness = _statistic("roughness over the mean loss", "normalized_roughness", "per coefficient")
+    normalized_roughness_range = _statistic(
+        "roughness over the range of the loss", "normalized_roughness_range", "per coefficient"
+    )
+    quad_residual = _statistic("part of the deviation that is not quadratic", "quad_residual")
 
 
 def statistics(grid: Float[Tensor, "n m"], first: Float[Tensor, " n"], second: Float[Tensor, " m"]) -> dict[str, float]:

@@ -27,10 +27,10 @@ def local_folder(folder: str | Path) -> Path:
         return path
     if path.exists():
         raise NotADirectoryError(
-            f"`folder` must be a local Hugging Face folder, and {str(folder)!r} is a file: pass the folder that holds it."
+            f"a model is a local Hugging Face folder, and {str(folder)!r} is a file: pass the folder that holds it."
         )
     raise FileNotFoundError(
-        f"`folder` must be a local Hugging Face folder, and there is no {str(folder)!r}: only local folders are read, "
+        f"a model is a local Hugging Face folder, and there is no {str(folder)!r}: only local folders are read, "
         "names on the hub and names with `..` are not resolved. Download the model first and pass the path of its folder."
     )
 

@@ -96,6 +96,10 @@ class FlatnessProfile(Result):
         return {"epsilon": self.epsilon}
 
     @property
+    def axis_titles(self) -> Mapping[str, str]:
+        return {"epsilon": "epsilon, the length of the step"}
+
+    @property
     def head(self) -> str:
         return f"loss changes at {counted(len(self.epsilon), 'length')} of the step"
 

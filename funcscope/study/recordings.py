@@ -104,7 +104,7 @@ def _transcript(at: str, row: Mapping[str, Any], field: str) -> str:
         return text
     there = ", ".join(map(repr, sorted(row)[:8]))
     raise ValueError(
-        f"{at}: no transcript in {name!r}; name the column of what is said (`--field`), of {there}, or take the row out."
+        f"{at}: no transcript in {name!r}; name the column of what is said (`field`), of {there}, or take the row out."
     )
 
 

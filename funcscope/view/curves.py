@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .drawing import Z95, Column, curve, put_on_steps, reaches, set_scale, style
+from .drawing import Z95, Column, curve, put_on_steps, reaches, set_scale, style, with_zero
 from .names import labels, plain
 from .numbers import with_error
 from .theme import BLUE, INK, RULE, TEMPLATE, VERMILION, blank, set_linear, set_log
@@ -26,13 +26,17 @@ class Line(NamedTuple):
 
 
 def lines(
-    each: Sequence[Line], *, name: str, unit: str, at: str = "step", current: int | None = None, height: int = 350
-) -> tuple[go.Figure, list[str]]:
-    """Lines with their intervals; along steps on the axis of training, along what is far apart on a logarithmic one."""
+    each: Sequence[Line], *, name: str, unit: str, at: str = "step", current: int | None = None, height: int = 350,
+    is_linear: bool = False,
+) -> tuple[go.Figure, list[str]]:  # fmt: skip
+    """Lines with their intervals; along steps on the axis of training, along what is far apart on a logarithmic one.
+
+    is_linear: the values are on a linear axis, however far they spread.
+    """
     fig = blank(height, "").update_layout(showlegend=len(each) > 1)
     ends = [edge[np.isfinite(edge)] for one in each for edge in (one.value - one.half, one.value + one.half)]
     value, half = (np.concatenate(parts) for parts in zip(*((one.value, one.half) for one in each), strict=True))
-    floor = set_scale(fig.layout.yaxis, name, unit, value, *ends, half=half)
+    floor = set_scale(fig.layout.yaxis, name, unit, value, *ends, half=half, is_linear=is_linear)
     for i, one in enumerate(each):
         colour, dash = style(i)
         fig.add_traces(curve(one.x, one.value, one.half, one.name, colour, unit, floor, at=at, dash=dash, what=name))
@@ -69,23 +73,38 @@ def training(curves: Mapping[str, np.ndarray], current: int | None) -> go.Figure
 def bars(places: Sequence[str], each: Sequence[Line], *, name: str, unit: str, dots: bool = False) -> go.Figure:
     """A bar per place along the axis for every subject, the first on top, each with its 95 % interval.
 
-    dots: a dot in place of a bar, on an axis that need not have zero; names of places as plotly takes them.
+    Bars begin at zero; where that is far from all values, dots are in their place. dots: dots in any case; names of places
+    as plotly takes them.
     """
+    shown = list(places) if dots else [plain(label) for label in labels(places)]
     edges = [one.value + sign * np.nan_to_num(one.half) for one in each for sign in (-1, 1)]
-    ends = np.concatenate([*edges, [] if dots else [0.0]])
+    ends = np.concatenate(edges)
     ends = ends[np.isfinite(ends)]
-    fig = blank(122 + (10 + (20 if dots else 14 * len(each))) * len(places), "")
+    low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 0.0)
+    dots = dots or not min(with_zero(low, high)) <= 0 <= max(with_zero(low, high))
+    if not dots:
+        low, high = min(low, 0.0), max(high, 0.0)
+    fig = blank(122 + (10 + max(20 if dots else 0, 14 * len(each))) * len(places), "")
     fig.update_layout(showlegend=len(each) > 1, bargap=0.3)
-    set_linear(fig.layout.xaxis, name, unit, float(ends.min()), float(ends.max()))
-    rows, shown = np.arange(len(places)), list(places) if dots else [plain(label) for label in labels(places)]
+    set_linear(fig.layout.xaxis, name, unit, low, high)
+    apart = 0.7 / len(each) * (np.arange(len(each)) - (len(each) - 1) / 2) * dots
     for i, one in enumerate(each):
-        told = [with_error(v, h / Z95) for v, h in zip(one.value, one.half, strict=True)]
-        hover = f"%{{y}}<br>{name} %{{customdata}} {unit}<extra></extra>"
+        rows = np.arange(len(places)) + apart[i]
+        told = [
+            f"{place}<br>{name} {with_error(v, h / Z95)}"
+            for place, v, h in zip(shown, one.value, one.half, strict=True)
+        ]
+        hover = f"%{{customdata}} {unit}<extra></extra>"
         error = {"array": one.half, "color": style(i)[0] if dots else INK, "thickness": 1.4, "width": 0 if dots else 3}
         data = {"x": one.value, "y": rows, "error_x": error, "name": one.name, "customdata": told}
         mark = {"color": style(i)[0], "size": 9} if dots else {"color": style(i)[0], "opacity": 0.75}
         trace = go.Scatter(data, mode="markers") if dots else go.Bar(data, orientation="h")
         fig.add_trace(trace.update(marker=mark, hovertemplate=hover))
-    axis = {"tickvals": rows, "ticktext": shown, "range": [len(places) - 0.4, -0.6], "automargin": True}
+    axis = {
+        "tickvals": np.arange(len(places)),
+        "ticktext": shown,
+        "range": [len(places) - 0.4, -0.6],
+        "automargin": True,
+    }
     fig.layout.yaxis.update(axis, showgrid=dots)
     return fig if dots else fig.add_vline(x=0, line={"color": RULE, "width": 1}, layer="below")

@@ -22,6 +22,8 @@ Z95 = 1.96
 """Standard errors on each side of a 95 % interval."""
 DECADES = 2
 """Values that spread over so many powers of ten are shown on a logarithmic scale."""
+NEAR = 2.0
+"""Zero is put on a linear axis where it is at most so many times the extent of what is drawn away."""
 CROWD = 12
 """Points of a curve from which on its intervals are a band, and no bars."""
 PALETTE, DASHES = (BLUE, VERMILION, GREEN, PURPLE), ("solid", "dash", "dot", "dashdot")
@@ -88,21 +90,33 @@ def set_scale(
     value: Column,
     *ends: Float[np.ndarray, "_"],
     half: Column | None = None,
+    is_linear: bool = False,
 ) -> float:
-    """Name the axis, and make it logarithmic where the value spreads, else linear with zero; returns its lower end, or -inf.
+    """Name the axis, and make it logarithmic where the value spreads, else linear; returns its lower end, or -inf.
+
+    A linear axis has zero where that is near (`with_zero`).
 
     The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value. half: of the
-    intervals; values that these do not tell from zero make no axis logarithmic.
+    intervals; values that these do not tell from zero make no axis logarithmic. is_linear: nothing does.
     """
     told = value if half is None else value[~(np.abs(value) <= half)]
-    if spreads(value) and spreads(told):
+    if not is_linear and spreads(value) and spreads(told):
         axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
         return set_log(axis, value, *(np.maximum(end, least) for end in ends))
-    every = np.concatenate([np.zeros(1), *(part[np.isfinite(part)] for part in (value, *ends))])
-    low, high = float(every.min()), float(every.max())
+    every = np.concatenate([part[np.isfinite(part)] for part in (value, *ends)])
+    low, high = with_zero(float(every.min()), float(every.max())) if every.size else (0.0, 1.0)
     set_linear(axis, name, unit, low, high if high > low else 1.0)
     return -math.inf
+
+
+def with_zero(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis, and zero where it is near; far off it would leave no room for what differs.
+
+    >>> with_zero(1.0, 2.0), with_zero(3.13, 3.14), with_zero(2.0, 2.0)
+    ((0.0, 2.0), (3.13, 3.14), (0.0, 2.0))
+    """
+    return (min(low, 0.0), max(high, 0.0)) if max(low, -high) <= NEAR * (high - low) or low == high else (low, high)
 
 
 def band(x: Column, low: Column, high: Column, name: str, colour: str, floor: float = -math.inf) -> go.Scatter:

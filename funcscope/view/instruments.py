@@ -13,16 +13,19 @@ from ..core.tables import counted
 from ..study.cache import Outcome
 from . import samples
 from .circuit_figure import circuit_graph
-from .curves import Line, bars, training
-from .drawing import lost, titled
+from .curves import Line, bars, lines, training
+from .drawing import lost, spreads, titled
+from .numbers import number
 from .path_figures import barrier
-from .reading import Drawn, Look, named, titles_of
+from .reading import Drawn, Look, captioned, gone, named, seen_in, titles_of
 from .reliability import reliability
 from .spectrum_figures import spectrum
 from .token_figures import attention_viewer, attribution_text, lens_table, visible
 
 MOST_EDGES = 40
 """Of a circuit that is drawn."""
+MOST_LINES = 12
+"""That a legend tells apart."""
 Custom = Callable[[Sequence[Outcome], Look], Iterator[Drawn]]
 
 
@@ -46,6 +49,27 @@ def _path(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
         fig, notes = barrier(paths, None, outcome.in_unit("loss"))
         caption = "The loss on the way with 95 % intervals, the chord, and the barrier where it is largest."
         yield Drawn(titled(fig, f"Loss on the path{_of(whose, outcomes)}", *notes), caption)
+
+
+def _lines(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
+    """The change of the loss along directions, with paired errors; the loss itself where that spreads over decades."""
+    for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
+        (one,) = seen_in([outcome], "losses")
+        is_linear = not spreads(one.value)
+        if is_linear:
+            (one,) = seen_in([outcome], "delta_losses")
+        rows = zip(named(one.coords["axis"]), one.value, one.half, strict=True)
+        each = [Line(name, one.along(1), value, half) for name, value, half in rows]
+        across = one.axis(1)
+        fig, notes = lines(
+            each, name=one.label, unit=one.unit, at=across, current=look.current, height=400, is_linear=is_linear
+        )
+        fig.update_layout(showlegend=len(each) <= MOST_LINES)
+        base: Any = outcome.result
+        there = f"the loss at theta is {number(float(base.baseline_loss), 4)} {outcome.in_unit('loss')}".strip()
+        how = f"along the {across}, a line per direction, with 95 % intervals over sequences"
+        title = whose if len(outcomes) > 1 else ""
+        yield captioned(fig, one, how, gone([one], "values"), there, *notes, whose=title)
 
 
 def _changes(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
@@ -207,6 +231,8 @@ CUSTOM: dict[tuple[str, str], Custom | None] = {
     ("LossPath", "losses"): _path,
     ("Connection", "losses"): _path,
     ("Connection", "line_losses"): None,
+    ("LossLines", "losses"): _lines,
+    ("LossLines", "delta_losses"): None,
     ("DirectionalLosses", "delta_losses"): _changes,
     ("DirectionalLosses", "slopes"): _slopes,
     ("Flatness", "delta_losses"): _changes,

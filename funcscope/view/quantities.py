@@ -132,7 +132,7 @@ def _pairs(first: Seen, second: Seen) -> Drawn:
 
 def _along(seen: Sequence[Seen], look: Look) -> Drawn:
     """A line along a numbered axis for every subject."""
-    axis = seen[0].entry.quantity.per[0]
+    axis = seen[0].axis(0)
     each = [Line(one.title, one.along(0), one.value, one.half) for one in seen]
     fig, notes = curves.lines(each, name=seen[0].label, unit=seen[0].unit, at=axis, current=look.current)
     return captioned(fig, seen[0], f"along {axis}{_errors(seen)}", gone(seen, "values"), *notes)
@@ -158,7 +158,7 @@ def _over_names(seen: Sequence[Seen], look: Look) -> Iterator[Drawn]:
         yield captioned(fig, one, f"per {axis}{_whose(shown)}", gone(shown, "bars"))
     else:
         each = [Line(s.title, s.along(0), s.value, s.half) for s in shown]
-        fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=axis)
+        fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=one.axis(0))
         yield captioned(fig, one, f"per {axis}{_whose(shown)}", *notes)
 
 
@@ -199,8 +199,10 @@ def _two_axes(one: Seen, look: Look, seen: Sequence[Seen]) -> Drawn | None:
             value, half = (x if i else x.T for x in (one.value, one.half))
             names = named([str(place) for place in one.places[1 - i] or range(1, len(value) + 1)])
             each = [Line(name, one.along(i), value[j], half[j]) for j, name in enumerate(names)]
-            fig, notes = curves.lines(each, name=one.label, unit=one.unit, at=per[i], current=look.current, height=400)
-            how = f"along {per[i]}, a line per {per[1 - i]}{whose}"
+            fig, notes = curves.lines(
+                each, name=one.label, unit=one.unit, at=one.axis(i), current=look.current, height=400
+            )
+            how = f"along {one.axis(i)}, a line per {per[1 - i]}{whose}"
             return captioned(fig, one, how, gone([one], "values"), *notes, whose=_title(one, seen))
     places = [
         known if known is not None else list(range(size))

@@ -86,6 +86,11 @@ class Seen(NamedTuple):
         assert self.outcome.result is not None
         return self.entry.name not in self.outcome.result.unresolved
 
+    def axis(self, axis: int) -> str:
+        """What the numbers along an axis are."""
+        name = self.entry.quantity.per[axis]
+        return plain(getattr(self.outcome.result, "axis_titles", {}).get(name, name))
+
     def along(self, axis: int) -> Float[np.ndarray, " n"]:
         """Numbers along an axis: its places, or positions from 1 on."""
         known = self.places[axis]

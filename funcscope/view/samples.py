@@ -14,11 +14,9 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 from plotly.subplots import make_subplots
 
-from .drawing import Z95, Column
+from .drawing import Z95, Column, with_zero
 from .theme import BLUE, GREEN, INK, MUTED, PURPLE, RULE, TEMPLATE, VERMILION, blank, set_linear
 
-NEAR = 2.0
-"""Zero is put on the axis of a distribution where it is at most so many times its extent away."""
 FAR = 12.0
 """Samples that lie so many interquartile ranges off stand at the edge, where the others would else be one point."""
 EMPTIES = 12.0
@@ -54,7 +52,7 @@ def distribution(samples: Mapping[str, Column], *, name: str, unit: str, axis: s
     for i, (label, row) in enumerate(rows.items()):
         at = {"row": i + 1, "col": 1}
         x, y = next(fig.select_xaxes(**at)), next(fig.select_yaxes(**at))
-        set_linear(x, name, unit, *_with_zero(*((row.low, row.high) if own else (low, high))))
+        set_linear(x, name, unit, *with_zero(*((row.low, row.high) if own else (low, high))))
         last = i == len(rows) - 1
         x.update(showgrid=False, showticklabels=own or last, title={"text": x.title.text if last or own else ""})
         y.update(tickvals=[0], ticktext=[label], showgrid=False, automargin=True, range=[-0.8, 0.44])
@@ -144,11 +142,6 @@ def _row(values: Column) -> Row:
         half = Z95 * float(finite.std(ddof=1)) / math.sqrt(finite.size)
         low, high = min(low, float(finite.mean()) - half), max(high, float(finite.mean()) + half)
     return Row(values, low, high, int(((finite < low) | (finite > high)).sum()), int(finite.size))
-
-
-def _with_zero(low: float, high: float) -> tuple[float, float]:
-    """The ends of an axis, and zero where it is near."""
-    return (min(low, 0.0), max(high, 0.0)) if max(low, -high) <= NEAR * (high - low) or low == high else (low, high)
 
 
 def _notes(rows: Mapping[str, Row], axis: str) -> list[str]:

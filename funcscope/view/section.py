@@ -158,7 +158,7 @@ def heading(metric: str) -> str:
 
 
 def label(entry: Entry) -> str:
-    return entry.name if entry.quantity.name == "*" else entry.quantity.label
+    return entry.name.replace("_", " ") if entry.quantity.name == "*" else entry.quantity.label
 
 
 def on(outcome: Outcome) -> str:

@@ -52,7 +52,7 @@ class OpenedModel:
         sees = task_of(model) != "image_classification"  # images have no mask
         if sees and spec.attention != "keep" and family_of(model.config) is None:
             raise ValueError(
-                f"how a {model.config.model_type!r} model masks its attention is not known here. With `--attention keep` "
+                f'how a {model.config.model_type!r} model masks its attention is not known here. With `attention="keep"` '
                 "the model masks itself, for losses, slopes and difference curvatures (`funcscope directional`)."
             )
         compute = None if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)

@@ -62,7 +62,8 @@ def image_batches(
     chosen = list(pictures(folder, num_samples)) if Path(folder).is_dir() else []
     if not chosen:
         raise ValueError(
-            f"{folder} has no images in sub-folders, one for each class: it must have files that end in {', '.join(ENDINGS)}."
+            f"{folder} has no images in sub-folders, one for each class: a model of images takes a folder of files "
+            f"there that end in {', '.join(ENDINGS)}."
         )
     index_of, order = _classes(folder, model)
     prepare, how = _preparation(model, Path(model_folder))
@@ -137,7 +138,7 @@ def _opened(file: Path, channels: int) -> Any:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        raise ValueError(f"{file} is damaged or no image ({first_line(err)}).") from err
+        raise ValueError(f"{file} is damaged or no image ({first_line(err)}): save it again, or take it out.") from err
 
 
 def _check_sizes(chosen: Sequence[Picture], pixels: Sequence[Tensor]) -> None:

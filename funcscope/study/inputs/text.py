@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 from ...core.checks import check_choice
 from ..dataset import ENDINGS, is_dataset
 from ..dataset import rows as dataset_rows
+from ..images import is_image_folder
 from ..quiet import first_line
 from ..recordings import is_speech
 from ..row_files import lines, objects, separated
@@ -69,15 +70,20 @@ def read_texts(
             f"{path} is a folder of recordings, which models of speech take (Whisper): a model of text reads their "
             "transcripts from a table, its metadata.csv."
         )
+    if file.is_dir() and is_image_folder(file):
+        raise ValueError(
+            f"{str(path)!r} is a folder of images, which classifiers of images take (ViT), and this is a model of text: "
+            f"pass a file of texts ({', '.join(ENDINGS)})."
+        )
     if is_dataset(str(path)):
         each = dataset_rows(str(path), split, (field, label_field, second_field), num_samples)
         named = ((f"row {i}", row) for i, row in enumerate(each, start=1))
         return _some(file, (_example(file, row, where, field, label_field, second_field) for where, row in named))
     if not file.exists():
-        raise FileNotFoundError(f"`path` must be a file of texts, and there is no {str(path)!r}.")
+        raise FileNotFoundError(f"there is no file {str(path)!r}: texts are read from a file of {', '.join(ENDINGS)}.")
     ending = file.suffix.lower()
     if ending not in ENDINGS:
-        raise ValueError(f"`path` must end in {', '.join(ENDINGS)}, got {file.name!r}: no other format is read.")
+        raise ValueError(f"{file.name!r} is no file of texts that is read: its name must end in {', '.join(ENDINGS)}.")
     if ending == ".txt":
         for name, given in (("label_field", label_field), ("second_field", second_field)):
             if given is not None:

@@ -46,7 +46,10 @@ def read_waveform(file: Path) -> Waveform:
     try:
         rate, values = _wav(file) if file.suffix.lower() == ".wav" else _other(file)
     except _UNREADABLE as err:
-        raise ValueError(f"{file} is damaged or no sound that is read ({first_line(err)}).") from err
+        why = "the file ends early" if isinstance(err, (struct.error, EOFError)) else first_line(err)
+        raise ValueError(
+            f"{file} is damaged or no sound that is read ({why}): convert it again, or take it out."
+        ) from err
     samples = _scaled(values)
     if rate <= 0 or not samples.size:
         raise ValueError(f"{file} has {samples.size} samples at {rate} Hz: there must be sound in it.")
