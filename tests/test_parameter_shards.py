@@ -51,7 +51,8 @@ def test_one_rank_is_no_rank(alone):
 def test_bytes_are_those_of_the_model(tmp_path):
     for out in spread(tmp_path, "traffic", 2):
         expected = {
-            name: bytes_per_product(out["num"], 8, 2, passes, out["batches"]) for name, passes in PASSES.items()
+            name: bytes_per_product(out["num"], out["uses"], 8, 2, passes, out["batches"])
+            for name, passes in PASSES.items()
         }
         assert out["ggn"] == expected["ggn"]
         assert out["rebuilt"] == expected["rebuilt"]
@@ -72,8 +73,15 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
         assert "ValueError: the data or their order of rank 1" in said["data"]
         assert "ValueError: the settings of rank 1 differ" in said["operator"]
         assert "must be a flat vector of shape" in said["theta"]
-        assert ("must be a flat vector" if rank else "another rank than 0 failed in a product") in said["vector"]
-        assert "ValueError: ranks have not done the same up to a product with `ggn`" in said["key"]
+        assert ("must be a flat vector" if rank else "rank 1 failed in a product") in said["vector"]
+        for name in ("key", "whole vector", "without a product"):
+            assert "ValueError: ranks have not done the same up to" in said[name], name
+        assert "ValueError: the data or their order of rank 1" in said["number"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["criterion"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["activation"]
+        assert ("mine" if rank else "rank 1 failed in checking the loss: ValueError: mine") in said["forward pass"]
+        assert "`like` must be `net.shares` of the functional that the matvec was made with" in said["theta for shares"]
+        assert said["right"] == "nothing"
 
 
 @pytest.mark.slow
