@@ -140,9 +140,30 @@ def wrong(ranks: fs.Processes) -> dict[str, str]:
         "criterion": _said(lambda: fs.sharded(fs.ggn, *gained(power=4 if odd else 2, ranks=ranks), ranks)),
         "activation": _said(lambda: fs.sharded(fs.ggn, *gained(act=other_act, ranks=ranks), ranks)),
         "forward pass": _said(lambda: fs.sharded(fs.ggn, *gained(act=failing, ranks=ranks), ranks)),
+        "scaled": _said(lambda: fs.eigenpairs(fs.linalg.scaled(H, 2.0), theta, key=KEY, num=1)),
         "theta for shares": _said(lambda: fs.hutchinson_trace(H, theta, key=KEY, num=2)),
         "right": _said(lambda: fs.hutchinson_trace(H, net.shares, key=KEY, num=2)),
     }
+
+
+def missing(ranks: fs.Processes) -> torch.Tensor:
+    """A product where a target is missing and the last rank has one batch more than the others."""
+    loss = fs.sharded_objective(fs.sharded_functional(models()["mlp"][0], ranks), *with_missing())
+    return loss.net.shares.gathered(
+        fs.sharded(fs.hessian, loss, loss.net.theta, ranks)(loss.net.shares.draw(KEY, "normal"))
+    )
+
+
+def with_missing() -> tuple[list[Any], fs.Criterion]:
+    """Two sequences, then one; of weight 0 where the target is not a number."""
+    x, y, weight = (
+        torch.ones(3, 5).double().cumsum(0) / 3,
+        torch.ones(3, 3).double(),
+        torch.tensor([1.0, 0, 1]).double(),
+    )
+    y[1, 0] = torch.nan
+    batches = [(x[at], (y[at], weight[at])) for at in (slice(0, 2), slice(2, 3))]
+    return batches, fs.custom(lambda out, targets: (((out - targets[0]) ** 2).sum(-1), targets[1]))
 
 
 def killed(ranks: fs.Processes, how: int = signal.SIGKILL) -> dict[str, Any]:

@@ -26,7 +26,7 @@ STATE = 24
 class Processes:
     """The ranks of a process group, and what was handed to their collectives; made by `processes`.
 
-    Every method but `moved` is called by all ranks, in the same order.
+    Every method but `moved` and `note` is called by all ranks, in the same order.
     """
 
     def __init__(self, group: Any, timeout: float):

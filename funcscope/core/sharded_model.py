@@ -115,10 +115,10 @@ def sharded_functional(
     sequences, and some five times the largest parameter. Time: an operation that uses a parameter runs once more in each
     derivative. Bytes: `curvature.parameter_shards.bytes_per_product`.
 
-    Raises ValueError on all ranks where names, shapes, dtypes or values differ between them; for a DTensor of another
-    placement or other ranks, for a model that holds DTensors itself, and for scripted modules. Whether a forward pass is a
-    function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`. An error of one rank within
-    a forward pass or a product is one of all others when that rank ends, or after the timeout of `ranks`.
+    Raises ValueError on all ranks where names, shapes, dtypes or values differ between them, or dtypes from the model's; for
+    a DTensor of another placement or other ranks, for a model that holds DTensors itself, and for scripted modules.
+    Whether a forward pass is a function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`.
+    An error of one rank within a product is one of all others at their next collective.
 
     Rajbhandari et al. (2020), arXiv:1910.02054, stage 3.
 

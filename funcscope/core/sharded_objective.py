@@ -75,7 +75,8 @@ def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criter
     `loss(theta)` takes this rank's share of theta, is called by all ranks together, and composes with `grad`, `jvp` and
     `vjp`. For operators: `sharded`.
 
-    Raises ValueError on all ranks as `objective` does, and where data, their order or the criterion differ between ranks.
+    Raises ValueError on all ranks as `objective` does, and where data, their order or the criterion's name differ between
+    ranks; whether its function does is seen by the first operator.
 
     >>> import torch.distributed as dist, funcscope as fs
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -79,9 +79,11 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     Bytes: `core.processes.bytes_per_product`, 2 (n - 1) / n (P s + 24) from and to each rank, s bytes an entry, and nothing
     that grows with the data; `ranks.moved` adds them up. Time: the slowest rank's share of the sequences, and the sum.
 
-    Raises ValueError on all ranks where theta, frozen parameters, buffers, the data, their order or the settings differ,
-    before any work; where sequences of a batch that is cut see each other; where v differs. RuntimeError on all others
-    where one rank fails or ends. Products are constants to autograd, and of one vector: no `vmap`.
+    Raises ValueError on all ranks where theta, frozen parameters, buffers, the data (numbers and names among inputs, too),
+    their order or the settings differ, before any work; where the loss of the first scored sequence at theta differs by more
+    than rounding, as it does for other functions of one name; where sequences of a batch that is cut see each other; where a
+    bit of v differs. RuntimeError on all others where one rank fails or ends. What all ranks refuse leaves them as they were.
+    Products are constants to autograd, and of one vector: no `vmap`.
 
     >>> import torch.distributed as dist, funcscope as fs
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -213,6 +213,13 @@ def to_scipy(matvec: Matvec, like: Float[Tensor, " p"]) -> LinearOperator:
     return LinearOperator((len(like), len(like)), matvec=product, rmatvec=product, dtype=dtype)
 
 
+def _in_space_of(made: Matvec, *matvecs: Matvec) -> Matvec:
+    """What is made of operators whose vectors are in shares on several ranks has such vectors, too."""
+    for space in (matvec.space for matvec in matvecs if hasattr(matvec, "space")):
+        made.space = space  # type: ignore[attr-defined]
+    return made
+
+
 def _check_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
