@@ -57,17 +57,17 @@ def work(model: nn.Module, ranks: fs.Processes | None, width: int) -> dict[str, 
             param.data.copy_(state[name])
         net: Any = fs.functional(model)
         H = fs.hessian(fs.objective(net, data, square), net.theta, check=False)
-        space, num = net.theta, net.layout.num
+        space, num, uses = net.theta, net.layout.num, 0
     else:
         net = fs.sharded_functional(model, ranks, state=Loaded(model))
         H = fs.sharded(fs.hessian, fs.sharded_objective(net, data, square), net.theta, ranks)
-        space, num = net.shares, net.num_gathered
+        space, num, uses = net.shares, net.num_gathered, net.num_uses
     trace = fs.hutchinson_trace(H, space, key=KEY, num=1, distribution="normal")
     v, before, start = torch.ones_like(net.theta), ranks.moved if ranks else 0.0, time.perf_counter()
     for _ in range(REPEATS):
         H(v)
     seconds, moved = (time.perf_counter() - start) / REPEATS, ((ranks.moved if ranks else 0.0) - before) / REPEATS
-    return {"form": float(trace.value), "s": seconds, "moved": moved, "num": num}
+    return {"form": float(trace.value), "s": seconds, "moved": moved, "num": num, "uses": uses}
 
 
 def run(rank: int, num: int, folder: str, width: int, depth: int) -> None:
@@ -107,7 +107,7 @@ def row_of(num: int, each: list[dict[str, Any]], before: list[dict[str, Any]], w
         one = next((old["MiB"] for old in before if old["ranks"] == 1), most)
         row["MiB of the model"] = one / num + 5 * width**2 * 4 / 2**20
         row["MB sent"] = each[0]["moved"] / 1e6
-        row["at most"] = bytes_per_product(each[0]["num"], 4, num) / 1e6
+        row["at most"] = bytes_per_product(each[0]["num"], each[0]["uses"], 4, num) / 1e6
     return row
 
 

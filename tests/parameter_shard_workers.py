@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from shard_workers import KEY, OPERATORS, _said
+from shard_workers import KEY, OPERATORS, _failing, _said, gained
 from torch import nn
 from torch.func import grad, jvp
 
@@ -105,7 +105,7 @@ def traffic(ranks: fs.Processes) -> dict[str, Any]:
     """Bytes of one product of each kind."""
     loss = together("mlp", ranks)
     kinds = {"ggn": (fs.ggn, {}), "hessian": (fs.hessian, {}), "rebuilt": (fs.hessian, {"keep": False})}
-    out: dict[str, Any] = {"num": loss.net.num_gathered, "batches": len(loss.batches)}
+    out: dict[str, Any] = {"num": loss.net.num_gathered, "uses": loss.net.num_uses, "batches": len(loss.batches)}
     for name, (operator, settings) in kinds.items():
         H = fs.sharded(operator, loss, loss.net.theta, ranks, **settings)
         before = ranks.moved
@@ -123,7 +123,8 @@ def wrong(ranks: fs.Processes) -> dict[str, str]:
     other = models()["mlp"][0]
     with torch.no_grad():
         other[0].bias[0] += odd
-    H = fs.sharded(fs.ggn, loss, theta, ranks)
+    H, whole = fs.sharded(fs.ggn, loss, theta, ranks), net.shares.gathered(v)
+    other_act, failing = (torch.relu, _failing) if odd else (torch.tanh, torch.tanh)
     return {
         "weights": _said(lambda: fs.sharded_functional(other, ranks)),
         "settings": _said(lambda: fs.sharded_functional(model, ranks, remat=("0",) if odd else "none")),
@@ -133,7 +134,36 @@ def wrong(ranks: fs.Processes) -> dict[str, str]:
         "theta": _said(lambda: fs.sharded(fs.ggn, loss, theta[1:] if odd else theta, ranks)),
         "vector": _said(lambda: H(v[1:] if odd else v)),
         "key": _said(lambda: H(net.shares.draw(fs.key(int(odd)), "normal"))),
+        "whole vector": _said(lambda: H(net.shares.of(whole.flip(0) if odd else whole))),
+        "without a product": _said(lambda: net.shares.dot(v, 0 * v if odd else H(v))),
+        "number": _said(lambda: gained(3.0 if odd else 1.0, ranks=ranks)),
+        "criterion": _said(lambda: fs.sharded(fs.ggn, *gained(power=4 if odd else 2, ranks=ranks), ranks)),
+        "activation": _said(lambda: fs.sharded(fs.ggn, *gained(act=other_act, ranks=ranks), ranks)),
+        "forward pass": _said(lambda: fs.sharded(fs.ggn, *gained(act=failing, ranks=ranks), ranks)),
+        "scaled": _said(lambda: fs.eigenpairs(fs.linalg.scaled(H, 2.0), theta, key=KEY, num=1)),
+        "theta for shares": _said(lambda: fs.hutchinson_trace(H, theta, key=KEY, num=2)),
+        "right": _said(lambda: fs.hutchinson_trace(H, net.shares, key=KEY, num=2)),
     }
+
+
+def missing(ranks: fs.Processes) -> torch.Tensor:
+    """A product where a target is missing and the last rank has one batch more than the others."""
+    loss = fs.sharded_objective(fs.sharded_functional(models()["mlp"][0], ranks), *with_missing())
+    return loss.net.shares.gathered(
+        fs.sharded(fs.hessian, loss, loss.net.theta, ranks)(loss.net.shares.draw(KEY, "normal"))
+    )
+
+
+def with_missing() -> tuple[list[Any], fs.Criterion]:
+    """Two sequences, then one; of weight 0 where the target is not a number."""
+    x, y, weight = (
+        torch.ones(3, 5).double().cumsum(0) / 3,
+        torch.ones(3, 3).double(),
+        torch.tensor([1.0, 0, 1]).double(),
+    )
+    y[1, 0] = torch.nan
+    batches = [(x[at], (y[at], weight[at])) for at in (slice(0, 2), slice(2, 3))]
+    return batches, fs.custom(lambda out, targets: (((out - targets[0]) ** 2).sum(-1), targets[1]))
 
 
 def killed(ranks: fs.Processes, how: int = signal.SIGKILL) -> dict[str, Any]:

@@ -119,17 +119,58 @@ def wrong(ranks: fs.Processes) -> dict[str, str]:
     theta = loss.net.theta
     other = fs.objective(loss.net, loss.batches[::-1] if odd else loss.batches, _as_they_are(loss))
     v = vector(loss)
+    H = fs.sharded(fs.ggn, loss, theta, ranks)
     cases = {
         "theta": lambda: fs.sharded(fs.hessian, loss, theta + 1e-9 * odd, ranks),
         "length": lambda: fs.sharded(fs.hessian, loss, theta[1:] if odd else theta, ranks),
         "order": lambda: fs.sharded(fs.hessian, other, theta, ranks),
         "settings": lambda: fs.sharded(fs.fisher_mc, loss, theta, ranks, key=fs.key(int(odd))),
         "operator": lambda: fs.sharded(fs.ggn if odd else fs.hessian, loss, theta, ranks),
-        "vector": lambda: fs.sharded(fs.ggn, loss, theta, ranks)(v + 1e-15 * odd),
-        "shape": lambda: fs.sharded(fs.ggn, loss, theta, ranks)(v[1:] if odd else v),
+        "number": lambda: fs.sharded(fs.ggn, *gained(3.0 if odd else 1.0), ranks),
+        "criterion": lambda: fs.sharded(fs.ggn, *gained(power=4 if odd else 2), ranks),
+        "activation": lambda: fs.sharded(fs.ggn, *gained(act=torch.relu if odd else torch.tanh), ranks),
+        "forward pass": lambda: fs.sharded(fs.ggn, *gained(act=_failing if odd else torch.tanh), ranks),
+        "vector": lambda: H(v + 1e-15 * odd),
+        "unit vectors": lambda: H(torch.eye(len(v), dtype=v.dtype)[int(odd)]),
+        "signs": lambda: H(v[:50].sign().repeat(2)[: len(v)] * (-1 if odd else 1)),
+        "order of entries": lambda: H(v.flip(0) if odd else v),
+        "shape": lambda: H(v[1:] if odd else v),
         "inside": lambda: ranks.together("a step", lambda: 1 / (not odd)),
     }
+    for i in range(20):
+        key = fs.key(i + 1000 * odd)
+        cases[f"key {i}"] = lambda key=key: fs.hutchinson_trace(H, theta, key=key, num=2)
+    cases["right"] = lambda: H(v)
     return {name: _said(call) for name, call in cases.items()}
+
+
+class Gained(nn.Module):
+    """A model that takes a number beside its features."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.act = nn.Linear(4, 5), nn.Linear(5, 3), act
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+        return self.last(self.act(gain * self.first(x)))
+
+
+def gained(gain: float = 1.0, power: int = 2, act: Any = torch.tanh, ranks: Any = None) -> tuple[fs.Loss, torch.Tensor]:
+    """A loss whose first sequence is not scored, and its theta: what no tensor of it holds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x, y = Gained(act).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    scored = fs.custom(lambda out, y: (((out - y[0]) ** power).sum(-1), y[1]))
+    data = [({"x": x, "gain": gain}, (y, torch.tensor([0.0, 1, 1, 1, 1]).double()))]
+    if ranks is None:
+        net = fs.functional(model)
+        return fs.objective(net, data, scored), net.theta
+    net = fs.sharded_functional(model, ranks)
+    return fs.sharded_objective(net, data, scored), net.theta
+
+
+def _failing(_: torch.Tensor) -> torch.Tensor:
+    raise ValueError("mine")
 
 
 def _as_they_are(loss: fs.Loss) -> fs.Criterion:

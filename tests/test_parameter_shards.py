@@ -51,7 +51,8 @@ def test_one_rank_is_no_rank(alone):
 def test_bytes_are_those_of_the_model(tmp_path):
     for out in spread(tmp_path, "traffic", 2):
         expected = {
-            name: bytes_per_product(out["num"], 8, 2, passes, out["batches"]) for name, passes in PASSES.items()
+            name: bytes_per_product(out["num"], out["uses"], 8, 2, passes, out["batches"])
+            for name, passes in PASSES.items()
         }
         assert out["ggn"] == expected["ggn"]
         assert out["rebuilt"] == expected["rebuilt"]
@@ -72,8 +73,25 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
         assert "ValueError: the data or their order of rank 1" in said["data"]
         assert "ValueError: the settings of rank 1 differ" in said["operator"]
         assert "must be a flat vector of shape" in said["theta"]
-        assert ("must be a flat vector" if rank else "another rank than 0 failed in a product") in said["vector"]
-        assert "ValueError: ranks have not done the same up to a product with `ggn`" in said["key"]
+        assert ("must be a flat vector" if rank else "rank 1 failed in a product") in said["vector"]
+        for name in ("key", "whole vector", "without a product"):
+            assert "ValueError: ranks have not done the same up to" in said[name], name
+        assert "ValueError: the data or their order of rank 1" in said["number"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["criterion"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["activation"]
+        assert ("mine" if rank else "rank 1 failed in checking the loss: ValueError: mine") in said["forward pass"]
+        for name in ("theta for shares", "scaled"):
+            assert "`like` must be `net.shares` of the functional that the matvec was made with" in said[name]
+        assert said["right"] == "nothing"
+
+
+@pytest.mark.slow
+def test_ranks_of_unequal_numbers_of_batches_fill_missing_targets(tmp_path):
+    batches, criterion = workers.with_missing()
+    loss = fs.objective(fs.functional(workers.models()["mlp"][0]), batches, criterion)
+    expected = fs.hessian(loss, loss.net.theta)(fs.normal(workers.KEY, loss.net.theta))
+    for out in spread(tmp_path, "missing", 2):
+        assert_close(out, expected, **EXACT)
 
 
 @pytest.mark.slow
@@ -148,6 +166,13 @@ def test_doors(alone):
         fs.sharded_functional(model, None)
     with pytest.raises(ValueError, match="must be a tensor of shape"):
         fs.sharded_functional(model, alone, state={"weight": torch.ones(2, 3), "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"`bias` must have the dtype of the model, torch.float32, got torch.float64"):
+        fs.sharded_functional(model, alone, state={"weight": torch.ones(2, 2), "bias": torch.ones(2).double()})
+    norm = nn.BatchNorm1d(2).eval()
+    state = {**dict(norm.named_parameters()), **dict(norm.named_buffers())}
+    for odd, said in ((torch.ones(3), "a tensor of shape"), (torch.ones(2).double(), "the dtype of the model")):
+        with pytest.raises(ValueError, match=rf"the value of `running_mean` must (be|have) {said}"):
+            fs.sharded_functional(norm, alone, state={**state, "running_mean": odd})
 
 
 def test_rows_are_those_of_chunk(alone):

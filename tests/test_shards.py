@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.batches import parts_between
 from funcscope.core.processes import STATE, bytes_per_product, share_of
+from funcscope.curvature.agreement import check_apart
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -87,11 +88,21 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
         assert "ValueError: the data or their order of rank 1" in said["order"]
         assert "ValueError: the settings of rank 1" in said["settings"]
         assert "ValueError: the settings of rank 1" in said["operator"]
-        assert "ValueError: the vector of a product with `ggn` differs" in said["vector"]
-        assert ("must be a flat vector" if rank else "another rank than 0 failed") in said["shape"]
+        assert "ValueError: the data or their order of rank 1" in said["number"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["criterion"]
+        assert "ValueError: the loss of one sequence at theta of rank 1" in said["activation"]
+        for name in ("vector", "unit vectors", "signs", "order of entries", *(f"key {i}" for i in range(20))):
+            assert "ValueError: ranks have not done the same up to a product with `ggn`" in said[name], name
+        assert ("must be a flat vector" if rank else "rank 1 failed in a product with `ggn`: ValueError") in said[
+            "shape"
+        ]
         assert ("ZeroDivisionError" if rank else "RuntimeError: rank 1 failed in a step: ZeroDivisionError") in said[
             "inside"
         ]
+        assert ("mine" if rank else "rank 1 failed in the comparison of ranks: ValueError: mine") in said[
+            "forward pass"
+        ]
+        assert said["right"] == "nothing"
 
 
 @pytest.mark.slow
@@ -140,15 +151,13 @@ def test_no_group_says_how_to_make_one():
 
 def test_sequences_that_see_each_other_are_not_cut(alone):
     """A loss that takes the mean over the batch off: the cut is refused, where a rank's own check sees both parts."""
-    from funcscope.curvature.shards import _check_apart
-
     loss = workers.mlp_loss((4,))
     coupled = fs.custom(lambda out, y: ((out - out.mean(0)) ** 2).sum(-1))
     loss = fs.objective(loss.net, [(loss.batches[0][0], torch.zeros(4))], coupled)
     with pytest.raises(ValueError, match="see each other"):
-        _check_apart(loss, loss.net.theta, parts_between(loss.batches, 0, 2))
+        check_apart(loss, loss.net.theta, parts_between(loss.batches, 0, 2))
     single = replace(loss, criterion=fs.custom(lambda out, y: (out**2).sum(-1)))
-    _check_apart(single, loss.net.theta, parts_between(loss.batches, 0, 2))
+    check_apart(single, loss.net.theta, parts_between(loss.batches, 0, 2))
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), num=st.integers(1, 8))
@@ -172,6 +181,8 @@ def test_a_batch_that_cannot_be_cut_is_whole_where_it_begins():
 
 def test_bytes_of_one_rank_are_none(alone):
     loss = workers.mlp_loss()
-    fs.sharded(fs.ggn, loss, loss.net.theta, alone)(workers.vector(loss))
+    product = fs.sharded(fs.ggn, loss, loss.net.theta, alone)
+    before = alone.reduced
+    product(workers.vector(loss))
     assert alone.moved == bytes_per_product(loss.layout.num, 8, 1) == 0
-    assert alone.reduced == loss.layout.num * 8 + STATE
+    assert alone.reduced - before == loss.layout.num * 8 + STATE

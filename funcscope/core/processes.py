@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 import weakref
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from hashlib import blake2b
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,20 +20,13 @@ from .checks import check_positive
 
 T = TypeVar("T")
 STATE = 24
-"""Bytes that say, before every sum, whether all ranks are there with the same vector."""
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
-
-class Failed(NamedTuple):
-    """What a rank says in the place of a value."""
-
-    reason: str
+"""Bytes that say, before all others, whether every rank is there, and has done the same."""
 
 
 class Processes:
     """The ranks of a process group, and what was handed to their collectives; made by `processes`.
 
-    Every method but `moved` is called by all ranks, in the same order.
+    Every method but `moved` and `note` is called by all ranks, in the same order.
     """
 
     def __init__(self, group: Any, timeout: float):
@@ -47,7 +41,7 @@ class Processes:
         """Bytes of the objects that this rank gave to all others."""
         self.rowed = 0
         """Bytes of whole tensors that were gathered of rows, or whose sum was cut into rows."""
-        self._lost, self._trail = "", 0
+        self._lost, self._refused, self._trail = "", False, _trail()
 
     @property
     def group(self) -> Any:
@@ -69,6 +63,8 @@ class Processes:
 
     def sum(self, x: Float[Tensor, "..."], what: str) -> Float[Tensor, "..."]:
         """The sum over ranks, written into x, with the same bits on every rank."""
+        self.note(f"a sum of {tuple(x.shape)} {x.dtype}")
+        self.check(what)
         self._reduce(x, dist.ReduceOp.SUM, what)
         return x
 
@@ -76,7 +72,7 @@ class Processes:
         """The rows of all ranks, of which each has as many, one rank after the other."""
         options, out = AllgatherOptions(), rows.new_empty(self.num * len(rows), *rows.shape[1:])
         options.timeout = timedelta(seconds=self.timeout)
-        self._count_rows(out, f"gathering {what}")
+        self._check_rows(out, f"gathering {what}")
         self._wait(lambda: self.group._allgather_base(out, rows.contiguous(), options), f"gathering {what}")
         return out
 
@@ -85,57 +81,59 @@ class Processes:
         options, out = ReduceScatterOptions(), x.new_empty(len(x) // self.num, *x.shape[1:])
         add: Any = dist.ReduceOp.SUM
         options.reduceOp, options.timeout = add, timedelta(seconds=self.timeout)
-        self._count_rows(x, f"summing {what}")
+        self._check_rows(x, f"summing {what}")
         self._wait(lambda: self.group._reduce_scatter_base(out, x.contiguous(), options), f"summing {what}")
         return out
 
     def note(self, what: str) -> None:
-        """Adds to what all ranks must have done in the same order; see `check_trail`."""
-        self._trail = zlib.crc32(what.encode(), self._trail)
+        """Adds to what all ranks must have done in the same order, which the next collective compares."""
+        self._trail.update(what.encode() + b"\0")
 
-    def check_trail(self, failed: bool, device: torch.device, what: str) -> None:
-        """Raises on every rank where one has failed, or where one has done something else since these ranks were made."""
-        failures, differ = self._compared(failed, self._trail, device, what)
-        if failures and not failed:
-            raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
-        if not failures and differ:
+    def check(self, what: str, failure: str = "") -> None:
+        """Raises on every rank where one has failed, or where one has noted something else; all begin anew after it.
+
+        Every collective begins with this one of `STATE` bytes: others of two kinds or sizes, which would be garbage or
+        the end of a process, never meet.
+        """
+        self.note(what)
+        trail, self._trail = int.from_bytes(self._trail.digest(), "little", signed=True), _trail()
+        state = torch.tensor([bool(failure), trail, ~trail], device=self.device)
+        self._reduce(state, dist.ReduceOp.MAX, what)
+        failed, most, least = state.tolist()
+        self._refused = bool(failed) or most != ~least
+        if failed:
+            reasons = self._exchanged(pickle.dumps(failure and f"{what}: {failure}"), what)
+            if not failure:
+                rank = next(rank for rank, reason in enumerate(reasons) if reason)
+                raise RuntimeError(f"rank {rank} failed in {reasons[rank]}")
+        elif self._refused:
             raise ValueError(
-                f"ranks have not done the same up to {what}: all must ask for the same products in the same order, with the "
-                "same key, of one model whose parameters are used in an order that no data decide."
+                f"ranks have not done the same up to {what}: all must ask for the same products of the same vectors in the "
+                "same order, with the same key and number of threads, of one model whose parameters are used in an order "
+                "that no data decide."
             )
 
-    def check_together(self, v: Tensor | None, device: torch.device, what: str) -> None:
-        """Raises on every rank where one has failed (None), or has other bits of v. `STATE` bytes are summed up."""
-        failed, differ = self._compared(v is None, 0 if v is None else _content(v), device, what)
-        if failed and v is not None:
-            raise RuntimeError(f"another rank than {self.rank} failed in {what}, and says there why.")
-        if not failed and differ:
-            raise ValueError(
-                f"the vector of {what} differs between ranks: all must ask for the same products in the same order, with "
-                "the same key and number of threads."
-            )
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """What all ranks do, with collectives or without: an error of one is one of all, at their next collective."""
+        self._refused = False
+        try:
+            yield
+        except Exception as err:
+            if not self._refused:
+                self.check(what, f"{type(err).__name__}: {err}")
+            raise
 
     def gathered(self, value: T, what: str) -> list[T]:
         """The values of all ranks, by rank."""
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
-        self.exchanged += len(mine)
-        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device), what)]
-        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
-        each = zip(self._gather(padded, what), sizes, strict=True)
-        return [pickle.loads(one[:size].cpu().numpy().tobytes()) for one, size in each]
+        return self.together(what, lambda: value)
 
     def together(self, what: str, make: Callable[[], T]) -> list[T]:
-        """What every rank makes by itself, by rank; an error of one is an error of all. `make` has no collectives."""
-        try:
-            value = make()
-        except Exception as err:
-            self.gathered(Failed(f"{type(err).__name__}: {err}"), what)
-            raise
-        each = self.gathered(value, what)
-        for rank, other in enumerate(each):
-            if isinstance(other, Failed):
-                raise RuntimeError(f"rank {rank} failed in {what}: {other.reason}")
-        return each
+        """What every rank makes, by rank; an error of one is an error of all."""
+        with self.step(what):
+            packed = pickle.dumps(make())
+        self.check(what)
+        return self._exchanged(packed, what)
 
     def check_same(self, facts: Callable[[], dict[str, str]]) -> None:
         """Raises ValueError on every rank where a fact differs between ranks, with its name."""
@@ -148,16 +146,18 @@ class Processes:
                     "shuffling by a seed of the rank."
                 )
 
-    def _compared(self, failed: bool, content: int, device: torch.device, what: str) -> tuple[bool, bool]:
-        """Has a rank failed, and have ranks other contents?"""
-        state = torch.tensor([int(failed), content, ~content], device=device)
-        self._reduce(state, dist.ReduceOp.MAX, what)
-        failures, most, least = state.tolist()
-        return bool(failures), most != ~least
-
-    def _count_rows(self, x: Tensor, what: str) -> None:
+    def _check_rows(self, x: Tensor, what: str) -> None:
         self.rowed += x.numel() * x.element_size()
-        self.note(f"{what} {tuple(x.shape)} {x.dtype}")
+        self.note(f"{tuple(x.shape)} {x.dtype}")
+        self.check(what)
+
+    def _exchanged(self, packed: bytes, what: str) -> list[Any]:
+        mine = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self.device)
+        self.exchanged += len(mine)
+        sizes = [int(size) for size in self._gather(torch.tensor([len(mine)], device=self.device), what)]
+        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine))])
+        each = zip(self._gather(padded, what), sizes, strict=True)
+        return [pickle.loads(one[:size].cpu().numpy().tobytes()) for one, size in each]
 
     def _reduce(self, x: Tensor, op: Any, what: str) -> None:
         options = dist.AllreduceOptions()
@@ -174,11 +174,12 @@ class Processes:
     def _wait(self, begin: Callable[[], Any], what: str) -> None:
         """A collective, to its end or its timeout."""
         if self._lost:
+            self._refused = True
             raise RuntimeError(f"these ranks were lost before, in {self._lost}: start all of them again.")
         try:
             begin().wait()
         except RuntimeError as err:
-            self._lost = what
+            self._lost, self._refused = what, True
             raise RuntimeError(
                 f"rank {self.rank} of {self.num} has lost another one in {what} ({str(err).splitlines()[0][:150]}): a rank "
                 f"has ended, or said nothing for {self.timeout:g} s. See why in its own output, and start all ranks again; "
@@ -227,9 +228,8 @@ def bytes_per_product(num_params: int, itemsize: int, num_ranks: int) -> float:
     return 2 * (num_ranks - 1) / num_ranks * (num_params * itemsize + STATE)
 
 
-def _content(v: Tensor) -> int:
-    """A sum over the bits of v, which another rounding of one entry changes."""
-    return int(v.detach().contiguous().view(_BITS[v.element_size()]).sum(dtype=torch.int64))
+def _trail() -> Any:
+    return blake2b(digest_size=8)
 
 
 def share_of(num: int, rank: int, num_ranks: int) -> tuple[int, int]:

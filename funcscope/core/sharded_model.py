@@ -56,6 +56,11 @@ class ShardedFunctional(Functional):
         uses = uses_of(self._skeleton)
         return sum(uses[name] * self.ranks.num * cut.most * prod(cut.shape[1:]) for name, cut in self.rows.items())
 
+    @property
+    def num_uses(self) -> int:
+        """Gatherings of a forward pass: each parameter once per module that has it."""
+        return sum(uses_of(self._skeleton)[name] for name in self.rows)
+
     @cached_property
     def _plan(self) -> Plan:
         names = {id(param): name for name, param in self._skeleton.named_parameters()}
@@ -110,10 +115,10 @@ def sharded_functional(
     sequences, and some five times the largest parameter. Time: an operation that uses a parameter runs once more in each
     derivative. Bytes: `curvature.parameter_shards.bytes_per_product`.
 
-    Raises ValueError on all ranks where names, shapes, dtypes or values differ between them; for a DTensor of another
-    placement or other ranks, for a model that holds DTensors itself, and for scripted modules. Whether a forward pass is a
-    function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`. An error of one rank within
-    a forward pass or a product is one of all others when that rank ends, or after the timeout of `ranks`.
+    Raises ValueError on all ranks where names, shapes, dtypes or values differ between them, or dtypes from the model's; for
+    a DTensor of another placement or other ranks, for a model that holds DTensors itself, and for scripted modules.
+    Whether a forward pass is a function of its inputs is seen by its first operator, `sharded(operator, loss, theta, ranks)`.
+    An error of one rank within a product is one of all others at their next collective.
 
     Rajbhandari et al. (2020), arXiv:1910.02054, stage 3.
 
@@ -144,6 +149,7 @@ def sharded_functional(
         for name, one in rows.items():
             value = values[name]
             held[name] = _own_rows(one, value, device)
+            _check_dtype(name, held[name], whole.params[name] if name in whole.params else whole.frozen[name])
             facts[name] = f"{value.dtype} {tuple(value.shape)} {'' if is_dtensor(value) else of_tensors([value])}"
         facts["buffers"] = of_tensors(x for _, x in sorted(whole.buffers.items()))
         facts["the settings"] = str(sorted((name, repr(value)) for name, value in settings.items()))
@@ -189,11 +195,26 @@ def _with_state(model: Any, state: Mapping[str, Tensor] | None) -> Any:
             f"`state` has no {missing[:3]}, {len(missing)} of {len(names)} names in all: every parameter and buffer of the "
             "model needs a value."
         )
+    for name, x in model.named_buffers():
+        check_instance(f"state[{name!r}]", state[name], Tensor, "a tensor")
+        if state[name].shape != x.shape:
+            raise ValueError(
+                f"the value of `{name}` must be a tensor of shape {tuple(x.shape)}, got shape {tuple(state[name].shape)}."
+            )
+        _check_dtype(name, state[name], x)
     memo: dict[int, Any] = {id(x): state[name].detach().clone() for name, x in model.named_buffers()}
     for param in model.parameters():
         shape_only = torch.zeros((), dtype=param.dtype).expand(param.shape)
         memo[id(param)] = nn.Parameter(shape_only, requires_grad=param.requires_grad)
     return copy.deepcopy(model, memo)
+
+
+def _check_dtype(name: str, value: Tensor, own: Tensor) -> None:
+    if value.dtype != own.dtype:
+        raise ValueError(
+            f"the value of `{name}` must have the dtype of the model, {own.dtype}, got {value.dtype}: cast it, or make the "
+            f"model of the meta device in it, `model.to({value.dtype})`."
+        )
 
 
 def _own_rows(cut: Rows, value: Any, device: Any) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Prepared, parts_between, prepared, rows, with_finite_targets
+from .batches import Filled, Prepared, parts_between, prepared, rows, with_finite_targets
 from .checks import check_instance
-from .content import of_tensors
+from .content import of_tree
 from .criterion import Criterion
 from .model import Functional, Inputs
 from .objective import Loss
@@ -38,6 +38,8 @@ class ShardedLoss(Loss):
     """The number of this rank's first sequence."""
     cuts: tuple[tuple[Any, Any, slice | None], ...] = ()
     """(part, its whole batch, rows of it) where a batch is cut; on every rank as many, with others that are not."""
+    common: Prepared = ()
+    """All data, the same on every rank."""
     admitted: bool = False
     """For an operator that knows of ranks."""
 
@@ -73,7 +75,8 @@ def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criter
     `loss(theta)` takes this rank's share of theta, is called by all ranks together, and composes with `grad`, `jvp` and
     `vjp`. For operators: `sharded`.
 
-    Raises ValueError on all ranks as `objective` does, and where data, their order or the criterion differ between ranks.
+    Raises ValueError on all ranks as `objective` does, and where data, their order or the criterion's name differ between
+    ranks; whether its function does is seen by the first operator.
 
     >>> import torch.distributed as dist, funcscope as fs
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -94,10 +97,7 @@ def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criter
 
     net.ranks.together("making the objective", make)
     ((pairs, finite),) = made
-    whole = Loss(net, pairs, finite)
-    net.ranks.check_same(
-        lambda: {"the data or their order": of_tensors(whole.tensors()), "the criterion": criterion.name}
-    )
+    net.ranks.check_same(lambda: {"the data or their order": of_tree(pairs), "the criterion": criterion.name})
     return _own_part(net, pairs, finite)
 
 
@@ -107,13 +107,15 @@ def _own_part(net: ShardedFunctional, pairs: Prepared, criterion: Criterion) -> 
     every = [parts_between(pairs, *share_of(num, r, ranks.num)) for r in range(ranks.num)]
     cuts = [[cut for cut in parts if cut[2] is not None] for parts in every]
     own, one = [part for part, *_ in every[ranks.rank]], parts_between(pairs, 0, 1)[0][0]
-    idle = max(map(len, every)) - len(own)
+    idle, uneven = max(map(len, every)) - len(own), len(set(map(len, every))) > 1
     mine = cuts[ranks.rank] + [(one, one, None)] * (max(map(len, cuts)) - len(cuts[ranks.rank]))
-    if idle and not criterion.positionwise:
+    if uneven and not criterion.positionwise:
+        pairs = tuple((x, (1.0, y)) for x, y in pairs)
         mine = [((x, (1.0, y)), (whole[0], (1.0, whole[1])), at) for (x, y), whole, at in mine]
-    if idle:
+    if uneven:
         own, criterion = _with_idle(own, [one] * idle, criterion)
-    return ShardedLoss(net, tuple(own), criterion, first=share_of(num, ranks.rank, ranks.num)[0], cuts=tuple(mine))
+    first = share_of(num, ranks.rank, ranks.num)[0]
+    return ShardedLoss(net, tuple(own), criterion, first=first, cuts=tuple(mine), common=pairs)
 
 
 def _with_idle(own: list[Any], idle: list[Any], criterion: Criterion) -> tuple[list[Any], Criterion]:
@@ -124,7 +126,10 @@ def _with_idle(own: list[Any], idle: list[Any], criterion: Criterion) -> tuple[l
 
 
 def _weighed(criterion: Criterion) -> Criterion:
-    """The same for targets beside a factor of their weights."""
+    """The same for targets beside a factor of their weights; missing targets are filled by the outermost."""
+    if isinstance(filled := criterion.token_loss, Filled):
+        weighed = _weighed(replace(criterion, token_loss=filled.token_loss))
+        return replace(weighed, token_loss=Filled(weighed.token_loss))
     hessian, sample = criterion.output_hessian, criterion.sample
 
     def token_loss(out: Tensor, targets: Any) -> tuple[Tensor, Tensor]:

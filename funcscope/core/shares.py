@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .content import of_bits
 from .keys import Distribution, Key, draw_spans
 from .layout import Layout
 from .processes import Processes
@@ -189,7 +190,8 @@ class Shares:
         return self.ranks.sum(x.to(self.ranks.device, copy=True), "an inner product").cpu()
 
     def of(self, vector: Float[Tensor, " P"]) -> Float[Tensor, " p"]:
-        """This rank's share of a whole vector."""
+        """This rank's share of a whole vector, which all ranks have."""
+        self.ranks.note(of_bits(vector))
         return torch.cat([vector[start:stop] for start, stop in self.spans]).to(self.like)
 
     def gathered(self, v: Float[Tensor, " p"]) -> Float[Tensor, " P"]:

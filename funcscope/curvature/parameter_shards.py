@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.checks import check_flat
-from ..core.objective import Loss, Theta
+from ..core.objective import Theta, check_shapes
 from ..core.processes import STATE, Processes
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
-from .rows import coupled, tolerance
+from .agreement import check_apart, check_same_loss, check_vector
 
 
 def of_shares(
@@ -25,7 +25,7 @@ def of_shares(
     name = operator.__name__
     if ranks is not loss.ranks:
         raise ValueError("`ranks` must be those that the functional was made with: `net.ranks`.")
-    device, what = loss.net.device, f"a product with `{name}`"
+    what = f"a product with `{name}`"
     num = loss.layout.num
 
     def facts() -> dict[str, str]:
@@ -36,77 +36,62 @@ def of_shares(
 
     ranks.check_same(facts)
     admitted = replace(loss, admitted=True)
-    _check_apart(admitted, theta)
+    _check_values(admitted, theta)
     if name == "hessian":
         settings["check"] = False
     if name == "fisher_mc":
         settings["first"] = loss.first
-    made = operator(admitted, theta, **settings)
+    made: list[Matvec] = []
+    ranks.together(f"making `{name}`", lambda: made.append(operator(admitted, theta, **settings)))
 
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        try:
-            _check_vector(v, num)
-        except Exception:
-            ranks.check_trail(True, device, what)
-            raise
-        ranks.check_trail(False, device, what)
-        with torch.no_grad():
-            out = made(v)
-        ranks.check_trail(False, device, what)
+        with ranks.step(what):
+            check_vector(v, num)
+            with torch.no_grad():
+                out = made[0](v)
+        ranks.check(what)
         return out
 
+    matvec.space = loss.net.shares  # type: ignore[attr-defined]
     return matvec
 
 
-def bytes_per_product(num_gathered: int, itemsize: int, num_ranks: int, passes: int = 6, num_batches: int = 1) -> float:
+def bytes_per_product(
+    num_gathered: int, num_uses: int, itemsize: int, num_ranks: int, passes: int = 6, num_batches: int = 1
+) -> float:
     """Bytes that each rank sends (and receives) in one product: every parameter gathered, or a sum cut into its rows, again
     and again.
 
-    (n - 1) / n (B k U s + 96): U entries are gathered by one forward pass (`net.num_gathered`: P, tied parameters once per
-    use), of s bytes, for each of B batches per rank; a gathering and a sum that is cut move (n - 1) / n of it each. k:
+    (n - 1) / n (B k (U s + 48 m) + 48): U entries are gathered by one forward pass (`net.num_gathered`: P, tied parameters
+    once per use), of s bytes, in m gatherings (`net.num_uses`), for each of B batches per rank; a gathering and a sum that is
+    cut move (n - 1) / n of it each. k:
 
     - 6 for `hessian` (3 gatherings and at most 3 sums: those whose input has no derivative are left out),
     - 9 with keep=False (6 and 3),
     - 5 for `ggn` and the Fishers (3 and 2), 6 with keep=False (5 and 1),
     - with `remat="layer"` at most 11, 16, 9 and 9 in their places.
 
-    96 bytes say before and after whether all ranks have done the same. Beside that, an inner product of two vectors moves
-    16 bytes. Sums are in float32 at least; gloo, which has no cut sum, moves its part twice.
+    48 bytes say before each of them, and at the end, whether all ranks are there and have done the same. Beside that, an
+    inner product of two vectors moves 64 bytes. Sums are in float32 at least; gloo, which has no cut sum, moves its part
+    twice.
 
-    >>> bytes_per_product(1000, 4, 2)
-    12048.0
+    >>> bytes_per_product(1000, 2, 4, 2)
+    12312.0
     """
-    return (num_ranks - 1) / num_ranks * (num_batches * passes * num_gathered * itemsize + 4 * STATE)
+    return (
+        (num_ranks - 1)
+        / num_ranks
+        * (num_batches * passes * (num_gathered * itemsize + 2 * STATE * num_uses) + 2 * STATE)
+    )
 
 
-def _check_vector(v: Tensor, num: int) -> None:
-    check_flat("v", v, num)
-    if torch._C._functorch.is_functorch_wrapped_tensor(v) or (v.requires_grad and torch.is_grad_enabled()):
-        raise ValueError(
-            "`v` must be a plain vector: products over several ranks are neither mapped nor differentiated. Give one "
-            "vector at a time, detached or under `torch.no_grad()`."
-        )
-
-
-def _check_apart(loss: ShardedLoss, theta: Theta) -> None:
-    """The sequences of a batch that is cut have the losses that they have in the whole of it; once per loss."""
-    if "apart" in loss._verdicts:
-        return
-    theta, off = Loss.vector(loss, theta), False
-    for part, whole, at in loss.cuts:
-        with torch.no_grad():
-            alone, beside = (replace(loss, batches=(pair,)).terms(theta)[0] for pair in (part, whole))
-        if at is not None:
-            same = len(alone) == at.stop - at.start
-            most = float((alone - beside[at]).abs().max()) if same else float("inf")
-            off |= most > tolerance(loss) * float(beside.abs().max())
-
-    def refuse() -> None:
-        if off:
-            raise ValueError(f"sequences of one rank have other losses without those of the next: {coupled()}")
-
-    loss.ranks.together("comparing parts of batches", refuse)
-    loss._verdicts.add("apart")
+def _check_values(loss: ShardedLoss, theta: Theta) -> None:
+    """Once per loss."""
+    if "apart" not in loss._verdicts:
+        loss.ranks.together("checking the loss", lambda: check_shapes(loss, theta))
+        check_same_loss(loss, theta, loss.common, loss.ranks)
+        loss.ranks.together("comparing parts of batches", lambda: check_apart(loss, theta, loss.cuts))
+        loss._verdicts.add("apart")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

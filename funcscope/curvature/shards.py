@@ -11,17 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.batches import UNSCORED, parts_between, rows
-from ..core.checks import check_flat, check_instance
-from ..core.content import of_tensors
+from ..core.checks import check_instance
+from ..core.content import of_bits, of_tensors, of_tree
 from ..core.objective import Loss, Theta, per_sequence
 from ..core.processes import Processes, share_of
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
+from .agreement import check_apart, check_same_loss, check_vector
 from .fisher import empirical_fisher, exact_fisher, fisher_mc
 from .gram import Grams, gram
 from .hessian import ggn, hessian
 from .parameter_shards import of_shares
-from .rows import coupled, tolerance
 
 OPERATORS: dict[str, Callable[..., Matvec]] = {
     each.__name__: each for each in (hessian, ggn, exact_fisher, fisher_mc, empirical_fisher)
@@ -79,9 +79,11 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
     Bytes: `core.processes.bytes_per_product`, 2 (n - 1) / n (P s + 24) from and to each rank, s bytes an entry, and nothing
     that grows with the data; `ranks.moved` adds them up. Time: the slowest rank's share of the sequences, and the sum.
 
-    Raises ValueError on all ranks where theta, frozen parameters, buffers, the data, their order or the settings differ,
-    before any work; where sequences of a batch that is cut see each other; where v differs. RuntimeError on all others
-    where one rank fails or ends. Products are constants to autograd, and of one vector: no `vmap`.
+    Raises ValueError on all ranks where theta, frozen parameters, buffers, the data (numbers and names among inputs, too),
+    their order or the settings differ, before any work; where the loss of the first scored sequence at theta differs by more
+    than rounding, as it does for other functions of one name; where sequences of a batch that is cut see each other; where a
+    bit of v differs. RuntimeError on all others where one rank fails or ends. What all ranks refuse leaves them as they were.
+    Products are constants to autograd, and of one vector: no `vmap`.
 
     >>> import torch.distributed as dist, funcscope as fs
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -115,24 +117,13 @@ def sharded(operator: Callable[..., Matvec], loss: Loss, theta: Theta, ranks: Pr
 def _summed(ranks: Processes, made: list[Matvec], share: float, theta: Tensor, what: str) -> Matvec:
     """v -> the sum over ranks of their share of it."""
 
-    def part(v: Tensor) -> Tensor:
-        check_flat("v", v, len(theta))
-        if torch._C._functorch.is_functorch_wrapped_tensor(v) or (v.requires_grad and torch.is_grad_enabled()):
-            raise ValueError(
-                "`v` must be a plain vector: products over several ranks are neither mapped nor differentiated. Give one "
-                "vector at a time, detached or under `torch.no_grad()`."
-            )
-        wide = torch.promote_types(v.dtype, torch.float32)
-        with torch.no_grad():
-            return made[0](v).to(wide) * share if made else torch.zeros_like(v, dtype=wide)
-
     def matvec(v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        try:
-            own = part(v)
-        except Exception:
-            ranks.check_together(None, theta.device, what)
-            raise
-        ranks.check_together(v, theta.device, what)
+        with ranks.step(what):
+            check_vector(v, len(theta))
+            wide = torch.promote_types(v.dtype, torch.float32)
+            with torch.no_grad():
+                own = made[0](v).to(wide) * share if made else torch.zeros_like(v, dtype=wide)
+            ranks.note(of_bits(v))
         return ranks.sum(own, what).to(v.dtype)
 
     return matvec
@@ -193,12 +184,13 @@ def shard_of(loss: Loss, theta: Theta, ranks: Processes, **settings: Any) -> Sha
     """This rank's part of the data, once all ranks are known to have the same of everything; raises as `sharded` does."""
     check_instance("ranks", ranks, Processes, "`fs.processes()`")
     ranks.check_same(lambda: _facts(loss, Loss.vector(loss, theta), settings))
+    check_same_loss(loss, theta, loss.batches, ranks)
     every = _all_parts(loss, ranks)
     losses = [_kept(loss, parts) for parts in every]
 
     def weigh() -> Tensor:
         mine = losses[ranks.rank]
-        _check_apart(loss, theta, every[ranks.rank])
+        check_apart(loss, theta, (cut for cut in every[ranks.rank] if cut[2] is not None))
         return torch.zeros(0, dtype=torch.float64) if mine is None else _weights(mine, theta)
 
     weights = ranks.together("weighing the data", weigh)
@@ -217,7 +209,7 @@ def _facts(loss: Loss, theta: Tensor, settings: dict[str, Any]) -> dict[str, str
         "the names and shapes of parameters": str(loss.layout.shapes),
         "frozen parameters": of_tensors(net.frozen[name] for name in sorted(net.frozen)),
         "buffers": of_tensors(net.buffers[name] for name in sorted(net.buffers)),
-        "the data or their order": of_tensors(loss.tensors()),
+        "the data or their order": of_tree(loss.batches),
         "the criterion": loss.criterion.name,
         "the settings": str(sorted((name, repr(value)) for name, value in settings.items())),
     }
@@ -241,14 +233,3 @@ def _weights(loss: Loss, theta: Theta) -> Tensor:
         else:
             weights = loss.terms(theta)[1]
     return weights.double().cpu()
-
-
-def _check_apart(loss: Loss, theta: Theta, parts: list[Part]) -> None:
-    """The sequences of a batch that is cut have the losses that they have in the whole of it."""
-    for part, whole, at in parts:
-        if at is not None:
-            with torch.no_grad():
-                alone, beside = (replace(loss, batches=(pair,)).terms(theta)[0] for pair in (part, whole))
-            off = (alone - beside[at]).abs().max() if len(alone) == at.stop - at.start else float("inf")
-            if float(off) > tolerance(loss) * float(beside.abs().max()):
-                raise ValueError(f"sequences of one rank have other losses without those of the next: {coupled()}")

@@ -54,7 +54,7 @@ def added(*matvecs: Matvec) -> Matvec:
             total = total + other(v)
         return total
 
-    return matvec
+    return _in_space_of(matvec, *matvecs)
 
 
 def scaled(matvec: Matvec, factor: float) -> Matvec:
@@ -64,7 +64,7 @@ def scaled(matvec: Matvec, factor: float) -> Matvec:
     [-2.0, -2.0]
     """
     _check_finite("factor", factor)
-    return lambda v: factor * matvec(v)
+    return _in_space_of(lambda v: factor * matvec(v), matvec)
 
 
 def shifted(matvec: Matvec, shift: float) -> Matvec:
@@ -74,7 +74,7 @@ def shifted(matvec: Matvec, shift: float) -> Matvec:
     [2.5, 2.5]
     """
     _check_finite("shift", shift)
-    return lambda v: matvec(v) + shift * v
+    return _in_space_of(lambda v: matvec(v) + shift * v, matvec)
 
 
 def projected(matvec: Matvec, basis: Float[Tensor, "k p"]) -> Matvec:
@@ -211,6 +211,13 @@ def to_scipy(matvec: Matvec, like: Float[Tensor, " p"]) -> LinearOperator:
 
     dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
     return LinearOperator((len(like), len(like)), matvec=product, rmatvec=product, dtype=dtype)
+
+
+def _in_space_of(made: Matvec, *matvecs: Matvec) -> Matvec:
+    """What is made of operators whose vectors are in shares on several ranks has such vectors, too."""
+    for space in (matvec.space for matvec in matvecs if hasattr(matvec, "space")):
+        made.space = space  # type: ignore[attr-defined]
+    return made
 
 
 def _check_finite(name: str, value: float) -> None:

@@ -35,6 +35,12 @@ class Products:
                 f"`matvec` must be a function v -> A v such as `fs.hessian(loss, theta)`, got a {type(matvec).__name__}: "
                 "a matrix becomes one by `lambda v: A @ v`."
             )
+        if isinstance(own := getattr(matvec, "space", None), Space) and own is not space:
+            raise ValueError(
+                "`like` must be `net.shares` of the functional that the matvec was made with, the space of its vectors: they "
+                "are in shares on several ranks, and a rank's own entries are not the whole. `hutchinson_trace`, "
+                "`eigenpairs` and `spectral_density` take it; other algorithms need whole parameters, `fs.functional`."
+            )
         self.matvec, self.space = matvec, space
         self.num = 0
 
