@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ..core.apart import check_apart, is_joined
 from ..core.batches import UNSCORED, divided
 from ..core.checks import check_choice, check_count
 from ..core.criterion import Labels
@@ -142,15 +143,25 @@ def tiles_of(loss: Loss, unit: Unit, chunk_size: int) -> list[Tile]:
     """The batches and the places of their rows: cut to `chunk_size`, and put together up to it where shapes are equal."""
     check_choice("unit", unit, ("sequence", "token"))
     check_count("chunk_size", chunk_size)
+    if unit == "token":
+        check_apart(loss, 1)
+    batches = loss.split(chunk_size).batches if unit == "sequence" else divided(_tokens(loss), chunk_size)
     tiles: list[Tile] = []
-    for batch in divided(loss.batches if unit == "sequence" else _tokens(loss), chunk_size):
+    for i, batch in enumerate(batches):
         at, num = tiles[-1][0] if tiles else slice(0, 0), num_rows(batch)
-        if tiles and at.stop - at.start + num <= chunk_size and _is_like(tiles[-1][1], batch):
-            joined = tree_map(lambda x, y: torch.cat([x, y]) if isinstance(x, Tensor) else x, tiles[-1][1], batch)
-            tiles[-1] = slice(at.start, at.stop + num), joined
+        if at.stop - at.start + num <= chunk_size and i and _are_joined(loss, batches[i - 1], batch):
+            tiles[-1] = slice(at.start, at.stop + num), _joined(tiles[-1][1], batch)
         else:
             tiles.append((slice(at.stop, at.stop + num), batch))
     return tiles
+
+
+def _are_joined(loss: Loss, one: Any, two: Any) -> bool:
+    return _is_like(one, two) and is_joined(loss, one, two, _joined(one, two))
+
+
+def _joined(one: Any, two: Any) -> Any:
+    return tree_map(lambda x, y: torch.cat([x, y]) if isinstance(x, Tensor) else x, one, two)
 
 
 def num_rows(batch: tuple[Any, Any]) -> int:
