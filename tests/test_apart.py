@@ -125,6 +125,19 @@ def test_a_target_that_all_share_is_named():
         loss.split(2)
 
 
+def test_a_target_of_one_row_does_not_say_how_many_sequences_there_are():
+    criterion = fs.custom(lambda out, targets: ((out - targets[1]) * targets[0]).square().sum(1))
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())
+    x, y = inputs_of()["x"], torch.arange(12.0).double().reshape(3, 4)
+    loss = fs.objective(net, [(x, (torch.arange(1.0, 5.0).double()[None], y))], criterion)
+    alone = [fs.objective(net, [(x[i : i + 1], (loss.batches[0][1][0], y[i : i + 1]))], criterion) for i in range(3)]
+    rows = torch.stack([torch.func.grad(lambda t, one=one: one.terms(t)[0].sum())(net.theta) for one in alone])
+    assert loss.batch_size == 3
+    for chunk_size in (1, 8):
+        torch.testing.assert_close(fs.per_sample_gradients(loss, net.theta, chunk_size=chunk_size), rows)
+        torch.testing.assert_close(gram(loss, net.theta, chunk_size=chunk_size).total, rows @ rows.T)
+
+
 def test_sequences_that_see_each_other_are_not_cut():
     model = seeded(0, lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))).double()
     loss = fs.objective(

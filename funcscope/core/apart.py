@@ -68,7 +68,7 @@ def is_joined(loss: Loss, one: Any, two: Any, both: Any) -> bool:
     verdict = f"{_structure(one)} {_structure(two)}"
     if f"joined: {verdict}" not in loss._verdicts and f"not joined: {verdict}" not in loss._verdicts:
         with torch.no_grad(), _same_generator(loss):
-            differs = _difference(loss, both, [one, two])
+            differs = _difference(loss, sum(rows(each) or 1 for each in (one, two)), both, [one, two])
         loss._verdicts.add(f"joined: {verdict}" if differs is None else f"not joined: {verdict}")
     return f"joined: {verdict}" in loss._verdicts
 
@@ -80,7 +80,7 @@ def _same_generator(loss: Loss) -> Any:
 def _check(loss: Loss, pair: Any, num: int, size: int) -> None:
     places = _places(pair, num, size)
     with torch.no_grad(), _same_generator(loss):
-        reason = _difference(loss, *_halves(pair, num, places))
+        reason = _difference(loss, len(places), *_halves(pair, num, places))
         if reason is None:
             return
         _scored(loss, pair)  # a model that fails with the whole batch, too, says why itself
@@ -116,17 +116,19 @@ def _halves(pair: Any, num: int, places: Tensor, whole: int | None = None) -> tu
     return part(places), [part(places[:half]), part(places[half:])]
 
 
-def _difference(loss: Loss, beside: Any, apart: list[Any]) -> str | None:
+def _difference(loss: Loss, num: int, beside: Any, apart: list[Any]) -> str | None:
     """How sequences that are scored apart differ from those beside each other; None where they do not."""
     try:
         whole, *parts = (_scored(loss, each) for each in (beside, *apart))
+    except torch.OutOfMemoryError:
+        raise
     except _FAILED as err:
         said = str(err).splitlines() or [type(err).__name__]
         return f"the model or the criterion fails ({said[0][:100]})"
     for one, *other in zip(whole, *parts, strict=True):
         made = torch.cat(other)
-        if len(one) != len(made) or len(one) != sum(rows(each) or 1 for each in apart):
-            return f"there are {len(made)} losses instead of {len(one)}"
+        if not len(one) == len(made) == num:
+            return f"{num} sequences have {len(made)} losses"
         scale = float(one[one.isfinite()].abs().amax()) if bool(one.isfinite().any()) else 0.0
         same = ((one - made).abs() <= tolerance(loss) * scale) | (one == made) | (one.isnan() & made.isnan())
         if not bool(same.all()):
@@ -145,6 +147,6 @@ def _scored(loss: Loss, pair: Any) -> tuple[Tensor, Tensor]:
 def _shared(loss: Loss, pair: Any, num: int, places: Tensor) -> Iterator[str]:
     """Names of tensors that make all right where they are not cut."""
     for i, (path, leaf) in enumerate(tree_flatten_with_path(pair)[0]):
-        if is_cut(leaf, num) and _difference(loss, *_halves(pair, num, places, i)) is None:
+        if is_cut(leaf, num) and _difference(loss, len(places), *_halves(pair, num, places, i)) is None:
             place = keystr(path)  # [0] for the inputs, [1] for the targets, and what follows
             yield f"{'inputs' if place.startswith('[0]') else 'targets'}{place[3:]}"

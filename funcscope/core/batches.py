@@ -178,9 +178,13 @@ def _as_tensors(tree: Any, loaded: bool = False) -> Any:
 
 
 def rows(pair: tuple[Inputs, Any]) -> int | None:
-    """The length of the first tensor of the targets, or else of the inputs; None where there is none."""
+    """The number of sequences: the length of the first tensor of the targets that has not one row, which all may share.
+
+    That of the inputs where there are no targets; None where there is no tensor.
+    """
     inputs, targets = pair
-    return next((len(x) for x in tensors((targets, inputs)) if x.ndim), None)
+    lengths = [len(x) for x in tensors(targets) if x.ndim] or [len(x) for x in tensors(inputs) if x.ndim]
+    return next((length for length in lengths if length != 1), 1) if lengths else None
 
 
 def _checked(inputs: Inputs) -> Inputs:

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..core.apart import check_apart, is_joined
-from ..core.batches import UNSCORED, divided
+from ..core.batches import UNSCORED, divided, rows
 from ..core.checks import check_choice, check_count
 from ..core.criterion import Labels
 from ..core.estimate import wide
@@ -134,13 +134,13 @@ class Data:
         names = [name for name in self.loss.layout.names if name in self.by_rows]
         net = self.loss.net.only(names, self.loss.params(self.theta))
         part = replace(self.loss, net=net, batches=(batch,))
-        rows = per_sample_gradients(part, net.theta.to(self.theta))
+        each = per_sample_gradients(part, net.theta.to(self.theta))
         for leaf in net.layout.leaves:
-            take(leaf.name, LeafGradients.of([Rows(rows[:, leaf.slice])], leaf.shape))
+            take(leaf.name, LeafGradients.of([Rows(each[:, leaf.slice])], leaf.shape))
 
 
 def tiles_of(loss: Loss, unit: Unit, chunk_size: int) -> list[Tile]:
-    """The batches and the places of their rows: cut to `chunk_size`, and put together up to it where shapes are equal."""
+    """The batches and the places of their rows, cut to `chunk_size`; put together up to it where sequences score the same."""
     check_choice("unit", unit, ("sequence", "token"))
     check_count("chunk_size", chunk_size)
     if unit == "token":
@@ -165,16 +165,16 @@ def _joined(one: Any, two: Any) -> Any:
 
 
 def num_rows(batch: tuple[Any, Any]) -> int:
-    """The number of sequences in a batch: the first dimension of its targets."""
-    return next(len(x) for x in tree_leaves(batch[1]) if isinstance(x, Tensor) and x.ndim)
+    """The number of sequences in a batch."""
+    return rows(batch) or 1
 
 
 def _is_like(one: Any, two: Any) -> bool:
     """Both have the same names, every tensor a row for each sequence, and beside that one shape."""
     (xs, spec), (ys, other) = tree_flatten(one), tree_flatten(two)
-    rows = num_rows(one), num_rows(two)
+    nums = num_rows(one), num_rows(two)
     return spec == other and all(
-        is_cut(x, rows[0]) and is_cut(y, rows[1]) and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
+        is_cut(x, nums[0]) and is_cut(y, nums[1]) and x.shape[1:] == y.shape[1:] and x.dtype == y.dtype
         if isinstance(x, Tensor)
         else type(x) is type(y) and x == y
         for x, y in zip(xs, ys, strict=True)
