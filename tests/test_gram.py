@@ -311,3 +311,83 @@ def test_a_small_block_whose_rows_are_others_is_found_out(dtype, tolerance, scor
     part = _by_leaf(loss)["inner.weight"].double()
     made = gram(loss, loss.net.theta, by="tensor").block("inner.weight")
     assert float((made - part @ part.T).norm()) < tolerance * float((part @ part.T).norm())
+
+
+class Made(nn.Module):
+    """A layer beside what a function makes of it and x."""
+
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function, self.w, self.layer = function, nn.Parameter(torch.randn(shape)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _chosen_tokens(m, x):
+    """Tokens whose first entry is positive go through the layer: there may be as many as sequences, in no order of theirs."""
+    tokens = x.reshape(-1, 3)
+    at = (tokens[:, 0] > 0).nonzero()[:, 0]
+    return torch.zeros_like(tokens).index_add(0, at, m.layer(tokens[at]).tanh()).reshape(x.shape).sum(1) * m.w
+
+
+def _turned_where_open(m, x):
+    """The layer sees positions first, and no sequence of the first batch opens its gate."""
+    return ((x[..., :1] > 0) * m.layer(x.transpose(0, 1)).transpose(0, 1)).tanh().sum(1) + x.sum(1) * m.w
+
+
+def _one_per_sequence_and_not():
+    one, other = -torch.rand(2, 4, 4, 3).double()
+    one[:, 1, 0], other[0, :2, 0], other[2:, 1, 0] = 1, 1, 1
+    return one, other
+
+
+def _gate_closed_and_open():
+    x = torch.randn(2, 4, 4, 3).double()
+    x[..., 0] = x[..., 0].abs() * torch.tensor([-1, 1])[:, None, None]
+    return x.unbind()
+
+
+def _rows():
+    return torch.randn(2, 4, 4, 3).double()
+
+
+COINCIDENCES = {
+    "a scalar": (lambda m, x: m.w * m.layer(x).sum(1), (), _rows),
+    "a scalar added": (lambda m, x: m.layer(x).tanh().sum(1) + m.w, (), _rows),
+    "a weight on the left": (lambda m, x: m.layer((m.w @ x[:, :, 0].T).T[:, :3]), (4, 4), _rows),
+    "columns of the transpose": (lambda m, x: m.layer((x[:, :, 0].T * m.w).T[:, :3]), (4, 1), _rows),
+    "a vector for a matrix": (lambda m, x: m.layer(F.linear(x, m.w)[:, :3]), (3,), _rows),
+    "one bias for all": (lambda m, x: torch.addmm(m.w, x[:, 0], m.layer.weight), (1,), _rows),
+    "one row that is no batch": (lambda m, x: m.layer(x + F.embedding(torch.arange(4)[None], m.w).view(4, 3)).tanh().sum(1),
+                                 (4, 3), _rows),
+    "an id without a gradient": (lambda m, x: m.layer(F.embedding((x[..., 0] > 0).long(), m.w, padding_idx=-1)).tanh().sum(1),
+                                 (2, 3), _gate_closed_and_open),
+    "chosen tokens": (_chosen_tokens, (), _one_per_sequence_and_not),
+    "a gate that is closed at first": (_turned_where_open, (), _gate_closed_and_open),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:gradients are taken one sequence at a time")
+@pytest.mark.parametrize("name", COINCIDENCES)
+def test_rows_that_are_no_sequences_although_there_are_as_many(name):
+    function, shape, make = COINCIDENCES[name]
+    model, batches = seeded(5, lambda: (Made(function, *shape).double(), make()))
+    labels = torch.tensor([0, 1, 2, 1])
+    loss = fs.objective(fs.functional(model), [(x, labels) for x in batches], fs.classification)
+    rows, norms = rows_by_loop(loss, loss.net.theta), gradient_norms(loss, loss.net.theta, by="none", chunk_size=4)
+    grams = gram(loss, loss.net.theta, by="tensor", chunk_size=4)
+    torch.testing.assert_close(grams.total, rows @ rows.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(norms.total, rows.norm(dim=1), rtol=1e-9, atol=1e-11)
+
+
+def test_experts_that_choose_among_the_tokens_of_all_are_refused():
+    def function(m, x):
+        tokens = x.reshape(-1, 3)
+        at = tokens[:, 0].topk(4).indices.sort().values
+        return torch.zeros_like(tokens).index_add(0, at, m.layer(tokens[at]).tanh()).reshape(x.shape).sum(1) * m.w
+
+    model, (x, _) = seeded(5, lambda: (Made(function).double(), _rows()))
+    loss = fs.objective(fs.functional(model), [(x, torch.tensor([0, 1, 2, 1]))], fs.classification)
+    with pytest.raises(ValueError, match="see each other"):
+        gram(loss, loss.net.theta)

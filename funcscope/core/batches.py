@@ -72,34 +72,40 @@ def parts_between(batches: Prepared, start: int, stop: int) -> list[tuple[Any, A
     for pair in batches:
         num = rows(pair) or 1
         low, high = max(start - first, 0), min(stop - first, num)
-        if not _can_be_cut(pair, num):
+        if not can_be_cut(pair, num):
             low, high = (0, num) if start <= first < stop else (0, 0)
         if low < high:
             whole = high - low == num
             at = slice(low, high)
-            out.append((pair, pair, None) if whole else (_part(pair, at, num), pair, at))
+            out.append((pair, pair, None) if whole else (cut(pair, at, num), pair, at))
         first += num
     return out
 
 
 def _parts(pair: tuple[Inputs, Any], size: int) -> list[Any]:
     num = rows(pair)
-    if num is None or num <= size or not _can_be_cut(pair, num):
+    if num is None or num <= size or not can_be_cut(pair, num):
         return [pair]
-    return [_part(pair, slice(first, first + size), num) for first in range(0, num, size)]
+    return [cut(pair, slice(first, first + size), num) for first in range(0, num, size)]
 
 
-def _part(pair: tuple[Inputs, Any], at: slice, num: int) -> Any:
-    return tree_map(lambda x: x[at] if isinstance(x, Tensor) and x.ndim and len(x) == num else x, pair)
+def can_be_cut(pair: tuple[Inputs, Any], num: int) -> bool:
+    """Whether every part of a batch of so many sequences may have its rows, or the whole, of all that the batch holds."""
+    return all(_serves(leaf, num) for leaf in tree_leaves(pair))
 
 
-def _can_be_cut(pair: tuple[Inputs, Any], num: int) -> bool:
-    return all(_is_cut(leaf, num) for leaf in tree_leaves(pair))
-
-
-def _is_cut(leaf: Any, num: int) -> bool:
-    """What every part may have its rows of, or the whole of."""
+def _serves(leaf: Any, num: int) -> bool:
     return not isinstance(leaf, str) and (not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) in (1, num))
+
+
+def is_cut(x: Any, rows: int) -> bool:
+    """Whether a leaf has an entry for each of so many sequences; one that all share may have, by chance: core/apart.py."""
+    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == rows
+
+
+def cut(tree: Any, part: slice | Tensor, rows: int) -> Any:
+    """Some of the rows of every tensor that has so many."""
+    return tree_map(lambda x: x[part] if is_cut(x, rows) else x, tree)
 
 
 class Filled:
@@ -172,9 +178,13 @@ def _as_tensors(tree: Any, loaded: bool = False) -> Any:
 
 
 def rows(pair: tuple[Inputs, Any]) -> int | None:
-    """The length of the first tensor of the targets, or else of the inputs; None where there is none."""
+    """The number of sequences: the length of the first tensor of the targets that has not one row, which all may share.
+
+    That of the inputs where there are no targets; None where there is no tensor.
+    """
     inputs, targets = pair
-    return next((len(x) for x in tensors((targets, inputs)) if x.ndim), None)
+    lengths = [len(x) for x in tensors(targets) if x.ndim] or [len(x) for x in tensors(inputs) if x.ndim]
+    return next((length for length in lengths if length != 1), 1) if lengths else None
 
 
 def _checked(inputs: Inputs) -> Inputs:

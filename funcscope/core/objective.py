@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .apart import check_apart
 from .batches import Prepared, divided, prepared, rows, tensors, with_finite_targets
 from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
@@ -166,7 +167,11 @@ class Loss:
         return max((rows(pair) or 1 for pair in self.batches), default=1)
 
     def split(self, size: int) -> Loss:
-        """The same loss in batches of at most `size` sequences: the same terms in the same order, in less memory."""
+        """The same loss in batches of at most `size` sequences: the same terms in the same order, in less memory.
+
+        Raises ValueError where sequences have other losses in smaller batches: `core.apart.check_apart`.
+        """
+        check_apart(self, size)
         return replace(self, batches=divided(self.batches, size), _verdicts=set(self._verdicts))
 
     def tensors(self) -> Iterable[Tensor]:

@@ -43,10 +43,10 @@ def check_function(loss: Loss) -> None:
     fresh = replace(net, buffers={name: value.clone() for name, value in net.buffers.items()})
     versions = {name: value._version for name, value in net.buffers.items() if not value.is_inference()}
     with torch.no_grad(), torch.random.fork_rng(devices=[net.device] if net.device.type == "cuda" else []):
-        out = _output(net, -0.01, inputs)
+        out = output_nearby(net, -0.01, inputs)
         _check_labels(loss, out)
-        other = criterion.scored(_output(net, 0.01, inputs), targets)
-        alone = criterion.scored(_output(fresh, 0.01, inputs), targets)
+        other = criterion.scored(output_nearby(net, 0.01, inputs), targets)
+        alone = criterion.scored(output_nearby(fresh, 0.01, inputs), targets)
         _check_same(other[0] * other[1], alone[0] * alone[1], net.unit_roundoff)
         for name, version in versions.items():
             if net.buffers[name]._version != version:
@@ -81,7 +81,9 @@ def _smallest(loss: Loss) -> tuple[Any, Any]:
     return min(loss.batches, key=lambda pair: sum(x.numel() for x in tensors(pair)))
 
 
-def _output(net: Functional, step: float, inputs: Any) -> Tensor:
+def output_nearby(net: Functional, step: float, inputs: Any) -> Tensor:
+    """What the model makes at its own parameters, each moved by some of itself, so that none of them is 0 throughout."""
+
     def leaf(_: str, value: Tensor) -> Tensor:
         return _moved(value, value, step)
 
@@ -138,7 +140,7 @@ def _check_filled(loss: Loss) -> None:
     criterion = loss.criterion
     for inputs, targets in loss.batches:
         with torch.no_grad():
-            out = _output(loss.net, 0.01, inputs)
+            out = output_nearby(loss.net, 0.01, inputs)
             plain, weight = criterion.token_loss.token_loss(out, targets)  # type: ignore[attr-defined]
             losses = criterion.scored(out, targets)[0]
         if not torch.equal(plain[weight != 0], losses[weight != 0]):

@@ -85,10 +85,12 @@ def gram(
     passes made again for every other: memory is that of two chunks, passes grow as n^2 / (2 chunk_size).
 
     A parameter whose use is not known, and one for which the gradient of a row alone, which is taken once for every shape of
-    batch, is not what its use says, has its rows multiplied out, and is named in the result.
+    batch, is not what its use says, has its rows multiplied out, and is named in the result. Where values choose the rows
+    that an operation takes (experts), a weighted sum over all rows is compared for every batch, at the price of a pass.
 
-    Raises ValueError for sequences that see each other, as `per_sample_gradients` does, for a gradient that is not finite,
-    with its sequence and parameter, and for data of which nothing is scored.
+    Raises ValueError for sequences that see each other, as `per_sample_gradients` does, for a batch that cannot be cut to
+    `chunk_size`, as `Loss.split` does, for a gradient that is not finite, with its sequence and parameter, and for data of
+    which nothing is scored.
 
     Goodfellow (2015), arXiv:1510.01799; Rochette, Manoel, Tramel (2019), arXiv:1912.06015; Dangel, Kunstner, Hennig (2020),
     arXiv:1912.10985.

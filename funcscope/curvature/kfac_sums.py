@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.apart import check_apart
 from ..core.batches import rows as rows_of
 from ..core.estimate import wide
 from ..core.objective import Loss
@@ -23,6 +24,7 @@ from .uses import Affine, run
 
 def affine_maps(loss: Loss, theta: Tensor) -> dict[str, Map]:
     """The weights that the first sequence uses as matrices alone, always with the same bias, which no other one has."""
+    check_apart(loss, 1)
     params = {name: x.to(loss.net._dtypes[name]) for name, x in loss.params(theta).items()}
     batch = loss.batches[0]
     num = rows_of(batch)

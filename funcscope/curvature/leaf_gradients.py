@@ -77,6 +77,17 @@ class LeafGradients(NamedTuple):
         one = LeafGradients([type(part)(*(x[i : i + 1] for x in part)) for part in self.parts], self.shape)
         return one.dense(slice(None), slice(None)).flatten()
 
+    def weighted(self, factors: Tensor) -> Tensor:
+        """The sum of all gradients, times these factors, flat."""
+        parts: list[Part] = []
+        for part in self.parts:
+            scaled = part[-1] * factors.to(part[-1]).reshape(-1, *[1] * (part[-1].ndim - 1))
+            if isinstance(part, Rows):
+                parts.append(Rows(scaled.sum(0, keepdim=True)))
+            else:
+                parts.append(type(part)(part[0].flatten(0, 1)[None], scaled.flatten(0, 1)[None]))
+        return LeafGradients(parts, self.shape).dense(slice(None), slice(None)).flatten()
+
     def dense(self, rows: slice, cols: slice, out: Tensor | None = None) -> Tensor:
         """(n, r', c'): that part of every gradient. out: a buffer that is long enough, used in the place of new memory."""
         size = self.num, *(len(range(*s.indices(n))) for s, n in zip((rows, cols), self.shape, strict=True))

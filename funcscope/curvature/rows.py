@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..core.apart import check_apart
+from ..core.apart import coupled as coupled
+from ..core.apart import tolerance as tolerance
+from ..core.batches import cut as cut
+from ..core.batches import is_cut as is_cut
+from ..core.batches import rows as rows_of
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
@@ -25,7 +31,7 @@ def micro_batches(loss: Loss, m: int) -> list[Loss]:
     """The losses of m sequences each, cut from the prepared batches in order; the last of a batch may have fewer.
 
     Every tensor of a batch has as many rows as the batch has sequences, or one, which serves every part. Raises
-    ValueError where that is not so.
+    ValueError where that is not so, and as `check_apart` does.
 
     >>> import torch, funcscope as fs
     >>> net = fs.functional(torch.nn.Linear(3, 2))
@@ -34,7 +40,9 @@ def micro_batches(loss: Loss, m: int) -> list[Loss]:
     [2, 2, 1]
     """
     check_count("m", m)
-    return [replace(loss, batches=(part,)) for batch in loss.batches for part in _parts(batch, m)]
+    parts = [part for batch in loss.batches for part in _parts(batch, m)]
+    check_apart(loss, m)
+    return [replace(loss, batches=(part,)) for part in parts]
 
 
 def sizes_of(parts: list[Loss], num_losses: int) -> list[int]:
@@ -47,34 +55,10 @@ def sizes_of(parts: list[Loss], num_losses: int) -> list[int]:
     return sizes
 
 
-def is_cut(x: Any, rows: int) -> bool:
-    """Whether a leaf has an entry for each of so many sequences."""
-    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == rows
-
-
-def cut(tree: Any, part: slice | Tensor, rows: int) -> Any:
-    """Some of the rows of every tensor that has so many."""
-    return tree_map(lambda x: x[part] if is_cut(x, rows) else x, tree)
-
-
 def mapped(function: Callable[[Any], Any], batch: Any, rows: int, part: slice = slice(None)) -> Any:
     """By `vmap`, the function of every sequence of a part of a batch: of batches of one."""
     dims = tree_map(lambda x: 0 if is_cut(x, rows) else None, batch)
     return vmap(function, in_dims=(dims,))(tree_map(lambda x: x[part][:, None] if is_cut(x, rows) else x, batch))
-
-
-def coupled(rows: int | str = "as many") -> str:
-    """Why parts are not those of a whole, and what helps."""
-    return (
-        "sequences see each other (statistics over the batch, a loss across rows), or a tensor that all share has "
-        f"{rows} rows by chance and was cut. Use a batch of another size, give the shared tensor a dimension of 1 in "
-        "front, or take statistics that do not depend on the batch."
-    )
-
-
-def tolerance(loss: Loss) -> float:
-    """Relative; beyond it, what is computed for sequences alone is not what is computed for all together."""
-    return max(32 * loss.net.unit_roundoff, min(1e-4, 1e8 * loss.net.unit_roundoff))
 
 
 def per_sample_gradients(
@@ -116,7 +100,7 @@ def _of_batch(
     loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int
 ) -> Iterator[Tensor]:
     """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
-    rows = next(len(leaf) for leaf in tree_leaves(batch[1]) if isinstance(leaf, Tensor) and leaf.ndim)
+    rows = rows_of(batch) or 1
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:

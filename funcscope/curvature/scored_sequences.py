@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..core.apart import check_apart
 from ..core.batches import UNSCORED, tensors
 from ..core.batches import rows as rows_of
 from ..core.checks import check_count
@@ -28,6 +29,7 @@ from .rows import cut
 def first(loss: Loss, num: int) -> Loss:
     """The loss on its first `num` sequences, or on all of them where there are fewer."""
     check_count("n_samples", num)
+    check_apart(loss, num)
     batches = []
     for batch in loss.batches:
         size = rows_of(batch)
@@ -195,6 +197,8 @@ def are_scored(loss: Loss, theta: Theta) -> Bool[Tensor, " n"]:
 
 def chosen(loss: Loss, there: Bool[Tensor, " n"]) -> Loss:
     """The loss on some of its sequences, in the batches that they are in."""
+    if not bool(there.all()):
+        check_apart(loss, 1)
     batches, at = [], 0
     for batch in loss.batches:
         size = rows_of(batch) or 1

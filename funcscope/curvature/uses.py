@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..core.objective import Loss
 from ..core.progress import tick
 from ..core.substitute import Substitute
+from .indexing import chooses_places, lookup, named
 from .leaf_gradients import Lookup, Outer, Part, Rows
 from .outputs import total_of
 
@@ -45,22 +46,29 @@ def run(
     rows: int,
     each: Each,
     affine: Callable[[Affine, Tensor], None] | None = None,
+    forward_done: Callable[[bool], None] | None = None,
 ) -> frozenset[str]:
     """One forward and one backward pass over a batch of so many rows; the names of the parameters left out.
 
     params: in the dtypes that they are used in. each: called once for every other parameter that the model uses, with
     gradients of the weighted sum of its row's losses, in the order of the backward pass. affine: called with every use of a
-    weight matrix, and the gradient at its output.
+    weight matrix, and the gradient at its output. forward_done: called before the backward pass with whether activations were
+    taken by index, so that values decide which rows belong to which sequence, and not shapes alone.
     """
-    seed = torch.zeros((), device=loss.net.device, requires_grad=True)
-    uses = _Uses(params, rows, seed, each, affine)
+    uses = _Uses(params, rows, torch.zeros((), device=loss.net.device, requires_grad=True), each, affine)
     with torch.enable_grad():
-        with uses:
-            tick("forward")
-            out = loss.net.whole.apply(params, batch[0])
+        try:
+            out = uses.of(loss, params, batch)
+        except RuntimeError:
+            if not uses.expanded:
+                raise
+            uses = _Uses(params, rows, uses.seed, each, affine, expand=False)
+            out = uses.of(loss, params, batch)
         total = total_of(loss.criterion, out, batch[1])
+        if forward_done is not None:
+            forward_done(uses.indexed)
         if total.requires_grad:
-            torch.autograd.grad(total, seed)
+            torch.autograd.grad(total, uses.seed)
     return uses.unknown()
 
 
@@ -84,7 +92,9 @@ class _Tap(torch.autograd.Function):
 
 
 class _Uses(TorchFunctionMode):
-    def __init__(self, params: dict[str, Tensor], rows: int, seed: Tensor, each: Each, affine: Any):
+    def __init__(
+        self, params: dict[str, Tensor], rows: int, seed: Tensor, each: Each, affine: Any, *, expand: bool = True
+    ):
         super().__init__()
         self.names = {id(value): name for name, value in params.items()}
         self.memory = {value.untyped_storage().data_ptr() for value in params.values()}
@@ -93,7 +103,14 @@ class _Uses(TorchFunctionMode):
         self.pending: dict[str, int] = {}
         self.parts: dict[str, list[Part]] = {}
         self.strange: set[str] = set()
+        self.indexed = self.expanded = False
+        self.expand = expand  # what every row looks up alike, which a model may take for the one row that it made
         self.second = False  # inside torch's attention, sequences are the second dimension
+
+    def of(self, loss: Loss, params: dict[str, Tensor], batch: tuple[Any, Any]) -> Tensor:
+        tick("forward")
+        with self:
+            return loss.net.whole.apply(params, batch[0])
 
     def unknown(self) -> frozenset[str]:
         """Those of an operation that is not known, and those whose uses did not all reach the loss."""
@@ -103,6 +120,7 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        self.indexed |= chooses_places(name, args, kwargs)
         taken = {self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names}
         if not taken or name in Substitute.METADATA:
             return func(*args, **kwargs)
@@ -123,14 +141,15 @@ class _Uses(TorchFunctionMode):
         made = None if writes else _known(func, args, kwargs, self)
         if made is None and not writes and not self.second:
             made = _by_rows(func, args, kwargs, self, out)
-        if made is None:
+        shared = made is not None and len(out) == 1 < self.rows and not self.second
+        if made is None or (shared and not self.expand):
             self.strange |= taken
             return out
+        if shared:
+            self.expanded, out = True, out.expand(self.rows, *out.shape[1:])
         return self.tapped(out, made)
 
     def tapped(self, out: Tensor, made: _Made) -> Tensor:
-        if len(out) == 1 < self.rows and not self.second:
-            out = out.expand(self.rows, *out.shape[1:])  # a table that every row looks up alike
         if out.untyped_storage().data_ptr() in self.memory:
             out = out.clone()  # a view of a parameter, as `expand` makes for one row, may not be marked as written to
         second = self.second
@@ -141,13 +160,22 @@ class _Uses(TorchFunctionMode):
             self.second = second
             if made.affine is not None and self.affine is not None:
                 self.affine(made.affine, self.by_row(g))
-            for name, make in made.parts.items():
-                self.parts.setdefault(name, []).append(make(g))
+            parts = self.parts_of(made, g)
+            for name in made.parts:
+                self.parts.setdefault(name, []).extend(parts.get(name, ()))
                 self.pending[name] -= 1
                 if not self.pending[name] and name not in self.strange:
                     self.each(name, self.parts.pop(name))
 
         return _Tap.apply(out, self.seed, show)
+
+    def parts_of(self, made: _Made, g: Tensor) -> dict[str, list[Part]]:
+        """None where one row is nothing that the operation takes: it has as many rows as sequences by chance."""
+        try:
+            return {name: [make(g)] for name, make in made.parts.items()}
+        except (RuntimeError, ValueError, IndexError):
+            self.strange |= made.parts.keys()
+            return {}
 
     def by_row(self, x: Tensor) -> Tensor:
         """(rows, everything between, last)."""
@@ -167,26 +195,38 @@ class _Made(NamedTuple):
 def _known(func: Any, args: tuple, kwargs: dict[str, Any], uses: _Uses) -> _Made | None:
     """Linear maps and tables."""
     if func is F.linear:
-        return _linear(uses, *_named(("input", "weight", "bias"), args, kwargs), transposed=False)
+        return _linear(uses, *named(("input", "weight", "bias"), args, kwargs), transposed=False)
     if func is torch.addmm and not kwargs:
         return _linear(uses, args[1], args[2], args[0], transposed=True)
     if func in _PRODUCTS and not kwargs and args[1].ndim == 2:
         return _linear(uses, args[0], args[1], None, transposed=True)
     if func is F.embedding or func is torch.embedding:
-        ids, weight = _named(("input", "weight"), args, kwargs) if func is F.embedding else args[1::-1]
-        if not uses.is_parameter(weight) or uses.is_parameter(ids):
-            return None
-
-        def look(g: Tensor) -> Part:
-            places = ids.expand(uses.rows, *ids.shape[1:]) if len(ids) == 1 else ids
-            return Lookup(places.reshape(uses.rows, -1), uses.by_row(g))
-
-        return _Made({uses.names[id(weight)]: look}) if ids.ndim and len(ids) in (1, uses.rows) else None
+        return _table(uses, *lookup(func, args, kwargs))
     return None
 
 
+def _table(uses: _Uses, ids: Tensor, weight: Tensor, padding: int | None, strange: bool) -> _Made | None:
+    if strange or not uses.is_parameter(weight) or uses.is_parameter(ids):
+        return None
+    if not ids.ndim or len(ids) not in (1, uses.rows):
+        return None
+    if padding is not None and padding < 0:
+        padding += len(weight)
+
+    def look(g: Tensor) -> Part:
+        places = (ids.expand(uses.rows, *ids.shape[1:]) if len(ids) == 1 else ids).reshape(uses.rows, -1)
+        right = uses.by_row(g)
+        return Lookup(places, right if padding is None else right.masked_fill((places == padding)[..., None], 0))
+
+    return _Made({uses.names[id(weight)]: look})
+
+
 def _linear(uses: _Uses, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> _Made | None:
-    if not uses.is_parameter(weight) or uses.is_parameter(x) or x.ndim < 2 or x[..., 0].numel() % uses.rows:
+    if not uses.is_parameter(weight) or uses.is_parameter(x) or weight.ndim != 2:
+        return None
+    if x.ndim < 2 or x[..., 0].numel() % uses.rows or (len(x) == 1 < uses.rows and not uses.second):
+        return None
+    if bias is not None and bias.shape != (weight.shape[1 if transposed else 0],):
         return None
     transposed ^= id(weight) in uses.flipped
     inputs = uses.by_row(x.detach())
@@ -236,15 +276,11 @@ def _by_rows(func: Any, args: tuple, kwargs: dict[str, Any], uses: _Uses, out: A
         def make(g: Tensor) -> Part:
             if i == 0:
                 memory[:] = [pull(g)]
-            return Rows(memory[0][i].flatten(1))
+            return Rows(memory[0][i].reshape(uses.rows, rest[at[i]].numel()))
 
         return make
 
     return _Made({name: part(i) for i, name in enumerate(names)})
-
-
-def _named(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
 _FLIPS = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]

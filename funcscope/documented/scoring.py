@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.apart import check_apart
 from ..core.batches import tensors
 from ..core.captured import Watch
 from ..core.checks import check_instance
@@ -32,11 +33,15 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None = None, batch_c
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter has `requires_grad`, so none would move: `model.requires_grad_(True)`.")
     batch = tuple(batch) if loss_fn is None and isinstance(batch, list) else batch  # what a DataLoader makes of pairs
-    parts = _parts(batch, _batch_size(batch_config))
+    size = _batch_size(batch_config)
+    parts = _parts(batch, size)
     if loss_fn is None:
         if not any(True for _ in tensors(batch)):
             raise ValueError('`data_batch` holds no tensors: call the tokenizer with `return_tensors="pt"`.')
-        return objective(functional(model), parts, _criterion(model, batch))
+        net, criterion = functional(model), _criterion(model, batch)
+        if size is not None and len(parts) > 1:
+            check_apart(objective(net, [batch], criterion), size)
+        return objective(net, parts, criterion)
     if len(parts) > 1:
         raise ValueError(
             "`batch_config` cuts the batch, and only `loss_fn` knows how its value on the whole follows from the parts: "

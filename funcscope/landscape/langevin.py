@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..core.apart import check_apart
 from ..core.batches import Prepared, rows
 from ..core.estimate import wide
 from ..core.keys import BLOCK, Key, drawn_on, fill, fold_in, normal, uniform
@@ -101,6 +102,7 @@ def _whole(loss: Loss, theta: Tensor, chunk_size: int) -> Callable[[Tensor, int]
 
 def _parts(loss: Loss, theta: Tensor, key: Key, size: int) -> Callable[[Tensor, int], Evaluated]:
     """Gradients and excess of minibatches, each chain's its own."""
+    check_apart(loss, 1)  # batches of one shape are joined, too
     pools, root = _pooled(loss.batches), fold_in(key, "batch")
     with torch.no_grad():
         before = [replace(loss, batches=(pool,)).terms(theta) for pool in pools]

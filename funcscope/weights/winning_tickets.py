@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.apart import check_apart
 from ..core.batches import rows
 from ..core.checks import check_count, check_number
 from ..core.estimate import Crossed
@@ -153,6 +154,7 @@ def split(loss: Loss, key: Key, share: float) -> tuple[Loss, Loss]:
     Raises ValueError where one of the two has no sequence.
     """
     check_number("held_out", share, 0.0, 1.0)
+    check_apart(loss, 1)
     counts = [rows(batch) or 1 for batch in loss.batches]
     total = sum(counts)
     num = min(max(round(share * total), 1), total - 1)

@@ -1,0 +1,152 @@
+"""Whether sequences have the losses in smaller batches that they have beside others: what lets a batch be cut.
+
+A tensor with as many rows as its batch has sequences is taken to have one for each. One that all sequences share, such as a
+scale per feature, may have as many by chance; no shape tells the two apart, and values do: a model that needs all rows of it
+fails with some of them, or makes other losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from .batches import can_be_cut, is_cut, rows
+from .criterion import Labels
+from .purity import output_nearby
+
+if TYPE_CHECKING:
+    from .objective import Loss
+
+_FAILED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""What a model raises for inputs whose sizes do not go together."""
+
+
+def coupled(rows: int | str = "as many") -> str:
+    """Why parts are not those of a whole, and what helps."""
+    return (
+        "sequences see each other (statistics over the batch, a loss across rows), or a tensor that all share has "
+        f"{rows} rows by chance and was cut. Use a batch of another size, give the shared tensor a dimension of 1 in "
+        "front, or take statistics that do not depend on the batch."
+    )
+
+
+def tolerance(loss: Loss) -> float:
+    """Relative; beyond it, what is computed for sequences alone is not what is computed for all together."""
+    return max(32 * loss.net.unit_roundoff, min(1e-4, 1e8 * loss.net.unit_roundoff))
+
+
+def check_apart(loss: Loss, size: int) -> None:
+    """Raises ValueError where a batch of more than `size` sequences would be cut and its parts had other losses.
+
+    Some of the last and of the first sequences, `size` in all and two at least, are scored beside each other and apart, near
+    the net's own parameters: two forward passes, no gradient, once for every shape of batch of an objective. A tensor that
+    has to be left whole is named.
+    """
+    if hasattr(loss.net, "shares"):
+        return  # a forward pass is one of all ranks together, which compare what they have themselves
+    for pair in loss.batches:
+        num = rows(pair)
+        if num is not None and num > size and can_be_cut(pair, num):
+            verdict = f"apart: {_structure(pair)}"
+            if verdict not in loss._verdicts:
+                _check(loss, pair, num, min(num, max(size, 2)))
+                loss._verdicts.add(verdict)
+
+
+def _structure(pair: Any) -> str:
+    leaves, names = tree_flatten(pair)
+    return f"{names} {[(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves]}"
+
+
+def is_joined(loss: Loss, one: Any, two: Any, both: Any) -> bool:
+    """Whether the sequences of two batches score in one batch, `both`, what they score in their own; once per shapes."""
+    verdict = f"{_structure(one)} {_structure(two)}"
+    if f"joined: {verdict}" not in loss._verdicts and f"not joined: {verdict}" not in loss._verdicts:
+        with torch.no_grad(), _same_generator(loss):
+            differs = _difference(loss, sum(rows(each) or 1 for each in (one, two)), both, [one, two])
+        loss._verdicts.add(f"joined: {verdict}" if differs is None else f"not joined: {verdict}")
+    return f"joined: {verdict}" in loss._verdicts
+
+
+def _same_generator(loss: Loss) -> Any:
+    return torch.random.fork_rng(devices=[loss.net.device] if loss.net.device.type == "cuda" else [])
+
+
+def _check(loss: Loss, pair: Any, num: int, size: int) -> None:
+    places = _places(pair, num, size)
+    with torch.no_grad(), _same_generator(loss):
+        reason = _difference(loss, len(places), *_halves(pair, num, places))
+        if reason is None:
+            return
+        _scored(loss, pair)  # a model that fails with the whole batch, too, says why itself
+        replace(loss, batches=(pair,), _verdicts=set()).check_function()  # as does one that is no function of theta
+        shared = next(_shared(loss, pair, num, places), None)
+    if shared is None:
+        raise ValueError(f"a batch of {num} sequences cannot be cut, {reason}: {coupled(num)}")
+    raise ValueError(
+        f"`{shared}` has {num} rows, as its batch has sequences, and all of these share them: in a part of it, {reason}. "
+        "Give it a dimension of 1 in front, `x[None]`, or use batches of another size."
+    )
+
+
+def _places(pair: Any, num: int, size: int) -> Tensor:
+    """The last and the first sequences that are scored: a model that counts rows from the first does not find them there."""
+    if size == num:
+        return torch.arange(num)
+    weight = pair[1].weight if isinstance(pair[1], Labels) else torch.ones(num)
+    some = weight.reshape(num, -1).any(1).nonzero()[:, 0].cpu()
+    some = some if len(some) >= size else torch.arange(num)
+    return torch.cat([some[len(some) - size // 2 :], some[: size - size // 2]])
+
+
+def _halves(pair: Any, num: int, places: Tensor, whole: int | None = None) -> tuple[Any, list[Any]]:
+    """Those rows of a batch, and two halves of them. whole: the number of a leaf that is not cut."""
+    leaves, spec = tree_flatten(pair)
+
+    def part(at: Tensor) -> Any:
+        cut = [x[at.to(x.device)] if is_cut(x, num) and i != whole else x for i, x in enumerate(leaves)]
+        return tree_unflatten(cut, spec)
+
+    half = len(places) // 2
+    return part(places), [part(places[:half]), part(places[half:])]
+
+
+def _difference(loss: Loss, num: int, beside: Any, apart: list[Any]) -> str | None:
+    """How sequences that are scored apart differ from those beside each other; None where they do not."""
+    try:
+        whole, *parts = (_scored(loss, each) for each in (beside, *apart))
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILED as err:
+        said = str(err).splitlines() or [type(err).__name__]
+        return f"the model or the criterion fails ({said[0][:100]})"
+    for one, *other in zip(whole, *parts, strict=True):
+        made = torch.cat(other)
+        if not len(one) == len(made) == num:
+            return f"{num} sequences have {len(made)} losses"
+        scale = float(one[one.isfinite()].abs().amax()) if bool(one.isfinite().any()) else 0.0
+        same = ((one - made).abs() <= tolerance(loss) * scale) | (one == made) | (one.isnan() & made.isnan())
+        if not bool(same.all()):
+            at = int((~same).nonzero()[0])
+            return f"a sequence scores {float(made[at]):.6g} instead of {float(one[at]):.6g}"
+    return None
+
+
+def _scored(loss: Loss, pair: Any) -> tuple[Tensor, Tensor]:
+    """Sums and weights per sequence."""
+    losses, weight = loss.criterion.scored(output_nearby(loss.net, 0.01, pair[0]), pair[1])
+    sums, weights = ((x.flatten(1).sum(1) if x.ndim > 1 else x) for x in (losses * weight, weight))
+    return sums, weights
+
+
+def _shared(loss: Loss, pair: Any, num: int, places: Tensor) -> Iterator[str]:
+    """Names of tensors that make all right where they are not cut."""
+    for i, (path, leaf) in enumerate(tree_flatten_with_path(pair)[0]):
+        if is_cut(leaf, num) and _difference(loss, len(places), *_halves(pair, num, places, i)) is None:
+            place = keystr(path)  # [0] for the inputs, [1] for the targets, and what follows
+            yield f"{'inputs' if place.startswith('[0]') else 'targets'}{place[3:]}"

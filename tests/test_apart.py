@@ -1,0 +1,211 @@
+"""Oracle: the loss of the whole batch, which a loss cut in parts equals or refuses, with the name of what must stay whole."""
+
+import warnings
+
+import pytest
+import torch
+from problems import EVERY, loss_of, seeded
+from torch import nn
+from torch.nn import functional as F
+
+import funcscope as fs
+from funcscope.core.apart import check_apart
+from funcscope.curvature import gradient_norms, gram, m_sharpness
+from funcscope.curvature.kfac_factors import kfac_factors
+from funcscope.curvature.rows import micro_batches
+from funcscope.curvature.scored_sequences import chosen, first
+from funcscope.documented.scoring import loss_of as documented_loss
+from funcscope.landscape.langevin import langevin_chains
+from funcscope.weights.masked_training import drawn_batch
+from funcscope.weights.winning_tickets import split
+
+LABELS = torch.tensor([0, 1, 1])
+
+
+class Scaled(nn.Module):
+    """An input that all sequences share beside one that each has: `function` makes features of them."""
+
+    def __init__(self, function=torch.mul):
+        super().__init__()
+        self.layer, self.function = nn.Linear(3, 2), function
+
+    def forward(self, x, scale):
+        return self.layer(torch.tanh(self.function(x, scale)))
+
+
+def inputs_of(num=3, *, front=False):
+    x, scale = seeded(1, lambda: (torch.randn(num, 3).double(), torch.tensor([1.0, 2.0, 30.0]).double()))
+    return {"x": x, "scale": scale[None] if front else scale}
+
+
+def scaled(*, front=False, function=torch.mul, **other):
+    net = fs.functional(seeded(0, lambda: Scaled(function)).double())
+    return fs.objective(net, [(inputs_of(front=front) | other, LABELS)], fs.classification)
+
+
+CUTS = {
+    "split": lambda loss, theta: loss.split(2),
+    "gram": lambda loss, theta: gram(loss, theta, chunk_size=1),
+    "tokens": lambda loss, theta: gram(loss, theta, unit="token", chunk_size=1),
+    "lengths": lambda loss, theta: gradient_norms(loss, theta, chunk_size=2),
+    "factors": lambda loss, theta: kfac_factors(loss, theta, key=fs.key(0), chunk_size=1),
+    "micro-batches": lambda loss, theta: micro_batches(loss, 1),
+    "sharpness": lambda loss, theta: m_sharpness(loss, theta, m=1),
+    "errors": lambda loss, theta: fs.trace_errors(loss, theta, key=fs.key(0), num=4, chunk_size=1),
+    "the first": lambda loss, theta: first(loss, 2),
+    "some": lambda loss, theta: chosen(loss, torch.tensor([True, False, True])),
+    "training": lambda loss, theta: drawn_batch(loss, fs.key(0), 1),
+    "held out": lambda loss, theta: split(loss, fs.key(0), 0.3),
+    "chains": lambda loss, theta: langevin_chains(
+        loss, theta, key=fs.key(0), num_chains=1, num_steps=2, step_size=1e-3, strength=1.0, localization=0.0,
+        batch_size=1, chunk_size=1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_tensor_that_all_share_is_refused_by_name_and_taken_with_a_dimension_in_front(name):
+    loss = scaled()
+    with pytest.raises(ValueError, match=r"`inputs\['scale'\]` has 3 rows.*Give it a dimension of 1 in front"):
+        CUTS[name](loss, loss.net.theta)
+    right = scaled(front=True)
+    CUTS[name](right, right.net.theta)
+
+
+def test_parts_of_the_remedy_are_the_whole():
+    loss, whole = scaled(front=True), scaled()
+    theta = loss.net.theta
+    for size in (1, 2):
+        torch.testing.assert_close(loss.split(size)(theta), whole(theta))
+    torch.testing.assert_close(gram(loss, theta, chunk_size=1).total, gram(loss, theta).total)
+
+
+def test_the_documented_cut_of_a_batch_is_refused_as_well():
+    model, batch = seeded(0, Scaled).double(), (tuple(inputs_of().values()), LABELS)
+    with pytest.raises(ValueError, match="has 3 rows"):
+        documented_loss(model, batch, batch_config=1)
+
+
+def reference(x, scale):
+    """Of the mean over a set that has as many rows as the batch."""
+    return x - scale.mean(0)
+
+
+def looked_up(x, scale):
+    return x + scale[(x[:, :1] > 0).long()[:, 0]]
+
+
+def masked(x, scale):
+    """(t, t), for as many positions as sequences."""
+    return (x[:, :, None] * scale).sum(1)
+
+
+SHARED = {
+    "a set": (reference, torch.randn),
+    "a table": (looked_up, torch.randn),
+    "a matrix": (masked, torch.randn),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", SHARED)
+def test_it_is_told_by_what_fails_and_by_what_scores_differently(name, size):
+    function, make = SHARED[name]
+    loss = scaled(function=function, scale=seeded(2, lambda: make(3, 3)).double())
+    with pytest.raises(ValueError, match=r"`inputs\['scale'\]` has 3 rows"):
+        loss.split(size)
+
+
+def test_a_target_that_all_share_is_named():
+    criterion = fs.custom(lambda out, targets: ((out - targets[0]) * targets[1]).square().sum(1))
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())
+    targets = torch.zeros(4, 4).double(), torch.arange(1.0, 5.0).double()
+    loss = fs.objective(net, [(torch.ones(4, 3).double(), targets)], criterion)
+    with pytest.raises(ValueError, match=r"`targets\[1\]` has 4 rows"):
+        loss.split(2)
+
+
+def test_a_target_of_one_row_does_not_say_how_many_sequences_there_are():
+    criterion = fs.custom(lambda out, targets: ((out - targets[1]) * targets[0]).square().sum(1))
+    net = fs.functional(seeded(0, lambda: nn.Linear(3, 4)).double())
+    x, y = inputs_of()["x"], torch.arange(12.0).double().reshape(3, 4)
+    loss = fs.objective(net, [(x, (torch.arange(1.0, 5.0).double()[None], y))], criterion)
+    alone = [fs.objective(net, [(x[i : i + 1], (loss.batches[0][1][0], y[i : i + 1]))], criterion) for i in range(3)]
+    rows = torch.stack([torch.func.grad(lambda t, one=one: one.terms(t)[0].sum())(net.theta) for one in alone])
+    assert loss.batch_size == 3
+    for chunk_size in (1, 8):
+        torch.testing.assert_close(fs.per_sample_gradients(loss, net.theta, chunk_size=chunk_size), rows)
+        torch.testing.assert_close(gram(loss, net.theta, chunk_size=chunk_size).total, rows @ rows.T)
+
+
+def test_sequences_that_see_each_other_are_not_cut():
+    model = seeded(0, lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))).double()
+    loss = fs.objective(
+        fs.functional(model), [(inputs_of(7)["x"], torch.zeros(7, dtype=torch.long))], fs.classification
+    )
+    with pytest.raises(ValueError, match=r"a batch of 7 sequences cannot be cut, .*see each other"):
+        loss.split(4)
+    assert float(loss.split(7)(loss.net.theta)) == float(loss(loss.net.theta))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_problem_may_be_cut(name):
+    loss = loss_of(name)
+    torch.testing.assert_close(loss.split(1)(loss.net.theta), loss(loss.net.theta), rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_fails_with_the_whole_batch_or_draws_says_so_itself():
+    net = fs.functional(seeded(0, lambda: nn.Linear(4, 2)).double())
+    loss = fs.objective(net, [(torch.ones(3, 3).double(), LABELS)], fs.classification)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as err:
+        loss.split(1)
+    assert not isinstance(err.value, ValueError)
+    noisy = scaled(function=lambda x, scale: x + torch.randn_like(x), front=True)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        noisy.split(1)
+
+
+def test_it_is_looked_at_once_for_every_shape_and_not_where_nothing_is_cut():
+    calls = []
+
+    def counted(x, scale):
+        calls.append(len(x))
+        return x * scale
+
+    net = fs.functional(seeded(0, lambda: Scaled(counted)).double())
+    batches = [(inputs_of(num, front=True), torch.zeros(num, dtype=torch.long)) for num in (5, 5, 2, 5)]
+    loss = fs.objective(net, batches, fs.classification)
+    check_apart(loss, 5)
+    assert calls == []
+    loss.split(4)
+    assert calls == [4, 2, 2]
+    loss.split(2)
+    gram(loss.split(3), net.theta, chunk_size=3)
+    assert max(calls) == 4
+    calls.clear()
+    check_apart(loss, 4)
+    assert calls == []
+
+
+def test_batches_are_joined_only_where_sequences_score_the_same():
+    """A scale for its batch of one, which the model takes as a vector of three."""
+    net = fs.functional(seeded(0, lambda: Scaled(lambda x, scale: x * scale.view(3))).double())
+    singles = [({"x": x[None], "scale": torch.arange(1.0, 4.0).double()[None]}, LABELS[:1]) for x in inputs_of(3)["x"]]
+    loss = fs.objective(net, singles, fs.classification)
+    apart = torch.stack(
+        [fs.per_sample_gradients(fs.objective(net, [one], fs.classification), net.theta)[0] for one in singles]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(gram(loss, net.theta).total, apart @ apart.T)
+
+
+def test_torch_itself_takes_the_part_that_fits_and_makes_another_loss():
+    """The negative control: one row of a shared tensor is broadcast, and nothing is said."""
+    inputs = inputs_of()
+    layer = seeded(0, Scaled).double()
+    whole = F.cross_entropy(layer(**inputs), LABELS)
+    parts = [
+        F.cross_entropy(layer(inputs["x"][i : i + 1], inputs["scale"][i : i + 1]), LABELS[i : i + 1]) for i in range(3)
+    ]
+    assert abs(float((whole - torch.stack(parts).mean()).detach())) > 1e-2
