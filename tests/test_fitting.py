@@ -34,7 +34,7 @@ def one(metric, subject=None, **options):
     return outcome
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda err: type(err).__name__)
+@pytest.mark.parametrize("error", [ERRORS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in ERRORS[1:])])
 def test_whatever_says_that_memory_ran_out_halves_chunks_then_batches(error):
     tried = []
 
@@ -53,7 +53,8 @@ def test_whatever_says_that_memory_ran_out_halves_chunks_then_batches(error):
     assert outcome.plan["memory"] == "; ".join(ran_out)
 
 
-@pytest.mark.parametrize("name", ["gradient_norms", pytest.param("hessian_trace", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gradient_norms", "hessian_trace"])
+@pytest.mark.slow
 def test_halved_batches_change_no_number(name):
     plain = metric(name).configured(**({"num": 2} if name == "hessian_trace" else {}))
     subject = InMemory({"data": losses()}, "gpt2", content="1")
@@ -95,6 +96,7 @@ def test_where_no_way_fits_the_least_is_taken(gib, way, monkeypatch):
     assert plan.why.endswith("the least is graphs made anew: 2 GiB, which is too much") == (gib < 2)
 
 
+@pytest.mark.slow
 def test_a_way_that_ran_out_is_followed_by_those_that_need_less_then_by_halved_batches(monkeypatch):
     """The expected need of every way is wrong here, and the metric has its result all the same."""
     monkeypatch.setattr("funcscope.study.memory_plan._need", lambda loss, theta, way: EXPECTED[way] * 2**30)
@@ -167,6 +169,7 @@ def test_an_ended_metric_has_no_class_name_for_a_reason():
     assert failed.reason == "Odd: it is odd"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(highest_gb() != highest_gb() or torch.cuda.is_available(), reason="of the resident set, on Linux")
 def test_a_peak_between_two_looks_is_said():
     def peaked(theta, *, mib=1):

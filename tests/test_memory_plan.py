@@ -91,7 +91,7 @@ def test_no_number_depends_on_the_plan(name, monkeypatch):
     loss, results = losses(), []
     for keep, remat, part in (*WAYS, *((True, remat, part) for part in PRODUCTS[name] for remat in (False, True))):
         plan = MemoryPlan(keep, remat, 1.0, "graphs are large", part)
-        monkeypatch.setattr("funcscope.study.calling.memory_plan", lambda *_, plan=plan, **__: plan)
+        monkeypatch.setattr("funcscope.study.fitting.memory_plan", lambda *_, plan=plan, **__: plan)
         subject = InMemory({"data": loss}, "gpt2", content="1")
         (outcome,) = run(
             [metric(name).configured(**FEW.get(name, {}), **BRIEF.get(name, {}))],
@@ -108,7 +108,7 @@ def test_no_number_depends_on_the_plan(name, monkeypatch):
 
 def left(monkeypatch, gib):
     """So much is left of what a study may take."""
-    monkeypatch.setattr("funcscope.study.calling.memory_gb", lambda: 100 - gib * 2**30 / 1e9)
+    monkeypatch.setattr("funcscope.study.fitting.memory_gb", lambda: 100 - gib * 2**30 / 1e9)
     return Options(max_memory_gb=100.0)
 
 
