@@ -83,6 +83,40 @@ def test_batches_of_several_data_sets_are_halved_together():
     assert not Fitting(by_batch, Options(min_batch_size=1), lambda: two, made.theta).shrink()
 
 
+@pytest.mark.parametrize("name", ["hessian_trace", "loss_lines"])
+def test_batches_are_halved_beforehand_where_nothing_is_expected_to_fit(name, monkeypatch):
+    """The limit is kept, and the numbers are the same; not where halves would take as much."""
+    loss = losses()
+    theta = loss.net.theta
+    left = [0.0]
+    monkeypatch.setattr("funcscope.study.fitting.memory_gb", lambda: 100 - left[0] * 2**30 / 1e9)
+    sizes = []
+    for min_batch_size in (4, 2, 1):
+        fitting = Fitting(
+            metric(name), Options(min_batch_size=min_batch_size, max_memory_gb=100.0), lambda: [loss], lambda: theta
+        )
+        fitting.choose()
+        assert fitting.fitted(loss).batch_size == (fitting.size or 3)
+        sizes.append(fitting.size)
+        assert "which is too much" in fitting.why
+    assert sizes == [None, 2, 1]
+    assert "larger batches than of 1: " in fitting.why
+    left[0] = 1.0
+    roomy = Fitting(metric(name), Options(min_batch_size=1, max_memory_gb=100.0), lambda: [loss], lambda: theta)
+    roomy.choose()
+    assert (roomy.size, roomy.why) == (None, "")
+
+
+def test_batches_stay_where_their_halves_are_expected_to_take_as_much(monkeypatch):
+    monkeypatch.setattr("funcscope.study.memory_plan._need", lambda loss, theta, way: 2.0**30)
+    loss = losses()
+    fitting = Fitting(
+        metric("hessian_trace"), Options(min_batch_size=1, max_memory_gb=0.01), lambda: [loss], lambda: loss.net.theta
+    )
+    fitting.choose()
+    assert fitting.size is None
+
+
 EXPECTED = {Way(True, False): 4.0, Way(False, False): 2.0, Way(True, True): 3.0, Way(False, True): 3.5}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ from .metric import Metric
 
 FIRST_CHUNK = 8
 """What is halved where memory runs out and the metric chose its chunk itself."""
+
+WORTH = 0.9
+"""Batches are halved by what is expected where that is less by more than this."""
+Plan = TypeVar("Plan", MemoryPlan, ChunkPlan)
 
 
 @dataclass
@@ -37,8 +41,8 @@ class Fitting:
     """How many are in memory at a time, where those that the metric has by itself would not fit."""
     below: float = math.inf
     """GiB of expected need at which memory ran out: what is expected to need as much is not tried again."""
-    ran_out: list[str] = field(default_factory=list)
-    """With what it did."""
+    said: list[str] = field(default_factory=list)
+    """What was too much, by what was expected or by what came."""
 
     def __post_init__(self) -> None:
         self.plan = dict(self.one.plan)
@@ -48,12 +52,12 @@ class Fitting:
         if self.options.max_memory_gb is None:
             return
         if self._has_ways:
-            self.ways = self._ways(self._left)
+            self.ways = self._in_batches(self._ways, min(self._left, self.below))
             if self.ways is not None:
                 chosen = {"keep": self.ways.keep, "head_chunk": self.ways.head_chunk}
                 self.plan |= {name: chosen[name] for name in chosen.keys() & self.one.plan.keys()}
         elif self.chunked is None and self.plan == self.one.plan and self.one.name in CHUNKED:
-            self.chunked = chunk_plan(self.one, self._divided(), self.theta(), self._left)
+            self.chunked = self._in_batches(self._chunk, self._left)
             if self.chunked is not None:
                 self.plan[self.chunked.name] = self.chunked.chunk
 
@@ -70,7 +74,7 @@ class Fitting:
     def why(self) -> str:
         """What was expected, and what ran out of memory all the same."""
         expected = [each.why for each in (self.ways, self.chunked) if each is not None and each.why]
-        return "; ".join([*expected, *(f"memory ran out with {each}" for each in self.ran_out)])
+        return "; ".join([*expected, *self.said])
 
     @property
     def _has_ways(self) -> bool:
@@ -85,39 +89,63 @@ class Fitting:
         one = self.one
         fixed = {name: one.plan[name] for name in one.asked & {"keep", "head_chunk"}}
         loss, *_ = self._divided()
-        return memory_plan(loss, self.theta(), min(gib, self.below), fixed=fixed, parts="head_chunk" in one.plan)
+        return memory_plan(loss, self.theta(), gib, fixed=fixed, parts="head_chunk" in one.plan)
+
+    def _chunk(self, gib: float) -> ChunkPlan | None:
+        return chunk_plan(self.one, self._divided(), self.theta(), gib)
+
+    def _in_batches(self, plan_for: Callable[[float], Plan | None], gib: float) -> Plan | None:
+        """A plan for batches that are halved as long as none fits and as less is expected of halves."""
+        plan = plan_for(gib)
+        while plan is not None and plan.gib > gib and (smaller := self._half()):
+            before, self.size = self.size, smaller
+            other = plan_for(gib)
+            if other is not None and other.gib > WORTH * plan.gib:
+                self.size = before
+                break
+            self.said.append(f"larger batches than of {smaller}: {plan.gib:.2g} GiB")
+            plan = other
+        return plan
 
     def _other_way(self) -> bool:
         """Whether there is a way that is expected to need less than the one that ran out."""
         if self.ways is None or not self._has_ways:
             return False
-        before, self.below = self.below, math.nextafter(self.ways.gib, 0.0)
-        other = self._ways(math.inf)
-        if other is None or other.gib > self.below:
-            self.below = before
+        below = math.nextafter(self.ways.gib, 0.0)
+        other = self._ways(below)
+        if other is None or other.gib > below:
             return False
-        self.ran_out.append(self.ways.name)
+        self.below = below
+        self.said.append(f"memory ran out with {self.ways.name}")
         return True
 
     def _smaller_chunk(self) -> bool:
         for name in CHUNKS:
             chunk = self.plan.get(name, 1) or FIRST_CHUNK
             if chunk > 1:
-                self.ran_out.append(f"{chunk} at a time")
+                self.said.append(f"memory ran out with {chunk} at a time")
                 self.plan[name] = chunk // 2
                 return True
         return False
 
     def _smaller_batches(self) -> bool:
-        if self.one.by_batch or not (losses := self.losses()):
+        if not (smaller := self._half()):
             return False
-        now = self.size or max(loss.batch_size for loss in losses)
-        smaller = max(self.options.min_batch_size, now // 2)
-        if smaller >= now or all(loss.split(smaller).batch_size >= loss.split(now).batch_size for loss in losses):
-            return False
-        self.ran_out.append(f"batches of {now}")
+        self.said.append(f"memory ran out with batches of {self._size}")
         self.size = smaller
         return True
+
+    @property
+    def _size(self) -> int:
+        return self.size or max(loss.batch_size for loss in self.losses())
+
+    def _half(self) -> int:
+        """The next smaller size of batches; 0 where there is none."""
+        if self.one.by_batch or not (losses := self.losses()):
+            return 0
+        smaller = max(self.options.min_batch_size, self._size // 2)
+        rest = [loss.split(smaller).batch_size < self._split(loss).batch_size for loss in losses]
+        return smaller if smaller < self._size and any(rest) else 0
 
     def _divided(self) -> list[Loss]:
         return [self._split(loss) for loss in self.losses()]
