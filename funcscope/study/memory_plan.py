@@ -19,7 +19,7 @@ from ..core.imported import layer_names
 from ..core.objective import Loss
 from ..curvature.outputs import has_head
 
-FIRST, FURTHER, ANEW = 5.5, 3.5, 8.5
+FIRST, FURTHER, ANEW = 5.5, 3.5, 9.2
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
 takes; a Gauss-Newton product takes less."""
 OF_LOGITS, OF_HEAD = 14, 6
