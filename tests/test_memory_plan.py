@@ -47,7 +47,8 @@ def test_the_least_time_that_fits_is_chosen_and_told():
     assert (plans[0].keep, plans[0].remat) == (True, False)
     assert plans[0].why == ""
     assert plans[1].why.startswith("the graphs of all batches: ")
-    assert (plans[1].keep, plans[1].remat) == (False, True)
+    assert plans[1].remat
+    assert plans[1].gib < plans[0].gib / 1.5
     assert plans[1].why.endswith("which is too much")
     needs = sorted({memory_plan(loss, theta, gib).gib for gib in torch.linspace(0, plans[0].gib, 20).tolist()})
     for need in needs:  # as much as it needs is enough, and less is not
