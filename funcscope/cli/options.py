@@ -37,7 +37,7 @@ COMPUTING = {
     "trainable": "adapter: the parameters of a low-rank adapter alone; all: it is merged into its model",
     "device": "cpu, cuda, cuda:1, mps; auto: a GPU where there is one",
     "timeout_seconds": "for one metric on one model",
-    "max_memory_gb": "a metric that needs more ends as out of memory",
+    "max_memory_gb": "of the process or the GPU; a metric that needs more is made with less at a time, then ends",
     "allow_pickle": "also read pytorch_model.bin, as tensors only",
 }
 STREAM = {

@@ -37,7 +37,7 @@ def saved_bytes(call: Callable[[], Any]) -> int:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         held[storage._cdata] = storage
-        return x
+        return x.detach()  # an operation that saves its own result would hold itself, where no collector sees it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.enable_grad():
         value = call()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -48,15 +50,46 @@ def peak_growth(call: Callable[[], T]) -> tuple[T, float]:
     >>> value, grown != grown or grown > 32
     (0, True)
     """
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not os.access(reset, os.W_OK):
+    if not _restarted():
         return call(), math.nan
     hand_back()  # what is held and free would be used first, and not be counted
-    reset.write_text("5")  # the peak starts anew
-    before = _resident(status, "VmRSS")
+    _restarted()
+    before = _resident("VmRSS")
     value = call()
-    return value, max(0.0, _resident(status, "VmHWM") - before)
+    return value, max(0.0, _resident("VmHWM") - before)
 
 
-def _resident(status: Path, field: str) -> float:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) / 1024
+def highest_gb() -> float:
+    """The most GB that torch has had from the current device at once; on the CPU the most that the process has held.
+
+    Since the process began, or since `restart_highest`; nan where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        return _resident("VmHWM") * 2**20 / 1e9
+    except (OSError, StopIteration):
+        return math.nan
+
+
+def restart_highest() -> None:
+    """Have `highest_gb` begin with what is held, where the system offers that."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _restarted()
+
+
+def _restarted() -> bool:
+    """Whether the peak of the resident set starts anew, as Linux can have it."""
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        return False
+    reset.write_text("5")
+    return True
+
+
+def _resident(field: str) -> float:
+    """MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

@@ -73,6 +73,12 @@ class Outcome:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    @property
+    def reason(self) -> str:
+        """Why there is no result; with the kind of the error, where the metric failed and is not ended."""
+        kind = self.error_type.rpartition(".")[2] if self.status == "failed" else ""
+        return f"{kind}: {self.error}".strip(": ")
+
 
 def plain(outcome: Outcome) -> dict[str, Any]:
     """What is said of an outcome beside its result and what went in."""

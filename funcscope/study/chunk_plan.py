@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.held import peak_bytes
 from ..core.objective import Loss
+from ..curvature.blocks import block_views
 from ..curvature.samples import num_rows
 from ..landscape.directional import plan_of
 from ..landscape.evaluator import points_at_once
@@ -23,14 +24,20 @@ from .metric import Metric
 
 _KNOWN: WeakKeyDictionary[Loss, int] = WeakKeyDictionary()
 CHUNKS = ("chunk", "chunk_size")
+LITTLE = 0.1
+"""Of what is beside a chunk."""
 
 
 class Need(NamedTuple):
-    """Memory as multiples of vectors as long as theta, of the peak of a forward pass, and of a graph."""
+    """Memory as multiples of vectors as long as theta, of the peak of a forward pass, of a graph, and of larger things."""
 
     thetas: float = 0
     forwards: float = 0
     graphs: float = 0
+    every: float = 0
+    """Of the graphs of all batches."""
+    pairs: float = 0
+    """Of matrices with a number for every two sequences and every block of parameters, in float64."""
 
 
 class Chunked(NamedTuple):
@@ -40,6 +47,8 @@ class Chunked(NamedTuple):
     beside: Need
     points: Callable[[Loss], int] | None = None
     """How many points it has at a time by itself; None where sequences are what it has at a time."""
+    num: str = ""
+    """The setting that says how many points there are, where it may be fewer."""
 
 
 def _flat(loss: Loss) -> int:
@@ -53,15 +62,16 @@ def _directions(loss: Loss) -> int:
 VALUES = Chunked(Need(2, 2), Need(3, 2), points_at_once)
 NORMS = Chunked(Need(graphs=1.8), Need(3))
 GRAMS = Chunked(Need(graphs=2.8), Need(3))
+NOISE = GRAMS._replace(beside=Need(3, pairs=9))
 CHUNKED = {
     **dict.fromkeys(("loss_landscape_2d", "loss_lines", "trajectory_plane", "linear_path"), VALUES),
     "gradient_norms": NORMS,
-    "landscape_flatness": VALUES._replace(points=_flat),
+    "landscape_flatness": VALUES._replace(points=_flat, num="n_directions"),
     "bezier_connection": Chunked(Need(2, graphs=7), Need(10), points_at_once),
-    "directional_losses": Chunked(Need(2, 8), Need(graphs=12), _directions),
+    "directional_losses": Chunked(Need(2, 8), Need(every=3), _directions, "n_samples"),
+    "gradient_noise": NOISE,
     **dict.fromkeys(
         (
-            "gradient_noise",
             "gradient_alignment",
             "gradient_aggregation",
             "cross_task_conflicts",
@@ -86,26 +96,28 @@ class ChunkPlan(NamedTuple):
 
 
 def chunk_plan(one: Metric, losses: Sequence[Loss], theta: Tensor, gib: float | int) -> ChunkPlan | None:
-    """The largest chunk that fits into so much memory, up to the metric's own; None where that one does, or is asked for."""
+    """The largest chunk that fits into so much memory, up to the metric's own; None where that one does, or is asked for.
+
+    Where what is beside them is too much by itself: one that adds little to it, as the smallest may take long.
+    """
     name = next((each for each in CHUNKS if each in one.plan and each not in one.asked), None)
     if name is None or one.name not in CHUNKED or not losses:
         return None
-    chunked = CHUNKED[one.name]
-    usual = _usual(chunked, one.plan[name], losses)
-    each, beside = (max(_bytes(need, chunked, loss, theta) for loss in losses) / GIB for need in chunked[:2])
+    usual = _usual(one, one.plan[name], losses)
+    each, beside = _each_and_beside(one, losses, theta)
     if usual == 1 or beside + usual * each <= gib:
         return None
-    chunk = max(1, min(usual, int((gib - beside) / each)))
+    chunk = max(1, min(usual, int(max(gib - beside, LITTLE * beside if beside > gib else 0.0) / each)))
     need = beside + chunk * each
-    said = f"{usual} at a time: {beside + usual * each:.2g} GiB; {chunk}: {need:.2g} GiB"
+    said = f"{usual} at a time: {beside + usual * each:.2g} GiB"
+    said += f"; {chunk}: {need:.2g} GiB" if chunk < usual else ""
     return ChunkPlan(name, chunk, need, said + (", which is too much" if need > gib else ""))
 
 
 def expected_gib(one: Metric, losses: Sequence[Loss], theta: Tensor, chunk: int) -> float:
     """What a metric is expected to take with so many at a time."""
-    chunked = CHUNKED[one.name]
-    each, beside = (max(_bytes(need, chunked, loss, theta) for loss in losses) / GIB for need in chunked[:2])
-    return beside + min(chunk, _usual(chunked, chunk, losses)) * each
+    each, beside = _each_and_beside(one, losses, theta)
+    return beside + min(chunk, _usual(one, chunk, losses)) * each
 
 
 def forward_bytes(loss: Loss, theta: Tensor) -> int:
@@ -116,16 +128,28 @@ def forward_bytes(loss: Loss, theta: Tensor) -> int:
     return _KNOWN[loss]
 
 
-def _usual(chunked: Chunked, given: int | None, losses: Sequence[Loss]) -> int:
+def _usual(one: Metric, given: int | None, losses: Sequence[Loss]) -> int:
     """As many as the metric has at a time by itself."""
+    chunked = CHUNKED[one.name]
     if chunked.points is not None:
-        return given or max(map(chunked.points, losses))
+        chunk = given or max(map(chunked.points, losses))
+        return min(chunk, one.settings[chunked.num]) if chunked.num else chunk
     return min(given or 1, max(sum(map(num_rows, loss.batches)) for loss in losses))
 
 
-def _bytes(need: Need, chunked: Chunked, loss: Loss, theta: Tensor) -> float:
-    graph = graph_bytes(loss, theta) if need.graphs else 0.0
-    if chunked.points is None:
-        graph /= num_rows(largest(loss).batches[0])
+def _each_and_beside(one: Metric, losses: Sequence[Loss], theta: Tensor) -> tuple[float, float]:
+    """GiB for each of a chunk, and beside them."""
+    each, beside = (max(_bytes(need, one, loss, theta) for loss in losses) / GIB for need in CHUNKED[one.name][:2])
+    return each, beside
+
+
+def _bytes(need: Need, one: Metric, loss: Loss, theta: Tensor) -> float:
+    graph = graph_bytes(loss, theta) if need.graphs or need.every else 0
     forward = forward_bytes(loss, theta) if need.forwards else 0
-    return float(need.thetas * theta.nbytes + need.forwards * forward + need.graphs * graph)
+    share = 1 if CHUNKED[one.name].points is not None else num_rows(largest(loss).batches[0])
+    total = need.thetas * theta.nbytes + need.forwards * forward + need.graphs * graph / share
+    total += need.every * graph * len(loss.batches)
+    if need.pairs:
+        blocks = len(block_views(loss.layout, one.settings["by"])) + 1  # and all of them together
+        total += need.pairs * blocks * 8 * sum(map(num_rows, loss.batches)) ** 2
+    return float(total)

@@ -19,7 +19,7 @@ from ..core.imported import layer_names
 from ..core.objective import Loss
 from ..curvature.outputs import has_head
 
-FIRST, FURTHER, ANEW = 5.5, 3.5, 8.5
+FIRST, FURTHER, ANEW = 5.5, 3.5, 9.2
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
 takes; a Gauss-Newton product takes less."""
 OF_LOGITS, OF_HEAD = 14, 6
@@ -56,6 +56,10 @@ class MemoryPlan(NamedTuple):
     """What was expected of the ways that were tried; empty where the first one fits."""
     head_chunk: int | None = None
 
+    @property
+    def name(self) -> str:
+        return Way(self.keep, self.remat, self.head_chunk).name
+
 
 def graph_bytes(loss: Loss, theta: Tensor) -> int:
     """What reverse mode keeps of a forward pass over the largest batch: the storages that it saves, each once."""
@@ -67,22 +71,24 @@ def graph_bytes(loss: Loss, theta: Tensor) -> int:
 def memory_plan(
     loss: Loss, theta: Tensor, gib: float | int, *, fixed: Mapping[str, Any] | None = None, parts: bool = False
 ) -> MemoryPlan | None:
-    """The first of the ways that fits into so much memory, by what they cost in time; the last where none does.
+    """The first of the ways that fits into so much memory, by what they cost in time; the one of least where none does.
 
     fixed: values of `keep` and `head_chunk` that were asked for; None where nothing is left to choose. parts: whether the
     metric can make logits in parts.
     """
-    ways = [way for way in _ways(loss, theta, parts) if all(getattr(way, k) == v for k, v in (fixed or {}).items())]
-    tried, way, need = [], None, 0.0
-    for way in ways:
-        need = _need(loss, theta, way) / GIB
-        tried.append(f"{way.name}: {need:.2g} GiB")
-        if need <= gib:
-            break
-    if way is None:
+    expected: dict[Way, float] = {}
+    for way in _ways(loss, theta, parts):
+        if all(getattr(way, k) == v for k, v in (fixed or {}).items()):
+            expected[way] = _need(loss, theta, way) / GIB
+            if expected[way] <= gib:
+                break
+    if not expected:
         return None
-    why = "" if need <= gib and len(tried) == 1 else "; ".join(tried)
-    return MemoryPlan(way.keep, way.remat, need, why + (", which is too much" if need > gib else ""), way.head_chunk)
+    way = min(expected, key=lambda each: (expected[each] > gib, expected[each]))
+    tried = "; ".join(f"{each.name}: {need:.2g} GiB" for each, need in expected.items())
+    least = f"; the least is {way.name}: {expected[way]:.2g} GiB, which is too much"
+    why = tried + least if expected[way] > gib else tried if len(expected) > 1 else ""
+    return MemoryPlan(way.keep, way.remat, expected[way], why, way.head_chunk)
 
 
 def in_remat(loss: Loss) -> Loss:

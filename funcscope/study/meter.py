@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.keys import Key, Stream, key
+from ..core.memory import hand_back, highest_gb, restart_highest
 from ..core.progress import Kind
 
 
@@ -45,9 +46,12 @@ class Options:
     min_batch_size: int = 4
     """The smallest batch of sequences that is tried where memory runs out."""
     max_memory_gb: float | None = None
-    """Of the process, or of the device's allocator; a metric that is above it ends as out of memory."""
+    """Of the process, or of the device's allocator. A metric that is above it is made again with less at a time, as long as
+    there is less, and ends as out of memory then. Looked at before every forward pass and product; a peak between two of
+    them is said in `plan["memory"]` of the outcome."""
     cleanup: bool = True
-    """Empty the device's cache after every metric; on the CPU, where memory goes back by itself, only where it ran out."""
+    """Empty the device's cache after every metric. On the CPU garbage is collected and freed memory given back where memory
+    ran out, and before a metric where more than half of `max_memory_gb` is in use."""
     log_memory: bool = False
 
     @property
@@ -71,6 +75,12 @@ class Meter:
         self.forwards = self.products = 0
         self.options, self.started = options, time.monotonic()
         self.looked = -LOOK_EVERY
+        most = options.max_memory_gb
+        if most is not None and memory_gb() > most / 2:
+            cleanup_memory()
+        self.before = memory_gb()
+        if most is not None and highest_gb() > most:  # of what came before
+            restart_highest()
 
     def __call__(self, kind: Kind) -> None:
         if kind == "forward":
@@ -82,8 +92,30 @@ class Meter:
             raise Expired(over(limit))
         if most is not None and since - self.looked >= LOOK_EVERY:
             self.looked = since
-            if (used := memory_gb()) > most:
-                raise Full(f"{used:.1f} GB are in use, `max_memory_gb` allows {most:g}.")
+            self._look(most)
+
+    def _look(self, most: float) -> None:
+        if memory_gb() <= most:
+            return
+        hand_back()  # what is freed and still held by the allocator is in nobody's use
+        if (used := memory_gb()) > most:
+            raise Full(
+                f"{_above(used, most)} GB are in use, {self.before:.2f} GB of them since before the metric began; "
+                f"`max_memory_gb` allows {most:g}. Allow more, or pass a smaller `batch_size` or shorter sequences."
+            )
+
+    @property
+    def exceeded(self) -> str:
+        """What is said of a peak that was above what is allowed."""
+        most = self.options.max_memory_gb
+        if most is None or not (peak := highest_gb()) > most:
+            return ""
+        return f"at its peak {_above(peak, most)} GB, above the {most:g} that `max_memory_gb` allows"
+
+
+def _above(used: float, most: float) -> str:
+    """A number with as many digits as it takes to be above another."""
+    return next(text for digits in range(2, 20) if float(text := f"{used:.{digits}f}") > most)
 
 
 LOOK_EVERY = 0.01
@@ -142,8 +174,9 @@ def is_full(err: BaseException) -> bool:
 
 
 def cleanup_memory(verbose: bool = False, reason: str = "") -> None:
-    """Collect garbage and empty the device's cache, as documented. verbose: print what is in use afterwards."""
+    """Collect garbage, give freed memory back, empty the device's cache. verbose: print what is in use afterwards."""
     gc.collect()
+    hand_back()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

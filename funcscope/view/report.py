@@ -98,7 +98,7 @@ def _overview(results: Results, metrics: Sequence[str]) -> Iterator[Table]:
 
 def provenance(results: Results) -> Iterator[Section]:
     """What has no result and why, what is not resolved and why, and how all of it is made again."""
-    failed = [(o, o.status, f"{o.error_type.rpartition('.')[2]}: {o.error}".strip(": ")) for o in results.failed]
+    failed = [(o, o.status, o.reason) for o in results.failed]
     unresolved = [each for outcome in results.outcomes for each in _unresolved(outcome)]
     for title, rows, what in (("What has no result", failed, "status"), ("What is not resolved", unresolved, "number")):
         if rows:

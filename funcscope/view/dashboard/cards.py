@@ -154,9 +154,8 @@ def _elsewhere(metric: str, step: int, ok: Sequence[Outcome]) -> html.Div:
 
 def _failure(one: Outcome) -> html.Div:
     where = one.subject if one.step is None else f"step {one.step:,}"
-    text = f"{one.error_type.rpartition('.')[2]}: {one.error}".strip(": ")
     more = [html.Details([html.Summary("Traceback"), html.Pre(one.traceback)])] if one.traceback else []
-    return html.Div([html.B(f"{where}: {one.status}"), html.P(text), *more], className="failed", role="alert")
+    return html.Div([html.B(f"{where}: {one.status}"), html.P(one.reason), *more], className="failed", role="alert")
 
 
 def _block(one: Block | str, metric: str, index: int, file: str) -> Any:
