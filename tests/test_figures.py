@@ -329,7 +329,7 @@ def test_an_axis_leaves_zero_out_where_it_would_hide_what_differs():
 
 def lines_of(base, scale):
     """Losses along two directions: base + scale t^2 (1 + i)."""
-    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0**0.5]]).double()
+    rows = torch.tensor([[1.0, 2.0**0.5], [1.0, -(2.0**0.5)]]).double()
     bowl = fs.custom(lambda out, y: scale * out**2 + base + y)
     loss = fs.objective(
         fs.functional(seeded(0, lambda: torch.nn.Linear(2, 1, bias=False)).double()),

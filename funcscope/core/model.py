@@ -271,8 +271,8 @@ def functional(
     dtype: compute in this one, each parameter cast where it is used, while `params` stay as they are stored: float32 for
     the exact function of bfloat16 weights, at the memory of one leaf where it is perturbed leaf by leaf. None: as stored.
     remat: `layer` keeps in the graphs of derivatives the inputs of each layer alone, which is computed again where it is
-    needed (core/remat.py): deep models at the memory of one layer and some twice the time. Names of modules do so for these, a list of modules for its members;
-    where the layers are not those of transformers they are needed.
+    needed (core/remat.py): deep models at the memory of one layer and some twice the time. Names of modules do so for these,
+    a list of modules for its members; where the layers are not those of transformers they are needed.
 
     Raises ValueError where two parameters share memory without being one object, where a parameter lies on the meta
     device, or where nothing is trainable, for pruned modules and for hooks that hold a parameter; TypeError where a

@@ -83,6 +83,11 @@ def spreads(values: Float[np.ndarray, "*shape"]) -> bool:
     return bool(positive.max() >= 10**DECADES * positive.min() and -finite.min() <= positive.max())
 
 
+def tells_decades(value: Float[np.ndarray, "*shape"], half: Float[np.ndarray, "*shape"] | None) -> bool:
+    """Whether values spread so, and those that their intervals tell from zero do so, too."""
+    return spreads(value) and (half is None or spreads(value[~(np.abs(value) <= half)]))
+
+
 def set_scale(
     axis: go.layout.YAxis,
     name: str,
@@ -99,8 +104,7 @@ def set_scale(
     The ends, of bars and bands, have room, on a logarithmic axis down to a tenth of the smallest value. half: of the
     intervals; values that these do not tell from zero make no axis logarithmic. is_linear: nothing does.
     """
-    told = value if half is None else value[~(np.abs(value) <= half)]
-    if not is_linear and spreads(value) and spreads(told):
+    if not is_linear and tells_decades(value, half):
         axis.update(title={"text": wrapped(f"{name} ({unit})" if unit else name)}, automargin=True)
         least = value[np.isfinite(value) & (value > 0)].min() / 10
         return set_log(axis, value, *(np.maximum(end, least) for end in ends))

@@ -14,7 +14,7 @@ from ..study.cache import Outcome
 from . import samples
 from .circuit_figure import circuit_graph
 from .curves import Line, bars, lines, training
-from .drawing import lost, spreads, titled
+from .drawing import lost, tells_decades, titled
 from .numbers import number
 from .path_figures import barrier
 from .reading import Drawn, Look, captioned, gone, named, seen_in, titles_of
@@ -52,10 +52,10 @@ def _path(outcomes: Sequence[Outcome], _: Look) -> Iterator[Drawn]:
 
 
 def _lines(outcomes: Sequence[Outcome], look: Look) -> Iterator[Drawn]:
-    """The change of the loss along directions, with paired errors; the loss itself where that spreads over decades."""
+    """The change of the loss along directions, with paired errors; the loss itself where that tells_decades over decades."""
     for outcome, whose in zip(outcomes, titles_of(outcomes), strict=True):
         (one,) = seen_in([outcome], "losses")
-        is_linear = not spreads(one.value)
+        is_linear = not tells_decades(one.value, one.half)
         if is_linear:
             (one,) = seen_in([outcome], "delta_losses")
         rows = zip(named(one.coords["axis"]), one.value, one.half, strict=True)
