@@ -135,7 +135,7 @@ def with_flags(text: str, options: Collection[str], flags: Mapping[str, Flag] = 
 
     flags: the command's options for settings. metric: the one that says it, whose settings are meant.
 
-    >>> with_flags("pass `seed=3`, `packing=False` or `attention=\"keep\"`", ["seed", "packing", "attention"])
+    >>> with_flags('pass `seed=3`, `packing=False` or `attention="keep"`', ["seed", "packing", "attention"])
     'pass `--seed 3`, `--no-packing` or `--attention keep`'
     >>> with_flags("`head_chunk` needs `keep=True`", ["changes"], metric="hessian_trace")
     '`--set hessian_trace.head_chunk` needs `--set hessian_trace.keep=true`'
