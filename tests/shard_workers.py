@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -233,5 +235,8 @@ def run(rank: int, num: int, folder: str, module: str, job: str, timeout: float)
         work = getattr(importlib.import_module(module), job)
         torch.save(work(fs.processes(timeout=timeout)), Path(folder) / f"{rank}.pt")
     finally:
-        # The threads of gloo abort an interpreter that ends before them.
+        # The threads of gloo abort an interpreter that ends before them, which what still holds the group lets happen.
+        gc.collect()
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # on a busy machine they were seen to outlive their group
