@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.keys import Key, fold_in
-from .space import Like, Space, check_like, space_of
+from .space import Like, Space, Whole, check_like, space_of
 
 __all__ = ["Matvec", "NonFinite", "Products", "asymmetry", "check_like", "check_symmetric"]
 
@@ -35,7 +35,8 @@ class Products:
                 f"`matvec` must be a function v -> A v such as `fs.hessian(loss, theta)`, got a {type(matvec).__name__}: "
                 "a matrix becomes one by `lambda v: A @ v`."
             )
-        if isinstance(own := getattr(matvec, "space", None), Space) and own is not space:
+        own = getattr(matvec, "space", None)
+        if isinstance(own, Space) and not isinstance(own, Whole) and own is not space:
             raise ValueError(
                 "`like` must be `net.shares` of the functional that the matvec was made with, the space of its vectors: they "
                 "are in shares on several ranks, and a rank's own entries are not the whole. `hutchinson_trace`, "
