@@ -68,7 +68,8 @@ def is_joined(loss: Loss, one: Any, two: Any, both: Any) -> bool:
     verdict = f"{_structure(one)} {_structure(two)}"
     if f"joined: {verdict}" not in loss._verdicts and f"not joined: {verdict}" not in loss._verdicts:
         with torch.no_grad(), _same_generator(loss):
-            differs = _difference(loss, sum(rows(each) or 1 for each in (one, two)), both, [one, two])
+            num = sum(1 if (here := rows(each)) is None else here for each in (one, two))
+            differs = _difference(loss, num, both, [one, two])
         loss._verdicts.add(f"joined: {verdict}" if differs is None else f"not joined: {verdict}")
     return f"joined: {verdict}" in loss._verdicts
 

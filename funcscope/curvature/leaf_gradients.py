@@ -160,8 +160,6 @@ def _widened(x: Tensor) -> Tensor:
 def _by_positions(one: Outer, two: Outer, rows: slice, cols: slice) -> Tensor:
     """sum_{t, s} (left_t . left_s) (right_t . right_s), a few sequences at a time."""
     (n, t, _), (m, s, _) = one.left.shape, two.left.shape
-    if not n * t * m * s:
-        return one.left.new_zeros(n, m, dtype=wide(one.left.device))
     lefts, rights = two.left[:, :, rows].flatten(0, 1).T, two.right[:, :, cols].flatten(0, 1).T
     out, size = [], max(1, 4 * AT_ONCE // (t * m * s))
     for at in range(0, n, size):

@@ -166,7 +166,8 @@ def _joined(one: Any, two: Any) -> Any:
 
 def num_rows(batch: tuple[Any, Any]) -> int:
     """The number of sequences in a batch."""
-    return rows(batch) or 1
+    num = rows(batch)
+    return 1 if num is None else num  # tokens of which none is scored are none
 
 
 def _is_like(one: Any, two: Any) -> bool:
