@@ -103,7 +103,8 @@ def once(model: nn.Module) -> None:
 def call_of(way: str, loss: fs.Loss, theta: Tensor, v: Tensor, length: int) -> Callable[[], Tensor]:
     if way in ("ggn", "hessian"):
         chunk = 512 if VOCAB in sizes(loss) else None
-        product = getattr(fs, way)(loss, theta, head_chunk=chunk, check=length <= 8192)
+        unchecked = {"check": False} if way == "hessian" and length > 8192 else {}
+        product = getattr(fs, way)(loss, theta, head_chunk=chunk, **unchecked)
         return lambda: product(v)
     return {"gradient": lambda: grad(loss)(theta), "jvp": lambda: jvp(loss, (theta,), (v,))[1]}[way]
 
