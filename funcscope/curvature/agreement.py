@@ -48,6 +48,7 @@ def check_apart(loss: Loss, theta: Theta, cuts: Iterable[tuple[Any, Any, slice |
 
 
 def check_vector(v: Tensor, num: int) -> None:
+    """Raises ValueError for what is no vector of `num` entries, is mapped over, or would be differentiated."""
     check_flat("v", v, num)
     if torch._C._functorch.is_functorch_wrapped_tensor(v) or (v.requires_grad and torch.is_grad_enabled()):
         raise ValueError(
