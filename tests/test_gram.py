@@ -10,11 +10,10 @@ from torch.func import grad
 from torch.nn import functional as F
 
 import funcscope as fs
+from funcscope.core.batches import cut, num_rows
 from funcscope.core.layout import View
 from funcscope.curvature import batch_dependence, gradient_norms, gram, gram_matvec
 from funcscope.curvature.leaf_gradients import LeafGradients, Lookup, Outer, Rows
-from funcscope.curvature.rows import cut
-from funcscope.curvature.samples import num_rows
 
 WHOLE = slice(None)
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import funcscope as fs
 from funcscope.core.batches import parts_between
 from funcscope.core.processes import STATE, bytes_per_product, share_of
-from funcscope.curvature.agreement import check_apart
+from funcscope.curvature.agreement import check_cuts
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -155,9 +155,9 @@ def test_sequences_that_see_each_other_are_not_cut(alone):
     coupled = fs.custom(lambda out, y: ((out - out.mean(0)) ** 2).sum(-1))
     loss = fs.objective(loss.net, [(loss.batches[0][0], torch.zeros(4))], coupled)
     with pytest.raises(ValueError, match="see each other"):
-        check_apart(loss, loss.net.theta, parts_between(loss.batches, 0, 2))
+        check_cuts(loss, loss.net.theta, parts_between(loss.batches, 0, 2))
     single = replace(loss, criterion=fs.custom(lambda out, y: (out**2).sum(-1)))
-    check_apart(single, loss.net.theta, parts_between(loss.batches, 0, 2))
+    check_cuts(single, loss.net.theta, parts_between(loss.batches, 0, 2))
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=6), num=st.integers(1, 8))

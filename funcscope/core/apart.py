@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from .batches import can_be_cut, is_cut, rows
+from .batches import can_be_cut, is_cut, num_rows, rows
 from .criterion import Labels
 from .purity import output_nearby
 
@@ -68,7 +68,7 @@ def is_joined(loss: Loss, one: Any, two: Any, both: Any) -> bool:
     verdict = f"{_structure(one)} {_structure(two)}"
     if f"joined: {verdict}" not in loss._verdicts and f"not joined: {verdict}" not in loss._verdicts:
         with torch.no_grad(), _same_generator(loss):
-            num = sum(1 if (here := rows(each)) is None else here for each in (one, two))
+            num = sum(map(num_rows, (one, two)))
             differs = _difference(loss, num, both, [one, two])
         loss._verdicts.add(f"joined: {verdict}" if differs is None else f"not joined: {verdict}")
     return f"joined: {verdict}" in loss._verdicts

@@ -92,10 +92,8 @@ def _by_blocks(
 
 def _has_pairs(options: Mapping[str, Any], num: int, num_keys: int) -> bool:
     """Whether an option that is not known here has a number for each pair of a query and a key."""
-    known = {"position_bias"}
-    return any(
-        isinstance(x, Tensor) and x.shape[-2:] == (num, num_keys) for name, x in options.items() if name not in known
-    )
+    others = (x for name, x in options.items() if name != "position_bias")
+    return any(isinstance(x, Tensor) and x.shape[-2:] == (num, num_keys) for x in others)
 
 
 def spans(num: int, num_keys: int, causal: bool, back: int) -> Iterator[Span]:

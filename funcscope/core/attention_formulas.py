@@ -53,6 +53,16 @@ class Block(NamedTuple):
     """What they pay to each key, (b k, g r, m)."""
 
 
+class Moves(NamedTuple):
+    """How the queries, keys and values of a block move."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keys: Tensor
+    """Keys, and their moves beside them, (b k, m, 2 d)."""
+
+
 class Room:
     """Memory for one block's scores after the other's: temporary tensors of many sizes leave holes in the heap.
 
@@ -187,16 +197,16 @@ class Attention:
             p = torch.softmax(scores, -1, out=room.part("p", *scores.shape))
             yield at, Block(rows, keys, v[:, at.keys], p)
 
-    def _moves(self, k: Tensor, *dots: Tensor) -> Iterator[Block]:
-        """Of the queries, keys and values of each block; in the place of p, keys and their moves side by side."""
+    def _moves(self, k: Tensor, *dots: Tensor) -> Iterator[Moves]:
+        """Of each block."""
         k, (dk, dv) = k.flatten(0, 1), (x.flatten(0, 1) for x in dots[1:])
         both = torch.cat([k, dk], -1)
         for at in self.spans:
-            yield Block(self._stacked(dots[0][..., at.rows, :]), dk[:, at.keys], dv[:, at.keys], both[:, at.keys])
+            yield Moves(self._stacked(dots[0][..., at.rows, :]), dk[:, at.keys], dv[:, at.keys], both[:, at.keys])
 
-    def _bent(self, one: Block, moved: Block, room: Room) -> Tensor:
+    def _bent(self, one: Block, moved: Moves, room: Room) -> Tensor:
         """How the softmax moves with its scores."""
-        dots = room.scores("scores", torch.cat([moved.q, one.q], -1) * self.scale, moved.p)
+        dots = room.scores("scores", torch.cat([moved.q, one.q], -1) * self.scale, moved.keys)
         return dots.sub_(_rows(one.p, dots)).mul_(one.p)
 
     def _heads_apart(self, scores: Tensor, mask: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def parts_between(batches: Prepared, start: int, stop: int) -> list[tuple[Any, A
     out: list[tuple[Any, Any, slice | None]] = []
     first = 0
     for pair in batches:
-        num = rows(pair) or 1
+        num = num_rows(pair)
         low, high = max(start - first, 0), min(stop - first, num)
         if not can_be_cut(pair, num):
             low, high = (0, num) if start <= first < stop else (0, 0)
@@ -185,6 +185,12 @@ def rows(pair: tuple[Inputs, Any]) -> int | None:
     inputs, targets = pair
     lengths = [len(x) for x in tensors(targets) if x.ndim] or [len(x) for x in tensors(inputs) if x.ndim]
     return next((length for length in lengths if length != 1), 1) if lengths else None
+
+
+def num_rows(pair: tuple[Inputs, Any]) -> int:
+    """The number of sequences; 1 where there is no tensor. Tokens of which none is scored are 0 of them."""
+    num = rows(pair)
+    return 1 if num is None else num
 
 
 def _checked(inputs: Inputs) -> Inputs:

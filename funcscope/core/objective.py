@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .apart import check_apart
-from .batches import Prepared, divided, prepared, rows, tensors, with_finite_targets
+from .batches import Prepared, divided, num_rows, prepared, tensors, with_finite_targets
 from .checks import check_device, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
@@ -164,7 +164,7 @@ class Loss:
     @property
     def batch_size(self) -> int:
         """Sequences of the largest batch, as far as batches say how many they have."""
-        return max((rows(pair) or 1 for pair in self.batches), default=1)
+        return max((num_rows(pair) for pair in self.batches), default=1)
 
     def split(self, size: int) -> Loss:
         """The same loss in batches of at most `size` sequences: the same terms in the same order, in less memory.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Filled, Prepared, parts_between, prepared, rows, with_finite_targets
+from .batches import Filled, Prepared, num_rows, parts_between, prepared, with_finite_targets
 from .checks import check_instance
 from .content import of_tree
 from .criterion import Criterion
@@ -103,7 +103,7 @@ def sharded_objective(net: Functional, batches: Iterable[Any], criterion: Criter
 
 def _own_part(net: ShardedFunctional, pairs: Prepared, criterion: Criterion) -> ShardedLoss:
     """This rank's sequences, in as many batches as all others have, and as many batches that are cut."""
-    num, ranks = sum(rows(pair) or 1 for pair in pairs), net.ranks
+    num, ranks = sum(num_rows(pair) for pair in pairs), net.ranks
     every = [parts_between(pairs, *share_of(num, r, ranks.num)) for r in range(ranks.num)]
     cuts = [[cut for cut in parts if cut[2] is not None] for parts in every]
     own, one = [part for part, *_ in every[ranks.rank]], parts_between(pairs, 0, 1)[0][0]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.batches import Prepared, parts_between, rows
+from ..core.apart import coupled, tolerance
+from ..core.batches import Prepared, num_rows, parts_between
 from ..core.checks import check_flat
 from ..core.objective import Loss, Theta
 from ..core.processes import Processes
-from .rows import coupled, tolerance
 
 
 def check_same_loss(loss: Loss, theta: Theta, batches: Prepared, ranks: Processes) -> None:
@@ -21,7 +21,7 @@ def check_same_loss(loss: Loss, theta: Theta, batches: Prepared, ranks: Processe
 
     That tells criteria of one name apart, activations, and objects among the inputs. A batch that cannot be cut is whole.
     """
-    num = sum(rows(pair) or 1 for pair in batches)
+    num = sum(num_rows(pair) for pair in batches)
     for part, *_ in (part for i in range(num) for part in parts_between(batches, i, i + 1)):
         each = ranks.together("comparing a loss at theta", lambda part=part: _terms(loss, theta, part))
         for rank, terms in enumerate(each):
@@ -36,7 +36,7 @@ def check_same_loss(loss: Loss, theta: Theta, batches: Prepared, ranks: Processe
             return
 
 
-def check_apart(loss: Loss, theta: Theta, cuts: Iterable[tuple[Any, Any, slice | None]]) -> None:
+def check_cuts(loss: Loss, theta: Theta, cuts: Iterable[tuple[Any, Any, slice | None]]) -> None:
     """The sequences of a batch that is cut have the losses that they have in the whole of it."""
     for part, whole, at in cuts:
         alone, beside = (_terms(loss, theta, pair)[0] for pair in (part, whole))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from ..core.batches import cut
 from ..core.checks import check_count
 from ..core.keys import Key, fold_in
 from ..core.objective import Loss, Theta
@@ -24,7 +25,6 @@ from .culprits import Culprit, culprits_of
 from .derivatives import METHODS, Derivative, Method, along, differenced, has_kinks, moved_leaves, value_at, values_of
 from .hessian import hessian, hessian_difference
 from .pullbacks import ONE_AT_A_TIME
-from .rows import cut
 
 _SAME, _RESOLVED = 1e-3, 0.1
 _SEQUENCES = 8

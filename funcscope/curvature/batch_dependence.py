@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad
 
+from ..core.batches import cut, num_rows
 from ..core.checks import check_count
 from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, quantity
-from .rows import cut
-from .samples import num_rows
 
 
 class BatchDependence(Result):

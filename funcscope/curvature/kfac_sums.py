@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.apart import check_apart
+from ..core.batches import cut
 from ..core.batches import rows as rows_of
 from ..core.estimate import wide
 from ..core.objective import Loss
@@ -18,7 +19,6 @@ from ..linalg.low_rank import Scatter
 from .gram import finite
 from .kfac import Kfac, KroneckerBlock
 from .leaf_gradients import LeafGradients, Outer, Part, row_chunks
-from .rows import cut
 from .uses import Affine, run
 
 

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.apart import coupled, tolerance
 from ..core.estimate import Estimate
 from ..core.objective import Loss, Theta, check_point
 from ..core.result import Result, derived, quantity
 from .ascent_sharpness import SamSharpness, sam_sharpness
 from .leafwise import terms_at
-from .rows import coupled, micro_batches, sizes_of, tolerance
+from .rows import micro_batches, sizes_of
 
 
 class MSharpness(Result):

@@ -15,7 +15,7 @@ from ..core.objective import Theta, check_shapes
 from ..core.processes import STATE, Processes
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
-from .agreement import check_apart, check_same_loss, check_vector
+from .agreement import check_cuts, check_same_loss, check_vector
 
 
 def of_shares(
@@ -90,7 +90,7 @@ def _check_values(loss: ShardedLoss, theta: Theta) -> None:
     if "apart" not in loss._verdicts:
         loss.ranks.together("checking the loss", lambda: check_shapes(loss, theta))
         check_same_loss(loss, theta, loss.common, loss.ranks)
-        loss.ranks.together("comparing parts of batches", lambda: check_apart(loss, theta, loss.cuts))
+        loss.ranks.together("comparing parts of batches", lambda: check_cuts(loss, theta, loss.cuts))
         loss._verdicts.add("apart")
 
 

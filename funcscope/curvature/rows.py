@@ -13,12 +13,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.apart import check_apart
-from ..core.apart import coupled as coupled
-from ..core.apart import tolerance as tolerance
-from ..core.batches import cut as cut
-from ..core.batches import is_cut as is_cut
-from ..core.batches import rows as rows_of
+from ..core.apart import check_apart, coupled, tolerance
+from ..core.batches import cut, is_cut, num_rows
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
@@ -100,7 +96,7 @@ def _of_batch(
     loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int
 ) -> Iterator[Tensor]:
     """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
-    rows = rows_of(batch) or 1
+    rows = num_rows(batch)
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:

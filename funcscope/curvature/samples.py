@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ..core.apart import check_apart, is_joined
-from ..core.batches import UNSCORED, divided, rows
+from ..core.apart import check_apart, is_joined, tolerance
+from ..core.batches import UNSCORED, cut, divided, is_cut, num_rows
 from ..core.checks import check_choice, check_count
 from ..core.criterion import Labels
 from ..core.estimate import wide
 from ..core.objective import Loss
 from .leaf_gradients import LeafGradients, Part, Rows
 from .outputs import total_of
-from .rows import cut, is_cut, per_sample_gradients, tolerance
+from .rows import per_sample_gradients
 from .uses import run
 
 Unit = Literal["sequence", "token"]
@@ -162,12 +162,6 @@ def _are_joined(loss: Loss, one: Any, two: Any) -> bool:
 
 def _joined(one: Any, two: Any) -> Any:
     return tree_map(lambda x, y: torch.cat([x, y]) if isinstance(x, Tensor) else x, one, two)
-
-
-def num_rows(batch: tuple[Any, Any]) -> int:
-    """The number of sequences in a batch."""
-    num = rows(batch)
-    return 1 if num is None else num  # tokens of which none is scored are none
 
 
 def _is_like(one: Any, two: Any) -> bool:

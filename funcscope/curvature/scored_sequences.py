@@ -13,8 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..core.apart import check_apart
-from ..core.batches import UNSCORED, tensors
-from ..core.batches import rows as rows_of
+from ..core.batches import UNSCORED, cut, num_rows, rows, tensors
 from ..core.checks import check_count
 from ..core.criterion import Labels
 from ..core.layout import Layout, View
@@ -23,7 +22,6 @@ from ..core.objective import Loss, Theta
 from ..core.tables import counted
 from .gram import Blocks, block_views
 from .leafwise import terms_at
-from .rows import cut
 
 
 def first(loss: Loss, num: int) -> Loss:
@@ -32,7 +30,7 @@ def first(loss: Loss, num: int) -> Loss:
     check_apart(loss, num)
     batches = []
     for batch in loss.batches:
-        size = rows_of(batch)
+        size = rows(batch)
         if num > 0 and size is not None:
             batches.append(batch if size <= num else cut(batch, slice(0, num), size))
             num -= size
@@ -169,7 +167,7 @@ def contents(loss: Loss) -> list[bytes]:
     """What every sequence holds, whatever its padding: equal for copies."""
     made: list[bytes] = []
     for inputs, targets in loss.batches:
-        size = rows_of((inputs, targets)) or 1
+        size = num_rows((inputs, targets))
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         if isinstance(ids, Tensor) and mask is not None and isinstance(targets, Labels):
@@ -201,7 +199,7 @@ def chosen(loss: Loss, there: Bool[Tensor, " n"]) -> Loss:
         check_apart(loss, 1)
     batches, at = [], 0
     for batch in loss.batches:
-        size = rows_of(batch) or 1
+        size = num_rows(batch)
         part = there[at : at + size]
         if bool(part.any()):
             batches.append(batch if bool(part.all()) else cut(batch, part.nonzero()[:, 0], size))

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.batches import UNSCORED, parts_between, rows
+from ..core.batches import UNSCORED, num_rows, parts_between
 from ..core.checks import check_instance
 from ..core.content import of_bits, of_tensors, of_tree
 from ..core.objective import Loss, Theta, per_sequence
 from ..core.processes import Processes, share_of
 from ..core.sharded_objective import ShardedLoss
 from ..linalg.matvec import Matvec
-from .agreement import check_apart, check_same_loss, check_vector
+from .agreement import check_cuts, check_same_loss, check_vector
 from .fisher import empirical_fisher, exact_fisher, fisher_mc
 from .gram import Grams, gram
 from .hessian import ggn, hessian
@@ -190,7 +190,7 @@ def shard_of(loss: Loss, theta: Theta, ranks: Processes, **settings: Any) -> Sha
 
     def weigh() -> Tensor:
         mine = losses[ranks.rank]
-        check_apart(loss, theta, (cut for cut in every[ranks.rank] if cut[2] is not None))
+        check_cuts(loss, theta, (cut for cut in every[ranks.rank] if cut[2] is not None))
         return torch.zeros(0, dtype=torch.float64) if mine is None else _weights(mine, theta)
 
     weights = ranks.together("weighing the data", weigh)
@@ -217,7 +217,7 @@ def _facts(loss: Loss, theta: Tensor, settings: dict[str, Any]) -> dict[str, str
 
 def _all_parts(loss: Loss, ranks: Processes) -> list[list[Part]]:
     """What each rank has."""
-    num = sum(rows(pair) or 1 for pair in loss.batches)
+    num = sum(num_rows(pair) for pair in loss.batches)
     return [parts_between(loss.batches, *share_of(num, rank, ranks.num)) for rank in range(ranks.num)]
 
 

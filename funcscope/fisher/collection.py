@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from ..core.apart import coupled, tolerance
 from ..core.checks import check_choice, check_count
 from ..core.keys import Key, check_key, fold_in
 from ..core.objective import Loss, Theta
@@ -17,7 +18,7 @@ from ..core.result import Result, internal, quantity
 from ..curvature.fisher import fisher_diagonal_mc
 from ..curvature.gram import Unit
 from ..curvature.outputs import total_weight
-from ..curvature.rows import coupled, gradient_chunks, micro_batches, sizes_of, tolerance
+from ..curvature.rows import gradient_chunks, micro_batches, sizes_of
 from ..curvature.whitening import check_finite
 from .accumulators import Welford
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.apart import tolerance
 from ..core.heads import head_part
 from ..core.keys import Key, check_key, fold_in
 from ..core.layout import View
@@ -17,7 +18,6 @@ from ..core.objective import Loss, Theta
 from ..core.result import Result, derived, internal, quantity
 from ..core.statistics import q_values
 from ..curvature.label_permutation import label_test
-from ..curvature.rows import tolerance
 from ..curvature.scored_sequences import scored_sequences
 from ..curvature.whitening import block_rows, check_tasks, damped
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.batches import rows
+from ..core.batches import num_rows
 from ..core.checks import check_count
 from ..core.keys import Key
 from ..core.masks import tokens_there
@@ -131,7 +131,7 @@ def texts_of(loss: Loss, token_names: Names) -> list[str]:
     for inputs, targets in loss.batches:
         ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        size = rows((inputs, targets)) or 1
+        size = num_rows((inputs, targets))
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
             made += [f"sequence {len(made) + i}" for i in range(size)]
             continue

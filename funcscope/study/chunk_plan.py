@@ -13,10 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..core.batches import num_rows
 from ..core.held import peak_bytes
 from ..core.objective import Loss
 from ..curvature.blocks import block_views
-from ..curvature.samples import num_rows
 from ..landscape.directional import plan_of
 from ..landscape.evaluator import points_at_once
 from .memory_plan import GIB, graph_bytes, largest

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.func import grad
 
 from ..core.apart import check_apart
-from ..core.batches import rows
+from ..core.batches import cut, num_rows
 from ..core.checks import check_choice, check_count, check_flat, check_mask, check_number, check_positive
 from ..core.keys import Key, fold_in, uniform
 from ..core.objective import Loss
-from ..curvature.rows import cut
 
 Train = Callable[[Float[Tensor, " p"], Bool[Tensor, " p"], Key], Float[Tensor, " p"]]
 """(theta, mask, key) -> trained parameters, 0 where the mask is False."""
@@ -78,7 +77,7 @@ def masked_training(
 def drawn_batch(loss: Loss, key: Key, size: int) -> Loss:
     """The loss of at most `size` random sequences of one of its batches."""
     check_apart(loss, size)
-    counts = torch.tensor([rows(batch) or 1 for batch in loss.batches], dtype=torch.float64)
+    counts = torch.tensor([num_rows(batch) for batch in loss.batches], dtype=torch.float64)
     cuts = counts.cumsum(0) / counts.sum()
     place = uniform(fold_in(key, "batch"), torch.zeros(1, dtype=torch.float64))
     chosen = min(int(torch.searchsorted(cuts, place, right=True)), len(counts) - 1)

@@ -11,14 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.apart import check_apart
-from ..core.batches import rows
+from ..core.batches import cut, num_rows
 from ..core.checks import check_count, check_number
 from ..core.estimate import Crossed
 from ..core.keys import Key, check_key, fold_in, uniform
 from ..core.objective import Loss, Theta
 from ..core.result import Result, quantity
 from ..core.tables import counted
-from ..curvature.rows import cut
 from .masked_training import masked_training
 from .prunable import Prunable, Scope, prunable_leaves
 from .sequence_scores import SequenceScores, over_draws, residual_rows, sequence_scores
@@ -143,7 +142,7 @@ def winning_tickets(
         random_excess=_mean(sums[:, 3] - sums[:, 1], of), one_shot_excess=_mean(sums[:, 2] - sums[:, 1], of),
         initial_loss=before.mean, sparsity=float(sparsity), rounds=rounds, steps=steps, num=num,
         num_prunable=sum(leaf.numel for leaf in prunable_leaves(loss.layout, prunable)),
-        num_sequences=int((of != 0).sum()), num_trained_on=sum(rows(batch) or 1 for batch in train_on.batches),
+        num_sequences=int((of != 0).sum()), num_trained_on=sum(num_rows(batch) for batch in train_on.batches),
         num_trainings=num * (rounds + 3), scope=scope, key=key,
     )  # fmt: skip
 
@@ -155,7 +154,7 @@ def split(loss: Loss, key: Key, share: float) -> tuple[Loss, Loss]:
     """
     check_number("held_out", share, 0.0, 1.0)
     check_apart(loss, 1)
-    counts = [rows(batch) or 1 for batch in loss.batches]
+    counts = [num_rows(batch) for batch in loss.batches]
     total = sum(counts)
     num = min(max(round(share * total), 1), total - 1)
     if num < 1:
