@@ -26,9 +26,31 @@ def test_a_falcon_counts_distances_once():
     net = fs.functional(model)
     ours = net.apply(net.params, batch)[batch["attention_mask"].bool()]
     assert_close(ours, theirs, rtol=0, atol=1e-12)
-    twice = fs.functional(model, attention="keep")
-    twice._skeleton.config._attn_implementation = "eager"
-    assert (twice.apply(twice.params, batch)[batch["attention_mask"].bool()] - theirs).abs().max() > 1e-3
+
+
+def test_a_falcon_that_was_made_eager_counts_them_twice_and_is_left_so():
+    fused = model_of("falcon, alibi", torch.float64)
+    batch = tokens(7, 3, 9, pad=4)
+    once = fused(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+    config = deepcopy(fused.config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    model.load_state_dict(fused.state_dict())
+    theirs = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+    assert (once - theirs).abs().max() > 1e-3
+    for attention in ("auto", "eager", "keep"):
+        net = fs.functional(model, attention=attention)
+        assert_close(net.apply(net.params, batch)[batch["attention_mask"].bool()], theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neo", "mpt"])
+def test_a_model_whose_attention_is_in_parts_is_taken_again(name):
+    """`audit` does so: with the module that runs in place of the user's."""
+    batch = tokens(7, 2, 6)
+    net = fs.functional(model_of(name, torch.float64), attention="blocks")
+    model = net._skeleton.to_empty(device="cpu")
+    model.load_state_dict({**net.params, **net.buffers}, strict=False, assign=True)
+    again = fs.functional(model, attention="blocks")
+    assert_close(again.apply(again.params, batch), net.apply(net.params, batch))
 
 
 def llama():

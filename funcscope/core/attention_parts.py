@@ -43,7 +43,7 @@ def use_parts(skeleton: Model) -> None:
     register_masks(PARTS, _mask)
     skeleton.config._attn_implementation = PARTS  # where modules read it at every call, transformers only warns
     for module in skeleton.modules():
-        if _is_written(module):
+        if _is_written(module) and not isinstance(module, InParts):  # not one that a functional was made of already
             kind: Any = type(module)
             module.__class__ = _in_parts(kind)
 

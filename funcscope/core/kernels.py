@@ -32,7 +32,8 @@ def use_kernel(skeleton: Model, attention: str) -> None:
     if attention in ("auto", "blocks"):
         (use_parts if takes_parts(skeleton) else use_blocks)(skeleton)
         return
-    name = "sdpa" if attention == "math" or _biased_twice(skeleton) else "eager"
+    fused = attention == "math" or (_has_two_biases(skeleton) and skeleton.config._attn_implementation != "eager")
+    name = "sdpa" if fused else "eager"
     if skeleton._can_set_attn_implementation():
         skeleton.set_attn_implementation(name)
     else:
@@ -69,6 +70,9 @@ def _check_own(skeleton: Model) -> None:
             )
 
 
-def _biased_twice(skeleton: Model) -> bool:
-    """Whether eager attention adds distances to the scores and to the mask, the fused one to the mask alone."""
+def _has_two_biases(skeleton: Model) -> bool:
+    """Whether eager attention adds distances to the scores and to the mask, the fused one to the mask alone.
+
+    Those are two models: the kernel that it was made with says which.
+    """
     return skeleton.config.model_type == "falcon" and has_alibi(skeleton.config)

@@ -159,6 +159,6 @@ def named_if_missing(loss: Loss, needs: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"{needs}, and torch has none for a kernel of this model ({reason[:150]}): {loss!r} was made with "
-            f'attention={loss.net.attention!r}. Make the functional with attention="eager", or take '
+            f'attention={loss.net.attention!r}. Pass `attention="eager"`, or take '
             "`hessian_difference`, which needs gradients only."
         ) from err

@@ -177,7 +177,7 @@ class LossPath(Measured, Result):
 
     @property
     def head(self) -> str:
-        verdict = {True: "no barrier seen", False: "a barrier", None: "undecided"}[self.is_connected]
+        verdict = {True: "no barrier seen", False: "a barrier over the chord", None: "undecided"}[self.is_connected]
         lost = f", {counted(self.n_nonfinite, 'loss', 'losses')} not finite" if self.n_nonfinite else ""
         return f"{self.kind}: {len(self.sums)} points, end points {self.distance:.4g} apart{lost}; {verdict}"
 

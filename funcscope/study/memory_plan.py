@@ -22,8 +22,11 @@ from ..curvature.outputs import has_head
 FIRST, FURTHER, ANEW = 5.5, 3.5, 9.2
 """Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
 takes; a Gauss-Newton product takes less."""
-OF_LOGITS, OF_HEAD = 14, 6
-"""Logits of one part, and vectors as long as theta, that a product takes where the logits are made in parts."""
+OF_LOGITS, OF_HEAD = 14, 10
+"""Logits of one part, and vectors as long as theta, that a product takes where the logits are made in parts.
+
+A fifth of them is what the allocator leaves free between tensors of many sizes, more or less of it from run to run.
+"""
 HEAD_CHUNKS = (512, 128)
 """Tokens of a part: fewer make many small products."""
 GIB = 2**30
