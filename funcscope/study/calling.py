@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Call:
     """Seconds of its work that another call took, less those that this one took for others."""
 
     def __post_init__(self) -> None:
-        self.fitting = Fitting(self.one, self.options, self._losses, lambda: self.subject.theta)
+        subject, losses = self.subject, partial(evaluated, self.one, self.subject, self.task)  # no ring through this call
+        self.fitting = Fitting(self.one, self.options, losses, lambda: subject.theta)
 
     def outcome(self, empty: Outcome) -> Outcome:
         """The result, or the reason why there is none. Raises what the metric raises, without `skip_on_error`."""
@@ -128,11 +130,6 @@ class Call:
         fitted = self.fitting.fitted
         return {key: fitted(each) for key, each in value.items()} if isinstance(value, Mapping) else fitted(value)
 
-    def _losses(self) -> list[Loss]:
-        """Everything that the metric evaluates."""
-        given = [self.subject.need(name, self.task) for name in self.one.needs if name in LOSSES]
-        return [loss for each in given for loss in (each.values() if isinstance(each, Mapping) else [each])]
-
     def _named(self, error: str) -> str:
         """What is said of several subjects, which the function knows as its arguments, by their own names."""
         if names := self.subject.own.get("names"):
@@ -154,6 +151,12 @@ class Call:
         given: list[Tensor] = [self.subject.theta, *self.subject.net.params.values()]
         given += self.loss.tensors() if self.loss else []
         return [each._version for each in given if not each.is_inference()]
+
+
+def evaluated(one: Metric, subject: Subject, task: str) -> list[Loss]:
+    """Every loss that a metric evaluates."""
+    given = [subject.need(name, task) for name in one.needs if name in LOSSES]
+    return [loss for each in given for loss in (each.values() if isinstance(each, Mapping) else [each])]
 
 
 def lost(err: BaseException) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 from uuid import uuid4
+from weakref import proxy
 
 from tqdm.auto import tqdm
 
@@ -178,7 +179,8 @@ class Bench:
         self.sums = job.cache.sums
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self.packages = PACKAGES()
-        self.shared = Shared(self._beside, job.options.key, alone=job.options.timeout_seconds is not None)
+        me = proxy(self)  # a ring would hold the model until a collection
+        self.shared = Shared(lambda one: me._beside(one), job.options.key, alone=job.options.timeout_seconds is not None)
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
