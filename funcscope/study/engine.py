@@ -180,7 +180,9 @@ class Bench:
         self.weights = job.source.digest(self.sums) or f"not known, {uuid4().hex}"
         self.packages = PACKAGES()
         me = proxy(self)  # a ring would hold the model until a collection
-        self.shared = Shared(lambda one: me._beside(one), job.options.key, alone=job.options.timeout_seconds is not None)
+        self.shared = Shared(
+            lambda one: me._beside(one), job.options.key, alone=job.options.timeout_seconds is not None
+        )
         self._data: dict[str, str] = {}
         self._broken: Exception | None = None
 
