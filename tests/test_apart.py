@@ -209,3 +209,112 @@ def test_torch_itself_takes_the_part_that_fits_and_makes_another_loss():
         F.cross_entropy(layer(inputs["x"][i : i + 1], inputs["scale"][i : i + 1]), LABELS[i : i + 1]) for i in range(3)
     ]
     assert abs(float((whole - torch.stack(parts).mean()).detach())) > 1e-2
+
+
+class Prior(nn.Module):
+    """A prior for the whole data set, which has as many rows as a batch."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 2), function
+
+    def forward(self, x, prior):
+        return self.layer(x) * self.function(prior)
+
+
+INSIDE = {
+    "its largest": (9, torch.tensor([1.0, 1, 1, 1, 3, 1, 1, 1, 1]), lambda s: s.max()),
+    "its middle": (9, torch.tensor([1.0, 1, 1, 1, 3, 1, 1, 1, 1]), lambda s: s[len(s) // 2]),
+    "its ends": (9, torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 1, 2]), lambda s: s[0] * s[-1]),
+    "a window's mean": (9, torch.arange(9.0), lambda s: (s * torch.hann_window(len(s), periodic=False)).sum() / 4),
+    "a long one": (200, torch.eye(200)[77] + 1, lambda s: s.max()),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_differs_inside_a_batch_only_is_seen(name, size):
+    num, prior, function = INSIDE[name]
+    x, y = seeded(1, lambda: (torch.randn(num, 6).double(), torch.randn(num, 2).double()))
+    square = fs.custom(lambda out, target: ((out - target) ** 2).sum(1))
+    net = fs.functional(seeded(0, lambda: Prior(function)).double())
+    with pytest.raises(ValueError, match=rf"`inputs\[1\]` has {num} rows"):
+        fs.objective(net, [((x, prior.double()), y)], square).split(size)
+    whole = fs.objective(net, [((x, prior.double()[None]), y)], square) if name == "its largest" else None
+    if whole is not None:
+        torch.testing.assert_close(whole.split(size)(net.theta), whole(net.theta))
+
+
+def test_batches_that_would_take_much_are_compared_in_as_many_sequences_as_do_not(monkeypatch):
+    monkeypatch.setattr("funcscope.core.apart.MOST", 20_000)
+    seen = []
+
+    def mean(prior):
+        seen.append(len(prior))
+        return prior.mean()
+
+    net = fs.functional(seeded(0, lambda: Prior(mean)).double())
+    x, y = seeded(1, lambda: (torch.randn(5000, 6).double(), torch.randn(5000, 2).double()))
+    square = fs.custom(lambda out, target: ((out - target) ** 2).sum(1))
+    one = torch.ones(5000).double()
+    fs.objective(net, [((x, one), y)], square).split(50)
+    assert 100 < max(seen) < 500
+    with pytest.raises(ValueError, match="has 5000 rows"):
+        fs.objective(net, [((x, one + torch.linspace(-1, 1, 5000) ** 2), y)], square).split(50)
+
+
+def test_pairs_of_which_nothing_can_be_shared_are_compared_at_their_ends():
+    calls = []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            calls.append(len(x))
+            return self.layer(x)
+
+    net = fs.functional(seeded(0, Counting))
+    loss = fs.objective(net, [(torch.ones(100, 3), torch.zeros(100).long())], fs.classification)
+    loss.check_function()
+    calls.clear()
+    loss.split(10)
+    assert sum(calls) == 20
+
+
+def its_own_outputs(model, criterion):
+    """A loss that is 0 where it is looked at: the model makes the targets."""
+    x = seeded(1, lambda: torch.randn(16, 3).double())
+    model = seeded(0, model).double()
+    return fs.objective(fs.functional(model), [(x, model(x).detach())], criterion)
+
+
+@pytest.mark.parametrize("name", ["per_sample_gradients", "gram", "gram_matvec"])
+def test_gradients_that_are_rounding_are_taken_and_those_of_coupled_sequences_refused(name):
+    function = {
+        "per_sample_gradients": fs.per_sample_gradients,
+        "gram": lambda loss, theta: gram(loss, theta, by="none", chunk_size=4).total,
+        "gram_matvec": lambda loss, theta: fs.gram_matvec(loss, theta)(torch.ones(16).double()),
+    }[name]
+    square = fs.custom(lambda out, target: (out - target).square().sum(1))
+    loss = its_own_outputs(lambda: nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 1)), square)
+    assert float(function(loss, loss.net.theta).abs().max()) < 1e-14
+    norm = its_own_outputs(lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 1)), square)
+    with pytest.raises(ValueError, match="see each other"):
+        function(norm, norm.net.theta)
+
+
+def test_dimension_0_is_that_of_sequences():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.layer = nn.RNN(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.layer(self.cells(x)[0][-1])
+
+    x, y = torch.ones(7, 2, 4), torch.zeros(2).long()
+    loss = fs.objective(fs.functional(seeded(0, Recurrent)), [(x, y)], fs.classification)
+    with pytest.raises(ValueError, match="one of 2 sequences, which dimension 0 must number"):
+        fs.per_sample_gradients(loss, loss.net.theta)

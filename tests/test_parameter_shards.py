@@ -77,8 +77,8 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
         for name in ("key", "whole vector", "without a product"):
             assert "ValueError: ranks have not done the same up to" in said[name], name
         assert "ValueError: the data or their order of rank 1" in said["number"]
-        assert "ValueError: the loss of one sequence at theta of rank 1" in said["criterion"]
-        assert "ValueError: the loss of one sequence at theta of rank 1" in said["activation"]
+        assert "ValueError: the loss of one sequence near theta of rank 1" in said["criterion"]
+        assert "ValueError: the loss of one sequence near theta of rank 1" in said["activation"]
         assert ("mine" if rank else "rank 1 failed in checking the loss: ValueError: mine") in said["forward pass"]
         for name in ("theta for shares", "scaled"):
             assert "`like` must be `net.shares` of the functional that the matvec was made with" in said[name]

@@ -89,8 +89,8 @@ def test_ranks_that_differ_are_refused_on_all(tmp_path):
         assert "ValueError: the settings of rank 1" in said["settings"]
         assert "ValueError: the settings of rank 1" in said["operator"]
         assert "ValueError: the data or their order of rank 1" in said["number"]
-        assert "ValueError: the loss of one sequence at theta of rank 1" in said["criterion"]
-        assert "ValueError: the loss of one sequence at theta of rank 1" in said["activation"]
+        assert "ValueError: the loss of one sequence near theta of rank 1" in said["criterion"]
+        assert "ValueError: the loss of one sequence near theta of rank 1" in said["activation"]
         for name in ("vector", "unit vectors", "signs", "order of entries", *(f"key {i}" for i in range(20))):
             assert "ValueError: ranks have not done the same up to a product with `ggn`" in said[name], name
         assert ("must be a flat vector" if rank else "rank 1 failed in a product with `ggn`: ValueError") in said[

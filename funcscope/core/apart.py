@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from .batches import can_be_cut, is_cut, num_rows, rows
 from .criterion import Labels
+from .held import peak_bytes
 from .purity import output_nearby
 
 if TYPE_CHECKING:
     from .objective import Loss
 
+MOST = 2**30
+"""Bytes that the forward pass may take in which a batch is compared with its parts."""
+PARTS = 32
+"""Parts that are compared, at most."""
 _FAILED = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """What a model raises for inputs whose sizes do not go together."""
 
@@ -30,8 +35,9 @@ def coupled(rows: int | str = "as many") -> str:
     """Why parts are not those of a whole, and what helps."""
     return (
         "sequences see each other (statistics over the batch, a loss across rows), or a tensor that all share has "
-        f"{rows} rows by chance and was cut. Use a batch of another size, give the shared tensor a dimension of 1 in "
-        "front, or take statistics that do not depend on the batch."
+        f"{rows} rows by chance and was cut, or dimension 0 is not that of the sequences. Use a batch of another size, give "
+        "the shared tensor a dimension of 1 in front, take statistics that do not depend on the batch, or put sequences "
+        "first (`batch_first=True` of recurrent layers)."
     )
 
 
@@ -44,8 +50,9 @@ def check_apart(loss: Loss, size: int) -> None:
     """Raises ValueError where a batch of more than `size` sequences would be cut and its parts had other losses.
 
     Some of the last and of the first sequences, `size` in all and two at least, are scored beside each other and apart, near
-    the net's own parameters: two forward passes, no gradient, once for every shape of batch of an objective. A tensor that
-    has to be left whole is named.
+    the net's own parameters. Where a tensor may be shared, as several have that many rows, so are all of the batch and up to
+    32 of its parts; of a batch that would take more than 1 GiB, as many sequences as do not. No gradient, and once for every
+    shape of batch of an objective. A tensor that has to be left whole is named.
     """
     if hasattr(loss.net, "shares"):
         return  # a forward pass is one of all ranks together, which compare what they have themselves
@@ -54,7 +61,7 @@ def check_apart(loss: Loss, size: int) -> None:
         if num is not None and num > size and can_be_cut(pair, num):
             verdict = f"apart: {_structure(pair)}"
             if verdict not in loss._verdicts:
-                _check(loss, pair, num, min(num, max(size, 2)))
+                _check(loss, pair, num, size)
                 loss._verdicts.add(verdict)
 
 
@@ -68,8 +75,7 @@ def is_joined(loss: Loss, one: Any, two: Any, both: Any) -> bool:
     verdict = f"{_structure(one)} {_structure(two)}"
     if f"joined: {verdict}" not in loss._verdicts and f"not joined: {verdict}" not in loss._verdicts:
         with torch.no_grad(), _same_generator(loss):
-            num = sum(map(num_rows, (one, two)))
-            differs = _difference(loss, num, both, [one, two])
+            differs = _difference(loss, both, [one, two], torch.arange(sum(map(num_rows, (one, two)))))
         loss._verdicts.add(f"joined: {verdict}" if differs is None else f"not joined: {verdict}")
     return f"joined: {verdict}" in loss._verdicts
 
@@ -79,20 +85,52 @@ def _same_generator(loss: Loss) -> Any:
 
 
 def _check(loss: Loss, pair: Any, num: int, size: int) -> None:
-    places = _places(pair, num, size)
     with torch.no_grad(), _same_generator(loss):
-        reason = _difference(loss, len(places), *_halves(pair, num, places))
-        if reason is None:
-            return
-        _scored(loss, pair)  # a model that fails with the whole batch, too, says why itself
-        replace(loss, batches=(pair,), _verdicts=set()).check_function()  # as does one that is no function of theta
-        shared = next(_shared(loss, pair, num, places), None)
+        for places, parts in _compared(loss, pair, num, size):
+            reason = _difference(loss, *_cut(pair, num, places, parts))
+            if reason is not None:
+                _refuse(loss, pair, num, reason, places, parts)
+
+
+def _refuse(loss: Loss, pair: Any, num: int, reason: str, places: Tensor, parts: list[Tensor]) -> None:
+    _scored(loss, pair)  # a model that fails with the whole batch, too, says why itself
+    replace(loss, batches=(pair,), _verdicts=set()).check_function()  # as does one that is no function of theta
+    shared = next(_shared(loss, pair, num, places, parts), None)
     if shared is None:
         raise ValueError(f"a batch of {num} sequences cannot be cut, {reason}: {coupled(num)}")
     raise ValueError(
         f"`{shared}` has {num} rows, as its batch has sequences, and all of these share them: in a part of it, {reason}. "
         "Give it a dimension of 1 in front, `x[None]`, or use batches of another size."
     )
+
+
+def _compared(loss: Loss, pair: Any, num: int, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Sequences that are scored beside each other, and the positions of parts among them."""
+    ends = _places(pair, num, min(num, max(size, 2)))
+    halves = list(torch.arange(len(ends)).tensor_split(2))
+    yield ends, halves
+    if not _may_share(loss, pair, num):
+        return
+    few, more = (peak_bytes(lambda at=at: _scored(loss, _part(pair, num, at))) for at in (ends[halves[0]], ends))
+    each = (more - few) / len(halves[1])
+    most = num if more + each * (num - len(ends)) <= MOST else int(len(ends) + (MOST - more) / each)
+    if most > len(ends):
+        parts = torch.arange(most).split(size)
+        some = torch.linspace(0, len(parts) - 1, min(len(parts), PARTS)).round().long().tolist()
+        yield torch.linspace(0, num - 1, most, dtype=torch.float64).round().long(), [parts[i] for i in some]
+
+
+def _may_share(loss: Loss, pair: Any, num: int) -> bool:
+    """Whether not all tensors of as many rows are known to have one for each sequence.
+
+    Known are the inputs of models that have a configuration, labels with their weights, and a tensor that is alone.
+    """
+
+    def several(tree: Any) -> bool:
+        return sum(is_cut(leaf, num) for leaf in tree_leaves(tree)) > 1
+
+    inputs, targets = pair
+    return (loss.net.config is None and several(inputs)) or (not isinstance(targets, Labels) and several(targets))
 
 
 def _places(pair: Any, num: int, size: int) -> Tensor:
@@ -105,20 +143,21 @@ def _places(pair: Any, num: int, size: int) -> Tensor:
     return torch.cat([some[len(some) - size // 2 :], some[: size - size // 2]])
 
 
-def _halves(pair: Any, num: int, places: Tensor, whole: int | None = None) -> tuple[Any, list[Any]]:
-    """Those rows of a batch, and two halves of them. whole: the number of a leaf that is not cut."""
+def _part(pair: Any, num: int, at: Tensor, whole: int | None = None) -> Any:
+    """Some rows of a batch. whole: the number of a leaf that is not cut."""
     leaves, spec = tree_flatten(pair)
-
-    def part(at: Tensor) -> Any:
-        cut = [x[at.to(x.device)] if is_cut(x, num) and i != whole else x for i, x in enumerate(leaves)]
-        return tree_unflatten(cut, spec)
-
-    half = len(places) // 2
-    return part(places), [part(places[:half]), part(places[half:])]
+    cut = [x[at.to(x.device)] if is_cut(x, num) and i != whole else x for i, x in enumerate(leaves)]
+    return tree_unflatten(cut, spec)
 
 
-def _difference(loss: Loss, num: int, beside: Any, apart: list[Any]) -> str | None:
-    """How sequences that are scored apart differ from those beside each other; None where they do not."""
+def _cut(pair: Any, num: int, places: Tensor, parts: list[Tensor], whole: int | None = None) -> tuple[Any, Any, Tensor]:
+    """Rows beside each other, in parts, and at which of the first those of the second are."""
+    beside, *apart = (_part(pair, num, at, whole) for at in (places, *(places[at] for at in parts)))
+    return beside, apart, torch.cat(parts)
+
+
+def _difference(loss: Loss, beside: Any, apart: list[Any], at: Tensor) -> str | None:
+    """How sequences that are scored apart differ from those beside each other, where they are; None where they do not."""
     try:
         whole, *parts = (_scored(loss, each) for each in (beside, *apart))
     except torch.OutOfMemoryError:
@@ -128,13 +167,14 @@ def _difference(loss: Loss, num: int, beside: Any, apart: list[Any]) -> str | No
         return f"the model or the criterion fails ({said[0][:100]})"
     for one, *other in zip(whole, *parts, strict=True):
         made = torch.cat(other)
-        if not len(one) == len(made) == num:
-            return f"{num} sequences have {len(made)} losses"
+        if len(made) != len(at) or len(one) <= int(at.max()):
+            return f"{len(at)} sequences have {len(made)} losses"
+        one = one[at.to(one.device)]
         scale = float(one[one.isfinite()].abs().amax()) if bool(one.isfinite().any()) else 0.0
         same = ((one - made).abs() <= tolerance(loss) * scale) | (one == made) | (one.isnan() & made.isnan())
         if not bool(same.all()):
-            at = int((~same).nonzero()[0])
-            return f"a sequence scores {float(made[at]):.6g} instead of {float(one[at]):.6g}"
+            i = int((~same).nonzero()[0])
+            return f"a sequence scores {float(made[i]):.6g} instead of {float(one[i]):.6g}"
     return None
 
 
@@ -145,9 +185,9 @@ def _scored(loss: Loss, pair: Any) -> tuple[Tensor, Tensor]:
     return sums, weights
 
 
-def _shared(loss: Loss, pair: Any, num: int, places: Tensor) -> Iterator[str]:
+def _shared(loss: Loss, pair: Any, num: int, places: Tensor, parts: list[Tensor]) -> Iterator[str]:
     """Names of tensors that make all right where they are not cut."""
     for i, (path, leaf) in enumerate(tree_flatten_with_path(pair)[0]):
-        if is_cut(leaf, num) and _difference(loss, len(places), *_halves(pair, num, places, i)) is None:
+        if is_cut(leaf, num) and _difference(loss, *_cut(pair, num, places, parts, i)) is None:
             place = keystr(path)  # [0] for the inputs, [1] for the targets, and what follows
             yield f"{'inputs' if place.startswith('[0]') else 'targets'}{place[3:]}"

@@ -92,6 +92,11 @@ def output_nearby(net: Functional, step: float, inputs: Any) -> Tensor:
     return net.apply({name: leaf(name, value) for name, value in net.params.items()}, inputs)
 
 
+def moved(theta: Tensor) -> Tensor:
+    """A vector of parameters nearby, at which a loss is not at its least by construction."""
+    return _moved(theta, theta, 0.01)
+
+
 def _moved(value: Tensor, mirror: Tensor, step: float) -> Tensor:
     """A small part of itself in another order is added to a leaf; a leaf of zeros becomes one of small numbers."""
     if not bool(value.any()):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..core.apart import coupled, tolerance
 from ..core.batches import Prepared, num_rows, parts_between
 from ..core.checks import check_flat
 from ..core.objective import Loss, Theta
 from ..core.processes import Processes
+from ..core.purity import moved
 
 
 def check_same_loss(loss: Loss, theta: Theta, batches: Prepared, ranks: Processes) -> None:
@@ -23,12 +25,12 @@ def check_same_loss(loss: Loss, theta: Theta, batches: Prepared, ranks: Processe
     """
     num = sum(num_rows(pair) for pair in batches)
     for part, *_ in (part for i in range(num) for part in parts_between(batches, i, i + 1)):
-        each = ranks.together("comparing a loss at theta", lambda part=part: _terms(loss, theta, part))
+        each = ranks.together("comparing a loss near theta", lambda part=part: _terms(loss, theta, part))
         for rank, terms in enumerate(each):
             if not _equal(terms, each[0], tolerance(loss)):
                 totals = [float(sums.sum()) for sums, _ in (terms, each[0])]
                 raise ValueError(
-                    f"the loss of one sequence at theta of rank {rank} is {totals[0]:.6g}, that of rank 0 {totals[1]:.6g}: "
+                    f"the loss of one sequence near theta of rank {rank} is {totals[0]:.6g}, that of rank 0 {totals[1]:.6g}: "
                     "every rank must have the same model and criterion, and these have other functions of one name, other "
                     "activations or other objects among the inputs; make them by the same code on all."
                 )
@@ -58,8 +60,9 @@ def check_vector(v: Tensor, num: int) -> None:
 
 
 def _terms(loss: Loss, theta: Theta, pair: Any) -> tuple[Tensor, Tensor]:
+    """Sums and weights near theta: at theta itself losses may be rounding and no more."""
     with torch.no_grad():
-        sums, weights = replace(loss, batches=(pair,)).terms(theta)
+        sums, weights = replace(loss, batches=(pair,)).terms(tree_map(moved, theta))
     return sums.double().cpu(), weights.double().cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,9 +19,11 @@ from ..core.batches import cut, is_cut, num_rows
 from ..core.checks import check_choice, check_count
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
+from ..core.purity import moved
 from .outputs import total_of
 
 Reduction = Literal["sum", "mean"]
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def micro_batches(loss: Loss, m: int) -> list[Loss]:
@@ -93,10 +96,17 @@ def gradient_chunks(
 
 
 def _of_batch(
-    loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int
+    loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int, *, nearby: bool = False
 ) -> Iterator[Tensor]:
-    """The rows, a chunk at a time; the last chunk comes once they are known to add up to the gradient of the whole."""
+    """The rows, a chunk at a time; the last one once they, each with a factor, are known to be the gradient of the whole.
+
+    Rows that are not are of sequences that see each other, unless all that they are is rounding, as where the model makes the
+    targets itself: then those of parameters nearby are.
+    """
     rows = num_rows(batch)
+    factors = 1 + (torch.arange(1, rows + 1, dtype=torch.float64) * GOLDEN).frac().to(
+        theta
+    )  # no two alike: sums may agree
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
@@ -107,6 +117,12 @@ def _of_batch(
     def gradient(part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         return grad(summed, has_aux=True)(theta, part)
 
+    def weighted(t: Tensor) -> Tensor:
+        sums, _ = loss.scored(lambda inputs: loss.net.apply(loss.params(t), inputs), *batch)
+        if sums.shape != factors.shape:
+            raise ValueError(f"a batch of {rows} rows has {sums.numel()} losses: its rows are not its sequences.")
+        return (sums.to(factors) * factors).sum()
+
     for first in range(0, rows, chunk_size):
         last = min(first + chunk_size, rows)
         if not refusal:
@@ -114,17 +130,24 @@ def _of_batch(
                 sums, weights = mapped(gradient, batch, rows, slice(first, last))
             except RuntimeError as err:
                 refusal = str(err).split("\n", 1)[0][:100] or type(err).__name__
+            except ValueError as err:
+                raise ValueError(
+                    f"{err} That was said of one of {rows} sequences, which dimension 0 must number."
+                ) from err
         if refusal:  # or this says what is wrong with the model
             singles = zip(*(gradient(cut(batch, slice(i, i + 1), rows)) for i in range(first, last)), strict=True)
             sums, weights = map(torch.stack, singles)
             loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({refusal}).")
-        total, lengths = total + sums.sum(0), lengths + float(torch.linalg.vector_norm(sums, dim=1).sum())
-        off = float(torch.linalg.vector_norm(total - gradient(batch)[0])) if last == rows else 0.0
+        total = total + factors[first:last] @ sums
+        lengths += float(torch.linalg.vector_norm(sums, dim=1).sum())
+        off = float(torch.linalg.vector_norm(total - grad(weighted)(theta))) if last == rows else 0.0
         if math.isfinite(off) and off > tolerance(loss) * lengths:
-            raise ValueError(
-                f"the gradients of {rows} single sequences add up to another one than that of their batch, off by "
-                f"{off / lengths:.1e} of their lengths: {coupled(rows)}"
-            )
+            if nearby:
+                raise ValueError(
+                    f"the gradients of {rows} single sequences are others than in their batch: their sum is off by "
+                    f"{off:.1e} where their lengths add up to {lengths:.1e}: {coupled(rows)}"
+                )
+            deque(_of_batch(loss, moved(theta), batch, reduction, chunk_size, nearby=True), maxlen=0)
         yield sums if reduction == "sum" else sums / weights[:, None].to(sums.dtype)
 
 

@@ -20,14 +20,11 @@ from ..core.estimate import wide
 from ..core.objective import Loss
 from .leaf_gradients import LeafGradients, Part, Rows
 from .outputs import total_of
-from .rows import per_sample_gradients
+from .rows import GOLDEN, per_sample_gradients
 from .uses import run
 
 Unit = Literal["sequence", "token"]
 Tile = tuple[slice, tuple[Any, Any]]
-
-
-GOLDEN = (5**0.5 - 1) / 2
 
 
 class Judge(NamedTuple):
