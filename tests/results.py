@@ -63,7 +63,7 @@ from funcscope.information import (
     usable_information,
 )
 from funcscope.information.sequence_sums import SequenceSums
-from funcscope.linalg import block_traces, hutchinson_diagonal
+from funcscope.linalg import SpectralDensity, block_traces, hutchinson_diagonal
 from funcscope.mechanistic import (
     ablation_effects,
     activation_patching,
@@ -181,6 +181,10 @@ def matrix() -> Callable[[torch.Tensor], torch.Tensor]:
     return fs.hessian(loss(), theta())
 
 
+def density() -> SpectralDensity:
+    return fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6)
+
+
 def pairs() -> Result:
     return fs.eigenpairs(matrix(), theta(), key=fs.key(0), num=2, vectors=True)
 
@@ -279,7 +283,8 @@ EXAMPLES: dict[str, Callable[[], Result]] = {
     "DiagonalEstimate": lambda: hutchinson_diagonal(matrix(), theta(), key=fs.key(0), num=4),
     "Solution": lambda: fs.conjugate_gradient(matrix(), theta(), damping=10.0),
     "Eigenpairs": pairs,
-    "SpectralDensity": lambda: fs.spectral_density(matrix(), theta(), key=fs.key(0), num_probes=3, steps=6),
+    "SpectralDensity": density,
+    "SpectralMass": lambda: density().mass_between(0.0, 1.0),
     "SpectrumSummary": lambda: fs.spectrum_summary(matrix(), theta(), key=fs.key(0), num=2, num_probes=3, steps=6),
     "FisherDiagonal": lambda: fisher_diagonal_mc(loss(), theta(), key=fs.key(0), num=3),
     "MethodComparison": lambda: compare_methods(loss(), theta(), key=fs.key(0), num=2, num_directions=2, rank=2),

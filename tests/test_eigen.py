@@ -75,7 +75,7 @@ def test_whole_spectrum_of_every_small_matrix(n, block, which, seed):
         return
     found = eigenpairs(lambda v: A @ v, A[0], key=key(seed), num=num, which=which, tol=1e-12, block=block)
     assert_close(found.values, picked(torch.linalg.eigvalsh(A), num, which), atol=1e-10, rtol=0)
-    assert found.num_matvecs <= n
+    assert found.num_matvecs <= n + len(found.values)  # those that measure
     assert found.converged.all()
 
 
@@ -101,7 +101,7 @@ def test_an_operator_of_rank_one_has_one_value_and_no_ghosts(dtype):
     found = eigenpairs(lambda v: g * (g @ v), g, key=key(1), num=5)
     assert_close(float(found.values[0]), float(g @ g), rtol=1e-6, atol=0)
     assert found.values[1:].abs().max() < 1e-6 * found.values[0]  # without orthogonality: five copies
-    assert found.num_matvecs <= 7
+    assert found.num_matvecs <= 7 + 5  # those that measure
 
 
 def test_a_spectrum_that_is_mostly_negative_shows_it():
@@ -117,14 +117,15 @@ def test_multiples_of_the_identity(scale):
     found = eigenpairs(lambda v: scale * v, like, key=key(0), num=5)
     assert_close(found.values, torch.full((5,), scale, dtype=torch.float64), rtol=1e-12, atol=0)
     assert found.converged.all()
-    assert found.num_matvecs == 6  # one look beyond the five
+    assert found.num_matvecs == 6 + 5  # one look beyond the five, and a product of each vector
 
 
 def test_a_matrix_of_one_entry():
     found = eigenpairs(lambda v: -3 * v, torch.zeros(1), key=key(0), num=1, vectors=True)
     assert found.values.tolist() == [-3]
     assert found.vectors.abs().tolist() == [[1.0]]
-    assert found.num_matvecs == 1
+    assert found.num_matvecs == 2
+    assert eigenpairs(lambda v: -3 * v, torch.zeros(1), key=key(0), num=1, max_matvecs=1).num_matvecs == 1
 
 
 @pytest.mark.parametrize("block", [1, 4])
@@ -256,6 +257,51 @@ def test_the_same_key_gives_the_same_bits_and_another_one_another_start():
     assert torch.equal(first.vectors, again.vectors)
     assert not torch.equal(first.values, other.values)
     assert_close(first.values, other.values, atol=1e-3 * 45, rtol=0)
+
+
+def true_residuals(found, d: torch.Tensor) -> torch.Tensor:
+    """Oracle: ||A y - theta y|| / ||y|| of A = diag(d), in float64."""
+    Y = found.vectors.double()
+    return (d.double() * Y - found.values[:, None] * Y).norm(dim=1) / Y.norm(dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("max_basis", [None, 30])
+@pytest.mark.parametrize("spectrum", ["graded", "network", "long"])
+def test_no_residual_is_claimed_that_is_below_the_true_one(dtype, max_basis, spectrum):
+    graded = torch.logspace(0.3, -9, 300, dtype=torch.float64)
+    d = {"graded": graded, "network": network(3000), "long": network(30_000)}[spectrum].to(dtype)
+    unit = torch.finfo(dtype).eps * float(d.abs().max())
+    for budget in (60, 300) if len(d) > 300 else (60, 300, 1000):
+        how = {"key": key(1), "num": 6, "which": "both", "tol": 1e-14, "max_matvecs": budget, "max_basis": max_basis}
+        found = eigenpairs(lambda v: d * v, d, vectors=True, **how)
+        true = true_residuals(found, d)
+        assert found.num_matvecs <= budget
+        assert (true <= 1.02 * found.residuals + unit).all()
+        assert (found.residuals <= 1.3 * true + 20 * unit).all() or spectrum == "long"  # and none far above
+
+
+def test_rounding_within_the_products_is_in_the_residuals():
+    """Products in a coarser dtype than the vectors': the recurrence shows nothing of their error."""
+    d = network(400).float()
+    found = eigenpairs(
+        lambda v: (d * v).bfloat16().float(), d, key=key(0), num=4, tol=1e-5, max_matvecs=80, vectors=True
+    )
+    true = true_residuals(found, d)
+    assert true.max() > 1e-4 * 42  # negative control: 500 units of float32
+    assert (true <= 1.5 * found.residuals).all()
+    assert not found.converged.any()
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_products_that_measure_are_within_the_budget(block):
+    d = torch.linspace(0.1, 1, 30, dtype=torch.float64) ** 8
+    for budget in (6, 7, 11, 16, 20, 29, 30, 33, 36, 60):
+        found = eigenpairs(lambda v: d * v, d, key=key(0), num=4, max_matvecs=budget, block=block, tol=1e-12)
+        assert found.num_matvecs <= budget
+        assert (found.residuals >= 3 * torch.finfo(d.dtype).eps).all()
+        assert found.converged.all() or budget < 30  # the whole space is within reach
 
 
 def test_a_budget_that_ends_is_said_in_the_result():

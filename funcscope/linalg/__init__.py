@@ -10,6 +10,7 @@ from .matvec import Matvec, NonFinite, asymmetry
 from .quadrature import spectral_density
 from .quadrature_result import SpectralDensity
 from .ranks import Ranks, matrix_ranks
+from .spectral_mass import SpectralMass
 from .summary import SpectrumSummary, spectrum_summary
 from .trace import BlockTraces, TraceEstimate, block_traces, hutchinson_trace, hutchpp_trace, xtrace
 
@@ -24,6 +25,7 @@ __all__ = [
     "SecondMoment",
     "Solution",
     "SpectralDensity",
+    "SpectralMass",
     "SpectrumSummary",
     "TraceEstimate",
     "added",

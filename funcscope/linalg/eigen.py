@@ -13,7 +13,7 @@ from ..core.result import Result, derived, internal, quantity
 from ..core.tables import counted
 from .krylov import Krylov
 from .matvec import Matvec, Products, check_symmetric
-from .search import Search, Which
+from .search import NOISE, Look, Search, Which
 from .space import Like, space_of
 
 BASIS = 100
@@ -38,8 +38,9 @@ class Eigenpairs(Result):
     values: Float[Tensor, " k"] = quantity("eigenvalue", per="rank", name="eigenvalues")
     """Ritz values in float64."""
     residuals: Float[Tensor, " k"] = quantity("residual", per="rank")
-    """||A y - theta y||, at least what rounding of the products explains, and the error that they say they have beside
-    it (`matvec.error()`, as `hessian_difference` has it): an eigenvalue lies within it of theta."""
+    """||A y - theta y||, with what rounding adds to it, at least 4 units of it in the largest |theta|, and the error that
+    products say they have beside it (`matvec.error()`, as `hessian_difference` has it): an eigenvalue lies within it of
+    theta."""
     converged: Bool[Tensor, " k"] = quantity("converged", per="rank", shown=False)
     """Residual at most `tol` times the largest |theta| at its end (or what rounding explains), and its place certain."""
     vectors: Float[Tensor, "k p"] | None = internal()
@@ -105,6 +106,11 @@ def eigenpairs(
     Memory: up to `max_basis` vectors (default: 100, or twice the wanted values and blocks), allocated as the basis grows,
     `block` more, and one for every fresh start; a smaller basis restarts (thick restart) and takes more products.
 
+    Residuals of the recurrence know no rounding: not that of products, sums and restarts, up to a hundred units of the
+    dtype at long vectors or after many restarts, and more where products are made in a coarser one. A product of its vector
+    measures the smallest residual at the end, and each that is not 4 times above the rounding which shows; to others that
+    is added. These products are within `max_matvecs`, and left out where it is just enough for the whole space.
+
     A residual r guarantees an eigenvalue within r of $\theta$, nothing more: its rank is sure only where `converged`, its
     sign only where `resolved` ($|\theta| > r$). One start shows one copy of each eigenvalue; further copies, and members of
     tight clusters, come with the fresh starts, or sooner with a `block` of the multiplicity. In float32, scale a matrix of
@@ -137,9 +143,10 @@ def eigenpairs(
         search.step()
     look = search.look(total)
     converged = search.converged(look)
-    if products.error:  # the residuals are those of the matrix that the products belong to
-        look = look._replace(residuals=look.residuals + products.error)
-        converged = converged & search.near(look)
+    residuals = _measured(space, look, budget - products.num)
+    # those so far are of the matrix that the products belong to
+    look = look._replace(residuals=residuals + products.error)
+    converged = converged & search.near(look)
     down = look.values.argsort(descending=True)
     return Eigenpairs(
         look.values[down],
@@ -151,6 +158,26 @@ def eigenpairs(
         tol,
         key,
     )
+
+
+def _measured(space: Krylov, look: Look, most: int) -> Float[Tensor, " k"]:
+    """The residuals with what rounding adds to them, from `most` products at most, of the vectors themselves.
+
+    The recurrence knows no error of its own: of products, of projections, of each restart. The smallest residual is
+    measured, and every other that is not far above what that error has shown itself to be; the rest have it added.
+    """
+    residuals, noise = look.residuals.clone(), space.rounding
+    down = residuals.argsort().tolist()
+    for num, index in enumerate(down):
+        if num == most or (num and residuals[index] > NOISE * noise):
+            residuals[down[num:]] += noise
+            break
+        y = space.basis.combined(look.S[:, [index]])
+        rest = space.products(y[0]).detach()[None] - look.values[index].to(y) * y
+        size = space.basis.norms(rest)[0] / space.basis.norms(y)[0]
+        noise = max(noise, size - float(residuals[index]))
+        residuals[index] = max(size, space.rounding)
+    return residuals
 
 
 def _check_request(num_rows: int, num: int, which: str, tol: float, block: int, max_matvecs: int | None) -> int:

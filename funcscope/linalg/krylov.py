@@ -130,7 +130,7 @@ class Krylov:
         """Forget everything but the memory; the space of one start vector, where one is given."""
         self.basis.num = self._drawn = self.size = self._before = 0
         self.scale = 0.0
-        """The largest ||A q|| seen: a lower bound of the norm of A."""
+        """The largest ||A q|| or |theta| seen: a lower bound of the norm of A."""
         self.T = torch.zeros(0, 0, dtype=torch.float64)
         self.R = torch.zeros(0, 0, dtype=torch.float64)
         if start is not None:
@@ -186,6 +186,7 @@ class Krylov:
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values in ascending order, their vectors in the basis as columns, and their residuals."""
         values, S = torch.linalg.eigh(self.T)
+        self.scale = max(self.scale, float(values.abs().max()))
         return values, S, (self.R @ S).square().sum(0).sqrt()
 
     def admit(self) -> None:

@@ -19,6 +19,7 @@ from ..core.result import Result, derived, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
 from .gauss import Resolution, christoffel, corner, rule
+from .spectral_mass import SpectralMass, bracket
 
 Scale = Literal["linear", "symlog"]
 Rank = Literal["effective_rank", "participation_ratio"]
@@ -30,7 +31,8 @@ class SpectralDensity(Result):
 
     Every number is an `Estimate`: a mean over probes with its standard error, which holds what is left to chance in
     the probes, not the error of few `steps`. Polynomials up to degree 2 `steps` - 1 have none (`spectral_density`);
-    steps and logarithms are slow in `steps`: `negative_resolution` and `resolution` say whether these are enough.
+    steps and logarithms are slow in `steps`: `negative_resolution`, `resolution` and the bracket of `mass_between` say
+    whether these are enough.
     """
 
     nodes: Float[Tensor, "n m"] = quantity("Ritz value", per=("probe", "node"))
@@ -75,11 +77,18 @@ class SpectralDensity(Result):
 
     def said_negative(self) -> str:
         """The negative fraction with its threshold and the share within it; where the steps leave it open, its bounds."""
-        edge, within = self.edge(), float(self.mass_between(-self.edge(), self.edge()).value) if self.edge() else 1.0
+        edge = self.edge()
         value, open_ = self.negative_fraction(), self.negative_resolution()
         least, most = (min(1.0, max(0.0, float(value.value) + sign * open_.bound)) for sign in (-1, 1))
         said = str(value) if open_.resolved else f"{least:.2g} to {most:.2g}, {open_}"
-        return f"{said}; below {-edge:.2g}, {within:.2g} within ±{edge:.2g}"
+        return f"{said}; below {-edge:.2g}, {self._said_within(edge)} within ±{edge:.2g}"
+
+    def _said_within(self, edge: float) -> str:
+        """The share of what may be noise; where the steps leave it open, its bounds."""
+        if not edge:
+            return "1"
+        within = self.mass_between(-edge, edge)
+        return f"{float(within.value):.2g}" if within.resolved else f"{within.low:.2g} to {within.high:.2g}"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -134,7 +143,7 @@ class SpectralDensity(Result):
 
         Rounding of the products gives half of a singular matrix's zeros a negative sign: a smaller `tol` counts them.
         """
-        return self.mass_between(-math.inf, -self.edge(tol))
+        return self._share(-math.inf, -self.edge(tol))
 
     def edge(self, tol: float | None = None) -> float:
         """`tol` (`rounding` unless given) times the largest |node|: what is within it of 0 counts as neither sign."""
@@ -148,8 +157,9 @@ class SpectralDensity(Result):
         Stieltjes (Krein and Nudelman 1977, The Markov Moment Problem). `bound` is the mean of that over probes.
         """
         edge = self.edge(tol)
-        value, half = self.negative_fraction(tol), self.halved.mass_between(-math.inf, -edge)
-        bounds = [christoffel(*each, -edge, self.rounding) for each in zip(self.nodes, self.weights, strict=True)]
+        value, half = self.negative_fraction(tol), self.halved._share(-math.inf, -edge)
+        rules = zip(self.nodes, self.weights, self._ends()[1].tolist(), strict=True)
+        bounds = [0.0 if exact else christoffel(x, w, -edge, self.rounding) for x, w, exact in rules]
         return self._resolution(value, half, sum(bounds) / len(bounds), 1.0)
 
     def resolution(self, name: Rank) -> Resolution:
@@ -167,19 +177,45 @@ class SpectralDensity(Result):
 
     def _resolution(self, value: Estimate, half: Estimate, bound: float, scale: float) -> Resolution:
         moved = abs(float(value.value - half.value))
-        error = moved if math.isnan(bound) else bound
-        allowed = max(2 * float(value.stderr.nan_to_num(0.0)), 0.01 * scale)
         if self.steps == 1 < self.num_parameters and math.isnan(bound):  # a step has no half
             return Resolution(math.nan, bound, False, 2)
-        resolved = error <= allowed or math.isnan(error)
-        more = math.ceil(self.steps * error / allowed) if not resolved else self.steps
-        return Resolution(moved, bound, resolved, min(more, max(self.num_parameters, self.steps)))
+        return Resolution(moved, bound, *self._enough(value, moved if math.isnan(bound) else bound, scale))
 
-    def mass_between(self, low: float, high: float) -> Estimate:
-        """The share of eigenvalues in low <= lambda < high."""
+    def _enough(self, value: Estimate, error: float, scale: float) -> tuple[bool, int]:
+        """Whether an error of the steps is small beside that of the probes, and the steps that it would take."""
+        allowed = max(2 * float(value.stderr.nan_to_num(0.0)), 0.01 * scale)
+        if error <= allowed or math.isnan(error):
+            return True, self.steps
+        return False, min(math.ceil(self.steps * error / allowed), max(self.num_parameters, self.steps))
+
+    def mass_between(self, low: float, high: float) -> SpectralMass:
+        """The share of eigenvalues in low <= lambda < high, with what the steps leave open (`SpectralMass`).
+
+        A node stands for a stretch of the spectrum: near `low` and `high` its weight may be on either side. The bracket holds
+        for the probes' own spectra, also without reorthogonalisation, but an eigenvalue within half of `edge()` of a border
+        may count as on either side. It narrows as 1 / `steps` in a dense spectrum, and is one point where Krylov spaces end.
+        """
         if not low < high:
             raise ValueError(f"`low` must be below `high`, got {low!r} and {high!r}.")
+        share, near = self._share(low, high), self.edge() / 2
+        nodes, exact = self._ends()
+        ((least, most), (below, up_to)) = (bracket(nodes, self.weights, at, near, exact) for at in (low, high))
+        ends = float((below - most).clamp_min(0.0).mean()), float((up_to - least).clamp_max(1.0).mean())
+        bound = max(float(share.value) - ends[0], ends[1] - float(share.value))
+        return SpectralMass(share.value, share.stderr, share.num, *ends, *self._enough(share, bound, 1.0))
+
+    def _share(self, low: float, high: float) -> Estimate:
         return Estimate.of(self._means(lambda x: ((x >= low) & (x < high)).double()))
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """Nodes, infinity for those that only fill a row; and which probes are exact: without copies of a node, at the end
+        of their Krylov space."""
+        fills = (self.nodes == self.nodes[:, :1]) & (self.weights == 0)
+        fills[:, 0] = False
+        copies = (self.nodes.diff() <= self.edge()) & ~fills[:, 1:]
+        num = (~fills).sum(1)
+        ended = (num < self.steps) | (num == self.num_parameters)
+        return self.nodes.masked_fill(fills, math.inf), ended & ~copies.any(1)
 
     @derived("effective rank", unit="eigenvalues")
     def effective_rank(self) -> Estimate:

@@ -24,6 +24,8 @@ PROBING = 0.2
 """Products, over those before, that are held back for a fresh start where time runs out."""
 CHANCE = 0.01
 """Of a more wanted eigenvalue that stays unseen, at most, where its absence is called certain."""
+NOISE = 4
+"""Times rounding: a residual above it is told to a quarter by the recurrence, one below is measured at the end."""
 APART = 16
 """Residuals that a value is away from its neighbour, where no other is taken to hide beside it."""
 SIGNS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -63,6 +65,8 @@ class Search:
         self.beside = 0
         """Rows beside the fresh start whose products are still to be taken: what hides in them is seen then."""
         self.next = num
+        self.doubtful = 0
+        """Products that are held back to measure residuals which may be rounding."""
         self.coarse: int | None = None
         self.steady: int | None = None
 
@@ -72,9 +76,9 @@ class Search:
             return True
         if space.size >= self.next:
             self.next = space.size + (1 if space.num > CHEAP else 1 + space.size // 64)
-            if self._settled(budget):
+            if self._settled(self._allowed(budget)):
                 return True
-        return space.products.num + min(self._width, space.basis.num - space.size) > budget
+        return space.products.num + min(self._width, space.basis.num - space.size) > self._allowed(budget)
 
     def step(self) -> None:
         """A product of each row of the block, or of the fresh start; before it a restart, where the basis is full."""
@@ -120,9 +124,15 @@ class Search:
             near[end] = look.residuals[end] <= allowed
         return near
 
+    def _allowed(self, budget: int) -> int:
+        """The budget less what is held back; all of it where it lasts to the whole space, in which all is exact."""
+        whole = self.space.products.num + self.space.num - self.space.size <= budget
+        return budget if whole else budget - self.doubtful
+
     def _settled(self, budget: int) -> bool:
         """All is found, or the time is up; starts the fresh start, and chooses the row that comes next."""
         look, spent = self.look(self.space.size), self.space.products.num
+        self.doubtful = max(1, int((look.residuals[: self.num] <= NOISE * self.space.rounding).sum()))
         if self.probe and self.probe.contradicts(look):
             self.probe, self.probing, self.beside, self.coarse, self.steady = None, False, 0, None, None
         limit = self._limit(look, spent, budget)
