@@ -215,14 +215,11 @@ class Calls(TorchFunctionMode):
             name = f"autograd.Function {args[0].__name__}"
         if name != "__get__":
             self.names.append(name)
-            self.kinks |= name.strip("_") in KINKED and any(map(_is_real, (*args, *(kwargs or {}).values())))
+            given = (x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+            self.kinks |= name.strip("_") in KINKED and any(x.is_floating_point() for x in given)
             if self.arguments and not _C._functorch.peek_interpreter_stack():
                 self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
-
-
-def _is_real(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
 STEP, DIFFERENT = 0.05, 0.05
