@@ -158,6 +158,55 @@ def test_nothing_is_decided_in_half_precision():
     assert not set(SECOND) & set(result.named("right"))
 
 
+class Narrow(nn.Module):
+    """A norm and a softmax that are taken in float32, as T5, Llama, GPT-Neo and others have them, on the first columns."""
+
+    def forward(self, x):
+        first = torch.arange(x.shape[-1]).clamp(max=99)  # no kink: of integers
+        rstd = (x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        weights = nn.functional.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
+        return (x * rstd).float().to(x.dtype)[:, first] + weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("attention", ["auto", "keep"])
+def test_what_a_model_takes_in_float32_is_judged_in_float64(attention, dtype):
+    result = audited(model_of(Narrow(), dtype, attention=attention))
+    assert set(SECOND) <= set(result.named("right", order=2))
+    assert not result.has_kinks
+    assert result.culprits == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "gpt_neo", "mpt", "ministral3", "cohere"])
+def test_no_family_that_casts_is_called_wrong(name):
+    from test_architectures import studied
+
+    loss = studied(name)[1]
+    assert set(SECOND) <= set(audited(loss, num=2).named("right", order=2))
+
+
+class Tabled(nn.Module):
+    """A matrix that is no parameter, in float32, which the inputs become or have to be."""
+
+    def __init__(self, cast):
+        super().__init__()
+        self.cast, self.table = cast, [torch.eye(6)]
+
+    def forward(self, x):
+        return ((x.float() if self.cast else x) @ self.table[0]).to(x.dtype)
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_a_part_that_takes_float32_alone_is_judged_as_it_is(cast):
+    loss = model_of(nn.Sequential(Tabled(cast), Cube()), torch.float32)
+    result = audited(loss)
+    assert result.values_dtype == (torch.float64 if cast else torch.float32)
+    assert result.named("wrong", order=1) == ()
+    assert "jvp of jvp" in result.named("wrong", order=2)
+    assert [each.kind for each in result.culprits] == ["Cube"]
+
+
 def test_the_first_product_of_a_wrong_operator_is_refused(reverse_is_wrong):
     loss = model_of(Cube(), torch.float32)
     theta = loss.net.theta

@@ -103,3 +103,18 @@ class TrueDerivatives(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func = replaced(func)
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class WithoutFloat32(TorchFunctionMode):
+    """While a model runs in float64: what it would cast to float32 or make in it (norms, softmax) is in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = Tensor.double if func is Tensor.float else func
+        if func is not Tensor.view:  # which reads the same bits in another dtype
+            args = tuple(map(_widened, args))
+            kwargs = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument

@@ -112,11 +112,11 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
     r"""Which derivatives of this loss are right, to which order, and which module breaks those that are not.
 
     Along the gradient and random directions that move every parameter by its own size, `num` in all, slopes $g^\top d$,
-    curvatures $d^\top H d$ and, for neighbouring directions, $e^\top H d$ are taken from values alone (float64, eleven steps,
-    extrapolated, with an error: curvature/derivatives.py), and compared with gradient, `jvp`, `jvp` and `vjp` of the
-    gradient, `jvp` of `jvp`, and the operators. Values are compared with those by `vmap`, leaf by leaf, of a sequence alone,
-    and of a later call; a product by `vmap` with a loop's; u'Hv with v'Hu. Where a derivative is wrong or missing, each
-    module is looked at alone, on the inputs that it gets in the first batch.
+    curvatures $d^\top H d$ and, for neighbouring directions, $e^\top H d$ are taken from values alone (eleven steps,
+    extrapolated, with an error: curvature/derivatives.py; in float64, and so is what a model casts to float32), and compared
+    with gradient, `jvp`, `jvp` and `vjp` of the gradient, `jvp` of `jvp`, and the operators. Values are compared with those
+    by `vmap`, leaf by leaf, of a sequence alone, and of a later call; a product by `vmap` with a loop's; u'Hv with v'Hu.
+    Where a derivative is wrong or missing, each module is looked at alone, on the inputs that it gets in the first batch.
 
     A way is wrong where it is off by more than ten errors of the differences, rounding, and 0.1 %; in a model with kinks
     (ReLU, a maximum, routing), in the median of the comparisons, as a step may cross one. It is undecided where the
@@ -150,8 +150,8 @@ def audit(loss: Loss, theta: Theta, *, key: Key, num: int = 3) -> Audit:
         subject.same("a later call", 0, lambda: torch.tensor([value_at(loss, theta), first]), same),
     )
     broken = any(way.order and way.verdict in ("wrong", "missing") for way in ways)
-    culprits = culprits_of(loss, theta, fold_in(key, "modules")) if broken else ()
-    return Audit(ways, culprits, num, subject.kinks, subject.dtype, key)
+    culprits = culprits_of(subject.values, theta, fold_in(key, "modules")) if broken else ()
+    return Audit(ways, culprits, num, subject.kinks, subject.values.dtype, key)
 
 
 def _way(name: str, order: int, verdict: Callable[[], tuple[Verdict, float, float]]) -> Way:
@@ -169,7 +169,7 @@ class _Subject:
 
     def __init__(self, loss: Loss, theta: Tensor, key: Key, num: int):
         self.loss, self.theta, self.kinks, values = loss, theta, has_kinks(loss, theta), values_of(loss)
-        self.dtype, self.dirs = values.layout.dtype, _directions(loss, theta, key, num)
+        self.values, self.dirs = values, _directions(loss, theta, key, num)
         self.sums = [d + self.dirs[i - 1] for i, d in enumerate(self.dirs)]
         self.slopes, self.curvatures = zip(*(differenced(values, theta, d, self.kinks) for d in self.dirs), strict=True)
         self.together = [differenced(values, theta, d, self.kinks)[1] for d in self.sums]

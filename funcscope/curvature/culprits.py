@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +13,9 @@ from torch.func import functional_call, grad
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..core.keys import Key, fold_in, normal
-from ..core.objective import Loss
 from ..core.pack import storable
 from ..core.skeleton import TrueDerivatives
-from .derivatives import METHODS, Calls, Scalar, along, along_line, in_float64
+from .derivatives import METHODS, Calls, Scalar, Values, along, along_line
 from .outputs import total_of
 from .pullbacks import ONE_AT_A_TIME
 
@@ -68,15 +67,16 @@ class Call(NamedTuple):
         return type(self.module), self.module.extra_repr(), str(tree), tuple(getattr(x, "shape", None) for x in leaves)
 
 
-def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
+def culprits_of(values: Values, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
     """The modules, and the criterion, that break a derivative that no part of them breaks; each kind once."""
-    loss = in_float64(loss)
-    loss = replace(loss, net=loss.net.in_dtype(torch.float64), batches=loss.batches[:1])  # a skeleton to be listened to
+    net = replace(values.loss.net)  # a copy to be listened to
+    loss = replace(values.loss, net=net, batches=values.loss.batches[:1])
+    values = replace(values, loss=loss)
     out: list[Culprit] = []
     faults: dict[str, Faults] = {}
-    calls, outputs = _calls(loss, theta.double())
+    calls, outputs = _calls(values, theta.to(torch.promote_types(values.dtype, torch.float32)))
     for call in calls:  # parts come before the whole
-        f, at = _of_module(call, loss.net.attention == "keep"), (call.weights, call.args, call.kwargs)
+        f, at = _of_module(call, values), (call.weights, call.args, call.kwargs)
         inside = call.name and f"{call.name}."
         parts = {
             way for name, broken in faults.items() if name.startswith(inside) and name != call.name for way in broken
@@ -86,7 +86,8 @@ def culprits_of(loss: Loss, theta: Tensor, key: Key) -> tuple[Culprit, ...]:
             operations = _operations(f, at, broken, fold_in(key, call.name))
             out.append(Culprit.of(call.name or "the model", type(call.module).__name__, operations, own))
     name, targets = loss.criterion.name, loss.batches[0][1]
-    own = faults_of(lambda z: total_of(loss.criterion, z, targets), (outputs,), fold_in(key, "the criterion"))
+    with values.mode():
+        own = faults_of(lambda z: total_of(loss.criterion, z, targets), (outputs,), fold_in(key, "the criterion"))
     return (*out, *([Culprit.of("the criterion", name, (name,), own)] if own else ()))
 
 
@@ -146,10 +147,10 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 0
 
 
-def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
+def _calls(values: Values, theta: Tensor) -> tuple[list[Call], Tensor]:
     """Every kind of call of a module in a forward pass over the first batch, parts before the whole; and the output."""
     calls: dict[tuple, Call] = {}
-    handles, net = [], loss.net.whole
+    handles, loss, net = [], values.loss, values.loss.net.whole
     for name, module in net._running.named_modules():
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], _: Any, name: str = name) -> None:
@@ -158,18 +159,21 @@ def _calls(loss: Loss, theta: Tensor) -> tuple[list[Call], Tensor]:
             calls.setdefault(call.signature(), call)
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    with torch.no_grad(), ONE_AT_A_TIME:
+    with torch.no_grad(), ONE_AT_A_TIME, values.mode():
         outputs = net.apply(loss.params(theta), loss.batches[0][0])
     for handle in handles:
         handle.remove()
     return list(calls.values()), outputs
 
 
-def _of_module(call: Call, own_kernels: bool) -> Callable[..., Any]:
-    """The module as the net runs it: with its own kernels, or with those that have derivatives."""
+def _of_module(call: Call, values: Values) -> Callable[..., Any]:
+    """The module as the judge runs it: with its own kernels, or with those that have derivatives."""
 
     def f(weights: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-        with nullcontext() if own_kernels else TrueDerivatives():
+        with ExitStack() as stack:
+            stack.enter_context(values.mode())
+            if values.loss.net.attention != "keep":
+                stack.enter_context(TrueDerivatives())
             return functional_call(call.module, weights, args, kwargs)
 
     return f

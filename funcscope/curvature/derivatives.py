@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from ..core.criterion import Criterion
 from ..core.keys import Key, fold_in, key, normal
 from ..core.model import Functional
 from ..core.objective import Loss
+from ..core.skeleton import WithoutFloat32
 from ..core.vectors import dot
 from ..linalg.matvec import Matvec
 from .pullbacks import ONE_AT_A_TIME
@@ -134,16 +136,35 @@ def _widened(one: Derivative, smaller: list[Derivative]) -> Derivative:
     return Derivative(one.value, max([one.error, *beyond]))
 
 
-def values_of(loss: Loss) -> Loss:
-    """As a judge sees it: in float64; in its own dtype where a part of the model does not take float64."""
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A loss as a judge sees it. Made by `values_of`."""
+
+    loss: Loss
+    mode: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model's parameters, in which the values are taken."""
+        return self.loss.layout.dtype
+
+    def __call__(self, theta: Tensor) -> float:
+        with self.mode():
+            return value_at(self.loss, theta)
+
+
+def values_of(loss: Loss) -> Values:
+    """In float64 throughout; but for the casts of the model, or in its own dtype, where a part does not take that."""
     wide = in_float64(loss)
-    try:
-        value_at(wide, wide.net.theta)
-    except RuntimeError as err:
-        if "dtype" not in str(err) and "scalar type" not in str(err):
-            raise
-        return loss
-    return wide
+    for values in (Values(wide, WithoutFloat32), Values(wide, nullcontext)):
+        try:
+            values(wide.net.theta)
+        except RuntimeError as err:
+            if "dtype" not in str(err) and "scalar type" not in str(err):
+                raise
+        else:
+            return values
+    return Values(loss, nullcontext)
 
 
 def in_float64(loss: Loss) -> Loss:
@@ -170,11 +191,11 @@ def moved_leaves(loss: Loss, theta: Float[Tensor, " p"], draw: Key) -> Float[Ten
     return out
 
 
-def differenced(values: Loss, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
+def differenced(values: Values, theta: Tensor, direction: Tensor, kinks: bool) -> tuple[Derivative, Derivative]:
     """Slope and curvature of the loss along a direction at theta."""
-    wide = torch.float64 if values.layout.dtype == torch.float64 else theta.dtype
+    wide = torch.float64 if values.dtype == torch.float64 else theta.dtype
     base, step = theta.to(wide), direction.to(wide)
-    return along_line(lambda a: value_at(values, base + a * step), FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP)
+    return along_line(lambda a: values(base + a * step), FIRST_STEP_WITH_KINKS if kinks else FIRST_STEP)
 
 
 class Calls(TorchFunctionMode):
@@ -184,6 +205,8 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self.arguments = arguments
         self.names: list[str] = []
+        self.kinks = False
+        """Is one of them, of real numbers, smooth in pieces only?"""
         self.calls: list[tuple[str, Callable, tuple, dict]] = []
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -192,14 +215,11 @@ class Calls(TorchFunctionMode):
             name = f"autograd.Function {args[0].__name__}"
         if name != "__get__":
             self.names.append(name)
+            given = (x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+            self.kinks |= name.strip("_") in KINKED and any(x.is_floating_point() for x in given)
             if self.arguments and not _C._functorch.peek_interpreter_stack():
                 self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
-
-    @property
-    def kinks(self) -> bool:
-        """Is one of them smooth in pieces only?"""
-        return any(name.strip("_") in KINKED for name in self.names)
 
 
 STEP, DIFFERENT = 0.05, 0.05
