@@ -159,11 +159,10 @@ def values_of(loss: Loss) -> Values:
     for values in (Values(wide, WithoutFloat32), Values(wide, nullcontext)):
         try:
             values(wide.net.theta)
+            return values
         except RuntimeError as err:
             if "dtype" not in str(err) and "scalar type" not in str(err):
                 raise
-        else:
-            return values
     return Values(loss, nullcontext)
 
 
@@ -205,8 +204,7 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self.arguments = arguments
         self.names: list[str] = []
-        self.kinks = False
-        """Is one of them, of real numbers, smooth in pieces only?"""
+        self.kinks = False  # is one of them, of real numbers, smooth in pieces only?
         self.calls: list[tuple[str, Callable, tuple, dict]] = []
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
