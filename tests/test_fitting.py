@@ -176,7 +176,7 @@ def test_freed_memory_that_the_allocator_holds_is_not_in_use(monkeypatch):
     monkeypatch.setattr(meter, "hand_back", lambda: held.__setitem__(0, 0.9))
     looking = Meter(Options(max_memory_gb=1.0))
     held[0] = 2.0
-    looking("forward")
+    looking("forward", 1)
     assert held == [0.9]
 
 
@@ -189,7 +189,7 @@ def test_what_is_in_use_is_said_with_enough_digits(used, most, said, monkeypatch
     looking = Meter(Options(max_memory_gb=most))
     monkeypatch.setattr(meter, "memory_gb", lambda: used)
     with pytest.raises(Full, match=rf"^{said} GB are in use, 0\.50 GB of them since before.* Allow more, .*batch_size"):
-        looking("product")
+        looking("product", 1)
 
 
 def test_an_ended_metric_has_no_class_name_for_a_reason():

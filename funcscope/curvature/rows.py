@@ -100,7 +100,6 @@ def _of_batch(
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        tick("forward")
         out = loss.net.apply(loss.params(t), part[0])
         return total_of(loss.criterion, out, part[1]), loss.criterion.token_loss(out, part[1])[1].sum()
 
@@ -109,6 +108,7 @@ def _of_batch(
 
     for first in range(0, rows, chunk_size):
         last = min(first + chunk_size, rows)
+        tick("forward", num=0 if first else 1)
         if not refusal:
             try:
                 sums, weights = mapped(gradient, batch, rows, slice(first, last))
@@ -119,7 +119,10 @@ def _of_batch(
             sums, weights = map(torch.stack, singles)
             loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({refusal}).")
         total, lengths = total + sums.sum(0), lengths + float(torch.linalg.vector_norm(sums, dim=1).sum())
-        off = float(torch.linalg.vector_norm(total - gradient(batch)[0])) if last == rows else 0.0
+        off = 0.0
+        if last == rows:
+            tick("forward")
+            off = float(torch.linalg.vector_norm(total - gradient(batch)[0]))
         if math.isfinite(off) and off > tolerance(loss) * lengths:
             raise ValueError(
                 f"the gradients of {rows} single sequences add up to another one than that of their batch, off by "

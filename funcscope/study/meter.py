@@ -82,11 +82,11 @@ class Meter:
         if most is not None and highest_gb() > most:  # of what came before
             restart_highest()
 
-    def __call__(self, kind: Kind) -> None:
+    def __call__(self, kind: Kind, num: int) -> None:
         if kind == "forward":
-            self.forwards += 1
+            self.forwards += num
         else:
-            self.products += 1
+            self.products += num
         limit, most, since = self.options.timeout_seconds, self.options.max_memory_gb, time.monotonic() - self.started
         if limit is not None and since > limit:
             raise Expired(over(limit))
