@@ -19,11 +19,13 @@ from ..core.imported import layer_names
 from ..core.objective import Loss
 from ..curvature.outputs import has_head
 
-FIRST, FURTHER, ANEW = 5.5, 3.5, 9.2
-"""Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
-takes; a Gauss-Newton product takes less."""
-OF_LOGITS, OF_HEAD = 14, 10
-"""Logits of one part, and vectors as long as theta, that a product takes where the logits are made in parts.
+FIRST, FURTHER, ANEW = 11, 4.5, 15
+"""Graphs of one batch, without its parameters, that a kept Hessian product takes for its first batch and for each further one,
+and that one made anew takes; those of a transformer take some half of this, and a Gauss-Newton product less."""
+OF_THETA, OF_BATCH = 14, 2
+"""Vectors as long as theta that a product takes and its check, and for each further batch of a kept one."""
+OF_LOGITS = 14
+"""Logits of one part that a product takes where the logits are made in parts.
 
 A fifth of them is what the allocator leaves free between tensors of many sizes, more or less of it from run to run.
 """
@@ -122,17 +124,21 @@ def _head_chunks(loss: Loss, theta: Tensor) -> tuple[int, ...]:
 
 def _need(loss: Loss, theta: Tensor, way: Way) -> float:
     """Bytes that products take."""
-    kept = FIRST + FURTHER * (len(loss.batches) - 1)
-    one = in_remat(loss) if way.remat else loss
-    if way.head_chunk is None:
-        need = (kept if way.keep else ANEW) * graph_bytes(one, theta) + 3 * theta.nbytes
-    else:
-        part = min(way.head_chunk, _scored(loss)) * _logits(loss)
-        need = kept * _body_bytes(one, theta) + OF_LOGITS * part + OF_HEAD * theta.nbytes
+    further = len(loss.batches) - 1 if way.keep else 0
+    first = FIRST if way.keep else ANEW
+    need = (first + FURTHER * further) * _values(in_remat(loss) if way.remat else loss, theta, way)
+    need += (OF_THETA + OF_BATCH * further) * theta.nbytes
+    if way.head_chunk is not None:
+        need += OF_LOGITS * min(way.head_chunk, _scored(loss)) * _logits(loss)
     if way.remat:  # one layer, computed again
-        whole = graph_bytes(loss, theta) if way.head_chunk is None else _body_bytes(loss, theta)
-        need += (FIRST if way.keep else ANEW) * whole / len(layer_names(loss.net._skeleton))
+        need += first * _values(loss, theta, way) / len(layer_names(loss.net._skeleton))
     return need
+
+
+def _values(loss: Loss, theta: Tensor, way: Way) -> int:
+    """Bytes of a graph of one batch beside the parameters, which all batches share."""
+    graph = graph_bytes(loss, theta) if way.head_chunk is None else _body_bytes(loss, theta)
+    return max(0, graph - theta.nbytes)
 
 
 def _body_bytes(loss: Loss, theta: Tensor) -> int:
