@@ -210,7 +210,9 @@ _passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = we
 
 
 def checked_product(loss: Loss, theta: Float[Tensor, " p"], make: Callable[[], Matvec], way: str) -> Matvec:
-    r"""The product that is made. Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
+    r"""The product that is made.
+
+    Raises ValueError where $d^\top H d$ by it contradicts the second difference of values along a random d.
 
     One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
     eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What

@@ -19,10 +19,10 @@ from ..core.imported import layer_names
 from ..core.objective import Loss
 from ..curvature.outputs import has_head
 
-FIRST, FURTHER, ANEW = 11, 4.5, 15
-"""Graphs of one batch, without its parameters, that a kept Hessian product takes for its first batch and for each further one,
-and that one made anew takes; those of a transformer take some half of this, and a Gauss-Newton product less."""
-OF_THETA, OF_BATCH = 14, 2
+FIRST, FURTHER, ANEW = 11, 4.5, 17
+"""Graphs of one batch, without the parameters, that a kept Hessian product takes for its first batch and for each further
+one, and that one made anew takes; those of a transformer take some half of this, and a Gauss-Newton product less."""
+OF_THETA, OF_BATCH = 15, 3
 """Vectors as long as theta that a product takes and its check, and for each further batch of a kept one."""
 OF_LOGITS = 14
 """Logits of one part that a product takes where the logits are made in parts.
@@ -44,10 +44,10 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        kept = "layers in remat" if self.remat else "the graphs of all batches"
-        anew = "layers in remat, anew" if self.remat else "graphs made anew"
-        parts = "" if self.head_chunk is None else f", logits of {self.head_chunk} tokens at a time"
-        return f"{kept}{parts}" if self.keep else f"{anew}{parts}"
+        graphs = "keeping the graphs of all batches" if self.keep else "making the graphs anew for every product"
+        layers = ", with layers that are computed again" if self.remat else ""
+        parts = "" if self.head_chunk is None else f", with the logits of {self.head_chunk} tokens at a time"
+        return f"{graphs}{layers}{parts}"
 
 
 class MemoryPlan(NamedTuple):
@@ -90,10 +90,17 @@ def memory_plan(
     if not expected:
         return None
     way = min(expected, key=lambda each: (expected[each] > gib, expected[each]))
-    tried = "; ".join(f"{each.name}: {need:.2g} GiB" for each, need in expected.items())
-    least = f"; the least is {way.name}: {expected[way]:.2g} GiB, which is too much"
-    why = tried + least if expected[way] > gib else tried if len(expected) > 1 else ""
+    why = "" if [*expected] == [way] and expected[way] <= gib else _why(expected, way, gib)
     return MemoryPlan(way.keep, way.remat, expected[way], why, way.head_chunk)
+
+
+def _why(expected: Mapping[Way, float], way: Way, gib: float | int) -> str:
+    """What was expected of the ways that were tried, a sentence for each."""
+    others = [f"{each.name} would take {need:.2g} GiB" for each, need in expected.items() if each != way]
+    verdict = "too much, but the least" if expected[way] > gib else "this fits"
+    return " ".join(
+        f"{text[0].upper()}{text[1:]}." for text in [*others, f"{way.name} takes {expected[way]:.2g} GiB: {verdict}"]
+    )
 
 
 def in_remat(loss: Loss) -> Loss:
