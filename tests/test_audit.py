@@ -286,3 +286,13 @@ def test_the_command_says_what_the_function_says(tmp_path, capsys):
     assert "wrong" not in out
     assert cli.main([*args[:-1], "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
+
+
+def test_a_command_says_every_way_once():
+    from funcscope.cli.check import _listing
+
+    loss = loss_of("mlp")
+    result = fs.audit(loss, loss.net.theta, key=fs.key(0), num=2)
+    lines = _listing(result, 3).text().split("\n")
+    for way in result.ways:
+        assert sum(line.startswith(f"{way.name}  ") for line in lines) == 1

@@ -49,8 +49,8 @@ def test_whatever_says_that_memory_ran_out_halves_chunks_then_batches(error):
     assert outcome.ok
     assert outcome.result == size(made.theta())
     assert (outcome.plan["chunk"], outcome.plan["batch_size"]) == (1, 3)
-    ran_out = [f"memory ran out with {each}" for each in ("8 at a time", "4 at a time", "2 at a time", "batches of 6")]
-    assert outcome.plan["memory"] == "; ".join(ran_out)
+    ran_out = [f"Memory ran out with {each}." for each in ("8 at a time", "4 at a time", "2 at a time", "batches of 6")]
+    assert outcome.plan["memory"] == " ".join(ran_out)
 
 
 @pytest.mark.parametrize("name", ["gradient_norms", "hessian_trace"])
@@ -98,9 +98,9 @@ def test_batches_are_halved_beforehand_where_nothing_is_expected_to_fit(name, mo
         fitting.choose()
         assert fitting.fitted(loss).batch_size == (fitting.size or 3)
         sizes.append(fitting.size)
-        assert "which is too much" in fitting.why
+        assert "too much" in fitting.why
     assert sizes == [None, 2, 1]
-    assert "larger batches than of 1: " in fitting.why
+    assert "Batches of more than 1 would take " in fitting.why
     left[0] = 1.0
     roomy = Fitting(metric(name), Options(min_batch_size=1, max_memory_gb=100.0), lambda: [loss], lambda: theta)
     roomy.choose()
@@ -117,6 +117,20 @@ def test_batches_stay_where_their_halves_are_expected_to_take_as_much(monkeypatc
     assert fitting.size is None
 
 
+@pytest.mark.parametrize(("gib", "size"), [(2.2, 1), (5, None), (0.5, 1)])
+def test_batches_are_halved_as_often_as_it_takes(gib, size, monkeypatch):
+    """Also where one halving alone saves next to nothing."""
+    needs = {3: 4.0, 2: 3.9, 1: 2.0}
+    monkeypatch.setattr("funcscope.study.memory_plan._need", lambda loss, theta, way: needs[loss.batch_size] * 2**30)
+    monkeypatch.setattr("funcscope.study.fitting.memory_gb", lambda: 100 - gib * 2**30 / 1e9)
+    loss = losses()
+    options = Options(min_batch_size=1, max_memory_gb=100.0)
+    fitting = Fitting(metric("hessian_trace"), options, lambda: [loss], lambda: loss.net.theta)
+    fitting._half = lambda: {None: 2, 2: 1, 1: 0}[fitting.size]
+    fitting.choose()
+    assert fitting.size == size
+
+
 EXPECTED = {Way(True, False): 4.0, Way(False, False): 2.0, Way(True, True): 3.0, Way(False, True): 3.5}
 
 
@@ -127,7 +141,9 @@ def test_where_no_way_fits_the_least_is_taken(gib, way, monkeypatch):
     plan = memory_plan(loss, loss.net.theta, gib)
     assert (plan.keep, plan.remat) == (way == "keep", False)
     assert plan.gib == EXPECTED[Way(way == "keep", False)]
-    assert plan.why.endswith("the least is graphs made anew: 2 GiB, which is too much") == (gib < 2)
+    assert plan.why.endswith("Making the graphs anew for every product takes 2 GiB: too much, but the least.") == (
+        gib < 2
+    )
 
 
 @pytest.mark.slow
@@ -147,7 +163,7 @@ def test_a_way_that_ran_out_is_followed_by_those_that_need_less_then_by_halved_b
     outcome = one(dataclasses.replace(plain, call=hungry), subject, min_batch_size=1, max_memory_gb=100.0)
     assert tried == [(True, False, 3), (False, False, 3), (False, False, 1)]
     assert outcome.plan["memory"].endswith(
-        "memory ran out with the graphs of all batches; memory ran out with batches of 3"
+        "Memory ran out keeping the graphs of all batches. Memory ran out with batches of 3."
     )
     same_results(one(plain, subject).result, outcome.result, 1e-9)
     tried.clear()
@@ -176,7 +192,7 @@ def test_freed_memory_that_the_allocator_holds_is_not_in_use(monkeypatch):
     monkeypatch.setattr(meter, "hand_back", lambda: held.__setitem__(0, 0.9))
     looking = Meter(Options(max_memory_gb=1.0))
     held[0] = 2.0
-    looking("forward")
+    looking("forward", 1)
     assert held == [0.9]
 
 
@@ -188,8 +204,10 @@ def test_what_is_in_use_is_said_with_enough_digits(used, most, said, monkeypatch
     monkeypatch.setattr(meter, "memory_gb", lambda: 0.5)
     looking = Meter(Options(max_memory_gb=most))
     monkeypatch.setattr(meter, "memory_gb", lambda: used)
-    with pytest.raises(Full, match=rf"^{said} GB are in use, 0\.50 GB of them since before.* Allow more, .*batch_size"):
-        looking("product")
+    with pytest.raises(
+        Full, match=rf"^{said} GB are in use, 0\.50 GB of them since before.* Allow more by .*batch_size"
+    ):
+        looking("product", 1)
 
 
 def test_an_ended_metric_has_no_class_name_for_a_reason():
@@ -214,13 +232,13 @@ def test_a_peak_between_two_looks_is_said():
     for above in (0.1, 0.15):  # whatever the peak of what came before
         most = memory_gb() + above
         plain = one(Metric("peaked", peaked, ("theta",)), max_memory_gb=most)
-        assert "memory" not in plain.plan
+        assert "peak" not in plain.plan
         outcome = one(Metric("peaked", peaked, ("theta",), {"mib": 256}), max_memory_gb=most)
         assert outcome.ok
-        said, _, allowed = outcome.plan["memory"].removeprefix("at its peak ").partition(" GB, above the ")
+        said, _, allowed = outcome.plan["peak"].partition(" GB in use, above the memory limit of ")
         assert most < float(said) < most + 0.3
-        assert allowed == f"{most:g} that `max_memory_gb` allows"
-    assert "memory" not in one(SIZE, max_memory_gb=most).plan
+        assert allowed == f"{most:g} GB"
+    assert "peak" not in one(SIZE, max_memory_gb=most).plan
     assert peak_growth(lambda: torch.ones(2**24))[1] > 50
 
 

@@ -46,10 +46,10 @@ def test_the_least_time_that_fits_is_chosen_and_told():
     plans = [memory_plan(loss, theta, gib) for gib in (1.0, 0.0)]
     assert (plans[0].keep, plans[0].remat) == (True, False)
     assert plans[0].why == ""
-    assert plans[1].why.startswith("the graphs of all batches: ")
+    assert plans[1].why.startswith("Keeping the graphs of all batches would take ")
     assert plans[1].remat
     assert plans[1].gib < plans[0].gib / 1.5
-    assert plans[1].why.endswith("which is too much")
+    assert plans[1].why.endswith(": too much, but the least.")
     needs = sorted({memory_plan(loss, theta, gib).gib for gib in torch.linspace(0, plans[0].gib, 20).tolist()})
     for need in needs:  # as much as it needs is enough, and less is not
         assert memory_plan(loss, theta, need).gib == need
@@ -138,8 +138,8 @@ def test_no_number_depends_on_how_many_are_in_memory(name, monkeypatch):
         outcome = only(run([one], [subject], options=left(monkeypatch, share * whole)))
         (chunk,) = (outcome.plan[each] for each in ("chunk", "chunk_size") if each in outcome.plan)
         assert 1 <= chunk < 8
-        assert f"; {chunk}: " in outcome.plan["memory"]
-        assert outcome.plan["memory"].endswith("which is too much") == (share * whole < least)
+        assert f"GiB. {chunk} at a time take" in outcome.plan["memory"]
+        assert outcome.plan["memory"].endswith("too much, but the least that is tried.") == (share * whole < least)
         same_results(plain.result, outcome.result, 1e-9)
 
 
@@ -191,7 +191,7 @@ def test_logits_are_made_in_parts_where_they_are_most_of_the_graph():
     tight, whole, needs = plans[4096]
     assert (whole.keep, whole.head_chunk, whole.why) == (True, None, "")
     assert (tight.keep, tight.remat, tight.head_chunk) == (True, False, 128)
-    assert "the graphs of all batches, logits of 128 tokens at a time: " in tight.why
+    assert "Keeping the graphs of all batches, with the logits of 128 tokens at a time takes " in tight.why
     assert [need.keep for need in needs] == [True, False]
 
 
@@ -227,7 +227,7 @@ def test_where_what_is_beside_is_too_much_the_chunk_is_not_the_smallest(monkeypa
     monkeypatch.setattr("funcscope.study.chunk_plan._each_and_beside", lambda *_: (0.01, 1.0))
     loss = losses()
     plans = {gib: chunk_plan(metric("gradient_noise"), [loss], loss.net.theta, gib) for gib in (1.075, 1.005, 0.5)}
-    assert [(plan.chunk, plan.why.endswith("which is too much")) for plan in plans.values()] == [
+    assert [(plan.chunk, ("too much" in plan.why)) for plan in plans.values()] == [
         (7, False),
         (1, True),
         (9, True),
@@ -268,14 +268,47 @@ def taken(script, *arguments):
 @pytest.mark.parametrize(("name", "num"), [("gpt2", 1), ("gpt2", 4), ("llama", 1), ("llama", 4)])
 def test_what_is_expected_is_near_what_is_taken(name, num, gib):
     expected, measured = taken(MEMORY, name, num, gib, 512)
-    assert 0.6 * measured < expected < 1.8 * measured
+    assert 0.9 * measured < expected < 2.5 * measured, (expected, measured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_what_is_expected_of_logits_in_parts_is_near_what_is_taken(name):
     expected, measured = taken(MEMORY, name, 1, 1.0, 16000)
-    assert 0.9 * measured < expected < 2.5 * measured
+    assert 0.9 * measured < expected < 2.5 * measured, (expected, measured)
+
+
+TRACE = """
+import sys, torch, funcscope as fs
+from torch import nn
+from funcscope.core.memory import peak_growth
+from funcscope.study.measures import hessian_trace
+from funcscope.study.memory_plan import memory_plan
+torch.manual_seed(0)
+name, keep = sys.argv[1], sys.argv[2] == "True"
+model, shape = {
+    "tanh": (nn.Sequential(nn.Linear(100, 1000), nn.Tanh(), nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 10)), (100,)),
+    "images": (nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+                             nn.Flatten(), nn.Linear(512, 10)), (3, 32, 32)),
+    "wide": (nn.Sequential(nn.Linear(1000, 4000), nn.ReLU(), nn.Linear(4000, 1000), nn.ReLU(), nn.Linear(1000, 10)), (1000,)),
+}[name]
+rows = {"tanh": 1000, "images": 100, "wide": 100}[name]
+net = fs.functional(model)
+loss = fs.objective(net, [(torch.randn(rows, *shape), torch.randint(10, (rows,))) for _ in range(2)], fs.classification)
+loss(net.theta)
+expected = memory_plan(loss, net.theta, 100.0, fixed={"keep": keep})
+assert expected is not None
+print(expected.gib * 1024, peak_growth(lambda: hessian_trace(loss, net.theta, key=fs.key(0), num=4, keep=keep))[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", ["tanh", "images", "wide"])
+def test_what_is_expected_of_a_trace_is_near_what_is_taken(name, keep):
+    """Of models without layers of a transformer: with kinks, the check of the first product takes most."""
+    expected, measured = taken(TRACE, name, keep)
+    assert 0.9 * measured < expected < 2.5 * measured, (expected, measured)
 
 
 CHUNK = """
@@ -316,7 +349,7 @@ print(expected_gib(one, [loss], net.theta, chunk) * 1024, peak_growth(made)[1])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_what_is_expected_of_a_chunk_is_near_what_is_taken(name, kind, chunk):
     expected, measured = taken(CHUNK, name, kind, chunk)
-    assert 0.9 * measured < expected < 2.5 * measured
+    assert 0.9 * measured < expected < 2.5 * measured, (expected, measured)
 
 
 PAIRS = """

@@ -46,26 +46,52 @@ def test_forwards_are_those_that_the_result_states(loss):
     assert counts.forwards == len(two.batches) == 2
 
 
-def test_a_mapped_pass_is_one(loss):
-    phi = fs.restrict(loss, loss.net.theta, fs.directions(loss.net, key=fs.key(0), num=2))
-    points = fs.grid(2, span=0.1, dtype=torch.float64)
+def costs(call):
     with fs.progress(quiet=True) as counts:
-        mapped = vmap(phi, chunk_size=2)(points)
-    assert counts.forwards == 2
-    torch.testing.assert_close(mapped, torch.stack([phi(point) for point in points]))
+        call()
+    return counts.forwards, counts.products
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_every_point_of_a_plane_is_a_pass_over_every_batch(chunk, lazy):
+    loss = loss_of("mlp")
+    phi = fs.restrict(loss, loss.net.theta, fs.directions(loss.net, key=fs.key(0), num=2), lazy=lazy)
+    points = fs.grid(3, span=0.1, dtype=torch.float64)
+    assert costs(lambda: vmap(phi, chunk_size=chunk)(points)) == (9 * len(loss.batches), 0)
+    assert costs(lambda: vmap(vmap(phi), chunk_size=chunk)(points.reshape(3, 3, 2))) == (9 * len(loss.batches), 0)
+
+    def plane():
+        return fs.loss_plane(loss, loss.net.theta, fs.plane_directions(loss.net, key=fs.key(0)), num=5, chunk=chunk)
+
+    assert plane().num_forwards == 25 + 2  # theta, twice
+    assert costs(plane) == (27 * len(loss.batches), 0)
+
+
+def test_mapped_products_are_as_many_as_their_vectors(loss):
+    H = fs.hessian(loss, loss.net.theta)
+    assert costs(lambda: vmap(H, chunk_size=2)(torch.eye(len(loss.net.theta), dtype=torch.float64)[:5]))[1] == 5
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 99])
+def test_sequences_of_a_batch_are_one_pass_however_many_at_a_time(chunk):
+    """And one more, which says whether they are apart."""
+    loss = loss_of("mlp")
+    made = costs(lambda: fs.curvature.per_sample_gradients(loss, loss.net.theta, chunk_size=chunk))
+    assert made == (2 * len(loss.batches), 0)
 
 
 def test_watchers_end_with_their_context_and_may_end_the_work(loss):
     outer, inner = [], []
-    with watched(outer.append):
-        with pytest.raises(RuntimeError, match="stop"), watched(inner.append):
+    with watched(lambda kind, num: outer.append(kind)):
+        with pytest.raises(RuntimeError, match="stop"), watched(lambda kind, num: inner.append(kind)):
             tick("product")
             raise RuntimeError("stop")
         tick("forward")
     tick("forward")
     assert (outer, inner) == (["product", "forward"], ["product"])
 
-    def enough(_):
+    def enough(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), watched(enough):

@@ -44,7 +44,7 @@ def largest(loss, params, *, fails=None):
 def passes(call):
     """How many forward passes it makes."""
     seen = []
-    with watched(lambda kind: seen.append(kind)):
+    with watched(lambda kind, _: seen.append(kind)):
         result = call()
     return seen.count("forward"), result
 

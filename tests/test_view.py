@@ -228,8 +228,20 @@ def test_what_it_takes_to_make_it_again_is_on_the_page(tmp_path):
             text = html.unescape(
                 Reader(page_of.path.read_text()).visible if ending == "html" else page_of.path.read_text()
             )
-            for part in (*parts, "num 2", "chunk 7", "1,234 forward passes", "3 s", "torch 9.9"):
+            for part in (*parts, "num 2", "chunk 7", "1,234 forward passes of a batch", "3 s", "torch 9.9"):
                 assert part in " ".join(text.replace("\u200b", "").split())
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [
+        ({"forwards": 1.0, "products": 1.0}, "1 forward pass of a batch, 1 product of a matrix and a vector, 1 s"),
+        ({"forwards": 0.0}, "0 forward passes of a batch, 1 s"),
+    ],
+)
+def test_what_a_metric_cost_is_said_in_words(cost, said):
+    terms = dict(section.methods([outcome(made.example("TraceEstimate"), cost=cost)]).items)
+    assert terms["Cost"] == [said]
 
 
 def test_a_command_is_known_where_it_is_ours(monkeypatch):

@@ -65,5 +65,4 @@ def _listing(result: Audit, num: int) -> Listing:
         numbers = ("" if math.isnan(x) else f"{x:.1e}" for x in (way.deviation, way.allowed))
         rows.append((way.name, str(way.order), way.verdict, *numbers, way.reason))
     headers = ("", "order", "verdict", "deviation", "allowed", "note")
-    table = tuple(str(result).split("\n")[3 + len(rows) :])
-    return Listing(headers, tuple(rows), table).trimmed()
+    return Listing(headers, tuple(rows), tuple(result.notes)).trimmed()

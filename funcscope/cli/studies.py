@@ -203,10 +203,10 @@ def show(
             if outcome.result is not None:
                 said = with_flags(str(outcome.result), options, flags, outcome.metric)
                 print(f"\n{outcome.metric} of {outcome.subject}\n{said}")
-    rows = [o for o in results.outcomes if not shown or not o.ok]
+    rows = [o for o in results.outcomes if not shown or not o.ok or "peak" in o.plan]
     took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
     table = [
-        (o.subject, o.metric, o.status, time, with_flags(o.error, options, flags, o.metric))
+        (o.subject, o.metric, o.status, time, with_flags(o.error, options, flags, o.metric) or o.plan.get("peak", ""))
         for o, time in zip(rows, took, strict=True)
     ]
     if table:

@@ -23,6 +23,7 @@ from ..core.objective import Loss
 from ..core.skeleton import WithoutFloat32
 from ..core.vectors import dot
 from ..linalg.matvec import Matvec
+from .outputs import normalised, outputs_of
 from .pullbacks import ONE_AT_A_TIME
 
 Scalar = Callable[[Tensor], Tensor]
@@ -226,20 +227,23 @@ STEP, DIFFERENT = 0.05, 0.05
 _passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = weakref.WeakKeyDictionary()
 
 
-def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: str) -> None:
-    r"""Raises ValueError where $d^\top H d$ by `matvec` contradicts the second difference of values along a random d.
+def checked_product(loss: Loss, theta: Float[Tensor, " p"], make: Callable[[], Matvec], way: str) -> Matvec:
+    r"""The product that is made.
+
+    Raises ValueError where $d^\top H d$ by it contradicts the second difference of values along a random d.
 
     One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
     eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What
     cannot be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with
     functions that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net,
-    criterion and way.
+    criterion and way. What the product keeps is given up where values are taken again, and made again afterwards.
 
     way: "keep=True" or "keep=False".
     """
     passed = _passed.setdefault(loss.net, [])
     if any(criterion is loss.criterion and other == way for criterion, other in passed):
-        return
+        return make()
+    matvec = make()
     if loss.net.unit_roundoff < 1e-4:
         d = moved_leaves(loss, theta, fold_in(key(0), "check of a product"))
         with torch.no_grad():
@@ -247,8 +251,11 @@ def check_product(loss: Loss, theta: Float[Tensor, " p"], matvec: Matvec, way: s
         form, rounding = dot(d, Hd), 64 * torch.finfo(theta.dtype).eps * math.sqrt(dot(d, d) * dot(Hd, Hd))
         del Hd  # what has the length of theta is most of what this takes
         if not _agree_at_once(loss, theta, d, form, rounding):
+            del matvec  # its graphs: the other way of differentiation makes its own
             _decide(loss, theta, d, form, rounding, way)
+            matvec = make()
     passed.append((loss.criterion, way))
+    return matvec
 
 
 def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float) -> bool:
@@ -268,7 +275,8 @@ def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, 
     other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")
     second = math.nan
     with suppress(NotImplementedError, RuntimeError), torch.enable_grad(), ONE_AT_A_TIME:  # torch may not have it
-        second = dot(d, METHODS[product].of(loss, theta)(d))
+        weighted, scale = normalised(loss, theta)  # a batch at a time
+        second = scale * sum(dot(d, METHODS[product].of(each.sum, theta)(d)) for each in outputs_of(weighted))
     if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
         return
     right = not math.isnan(second) and not judge.contradicts(second, DIFFERENT, rounding)

@@ -15,7 +15,7 @@ from ..core.checks import check_flat, check_positive
 from ..core.objective import Loss, Theta
 from ..core.vectors import norm
 from ..linalg.matvec import Matvec
-from .derivatives import check_product
+from .derivatives import checked_product
 from .outputs import normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
 from .pullbacks import ONE_AT_A_TIME, kept_gradient, operator, rebuilt_gradient, sandwich, summed, unchanged
@@ -64,10 +64,10 @@ def hessian(
         with KeptActivations():
             return [kept_gradient(batch.scored, theta) for batch in batches]
 
-    matvec = operator(weighted, theta, maps, scale, "the Hessian needs second derivatives")
-    if check:
-        check_product(loss, theta, matvec, f"keep={keep}")
-    return matvec
+    def made() -> Matvec:
+        return operator(weighted, theta, maps, scale, "the Hessian needs second derivatives")
+
+    return checked_product(loss, theta, made, f"keep={keep}") if check else made()
 
 
 def ggn(loss: Loss, theta: Theta, *, keep: bool = True, head_chunk: int | None = None) -> Matvec:

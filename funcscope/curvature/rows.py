@@ -110,7 +110,6 @@ def _of_batch(
     total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
 
     def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        tick("forward")
         out = loss.net.apply(loss.params(t), part[0])
         return total_of(loss.criterion, out, part[1]), loss.criterion.token_loss(out, part[1])[1].sum()
 
@@ -125,6 +124,7 @@ def _of_batch(
 
     for first in range(0, rows, chunk_size):
         last = min(first + chunk_size, rows)
+        tick("forward", num=0 if first else 1)
         if not refusal:
             try:
                 sums, weights = mapped(gradient, batch, rows, slice(first, last))

@@ -60,10 +60,14 @@ class LossPath(Measured, Result):
     excess_stderr = derived("standard error of the loss over the chord", unit="loss", per="t", shown=False)(
         attrgetter("_excess.stderr")
     )
-    argmax = derived("index of the largest loss over the chord")(lambda self: _argmax(self.excess))
+    argmax = derived("index of the largest loss over the chord", shown=False)(lambda self: _argmax(self.excess))
     """Where `barrier_linear` is reached; the first of several."""
-    argmax_loss = derived("index of the largest loss")(lambda self: _argmax(self.losses))
+    argmax_loss = derived("index of the largest loss", shown=False)(lambda self: _argmax(self.losses))
     """Where `barrier_max` is reached; the first of several."""
+    argmax_t = derived("position t of the largest loss over the chord")(
+        lambda self: float(self.coefficients[self.argmax])
+    )
+    argmax_loss_t = derived("position t of the largest loss")(lambda self: float(self.coefficients[self.argmax_loss]))
     loss_start = derived("loss at the start", unit="loss")(lambda self: self.mean(self.sums[0]))
     loss_end = derived("loss at the end", unit="loss")(lambda self: self.mean(self.sums[-1]))
     loss_max = derived("largest loss", unit="loss")(lambda self: self.mean(self.sums[self.argmax_loss]))

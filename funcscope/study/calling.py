@@ -79,9 +79,9 @@ class Call:
             self.edited = self._edits() != before
             said = lost(err)
             outcome = replace(empty, **said | {"error": self._named(said["error"])})
-        why = "; ".join(each for each in (self.fitting.why, meter.exceeded) if each)
-        plan = {"batch_size": self.fitting.size, "timeout": held or None, "memory": why or None}
-        told = self.fitting.plan | {name: value for name, value in plan.items() if value is not None}
+        plan = {"timeout": held, "memory": self.fitting.why, "peak": meter.exceeded}
+        told = self.fitting.plan | ({} if self.fitting.size is None else {"batch_size": self.fitting.size})
+        told |= {name: text for name, text in plan.items() if text}
         seconds = max(0.0, time.perf_counter() - started + self.elsewhere)
         cost = {"seconds": seconds, "forwards": meter.forwards, "products": meter.products}
         return replace(outcome, plan=spoken(told), cost=cost)

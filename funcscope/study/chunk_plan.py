@@ -109,9 +109,11 @@ def chunk_plan(one: Metric, losses: Sequence[Loss], theta: Tensor, gib: float | 
         return None
     chunk = max(1, min(usual, int(max(gib - beside, LITTLE * beside if beside > gib else 0.0) / each)))
     need = beside + chunk * each
-    said = f"{usual} at a time: {beside + usual * each:.2g} GiB"
-    said += f"; {chunk}: {need:.2g} GiB" if chunk < usual else ""
-    return ChunkPlan(name, chunk, need, said + (", which is too much" if need > gib else ""))
+    verdict = "too much, but the least that is tried" if need > gib else "this fits"
+    said = f"{usual} at a time would take {beside + usual * each:.2g} GiB. " if chunk < usual else ""
+    return ChunkPlan(
+        name, chunk, need, f"{said}{chunk} at a time {'takes' if chunk == 1 else 'take'} {need:.2g} GiB: {verdict}."
+    )
 
 
 def expected_gib(one: Metric, losses: Sequence[Loss], theta: Tensor, chunk: int) -> float:

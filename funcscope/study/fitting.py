@@ -19,7 +19,7 @@ FIRST_CHUNK = 8
 """What is halved where memory runs out and the metric chose its chunk itself."""
 
 WORTH = 0.9
-"""Batches are halved by what is expected where that is less by more than this."""
+"""Where nothing is expected to fit, batches are halved as far as that is worth it: to within this of the least."""
 Plan = TypeVar("Plan", MemoryPlan, ChunkPlan)
 
 
@@ -74,7 +74,7 @@ class Fitting:
     def why(self) -> str:
         """What was expected, and what ran out of memory all the same."""
         expected = [each.why for each in (self.ways, self.chunked) if each is not None and each.why]
-        return "; ".join([*expected, *self.said])
+        return " ".join([*expected, *self.said])
 
     @property
     def _has_ways(self) -> bool:
@@ -95,16 +95,16 @@ class Fitting:
         return chunk_plan(self.one, self._divided(), self.theta(), gib)
 
     def _in_batches(self, plan_for: Callable[[float], Plan | None], gib: float) -> Plan | None:
-        """A plan for batches that are halved as long as none fits and as less is expected of halves."""
-        plan = plan_for(gib)
-        while plan is not None and plan.gib > gib and (smaller := self._half()):
-            before, self.size = self.size, smaller
-            other = plan_for(gib)
-            if other is not None and other.gib > WORTH * plan.gib:
-                self.size = before
-                break
-            self.said.append(f"larger batches than of {smaller}: {plan.gib:.2g} GiB")
-            plan = other
+        """A plan for the largest batches, halved as often as it takes, that is expected to fit; else one near the least."""
+        tried = [(self.size, plan_for(gib))]
+        while (plan := tried[-1][1]) is not None and plan.gib > gib and (smaller := self._half()):
+            self.size = smaller
+            tried.append((smaller, plan_for(gib)))
+        needs = [0.0 if plan is None else plan.gib for _, plan in tried]  # None: it fits as it is
+        last = next(i for i, need in enumerate(needs) if need <= max(gib, min(needs) / WORTH))
+        self.size, plan = tried[last]
+        if last:
+            self.said.append(f"Batches of more than {tried[last][0]} would take {needs[last - 1]:.2g} GiB.")
         return plan
 
     def _other_way(self) -> bool:
@@ -116,14 +116,14 @@ class Fitting:
         if other is None or other.gib > below:
             return False
         self.below = below
-        self.said.append(f"memory ran out with {self.ways.name}")
+        self.said.append(f"Memory ran out {self.ways.name}.")
         return True
 
     def _smaller_chunk(self) -> bool:
         for name in CHUNKS:
             chunk = self.plan.get(name, 1) or FIRST_CHUNK
             if chunk > 1:
-                self.said.append(f"memory ran out with {chunk} at a time")
+                self.said.append(f"Memory ran out with {chunk} at a time.")
                 self.plan[name] = chunk // 2
                 return True
         return False
@@ -131,7 +131,7 @@ class Fitting:
     def _smaller_batches(self) -> bool:
         if not (smaller := self._half()):
             return False
-        self.said.append(f"memory ran out with batches of {self._size}")
+        self.said.append(f"Memory ran out with batches of {self._size}.")
         self.size = smaller
         return True
 

@@ -1,7 +1,7 @@
 """How a metric's products are to be made so that they fit: whole graphs, logits in parts, graphs made anew, layers again.
 
-One forward pass says what a graph of one batch holds; what derivatives of it take are multiples of that, measured of GPT-2
-and Llama models. No number depends on the choice beyond rounding: all make the same products.
+One forward pass says what a graph of one batch holds; what derivatives of it take are multiples of that, measured. No number
+depends on the choice beyond rounding: all make the same products.
 """
 
 from __future__ import annotations
@@ -19,11 +19,28 @@ from ..core.imported import layer_names
 from ..core.objective import Loss
 from ..curvature.outputs import has_head
 
-FIRST, FURTHER, ANEW = 5.5, 3.5, 9.2
-"""Graphs of one batch that a kept Hessian product takes for its first batch and for each further one, and that one made anew
-takes; a Gauss-Newton product takes less."""
-OF_LOGITS, OF_HEAD = 14, 10
-"""Logits of one part, and vectors as long as theta, that a product takes where the logits are made in parts.
+
+class Multiples(NamedTuple):
+    """What a Hessian product takes: graphs of one batch without the parameters, and vectors as long as theta."""
+
+    first: float
+    """Graphs, for the first batch of a kept product."""
+    further: float
+    """For each further one."""
+    anew: float
+    """Of a product that is made anew, for its largest batch."""
+    theta: float
+    """Vectors, those of its check included."""
+    theta_further: float
+    """For each further batch of a kept product."""
+
+
+LAYERS = Multiples(5.5, 3.5, 9.2, 12, 3.5)
+"""Of models with layers of transformers, measured of GPT-2 and Llama; a Gauss-Newton product takes less."""
+OTHERS = Multiples(11, 4.5, 17, 17, 3)
+"""Of all others, measured of tanh, ReLU and convolutional nets: with kinks, the check of a first product takes most."""
+OF_LOGITS = 14
+"""Logits of one part that a product takes where the logits are made in parts.
 
 A fifth of them is what the allocator leaves free between tensors of many sizes, more or less of it from run to run.
 """
@@ -42,10 +59,10 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        kept = "layers in remat" if self.remat else "the graphs of all batches"
-        anew = "layers in remat, anew" if self.remat else "graphs made anew"
-        parts = "" if self.head_chunk is None else f", logits of {self.head_chunk} tokens at a time"
-        return f"{kept}{parts}" if self.keep else f"{anew}{parts}"
+        graphs = "keeping the graphs of all batches" if self.keep else "making the graphs anew for every product"
+        layers = ", with layers that are computed again" if self.remat else ""
+        parts = "" if self.head_chunk is None else f", with the logits of {self.head_chunk} tokens at a time"
+        return f"{graphs}{layers}{parts}"
 
 
 class MemoryPlan(NamedTuple):
@@ -88,10 +105,17 @@ def memory_plan(
     if not expected:
         return None
     way = min(expected, key=lambda each: (expected[each] > gib, expected[each]))
-    tried = "; ".join(f"{each.name}: {need:.2g} GiB" for each, need in expected.items())
-    least = f"; the least is {way.name}: {expected[way]:.2g} GiB, which is too much"
-    why = tried + least if expected[way] > gib else tried if len(expected) > 1 else ""
+    why = "" if [*expected] == [way] and expected[way] <= gib else _why(expected, way, gib)
     return MemoryPlan(way.keep, way.remat, expected[way], why, way.head_chunk)
+
+
+def _why(expected: Mapping[Way, float], way: Way, gib: float | int) -> str:
+    """What was expected of the ways that were tried, a sentence for each."""
+    others = [f"{each.name} would take {need:.2g} GiB" for each, need in expected.items() if each != way]
+    verdict = "too much, but the least" if expected[way] > gib else "this fits"
+    return " ".join(
+        f"{text[0].upper()}{text[1:]}." for text in [*others, f"{way.name} takes {expected[way]:.2g} GiB: {verdict}"]
+    )
 
 
 def in_remat(loss: Loss) -> Loss:
@@ -122,17 +146,22 @@ def _head_chunks(loss: Loss, theta: Tensor) -> tuple[int, ...]:
 
 def _need(loss: Loss, theta: Tensor, way: Way) -> float:
     """Bytes that products take."""
-    kept = FIRST + FURTHER * (len(loss.batches) - 1)
-    one = in_remat(loss) if way.remat else loss
-    if way.head_chunk is None:
-        need = (kept if way.keep else ANEW) * graph_bytes(one, theta) + 3 * theta.nbytes
-    else:
-        part = min(way.head_chunk, _scored(loss)) * _logits(loss)
-        need = kept * _body_bytes(one, theta) + OF_LOGITS * part + OF_HEAD * theta.nbytes
+    multiples = LAYERS if layer_names(loss.net._skeleton) else OTHERS
+    further = len(loss.batches) - 1 if way.keep else 0
+    first = multiples.first if way.keep else multiples.anew
+    need = (first + multiples.further * further) * _values(in_remat(loss) if way.remat else loss, theta, way)
+    need += (multiples.theta + multiples.theta_further * further) * theta.nbytes
+    if way.head_chunk is not None:
+        need += OF_LOGITS * min(way.head_chunk, _scored(loss)) * _logits(loss)
     if way.remat:  # one layer, computed again
-        whole = graph_bytes(loss, theta) if way.head_chunk is None else _body_bytes(loss, theta)
-        need += (FIRST if way.keep else ANEW) * whole / len(layer_names(loss.net._skeleton))
+        need += first * _values(loss, theta, way) / len(layer_names(loss.net._skeleton))
     return need
+
+
+def _values(loss: Loss, theta: Tensor, way: Way) -> int:
+    """Bytes of a graph of one batch beside the parameters, which all batches share."""
+    graph = graph_bytes(loss, theta) if way.head_chunk is None else _body_bytes(loss, theta)
+    return max(0, graph - theta.nbytes)
 
 
 def _body_bytes(loss: Loss, theta: Tensor) -> int:

@@ -48,7 +48,7 @@ class Options:
     max_memory_gb: float | None = None
     """Of the process, or of the device's allocator. A metric that is above it is made again with less at a time, as long as
     there is less, and ends as out of memory then. Looked at before every forward pass and product; a peak between two of
-    them is said in `plan["memory"]` of the outcome."""
+    them is said in `plan["peak"]` of the outcome."""
     cleanup: bool = True
     """Empty the device's cache after every metric. On the CPU garbage is collected and freed memory given back where memory
     ran out, and before a metric where more than half of `max_memory_gb` is in use."""
@@ -82,11 +82,11 @@ class Meter:
         if most is not None and highest_gb() > most:  # of what came before
             restart_highest()
 
-    def __call__(self, kind: Kind) -> None:
+    def __call__(self, kind: Kind, num: int) -> None:
         if kind == "forward":
-            self.forwards += 1
+            self.forwards += num
         else:
-            self.products += 1
+            self.products += num
         limit, most, since = self.options.timeout_seconds, self.options.max_memory_gb, time.monotonic() - self.started
         if limit is not None and since > limit:
             raise Expired(over(limit))
@@ -101,7 +101,8 @@ class Meter:
         if (used := memory_gb()) > most:
             raise Full(
                 f"{_above(used, most)} GB are in use, {self.before:.2f} GB of them since before the metric began; "
-                f"`max_memory_gb` allows {most:g}. Allow more, or pass a smaller `batch_size` or shorter sequences."
+                f"the memory limit is {most:g} GB. Allow more by `max_memory_gb`, or pass a smaller `batch_size` or shorter "
+                "sequences."
             )
 
     @property
@@ -110,7 +111,7 @@ class Meter:
         most = self.options.max_memory_gb
         if most is None or not (peak := highest_gb()) > most:
             return ""
-        return f"at its peak {_above(peak, most)} GB, above the {most:g} that `max_memory_gb` allows"
+        return f"{_above(peak, most)} GB in use, above the memory limit of {most:g} GB"
 
 
 def _above(used: float, most: float) -> str:

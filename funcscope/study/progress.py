@@ -19,15 +19,15 @@ class Counts:
     """What was evaluated so far inside `progress`."""
 
     forwards: int = 0
-    """Forward passes of one batch, those of gradients included."""
+    """Forward passes of one batch at one point, those of gradients included."""
     products: int = 0
     """Products of an operator with one vector."""
 
-    def add(self, kind: Kind) -> None:
+    def add(self, kind: Kind, num: int) -> None:
         if kind == "forward":
-            self.forwards += 1
+            self.forwards += num
         else:
-            self.products += 1
+            self.products += num
 
 
 @contextmanager
@@ -52,10 +52,10 @@ def progress(*, total: int | None = None, quiet: bool = False) -> Iterator[Count
     try:
         with tqdm(total=total, disable=hidden, unit=" evaluations", dynamic_ncols=True) as bar:
 
-            def count(kind: Kind) -> None:
-                counts.add(kind)
+            def count(kind: Kind, num: int) -> None:
+                counts.add(kind, num)
                 bar.set_postfix(forwards=counts.forwards, products=counts.products, refresh=False)
-                bar.update()
+                bar.update(num)
 
             with watched(counts.add if hidden else count):
                 yield counts

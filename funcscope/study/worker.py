@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.progress import Kind, watched
+from ..core.progress import watched
 from .modules import OwnModule
 from .record import versions
 
@@ -87,7 +87,7 @@ class Stop:
     def __init__(self, worker: Any, key: Any):
         self.worker, self.key, self.looked = worker, key, time.monotonic()
 
-    def __call__(self, _: Kind) -> None:
+    def __call__(self, *_: object) -> None:
         if time.monotonic() - self.looked < LOOK_EVERY:
             return
         self.looked = time.monotonic()

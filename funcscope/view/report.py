@@ -20,7 +20,7 @@ from ..study.results import Results
 from .export import ENDINGS, export
 from .numbers import typeset
 from .page import Block, Code, Fact, Page, Section, Table, Terms, markdown, render
-from .section import MOST_COLUMNS, entries, label, methods, on, panel, section, shown, table, tried
+from .section import MOST_COLUMNS, entries, label, methods, on, panel, passes, section, shown, table, total, tried
 
 __all__ = ["methods", "panel", "save_plots", "section", "table", "write_report"]
 
@@ -202,11 +202,10 @@ def _strip(results: Results) -> list[Fact]:
     few = ", ".join([*dict.fromkeys(outcome.group or outcome.subject for outcome in models.values())][:2])
     span = f", steps {min(steps):,} to {max(steps):,}" if len(steps) > 1 else ""
     num, lost = len(results.outcomes), len(results.failed)
-    seconds, passes = (float(sum(o.cost.get(each, 0) for o in results.outcomes)) for each in ("seconds", "forwards"))
     metrics, tasks = ({getattr(o, each) for o in results.outcomes} for each in ("metric", "task"))
     return [
         Fact("Models", f"{len(models):,}", few + span),
         Fact("Metrics", f"{len(metrics)}", _data(tasks)),
         Fact("Results", f"{num - lost} of {num}", "the others say why not" if lost else "nothing failed"),
-        Fact("Computing", duration(seconds), f"{passes:,.0f} forward passes"),
+        Fact("Computing", duration(total(results.outcomes, "seconds")), passes(results.outcomes)),
     ]

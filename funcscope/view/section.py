@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.tables import LONGEST, Entry, is_estimate, numbers
+from ..core.tables import LONGEST, Entry, counted, is_estimate, numbers
 from ..study.cache import Outcome
 from ..study.catalogue import CATALOGUE
 from ..study.record import duration
@@ -94,18 +94,31 @@ def tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
 def methods(outcomes: Sequence[Outcome]) -> Terms:
     """Settings, plan, seed, cost, data and reference of what was measured; each once where it is one for all."""
     one, many = CATALOGUE.get(outcomes[0].metric), f" for {len(outcomes)} subjects" if len(outcomes) > 1 else ""
-    costs = [float(sum(o.cost.get(each, 0) for o in outcomes)) for each in ("forwards", "products", "seconds")]
     seeds = (outcome.content.get("seed") for outcome in outcomes)
-    cost = f"{costs[0]:,.0f} forward passes, {costs[1]:,.0f} products, {duration(costs[2])}{many}"
     rows = {
         "Settings": [_values(outcome.settings) for outcome in outcomes],
         "Plan": [_values(outcome.plan) for outcome in outcomes],
         "Seed": [str(seed) for seed in seeds if seed is not None],
-        "Cost": [cost],
+        "Cost": [f"{passes(outcomes)}{_products(outcomes)}, {duration(total(outcomes, 'seconds'))}{many}"],
         "Data": [outcome.task for outcome in outcomes],
         "Reference": [one.reference if one else ""],
     }
     return Terms([(name, list(dict.fromkeys(filter(None, texts)))) for name, texts in rows.items() if any(texts)])
+
+
+def passes(outcomes: Sequence[Outcome]) -> str:
+    """How many forward passes they took."""
+    return counted(int(total(outcomes, "forwards")), "forward pass of a batch", "forward passes of a batch")
+
+
+def _products(outcomes: Sequence[Outcome]) -> str:
+    num = int(total(outcomes, "products"))
+    return f", {counted(num, 'product')} of a matrix and a vector" if num else ""
+
+
+def total(outcomes: Sequence[Outcome], what: str) -> float:
+    """Of what they cost: forwards, products or seconds."""
+    return float(sum(outcome.cost.get(what, 0) for outcome in outcomes))
 
 
 def entries(outcome: Outcome) -> dict[str, Entry]:
