@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import results as made
 import torch
+from problems import seeded
 from test_engine import SIZE, Hungry, Size, one, size, source
 
 import funcscope as fs
@@ -349,6 +351,20 @@ def test_out_of_memory_at_chunk_eight_gives_the_numbers_of_chunk_four(cache):
     assert tight.plan["chunk"] == 4
     assert tight.plan["memory"] == "memory ran out with 8 at a time"
     assert tight.result == four.result  # bit for bit
+
+
+def test_weights_that_are_not_finite_are_named(cache):
+    model = seeded(0, lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
+    torch.nn.init.constant_(model[2].bias, float("nan"))
+    torch.nn.init.constant_(model[2].weight, float("inf"))
+    loss = fs.objective(fs.functional(model), [(torch.ones(2, 3), torch.zeros(2).long())], fs.classification)
+    said = r"`2.weight` has entries that are not finite, and 1 more of the weights have"
+    for name in ("sam_sharpness", "hessian_eigenvalues"):
+        outcome = one(metric(name), cache, InMemory({"data": loss}, "broken"))
+        assert outcome.status == "failed"
+        assert len(re.findall(said, outcome.error)) == 1
+    with pytest.raises(ValueError, match=said):
+        fs.directional_losses(loss, loss.net.theta, key=fs.key(0), n_samples=2)
 
 
 def test_memory_that_the_processor_does_not_have_is_memory():

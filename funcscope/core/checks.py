@@ -62,6 +62,24 @@ def check_finite_params(params: Mapping[str, Tensor], what: str) -> None:
             raise ValueError(f"`{name}` is not finite, where {what} not defined: look at the weights.")
 
 
+def check_finite_loss(value: float, params: Mapping[str, Tensor]) -> None:
+    """What is measured around theta is compared with the loss there."""
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch (an attention "
+            f"mask of zeros, an overflow in half precision).{said_not_finite(params)}"
+        )
+
+
+def said_not_finite(params: Mapping[str, Tensor]) -> str:
+    """A sentence that names the weights with entries that are not finite; empty where there are none."""
+    bad = [name for name, value in params.items() if not bool(value.isfinite().all())]
+    if not bad:
+        return ""
+    others = f", and {len(bad) - 1} more of the weights have" if len(bad) > 1 else ""
+    return f" `{bad[0]}` has entries that are not finite{others}: the checkpoint itself is broken."
+
+
 def check_params(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     """`given` has exactly these names and shapes: a wrong shape might broadcast."""
     check_names(given, shapes, what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .apart import check_apart
 from .batches import Prepared, divided, num_rows, prepared, tensors, with_finite_targets
-from .checks import check_device, check_flat, check_params
+from .checks import check_device, check_finite_loss, check_flat, check_params
 from .criterion import Criterion
 from .estimate import wide
 from .layout import Layout, Params
@@ -150,11 +149,7 @@ class Loss:
         check_shapes(self, theta)
         with torch.no_grad():
             value = float(self(theta))
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the loss at theta is {value}: nothing around it can be measured. Check the weights and the batch "
-                "(an attention mask of zeros, an overflow in half precision)."
-            )
+        check_finite_loss(value, self.leaves(theta))
         return value
 
     def with_buffers(self, buffers: Params) -> Loss:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.checks import check_choice, check_count, check_device, check_flat, check_positive
+from ..core.checks import check_choice, check_count, check_device, check_finite_loss, check_flat, check_positive
 from ..core.directions import Direction, dot, stack
 from ..core.objective import Loss
 from ..core.standard_errors import means
@@ -72,6 +72,7 @@ def evaluate(
         centre, first = (part := next(sums))[0], part[1:]
         at_theta = tuple(estimate(each, weights) for each in centre)
         baseline, second = (float(each.value) for each in (at_theta[0], estimate(again[0], weights)))
+        check_finite_loss(baseline, loss.net.params)
         check_baseline(baseline, second, loss.net.unit_roundoff)
         parts = [_statistics(first, centre, weights)]
         while slab := list(islice(sums, SLAB)):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import said_not_finite
 from ..core.objective import Loss
 from ..core.progress import watched
 from ..core.result import Result
@@ -134,7 +135,10 @@ class Call:
         return {key: fitted(each) for key, each in value.items()} if isinstance(value, Mapping) else fitted(value)
 
     def _named(self, error: str) -> str:
-        """What is said of several subjects, which the function knows as its arguments, by their own names."""
+        """What is said of several subjects, which the function knows as its arguments, by their own names; of weights that
+        make every number nan, the first."""
+        broken = said_not_finite(self.subject.net.params)
+        error += "" if broken in error else broken
         if names := self.subject.own.get("names"):
             arguments = {f"thetas[{i}]": name for i, name in enumerate(names)}
             arguments |= {"start": names[0], "end": names[-1], "loss.net": names[-1]}
