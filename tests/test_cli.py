@@ -325,6 +325,8 @@ def test_usage(capsys):
             ["analyze", "RUN", "--metrics", "sam_sharpness", "--set", "sam_sharpness.epsilom=1"],
             "did you mean 'epsilon'",
         ),
+        (["analyze", "RUN", "--set", "metrics=mean_loss"], "`--set metrics=mean_loss` does not choose.*--metrics NAME"),
+        (["analyze", "MODEL", "--data", "TEXTS", "--field", "say"], "line 1: no field 'say'; it has 'text'"),
         (["analyze", "RUN", "MODEL"], "have different data: analyse them in two calls"),
         (["analyze", "MODEL"], "need texts: `--data FILE`"),
         (["compare", "MODEL", "MODEL", "--data", "x"], "given twice"),
@@ -338,7 +340,7 @@ def test_usage(capsys):
     ],
 )
 def test_bad_arguments_get_one_clear_line(run, models, capsys, args, message):
-    places = {"RUN": str(run), "MODEL": models[0][0]}
+    places = {"RUN": str(run), "MODEL": models[0][0], "TEXTS": str(models[1])}
     assert cli.main([places.get(word, word) for word in args]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -376,6 +378,16 @@ def test_what_failed_names_options(models, tmp_path, capsys):
     few = ["--packing", "--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
     assert cli.main(["analyze", str(path), "--metrics", "mean_loss", *few]) == 1
     assert "`--packing` is for" in capsys.readouterr().out
+
+
+def test_one_reason_of_several_metrics_is_said_once(models, tmp_path, capsys):
+    path = folder(tmp_path / "broken", scale=float("nan"))
+    names = ["sam_sharpness", "critical_sharpness", "mean_loss"]
+    few = ["--data", models[1], "--out", str(tmp_path / "out"), *FEW.split()]
+    assert cli.main(["analyze", str(path), "--metrics", *names, *few]) == 1
+    out = capsys.readouterr().out
+    assert out.count("more of the weights have") == 1
+    assert "the same" in out
 
 
 HEAD = "--metrics hessian_trace --set hessian_trace.head_chunk=4 --set hessian_trace.keep=false"

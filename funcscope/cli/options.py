@@ -106,6 +106,10 @@ def changed(args: argparse.Namespace, flags: Mapping[str, Flag]) -> tuple[dict[s
         metric, dot, setting = name.partition(".")
         if not equals:
             raise ValueError(f"`--set` takes name=value or metric.setting=value, got {text!r}.")
+        if name == "metrics":
+            raise ValueError(
+                f"`--set {text}` does not choose what is measured: `funcscope analyze MODEL --metrics NAME ...` does."
+            )
         if not dot:
             given[name] = parsed(value)
         elif metric in CATALOGUE:

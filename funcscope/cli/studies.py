@@ -19,6 +19,7 @@ from ..study.dataset import check_dataset, is_dataset
 from ..study.flags import FLAGS
 from ..study.folder import local_folder
 from ..study.images import is_image_folder
+from ..study.inputs.text import read_texts
 from ..study.listing import Listing, terminal_width
 from ..study.modules import import_modules
 from ..study.presets import Preset
@@ -152,6 +153,7 @@ def _study(
             "verbose": not args.quiet,
         }
     )
+    _check_texts(config)
     check_writable(out)
     started = time.perf_counter()
     try:
@@ -191,6 +193,15 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
             raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
 
 
+def _check_texts(config: UnifiedConfig) -> None:
+    """The first text of every file is read before a model is."""
+    given = config.dataset_name
+    how: Any = {name: getattr(config, name) for name in ("field", "label_field", "second_field", "unit")}
+    for file in [given] if isinstance(given, str) else (given or {}).values():
+        if Path(file).is_file():
+            next(read_texts(file, **how))
+
+
 def show(
     results: Results, out: Path, *, shown: bool, seconds: float, options: Collection[str], flags: Mapping[str, Flag]
 ) -> int:  # fmt: skip
@@ -204,10 +215,11 @@ def show(
                 said = with_flags(str(outcome.result), options, flags, outcome.metric)
                 print(f"\n{outcome.metric} of {outcome.subject}\n{said}")
     rows = [o for o in results.outcomes if not shown or not o.ok or "peak" in o.plan]
+    reasons = [with_flags(o.error, options, flags, o.metric) or o.plan.get("peak", "") for o in rows]
     took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
     table = [
-        (o.subject, o.metric, o.status, time, with_flags(o.error, options, flags, o.metric) or o.plan.get("peak", ""))
-        for o, time in zip(rows, took, strict=True)
+        (o.subject, o.metric, o.status, time, "the same" if why and why == before else why)
+        for o, time, why, before in zip(rows, took, reasons, ["", *reasons], strict=False)
     ]
     if table:
         print(f"\n{Listing(('model', 'metric', 'status', 'time', 'why'), tuple(table)).trimmed().text(width)}")
