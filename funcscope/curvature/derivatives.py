@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,14 +15,10 @@ from torch.func import grad, jvp, vjp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ..core.criterion import Criterion
-from ..core.keys import Key, fold_in, key, normal
-from ..core.model import Functional
+from ..core.keys import Key, normal
 from ..core.objective import Loss
 from ..core.skeleton import WithoutFloat32
 from ..core.vectors import dot
-from ..linalg.matvec import Matvec
-from .outputs import normalised, outputs_of
 from .pullbacks import ONE_AT_A_TIME
 
 Scalar = Callable[[Tensor], Tensor]
@@ -219,73 +214,6 @@ class Calls(TorchFunctionMode):
             if self.arguments and not _C._functorch.peek_interpreter_stack():
                 self.calls.append((name, func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
-
-
-STEP, DIFFERENT = 0.05, 0.05
-"""Of the direction; and relative, below which two curvatures are not called different, whatever their errors."""
-
-_passed: weakref.WeakKeyDictionary[Functional, list[tuple[Criterion, str]]] = weakref.WeakKeyDictionary()
-
-
-def checked_product(loss: Loss, theta: Float[Tensor, " p"], make: Callable[[], Matvec], way: str) -> Matvec:
-    r"""The product that is made.
-
-    Raises ValueError where $d^\top H d$ by it contradicts the second difference of values along a random d.
-
-    One product and three forward passes where both agree. Where they do not, the values are taken again in float64 with
-    eleven steps, so that the difference has an error; the product is refused only beyond ten of those errors and 5 %. What
-    cannot be decided passes: half precision, kinks within the smallest step, a curvature below rounding. A model with
-    functions that have kinks is refused only if another way of differentiation contradicts the product, too. Once per net,
-    criterion and way. What the product keeps is given up where values are taken again, and made again afterwards.
-
-    way: "keep=True" or "keep=False".
-    """
-    passed = _passed.setdefault(loss.net, [])
-    if any(criterion is loss.criterion and other == way for criterion, other in passed):
-        return make()
-    matvec = make()
-    if loss.net.unit_roundoff < 1e-4:
-        d = moved_leaves(loss, theta, fold_in(key(0), "check of a product"))
-        with torch.no_grad():
-            Hd = matvec(d)
-        form, rounding = dot(d, Hd), 64 * torch.finfo(theta.dtype).eps * math.sqrt(dot(d, d) * dot(Hd, Hd))
-        del Hd  # what has the length of theta is most of what this takes
-        if not _agree_at_once(loss, theta, d, form, rounding):
-            del matvec  # its graphs: the other way of differentiation makes its own
-            _decide(loss, theta, d, form, rounding, way)
-            matvec = make()
-    passed.append((loss.criterion, way))
-    return matvec
-
-
-def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float) -> bool:
-    with torch.no_grad(), ONE_AT_A_TIME:
-        plus, middle, minus = (float(loss(torch.add(theta, d, alpha=a))) for a in (STEP, 0.0, -STEP))
-    difference = (plus - 2 * middle + minus) / STEP**2
-    noise = 32 * loss.net.unit_roundoff * max(map(abs, (plus, middle, minus))) / STEP**2
-    allowed = DIFFERENT * max(abs(form), abs(difference)) + noise + rounding
-    return not abs(form - difference) > allowed  # nan: others say what is not finite
-
-
-def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, way: str) -> None:
-    kinks = has_kinks(loss, theta)
-    judge = differenced(values_of(loss), theta, d, kinks)[1]
-    if not judge.contradicts(form, DIFFERENT, rounding):
-        return
-    other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")
-    second = math.nan
-    with suppress(NotImplementedError, RuntimeError), torch.enable_grad(), ONE_AT_A_TIME:  # torch may not have it
-        weighted, scale = normalised(loss, theta)  # a batch at a time
-        second = scale * sum(dot(d, METHODS[product].of(each.sum, theta)(d)) for each in outputs_of(weighted))
-    if kinks and abs(second - form) <= DIFFERENT * abs(form) + rounding:
-        return
-    right = not math.isnan(second) and not judge.contradicts(second, DIFFERENT, rounding)
-    raise ValueError(
-        f"`hessian({way})` is wrong for this model: along a random direction the curvature is {form:.6g} by its product and "
-        f"{judge.value:.6g} ± {judge.error:.1g} by differences of the loss; a kernel or an `autograd.Function` has a wrong "
-        f"second derivative. Take {f'`hessian({other})`, which agrees' if right else '`hessian_difference`'}; "
-        "`funcscope.audit` names the operation."
-    )
 
 
 def has_kinks(loss: Loss, theta: Tensor) -> bool:

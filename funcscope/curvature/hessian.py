@@ -15,9 +15,9 @@ from ..core.checks import check_flat, check_positive
 from ..core.objective import Loss, Theta
 from ..core.vectors import norm
 from ..linalg.matvec import Matvec
-from .derivatives import checked_product
 from .outputs import normalised, outputs_of, total_weight
 from .pointwise import KeptActivations
+from .product_check import checked_product
 from .pullbacks import ONE_AT_A_TIME, kept_gradient, operator, rebuilt_gradient, sandwich, summed, unchanged
 
 Matrix = Literal["hessian", "ggn"]

@@ -92,63 +92,90 @@ def gradient_chunks(
     check_count("chunk_size", chunk_size)
     theta = Loss.vector(loss, theta)
     for batch in loss.batches:
-        yield from _of_batch(loss, theta, batch, reduction, chunk_size)
+        own = _Sequences(loss, theta, batch)
+        for sums, weights in own.chunks(chunk_size):
+            if own.seen == own.num:
+                _check_same(own, chunk_size)
+            yield sums if reduction == "sum" else sums / weights[:, None].to(sums.dtype)
 
 
-def _of_batch(
-    loss: Loss, theta: Tensor, batch: tuple[Any, Any], reduction: Reduction, chunk_size: int, *, nearby: bool = False
-) -> Iterator[Tensor]:
-    """The rows, a chunk at a time; the last one once they, each with a factor, are known to be the gradient of the whole.
+class _Sequences:
+    """The gradients of the single sequences of a batch."""
 
-    Rows that are not are of sequences that see each other, unless all that they are is rounding, as where the model makes the
-    targets itself: then those of parameters nearby are.
-    """
-    rows = num_rows(batch)
-    factors = 1 + (torch.arange(1, rows + 1, dtype=torch.float64) * GOLDEN).frac().to(
-        theta
-    )  # no two alike: sums may agree
-    total, lengths, refusal = torch.zeros_like(theta), 0.0, ""
+    def __init__(self, loss: Loss, theta: Tensor, batch: tuple[Any, Any]):
+        self.loss, self.theta, self.batch, self.num = loss, theta, batch, num_rows(batch)
+        self.refusal = ""
+        """What torch says where `vmap` refuses the model."""
+        golden = torch.arange(1, self.num + 1, dtype=torch.float64) * GOLDEN
+        self.factors = 1 + golden.frac().to(theta)  # no two alike: gradients that are wrong can have the right sum
+        self.seen, self.total, self.lengths = 0, torch.zeros_like(theta), 0.0
+        """Gradients so far, their sum times factors, and the sum of their lengths."""
 
-    def summed(t: Tensor, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        out = loss.net.apply(loss.params(t), part[0])
-        return total_of(loss.criterion, out, part[1]), loss.criterion.token_loss(out, part[1])[1].sum()
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gradients of sums, and weights."""
+        while self.seen < self.num:
+            tick("forward", num=0 if self.seen else 1)
+            at = slice(self.seen, min(self.seen + size, self.num))
+            sums, weights = self._of(at)
+            self.seen, self.total = at.stop, self.total + self.factors[at] @ sums
+            self.lengths += float(torch.linalg.vector_norm(sums, dim=1).sum())
+            yield sums, weights
 
-    def gradient(part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        return grad(summed, has_aux=True)(theta, part)
+    def off(self) -> float:
+        """How far the sum is from the gradient of the batch's losses times factors; 0 where either is not finite."""
 
-    def weighted(t: Tensor) -> Tensor:
-        sums, _ = loss.scored(lambda inputs: loss.net.apply(loss.params(t), inputs), *batch)
-        if sums.shape != factors.shape:
-            raise ValueError(f"a batch of {rows} rows has {sums.numel()} losses: its rows are not its sequences.")
-        return (sums.to(factors) * factors).sum()
-
-    for first in range(0, rows, chunk_size):
-        last = min(first + chunk_size, rows)
-        tick("forward", num=0 if first else 1)
-        if not refusal:
-            try:
-                sums, weights = mapped(gradient, batch, rows, slice(first, last))
-            except RuntimeError as err:
-                refusal = str(err).split("\n", 1)[0][:100] or type(err).__name__
-            except ValueError as err:
+        def weighted(t: Tensor) -> Tensor:
+            sums, _ = self.loss.scored(lambda inputs: self.loss.net.apply(self.loss.params(t), inputs), *self.batch)
+            if sums.shape != self.factors.shape:
                 raise ValueError(
-                    f"{err} That was said of one of {rows} sequences, which dimension 0 must number."
-                ) from err
-        if refusal:  # or this says what is wrong with the model
-            singles = zip(*(gradient(cut(batch, slice(i, i + 1), rows)) for i in range(first, last)), strict=True)
-            sums, weights = map(torch.stack, singles)
-            loss.say_once(f"gradients are taken one sequence at a time, as `vmap` refuses this model ({refusal}).")
-        total = total + factors[first:last] @ sums
-        lengths += float(torch.linalg.vector_norm(sums, dim=1).sum())
-        off = float(torch.linalg.vector_norm(total - grad(weighted)(theta))) if last == rows else 0.0
-        if math.isfinite(off) and off > tolerance(loss) * lengths:
-            if nearby:
-                raise ValueError(
-                    f"the gradients of {rows} single sequences are others than in their batch: their sum is off by "
-                    f"{off:.1e} where their lengths add up to {lengths:.1e}: {coupled(rows)}"
+                    f"a batch of {self.num} rows has {sums.numel()} losses: its rows are not its sequences."
                 )
-            deque(_of_batch(loss, moved(theta), batch, reduction, chunk_size, nearby=True), maxlen=0)
-        yield sums if reduction == "sum" else sums / weights[:, None].to(sums.dtype)
+            return (sums.to(self.factors) * self.factors).sum()
+
+        off = float(torch.linalg.vector_norm(self.total - grad(weighted)(self.theta)))
+        return off if math.isfinite(off) else 0.0
+
+    def _of(self, at: slice) -> tuple[Tensor, Tensor]:
+        if not self.refusal:
+            try:
+                return mapped(self._gradient, self.batch, self.num, at)
+            except RuntimeError as err:
+                self.refusal = str(err).split("\n", 1)[0][:100] or type(err).__name__
+            except ValueError as err:
+                said = f"{err} That was said of one of {self.num} sequences, which dimension 0 must number."
+                raise ValueError(said) from err
+        each = (cut(self.batch, slice(i, i + 1), self.num) for i in range(at.start, at.stop))
+        sums, weights = map(torch.stack, zip(*map(self._gradient, each), strict=True))
+        # or the calls have said what is wrong with the model
+        self.loss.say_once(
+            f"gradients are taken one sequence at a time, as `vmap` refuses this model ({self.refusal})."
+        )
+        return sums, weights
+
+    def _gradient(self, part: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        loss, (inputs, targets) = self.loss, part
+
+        def summed(t: Tensor) -> tuple[Tensor, Tensor]:
+            out = loss.net.apply(loss.params(t), inputs)
+            return total_of(loss.criterion, out, targets), loss.criterion.token_loss(out, targets)[1].sum()
+
+        return grad(summed, has_aux=True)(self.theta)
+
+
+def _check_same(own: _Sequences, size: int) -> None:
+    """Gradients of sequences alone are those that they have in the batch; nearby, where at theta all may be rounding.
+
+    That is so where the model makes the targets itself.
+    """
+    if own.off() <= tolerance(own.loss) * own.lengths:
+        return
+    near = _Sequences(own.loss, moved(own.theta), own.batch)
+    deque(near.chunks(size), maxlen=0)
+    if (off := near.off()) > tolerance(own.loss) * near.lengths:
+        raise ValueError(
+            f"the gradients of {own.num} single sequences are others than in their batch: a sum of them is off by {off:.1e} "
+            f"where their lengths add up to {near.lengths:.1e}: {coupled(own.num)}"
+        )
 
 
 def _parts(batch: tuple[Any, Any], m: int) -> Iterator[tuple[Any, Any]]:
