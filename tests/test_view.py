@@ -237,6 +237,7 @@ def test_what_it_takes_to_make_it_again_is_on_the_page(tmp_path):
     [
         ({"forwards": 1.0, "products": 1.0}, "1 forward pass of a batch, 1 product of a matrix and a vector, 1 s"),
         ({"forwards": 0.0}, "0 forward passes of a batch, 1 s"),
+        ({"forwards": 0.0, "products": 7.0}, "7 products of a matrix and a vector, 1 s"),
     ],
 )
 def test_what_a_metric_cost_is_said_in_words(cost, said):

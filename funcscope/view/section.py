@@ -99,7 +99,7 @@ def methods(outcomes: Sequence[Outcome]) -> Terms:
         "Settings": [_values(outcome.settings) for outcome in outcomes],
         "Plan": [_values(outcome.plan) for outcome in outcomes],
         "Seed": [str(seed) for seed in seeds if seed is not None],
-        "Cost": [f"{passes(outcomes)}{_products(outcomes)}, {duration(total(outcomes, 'seconds'))}{many}"],
+        "Cost": [", ".join((*_work(outcomes), duration(total(outcomes, "seconds")))) + many],
         "Data": [outcome.task for outcome in outcomes],
         "Reference": [one.reference if one else ""],
     }
@@ -111,9 +111,11 @@ def passes(outcomes: Sequence[Outcome]) -> str:
     return counted(int(total(outcomes, "forwards")), "forward pass of a batch", "forward passes of a batch")
 
 
-def _products(outcomes: Sequence[Outcome]) -> str:
+def _work(outcomes: Sequence[Outcome]) -> list[str]:
+    """What they took of each kind; kinds of which they took nothing are left out beside another."""
     num = int(total(outcomes, "products"))
-    return f", {counted(num, 'product')} of a matrix and a vector" if num else ""
+    products = [f"{counted(num, 'product')} of a matrix and a vector"] if num else []
+    return [passes(outcomes), *products] if total(outcomes, "forwards") or not num else products
 
 
 def total(outcomes: Sequence[Outcome], what: str) -> float:
