@@ -1,17 +1,18 @@
 """Activation functions whose first two derivatives are kept: what a kept Hessian graph would make anew in every product.
 
 torch differentiates the backward of GELU and SiLU by a dozen operations on arrays of the size of the activations. Here both
-derivatives are made once, with the graph, and a product takes three multiplications.
+derivatives are made once, with the graph, and a product takes three multiplications and torch's own pullback.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,8 @@ class Pointwise(NamedTuple):
     """A function of one number."""
 
     value: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor], Tensor]
+    """g, x -> g f'(x) by torch's own kernel, one pass over memory."""
     derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
     """x -> f'(x), f''(x)."""
 
@@ -53,8 +56,10 @@ class _Value(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        return None, _Slope.apply(ctx.at, upstream, x)[0]
+        upstream, x = (_C._functorch.unwrap_if_dead(each) for each in (upstream, *ctx.saved_tensors))
+        if torch.is_grad_enabled() and (upstream.requires_grad or x.requires_grad):
+            return None, _Slope.apply(ctx.at, upstream, x)[0]
+        return None, ctx.at.pull(upstream, x)  # in a product, which comes through here once more
 
 
 class _Slope(Function):
@@ -80,7 +85,8 @@ class _Slope(Function):
 
 def _gelu(approximate: str = "none") -> Pointwise:
     derivatives = _gelu_derivatives if approximate == "none" else _gelu_tanh_derivatives
-    return Pointwise(lambda x: F.gelu(x, approximate=approximate), derivatives)
+    pull = partial(torch.ops.aten.gelu_backward, approximate=approximate)
+    return Pointwise(partial(F.gelu, approximate=approximate), pull, derivatives)
 
 
 def _gelu_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +107,7 @@ def _gelu_tanh_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _silu(inplace: bool = False) -> Pointwise | None:
-    return None if inplace else Pointwise(F.silu, _silu_derivatives)
+    return None if inplace else Pointwise(F.silu, torch.ops.aten.silu_backward, _silu_derivatives)
 
 
 def _silu_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
