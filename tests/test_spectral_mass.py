@@ -144,3 +144,40 @@ def test_what_may_be_noise_has_its_bounds_where_it_is_open():
     assert " to " in open_.split(";")[1]
     assert known.startswith("0 ± 0 (n = 4); below")
     assert " to " not in known
+
+
+def drawn(seed, make):
+    return make(torch.Generator().manual_seed(seed))
+
+
+def with_outliers(draw):
+    far = -10 * torch.rand(6, generator=draw).double() - 2
+    return torch.cat([far, torch.rand(194, generator=draw).double()]).sort().values
+
+
+def in_a_tail(draw):
+    torch.rand(30, generator=draw)
+    return (-torch.randn(30, generator=draw).double().abs().exp()).sort().values
+
+
+@pytest.mark.parametrize(
+    ("make", "seed", "steps", "at"),
+    [
+        (in_a_tail, 52, 40, -1.4684727981785164), (with_outliers, 5, 100, 0.1), (with_outliers, 5, 100, 0.3),
+        (with_outliers, 6, 100, 0.3), (with_outliers, 6, 100, 0.7),
+    ],
+)  # fmt: skip
+def test_copies_of_nodes_are_no_ends_of_krylov_spaces(make, seed, steps, at):
+    """Outliers converge first, and come again without reorthogonalisation, some to the last bit with a weight of 0."""
+    eigenvalues, seen = drawn(seed, make), []
+
+    def matvec(v):
+        seen.append(v.clone())
+        return eigenvalues * v
+
+    like = torch.zeros_like(eigenvalues)
+    density = spectral_density(matvec, like, key=key(seed), num_probes=1, steps=steps)
+    weights = seen[0].square() / seen[0].square().sum()
+    mass, true = density.mass_between(-math.inf, at), float(weights[eigenvalues < at].sum())
+    assert mass.low - 1e-9 <= true <= mass.high + 1e-9
+    assert mass.high > mass.low

@@ -23,6 +23,10 @@ from .spectral_mass import SpectralMass, bracket
 
 Scale = Literal["linear", "symlog"]
 Rank = Literal["effective_rank", "participation_ratio"]
+CHECK = 2
+"""Products that look whether a matrix is symmetric."""
+TINY = 1e-10
+"""A weight that a new copy of a node may have."""
 RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
@@ -158,7 +162,7 @@ class SpectralDensity(Result):
         """
         edge = self.edge(tol)
         value, half = self.negative_fraction(tol), self.halved._share(-math.inf, -edge)
-        rules = zip(self.nodes, self.weights, self._ends()[1].tolist(), strict=True)
+        rules = zip(self.nodes, self.weights, self._ends()[2].tolist(), strict=True)
         bounds = [0.0 if exact else christoffel(x, w, -edge, self.rounding) for x, w, exact in rules]
         return self._resolution(value, half, sum(bounds) / len(bounds), 1.0)
 
@@ -198,8 +202,8 @@ class SpectralDensity(Result):
         if not low < high:
             raise ValueError(f"`low` must be below `high`, got {low!r} and {high!r}.")
         share, near = self._share(low, high), self.edge() / 2
-        nodes, exact = self._ends()
-        ((least, most), (below, up_to)) = (bracket(nodes, self.weights, at, near, exact) for at in (low, high))
+        nodes, weights, exact = self._ends()
+        ((least, most), (below, up_to)) = (bracket(nodes, weights, at, near, exact) for at in (low, high))
         ends = float((below - most).clamp_min(0.0).mean()), float((up_to - least).clamp_max(1.0).mean())
         bound = max(float(share.value) - ends[0], ends[1] - float(share.value))
         return SpectralMass(share.value, share.stderr, share.num, *ends, *self._enough(share, bound, 1.0))
@@ -207,15 +211,20 @@ class SpectralDensity(Result):
     def _share(self, low: float, high: float) -> Estimate:
         return Estimate.of(self._means(lambda x: ((x >= low) & (x < high)).double()))
 
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        """Nodes, infinity for those that only fill a row; and which probes are exact: without copies of a node, at the end
-        of their Krylov space."""
+    def _ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes and weights, those last that only fill a row; and which probes are exact, at the end of their Krylov space.
+
+        A node that looks like a filling one may be a copy, which recurrences without reorthogonalisation make: then products
+        were taken for it. Where one has next to no weight, or a neighbour within rounding, there are copies, too.
+        """
         fills = (self.nodes == self.nodes[:, :1]) & (self.weights == 0)
         fills[:, 0] = False
-        copies = (self.nodes.diff() <= self.edge()) & ~fills[:, 1:]
-        num = (~fills).sum(1)
+        known = self.num_matvecs - int((~fills).sum()) in (0, CHECK)
+        nodes, order = self.nodes.masked_fill(fills & known, math.inf).sort(dim=1, stable=True)
+        weights, num = self.weights.gather(1, order), (~fills).sum(1)
+        copies = (nodes.diff() <= self.edge()) | (weights[:, 1:] < TINY) & nodes[:, 1:].isfinite()
         ended = (num < self.steps) | (num == self.num_parameters)
-        return self.nodes.masked_fill(fills, math.inf), ended & ~copies.any(1)
+        return nodes, weights, ended & ~copies.any(1) & known
 
     @derived("effective rank", unit="eigenvalues")
     def effective_rank(self) -> Estimate:
