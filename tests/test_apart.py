@@ -178,10 +178,9 @@ def test_it_is_looked_at_once_for_every_shape_and_not_where_nothing_is_cut():
     check_apart(loss, 5)
     assert calls == []
     loss.split(4)
-    assert calls == [4, 2, 2]
-    loss.split(2)
-    gram(loss.split(3), net.theta, chunk_size=3)
-    assert max(calls) == 4
+    assert calls == [5, 4, 1]
+    loss.split(4)
+    assert calls == [5, 4, 1]
     calls.clear()
     check_apart(loss, 4)
     assert calls == []
@@ -280,7 +279,7 @@ def test_pairs_of_which_nothing_can_be_shared_are_compared_at_their_ends():
     loss.check_function()
     calls.clear()
     loss.split(10)
-    assert sum(calls) == 20
+    assert sum(calls) == 80
 
 
 def its_own_outputs(model, criterion):
@@ -317,4 +316,83 @@ def test_dimension_0_is_that_of_sequences():
     x, y = torch.ones(7, 2, 4), torch.zeros(2).long()
     loss = fs.objective(fs.functional(seeded(0, Recurrent)), [(x, y)], fs.classification)
     with pytest.raises(ValueError, match="one of 2 sequences, which dimension 0 must number"):
+        fs.per_sample_gradients(loss, loss.net.theta)
+
+
+class Centred(nn.Module):
+    """Features without the mean of their group, which the last column numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        features, group = self.layer(x[:, :3]), x[:, 3]
+        alike = (group[:, None] == group).to(x.dtype)
+        return features - alike @ features / alike.sum(1, keepdim=True)
+
+
+def grouped(size=8, num=64):
+    x = seeded(1, lambda: torch.cat([torch.randn(num, 3), (torch.arange(num) // size)[:, None].float()], 1)).double()
+    net = fs.functional(seeded(0, Centred).double())
+    return fs.objective(net, [(x, torch.arange(num) % 2)], fs.classification)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12])
+def test_neighbours_that_see_each_other_are_not_parted(size):
+    with pytest.raises(ValueError, match="see each other"):
+        grouped().split(size)
+
+
+def test_whole_groups_are_parts():
+    whole = grouped()
+    for size in (8, 16):
+        torch.testing.assert_close(whole.split(size)(whole.net.theta), whole(whole.net.theta))
+
+
+COUPLED = {
+    "a mean": lambda: nn.Sequential(nn.Linear(3, 4), Minus(), nn.Linear(4, 2)),
+    "a norm at the end": lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
+    "a softmax": lambda: nn.Sequential(nn.Linear(3, 2), nn.Softmax(0)),
+}
+
+
+class Minus(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_grams_lengths_and_fishers_of_coupled_sequences_are_refused(name):
+    x = inputs_of(12)["x"]
+    net = fs.functional(seeded(0, COUPLED[name]).double())
+    loss = fs.objective(net, [(x, torch.arange(12) % 2)], fs.classification)
+    for function in (gram, gradient_norms, fs.empirical_fisher, fs.per_sample_gradients):
+        with pytest.raises(ValueError, match="see each other"):
+            function(loss, net.theta)
+
+
+def test_every_batch_of_what_may_be_shared_is_looked_at():
+    """The prior of the first batch is constant, and that of the second is not."""
+    square = fs.custom(lambda out, target: ((out - target) ** 2).sum(1))
+    net = fs.functional(seeded(0, lambda: Prior(lambda s: s.mean())).double())
+    x, y = seeded(1, lambda: (torch.randn(2, 9, 6).double(), torch.randn(2, 9, 2).double()))
+    priors = torch.stack([torch.ones(9), torch.arange(9.0)]).double()
+    for order in ([0, 1], [1, 0]):
+        batches = [((x[i], priors[i]), y[i]) for i in order]
+        with pytest.raises(ValueError, match="has 9 rows"):
+            fs.objective(net, batches, square).split(3)
+
+
+def test_small_losses_are_no_sign_of_coupling():
+    """p - 1 of a confident classifier is a few units of rounding, which no factor may round again."""
+    for seed in range(6):
+        model = seeded(seed, lambda: nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 4)))
+        x = seeded(seed, lambda: torch.randn(16, 20))
+        with torch.no_grad():
+            y = model(x).argmax(1)
+            margin = model(x).topk(2).values.diff(dim=1).abs().min()
+            model[2].weight.mul_(12 / margin)
+            model[2].bias.mul_(12 / margin)
+        loss = fs.objective(fs.functional(model), [(x, y)], fs.classification)
         fs.per_sample_gradients(loss, loss.net.theta)

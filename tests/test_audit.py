@@ -296,3 +296,20 @@ def test_a_command_says_every_way_once():
     lines = _listing(result, 3).text().split("\n")
     for way in result.ways:
         assert sum(line.startswith(f"{way.name}  ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_a_confident_classifier_are_rounding_and_pass(dtype):
+    """All losses are 0, or units of rounding, and so is the curvature: no kernel is wrong."""
+    for seed in range(4):
+        model = seeded(seed, lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))).to(dtype)
+        x = seeded(seed, lambda: torch.randn(12, 5, dtype=dtype))
+        with torch.no_grad():
+            y = model(x).argmax(1)
+            factor = (34 if dtype == torch.float64 else 15) / model(x).topk(2).values.diff(dim=1).abs().min()
+            model[2].weight.mul_(factor)
+            model[2].bias.mul_(factor)
+        loss = fs.objective(fs.functional(model), [(x, y)], fs.classification)
+        for keep in (True, False):
+            product = fs.hessian(loss, loss.net.theta, keep=keep)(loss.net.theta)
+            assert product.isfinite().all()

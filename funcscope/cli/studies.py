@@ -216,10 +216,11 @@ def show(
                 print(f"\n{outcome.metric} of {outcome.subject}\n{said}")
     rows = [o for o in results.outcomes if not shown or not o.ok or "peak" in o.plan]
     reasons = [with_flags(o.error, options, flags, o.metric) or o.plan.get("peak", "") for o in rows]
+    bare = [why.removeprefix(f"{o.metric} ") for o, why in zip(rows, reasons, strict=True)]
     took = ("reused" if o.reused else f"{o.cost.get('seconds', 0):.1f} s" for o in rows)
     table = [
-        (o.subject, o.metric, o.status, time, "the same" if why and why == before else why)
-        for o, time, why, before in zip(rows, took, reasons, ["", *reasons], strict=False)
+        (o.subject, o.metric, o.status, time, "the same" if why and one == before else why)
+        for o, time, why, one, before in zip(rows, took, reasons, bare, ["", *bare], strict=False)
     ]
     if table:
         print(f"\n{Listing(('model', 'metric', 'status', 'time', 'why'), tuple(table)).trimmed().text(width)}")

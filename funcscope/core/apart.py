@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from .batches import can_be_cut, is_cut, num_rows, rows
+from .content import of_tree
 from .criterion import Labels
 from .held import peak_bytes
 from .purity import output_nearby
@@ -49,17 +50,19 @@ def tolerance(loss: Loss) -> float:
 def check_apart(loss: Loss, size: int) -> None:
     """Raises ValueError where a batch of more than `size` sequences would be cut and its parts had other losses.
 
-    Some of the last and of the first sequences, `size` in all and two at least, are scored beside each other and apart, near
-    the net's own parameters. Where a tensor may be shared, as several have that many rows, so are all of the batch and up to
-    32 of its parts; of a batch that would take more than 1 GiB, as many sequences as do not. No gradient, and once for every
-    shape of batch of an objective. A tensor that has to be left whole is named.
+    The last two parts and the first two are scored beside each other and apart, near the net's own parameters: once for
+    every shape of batch of an objective. Where a tensor may be shared, as several have that many rows, so are all sequences
+    of every batch and up to 32 of its parts; of a batch that would take more than 1 GiB, as many as do not. No gradient. A
+    tensor that has to be left whole is named.
     """
     if hasattr(loss.net, "shares"):
         return  # a forward pass is one of all ranks together, which compare what they have themselves
     for pair in loss.batches:
         num = rows(pair)
         if num is not None and num > size and can_be_cut(pair, num):
-            verdict = f"apart: {_structure(pair)}"
+            verdict = f"apart by {size}: {_structure(pair)}"
+            if _may_share(loss, pair, num):  # what all share differs from batch to batch
+                verdict += of_tree(pair)
             if verdict not in loss._verdicts:
                 _check(loss, pair, num, size)
                 loss._verdicts.add(verdict)
@@ -106,13 +109,13 @@ def _refuse(loss: Loss, pair: Any, num: int, reason: str, places: Tensor, parts:
 
 def _compared(loss: Loss, pair: Any, num: int, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Sequences that are scored beside each other, and the positions of parts among them."""
-    ends = _places(pair, num, min(num, max(size, 2)))
-    halves = list(torch.arange(len(ends)).tensor_split(2))
-    yield ends, halves
+    ends = _places(pair, num, min(num, 4 * size))
+    yield ends, list(torch.arange(len(ends)).split(size))
     if not _may_share(loss, pair, num):
         return
-    few, more = (peak_bytes(lambda at=at: _scored(loss, _part(pair, num, at))) for at in (ends[halves[0]], ends))
-    each = (more - few) / len(halves[1])
+    half = len(ends) // 2
+    few, more = (peak_bytes(lambda at=at: _scored(loss, _part(pair, num, at))) for at in (ends[:half], ends))
+    each = (more - few) / (len(ends) - half)
     most = num if more + each * (num - len(ends)) <= MOST else int(len(ends) + (MOST - more) / each)
     if most > len(ends):
         parts = torch.arange(most).split(size)

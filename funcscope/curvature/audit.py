@@ -220,7 +220,7 @@ class _Subject:
             probes += zip(derivatives, [dirs[-1], *dirs[:-1]], self.mixed, strict=True)
         elif method.order == 2:
             probes += ((of(d).detach(), d, judge) for d, judge in zip(self.sums, self.together, strict=True))
-        own = getattr(of, "error", float)() / 10
+        own = getattr(of, "error", float)() / 5  # a typical error, not a bound: half of it again is nothing wrong
         for derivative, d, judge in probes:
             value, size = along(derivative, d), norm(d) * norm(derivative) if derivative.ndim else abs(judge.value)
             scale = max(abs(value), abs(judge.value))

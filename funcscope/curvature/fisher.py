@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_map
 
+from ..core.apart import check_apart
 from ..core.checks import check_choice, check_count
 from ..core.criterion import Criterion
 from ..core.keys import Key, check_key, fold_in
@@ -88,6 +89,7 @@ def empirical_fisher(
     check_choice("unit", unit, ("sequence", "token"))
     theta = Loss.vector(loss, theta)
     by = _by_token if unit == "token" else _by_sequence
+    check_apart(loss, 1)
     if unit == "token":
         _check_apart(loss, theta)
     scale = total_weight(loss, theta) if unit == "token" else _num_sequences(loss, theta)

@@ -23,7 +23,16 @@ from ..core.purity import moved
 from .outputs import total_of
 
 Reduction = Literal["sum", "mean"]
-GOLDEN = (5**0.5 - 1) / 2
+
+
+def factors_of(num: int) -> Float[Tensor, " num"]:
+    """Of each sequence, in sums that are to tell them apart: powers of 2, which round no number, in an order without period.
+
+    >>> factors_of(6)
+    tensor([4., 1., 8., 2., 1., 4.], dtype=torch.float64)
+    """
+    golden = (5**0.5 - 1) / 2
+    return 2 ** (4 * (torch.arange(1, num + 1, dtype=torch.float64) * golden).frac()).floor()
 
 
 def micro_batches(loss: Loss, m: int) -> list[Loss]:
@@ -106,8 +115,7 @@ class _Sequences:
         self.loss, self.theta, self.batch, self.num = loss, theta, batch, num_rows(batch)
         self.refusal = ""
         """What torch says where `vmap` refuses the model."""
-        golden = torch.arange(1, self.num + 1, dtype=torch.float64) * GOLDEN
-        self.factors = 1 + golden.frac().to(theta)  # no two alike: gradients that are wrong can have the right sum
+        self.factors = factors_of(self.num).to(theta)  # gradients that are wrong can have the right sum
         self.seen, self.total, self.lengths = 0, torch.zeros_like(theta), 0.0
         """Gradients so far, their sum times factors, and the sum of their lengths."""
 

@@ -20,7 +20,7 @@ from ..core.estimate import wide
 from ..core.objective import Loss
 from .leaf_gradients import LeafGradients, Part, Rows
 from .outputs import total_of
-from .rows import GOLDEN, per_sample_gradients
+from .rows import factors_of, per_sample_gradients
 from .uses import run
 
 Unit = Literal["sequence", "token"]
@@ -93,7 +93,7 @@ class Data:
             name for name in self.loss.layout.names if name not in self.by_rows and (shape, name) not in self.compared
         }
         if indexed:
-            factors = 1 + (torch.arange(1, num + 1, dtype=torch.float64) * GOLDEN).frac()
+            factors = factors_of(num)
             expected = self._summed(batch, factors)
         elif names:
             row, expected = self._alone(batch, num)
@@ -140,8 +140,7 @@ def tiles_of(loss: Loss, unit: Unit, chunk_size: int) -> list[Tile]:
     """The batches and the places of their rows, cut to `chunk_size`; put together up to it where sequences score the same."""
     check_choice("unit", unit, ("sequence", "token"))
     check_count("chunk_size", chunk_size)
-    if unit == "token":
-        check_apart(loss, 1)
+    check_apart(loss, 1)
     batches = loss.split(chunk_size).batches if unit == "sequence" else divided(_tokens(loss), chunk_size)
     tiles: list[Tile] = []
     for i, batch in enumerate(batches):
