@@ -349,7 +349,7 @@ def test_out_of_memory_at_chunk_eight_gives_the_numbers_of_chunk_four(cache):
     tight = one(Metric("tight", Hungry(4, 99), needs, plan=plan), cache)
     four = one(Metric("four", Hungry(99, 99), needs, plan={"chunk": 4}))
     assert tight.plan["chunk"] == 4
-    assert tight.plan["memory"] == "memory ran out with 8 at a time"
+    assert tight.plan["memory"] == "Memory ran out with 8 at a time."
     assert tight.result == four.result  # bit for bit
 
 
