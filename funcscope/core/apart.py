@@ -109,15 +109,15 @@ def _refuse(loss: Loss, pair: Any, num: int, reason: str, places: Tensor, parts:
 
 def _compared(loss: Loss, pair: Any, num: int, size: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Sequences that are scored beside each other, and the positions of parts among them."""
-    ends = _places(pair, num, min(num, 4 * size))
-    yield ends, list(torch.arange(len(ends)).split(size))
+    span = min(num, 2 * size)
+    for ends in _ends(pair, num, span):
+        yield ends, list(torch.arange(span).split(size))
     if not _may_share(loss, pair, num):
         return
-    half = len(ends) // 2
-    few, more = (peak_bytes(lambda at=at: _scored(loss, _part(pair, num, at))) for at in (ends[:half], ends))
-    each = (more - few) / (len(ends) - half)
-    most = num if more + each * (num - len(ends)) <= MOST else int(len(ends) + (MOST - more) / each)
-    if most > len(ends):
+    few, more = (peak_bytes(lambda at=at: _scored(loss, _part(pair, num, at))) for at in (ends[: span // 2], ends))
+    each = (more - few) / (span - span // 2)
+    most = num if more + each * (num - span) <= MOST else int(span + (MOST - more) / each)
+    if most > span:
         parts = torch.arange(most).split(size)
         some = torch.linspace(0, len(parts) - 1, min(len(parts), PARTS)).round().long().tolist()
         yield torch.linspace(0, num - 1, most, dtype=torch.float64).round().long(), [parts[i] for i in some]
@@ -136,14 +136,16 @@ def _may_share(loss: Loss, pair: Any, num: int) -> bool:
     return (loss.net.config is None and several(inputs)) or (not isinstance(targets, Labels) and several(targets))
 
 
-def _places(pair: Any, num: int, size: int) -> Tensor:
-    """The last and the first sequences that are scored: a model that counts rows from the first does not find them there."""
-    if size == num:
-        return torch.arange(num)
+def _ends(pair: Any, num: int, span: int) -> Iterator[Tensor]:
+    """The last and the first sequences that are scored; all of them where these are no more."""
+    if span == num:
+        yield torch.arange(num)
+        return
     weight = pair[1].weight if isinstance(pair[1], Labels) else torch.ones(num)
     some = weight.reshape(num, -1).any(1).nonzero()[:, 0].cpu()
-    some = some if len(some) >= size else torch.arange(num)
-    return torch.cat([some[len(some) - size // 2 :], some[: size - size // 2]])
+    some = some if len(some) >= span else torch.arange(num)
+    yield some[-span:]
+    yield some[:span]
 
 
 def _part(pair: Any, num: int, at: Tensor, whole: int | None = None) -> Any:
