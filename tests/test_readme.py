@@ -135,9 +135,12 @@ def test_the_script_for_several_ranks_runs_by_torchrun(tmp_path):
     (tmp_path / "ranks.py").write_text(block)
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 ranks.py"
     told = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=tmp_path, env={**os.environ, **told}, capture_output=True, text=True
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=tmp_path, env={**os.environ, **told}, capture_output=True, text=True
+        )
+        if "terminate called without an active exception" not in done.stderr:
+            break  # else gloo's own threads, once in some fifty ends of a rank on a busy machine, when all is done
     assert done.returncode == 0, done.stderr
     first, second = re.findall(r"^1 {2,}([0-9.e+-]+)", done.stdout, re.MULTILINE)
     assert float(first) == pytest.approx(float(second), rel=1e-4)

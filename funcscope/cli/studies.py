@@ -19,7 +19,6 @@ from ..study.dataset import check_dataset, is_dataset
 from ..study.flags import FLAGS
 from ..study.folder import local_folder
 from ..study.images import is_image_folder
-from ..study.inputs.text import read_texts
 from ..study.listing import Listing, terminal_width
 from ..study.modules import import_modules
 from ..study.presets import Preset
@@ -195,6 +194,8 @@ def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
 
 def _check_texts(config: UnifiedConfig) -> None:
     """The first text of every file is read before a model is."""
+    from ..study.inputs.text import read_texts  # beside what imports transformers
+
     given = config.dataset_name
     how: Any = {name: getattr(config, name) for name in ("field", "label_field", "second_field", "unit")}
     for file in [given] if isinstance(given, str) else (given or {}).values():

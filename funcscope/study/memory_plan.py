@@ -35,7 +35,7 @@ class Multiples(NamedTuple):
     """For each further batch of a kept product."""
 
 
-LAYERS = Multiples(5.5, 3.5, 9.2, 12, 3.5)
+LAYERS = Multiples(5.5, 3.5, 11, 12, 3.5)
 """Of models with layers of transformers, measured of GPT-2 and Llama; a Gauss-Newton product takes less."""
 OTHERS = Multiples(11, 4.5, 17, 17, 3)
 """Of all others, measured of tanh, ReLU and convolutional nets: with kinks, the check of a first product takes most."""
