@@ -37,7 +37,7 @@ class Multiples(NamedTuple):
 
 LAYERS = Multiples(5.5, 3.5, 11, 12, 3.5)
 """Of models with layers of transformers, measured of GPT-2 and Llama; a Gauss-Newton product takes less."""
-OTHERS = Multiples(11, 4.5, 17, 17, 3)
+OTHERS = Multiples(11, 4.5, 18, 20, 3)
 """Of all others, measured of tanh, ReLU and convolutional nets: with kinks, the check of a first product takes most."""
 OF_LOGITS = 14
 """Logits of one part that a product takes where the logits are made in parts.
