@@ -15,18 +15,15 @@ from ..study.analyze import analyze_models, checkpoints_of
 from ..study.cache import Cache
 from ..study.catalogue import CATALOGUE
 from ..study.config import UnifiedConfig
-from ..study.dataset import check_dataset, is_dataset
 from ..study.flags import FLAGS
-from ..study.folder import local_folder
-from ..study.images import is_image_folder
 from ..study.listing import Listing, terminal_width
 from ..study.modules import import_modules
 from ..study.presets import Preset
-from ..study.recordings import is_speech
 from ..study.results import Results
 from ..study.runs import is_run
 from ..study.texts import Usual
 from .commands import Command
+from .inputs import check_inputs, check_texts, named_files
 from .options import COMPUTING, STREAM, TEXTS, Flag, add_fields, add_flags, add_settings, changed, with_flags
 from .shared import check_plotly, check_writable
 
@@ -134,8 +131,8 @@ def _study(
     """Measure, print, and write the page."""
     check_plotly()
     if args.dataset_name is not None:
-        args.dataset_name = _named(args.dataset_name)
-    _check(models, args.dataset_name or values.get("dataset_name"))
+        args.dataset_name = named_files(args.dataset_name)
+    check_inputs(models, args.dataset_name or values.get("dataset_name"))
     given, settings = changed(args, flags)
     for name in (*preset, *(values.get("settings") or {})):
         own = {**preset.get(name, {}), **(values.get("settings") or {}).get(name, {})}
@@ -152,7 +149,7 @@ def _study(
             "verbose": not args.quiet,
         }
     )
-    _check_texts(config)
+    check_texts(config)
     check_writable(out)
     started = time.perf_counter()
     try:
@@ -162,45 +159,6 @@ def _study(
         return 130
     seconds = time.perf_counter() - started
     return show(results, out, shown=shown, seconds=seconds, options=vars(args), flags=flags)
-
-
-def _named(files: list[str]) -> str | dict[str, str]:
-    """One file of texts, or several by name."""
-    if len(files) == 1 and ("=" not in files[0] or Path(files[0]).exists()):
-        return files[0]
-    named = dict(file.partition("=")[::2] for file in files)
-    if not all(name and file for name, file in named.items()) or len(named) < len(files):
-        raise ValueError(f"several files of texts have a name each, `--data code=a.jsonl prose=b.jsonl`, got {files}.")
-    return named
-
-
-def _check(models: list[Any], data: str | Mapping[str, str] | None) -> None:
-    """What can be said before any work."""
-    folders = [path for path in models if isinstance(path, (str, Path)) and not is_run(path)]
-    for path in folders:
-        local_folder(path)
-    if len({str(Path(path).resolve()) for path in folders}) < len(folders):
-        raise ValueError("one of the models is given twice: a model does not differ from itself.")
-    if folders and data is None:
-        raise ValueError("models in folders need texts: `--data FILE`.")
-    for file in [data] if isinstance(data, str) else (data or {}).values():
-        if is_image_folder(file) or is_speech(file):
-            continue
-        if folders and is_dataset(file):
-            check_dataset(file)
-        elif folders and not Path(file).is_file():
-            raise FileNotFoundError(f"there is no file {file!r}: `--data` takes a file of texts.")
-
-
-def _check_texts(config: UnifiedConfig) -> None:
-    """The first text of every file is read before a model is."""
-    from ..study.inputs.text import read_texts  # beside what imports transformers
-
-    given = config.dataset_name
-    how: Any = {name: getattr(config, name) for name in ("field", "label_field", "second_field", "unit")}
-    for file in [given] if isinstance(given, str) else (given or {}).values():
-        if Path(file).is_file():
-            next(read_texts(file, **how))
 
 
 def show(

@@ -69,10 +69,11 @@ def _agree_at_once(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: 
 
 def _decide(loss: Loss, theta: Tensor, d: Tensor, form: float, rounding: float, way: str) -> None:
     kinks = has_kinks(loss, theta)
+    values = values_of(loss)
     with torch.no_grad(), ONE_AT_A_TIME:  # of a confident classifier, all is rounding of numbers like its outputs
-        outputs = loss.net.apply(loss.params(theta), loss.batches[0][0]).abs().max()
-    rounding += 32 * loss.net.unit_roundoff * float(outputs) / STEP**2
-    judge = differenced(values_of(loss), theta, d, kinks)[1]
+        outputs = float(loss.net.apply(loss.params(theta), loss.batches[0][0]).abs().max())
+    rounding += 32 * outputs * (loss.net.unit_roundoff + torch.finfo(values.dtype).eps / STEP**2)
+    judge = differenced(values, theta, d, kinks)[1]
     if not judge.contradicts(form, DIFFERENT, rounding):
         return
     other, product = ("keep=False", "jvp of grad") if way == "keep=True" else ("keep=True", "vjp of grad")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..core.apart import check_apart, coupled, tolerance
 from ..core.batches import cut, is_cut, num_rows
 from ..core.checks import check_choice, check_count
+from ..core.layout import Params
 from ..core.objective import Loss, Theta
 from ..core.progress import tick
 from ..core.purity import moved
@@ -33,6 +34,17 @@ def factors_of(num: int) -> Float[Tensor, " num"]:
     """
     golden = (5**0.5 - 1) / 2
     return 2 ** (4 * (torch.arange(1, num + 1, dtype=torch.float64) * golden).frac()).floor()
+
+
+def weighted_sum(
+    loss: Loss, params: Params, batch: tuple[Any, Any], factors: Float[Tensor, " num"]
+) -> Float[Tensor, ""]:
+    """The losses of a batch's sequences, each times its factor. Raises ValueError where they are not as many."""
+    sums, _ = loss.scored(lambda inputs: loss.net.apply(params, inputs), *batch)
+    if len(sums) != len(factors):
+        raise ValueError(f"a batch of {len(factors)} rows has {len(sums)} losses: its rows are not its sequences.")
+    dtype = torch.promote_types(sums.dtype, torch.float32)
+    return (sums.to(dtype) * factors.to(sums.device, dtype)).sum()
 
 
 def micro_batches(loss: Loss, m: int) -> list[Loss]:
@@ -133,12 +145,7 @@ class _Sequences:
         """How far the sum is from the gradient of the batch's losses times factors; 0 where either is not finite."""
 
         def weighted(t: Tensor) -> Tensor:
-            sums, _ = self.loss.scored(lambda inputs: self.loss.net.apply(self.loss.params(t), inputs), *self.batch)
-            if sums.shape != self.factors.shape:
-                raise ValueError(
-                    f"a batch of {self.num} rows has {sums.numel()} losses: its rows are not its sequences."
-                )
-            return (sums.to(self.factors) * self.factors).sum()
+            return weighted_sum(self.loss, self.loss.params(t), self.batch, self.factors)
 
         off = float(torch.linalg.vector_norm(self.total - grad(weighted)(self.theta)))
         return off if math.isfinite(off) else 0.0

@@ -20,7 +20,7 @@ from ..core.estimate import wide
 from ..core.objective import Loss
 from .leaf_gradients import LeafGradients, Part, Rows
 from .outputs import total_of
-from .rows import factors_of, per_sample_gradients
+from .rows import factors_of, per_sample_gradients, weighted_sum
 from .uses import run
 
 Unit = Literal["sequence", "token"]
@@ -104,16 +104,7 @@ class Data:
 
     def _summed(self, batch: tuple[Any, Any], factors: Tensor) -> dict[str, Tensor]:
         self.passes += len(factors)
-
-        def total(params: Any) -> Tensor:
-            sums, _ = self.loss.scored(lambda inputs: self.loss.net.apply(params, inputs), *batch)
-            if len(sums) != len(factors):
-                raise ValueError(
-                    f"a batch of {len(factors)} rows has {len(sums)} losses: its rows are not its sequences."
-                )
-            return (sums * factors.to(sums)).sum()
-
-        return grad(total)(self.params)
+        return grad(lambda params: weighted_sum(self.loss, params, batch, factors))(self.params)
 
     def _alone(self, batch: tuple[Any, Any], num: int) -> tuple[int, dict[str, Tensor]]:
         """The last row that has a gradient, and that in a batch of one."""

@@ -19,14 +19,10 @@ from ..core.result import Result, derived, quantity
 from ..core.standard_errors import jackknife_stderr
 from ..core.tables import counted
 from .gauss import Resolution, christoffel, corner, rule
-from .spectral_mass import SpectralMass, bracket
+from .spectral_mass import SpectralMass, bracket, ends
 
 Scale = Literal["linear", "symlog"]
 Rank = Literal["effective_rank", "participation_ratio"]
-CHECK = 2
-"""Products that look whether a matrix is symmetric."""
-TINY = 1e-10
-"""A weight that a new copy of a node may have."""
 RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
@@ -204,27 +200,16 @@ class SpectralDensity(Result):
         share, near = self._share(low, high), self.edge() / 2
         nodes, weights, exact = self._ends()
         ((least, most), (below, up_to)) = (bracket(nodes, weights, at, near, exact) for at in (low, high))
-        ends = float((below - most).clamp_min(0.0).mean()), float((up_to - least).clamp_max(1.0).mean())
-        bound = max(float(share.value) - ends[0], ends[1] - float(share.value))
-        return SpectralMass(share.value, share.stderr, share.num, *ends, *self._enough(share, bound, 1.0))
+        inside, at_most = float((below - most).clamp_min(0.0).mean()), float((up_to - least).clamp_max(1.0).mean())
+        bound = max(float(share.value) - inside, at_most - float(share.value))
+        return SpectralMass(share.value, share.stderr, share.num, inside, at_most, *self._enough(share, bound, 1.0))
 
     def _share(self, low: float, high: float) -> Estimate:
         return Estimate.of(self._means(lambda x: ((x >= low) & (x < high)).double()))
 
     def _ends(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes and weights, those last that only fill a row; and which probes are exact, at the end of their Krylov space.
-
-        A node that looks like a filling one may be a copy, which recurrences without reorthogonalisation make: then products
-        were taken for it. Where one has next to no weight, or a neighbour within rounding, there are copies, too.
-        """
-        fills = (self.nodes == self.nodes[:, :1]) & (self.weights == 0)
-        fills[:, 0] = False
-        known = self.num_matvecs - int((~fills).sum()) in (0, CHECK)
-        nodes, order = self.nodes.masked_fill(fills & known, math.inf).sort(dim=1, stable=True)
-        weights, num = self.weights.gather(1, order), (~fills).sum(1)
-        copies = (nodes.diff() <= self.edge()) | (weights[:, 1:] < TINY) & nodes[:, 1:].isfinite()
-        ended = (num < self.steps) | (num == self.num_parameters)
-        return nodes, weights, ended & ~copies.any(1) & known
+        """See `ends`."""
+        return ends(self.nodes, self.weights, self.edge(), self.num_matvecs, self.steps, self.num_parameters)
 
     @derived("effective rank", unit="eigenvalues")
     def effective_rank(self) -> Estimate:

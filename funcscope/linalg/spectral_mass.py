@@ -10,6 +10,11 @@ from torch import Tensor
 
 from ..core.estimate import Estimate
 
+CHECK = 2
+"""Products that look whether a matrix is symmetric."""
+TINY = 1e-10
+"""A weight that a new copy of a node may have."""
+
 
 class SpectralMass(Estimate):
     """A share of the eigenvalues: that of the quadratures' nodes, its error over probes, and the bracket of the steps.
@@ -64,3 +69,21 @@ def bracket(
     most = (nodes < at + near).sum(1) + open_
     at_least, at_most = least.clamp_min(0)[:, None], most.clamp_max(nodes.shape[1])[:, None]
     return sums.gather(1, at_least)[:, 0], sums.gather(1, at_most)[:, 0]
+
+
+def ends(
+    nodes: Float[Tensor, "n m"], weights: Float[Tensor, "n m"], edge: float, taken: int, steps: int, num_parameters: int
+) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Bool[Tensor, " n"]]:
+    """Nodes and weights, those last that only fill a row; and which probes are exact, at the end of their Krylov space.
+
+    A node that looks like a filling one may be a copy, which recurrences without reorthogonalisation make: then more products
+    were `taken`. Where one has next to no weight, or a neighbour within `edge`, there are copies, too.
+    """
+    fills = (nodes == nodes[:, :1]) & (weights == 0)
+    fills[:, 0] = False
+    known = taken - int((~fills).sum()) in (0, CHECK)
+    nodes, order = nodes.masked_fill(fills & known, math.inf).sort(dim=1, stable=True)
+    weights, num = weights.gather(1, order), (~fills).sum(1)
+    copies = (nodes.diff() <= edge) | (weights[:, 1:] < TINY) & nodes[:, 1:].isfinite()
+    ended = (num < steps) | (num == num_parameters)
+    return nodes, weights, ended & ~copies.any(1) & known

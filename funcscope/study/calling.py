@@ -52,10 +52,8 @@ class Call:
     """Seconds of its work that another call took, less those that this one took for others."""
 
     def __post_init__(self) -> None:
-        subject, losses = (
-            self.subject,
-            partial(evaluated, self.one, self.subject, self.task),
-        )  # no ring through this call
+        subject = self.subject  # a ring through this call would hold it until a collection
+        losses = partial(evaluated, self.one, subject, self.task)
         self.fitting = Fitting(self.one, self.options, losses, lambda: subject.theta)
 
     def outcome(self, empty: Outcome) -> Outcome:
